@@ -1,0 +1,105 @@
+"""From events to examples: a cut in a member's time, the history before it, the questions from it on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+from brewjax.data.dataset import Dataset
+from brewjax.data.task import Split, Task
+
+DAY = 86_400_000_000  # microseconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One history and the questions asked behind it, as rows of the dataset's tables.
+
+    Attributes:
+      task: the task's name.
+      member: row of the member.
+      cut: microseconds since 1970; every event of `history` is strictly older, no question's event is.
+      history: int64 [events], rows of the events told, oldest first.
+      past: how many events the member had before the cut, told or not.
+      items: int32 [questions], rows of the items asked about.
+      labels: int32 [questions], indices into `Task.labels`; -1 where the answer is not known.
+    """
+
+    task: str
+    member: int
+    cut: int
+    history: np.ndarray
+    past: int
+    items: np.ndarray
+    labels: np.ndarray
+
+
+def history_before(dataset: Dataset, task: Task, member: int, cut: int) -> tuple[np.ndarray, int]:
+    """Rows of the events that `task` tells of a member at `cut`, oldest first, and how many events precede the cut."""
+    start, end = dataset.member_offsets[member : member + 2]
+    end = start + np.searchsorted(dataset.event_time[start:end], cut, side="left")
+    rows = np.arange(start, end)
+    told = np.isin(dataset.event_action[rows], task.history.actions)
+    if task.history.max_age_days is not None:
+        told &= dataset.event_time[rows] >= cut - task.history.max_age_days * DAY
+    return rows[told][len(rows[told]) - min(told.sum(), task.history.max_events) :], len(rows)
+
+
+def build_examples(dataset: Dataset, task: Task, split: Split, seed: int = 0) -> Iterator[Example]:
+    """Every question of the split exactly once, in chunks of a member's time; negatives drawn from `seed`.
+
+    A question belongs to the split that its event's time falls in. Since history is strictly older than the cut,
+    and the cut is the oldest question's time, no prompt holds an event of a later split, or a question's own.
+    Events that match no label are not questions; an event that matches two raises ConfigError.
+    """
+    start, end = _period(dataset, task, split)
+    asked, labels = _questions(dataset, task)
+    within = (dataset.event_time[asked] >= start) & (dataset.event_time[asked] < end)
+    asked, labels = asked[within], labels[within]
+    negatives = task.questions.sampled_negatives
+    events_per_prompt = max(1, task.questions.per_prompt // (1 + negatives.per_event if negatives else 1))
+    rng = np.random.default_rng([seed, ["train", "validation", "test"].index(split)])
+    member_of = dataset.event_member[asked]
+    for member in np.unique(member_of):
+        first, last = np.searchsorted(member_of, [member, member + 1])
+        for begin in range(first, last, events_per_prompt):
+            chunk = slice(begin, min(begin + events_per_prompt, last))
+            cut = int(dataset.event_time[asked[chunk]].min())
+            history, past = history_before(dataset, task, member, cut)
+            items, answers = dataset.event_item[asked[chunk]], labels[chunk]
+            if negatives:
+                unseen = _unseen(dataset, member, negatives.per_event * len(items), rng)
+                items = np.concatenate([items, unseen])
+                answers = np.concatenate([answers, np.full(len(unseen), task.words.index(negatives.label))])
+            yield Example(task.name, int(member), cut, history, past, items.astype(np.int32), answers.astype(np.int32))
+
+
+def _period(dataset: Dataset, task: Task, split: Split) -> tuple[int, int]:
+    try:
+        validation, test = task.split.boundaries(dataset.event_time)
+    except ValueError as error:
+        raise task.error(str(error), "split") from None
+    infinity = np.iinfo(np.int64).max
+    return {"train": (-infinity, validation), "validation": (validation, test), "test": (test, infinity)}[split]
+
+
+def _questions(dataset: Dataset, task: Task) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the events that can be asked about, and the index of each one's label."""
+    events = np.flatnonzero(np.isin(dataset.event_action, task.questions.actions))
+    labels = np.full(len(events), -1)
+    for index, label in enumerate(task.labels):
+        match = label.matches(dataset, events)
+        if (labels[match] >= 0).any():
+            other = task.words[labels[match & (labels >= 0)][0]]
+            raise task.error(f"an event can be both '{other}' and '{label.word}'", "labels", index, "when")
+        labels[match] = index
+    return events[labels >= 0], labels[labels >= 0]
+
+
+def _unseen(dataset: Dataset, member: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Up to `count` items, all different, that the member has no event with, before or after."""
+    start, end = dataset.member_offsets[member : member + 2]
+    unseen = np.setdiff1d(np.arange(len(dataset.items)), dataset.event_item[start:end])
+    return rng.choice(unseen, min(count, len(unseen)), replace=False)

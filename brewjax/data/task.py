@@ -1,0 +1,137 @@
+"""A ranking task: a YAML file of a few lines, never a class to subclass."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pydantic
+
+from brewjax.config import Config
+from brewjax.data.dataset import Card, Dataset
+
+MetricName = Literal["auc", "log_loss", "ndcg@10", "calibration_error"]
+Split = Literal["train", "validation", "test"]
+Moment = Annotated[str, pydantic.BeforeValidator(str)]
+
+
+class History(Config):
+    """Which past events are told: of these actions, the newest `max_events`, at most `max_age_days` old."""
+
+    actions: tuple[str, ...]
+    max_events: int = pydantic.Field(default=100, ge=0)
+    max_age_days: float | None = pydantic.Field(default=None, gt=0)
+
+
+class Label(Config):
+    """One possible answer.
+
+    Attributes:
+      word: what the model says; one token.
+      value: what the answer is worth in a ranking (the gain of NDCG; AUC orders by it).
+      when: event columns (or `action`) and their values for which this is the answer.
+    """
+
+    word: str
+    value: float
+    when: dict[str, Any] | None = None
+
+    def matches(self, dataset: Dataset, events: np.ndarray) -> np.ndarray:
+        """bool [len(events)]: whether this is the answer to each event."""
+        match = np.ones(len(events), bool) if self.when is not None else np.zeros(len(events), bool)
+        for column, wanted in (self.when or {}).items():
+            wanted = wanted if isinstance(wanted, list) else [wanted]
+            match &= np.isin(dataset.event_column(column)[events], wanted)
+        return match
+
+
+class Negatives(Config):
+    """Items that the member never touched, drawn at random as questions with the answer `label`."""
+
+    label: str
+    per_event: int = pydantic.Field(gt=0)
+
+
+class Questions(Config):
+    """Which events are asked about, how, and how many behind one history."""
+
+    ask: str
+    actions: tuple[str, ...]
+    per_prompt: int = pydantic.Field(default=16, gt=0)
+    sampled_negatives: Negatives | None = None
+
+
+class TimeSplit(Config):
+    """Where validation and test begin: a date, or a share of all events in order of time ("80%")."""
+
+    validation: Moment
+    test: Moment
+
+    def boundaries(self, times: np.ndarray) -> tuple[int, int]:
+        """Microseconds since 1970 at which validation and test begin."""
+        start, end = (_moment(text, times) for text in (self.validation, self.test))
+        if start >= end:
+            raise ValueError(f"validation ({self.validation}) must begin before test ({self.test})")
+        return start, end
+
+
+class Task(Config):
+    """A question to ask of a member and an item. See `configs/tasks/` for examples.
+
+    Attributes:
+      labels: the possible answers; the first is the one a ranking by a single probability would use.
+      note: a developer's wish, said after the instruction ("focus on location").
+    """
+
+    name: str = pydantic.Field(pattern=r"^[a-z0-9_-]+$")
+    instruction: str
+    note: str = ""
+    history: History
+    questions: Questions
+    labels: tuple[Label, ...] = pydantic.Field(min_length=2)
+    split: TimeSplit = TimeSplit(validation="80%", test="90%")
+    metrics: tuple[MetricName, ...] = ("auc", "log_loss", "ndcg@10", "calibration_error")
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        return tuple(label.word for label in self.labels)
+
+    @property
+    def values(self) -> np.ndarray:
+        """float64 [labels]."""
+        return np.array([label.value for label in self.labels])
+
+    def check(self, card: Card, event_columns: list[str]) -> None:
+        """Raises ConfigError (file, line, key) for anything the dataset does not have."""
+        for part in ("history", "questions"):
+            for index, action in enumerate(getattr(self, part).actions):
+                if action not in card.events.actions:
+                    known = ", ".join(card.events.actions)
+                    raise self.error(f"the dataset has no action '{action}'; it has: {known}", part, "actions", index)
+        for index, label in enumerate(self.labels):
+            for column in label.when or {}:
+                if column != "action" and column not in event_columns:
+                    known = ", ".join(["action", *event_columns])
+                    raise self.error(f"events have no column '{column}'; they have: {known}", "labels", index, "when")
+        if len(set(self.words)) < len(self.words):
+            raise self.error("two labels have the same word", "labels")
+        negatives = self.questions.sampled_negatives
+        if negatives and negatives.label not in self.words:
+            raise self.error(
+                f"'{negatives.label}' is not a label; labels: {', '.join(self.words)}",
+                "questions", "sampled_negatives", "label",
+            )  # fmt: skip
+
+
+def _moment(text: str, times: np.ndarray) -> int:
+    if text.endswith("%"):
+        share = float(text[:-1]) / 100
+        if not 0 < share < 1:
+            raise ValueError(f"'{text}': a share of the events is between 0% and 100%")
+        return int(np.quantile(times, share))
+    try:
+        date = datetime.datetime.fromisoformat(text)
+    except ValueError:
+        raise ValueError(f"'{text}': expected a date such as 1998-03-07, or a share such as 80%") from None
+    return int(date.replace(tzinfo=date.tzinfo or datetime.UTC).timestamp() * 1_000_000)
