@@ -1,0 +1,98 @@
+"""Token rows for training: ArrayRecord shards in, shuffled, packed and batched by Grain, resumable to the row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import grain
+import jax
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+from jaxtyping import Array, Int
+
+from brewjax.data.tokens import NO_TARGET, EncodedPrompt
+from pallas_kernels.segments import Segments
+
+FIELDS = ("tokens", "positions", "segment", "reach", "targets", "source")
+SOURCES = "sources.jsonl"
+
+
+class TokenBatch(NamedTuple):
+    """What a step takes: rows of packed examples.
+
+    Attributes:
+      positions: for RoPE; restart with every example, and with every question where its history ends.
+      targets: the token that follows, `NO_TARGET` where there is no loss.
+      source: which record a token came from, a line of the shards' sources.jsonl; -1 for padding.
+    """
+
+    tokens: Int[Array, "B T"]
+    positions: Int[Array, "B T"]
+    segments: Segments
+    targets: Int[Array, "B T"]
+    source: Int[Array, "B T"]
+
+
+def write_shards(folder: Path, examples: Iterable[tuple[EncodedPrompt, dict]], capacity: int, shards: int = 4) -> dict:
+    """Writes examples, each with a note on where it came from, as ArrayRecord shards of at most `capacity` tokens each.
+
+    Prompts that are longer are split by questions, so nothing is lost. Returns counts of records, questions, tokens.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    writers = [ArrayRecordWriter(str(folder / f"part-{n:03d}.array_record"), "group_size:1") for n in range(shards)]
+    counts = {"records": 0, "questions": 0, "tokens": 0}
+    with open(folder / SOURCES, "w") as sources:
+        for whole, note in examples:
+            for encoded in whole.split(capacity):
+                arrays = encoded.arrays()
+                arrays["source"] = np.full(len(encoded), counts["records"], np.int32)
+                writers[counts["records"] % shards].write(np.stack([arrays[name] for name in FIELDS]).tobytes())
+                sources.write(json.dumps(note) + "\n")
+                counts["records"] += 1
+                counts["questions"] += len(encoded.questions)
+                counts["tokens"] += len(encoded)
+    for writer in writers:
+        writer.close()
+    return counts
+
+
+def load_batches(
+    folder: Path, rows: int, row_tokens: int, seed: int, process: int = 0, processes: int = 1
+) -> grain.IterDataset:
+    """An endless, checkpointable stream of TokenBatch of numpy arrays [rows, row_tokens].
+
+    Every record is read once an epoch by exactly one process; each epoch is shuffled anew.
+    """
+    paths = sorted(str(path) for path in folder.glob("part-*.array_record"))
+    if not paths:
+        raise ValueError(f"{folder}: no training shards there; run `brewjax prepare` first")
+    source = grain.sources.ArrayRecordDataSource(paths)
+    if len(source) < processes:
+        raise ValueError(f"{folder}: {len(source)} examples are too few for {processes} processes")
+    records = grain.MapDataset.source(source).seed(seed)[process::processes].shuffle().repeat().map(_parse)
+    packed = grain.experimental.BestFitPackIterDataset(
+        records.to_iter_dataset(),
+        length_struct={name: row_tokens for name in FIELDS},
+        num_packing_bins=max(16, rows),
+        seed=seed,
+        padding_struct={name: NO_TARGET if name in ("targets", "source") else 0 for name in FIELDS},
+    )
+    return packed.batch(rows, drop_remainder=True).map(_to_batch)
+
+
+def _parse(record: bytes) -> dict[str, np.ndarray]:
+    return dict(zip(FIELDS, np.frombuffer(record, np.int32).reshape(len(FIELDS), -1), strict=True))
+
+
+def _to_batch(packed: dict[str, np.ndarray]) -> TokenBatch:
+    segments = Segments(packed["tokens_segment_ids"], packed["segment"], packed["reach"])
+    return TokenBatch(packed["tokens"], packed["positions"], segments, packed["targets"], packed["source"])
+
+
+def describe_sources(folder: Path, batch: TokenBatch) -> list[str]:
+    """The notes of every example in a batch, for an error message."""
+    lines = (folder / SOURCES).read_text().splitlines()
+    return [lines[index] for index in np.unique(jax.device_get(batch.source)) if index >= 0]

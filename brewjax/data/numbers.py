@@ -1,0 +1,104 @@
+"""Numbers that depend on time or on the training data: statistics as of a moment, percentiles, ages."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+
+from brewjax.data.dataset import Attribute, Dataset, Statistic
+
+MICROSECOND_UNITS = {
+    "year": 31_557_600_000_000,
+    "month": 2_629_800_000_000,
+    "week": 604_800_000_000,
+    "day": 86_400_000_000,
+    "hour": 3_600_000_000,
+    "minute": 60_000_000,
+}
+
+
+def age(microseconds: int) -> tuple[int, str]:
+    """A span of time in the largest unit that fits, e.g. (2, "day"); under a minute is (0, "minute")."""
+    for unit, size in MICROSECOND_UNITS.items():
+        if microseconds >= size:
+            return microseconds // size, unit
+    return 0, "minute"
+
+
+class ItemStatistic:
+    """A `Statistic` of every item at any moment: only events strictly older than the moment count."""
+
+    def __init__(self, dataset: Dataset, statistic: Statistic):
+        if statistic.count is not None:
+            events = np.flatnonzero(np.isin(dataset.event_action, statistic.count))
+            values = np.ones(len(events))
+        else:
+            values = dataset.event_column(statistic.mean).astype(np.float64)
+            events = np.flatnonzero(~np.isnan(values))
+            values = values[events]
+        item, time = dataset.event_item[events], dataset.event_time[events]
+        order = np.lexsort((time, item))
+        self._mean = statistic.mean is not None
+        self._time = time[order]
+        self._sums = np.concatenate([[0.0], np.cumsum(values[order])])
+        self._offsets = np.searchsorted(item[order], np.arange(len(dataset.items) + 1))
+
+    def at(self, item: int, moment: int) -> float:
+        """The statistic of one item before `moment` (microseconds); NaN for a mean of nothing."""
+        start, end = self._offsets[item : item + 2]
+        end = start + np.searchsorted(self._time[start:end], moment, side="left")
+        total = self._sums[end] - self._sums[start]
+        if not self._mean:
+            return float(total)
+        return float(total / (end - start)) if end > start else float("nan")
+
+
+@dataclasses.dataclass(frozen=True)
+class Percentiles:
+    """Percentile scales of number attributes, fitted on training data only.
+
+    Attributes:
+      quantiles: for "table.column", the 99 values that cut the training data into hundredths.
+    """
+
+    quantiles: dict[str, list[float]]
+
+    @classmethod
+    def fit(cls, dataset: Dataset, until: int) -> Percentiles:
+        """Fits every attribute that is said as a percentile on events before `until` (microseconds) and on the
+        members and items that occur in them; statistics are taken as of each of those events."""
+        events = np.flatnonzero(dataset.event_time < until)
+        seen = {
+            "members": np.unique(dataset.event_member[events]),
+            "items": np.unique(dataset.event_item[events]),
+            "events": events,
+        }
+        quantiles = {}
+        for table, attribute in percentile_attributes(dataset):
+            if attribute.derive:
+                statistic = ItemStatistic(dataset, attribute.derive)
+                pairs = zip(dataset.event_item[events], dataset.event_time[events], strict=True)
+                values = np.array([statistic.at(item, time) for item, time in pairs])
+            else:
+                column: pa.ChunkedArray = getattr(dataset, table)[attribute.column]
+                values = column.take(seen[table]).cast(pa.float64()).to_numpy()
+            values = values[~np.isnan(values)]
+            quantiles[f"{table}.{attribute.column}"] = (
+                np.quantile(values, np.arange(1, 100) / 100).tolist() if len(values) else []
+            )
+        return cls(quantiles)
+
+    def of(self, table: str, column: str, value: float) -> int:
+        """1 to 100: the hundredth of the training data that `value` falls in."""
+        return int(np.searchsorted(self.quantiles[f"{table}.{column}"], value, side="right")) + 1
+
+
+def percentile_attributes(dataset: Dataset) -> Iterator[tuple[str, Attribute]]:
+    """The attributes said as percentiles, with the table each belongs to."""
+    for table in ("members", "items", "events"):
+        for attribute in getattr(dataset.card, table).attributes:
+            if attribute.percentile:
+                yield table, attribute

@@ -1,0 +1,99 @@
+"""Tokenizers: a byte-level BPE trained on a company's own prompts, or any Hugging Face tokenizer in a folder."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+class Tokenizer:
+    """A Hugging Face tokenizer with the few verbs brewjax needs."""
+
+    def __init__(self, hf: PreTrainedTokenizerBase):
+        self.hf = hf
+        self._special = re.compile("|".join(re.escape(token) for token in hf.all_special_tokens) or r"(?!)")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Tokenizer:
+        """Reads a folder that holds `tokenizer.json`, as Hugging Face models have it."""
+        if not (Path(folder) / "tokenizer.json").is_file():
+            raise ValueError(f"{folder}: no tokenizer.json there; expected the folder of a Hugging Face tokenizer")
+        return cls(AutoTokenizer.from_pretrained(folder, local_files_only=True))
+
+    @classmethod
+    def train(cls, texts: Iterable[str], words: Sequence[str], vocab_size: int) -> Tokenizer:
+        """Trains a byte-level BPE (GPT-2's, Radford et al. 2019) in which each of `words` is one token."""
+        bpe = tokenizers.Tokenizer(models.BPE())
+        bpe.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=False), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+        bpe.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=SPECIAL_TOKENS,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        corpus = list(texts)
+        # A word alone on its line, as often as there are texts, is merged into one token before anything rarer is.
+        bpe.train_from_iterator(corpus + [f"\n{word}" for word in words] * max(len(corpus), 100), trainer)
+        return cls(
+            PreTrainedTokenizerFast(
+                tokenizer_object=bpe,
+                bos_token=SPECIAL_TOKENS[0],
+                eos_token=SPECIAL_TOKENS[0],
+                pad_token=SPECIAL_TOKENS[0],
+                additional_special_tokens=SPECIAL_TOKENS[1:],
+                chat_template=CHAT_TEMPLATE,
+            )
+        )
+
+    def save(self, folder: str | Path) -> None:
+        self.hf.save_pretrained(folder)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, special tokens included."""
+        return len(self.hf)
+
+    @property
+    def bos(self) -> list[int]:
+        """The tokens that a sequence begins with: one or none."""
+        return [] if self.hf.bos_token_id is None else [self.hf.bos_token_id]
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text; special tokens written in a text count as such, none is added."""
+        return self.hf(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Number of tokens of each text."""
+        return [len(ids) for ids in self.encode(texts)]
+
+    def word(self, word: str) -> int:
+        """The id of a label word; ValueError unless it is exactly one token that reads back as the word."""
+        ids = self.encode([word])[0]
+        if len(ids) != 1 or self.hf.decode(ids) != word:
+            pieces = self.hf.convert_ids_to_tokens(ids)
+            raise ValueError(f"label word '{word}' is {len(ids)} tokens {pieces} in this tokenizer; choose one-token words")
+        return ids[0]
+
+    def clean(self, text: str) -> str:
+        """A value from a table, made unable to pass for markup: one line, no special tokens."""
+        return " ".join(self._special.sub(" ", text).split())
+
+    def chat(self, turns: list[dict[str, str]]) -> str:
+        """The turns in this tokenizer's chat template, up to where the assistant's answer begins."""
+        if not self.hf.chat_template:
+            raise ValueError("this tokenizer has no chat template; use another prompt style")
+        return self.hf.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)

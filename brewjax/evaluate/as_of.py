@@ -1,0 +1,50 @@
+"""Statistics of events as of a moment, for many keys and moments at once."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from brewjax.data.examples import DAY
+from brewjax.evaluate.metrics import ratio
+
+
+class AsOf:
+    """Sums over the events of a key (a member, an item, ..) that are strictly older than a moment.
+
+    All questions are answered at once: events are sorted once, a question is a binary search, a sum is the difference
+    of two running totals.
+
+    Args:
+      keys: int64 [events].
+      times: int64 [events], microseconds.
+    """
+
+    def __init__(self, keys: np.ndarray, times: np.ndarray):
+        self._times = np.sort(times)
+        codes = self._code(keys, times)
+        self._order = np.argsort(codes, kind="stable")
+        self._codes = codes[self._order]
+
+    def _code(self, keys: np.ndarray, moments: np.ndarray) -> np.ndarray:
+        """Ordered by key, then time; a moment's code is that of the first event at or after it."""
+        return keys.astype(np.int64) * (len(self._times) + 1) + np.searchsorted(self._times, moments)
+
+    def window(self, keys: np.ndarray, moments: np.ndarray, days: float = np.inf) -> tuple[np.ndarray, np.ndarray]:
+        """Positions [start, end) of the key's events in the last `days` before each moment, for the methods below."""
+        end = np.searchsorted(self._codes, self._code(keys, moments))
+        since = moments - int(days * DAY) if np.isfinite(days) else np.full(len(moments), np.iinfo(np.int64).min)
+        return np.searchsorted(self._codes, self._code(keys, since)), end
+
+    def sum(self, values: np.ndarray, window: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        """float64 [moments]: the sum of `values` [events] over each window."""
+        totals = np.concatenate([[0.0], np.cumsum(values[self._order], dtype=np.float64)])
+        return totals[window[1]] - totals[window[0]]
+
+    def mean(self, values: np.ndarray, window: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        """float64 [moments]: the mean over each window, leaving out NaN; NaN for a mean of nothing."""
+        known = ~np.isnan(values)
+        return ratio(self.sum(np.where(known, values, 0), window), self.sum(known, window))
+
+    def at(self, values: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """`values` [events] of the events at these positions of a window."""
+        return values[self._order][positions]

@@ -1,0 +1,85 @@
+"""Predictions: one row per question, the same rows for the model and for every baseline of a task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from brewjax.data.examples import Example
+from brewjax.data.task import Task
+
+SCHEMA = pa.schema(
+    {
+        "task": pa.string(),
+        "example": pa.int64(),
+        "member": pa.int64(),
+        "item": pa.int64(),
+        "past": pa.int64(),
+        "label": pa.int64(),
+        "probabilities": pa.list_(pa.float32()),
+    }
+)
+QUESTION = [name for name in SCHEMA.names if name != "probabilities"]
+
+
+def from_examples(examples: Sequence[Example], probabilities: np.ndarray) -> pa.Table:
+    """The predictions table of a split: `example` is the index in `examples`, the other columns as in `Example`.
+
+    Args:
+      examples: every question of them has a known label.
+      probabilities: [questions of all examples, labels], in their order; each row sums to 1.
+
+    Raises ValueError naming the first row that is wrong.
+    """
+    sizes = np.array([len(example.items) for example in examples], int)
+    if len(probabilities) != sizes.sum():
+        raise ValueError(f"{sizes.sum()} questions in the examples, but {len(probabilities)} rows of probabilities")
+    labels = np.concatenate([example.labels for example in examples]) if len(examples) else np.zeros(0, int)
+    bad = ~(np.isclose(probabilities.sum(axis=1), 1, atol=1e-3) & (probabilities >= 0).all(axis=1))
+    if bad.any():
+        row = np.flatnonzero(bad)[0]
+        raise ValueError(f"row {row}: expected probabilities that sum to 1, found {probabilities[row].tolist()}")
+    if (labels < 0).any():
+        raise ValueError(f"row {np.flatnonzero(labels < 0)[0]}: the question has no known label to judge it by")
+    columns = {
+        "task": np.repeat(np.array([example.task for example in examples], object), sizes),
+        "example": np.repeat(np.arange(len(examples)), sizes),
+        "member": np.repeat(np.array([example.member for example in examples], int), sizes),
+        "item": np.concatenate([example.items for example in examples]) if len(examples) else np.zeros(0, int),
+        "past": np.repeat(np.array([example.past for example in examples], int), sizes),
+        "label": labels,
+        "probabilities": list(probabilities.astype(np.float32)),
+    }
+    return pa.table(columns, schema=SCHEMA)
+
+
+def probabilities(predictions: pa.Table, task: Task) -> np.ndarray:
+    """float64 [rows, labels]."""
+    flat = predictions["probabilities"].combine_chunks().flatten().to_numpy().astype(np.float64)
+    return flat.reshape(len(predictions), len(task.labels))
+
+
+def scores(predictions: pa.Table, task: Task) -> np.ndarray:
+    """float64 [rows]: the expected value of the answer, by which items are ranked."""
+    # Not `@`: BLAS may round equal rows differently by their place, and that would break ties.
+    return (probabilities(predictions, task) * task.values).sum(axis=1)
+
+
+def true_values(predictions: pa.Table, task: Task) -> np.ndarray:
+    """float64 [rows]: the value of the true answer."""
+    return task.values[predictions["label"].to_numpy()]
+
+
+def check_same_questions(first: pa.Table, second: pa.Table) -> None:
+    """Raises ValueError unless both tables answer the same questions in the same order."""
+    if len(first) != len(second):
+        raise ValueError(f"predictions of {len(first)} and {len(second)} questions cannot be compared")
+    for name in QUESTION:
+        if not first[name].equals(second[name]):
+            row = np.flatnonzero(first[name].to_numpy() != second[name].to_numpy())[0]
+            raise ValueError(
+                f"predictions of different questions cannot be compared: row {row} has {name} "
+                f"{first[name][row]} in one and {second[name][row]} in the other"
+            )

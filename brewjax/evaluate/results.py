@@ -1,0 +1,141 @@
+"""Results: every metric with its bootstrap interval, overall and by how much is known of a member."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+import pyarrow as pa
+
+from brewjax.data.task import MetricName, Task
+from brewjax.evaluate.metrics import auc, calibration_error, log_loss, ndcg
+from brewjax.evaluate.predictions import check_same_questions, probabilities, scores, true_values
+
+OVERALL = "all"
+SLICES = {
+    OVERALL: (0, np.inf),
+    "0": (0, 0),
+    "1-5": (1, 5),
+    "6-10": (6, 10),
+    "11-100": (11, 100),
+    "over 100": (101, np.inf),
+}
+CHUNK = 1_000_000  # weights held at once: 8 MB
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """A metric as a report names it, and its range."""
+
+    title: str
+    higher_is_better: bool
+    bounds: tuple[float, float]
+
+
+METRICS: dict[MetricName, Metric] = {
+    "auc": Metric("AUC", True, (0, 1)),
+    "log_loss": Metric("Log loss", False, (0, np.inf)),
+    "ndcg@10": Metric("NDCG@10", True, (0, 1)),
+    "calibration_error": Metric("Calibration error", False, (0, 1)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A value with its bootstrap resamples (float64 [bootstrap]); NaN where it is not defined."""
+
+    value: float
+    resamples: np.ndarray
+    bounds: tuple[float, float] = (-np.inf, np.inf)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95%: 1.96 standard errors to each side, within the metric's range.
+
+        Not the percentiles of the resamples: those need thousands, and miss a biased statistic such as ECE.
+        """
+        defined = self.resamples[np.isfinite(self.resamples)]
+        error = 1.96 * defined.std(ddof=1) if len(defined) > 1 else np.nan
+        return tuple(np.clip([self.value - error, self.value + error], *self.bounds))
+
+    def __sub__(self, other: Estimate) -> Estimate:
+        """The paired difference: both must come from the same questions and the same seed."""
+        return Estimate(self.value - other.value, self.resamples - other.resamples)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How well the questions of one slice were answered."""
+
+    rows: int
+    members: int
+    metrics: dict[MetricName, Estimate]
+
+
+def evaluate(predictions: pa.Table, task: Task, bootstrap: int = 200, seed: int = 0) -> dict[str, Result]:
+    """A result for each of SLICES, by the number of the member's past events; the first, "all", is of every question.
+
+    Intervals resample members, not questions: the answers of one member are alike. The same seed draws the same
+    members for every table of the same questions, so that two results can be subtracted.
+    """
+    members, member = np.unique(predictions["member"].to_numpy(), return_inverse=True)
+    rng = np.random.default_rng(seed)
+    draws = rng.multinomial(len(members), np.full(len(members), 1 / max(len(members), 1)), size=bootstrap)
+    member_weights = np.concatenate([np.ones((1, len(members))), draws])  # the first is the sample itself
+    past = predictions["past"].to_numpy()
+    results = {}
+    for name, (low, high) in SLICES.items():
+        rows = np.flatnonzero((past >= low) & (past <= high))
+        estimates = _estimates(predictions.take(rows), task, member_weights, member[rows])
+        results[name] = Result(len(rows), len(np.unique(member[rows])), estimates)
+    return results
+
+
+def _estimates(
+    predictions: pa.Table, task: Task, member_weights: np.ndarray, member: np.ndarray
+) -> dict[MetricName, Estimate]:
+    said, label = probabilities(predictions, task), predictions["label"].to_numpy()
+    score, value = scores(predictions, task), true_values(predictions, task)
+    gain_value = value - min(0, task.values.min())  # gains are not negative
+    functions = {
+        "auc": lambda weights: auc(score, value, weights),
+        "log_loss": lambda weights: log_loss(said, label, weights),
+        "ndcg@10": lambda weights: ndcg(score, gain_value, predictions["example"].to_numpy(), weights),
+        "calibration_error": lambda weights: calibration_error(said, label, weights),
+    }
+    values = {name: np.full(len(member_weights), np.nan) for name in task.metrics}
+    for chunk in np.array_split(np.arange(len(member_weights)), member_weights.shape[0] * len(member) // CHUNK + 1):
+        weights = member_weights[chunk][:, member]
+        for name in task.metrics if len(member) else ():
+            values[name][chunk] = functions[name](weights)
+    return {name: Estimate(float(v[0]), v[1:], METRICS[name].bounds) for name, v in values.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One task's predictions by name, the model first and then the baselines, and `evaluate`'s results of each."""
+
+    task: Task
+    predictions: dict[str, pa.Table]
+    results: dict[str, dict[str, Result]]
+
+    def best(self, metric: MetricName, slice_: str = OVERALL) -> str | None:
+        """Whose value is best; None where nobody's is defined."""
+        values = {name: result[slice_].metrics[metric].value for name, result in self.results.items()}
+        defined = {name: value for name, value in values.items() if np.isfinite(value)}
+        choose = max if METRICS[metric].higher_is_better else min
+        return choose(defined, key=defined.__getitem__) if defined else None
+
+    def lead(self, metric: MetricName, baseline: str) -> Estimate:
+        """The model's value minus the baseline's, with the interval of the paired difference."""
+        model = next(iter(self.results))
+        return self.results[model][OVERALL].metrics[metric] - self.results[baseline][OVERALL].metrics[metric]
+
+
+def compare(task: Task, predictions: Mapping[str, pa.Table], bootstrap: int = 200, seed: int = 0) -> Comparison:
+    """Evaluates predictions of the same questions, the model's first; raises ValueError where the questions differ."""
+    tables = dict(predictions)
+    for table in tables.values():
+        check_same_questions(next(iter(tables.values())), table)
+    return Comparison(task, tables, {name: evaluate(table, task, bootstrap, seed) for name, table in tables.items()})

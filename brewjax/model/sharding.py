@@ -1,0 +1,87 @@
+"""How arrays lie on a mesh: one object maps the model's axis names to mesh axes; models never name devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from brewjax.config import Config
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+
+class MeshConfig(Config):
+    """Devices along each mesh axis; -1 for `data` takes all that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def build(self) -> Mesh:
+        """The mesh, with explicit axis types; ValueError where the devices do not divide."""
+        devices = jax.device_count()
+        rest = self.fsdp * self.tensor
+        data = devices // rest if self.data == -1 else self.data
+        if data * rest != devices:
+            raise ValueError(
+                f"mesh data={self.data} fsdp={self.fsdp} tensor={self.tensor} does not make use of {devices} devices: "
+                "their product must be the number of devices"
+            )
+        return jax.make_mesh((data, self.fsdp, self.tensor), MESH_AXES, axis_types=(AxisType.Explicit,) * 3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharding:
+    """A strategy: the mesh axes that each of the model's axes is split over; names not listed are an error."""
+
+    rules: Mapping[str, tuple[str, ...]]
+
+    def spec(self, *axes: str | None) -> PartitionSpec:
+        """The PartitionSpec of an array with these axis names (None: not split)."""
+        used: list[str] = []
+        entries = []
+        for axis in axes:
+            if axis is not None and axis not in self.rules:
+                raise ValueError(f"no sharding rule for axis '{axis}'; rules: {', '.join(self.rules)}")
+            mesh_axes = self.rules[axis] if axis is not None else ()
+            if taken := set(mesh_axes) & set(used):
+                raise ValueError(f"axes {axes}: mesh axis '{taken.pop()}' is used twice")
+            used += mesh_axes
+            entries.append(mesh_axes or None)
+        return PartitionSpec(*entries)
+
+    def reshard(self, x: jax.Array, *axes: str | None) -> jax.Array:
+        """Lays `x` out by its axis names, or leaves it where no mesh is set."""
+        if jax.sharding.get_abstract_mesh().empty:
+            return x
+        return jax.reshard(x, self.spec(*axes))
+
+    def named(self, mesh: Mesh, shape: tuple[int, ...], *axes: str | None) -> NamedSharding:
+        """The sharding of an array of this shape; ValueError names the dimension that does not divide."""
+        spec = self.spec(*axes)
+        for size, axis in zip(shape, axes, strict=True):
+            mesh_axes = self.rules[axis] if axis is not None else ()
+            ways = math.prod(mesh.shape[name] for name in mesh_axes)
+            if size % ways:
+                raise ValueError(f"axis '{axis}' of size {size} does not divide over {ways} devices of {mesh_axes}")
+        return NamedSharding(mesh, spec)
+
+
+# Fully sharded data parallel (ZeRO-3) with tensor parallel heads and neurons (Megatron): weights are split over
+# `fsdp` along the model dimension and gathered layer by layer; activations over `data` and `fsdp` along the batch.
+FSDP_TENSOR = Sharding(
+    {
+        "batch": ("data", "fsdp"),
+        "length": (),
+        "model": (),
+        "weight": ("fsdp",),
+        "heads": ("tensor",),
+        "neurons": ("tensor",),
+        "vocab": ("tensor",),
+        "layers": (),
+    }
+)
