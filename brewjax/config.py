@@ -53,8 +53,8 @@ class Config(pydantic.BaseModel):
     def parse(cls, text: str, path: str = "<config>", overrides: Iterable[str] = ()) -> Self:
         """As `load`, from a string; `path` is only used in errors."""
         try:
-            root = yaml.compose(text, Loader=yaml.SafeLoader)
-            values = yaml.safe_load(text)
+            root = yaml.compose(text, Loader=_Loader)
+            values = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
             raise ConfigError(f"{path}: not valid YAML: {error}") from None
         lines = _line_numbers(root, path) if root is not None else {}
@@ -69,9 +69,22 @@ class Config(pydantic.BaseModel):
         config._path, config._lines = path, lines
         return config
 
+    def save(self, path: Path) -> None:
+        """Writes what `load` reads, every default spelled out."""
+        path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
     def error(self, message: str, *location: str | int) -> ConfigError:
         """A ConfigError about the key at `location`, e.g. `task.error("no such action", "history", "actions", 0)`."""
         return ConfigError(f"{_place(self._path, self._lines, location)}: {message}")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a date stays text: PyYAML refuses an impossible one, such as 1998-13-07, without its line."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 def _line_numbers(node: yaml.Node, path: str, location: Location = ()) -> dict[Location, int]:
@@ -101,7 +114,10 @@ def _override(values: dict[str, Any], override: str) -> None:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
             raise ConfigError(f"override '{override}': '{parent}' is not a group of keys")
-    values[leaf] = yaml.safe_load(value)
+    try:
+        values[leaf] = yaml.load(value, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override '{override}': the value is not valid YAML: {error}") from None
 
 
 def _place(path: str, lines: dict[Location, int], location: Location) -> str:

@@ -36,8 +36,8 @@ def attention_reference(
     index = jnp.arange(T)
     mask = visible(segments, segments, index, index)[:, None, None]
     scores = jnp.einsum("btkgd,bskd->bkgts", q.reshape(B, T, K, H // K, D), k) / D**0.5
-    weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
-    weights = jnp.where(mask, weights, 0)  # a row that sees nothing is NaN in the softmax
+    weights = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1)
+    weights = jnp.where(mask, weights, 0)  # a row that sees nothing sees everything in the softmax
     return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(q.shape)
 
 
@@ -53,6 +53,9 @@ def attention_blockwise(
     K = k.shape[2]
     block = min(block, T)
     segments = jax.tree.map(jnp.asarray, segments)
+    # Whatever padding holds, a weight of zero times NaN included, reaches neither an output nor a gradient.
+    real = (segments.example != PADDING)[..., None, None]
+    q, k, v = (jnp.where(real, x, 0) for x in (q, k, v))
     pad = -T % block
     if pad:
         widths = ((0, 0), (0, pad))
@@ -64,7 +67,7 @@ def attention_blockwise(
     k, v = (x.reshape(B * N, block, K, D).transpose(0, 2, 1, 3) for x in (k, v))
     out = _flash(q, k, v, segments, block)
     out = out.reshape(B, N, K, H // K, block, D).transpose(0, 1, 4, 2, 3, 5).reshape(B, N * block, H, D)
-    return out[:, :T]
+    return jnp.where(real, out[:, :T], 0)
 
 
 class Worklist(NamedTuple):

@@ -77,10 +77,7 @@ def build_examples(dataset: Dataset, task: Task, split: Split, seed: int = 0) ->
 
 
 def _period(dataset: Dataset, task: Task, split: Split) -> tuple[int, int]:
-    try:
-        validation, test = task.split.boundaries(dataset.event_time)
-    except ValueError as error:
-        raise task.error(str(error), "split") from None
+    validation, test = task.boundaries(dataset)
     infinity = np.iinfo(np.int64).max
     return {"train": (-infinity, validation), "validation": (validation, test), "test": (test, infinity)}[split]
 

@@ -68,13 +68,6 @@ class TimeSplit(Config):
     validation: Moment
     test: Moment
 
-    def boundaries(self, times: np.ndarray) -> tuple[int, int]:
-        """Microseconds since 1970 at which validation and test begin."""
-        start, end = (_moment(text, times) for text in (self.validation, self.test))
-        if start >= end:
-            raise ValueError(f"validation ({self.validation}) must begin before test ({self.test})")
-        return start, end
-
 
 class Task(Config):
     """A question to ask of a member and an item. See `configs/tasks/` for examples.
@@ -101,6 +94,16 @@ class Task(Config):
     def values(self) -> np.ndarray:
         """float64 [labels]."""
         return np.array([label.value for label in self.labels])
+
+    def boundaries(self, dataset: Dataset) -> tuple[int, int]:
+        """Microseconds since 1970 at which validation and test begin; ConfigError where they make no sense."""
+        try:
+            validation, test = (_moment(text, dataset.event_time) for text in (self.split.validation, self.split.test))
+            if validation >= test:
+                raise ValueError(f"validation ({self.split.validation}) must begin before test ({self.split.test})")
+        except ValueError as error:
+            raise self.error(str(error), "split") from None
+        return validation, test
 
     def check(self, card: Card, event_columns: list[str]) -> None:
         """Raises ConfigError (file, line, key) for anything the dataset does not have."""

@@ -22,7 +22,9 @@ class Tokenizer:
 
     def __init__(self, hf: PreTrainedTokenizerBase):
         self.hf = hf
-        self._special = re.compile("|".join(re.escape(token) for token in hf.all_special_tokens) or r"(?!)")
+        # `all_special_tokens` is not all of them: Llama's <|eot_id|>, for one, is only among the added tokens.
+        marks = sorted({*hf.all_special_tokens, *hf.get_added_vocab()}, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, marks)) or r"(?!)")
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:

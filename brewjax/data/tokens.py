@@ -104,7 +104,8 @@ def encode(prompt: Prompt, tokenizer: Tokenizer, layout: HistoryLayout) -> Encod
     labels = [tokenizer.word(word) for word in prompt.labels]
     texts = [prompt.center, *prompt.events, *(question.heading + question.text for question in prompt.questions)]
     ids = tokenizer.encode(texts)
-    ids[0] = tokenizer.bos + ids[0]
+    if ids[0][:1] != tokenizer.bos:  # a chat template may begin with it
+        ids[0] = tokenizer.bos + ids[0]
     split = 1 + len(prompt.events)
     empty = next((number for number, question in enumerate(ids[split:], 1) if not question), None)
     if empty is not None:

@@ -73,7 +73,7 @@ STYLES = {
         group="",
         event="{facts}\n",
         heading="?",
-        question="{facts}\n",
+        question=" {facts}\n",
         percentile="p{}",
         short=True,
     ),
@@ -189,7 +189,7 @@ class _Facts:
         tokenizer: Tokenizer,
     ):
         self._name, self._attributes, self._percentiles = name, attributes, percentiles
-        self._columns = {a.column: table[a.column].to_pylist() for a in attributes if not a.derive}
+        self._columns = {a.column: _values(table[a.column], a.kind) for a in attributes if not a.derive}
         self._clean: Callable[[str], str] = tokenizer.clean
         self.statistics: dict[str, ItemStatistic] = {}
 
@@ -205,22 +205,28 @@ class _Facts:
                 value = self._columns[attribute.column][row]
             if value is None or value == [] or (isinstance(value, float) and math.isnan(value)):
                 continue
-            facts.append(style.fact.format(name=attribute.name, value=self._value(attribute, value, moment, style)))
+            if said := self._value(attribute, value, moment, style):
+                facts.append(style.fact.format(name=attribute.name, value=said))
         return facts
 
     def _value(self, attribute: Attribute, value: Any, moment: int, style: Style) -> str:
         if attribute.kind == "number":
             if attribute.percentile:
                 return style.percentile.format(self._percentiles.of(self._name, attribute.column, value))
-            number = f"{value:.4g}" if isinstance(value, float) else str(value)
+            number = f"{value:.4g}" if isinstance(value, float) and abs(value) < 1_000 else f"{value:.0f}"
             return f"{number} {attribute.unit}".strip() if not style.short else number
         if attribute.kind == "date":
-            since = moment - int(np.datetime64(value, "us").astype(np.int64))
+            since = moment - value
             return _age_fact(since, style) if since >= 0 else f"in {_age_fact(-since, style)}"
         if attribute.kind == "list":
             return ("," if style.short else ", ").join(self._clean(str(entry)) for entry in value)
         text = self._clean(str(value))
         return " ".join(text.split(" ")[: attribute.max_words]) if attribute.max_words else text
+
+
+def _values(column: pa.ChunkedArray, kind: str) -> list[Any]:
+    """The values of a column; dates as microseconds since 1970."""
+    return (column.cast(pa.timestamp("us")).cast(pa.int64()) if kind == "date" else column).to_pylist()
 
 
 def _age_fact(microseconds: int, style: Style) -> str:

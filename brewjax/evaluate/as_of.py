@@ -45,6 +45,11 @@ class AsOf:
         known = ~np.isnan(values)
         return ratio(self.sum(np.where(known, values, 0), window), self.sum(known, window))
 
-    def at(self, values: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """`values` [events] of the events at these positions of a window."""
-        return values[self._order][positions]
+    def since(self, window: tuple[np.ndarray, np.ndarray], moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Days from the first and from the last event of each window to its moment; NaN where there is none."""
+        if not len(self._codes):
+            return (np.full(len(moments), np.nan),) * 2
+        start, end = window
+        times = self._times[self._codes % (len(self._times) + 1)]
+        first, last = (times[np.where(end > start, position, 0)] for position in (start, end - 1))
+        return tuple(np.where(end > start, (moments - time) / DAY, np.nan) for time in (first, last))

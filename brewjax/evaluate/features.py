@@ -55,98 +55,100 @@ class Questions:
         return cls(spread("member"), joined("items"), spread("cut"), joined("labels"))
 
 
+@dataclasses.dataclass(frozen=True)
+class Past:
+    """The events that features are computed from: all of the task's history and question actions.
+
+    Attributes:
+      member, item: int64 [events], rows of the tables.
+      time: int64 [events], microseconds since 1970.
+      action: str [events].
+      signals: what events say, by name, each float64 [events] and NaN where an event says nothing.
+    """
+
+    member: np.ndarray
+    item: np.ndarray
+    time: np.ndarray
+    action: np.ndarray
+    signals: dict[str, np.ndarray]
+
+    @classmethod
+    def of(cls, dataset: Dataset, task: Task) -> Past:
+        """With three kinds of signals: the numbers that events say; whether each label but the last was the answer;
+        and by how much those are above what the item had on average until then, so that a member who was shown good
+        items does not look generous."""
+        events = np.flatnonzero(np.isin(dataset.event_action, [*task.history.actions, *task.questions.actions]))
+        item, time = dataset.event_item[events].astype(np.int64), dataset.event_time[events]
+        numbers = [attribute for attribute in dataset.card.events.attributes if attribute.kind == "number"]
+        signals = {attribute.name: _floats(dataset.events[attribute.column])[events] for attribute in numbers}
+        if not task.questions.sampled_negatives:  # else every event has the same answer
+            rows, labels = _questions(dataset, task)
+            for index, word in enumerate(task.words[:-1]):
+                answer = np.full(len(dataset.events), np.nan)
+                answer[rows] = labels == index
+                signals[f"answer {word}"] = answer[events]
+        as_of = AsOf(item, time)
+        until_then = as_of.window(item, time)
+        above = {f"{name} above average": values - as_of.mean(values, until_then) for name, values in signals.items()}
+        member = dataset.event_member[events].astype(np.int64)
+        return cls(member, item, time, dataset.event_action[events], signals | above)
+
+
 def build_features(dataset: Dataset, task: Task, examples: Sequence[Example]) -> Features:
     """One row per question, in the order of the examples.
 
-    Of the member and of the item: how many events of each action, the mean and spread of what events say, when the
-    first and the last was. Of the two together: what the member did with items of the same category or list values.
-    And the attributes of both, as they are.
+    Of the member and of the item: how many events of each action, the mean and spread of every signal, when the first
+    and the last event was, and the attributes as they are. Of the two together: what the member did with items that
+    share a category or list value with this one, and what members of the same category did with this item.
     """
-    asked = Questions.of(examples)
+    asked, past = Questions.of(examples), Past.of(dataset, task)
     columns: dict[str, np.ndarray] = {}
     categorical: list[str] = []
-    events = np.flatnonzero(np.isin(dataset.event_action, [*task.history.actions, *task.questions.actions]))
-    numbers, answers = _numbers(dataset, events), _answers(dataset, task, events)
-    signals = numbers | answers
-    for name, keys, asked_keys in (
-        ("member", dataset.event_member, asked.member),
-        ("item", dataset.event_item, asked.item),
+    for side, table, attributes, past_keys, keys in (
+        ("member", dataset.members, dataset.card.members.attributes, past.member, asked.member),
+        ("item", dataset.items, dataset.card.items.attributes, past.item, asked.item),
     ):
-        columns |= _history(name, dataset, events, keys[events], asked_keys, asked.cut, numbers, answers)
-        table, attributes = getattr(dataset, f"{name}s"), getattr(dataset.card, f"{name}s").attributes
+        for column, values in _history(past, past_keys, keys, asked.cut).items():
+            columns[f"{side} {column}"] = values
         for attribute in attributes:
-            for column, values in _attribute(table, attribute, asked_keys, asked.cut).items():
-                columns[f"{name} {column}"] = values
+            for column, values in _attribute(table, attribute, keys, asked.cut).items():
+                columns[f"{side} {column}"] = values
                 if attribute.kind == "category":
-                    categorical.append(f"{name} {column}")
+                    categorical.append(f"{side} {column}")
     for attribute in dataset.card.items.attributes:
         if attribute.kind in ("category", "list"):
-            columns |= _affinity(dataset, attribute, events, asked, signals)
-    values = np.stack(list(columns.values()), axis=1).astype(np.float32)
-    return Features(list(columns), values, categorical)
+            columns |= _affinity(past, asked, dataset.items, attribute)
+    for attribute in dataset.card.members.attributes:
+        if attribute.kind == "category":
+            columns |= _among_alike(past, asked, dataset.members, attribute)
+    return Features(list(columns), np.stack(list(columns.values()), axis=1).astype(np.float32), categorical)
 
 
-def _numbers(dataset: Dataset, events: np.ndarray) -> dict[str, np.ndarray]:
-    """The numbers that events say, each float64 [events], NaN where an event says nothing."""
-    attributes = [attribute for attribute in dataset.card.events.attributes if attribute.kind == "number"]
-    return {attribute.name: _floats(dataset.events[attribute.column])[events] for attribute in attributes}
-
-
-def _answers(dataset: Dataset, task: Task, events: np.ndarray) -> dict[str, np.ndarray]:
-    """Whether each label but the last was the answer to an event, each float64 [events], NaN where it was not asked."""
-    if task.questions.sampled_negatives:  # then every event has the same answer
-        return {}
-    rows, labels = _questions(dataset, task)
-    answers = np.full((len(task.words) - 1, len(dataset.events)), np.nan)
-    for index in range(len(answers)):
-        answers[index, rows] = labels == index
-    return {f"answer {word}": answer[events] for word, answer in zip(task.words, answers, strict=False)}
-
-
-def _history(
-    name: str,
-    dataset: Dataset,
-    events: np.ndarray,
-    keys: np.ndarray,
-    asked_keys: np.ndarray,
-    cut: np.ndarray,
-    numbers: dict[str, np.ndarray],
-    answers: dict[str, np.ndarray],
-) -> dict[str, np.ndarray]:
+def _history(past: Past, past_keys: np.ndarray, keys: np.ndarray, cut: np.ndarray) -> dict[str, np.ndarray]:
     """Statistics of the events of a member, or of an item, before each cut."""
-    times = dataset.event_time[events]
-    as_of = AsOf(keys, times)
-    window = start, end = as_of.window(asked_keys, cut)
-    recent_start, _ = as_of.window(asked_keys, cut, RECENT_DAYS)
-    columns = {f"{name} events in {RECENT_DAYS} days": (end - recent_start).astype(float)}
-    for action in dataset.card.events.actions:
-        columns[f"{name} {action}"] = as_of.sum(dataset.event_action[events] == action, window)
-    for signal, values in (numbers | answers).items():
-        columns[f"{name} mean {signal}"] = as_of.mean(values, window)
-    for signal, values in numbers.items():
-        variance = as_of.mean(values**2, window) - columns[f"{name} mean {signal}"] ** 2
-        columns[f"{name} spread of {signal}"] = np.sqrt(np.maximum(variance, 0))
-    if len(events):
-        some = end > start
-        for which, position in (("first", start), ("last", end - 1)):
-            days = (cut - as_of.at(times, np.where(some, position, 0))) / DAY
-            columns[f"{name} days since {which} event"] = np.where(some, days, np.nan)
+    as_of = AsOf(past_keys, past.time)
+    window = as_of.window(keys, cut)
+    recent_start, recent_end = as_of.window(keys, cut, RECENT_DAYS)
+    columns = {f"events in {RECENT_DAYS} days": recent_end - recent_start}
+    for action in np.unique(past.action):
+        columns[f"{action} events"] = as_of.sum(past.action == action, window)
+    for name, values in past.signals.items():
+        mean = columns[f"mean {name}"] = as_of.mean(values, window)
+        columns[f"spread of {name}"] = np.sqrt(np.maximum(as_of.mean(values**2, window) - mean**2, 0))
+    for which, days in zip(("first", "last"), as_of.since(window, cut), strict=True):
+        columns[f"days since {which} event"] = days
     return columns
 
 
-def _affinity(
-    dataset: Dataset, attribute: Attribute, events: np.ndarray, asked: Questions, signals: dict[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """The member's past with the values of an item's category or list: per value its share of the member's events and
-    the mean of every signal, then the mean over the values that the item in question has."""
-    of_item, names = _values(dataset.items, attribute)
-    event, value = of_item.expand(dataset.event_item[events])
-    times = dataset.event_time[events]
-    pairs = AsOf(dataset.event_member[events][event].astype(np.int64) * len(names) + value, times[event])
+def _affinity(past: Past, asked: Questions, items: pa.Table, attribute: Attribute) -> dict[str, np.ndarray]:
+    """The member's past with the values of an item's category or list: for each value its share of the member's events
+    and the mean of every signal, then the mean over the values that the item in question has."""
+    of_item, names = _values(items, attribute)
+    event, value = of_item.expand(past.item)
+    pairs = AsOf(past.member[event] * len(names) + value, past.time[event])
     row, asked_value = of_item.expand(asked.item)
     window = start, end = pairs.window(asked.member[row] * len(names) + asked_value, asked.cut[row])
-    members = AsOf(dataset.event_member[events], times)
-    member_start, member_end = members.window(asked.member, asked.cut)
+    member_start, member_end = AsOf(past.member, past.time).window(asked.member, asked.cut)
 
     def over_values(pair_values: np.ndarray) -> np.ndarray:
         known = ~np.isnan(pair_values)
@@ -154,9 +156,30 @@ def _affinity(
         return ratio(sums, np.bincount(row, known, len(asked.item)))
 
     share = ratio(end - start, (member_end - member_start)[row])
-    columns = {f"share of {attribute.name}": over_values(share)}
-    for signal, values in signals.items():
-        columns[f"mean {signal} with {attribute.name}"] = over_values(pairs.mean(values[event], window))
+    columns = {f"member's share of {attribute.name}": over_values(share)}
+    for name, values in past.signals.items():
+        columns[f"member's mean {name} by {attribute.name}"] = over_values(pairs.mean(values[event], window))
+    return columns
+
+
+def _among_alike(past: Past, asked: Questions, members: pa.Table, attribute: Attribute) -> dict[str, np.ndarray]:
+    """The item's past with the members that share the member's category: its share of their events, and the mean of
+    every signal."""
+    of_member, names = _values(members, attribute)
+    event, value = of_member.expand(past.member)
+    pairs = AsOf(past.item[event] * len(names) + value, past.time[event])
+    row, asked_value = of_member.expand(asked.member)
+    window = start, end = pairs.window(asked.item[row] * len(names) + asked_value, asked.cut[row])
+    alike_start, alike_end = AsOf(value, past.time[event]).window(asked_value, asked.cut[row])
+
+    def spread_out(row_values: np.ndarray) -> np.ndarray:
+        column = np.full(len(asked.item), np.nan)
+        column[row] = row_values
+        return column
+
+    columns = {f"item's share among the same {attribute.name}": spread_out(ratio(end - start, alike_end - alike_start))}
+    for name, values in past.signals.items():
+        columns[f"item's mean {name} among the same {attribute.name}"] = spread_out(pairs.mean(values[event], window))
     return columns
 
 

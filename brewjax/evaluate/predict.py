@@ -1,0 +1,40 @@
+"""A model's predictions on a task: examples said, scored and laid out as the baselines' are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+from rich.progress import track
+
+from brewjax.data.dataset import Dataset
+from brewjax.data.examples import Example, build_examples
+from brewjax.data.task import Split, Task
+from brewjax.data.tokens import encode
+from brewjax.evaluate.predictions import from_examples
+from brewjax.scoring.bundle import Bundle
+
+
+def sample_examples(
+    dataset: Dataset, task: Task, split: Split, at_most: int | None = None, seed: int = 0
+) -> list[Example]:
+    """The examples of a split, or a random `at_most` of them in their order."""
+    examples = list(build_examples(dataset, task, split, seed))
+    if at_most is None or len(examples) <= at_most:
+        return examples
+    chosen = np.random.default_rng(seed).choice(len(examples), at_most, replace=False)
+    return [examples[index] for index in np.sort(chosen)]
+
+
+def predict(bundle: Bundle, dataset: Dataset, task: Task, examples: Sequence[Example]) -> pa.Table:
+    """Predictions for every question of `examples`, in their order."""
+    verbalizer = bundle.verbalizer(dataset, task)
+    style = bundle.prompts.score_style
+    prompts = [
+        encode(verbalizer.prompt(task, example, style), bundle.tokenizer, bundle.prompts.layout)
+        for example in track(examples, f"{task.name}: say", transient=True)
+    ]
+    scorer = bundle.scorer(prompts)
+    probabilities = scorer.score_encoded(prompts)
+    return from_examples(examples, np.concatenate(probabilities))

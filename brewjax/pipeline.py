@@ -1,0 +1,269 @@
+"""A recipe run stage by stage: prepare, train, evaluate, baselines, report. What is done is not done again."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from glob import glob
+from pathlib import Path
+
+import numpy as np
+import pydantic
+from rich.console import Console
+from rich.progress import track
+
+from brewjax.config import Config, ConfigError
+from brewjax.data.dataset import CARD, Dataset
+from brewjax.data.loader import write_shards
+from brewjax.data.numbers import Percentiles
+from brewjax.data.task import Task
+from brewjax.data.tokenizer import Tokenizer
+from brewjax.data.tokens import EncodedPrompt, encode
+from brewjax.data.verbalize import Verbalizer
+from brewjax.evaluate.predict import sample_examples
+from brewjax.model.decoder import ModelConfig
+from brewjax.scoring.bundle import Bundle, PercentileScale, PromptConfig
+from brewjax.train.loop import TrainConfig, train
+from brewjax.train.objectives import supervised
+
+TOKENIZER_EXAMPLES = 400  # prompts of each task that a tokenizer is trained on
+
+
+class TokenizerConfig(Config):
+    """A tokenizer trained on the prompts, of `vocab_size` tokens, or the one in the folder `path`."""
+
+    vocab_size: int | None = pydantic.Field(default=None, gt=300)
+    path: str | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _one_of(self) -> TokenizerConfig:
+        if (self.vocab_size is None) == (self.path is None):
+            raise ValueError("give either 'vocab_size' or 'path'")
+        return self
+
+
+class PrepareConfig(Config):
+    """Training data.
+
+    Attributes:
+      passes: how often every example is said, each time in a style drawn anew.
+      max_examples: of each task and pass; a random choice where there are more.
+    """
+
+    passes: int = pydantic.Field(default=1, gt=0)
+    max_examples: int | None = pydantic.Field(default=None, gt=0)
+    seed: int = 0
+
+
+class EvaluateConfig(Config):
+    """Evaluation on the test period.
+
+    Attributes:
+      max_examples: of each task; a random choice where there are more, the same for model and baselines.
+      bootstrap: resamples of members behind each interval.
+      baseline_settings: hyperparameter settings that LightGBM chooses from on the validation period.
+    """
+
+    max_examples: int | None = pydantic.Field(default=None, gt=0)
+    bootstrap: int = pydantic.Field(default=200, gt=0)
+    baseline_settings: int = pydantic.Field(default=8, gt=0)
+
+
+class Recipe(Config):
+    """What `brewjax run` runs. Paths are relative to the current directory."""
+
+    name: str
+    dataset: str
+    tasks: tuple[str, ...]
+    model: str
+    tokenizer: TokenizerConfig
+    prompts: PromptConfig = PromptConfig()
+    prepare: PrepareConfig = PrepareConfig()
+    train: TrainConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A recipe and the folder of its outputs; what several stages need is read once."""
+
+    recipe: Recipe
+    folder: Path
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        return Dataset.load(self.recipe.dataset)
+
+    @cached_property
+    def tasks(self) -> list[Task]:
+        """The recipe's tasks, checked against the dataset; all must split time alike, or one would leak into another."""
+        paths = [path for pattern in self.recipe.tasks for path in sorted(glob(pattern)) or [pattern]]
+        tasks = load_tasks(paths, self.dataset)
+        for task in tasks[1:]:
+            if task.boundaries(self.dataset) != tasks[0].boundaries(self.dataset):
+                raise task.error(f"not the split of task '{tasks[0].name}'; tasks trained together share one", "split")
+        return tasks
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.load(self.folder / "prepare" / "tokenizer")
+
+    @property
+    def model(self) -> ModelConfig:
+        """The model's config, with the tokenizer's vocabulary where it names none."""
+        config = ModelConfig.load(self.recipe.model)
+        size = self.tokenizer.vocab_size
+        if not config.vocab_size:
+            return config.model_copy(update={"vocab_size": size})
+        if config.vocab_size < size:
+            raise config.error(f"{config.vocab_size} is too small for the tokenizer's {size} tokens", "vocab_size")
+        return config
+
+
+def load_tasks(paths: list[str], dataset: Dataset) -> list[Task]:
+    """Task files, each checked against the dataset; ConfigError names file and line."""
+    tasks = [Task.load(path) for path in paths]
+    columns = [name for name in dataset.events.column_names if name != dataset.card.events.action]
+    for task in tasks:
+        task.check(dataset.card, columns)
+    names = [task.name for task in tasks]
+    for task in tasks:
+        if names.count(task.name) > 1:
+            raise task.error(f"two tasks are named '{task.name}'", "name")
+    return tasks
+
+
+def prepare(run: Run, folder: Path) -> None:
+    """Tokenizer, percentiles and training shards."""
+    until = run.tasks[0].boundaries(run.dataset)[0]
+    percentiles = Percentiles.fit(run.dataset, until)
+    PercentileScale(dataset=run.dataset.card.name, quantiles=percentiles.quantiles).save(folder / "percentiles.yaml")
+    config = run.recipe.tokenizer
+    tokenizer = Tokenizer.load(config.path) if config.path else _train_tokenizer(run, percentiles, config.vocab_size)
+    for task in run.tasks:
+        for index, word in enumerate(task.words):
+            try:
+                tokenizer.word(word)
+            except ValueError as error:
+                raise task.error(str(error), "labels", index, "word") from None
+    tokenizer.save(folder / "tokenizer")
+    verbalizer = Verbalizer(run.dataset, percentiles, tokenizer, run.recipe.prompts.max_tokens)
+    examples = _training_examples(run, verbalizer, tokenizer)
+    counts = write_shards(folder / "shards", examples, run.recipe.train.row_tokens)
+    (folder / "counts.json").write_text(json.dumps(counts))
+    Console().print(f"{counts['records']:,} examples, {counts['questions']:,} questions, {counts['tokens']:,} tokens")
+
+
+def _train_tokenizer(run: Run, percentiles: Percentiles, vocab_size: int | None) -> Tokenizer:
+    """Trained on prompts of the training period, which a tokenizer of single bytes says first."""
+    words = sorted({word for task in run.tasks for word in task.words})
+    of_bytes = Tokenizer.train([], words, 0)
+    verbalizer = Verbalizer(run.dataset, percentiles, of_bytes, max_tokens=1_000_000)
+    rng = np.random.default_rng(run.recipe.prepare.seed)
+    texts = [
+        verbalizer.prompt(task, example, _draw_style(run, rng)).render()
+        for task in run.tasks
+        for example in sample_examples(run.dataset, task, "train", TOKENIZER_EXAMPLES)
+    ]
+    return Tokenizer.train(texts, words, vocab_size)
+
+
+def _training_examples(
+    run: Run, verbalizer: Verbalizer, tokenizer: Tokenizer
+) -> Iterator[tuple[EncodedPrompt, dict[str, object]]]:
+    config = run.recipe.prepare
+    rng = np.random.default_rng(config.seed)
+    for number in range(config.passes):
+        for task in run.tasks:
+            examples = sample_examples(run.dataset, task, "train", config.max_examples, config.seed + number)
+            for example in track(examples, f"prepare {task.name}", transient=True):
+                style = _draw_style(run, rng)
+                prompt = verbalizer.prompt(task, example, style)
+                member = run.dataset.members[run.dataset.card.members.id][example.member].as_py()
+                note = {"task": task.name, "member": member, "cut": example.cut, "style": style}
+                yield encode(prompt, tokenizer, run.recipe.prompts.layout), note
+
+
+def _draw_style(run: Run, rng: np.random.Generator) -> str:
+    names, weights = zip(*run.recipe.prompts.styles.items(), strict=True)
+    return names[rng.choice(len(names), p=np.array(weights) / sum(weights))]
+
+
+def train_stage(run: Run, folder: Path) -> None:
+    """Supervised fine-tuning; leaves the model in `model/`."""
+    prepared = run.folder / "prepare"
+    params = train(run.model, run.recipe.train, prepared / "shards", folder, supervised)
+    scale = PercentileScale.load(prepared / "percentiles.yaml")
+    Bundle(run.model, params, run.tokenizer, run.recipe.prompts, scale).save(run.folder / "model")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A step of a recipe.
+
+    Attributes:
+      sections: the parts of the recipe that it depends on, beside the stages before it.
+      keep: what it leaves is too dear to be replaced unasked when its inputs change.
+    """
+
+    run: Callable[[Run, Path], None]
+    sections: tuple[str, ...]
+    keep: bool = False
+
+
+def run_recipe(recipe: Recipe, folder: Path, stages: dict[str, Stage]) -> None:
+    """Runs the stages in order into `folder/<stage>`; what is done with the same inputs is skipped.
+
+    A stage that was killed goes on (train) or starts over. Raises ConfigError instead of mixing outputs: a training
+    run made with other settings is never continued or overwritten.
+    """
+    run, console = Run(recipe, folder), Console()
+    fingerprint = _hash_dataset(Path(recipe.dataset))
+    for name, stage in stages.items():
+        settings = {section: recipe.model_dump(mode="json")[section] for section in stage.sections}
+        contents = [Path(path).read_text() for path in _config_files(recipe)]
+        fingerprint = hashlib.sha256(json.dumps([fingerprint, settings, contents]).encode()).hexdigest()
+        output, record = folder / name, folder / name / "stage.json"
+        before = json.loads(record.read_text()) if record.exists() else {}
+        same = before.get("fingerprint") == fingerprint
+        if same and "seconds" in before:
+            console.print(f"[bold]{name}[/]: done before, in {before['seconds']:.0f} s")
+            continue
+        if before and not same and stage.keep:
+            raise ConfigError(
+                f"{output}: made from other data or settings, so it is neither continued nor replaced; "
+                "give another --out, or delete that folder"
+            )
+        if output.exists() and not (same and stage.keep):
+            shutil.rmtree(output)
+        output.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps({"fingerprint": fingerprint}))
+        console.print(f"[bold]{name}[/]")
+        began = time.perf_counter()
+        stage.run(run, output)
+        seconds = before.get("seconds", 0) + time.perf_counter() - began
+        record.write_text(json.dumps({"fingerprint": fingerprint, "seconds": seconds}))
+        console.print(f"[bold]{name}[/]: {seconds:.0f} s")
+
+
+def _config_files(recipe: Recipe) -> list[str]:
+    return [recipe.model, *(path for pattern in recipe.tasks for path in sorted(glob(pattern)))]
+
+
+def _hash_dataset(folder: Path) -> str:
+    """The card's text and the tables' sizes and times of change: cheap, and different whenever the data are."""
+    if not (folder / CARD).is_file():
+        raise ConfigError(f"{folder}: no {CARD} there; fetch a dataset with `brewjax data fetch` or make one")
+    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.rglob("*.parquet"))]
+    return hashlib.sha256(json.dumps([(folder / CARD).read_text(), stats]).encode()).hexdigest()
+
+
+STAGES = {
+    "prepare": Stage(prepare, ("dataset", "tasks", "tokenizer", "prompts", "prepare", "train")),
+    "train": Stage(train_stage, ("model", "train"), keep=True),
+}

@@ -1,0 +1,100 @@
+"""A model as a folder that scores: weights, tokenizer, and how prompts were said when it was trained."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import pydantic
+
+from brewjax.config import Config
+from brewjax.data.dataset import Dataset
+from brewjax.data.numbers import Percentiles
+from brewjax.data.task import Task
+from brewjax.data.tokenizer import Tokenizer
+from brewjax.data.tokens import EncodedPrompt, HistoryLayout
+from brewjax.data.verbalize import STYLES, Verbalizer
+from brewjax.model.decoder import ModelConfig
+from brewjax.model.params import Params, load_model, save_model
+from brewjax.model.sharding import MeshConfig
+from brewjax.scoring.buckets import choose_buckets
+from brewjax.scoring.scorer import Scorer
+
+TOKENIZER, PROMPTS, PERCENTILES = "tokenizer", "prompts.yaml", "percentiles.yaml"
+
+
+class PromptConfig(Config):
+    """How prompts are said and cut.
+
+    Attributes:
+      styles: the styles that training draws from, with their weights.
+      score_style: the one that evaluation and serving use.
+      max_tokens: budget for the center, the history and one question; the oldest events go first.
+      layout: dense, or star: events do not see each other.
+    """
+
+    styles: dict[str, float] = {"compact": 1.0}
+    score_style: str = "compact"
+    max_tokens: int = pydantic.Field(default=1024, gt=0)
+    layout: HistoryLayout = "dense"
+
+    @pydantic.model_validator(mode="after")
+    def _known_styles(self) -> PromptConfig:
+        for style in [*self.styles, self.score_style]:
+            if style not in STYLES:
+                raise ValueError(f"no style '{style}'; styles: {', '.join(STYLES)}")
+        if not self.styles or min(self.styles.values()) <= 0:
+            raise ValueError("styles: give at least one style, each with a weight above 0")
+        return self
+
+
+class PercentileScale(Config):
+    """`Percentiles` and the dataset they were fitted on."""
+
+    dataset: str
+    quantiles: dict[str, list[float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """What `brewjax run` leaves in `model/`, and what evaluation, `brewjax score` and serving start from."""
+
+    model: ModelConfig
+    params: Params
+    tokenizer: Tokenizer
+    prompts: PromptConfig
+    scale: PercentileScale
+
+    def save(self, folder: Path) -> None:
+        """Writes the folder; weights last, so that a folder with weights is complete."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save(folder / TOKENIZER)
+        self.prompts.save(folder / PROMPTS)
+        self.scale.save(folder / PERCENTILES)
+        save_model(folder, self.model, self.params)
+
+    @classmethod
+    def load(cls, folder: Path, mesh: MeshConfig | None = None) -> Bundle:
+        """Reads a folder; ValueError names what is missing."""
+        model, params = load_model(folder, (mesh or MeshConfig()).build())
+        return cls(
+            model,
+            params,
+            Tokenizer.load(folder / TOKENIZER),
+            PromptConfig.load(folder / PROMPTS),
+            PercentileScale.load(folder / PERCENTILES),
+        )
+
+    def verbalizer(self, dataset: Dataset, task: Task) -> Verbalizer:
+        """Says examples of `dataset` as in training; on another dataset percentiles are fitted before `task`'s split."""
+        if dataset.card.name == self.scale.dataset:
+            percentiles = Percentiles(self.scale.quantiles)
+        else:
+            percentiles = Percentiles.fit(dataset, task.boundaries(dataset)[0])
+        return Verbalizer(dataset, percentiles, self.tokenizer, self.prompts.max_tokens)
+
+    def scorer(self, prompts: Sequence[EncodedPrompt]) -> Scorer:
+        """A scorer with shapes chosen for prompts like these."""
+        buckets = choose_buckets([len(prompt) for prompt in prompts])
+        return Scorer(self.model, self.params, self.tokenizer, self.prompts.layout, buckets)

@@ -1,0 +1,167 @@
+"""The one training loop: batches in, checkpoints and metrics out, resumable at any step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pydantic
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float
+from orbax.checkpoint import v1 as ocp
+
+from brewjax.config import Config
+from brewjax.data.loader import NO_TARGET, TokenBatch, describe_sources, load_batches
+from brewjax.model.decoder import Decoder, ModelConfig
+from brewjax.model.params import Params, abstract_params, bind, init_params
+from brewjax.model.sharding import MeshConfig
+from brewjax.train.metrics import MetricsWriter
+from brewjax.train.optimizer import OptimizerConfig
+
+Objective = Callable[[Decoder, TokenBatch], tuple[Float[Array, ""], Float[Array, ""]]]
+State = dict[str, Any]
+KEEP = ocp.training.preservation_policies.LatestN
+
+
+class TrainConfig(Config):
+    """One training run.
+
+    Attributes:
+      rows: packed rows in a step, over all devices and accumulation.
+      row_tokens: tokens in a row.
+      accumulate: a step's rows are taken in this many parts, one after the other, to save memory.
+      checkpoint_every: steps between checkpoints; the newest `keep` stay.
+    """
+
+    steps: int = pydantic.Field(gt=0)
+    rows: int = pydantic.Field(gt=0)
+    row_tokens: int = pydantic.Field(gt=0)
+    accumulate: int = pydantic.Field(default=1, gt=0)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    seed: int = 0
+    checkpoint_every: int = pydantic.Field(default=100, gt=0)
+    keep: int = pydantic.Field(default=2, gt=0)
+    mesh: MeshConfig = MeshConfig()
+
+    @pydantic.model_validator(mode="after")
+    def _parts_divide(self) -> TrainConfig:
+        if self.rows % self.accumulate:
+            raise ValueError(f"rows ({self.rows}) must be a multiple of accumulate ({self.accumulate})")
+        return self
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient became NaN or infinite."""
+
+
+def train(model: ModelConfig, config: TrainConfig, shards: Path, folder: Path, objective: Objective) -> Params:
+    """Trains from the newest checkpoint in `folder`, or from the start, to the last step; returns the parameters.
+
+    Writes `folder/checkpoints`, `folder/metrics.jsonl` and `folder/tensorboard`. A run that is killed and started
+    again with the same arguments has the losses of one that was not, to the bit. Raises NonFiniteError with the
+    step and the examples of its batch; the checkpoint before it stays the newest, the batch is saved beside it.
+    """
+    mesh = config.mesh.build()
+    batches = iter(load_batches(shards, config.rows, config.row_tokens, config.seed))
+    checkpointer = ocp.training.Checkpointer(
+        (folder / "checkpoints").absolute(), preservation_policy=KEEP(config.keep), cleanup_tmp_directories=True
+    )
+    with jax.set_mesh(mesh), checkpointer:
+        state = _restore_or_init(checkpointer, model, config, mesh, batches)
+        step = jax.jit(_step(model, config, objective), donate_argnums=0)
+        start = int(state["step"])
+        with MetricsWriter(folder, start, config.steps) as writer:
+            pending = None  # the step whose metrics are still being computed while the next one is dispatched
+            for number in range(start + 1, config.steps + 1):
+                batch = next(batches)
+                began = time.perf_counter()
+                state, metrics = step(state, _place(batch, config, mesh))
+                if pending:
+                    _record(writer, folder, shards, *pending)
+                pending = (number, batch, metrics, began)
+                if number % config.checkpoint_every == 0 or number == config.steps:
+                    _record(writer, folder, shards, *pending)  # refuses to save what a NaN has spoilt
+                    pending = None
+                    checkpointer.wait()
+                    checkpointer.save_checkpointables_async(number, {"state": state, "data": batches}, force=True)
+        checkpointer.wait()
+    return state["params"]
+
+
+def _step(
+    model: ModelConfig, config: TrainConfig, objective: Objective
+) -> Callable[[State, TokenBatch], tuple[State, dict[str, Array]]]:
+    optimizer, rate = config.optimizer.build(config.steps), config.optimizer.rate(config.steps)
+
+    def loss_sum(params: Params, part: TokenBatch) -> tuple[Array, Array]:
+        return objective(bind(model, params), part)
+
+    def step(state: State, parts: TokenBatch) -> tuple[State, dict[str, Array]]:
+        def accumulate(sums: tuple, part: TokenBatch) -> tuple[tuple, None]:
+            (loss, count), grads = jax.value_and_grad(loss_sum, has_aux=True)(state["params"], part)
+            return jax.tree.map(jnp.add, sums, (loss, count, grads)), None
+
+        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), state["params"])
+        start = (jnp.zeros(()), jnp.zeros(()), zeros)
+        (loss, count, grads), _ = jax.lax.scan(accumulate, start, parts)
+        # Divided once, by the targets of all parts: accumulation and uneven rows change nothing.
+        grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1), grads)
+        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+        metrics = {
+            "loss": loss / jnp.maximum(count, 1),
+            "targets": count,
+            "grad_norm": optax.global_norm(grads),
+            "learning_rate": rate(state["step"]),
+        }
+        params = optax.apply_updates(state["params"], updates)
+        return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
+
+    return step
+
+
+def _restore_or_init(
+    checkpointer: ocp.training.Checkpointer, model: ModelConfig, config: TrainConfig, mesh: Mesh, batches: Any
+) -> State:
+    optimizer = config.optimizer.build(config.steps)
+
+    def init(params: Params) -> State:
+        return {"params": params, "opt_state": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
+
+    if checkpointer.latest is None:
+        return jax.jit(init, donate_argnums=0)(init_params(model, mesh, config.seed))
+    abstract = jax.eval_shape(init, abstract_params(model, mesh))
+    restored = checkpointer.load_checkpointables(None, {"state": abstract, "data": batches})
+    return restored["state"]
+
+
+def _place(batch: TokenBatch, config: TrainConfig, mesh: Mesh) -> TokenBatch:
+    """The batch in its parts, [accumulate, rows, tokens], each over the devices that share the batch."""
+    sharding = NamedSharding(mesh, jax.P(None, ("data", "fsdp"), None))
+
+    def place(x: np.ndarray) -> jax.Array:
+        return jax.make_array_from_process_local_data(sharding, x.reshape(config.accumulate, -1, x.shape[-1]))
+
+    return jax.tree.map(place, batch)
+
+
+def _record(
+    writer: MetricsWriter, folder: Path, shards: Path, step: int, batch: TokenBatch, metrics: dict, began: float
+) -> None:
+    row = {name: float(value) for name, value in metrics.items()}
+    if not np.isfinite([row["loss"], row["grad_norm"]]).all():
+        saved = folder / f"bad_batch_step_{step}.npz"
+        np.savez(saved, **batch._asdict() | batch.segments._asdict())
+        sources = "\n  ".join(describe_sources(shards, batch))
+        raise NonFiniteError(
+            f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}. Its batch is in {saved}, "
+            f"its {np.sum(batch.targets != NO_TARGET)} targets come from:\n  {sources}\n"
+            "The last checkpoint is from before it; lower the learning rate or look at these examples."
+        )
+    tokens = int(np.sum(batch.segments.example > 0))
+    writer.write(step, row | {"tokens": tokens, "tokens_per_second": tokens / (time.perf_counter() - began)})

@@ -1,0 +1,65 @@
+"""Where a run's numbers go: a JSON-lines file, TensorBoard, and a progress bar."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+METRICS = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Writes one row a step. Opened after a restart, it drops what was written after the step resumed from."""
+
+    def __init__(self, folder: Path, resumed_step: int, steps: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / METRICS
+        kept = [row for row in read_metrics(path) if row["step"] <= resumed_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        temporary.replace(path)
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed in __exit__)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
+        self._console = Console()
+        self._progress = Progress(
+            TextColumn("train"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:,.0f} tokens/s"),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._bar = self._progress.add_task("train", total=steps, completed=resumed_step, loss=float("nan"), speed=0.0)
+        self._steps = steps
+
+    def __enter__(self) -> MetricsWriter:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+        self._file.close()
+        self._board.close()
+
+    def write(self, step: int, row: dict[str, float]) -> None:
+        """Records the metrics of one step; `loss` and `tokens_per_second` are also shown."""
+        self._file.write(json.dumps({"step": step, **row}) + "\n")
+        for name, value in row.items():
+            self._board.add_scalar(f"train/{name}", value, step)
+        self._progress.update(self._bar, completed=step, loss=row["loss"], speed=row["tokens_per_second"])
+        if not self._console.is_terminal and step % max(1, self._steps // 10) == 0:
+            self._console.print(
+                f"step {step}/{self._steps}  loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s"
+            )
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics file, in order; a last line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1]]

@@ -1,0 +1,50 @@
+"""The optimiser: AdamW behind gradient clipping, on a warmed-up schedule."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import optax
+import pydantic
+
+from brewjax.config import Config
+
+
+class OptimizerConfig(Config):
+    """AdamW (Loshchilov and Hutter 2019).
+
+    Attributes:
+      warmup: steps over which the rate rises from zero to `learning_rate`.
+      schedule: what happens then, until the last step: a cosine or a straight line down to a tenth, or nothing.
+      weight_decay: on matrices only, not on norms.
+      clip: the largest global norm of the gradient.
+    """
+
+    learning_rate: float = pydantic.Field(default=1e-3, gt=0)
+    warmup: int = pydantic.Field(default=100, ge=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: float = pydantic.Field(default=0.1, ge=0)
+    b1: float = 0.9
+    b2: float = 0.95
+    clip: float = pydantic.Field(default=1.0, gt=0)
+
+    def rate(self, steps: int) -> optax.Schedule:
+        """Learning rate by step."""
+        rest = max(1, steps - self.warmup)
+        after = {
+            "cosine": optax.cosine_decay_schedule(self.learning_rate, rest, alpha=0.1),
+            "linear": optax.linear_schedule(self.learning_rate, self.learning_rate / 10, rest),
+            "constant": optax.constant_schedule(self.learning_rate),
+        }[self.schedule]
+        return optax.join_schedules([optax.linear_schedule(0, self.learning_rate, self.warmup), after], [self.warmup])
+
+    def build(self, steps: int) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.clip_by_global_norm(self.clip),
+            optax.adamw(self.rate(steps), self.b1, self.b2, weight_decay=self.weight_decay, mask=_matrices),
+        )
+
+
+def _matrices(params: optax.Params) -> optax.Params:
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)

@@ -1,0 +1,56 @@
+"""Rows of packed examples for tests: built from the lengths of their pieces, or drawn by Hypothesis."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from hypothesis import strategies as st
+
+from pallas_kernels.segments import ALL, PADDING, QUESTIONS, SELF, Segments
+
+
+class Example(NamedTuple):
+    """Lengths of the pieces of one example, and how much padding follows it."""
+
+    center: int
+    events: Sequence[int] = ()
+    questions: Sequence[int] = ()
+    star: bool = False
+    padding: int = 0
+
+
+def pack(examples: Iterable[Example], length: int) -> Segments:
+    """int32 [length]: the examples one after the other, cut off where the row ends, padded where they do."""
+    tokens = []
+    for number, one in enumerate(examples, 1):
+        pieces = [(one.center, ALL)]
+        pieces += [(event, QUESTIONS if one.star else ALL) for event in one.events]
+        pieces += [(question, SELF) for question in one.questions]
+        for segment, (size, reach) in enumerate(pieces):
+            tokens += [(number, segment, reach)] * size
+        tokens += [(PADDING, 0, 0)] * one.padding
+    tokens += [(PADDING, 0, 0)] * length
+    return Segments(*np.array(tokens[:length], np.int32).T)
+
+
+def stack(rows: Iterable[Segments]) -> Segments:
+    """[B, T] of rows of one length."""
+    return Segments(*map(np.stack, zip(*rows, strict=True)))
+
+
+# Pieces of a few tokens, of exactly a block of 16 or 32, one more and one less, and longer than a block.
+pieces = st.integers(1, 9) | st.sampled_from([15, 16, 17, 32, 40])
+some_pieces = st.lists(pieces, max_size=6)
+examples = st.builds(Example, pieces, some_pieces, some_pieces, st.booleans(), st.just(0) | st.integers(1, 40))
+
+
+def rows(length: int) -> st.SearchStrategy[Segments]:
+    """One row [length] of any number of examples; none of them is a row of padding."""
+    return st.lists(examples, max_size=6).map(lambda drawn: pack(drawn, length))
+
+
+def batches(count: int, length: int) -> st.SearchStrategy[Segments]:
+    """`count` rows [count, length]."""
+    return st.lists(rows(length), min_size=count, max_size=count).map(stack)
