@@ -38,6 +38,10 @@ class Config(pydantic.BaseModel):
                     raise PydanticCustomError("unknown_key", "unknown key '{key}'; {hint}", {"key": key, "hint": hint})
         return values
 
+    def __eq__(self, other: object) -> bool:
+        """By value, whichever file it was read from."""
+        return type(self) is type(other) and dict(self) == dict(other)
+
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Self:
         """Reads a YAML file and applies overrides such as `train.steps=100` (the value is YAML too).
@@ -81,7 +85,7 @@ class Config(pydantic.BaseModel):
 class _Loader(yaml.SafeLoader):
     """YAML in which a date stays text: PyYAML refuses an impossible one, such as 1998-13-07, without its line."""
 
-    yaml_implicit_resolvers = {  # noqa: RUF012
+    yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }

@@ -21,7 +21,7 @@ from brewjax.config import Config, ConfigError
 from brewjax.data.dataset import CARD, Dataset
 from brewjax.data.loader import write_shards
 from brewjax.data.numbers import Percentiles
-from brewjax.data.task import Task
+from brewjax.data.task import Task, load_tasks
 from brewjax.data.tokenizer import Tokenizer
 from brewjax.data.tokens import EncodedPrompt, encode
 from brewjax.data.verbalize import Verbalizer
@@ -101,7 +101,7 @@ class Run:
 
     @cached_property
     def tasks(self) -> list[Task]:
-        """The recipe's tasks, checked against the dataset; all must split time alike, or one would leak into another."""
+        """The recipe's tasks, checked; all must split time alike, or one's test would be another's training."""
         paths = [path for pattern in self.recipe.tasks for path in sorted(glob(pattern)) or [pattern]]
         tasks = load_tasks(paths, self.dataset)
         for task in tasks[1:]:
@@ -125,26 +125,13 @@ class Run:
         return config
 
 
-def load_tasks(paths: list[str], dataset: Dataset) -> list[Task]:
-    """Task files, each checked against the dataset; ConfigError names file and line."""
-    tasks = [Task.load(path) for path in paths]
-    columns = [name for name in dataset.events.column_names if name != dataset.card.events.action]
-    for task in tasks:
-        task.check(dataset.card, columns)
-    names = [task.name for task in tasks]
-    for task in tasks:
-        if names.count(task.name) > 1:
-            raise task.error(f"two tasks are named '{task.name}'", "name")
-    return tasks
-
-
 def prepare(run: Run, folder: Path) -> None:
     """Tokenizer, percentiles and training shards."""
     until = run.tasks[0].boundaries(run.dataset)[0]
     percentiles = Percentiles.fit(run.dataset, until)
     PercentileScale(dataset=run.dataset.card.name, quantiles=percentiles.quantiles).save(folder / "percentiles.yaml")
     config = run.recipe.tokenizer
-    tokenizer = Tokenizer.load(config.path) if config.path else _train_tokenizer(run, percentiles, config.vocab_size)
+    tokenizer = Tokenizer.load(config.path) if config.path else _train_tokenizer(run, percentiles)
     for task in run.tasks:
         for index, word in enumerate(task.words):
             try:
@@ -159,10 +146,10 @@ def prepare(run: Run, folder: Path) -> None:
     Console().print(f"{counts['records']:,} examples, {counts['questions']:,} questions, {counts['tokens']:,} tokens")
 
 
-def _train_tokenizer(run: Run, percentiles: Percentiles, vocab_size: int | None) -> Tokenizer:
+def _train_tokenizer(run: Run, percentiles: Percentiles) -> Tokenizer:
     """Trained on prompts of the training period, which a tokenizer of single bytes says first."""
     words = sorted({word for task in run.tasks for word in task.words})
-    of_bytes = Tokenizer.train([], words, 0)
+    of_bytes = Tokenizer.of_bytes()
     verbalizer = Verbalizer(run.dataset, percentiles, of_bytes, max_tokens=1_000_000)
     rng = np.random.default_rng(run.recipe.prepare.seed)
     texts = [
@@ -170,7 +157,7 @@ def _train_tokenizer(run: Run, percentiles: Percentiles, vocab_size: int | None)
         for task in run.tasks
         for example in sample_examples(run.dataset, task, "train", TOKENIZER_EXAMPLES)
     ]
-    return Tokenizer.train(texts, words, vocab_size)
+    return Tokenizer.train(texts, words, run.recipe.tokenizer.vocab_size or 0)
 
 
 def _training_examples(

@@ -46,7 +46,7 @@ def attention_blockwise(
     k: Float[Array, "B T K D"],
     v: Float[Array, "B T K D"],
     segments: Segments,
-    block: int = 128,
+    block: int = 64,
 ) -> Float[Array, "B T H D"]:
     """As `attention_reference`, with softmax and accumulation in float32 and memory linear in T."""
     B, T, H, D = q.shape
@@ -71,11 +71,11 @@ def attention_blockwise(
 
 
 class Worklist(NamedTuple):
-    """The visits: which query block meets which key block (blocks of all rows counted through), `count` of them."""
+    """The visits: which query block meets which key block (blocks of all rows counted through), `length` of them."""
 
     q_block: Int[Array, " M"]
     kv_block: Int[Array, " M"]
-    count: Int[Array, ""]
+    length: Int[Array, ""]
 
 
 def worklist(segments: Segments, block: int) -> Worklist:
@@ -114,7 +114,7 @@ def _forward(q: Array, k: Array, v: Array, segments: Segments, block: int) -> tu
     # The running maximum starts above MASKED, so that a masked score has the weight exp(MASKED - top) = 0.
     rows = q.shape[:-1]
     start = (jnp.zeros(q.shape, jnp.float32), jnp.full(rows, MASKED / 2, jnp.float32), jnp.zeros(rows, jnp.float32))
-    out, top, total = jax.lax.fori_loop(0, visits.count, visit, start)
+    out, top, total = jax.lax.fori_loop(0, visits.length, visit, start)
     out = (out / jnp.maximum(total, 1e-30)[..., None]).astype(q.dtype)
     log_sum = top + jnp.log(jnp.maximum(total, 1e-30))
     return out, (q, k, v, segments, out, log_sum)
@@ -140,7 +140,7 @@ def _backward(block: int, residuals: tuple, d_out: Array) -> tuple[Array, Array,
         )
 
     zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
-    dq, dk, dv = jax.lax.fori_loop(0, visits.count, visit, zeros)
+    dq, dk, dv = jax.lax.fori_loop(0, visits.length, visit, zeros)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 

@@ -32,7 +32,7 @@ def _run(hidden: Array, head: Array, targets: Array, chunk: int, gradients: bool
         loss, grads = state
         rows = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk)
         target = jnp.where(i * chunk + jnp.arange(chunk) < count, targets.at[rows].get(mode="clip"), -1)
-        h = hidden.at[rows].get(mode="clip")
+        h = jnp.where(target[:, None] >= 0, hidden.at[rows].get(mode="clip"), 0)  # zero times NaN would be NaN
         logits = jnp.einsum("nd,vd->nv", h, head, preferred_element_type=jnp.float32)
         log_sum = jax.nn.logsumexp(logits, -1)
         picked = jnp.take_along_axis(logits, jnp.maximum(target, 0)[:, None], 1)[:, 0]

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
 SELF, QUESTIONS, ALL = 0, 1, 2
@@ -23,9 +24,9 @@ class Segments(NamedTuple):
         or `SELF`: its own segment only. A token of reach `SELF` stands in a question.
     """
 
-    example: Int[Array, "*B T"]
-    segment: Int[Array, "*B T"]
-    reach: Int[Array, "*B T"]
+    example: Int[Array | np.ndarray, "*B T"]
+    segment: Int[Array | np.ndarray, "*B T"]
+    reach: Int[Array | np.ndarray, "*B T"]
 
 
 def visible(
@@ -66,9 +67,7 @@ def may_see(segments: Segments, block: int) -> Bool[Array, "*B N N"]:
     one_example = jnp.equal(*bounds(blocked.example))
     same_segment = overlap(bounds(blocked.segment)) | ~(one_example[..., :, None] & one_example[..., None, :])
     has = lambda reach: jnp.any(real & (blocked.reach == reach), -1)  # noqa: E731
-    reaches = (
-        same_segment | has(ALL)[..., None, :] | (has(QUESTIONS)[..., None, :] & has(SELF)[..., :, None])
-    )
+    reaches = same_segment | has(ALL)[..., None, :] | (has(QUESTIONS)[..., None, :] & has(SELF)[..., :, None])
     count = blocked.example.shape[-2]
     causal = jnp.arange(count)[None, :] <= jnp.arange(count)[:, None]
     return overlap(bounds(blocked.example)) & reaches & causal

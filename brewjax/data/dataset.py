@@ -169,6 +169,21 @@ class Dataset:
         """int64 [members + 1]: the events of member m are rows offsets[m] to offsets[m + 1]."""
         return np.searchsorted(self.event_member, np.arange(len(self.members) + 1))
 
+    def member_row(self, member: str) -> int:
+        """Row of the member with this id, given as text; ValueError with a few real ids where there is none."""
+        ids = self.members[self.card.members.id]
+        found = pc.index(ids.cast(pa.string()), member).as_py()
+        if found < 0:
+            raise ValueError(
+                f"{self.path}: no member '{member}'; ids look like {', '.join(map(str, ids[:3].to_pylist()))}"
+            )
+        return found
+
+    def item_name(self, row: int) -> str:
+        """What a person calls an item: its first text attribute, or its id."""
+        texts = [a.column for a in self.card.items.attributes if a.kind == "text"]
+        return str(self.items[(texts or [self.card.items.id])[0]][int(row)].as_py())
+
     def event_column(self, name: str) -> np.ndarray:
         """An event column by name; the action column answers to "action" whatever it is called in the file."""
         return self.event_action if name == "action" else self.events[name].to_numpy()

@@ -10,6 +10,7 @@ import numpy as np
 from brewjax.data.dataset import Dataset
 from brewjax.data.task import Split, Task
 
+FEWEST_TOGETHER = 4
 DAY = 86_400_000_000  # microseconds
 
 
@@ -35,6 +36,10 @@ class Example:
     items: np.ndarray
     labels: np.ndarray
 
+    def asking(self, count: int) -> Example:
+        """The same with its first `count` questions."""
+        return dataclasses.replace(self, items=self.items[:count], labels=self.labels[:count])
+
 
 def history_before(dataset: Dataset, task: Task, member: int, cut: int) -> tuple[np.ndarray, int]:
     """Rows of the events that `task` tells of a member at `cut`, oldest first, and how many events precede the cut."""
@@ -47,9 +52,23 @@ def history_before(dataset: Dataset, task: Task, member: int, cut: int) -> tuple
     return rows[told][len(rows[told]) - min(told.sum(), task.history.max_events) :], len(rows)
 
 
+def example_now(dataset: Dataset, task: Task, member: int, moment: int | None = None) -> Example:
+    """A member at `moment` (microseconds; after the last event of all by default), asked about every item that the
+    member had no event with by then. ValueError where there is none."""
+    cut = int(dataset.event_time.max()) + 1 if moment is None else moment
+    history, past = history_before(dataset, task, member, cut)
+    start = dataset.member_offsets[member]
+    items = np.setdiff1d(np.arange(len(dataset.items)), dataset.event_item[start : start + past]).astype(np.int32)
+    if not len(items):
+        raise ValueError("the member had an event with every item; there is none left to rank")
+    return Example(task.name, member, cut, history, past, items, np.full(len(items), -1, np.int32))
+
+
 def build_examples(dataset: Dataset, task: Task, split: Split, seed: int = 0) -> Iterator[Example]:
     """Every question of the split exactly once, in chunks of a member's time; negatives drawn from `seed`.
 
+    A chunk asks about at most as many events as the member had before it (but `FEWEST_TOGETHER` are fine), so that
+    the history is never far behind the last question and short histories are met as often as they are in life.
     A question belongs to the split that its event's time falls in. Since history is strictly older than the cut,
     and the cut is the oldest question's time, no prompt holds an event of a later split, or a question's own.
     Events that match no label are not questions; an event that matches two raises ConfigError.
@@ -64,10 +83,13 @@ def build_examples(dataset: Dataset, task: Task, split: Split, seed: int = 0) ->
     member_of = dataset.event_member[asked]
     for member in np.unique(member_of):
         first, last = np.searchsorted(member_of, [member, member + 1])
-        for begin in range(first, last, events_per_prompt):
-            chunk = slice(begin, min(begin + events_per_prompt, last))
-            cut = int(dataset.event_time[asked[chunk]].min())
+        begin = first
+        while begin < last:
+            cut = int(dataset.event_time[asked[begin]])  # a member's events are in order of time
             history, past = history_before(dataset, task, member, cut)
+            size = min(max(past, FEWEST_TOGETHER), events_per_prompt)
+            chunk = slice(begin, min(begin + size, last))
+            begin = chunk.stop
             items, answers = dataset.event_item[asked[chunk]], labels[chunk]
             if negatives:
                 unseen = _unseen(dataset, member, negatives.per_event * len(items), rng)

@@ -89,7 +89,7 @@ def _parse(record: bytes) -> dict[str, np.ndarray]:
 
 def _to_batch(packed: dict[str, np.ndarray]) -> TokenBatch:
     segments = Segments(packed["tokens_segment_ids"], packed["segment"], packed["reach"])
-    return TokenBatch(packed["tokens"], packed["positions"], segments, packed["targets"], packed["source"])
+    return TokenBatch(packed["tokens"], packed["positions"], segments, packed["targets"], packed["source"])  # type: ignore[arg-type]  # numpy until it is placed
 
 
 def describe_sources(folder: Path, batch: TokenBatch) -> list[str]:

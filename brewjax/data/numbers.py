@@ -32,13 +32,13 @@ class ItemStatistic:
     """A `Statistic` of every item at any moment: only events strictly older than the moment count."""
 
     def __init__(self, dataset: Dataset, statistic: Statistic):
-        if statistic.count is not None:
-            events = np.flatnonzero(np.isin(dataset.event_action, statistic.count))
-            values = np.ones(len(events))
-        else:
+        if statistic.mean is not None:
             values = dataset.event_column(statistic.mean).astype(np.float64)
             events = np.flatnonzero(~np.isnan(values))
             values = values[events]
+        else:
+            events = np.flatnonzero(np.isin(dataset.event_action, statistic.count or ()))
+            values = np.ones(len(events))
         item, time = dataset.event_item[events], dataset.event_time[events]
         order = np.lexsort((time, item))
         self._mean = statistic.mean is not None

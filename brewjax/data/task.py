@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -115,7 +117,7 @@ class Task(Config):
         for index, label in enumerate(self.labels):
             for column in label.when or {}:
                 if column != "action" and column not in event_columns:
-                    known = ", ".join(["action", *event_columns])
+                    known = ", ".join(dict.fromkeys(["action", *event_columns]))
                     raise self.error(f"events have no column '{column}'; they have: {known}", "labels", index, "when")
         if len(set(self.words)) < len(self.words):
             raise self.error("two labels have the same word", "labels")
@@ -125,6 +127,19 @@ class Task(Config):
                 f"'{negatives.label}' is not a label; labels: {', '.join(self.words)}",
                 "questions", "sampled_negatives", "label",
             )  # fmt: skip
+
+
+def load_tasks(paths: Iterable[str | Path], dataset: Dataset) -> list[Task]:
+    """Task files, each checked against the dataset; ConfigError names file and line."""
+    tasks = [Task.load(path) for path in paths]
+    columns = [name for name in dataset.events.column_names if name != dataset.card.events.action]
+    for task in tasks:
+        task.check(dataset.card, columns)
+    names = [task.name for task in tasks]
+    for task in tasks:
+        if names.count(task.name) > 1:
+            raise task.error(f"two tasks are named '{task.name}'", "name")
+    return tasks
 
 
 def _moment(text: str, times: np.ndarray) -> int:

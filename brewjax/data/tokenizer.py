@@ -14,6 +14,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+REMEMBERED = 1 << 18  # texts
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -22,6 +23,8 @@ class Tokenizer:
 
     def __init__(self, hf: PreTrainedTokenizerBase):
         self.hf = hf
+        self._encode_batch = hf.backend_tokenizer.encode_batch_fast
+        self._known: dict[str, list[int]] = {}
         # `all_special_tokens` is not all of them: Llama's <|eot_id|>, for one, is only among the added tokens.
         marks = sorted({*hf.all_special_tokens, *hf.get_added_vocab()}, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, marks)) or r"(?!)")
@@ -61,6 +64,11 @@ class Tokenizer:
             )
         )
 
+    @classmethod
+    def of_bytes(cls) -> Tokenizer:
+        """A token a byte: for text that no tokenizer was trained on yet."""
+        return cls.train([], [], vocab_size=0)
+
     def save(self, folder: str | Path) -> None:
         self.hf.save_pretrained(folder)
 
@@ -75,8 +83,17 @@ class Tokenizer:
         return [] if self.hf.bos_token_id is None else [self.hf.bos_token_id]
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text; special tokens written in a text count as such, none is added."""
-        return self.hf(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+        """Token ids of each text, not to be changed; special tokens written in a text count as such, none is added.
+
+        Remembered: the same items and events are said again and again.
+        """
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if len(self._known) + len(new) > REMEMBERED:
+            self._known.clear()
+            new = list(dict.fromkeys(texts))
+        for text, encoding in zip(new, self._encode_batch(new, add_special_tokens=False), strict=True):
+            self._known[text] = encoding.ids
+        return [self._known[text] for text in texts]
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """Number of tokens of each text."""
@@ -87,7 +104,9 @@ class Tokenizer:
         ids = self.encode([word])[0]
         if len(ids) != 1 or self.hf.decode(ids) != word:
             pieces = self.hf.convert_ids_to_tokens(ids)
-            raise ValueError(f"label word '{word}' is {len(ids)} tokens {pieces} in this tokenizer; choose one-token words")
+            raise ValueError(
+                f"label word '{word}' is {len(ids)} tokens {pieces} in this tokenizer; choose one-token words"
+            )
         return ids[0]
 
     def clean(self, text: str) -> str:
@@ -98,4 +117,4 @@ class Tokenizer:
         """The turns in this tokenizer's chat template, up to where the assistant's answer begins."""
         if not self.hf.chat_template:
             raise ValueError("this tokenizer has no chat template; use another prompt style")
-        return self.hf.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return str(self.hf.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))

@@ -100,7 +100,12 @@ class Verbalizer:
     """
 
     def __init__(self, dataset: Dataset, percentiles: Percentiles, tokenizer: Tokenizer, max_tokens: int):
-        self._dataset, self._percentiles, self._tokenizer, self._max_tokens = dataset, percentiles, tokenizer, max_tokens
+        self._dataset, self._percentiles, self._tokenizer, self._max_tokens = (
+            dataset,
+            percentiles,
+            tokenizer,
+            max_tokens,
+        )
         self._items = _Facts("items", dataset.items, dataset.card.items.attributes, percentiles, tokenizer)
         self._members = _Facts("members", dataset.members, dataset.card.members.attributes, percentiles, tokenizer)
         self._events = _Facts("events", dataset.events, dataset.card.events.attributes, percentiles, tokenizer)
@@ -138,7 +143,9 @@ class Verbalizer:
             for name, action in card.events.actions.items()
             if name in task.history.actions
         }
-        texts = [self._event(row, cut, style, say_action=not style.group and len(groups) > 1) for row in example.history]
+        texts = [
+            self._event(row, cut, style, say_action=not style.group and len(groups) > 1) for row in example.history
+        ]
         fixed = [center, *groups.values()]
         dropped = self._excess(fixed, texts, [question.heading + question.text for question in questions], task.name)
         texts, rows = texts[dropped:], example.history[dropped:]

@@ -21,16 +21,18 @@ from brewjax.evaluate.metrics import log_loss
 
 SMOOTHING = (1, 3, 10, 30, 100)  # how many events the prior may be worth
 
-# Gradient boosting's settings, from the most to the least likely to win, so that the first few make a quick search.
-GRID = (
-    {"num_leaves": 31, "learning_rate": 0.05, "min_child_samples": 100, "feature_fraction": 0.7},
-    {"num_leaves": 15, "learning_rate": 0.05, "min_child_samples": 50, "feature_fraction": 0.5},
-    {"num_leaves": 63, "learning_rate": 0.05, "min_child_samples": 200, "feature_fraction": 0.5},
-    {"num_leaves": 15, "learning_rate": 0.1, "min_child_samples": 200, "feature_fraction": 0.7},
-    {"num_leaves": 31, "learning_rate": 0.03, "min_child_samples": 20, "feature_fraction": 0.5},
-    {"num_leaves": 7, "learning_rate": 0.1, "min_child_samples": 50, "feature_fraction": 0.9},
-    {"num_leaves": 63, "learning_rate": 0.03, "min_child_samples": 50, "feature_fraction": 0.3},
-    {"num_leaves": 127, "learning_rate": 0.03, "min_child_samples": 200, "feature_fraction": 0.5},
+GRID = tuple(  # the fastest first: the first three make a quick search
+    dict(zip(("num_leaves", "learning_rate", "min_child_samples", "feature_fraction"), setting, strict=True))
+    for setting in (
+        (63, 0.1, 200, 0.5),
+        (31, 0.1, 100, 0.7),
+        (31, 0.1, 20, 0.3),
+        (15, 0.1, 50, 0.5),
+        (63, 0.05, 200, 0.5),
+        (31, 0.05, 100, 0.5),
+        (63, 0.05, 50, 0.3),
+        (127, 0.05, 200, 0.5),
+    )
 )
 MAX_ROUNDS = 1000
 PATIENCE = 30  # rounds without a better validation log loss before a setting stops

@@ -62,14 +62,14 @@ class Past:
     Attributes:
       member, item: int64 [events], rows of the tables.
       time: int64 [events], microseconds since 1970.
-      action: str [events].
+      actions: for each action, bool [events], whether an event is one.
       signals: what events say, by name, each float64 [events] and NaN where an event says nothing.
     """
 
     member: np.ndarray
     item: np.ndarray
     time: np.ndarray
-    action: np.ndarray
+    actions: dict[str, np.ndarray]
     signals: dict[str, np.ndarray]
 
     @classmethod
@@ -77,7 +77,8 @@ class Past:
         """With three kinds of signals: the numbers that events say; whether each label but the last was the answer;
         and by how much those are above what the item had on average until then, so that a member who was shown good
         items does not look generous."""
-        events = np.flatnonzero(np.isin(dataset.event_action, [*task.history.actions, *task.questions.actions]))
+        names = sorted({*task.history.actions, *task.questions.actions})
+        events = np.flatnonzero(np.isin(dataset.event_action, names))
         item, time = dataset.event_item[events].astype(np.int64), dataset.event_time[events]
         numbers = [attribute for attribute in dataset.card.events.attributes if attribute.kind == "number"]
         signals = {attribute.name: _floats(dataset.events[attribute.column])[events] for attribute in numbers}
@@ -91,7 +92,8 @@ class Past:
         until_then = as_of.window(item, time)
         above = {f"{name} above average": values - as_of.mean(values, until_then) for name, values in signals.items()}
         member = dataset.event_member[events].astype(np.int64)
-        return cls(member, item, time, dataset.event_action[events], signals | above)
+        actions = {name: dataset.event_action[events] == name for name in names}
+        return cls(member, item, time, actions, signals | above)
 
 
 def build_features(dataset: Dataset, task: Task, examples: Sequence[Example]) -> Features:
@@ -130,8 +132,8 @@ def _history(past: Past, past_keys: np.ndarray, keys: np.ndarray, cut: np.ndarra
     window = as_of.window(keys, cut)
     recent_start, recent_end = as_of.window(keys, cut, RECENT_DAYS)
     columns = {f"events in {RECENT_DAYS} days": recent_end - recent_start}
-    for action in np.unique(past.action):
-        columns[f"{action} events"] = as_of.sum(past.action == action, window)
+    for action, matches in past.actions.items():
+        columns[f"{action} events"] = as_of.sum(matches, window)
     for name, values in past.signals.items():
         mean = columns[f"mean {name}"] = as_of.mean(values, window)
         columns[f"spread of {name}"] = np.sqrt(np.maximum(as_of.mean(values**2, window) - mean**2, 0))

@@ -11,7 +11,6 @@ from rich.progress import track
 from brewjax.data.dataset import Dataset
 from brewjax.data.examples import Example, build_examples
 from brewjax.data.task import Split, Task
-from brewjax.data.tokens import encode
 from brewjax.evaluate.predictions import from_examples
 from brewjax.scoring.bundle import Bundle
 
@@ -32,7 +31,7 @@ def predict(bundle: Bundle, dataset: Dataset, task: Task, examples: Sequence[Exa
     verbalizer = bundle.verbalizer(dataset, task)
     style = bundle.prompts.score_style
     prompts = [
-        encode(verbalizer.prompt(task, example, style), bundle.tokenizer, bundle.prompts.layout)
+        bundle.encode(verbalizer.prompt(task, example, style))
         for example in track(examples, f"{task.name}: say", transient=True)
     ]
     scorer = bundle.scorer(prompts)

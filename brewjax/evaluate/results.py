@@ -50,14 +50,19 @@ class Estimate:
     bounds: tuple[float, float] = (-np.inf, np.inf)
 
     @property
-    def interval(self) -> tuple[float, float]:
-        """95%: 1.96 standard errors to each side, within the metric's range.
+    def error(self) -> float:
+        """Half of the 95% interval: 1.96 standard errors; NaN where fewer than two resamples are defined.
 
         Not the percentiles of the resamples: those need thousands, and miss a biased statistic such as ECE.
         """
         defined = self.resamples[np.isfinite(self.resamples)]
-        error = 1.96 * defined.std(ddof=1) if len(defined) > 1 else np.nan
-        return tuple(np.clip([self.value - error, self.value + error], *self.bounds))
+        return 1.96 * float(defined.std(ddof=1)) if len(defined) > 1 else np.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95% interval, within the metric's range."""
+        low, high = np.clip([self.value - self.error, self.value + self.error], *self.bounds)
+        return float(low), float(high)
 
     def __sub__(self, other: Estimate) -> Estimate:
         """The paired difference: both must come from the same questions and the same seed."""
@@ -87,8 +92,10 @@ def evaluate(predictions: pa.Table, task: Task, bootstrap: int = 200, seed: int 
     results = {}
     for name, (low, high) in SLICES.items():
         rows = np.flatnonzero((past >= low) & (past <= high))
-        estimates = _estimates(predictions.take(rows), task, member_weights, member[rows])
-        results[name] = Result(len(rows), len(np.unique(member[rows])), estimates)
+        answered_by = len(np.unique(member[rows]))
+        weights = member_weights if answered_by > 1 else member_weights[:1]  # one member cannot be resampled
+        estimates = _estimates(predictions.take(rows), task, weights, member[rows])
+        results[name] = Result(len(rows), answered_by, estimates)
     return results
 
 

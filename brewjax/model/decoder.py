@@ -153,7 +153,10 @@ class Decoder(nnx.Module):
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """float32, by a true float32 product."""
         return jnp.einsum(
-            "...d,vd->...v", hidden.astype(jnp.float32), self.head.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+            "...d,vd->...v",
+            hidden.astype(jnp.float32),
+            self.head.astype(jnp.float32),
+            precision=jax.lax.Precision.HIGHEST,
         )
 
 

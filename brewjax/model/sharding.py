@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 
 import jax
+import pydantic
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from brewjax.config import Config
@@ -18,8 +19,8 @@ class MeshConfig(Config):
     """Devices along each mesh axis; -1 for `data` takes all that are left."""
 
     data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    fsdp: int = pydantic.Field(default=1, gt=0)
+    tensor: int = pydantic.Field(default=1, gt=0)
 
     def build(self) -> Mesh:
         """The mesh, with explicit axis types; ValueError where the devices do not divide."""

@@ -11,9 +11,10 @@ import pydantic
 from brewjax.config import Config
 from brewjax.data.dataset import Dataset
 from brewjax.data.numbers import Percentiles
+from brewjax.data.prompt import Prompt
 from brewjax.data.task import Task
 from brewjax.data.tokenizer import Tokenizer
-from brewjax.data.tokens import EncodedPrompt, HistoryLayout
+from brewjax.data.tokens import EncodedPrompt, HistoryLayout, encode
 from brewjax.data.verbalize import STYLES, Verbalizer
 from brewjax.model.decoder import ModelConfig
 from brewjax.model.params import Params, load_model, save_model
@@ -87,12 +88,16 @@ class Bundle:
         )
 
     def verbalizer(self, dataset: Dataset, task: Task) -> Verbalizer:
-        """Says examples of `dataset` as in training; on another dataset percentiles are fitted before `task`'s split."""
+        """Says examples as in training; on a dataset other than that, percentiles are fitted before `task`'s split."""
         if dataset.card.name == self.scale.dataset:
             percentiles = Percentiles(self.scale.quantiles)
         else:
             percentiles = Percentiles.fit(dataset, task.boundaries(dataset)[0])
         return Verbalizer(dataset, percentiles, self.tokenizer, self.prompts.max_tokens)
+
+    def encode(self, prompt: Prompt) -> EncodedPrompt:
+        """Tokens of a prompt as the model was trained to see them."""
+        return encode(prompt, self.tokenizer, self.prompts.layout)
 
     def scorer(self, prompts: Sequence[EncodedPrompt]) -> Scorer:
         """A scorer with shapes chosen for prompts like these."""

@@ -95,7 +95,7 @@ class Scorer:
 
     def compilations(self) -> int:
         """How many different passes were compiled so far."""
-        return self._pass._cache_size()
+        return self._pass._cache_size()  # type: ignore[attr-defined]
 
     def _start(self, group: list[Pass]) -> tuple[jax.Array, list[dict[int, int]]]:
         """Dispatches passes of one bucket, a row each; returns logits [rows, answers, labels] and label columns."""
@@ -152,4 +152,3 @@ class Scorer:
                 weights = np.exp(own - own.max(-1, keepdims=True))
                 results[index][done : done + count] = weights / weights.sum(-1, keepdims=True)
                 answered += count
-

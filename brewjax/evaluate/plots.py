@@ -1,0 +1,100 @@
+"""The report's plots, as SVG text that takes the page's colours, light or dark."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from brewjax.data.task import MetricName
+from brewjax.evaluate.metrics import ratio, reliability
+from brewjax.evaluate.predictions import probabilities
+from brewjax.evaluate.results import METRICS, OVERALL, SLICES, Comparison
+
+INK = "#010203"  # stands for the page's text colour, which matplotlib cannot know
+COLOURS = ("#3b82c4", "#d9822b", "#3f9c6b", "#a968c9")  # readable on white and on black
+STYLE = {
+    "svg.fonttype": "none",  # text stays text
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+}
+
+
+def slice_plot(comparison: Comparison, metric: MetricName) -> str:
+    """The metric by number of past events, with intervals; slices without an interval are too small to be shown."""
+    model = next(iter(comparison.results.values()))
+    slices = [name for name in SLICES if name != OVERALL and np.isfinite(model[name].metrics[metric].error)]
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure("past events of the member", METRICS[metric].title)
+        for index, (name, results) in enumerate(comparison.results.items()):
+            estimates = [results[slice_].metrics[metric] for slice_ in slices]
+            values = np.array([estimate.value for estimate in estimates])
+            bounds = np.array([estimate.interval for estimate in estimates]).reshape(-1, 2)
+            place = np.arange(len(slices)) + 0.12 * (index - (len(comparison.results) - 1) / 2)
+            axes.errorbar(
+                place, values, np.abs(bounds - values[:, None]).T, fmt="o-", markersize=5, capsize=2, label=name,
+                color=COLOURS[index % len(COLOURS)],
+            )  # fmt: skip
+        rows = [model[slice_].rows for slice_ in slices]
+        axes.set_xticks(range(len(slices)), [f"{name}\n({n:,})" for name, n in zip(slices, rows, strict=True)])
+        return _svg(figure, axes, f"{comparison.task.name} slices")
+
+
+def reliability_plot(comparison: Comparison) -> str:
+    """How often the first label was true, against the probability it was given, in ten bins of equal size."""
+    task = comparison.task
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(f"probability of “{task.words[0]}”", "how often it was true")
+        axes.plot([0, 1], [0, 1], color=INK, alpha=0.4, linewidth=1, linestyle="--")
+        for index, (name, table) in enumerate(comparison.predictions.items()):
+            if len(table):
+                outcome = table["label"].to_numpy() == 0
+                said, true, count = reliability(probabilities(table, task)[:, 0], outcome, np.ones(len(table)))
+                axes.plot(
+                    ratio(said, count), ratio(true, count), "o-", markersize=4, label=name,
+                    color=COLOURS[index % len(COLOURS)],
+                )  # fmt: skip
+        axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+        return _svg(figure, axes, f"{task.name} reliability")
+
+
+def loss_plot(rows: Sequence[dict[str, float]]) -> str:
+    """The training loss by step, and its mean over the last fiftieth of the run."""
+    step = np.array([row["step"] for row in rows])
+    loss = np.array([row["loss"] for row in rows])
+    width = max(1, len(rows) // 50)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure("step", "training loss")
+        axes.plot(step, loss, color=COLOURS[0], alpha=0.35, linewidth=0.8, label="of one step")
+        mean = np.convolve(loss, np.ones(width) / width, mode="valid")
+        axes.plot(step[width - 1 :], mean, color=COLOURS[0], label=f"mean of {width} steps")
+        return _svg(figure, axes, "loss")
+
+
+def _figure(x: str, y: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlabel=x, ylabel=y)
+    axes.grid(axis="y", color=INK, alpha=0.12)
+    return figure, axes
+
+
+def _svg(figure: Figure, axes: Axes, name: str) -> str:
+    """The figure as an <svg> element; ids depend on `name`, so that several fit on one page."""
+    if axes.get_legend_handles_labels()[1]:
+        figure.legend(loc="outside upper left", ncols=len(COLOURS))
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        figure.savefig(out, format="svg", transparent=True)
+    svg = out.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    return svg.replace(INK, "currentColor")

@@ -1,0 +1,130 @@
+"""The report of a run: Markdown, one self-contained HTML page, and a table for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from brewjax.data.task import MetricName
+from brewjax.evaluate.plots import loss_plot, reliability_plot, slice_plot
+from brewjax.evaluate.results import METRICS, OVERALL, SLICES, Comparison, Estimate
+from brewjax.train.metrics import read_metrics
+
+UNDEFINED = "\N{EN DASH}"
+HOW_TO_READ = (
+    "All rows of a table answer the same questions of the test period, and know only what was known when they were asked.",
+    "AUC: the chance that of two questions with different answers the better one is scored higher; 0.5 is a coin. "
+    "NDCG@10: how close the ten first questions behind one history are to the best order; 1 is perfect. "
+    "Both are better when higher.",
+    "Log loss: the mean of -ln(probability given to the true answer). Calibration error: how far probabilities are "
+    "from how often they came true. Both are better when lower.",
+    "In brackets: a 95% interval, from a bootstrap over members. Where two intervals overlap, look at the paired "
+    "difference instead, whose interval is narrower.",
+    f"{UNDEFINED} means not defined: no questions, or only one answer among them. Of one member there is no interval.",
+)
+
+
+def write_report(
+    folder: Path,
+    title: str,
+    comparisons: Sequence[Comparison],
+    facts: Mapping[str, str],
+    losses: Path | None = None,
+) -> None:
+    """Writes `report.md` and `report.html` into the folder; the page refers to nothing outside itself.
+
+    Args:
+      facts: of the run, by name: dataset, parameters, date, commit, seconds by phase, ..
+      losses: the training run's metrics.jsonl.
+    """
+    rows = [row for row in read_metrics(losses) if np.isfinite(row["loss"])] if losses else []
+    context = {
+        "title": title,
+        "facts": facts,
+        "how_to_read": HOW_TO_READ,
+        "tasks": [_describe(comparison) for comparison in comparisons],
+        "loss_plot": loss_plot(rows) if rows else "",
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("brewjax.evaluate", "."),
+        autoescape=lambda name: name.endswith(".html.j2"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    for name in ("report.md", "report.html"):
+        (folder / name).write_text(environment.get_template(f"{name}.j2").render(context), encoding="utf-8")
+
+
+def print_results(comparison: Comparison, console: Console) -> None:
+    """A task's tables: every metric overall, then the first metric by the member's number of past events."""
+    described = _describe(comparison, plots=False)
+    overall = Table("", *described["metrics"], title=f"{described['name']}: {described['size']}", title_justify="left")
+    for row in described["overall"]:
+        overall.add_row(row["name"], *(_rich(cell) for cell in row["cells"]))
+    console.print(overall)
+    slices = Table("past events", "questions", *described["names"], title=described["headline"], title_justify="left")
+    for row in described["slices"]:
+        slices.add_row(row["name"], row["rows"], *(_rich(cell) for cell in row["cells"]))
+    console.print(slices)
+    for line in described["leads"]:
+        console.print(line)
+
+
+def _describe(comparison: Comparison, plots: bool = True) -> dict[str, Any]:
+    """Everything that is shown of a task, in words. The task's first metric is the headline."""
+    task, results = comparison.task, comparison.results
+    names, headline = list(results), task.metrics[0]
+    model = results[names[0]]
+
+    def cell(name: str, metric: MetricName, slice_: str = OVERALL) -> dict[str, Any]:
+        estimate = results[name][slice_].metrics[metric]
+        error = f" ±{_number(estimate.error)}" if np.isfinite(estimate.error) else ""
+        return {
+            "value": _number(estimate.value),
+            "interval": _interval(estimate),
+            "error": error,
+            "best": comparison.best(metric, slice_) == name,
+        }
+
+    return {
+        "name": task.name,
+        "question": task.questions.ask,
+        "words": ", ".join(task.words),
+        "size": f"{model[OVERALL].rows:,} questions to {model[OVERALL].members:,} members",
+        "names": names,
+        "metrics": [METRICS[metric].title for metric in task.metrics],
+        "headline": METRICS[headline].title,
+        "overall": [{"name": name, "cells": [cell(name, metric) for metric in task.metrics]} for name in names],
+        "slices": [
+            {"name": slice_, "rows": f"{model[slice_].rows:,}", "cells": [cell(n, headline, slice_) for n in names]}
+            for slice_ in SLICES
+        ],
+        "leads": [
+            f"{names[0]} against {name}: {METRICS[headline].title} {_number(lead.value, sign='+')} {_interval(lead)}"
+            for name in names[1:]
+            for lead in [comparison.lead(headline, name)]
+        ],
+        "slice_plot": slice_plot(comparison, headline) if plots else "",
+        "reliability_plot": reliability_plot(comparison) if plots else "",
+    }
+
+
+def _number(value: float, sign: str = "") -> str:
+    return f"{value:{sign}.3f}" if np.isfinite(value) else UNDEFINED
+
+
+def _interval(estimate: Estimate) -> str:
+    low, high = estimate.interval
+    return f"({_number(low)} to {_number(high)})" if np.isfinite(low) else ""
+
+
+def _rich(cell: dict[str, Any]) -> str:
+    return (f"[bold]{cell['value']}[/]" if cell["best"] else cell["value"]) + cell["error"]

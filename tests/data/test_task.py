@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from brewjax.config import ConfigError
+from brewjax.data.dataset import Card
+from brewjax.data.examples import build_examples
+from brewjax.data.task import Label, Task
+from tests.data.conftest import Event, moment
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+EVENT_COLUMNS = ["member_id", "item_id", "action", "time", "seconds"]
+
+TASK = """\
+name: applies
+instruction: Predict whether the member applies to the job in the "Question".
+history:
+  actions: [viewed, applied]
+  max_events: 20
+questions:
+  ask: Will the member apply to the following job
+  actions: [viewed, applied]
+  sampled_negatives: {label: "No", per_event: 2}
+labels:
+  - {word: "Yes", value: 1, when: {action: applied}}
+  - word: "No"
+    value: 0
+    when: {action: viewed, seconds: 30}
+split: {validation: 2025-01-05, test: 2025-01-09}
+"""
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "tasks" / "movielens").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_tasks_fit_their_dataset(path):
+    task = Task.load(path)
+    task.check(Card.load(CONFIGS / "datasets" / "movielens-100k.yaml"), [*EVENT_COLUMNS[:-1], "stars"])
+    assert task.name == path.stem
+
+
+def test_a_task_reads_as_written(jobs):
+    task = Task.parse(TASK, "applies.yaml")
+    task.check(jobs.card, EVENT_COLUMNS)
+    assert task.words == ("Yes", "No")
+    assert task.values.tolist() == [1, 0]
+    assert task.questions.sampled_negatives.per_event == 2
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("name: applies", "name: Applies!", "1: name: string should match pattern"),
+        (
+            "max_events: 20",
+            "max_event: 20",
+            "5: history.max_event: unknown key 'max_event'; did you mean 'max_events'?",
+        ),
+        ("max_events: 20", "max_events: -1", "5: history.max_events: input should be greater than or equal to 0"),
+        ("max_events: 20", "max_age_days: 0", "5: history.max_age_days: input should be greater than 0"),
+        ('word: "Yes"', "word: Yes", "11: labels.0.word: input should be a valid string, found True"),
+        ("per_event: 2", "per_event: 0", "9: questions.sampled_negatives.per_event: input should be greater than 0"),
+        ("    value: 0\n", "", "12: labels.1.value: field required"),
+    ],
+)
+def test_a_file_that_is_no_task_is_refused(old, new, said):
+    with pytest.raises(ConfigError) as error:
+        Task.parse(TASK.replace(old, new), "applies.yaml")
+    assert str(error.value).startswith(f"applies.yaml:{said}")
+
+
+def test_one_label_is_not_a_question():
+    with pytest.raises(ConfigError, match=r"applies\.yaml:10: labels: .* at least 2 items"):
+        Task.parse(TASK[: TASK.index('  - word: "No"')], "applies.yaml")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (
+            "applied]\n  max_events",
+            "hired]\n  max_events",
+            "4: history.actions.1: the dataset has no action 'hired'; it has: viewed, applied",
+        ),
+        (
+            "[viewed, applied]\n  sampled",
+            "[aplied]\n  sampled",
+            "8: questions.actions.0: the dataset has no action 'aplied'; it has: viewed, applied",
+        ),
+        (
+            "seconds: 30",
+            "second: 30",
+            "14: labels.1.when: events have no column 'second'; they have: action, member_id, item_id, time, seconds",
+        ),
+        ('word: "No"', 'word: "Yes"', "10: labels: two labels have the same word"),
+        (
+            'label: "No"',
+            'label: "Nope"',
+            "9: questions.sampled_negatives.label: 'Nope' is not a label; labels: Yes, No",
+        ),
+    ],
+)
+def test_what_the_dataset_has_not_is_refused(jobs, old, new, said):
+    task = Task.parse(TASK.replace(old, new), "applies.yaml")
+    with pytest.raises(ConfigError) as error:
+        task.check(jobs.card, EVENT_COLUMNS)
+    assert str(error.value) == f"applies.yaml:{said}"
+
+
+@pytest.mark.parametrize(
+    ("split", "said"),
+    [
+        ("{validation: 80%, test: 100%}", "'100%': a share of the events is between 0% and 100%"),
+        ("{validation: 0%, test: 90%}", "'0%': a share of the events is between 0% and 100%"),
+        ("{validation: 2025-01-05, test: 2025-13-01}", "'2025-13-01': expected a date such as 1998-03-07, or a share"),
+        ("{validation: 0.8, test: 0.9}", "'0.8': expected a date such as 1998-03-07, or a share such as 80%"),
+        ("{validation: 2025-01-09, test: 2025-01-05}", "validation (2025-01-09) must begin before test (2025-01-05)"),
+        ("{validation: 90%, test: 80%}", "validation (90%) must begin before test (80%)"),
+    ],
+)
+def test_a_split_that_makes_no_sense_is_refused(jobs, split, said):
+    task = Task.parse(TASK.replace("{validation: 2025-01-05, test: 2025-01-09}", split), "applies.yaml")
+    with pytest.raises(ConfigError) as error:
+        next(build_examples(jobs, task, "train"))
+    assert str(error.value).startswith(f"applies.yaml:15: split: {said}")
+
+
+def test_shares_of_the_events_and_dates_with_hours_and_zones(jobs_with):
+    dataset = jobs_with([Event(day % 3, day, "viewed", day) for day in range(11)])
+
+    def boundaries(validation: str, test: str) -> tuple[int, int]:
+        split = f"{{validation: {validation}, test: {test}}}"
+        return Task.parse(TASK.replace("{validation: 2025-01-05, test: 2025-01-09}", split)).boundaries(dataset)
+
+    assert boundaries("80%", "95.0%") == (moment(8), moment(9.5))
+    assert boundaries("2025-01-05", "2025-01-09T12:00") == (moment(4), moment(8.5))
+    assert boundaries("2025-01-05", "2025-01-09 12:00:00+06:00") == (moment(4), moment(8.25))
+    assert boundaries("50%", "2025-01-09") == (moment(5), moment(8))
+
+
+def test_a_label_is_the_answer_to_the_events_it_names(jobs_with):
+    dataset = jobs_with(
+        [
+            Event(0, 0, "viewed", 0, 30.0),
+            Event(0, 1, "applied", 1, 30.0),
+            Event(0, 2, "viewed", 2, None),
+            Event(0, 3, "viewed", 3, 60.0),
+        ]
+    )
+
+    def matches(when: str) -> list[bool]:
+        label = Label.parse(f"{{word: a, value: 1, when: {when}}}")
+        return label.matches(dataset, np.arange(4)).tolist()
+
+    assert matches("{action: viewed}") == [True, False, True, True]
+    assert matches("{action: [viewed, applied]}") == [True, True, True, True]
+    assert matches("{seconds: [30, 60]}") == [True, True, False, True], "an unknown value matches nothing"
+    assert matches("{action: viewed, seconds: 30}") == [True, False, False, False], "all that is named must hold"
+    assert matches("null") == [False] * 4
+    assert Label(word="a", value=1, when={"action": "viewed"}).matches(dataset, np.array([3, 1])).tolist() == [
+        True,
+        False,
+    ]

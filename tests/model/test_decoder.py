@@ -1,0 +1,182 @@
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pydantic
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from brewjax.data.tokens import EncodedPrompt
+from brewjax.model.decoder import Decoder, ModelConfig, RMSNorm
+from brewjax.model.params import Params, bind
+from pallas_kernels.segments import ALL, Segments
+from tests.tiny import MODEL, pack, params, prompt
+
+GOLDEN = Path(__file__).with_name("golden_llama.npz")
+PARAMS = params()
+ROWS, LENGTH = 6, 96
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def hidden_states(model: ModelConfig, params: Params, tokens, positions, segments):
+    return bind(model, params)(tokens, positions, segments)
+
+
+def run(rows: list[list[EncodedPrompt]]) -> list[np.ndarray]:
+    """Hidden states [LENGTH, D] of each row of packed prompts, all of them in one pass of one shape."""
+    padded = rows + [rows[0]] * (ROWS - len(rows))
+    batch = jax.tree.map(lambda *row: np.stack(row), *(pack(row, LENGTH) for row in padded))
+    return list(np.asarray(hidden_states(MODEL, PARAMS, *batch)))[: len(rows)]
+
+
+def reorder(one: EncodedPrompt, order: list[int]) -> EncodedPrompt:
+    return dataclasses.replace(
+        one, questions=[one.questions[i] for i in order], answers=[one.answers[i] for i in order]
+    )
+
+
+# --- the same numbers as Hugging Face
+
+
+def from_llama(weights: dict[str, np.ndarray]) -> Params:
+    """Hugging Face's names and [out, in] matrices as brewjax has them: stacked by layer, [in, out], heads apart."""
+    D = weights["model.embed_tokens.weight"].shape[1]
+    layers = sum(name.endswith("q_proj.weight") for name in weights)
+
+    def stack(name: str, *shape: int) -> np.ndarray:
+        matrices = [weights[f"model.layers.{layer}.{name}.weight"].T for layer in range(layers)]
+        return np.stack([matrix.reshape(shape or matrix.shape) for matrix in matrices])
+
+    E = 8
+    params = {
+        "embedding": weights["model.embed_tokens.weight"],
+        "layers": {
+            "attention_norm": {"scale": stack("input_layernorm")},
+            "query": stack("self_attn.q_proj", D, -1, E),
+            "key": stack("self_attn.k_proj", D, -1, E),
+            "value": stack("self_attn.v_proj", D, -1, E),
+            "output": stack("self_attn.o_proj", -1, E, D),
+            "mlp_norm": {"scale": stack("post_attention_layernorm")},
+            "gate": stack("mlp.gate_proj"),
+            "up": stack("mlp.up_proj"),
+            "down": stack("mlp.down_proj"),
+        },
+        "norm": {"scale": weights["model.norm.weight"]},
+    }
+    return params | ({"untied_head": weights["lm_head.weight"]} if "lm_head.weight" in weights else {})
+
+
+@pytest.mark.parametrize("head", ["tied", "untied"])
+def test_logits_are_those_of_hugging_face_llama(head):
+    with np.load(GOLDEN) as stored:
+        golden = {name.removeprefix(f"{head}/"): stored[name] for name in stored if name.startswith(f"{head}/")}
+    ids, expected = golden.pop("ids"), golden.pop("logits")
+    sizes = {"vocab_size": 40, "d_model": 24, "layers": 3, "heads": 6, "kv_heads": 2, "head_dim": 8, "d_ff": 28}
+    config = ModelConfig(name=head, **sizes, rope_base=500, norm_eps=1e-3, tie_head=head == "tied")
+    params = jax.tree.map(jnp.asarray, from_llama(golden))
+    positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+    plain = Segments(np.ones_like(ids), np.zeros_like(ids), np.full_like(ids, ALL))
+    logits = bind(config, params).logits(hidden_states(config, params, ids, positions, plain))
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+
+# --- many questions, many examples: one pass
+
+
+@pytest.mark.parametrize("layout", ["dense", "star"])
+@settings(deadline=None, max_examples=10)
+@given(seed=st.integers(0, 2**32 - 1), order=st.permutations(range(4)))
+def test_questions_in_one_pass_read_as_each_alone_in_any_order(layout, seed, order):
+    random = np.random.default_rng(seed)
+    together = prompt(random, 20, random.integers(1, 9, 5), random.integers(1, 9, 4), layout)
+    shuffled = reorder(together, order)
+    alone = [reorder(together, [question]) for question in range(4)]
+    first, second, *singles = run([[together], [shuffled], *([one] for one in alone)])
+    expected = np.stack([states[one.ends()[0]] for states, one in zip(singles, alone, strict=True)])
+    np.testing.assert_allclose(first[together.ends()], expected, atol=1e-5)
+    np.testing.assert_allclose(second[shuffled.ends()], expected[list(order)], atol=1e-5)
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.integers(0, 2**32 - 1))
+def test_packed_examples_read_as_each_alone(seed):
+    random = np.random.default_rng(seed)
+    prompts = [
+        prompt(random, random.integers(1, 9), random.integers(1, 6, 3), random.integers(1, 5, 3), layout)
+        for layout in ("dense", "star", "dense")
+    ]
+    packed, *alone = run([prompts, *([one] for one in prompts)])
+    start = 0
+    for one, states in zip(prompts, alone, strict=True):
+        np.testing.assert_allclose(packed[start : start + len(one)], states[: len(one)], atol=1e-5)
+        start += len(one)
+
+
+def test_a_question_sees_the_whole_history():
+    random = np.random.default_rng(0)
+    one = prompt(random)
+    other = dataclasses.replace(one, pieces=[one.pieces[0], [63, 62, 61, 60], *one.pieces[2:]])
+    first, second = run([[one], [other]])
+    assert np.abs(first - second)[one.ends()].max(-1).min() > 1e-3
+
+
+# --- precision and memory
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def gradients(model: ModelConfig, params: Params, tokens, positions, segments):
+    return jax.grad(lambda params: jnp.sum(hidden_states(model, params, tokens, positions, segments)[..., 0]))(params)
+
+
+def test_remat_changes_no_gradient():
+    batch = jax.tree.map(lambda x: x[None], pack([prompt(np.random.default_rng(0))], 32))
+    stored = gradients(MODEL, PARAMS, *batch)
+    recomputed = gradients(MODEL.model_copy(update={"remat": True}), PARAMS, *batch)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), recomputed, stored)
+
+
+def test_bfloat16_compute():
+    model = MODEL.model_copy(update={"compute_dtype": "bfloat16"})
+    one = prompt(np.random.default_rng(0))
+    batch = jax.tree.map(lambda x: x[None], pack([one], 32))
+    coarse, exact = (hidden_states(config, PARAMS, *batch)[:, : len(one)] for config in (model, MODEL))
+    assert coarse.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float32(coarse), exact, atol=0.1)  # states are of size 1, and bfloat16 has 8 bits
+
+
+def test_logits_of_bfloat16_states_are_float32():
+    model = MODEL.model_copy(update={"compute_dtype": "bfloat16"})
+    states = jnp.asarray(np.random.default_rng(0).standard_normal((5, MODEL.d_model)), jnp.bfloat16)
+    logits = bind(model, PARAMS).logits(states)
+    assert logits.dtype == jnp.float32
+    exact = np.float64(states) @ np.float64(PARAMS["embedding"]).T
+    np.testing.assert_allclose(logits, exact, atol=1e-5)
+
+
+def test_norm_of_bfloat16_is_computed_in_float32():
+    norm = RMSNorm(MODEL)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 50, MODEL.d_model)), jnp.bfloat16)
+    np.testing.assert_array_equal(norm(x), norm(x.astype(jnp.float32)).astype(jnp.bfloat16))
+
+
+# --- errors
+
+
+def test_heads_must_be_a_multiple_of_kv_heads():
+    with pytest.raises(pydantic.ValidationError, match=r"heads \(4\) must be a multiple of kv_heads \(3\)"):
+        ModelConfig(**MODEL.model_dump() | {"kv_heads": 3})
+
+
+def test_a_decoder_needs_a_vocabulary():
+    with pytest.raises(ValueError, match="model 'tiny': vocab_size must be given"):
+        Decoder(MODEL.model_copy(update={"vocab_size": 0}), nnx.Rngs(0))
+
+
+def test_heads_must_have_halves_to_rotate():
+    with pytest.raises(pydantic.ValidationError, match="head_dim"):
+        ModelConfig(**MODEL.model_dump() | {"head_dim": 7})

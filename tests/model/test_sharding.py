@@ -1,0 +1,128 @@
+"""The same loss and gradients on any mesh. Run as a script, this file computes them on 8 virtual devices."""
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+
+from brewjax.data.loader import TokenBatch
+from brewjax.data.tokens import NO_TARGET
+from brewjax.model.decoder import ModelConfig
+from brewjax.model.params import abstract_params, bind
+from brewjax.model.sharding import FSDP_TENSOR, MESH_AXES, MeshConfig, Sharding
+from brewjax.train.objectives import supervised
+from tests.tiny import MODEL, pack, params, prompt
+
+ROOT = Path(__file__).parents[2]
+LENGTH = 64
+MESHES = {
+    "data=8": MeshConfig(),
+    "data=2 fsdp=2 tensor=2": MeshConfig(fsdp=2, tensor=2),
+    "fsdp=8": MeshConfig(fsdp=8),
+}
+
+
+def batch() -> TokenBatch:
+    """Eight rows with different numbers of targets, the last with none."""
+    rows = []
+    for number in range(8):
+        random = np.random.default_rng(number)
+        prompts = [prompt(random, questions=[2] * (1 + number % 3), layout=layout) for layout in ("dense", "star")]
+        tokens, positions, segments = pack(prompts, LENGTH)
+        targets = np.concatenate([one.arrays()["targets"] for one in prompts])
+        targets = np.pad(targets, (0, LENGTH - len(targets)), constant_values=NO_TARGET)
+        rows.append(TokenBatch(tokens, positions, segments, targets, np.zeros_like(tokens)))
+    rows[-1].targets[:] = NO_TARGET
+    return jax.tree.map(lambda *row: np.stack(row), *rows)
+
+
+def loss_and_gradients(model: ModelConfig, mesh: Mesh) -> dict[str, np.ndarray]:
+    """By path of the parameter, gathered."""
+
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def loss(params, batch):
+        return supervised(bind(model, params), batch)
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(model, mesh))
+    by_rows = NamedSharding(mesh, jax.P(("data", "fsdp"), None))
+    with jax.set_mesh(mesh):
+        (loss, count), gradients = jax.jit(loss)(
+            jax.device_put(params(model), shardings), jax.device_put(batch(), by_rows)
+        )
+    for shard, gradient in zip(jax.tree.leaves(shardings), jax.tree.leaves(gradients), strict=True):
+        assert gradient.sharding.is_equivalent_to(shard, gradient.ndim)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(gradients)
+    return {"loss": loss, "count": count} | {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory) -> dict[str, np.ndarray]:
+    """By mesh and path."""
+    out = tmp_path_factory.mktemp("sharded") / "out.npz"
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    subprocess.run(
+        [sys.executable, "-m", "tests.model.test_sharding", out], cwd=ROOT, env=os.environ | flags, check=True
+    )
+    with np.load(out) as stored:
+        return dict(stored)
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, np.ndarray]:
+    return loss_and_gradients(MODEL, one_device())
+
+
+def one_device() -> Mesh:
+    return jax.make_mesh((1, 1, 1), MESH_AXES, (jax.sharding.AxisType.Explicit,) * 3, devices=jax.devices()[:1])
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_loss_and_gradients_are_those_of_one_device(mesh, sharded, expected):
+    assert expected["count"] > 10
+    for path, values in expected.items():
+        np.testing.assert_allclose(sharded[f"{mesh}/{path}"], values, rtol=1e-5, atol=1e-5, err_msg=path)
+
+
+def test_a_mesh_uses_every_device():
+    with pytest.raises(ValueError, match=r"data=3 fsdp=1 tensor=1 does not make use of \d+ devices"):
+        MeshConfig(data=3).build()
+
+
+@pytest.mark.parametrize("axis", ["fsdp", "tensor"])
+def test_a_mesh_axis_is_at_least_one(axis):
+    with pytest.raises(ValueError, match=axis):
+        MeshConfig(**{axis: 0})
+
+
+def test_an_axis_without_a_rule_is_an_error():
+    with pytest.raises(ValueError, match="no sharding rule for axis 'neuron'; rules: batch, length"):
+        FSDP_TENSOR.spec("weight", "neuron")
+
+
+def test_a_mesh_axis_is_used_once():
+    with pytest.raises(ValueError, match="mesh axis 'tensor' is used twice"):
+        Sharding({"heads": ("tensor",), "neurons": ("tensor",)}).spec("heads", "neurons")
+
+
+def test_an_axis_that_does_not_divide_is_named():
+    mesh = AbstractMesh((2, 2, 2), MESH_AXES)
+    with pytest.raises(ValueError, match="axis 'heads' of size 3 does not divide over 2 devices"):
+        FSDP_TENSOR.named(mesh, (16, 3, 8), "weight", "heads", None)
+    assert FSDP_TENSOR.named(mesh, (16, 4, 8), "weight", "heads", None).spec == jax.P(("fsdp",), ("tensor",), None)
+
+
+def main(out: str) -> None:
+    assert jax.device_count() == 8
+    found = {name: loss_and_gradients(MODEL, config.build()) for name, config in MESHES.items()}
+    np.savez(out, **{f"{name}/{path}": values for name, one in found.items() for path, values in one.items()})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
