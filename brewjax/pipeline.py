@@ -3,34 +3,48 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import hashlib
 import json
+import math
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from glob import glob
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
+import pyarrow.parquet as pq
 import pydantic
 from rich.console import Console
 from rich.progress import track
 
 from brewjax.config import Config, ConfigError
 from brewjax.data.dataset import CARD, Dataset
+from brewjax.data.examples import Example, build_examples
 from brewjax.data.loader import write_shards
 from brewjax.data.numbers import Percentiles
 from brewjax.data.task import Task, load_tasks
 from brewjax.data.tokenizer import Tokenizer
 from brewjax.data.tokens import EncodedPrompt, encode
 from brewjax.data.verbalize import Verbalizer
-from brewjax.evaluate.predict import sample_examples
+from brewjax.evaluate.baselines import LightGBM, popularity
+from brewjax.evaluate.predict import predict, sample_examples
+from brewjax.evaluate.predictions import from_examples
+from brewjax.evaluate.report import print_results, write_report
+from brewjax.evaluate.results import compare
 from brewjax.model.decoder import ModelConfig
+from brewjax.model.params import abstract_params
 from brewjax.scoring.bundle import Bundle, PercentileScale, PromptConfig
 from brewjax.train.loop import TrainConfig, train
+from brewjax.train.metrics import METRICS, read_metrics
 from brewjax.train.objectives import supervised
 
+RECORD = "stage.json"
 TOKENIZER_EXAMPLES = 400  # prompts of each task that a tokenizer is trained on
 
 
@@ -108,6 +122,10 @@ class Run:
             if task.boundaries(self.dataset) != tasks[0].boundaries(self.dataset):
                 raise task.error(f"not the split of task '{tasks[0].name}'; tasks trained together share one", "split")
         return tasks
+
+    def asked(self, task: Task) -> list[Example]:
+        """The examples of the test period that model and baselines answer."""
+        return sample_examples(self.dataset, task, "test", self.recipe.evaluate.max_examples)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -189,6 +207,59 @@ def train_stage(run: Run, folder: Path) -> None:
     Bundle(run.model, params, run.tokenizer, run.recipe.prompts, scale).save(run.folder / "model")
 
 
+def evaluate_stage(run: Run, folder: Path) -> None:
+    """The model's predictions on the test period of every task."""
+    bundle = Bundle.load(run.folder / "model", run.recipe.train.mesh)
+    for task in run.tasks:
+        pq.write_table(predict(bundle, run.dataset, task, run.asked(task)), folder / f"{task.name}.parquet")
+
+
+def baselines_stage(run: Run, folder: Path) -> None:
+    """Popularity's and LightGBM's predictions on the same questions."""
+    for task in run.tasks:
+        train, validation = (list(build_examples(run.dataset, task, split)) for split in ("train", "validation"))
+        examples = run.asked(task)
+        trees = LightGBM.fit(run.dataset, task, train, validation, run.recipe.evaluate.baseline_settings)
+        for name, probabilities in {
+            "popularity": popularity(run.dataset, task, train, examples),
+            "LightGBM": trees.predict(run.dataset, task, examples),
+        }.items():
+            pq.write_table(from_examples(examples, probabilities), folder / f"{task.name}.{name}.parquet")
+        Console().print(f"{task.name}: LightGBM chose {trees.settings}, {trees.rounds} rounds")
+
+
+def report_stage(run: Run, folder: Path) -> None:
+    """Model against baselines: tables in the terminal, report.md and report.html."""
+    console, comparisons = Console(), []
+    for task in run.tasks:
+        files = {"model": run.folder / "evaluate" / f"{task.name}.parquet"}
+        for name in ("popularity", "LightGBM"):
+            files[name] = run.folder / "baselines" / f"{task.name}.{name}.parquet"
+        predictions = {name: pq.read_table(path) for name, path in files.items()}
+        comparisons.append(compare(task, predictions, run.recipe.evaluate.bootstrap))
+        print_results(comparisons[-1], console)
+    write_report(folder, run.recipe.name, comparisons, _facts(run), run.folder / "train" / METRICS)
+    console.print(f"report: {folder / 'report.html'}")
+
+
+def _facts(run: Run) -> dict[str, str]:
+    """What a reader needs to know of how the numbers came about."""
+    rows = read_metrics(run.folder / "train" / METRICS)
+    seconds = {name: _read_record(run.folder / name).get("seconds") for name in STAGES}
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    shapes = jax.tree.leaves(abstract_params(run.model, run.recipe.train.mesh.build()))
+    tokens = sum(row["tokens"] for row in rows)
+    return {
+        "dataset": f"{run.dataset.card.name}: {len(run.dataset.members):,} members, {len(run.dataset.items):,} items, "
+        f"{len(run.dataset.events):,} events",
+        "model": f"{run.model.name}, {sum(math.prod(leaf.shape) for leaf in shapes):,} parameters",
+        "training": f"{len(rows):,} steps, {tokens:,} tokens, {sum(row['targets'] for row in rows):,.0f} questions",
+        "seconds": ", ".join(f"{name} {value:.0f}" for name, value in seconds.items() if value is not None),
+        "date": datetime.date.today().isoformat(),
+        "commit": git.stdout.strip() or "unknown",
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """A step of a recipe.
@@ -215,8 +286,8 @@ def run_recipe(recipe: Recipe, folder: Path, stages: dict[str, Stage]) -> None:
         settings = {section: recipe.model_dump(mode="json")[section] for section in stage.sections}
         contents = [Path(path).read_text() for path in _config_files(recipe)]
         fingerprint = hashlib.sha256(json.dumps([fingerprint, settings, contents]).encode()).hexdigest()
-        output, record = folder / name, folder / name / "stage.json"
-        before = json.loads(record.read_text()) if record.exists() else {}
+        output, record = folder / name, folder / name / RECORD
+        before = _read_record(output)
         same = before.get("fingerprint") == fingerprint
         if same and "seconds" in before:
             console.print(f"[bold]{name}[/]: done before, in {before['seconds']:.0f} s")
@@ -238,6 +309,12 @@ def run_recipe(recipe: Recipe, folder: Path, stages: dict[str, Stage]) -> None:
         console.print(f"[bold]{name}[/]: {seconds:.0f} s")
 
 
+def _read_record(output: Path) -> dict[str, Any]:
+    """A stage's fingerprint, and its seconds once it is done; nothing where it was never begun."""
+    record = output / RECORD
+    return json.loads(record.read_text()) if record.exists() else {}
+
+
 def _config_files(recipe: Recipe) -> list[str]:
     return [recipe.model, *(path for pattern in recipe.tasks for path in sorted(glob(pattern)))]
 
@@ -253,4 +330,7 @@ def _hash_dataset(folder: Path) -> str:
 STAGES = {
     "prepare": Stage(prepare, ("dataset", "tasks", "tokenizer", "prompts", "prepare", "train")),
     "train": Stage(train_stage, ("model", "train"), keep=True),
+    "evaluate": Stage(evaluate_stage, ("evaluate",)),
+    "baselines": Stage(baselines_stage, ("evaluate",)),
+    "report": Stage(report_stage, ("evaluate",)),
 }

@@ -101,14 +101,14 @@ def _forward(q: Array, k: Array, v: Array, segments: Segments, block: int) -> tu
         a, b = visits.q_block[i], visits.kv_block[i]
         out, top, total = state  # unnormalised output, running maximum, running sum
         scores = _scores(q[a], k[b], segments, a, b, block)
-        new_top = jnp.maximum(top[a], scores.max(-1))
-        weights = jnp.exp(scores - new_top[..., None])
+        new_top = jnp.maximum(top[a], scores.max(1))
+        weights = jnp.exp(scores - new_top[:, None])
         shrink = jnp.exp(top[a] - new_top)
-        added = jnp.einsum("kqs,ksd->kqd", weights, v[b], preferred_element_type=jnp.float32)
+        added = jnp.einsum("ksq,ksd->kqd", weights, v[b], preferred_element_type=jnp.float32)
         return (
             out.at[a].set(out[a] * shrink[..., None] + added),
             top.at[a].set(new_top),
-            total.at[a].set(total[a] * shrink + weights.sum(-1)),
+            total.at[a].set(total[a] * shrink + weights.sum(1)),
         )
 
     # The running maximum starts above MASKED, so that a masked score has the weight exp(MASKED - top) = 0.
@@ -130,13 +130,13 @@ def _backward(block: int, residuals: tuple, d_out: Array) -> tuple[Array, Array,
     def visit(i: Array, grads: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         a, b = visits.q_block[i], visits.kv_block[i]
         dq, dk, dv = grads
-        weights = jnp.exp(_scores(q[a], k[b], segments, a, b, block) - log_sum[a][..., None])
-        d_weights = jnp.einsum("kqd,ksd->kqs", d_out[a], v[b], preferred_element_type=jnp.float32)
-        d_scores = weights * (d_weights - correction[a][..., None]) * scale
+        weights = jnp.exp(_scores(q[a], k[b], segments, a, b, block) - log_sum[a][:, None])
+        d_weights = jnp.einsum("kqd,ksd->ksq", d_out[a], v[b], preferred_element_type=jnp.float32)
+        d_scores = weights * (d_weights - correction[a][:, None]) * scale
         return (
-            dq.at[a].add(jnp.einsum("kqs,ksd->kqd", d_scores, k[b], preferred_element_type=jnp.float32)),
-            dk.at[b].add(jnp.einsum("kqs,kqd->ksd", d_scores, q[a], preferred_element_type=jnp.float32)),
-            dv.at[b].add(jnp.einsum("kqs,kqd->ksd", weights, d_out[a], preferred_element_type=jnp.float32)),
+            dq.at[a].add(jnp.einsum("ksq,ksd->kqd", d_scores, k[b], preferred_element_type=jnp.float32)),
+            dk.at[b].add(jnp.einsum("ksq,kqd->ksd", d_scores, q[a], preferred_element_type=jnp.float32)),
+            dv.at[b].add(jnp.einsum("ksq,kqd->ksd", weights, d_out[a], preferred_element_type=jnp.float32)),
         )
 
     zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
@@ -147,11 +147,15 @@ def _backward(block: int, residuals: tuple, d_out: Array) -> tuple[Array, Array,
 _flash.defvjp(_forward, _backward)
 
 
-def _scores(q: Array, k: Array, segments: Segments, a: Array, b: Array, block: int) -> Float[Array, "K GQ S"]:
-    """Scaled float32 scores of query block `a` on key block `b`, `MASKED` where a query does not see a key."""
-    scores = jnp.einsum("kqd,ksd->kqs", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+def _scores(q: Array, k: Array, segments: Segments, a: Array, b: Array, block: int) -> Float[Array, "K S GQ"]:
+    """Scaled float32 scores of query block `a` on key block `b`, `MASKED` where a query does not see a key.
+
+    Keys by queries: reductions over keys then run on whole vectors of queries, where a CPU compiler would do a
+    reduction over the last axis one number at a time to keep its order.
+    """
+    scores = jnp.einsum("kqd,ksd->ksq", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     labels = Segments(*(x.reshape(-1, block) for x in segments))
     here = jnp.arange(block)
     q_labels, kv_labels = (Segments(*(x[at] for x in labels)) for at in (a, b))
     mask = visible(q_labels, kv_labels, a * block + here, b * block + here)
-    return jnp.where(jnp.tile(mask, (scores.shape[1] // block, 1)), scores, MASKED)
+    return jnp.where(jnp.tile(mask.T, (1, scores.shape[2] // block)), scores, MASKED)

@@ -10,7 +10,7 @@ import numpy as np
 from brewjax.data.dataset import Dataset
 from brewjax.data.task import Split, Task
 
-FEWEST_TOGETHER = 4
+FEWEST_TOGETHER = 8
 DAY = 86_400_000_000  # microseconds
 
 

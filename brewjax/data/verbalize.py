@@ -74,7 +74,7 @@ STYLES = {
         event="{facts}\n",
         heading="?",
         question=" {facts}\n",
-        percentile="p{}",
+        percentile="{}",
         short=True,
     ),
     "key-value": Style(

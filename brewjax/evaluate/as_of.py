@@ -48,8 +48,9 @@ class AsOf:
     def since(self, window: tuple[np.ndarray, np.ndarray], moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Days from the first and from the last event of each window to its moment; NaN where there is none."""
         if not len(self._codes):
-            return (np.full(len(moments), np.nan),) * 2
+            return np.full(len(moments), np.nan), np.full(len(moments), np.nan)
         start, end = window
         times = self._times[self._codes % (len(self._times) + 1)]
-        first, last = (times[np.where(end > start, position, 0)] for position in (start, end - 1))
-        return tuple(np.where(end > start, (moments - time) / DAY, np.nan) for time in (first, last))
+        some = end > start
+        first, last = times[np.where(some, start, 0)], times[np.where(some, end - 1, 0)]
+        return np.where(some, (moments - first) / DAY, np.nan), np.where(some, (moments - last) / DAY, np.nan)

@@ -149,14 +149,13 @@ class LightGBM:
             "seed": seed,
             "verbosity": -1,
         }
-        best = None
+        fits = []
         for chosen in GRID[:settings]:
             stop = lightgbm.early_stopping(PATIENCE, verbose=False)
             booster = lightgbm.train(fixed | chosen, training, MAX_ROUNDS, [held_out], callbacks=[stop])
             loss = booster.best_score["valid_0"][fixed["metric"]]
-            if best is None or loss < best.validation_loss:
-                best = cls(booster, chosen, booster.best_iteration, loss)
-        return best
+            fits.append(cls(booster, chosen, booster.best_iteration, loss))
+        return min(fits, key=lambda fit: fit.validation_loss)
 
     def predict(self, dataset: Dataset, task: Task, examples: Sequence[Example]) -> np.ndarray:
         """Probabilities float64 [questions, labels]."""
@@ -172,7 +171,6 @@ def _lightgbm_dataset(
         features.values,
         label == 0 if len(task.words) == 2 else label,  # so that a binary prediction is of the first label
         reference=reference,
-        feature_name=[f"feature_{index}" for index in range(len(features.names))],
         categorical_feature=[features.names.index(name) for name in features.categorical],
     )
 

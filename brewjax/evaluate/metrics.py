@@ -22,7 +22,7 @@ def auc(scores: np.ndarray, values: np.ndarray, weights: np.ndarray) -> np.ndarr
     order, ties = _ties(scores)
     weights, values = weights[..., order], values[order]
     below = np.zeros((*weights.shape[:-1], len(ties)))  # at each score, the weight of all smaller values
-    concordant = pairs = 0.0
+    concordant = pairs = np.zeros(weights.shape[:-1])
     for value in np.unique(values):
         mass = np.add.reduceat(weights * (values == value), ties, axis=-1)
         concordant = concordant + (mass * (below.cumsum(-1) - below / 2)).sum(-1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -18,7 +19,7 @@ from brewjax.evaluate.results import METRICS, OVERALL, SLICES, Comparison
 
 INK = "#010203"  # stands for the page's text colour, which matplotlib cannot know
 COLOURS = ("#3b82c4", "#d9822b", "#3f9c6b", "#a968c9")  # readable on white and on black
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",  # text stays text
     "font.family": "sans-serif",
     "font.size": 10,

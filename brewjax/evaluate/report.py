@@ -18,7 +18,7 @@ from brewjax.train.metrics import read_metrics
 
 UNDEFINED = "\N{EN DASH}"
 HOW_TO_READ = (
-    "All rows of a table answer the same questions of the test period, and know only what was known when they were asked.",
+    "All answer the same questions of the test period, knowing only what was known when they were asked.",
     "AUC: the chance that of two questions with different answers the better one is scored higher; 0.5 is a coin. "
     "NDCG@10: how close the ten first questions behind one history are to the best order; 1 is perfect. "
     "Both are better when higher.",
@@ -54,7 +54,7 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("brewjax.evaluate", "."),
-        autoescape=lambda name: name.endswith(".html.j2"),
+        autoescape=jinja2.select_autoescape(["html.j2"]),
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,

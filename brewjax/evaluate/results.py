@@ -85,9 +85,10 @@ def evaluate(predictions: pa.Table, task: Task, bootstrap: int = 200, seed: int 
     members for every table of the same questions, so that two results can be subtracted.
     """
     members, member = np.unique(predictions["member"].to_numpy(), return_inverse=True)
-    rng = np.random.default_rng(seed)
-    draws = rng.multinomial(len(members), np.full(len(members), 1 / max(len(members), 1)), size=bootstrap)
-    member_weights = np.concatenate([np.ones((1, len(members))), draws])  # the first is the sample itself
+    member_weights = np.ones((1 + bootstrap, len(members)))  # the first is the sample itself
+    if len(members):
+        equally = np.full(len(members), 1 / len(members))
+        member_weights[1:] = np.random.default_rng(seed).multinomial(len(members), equally, size=bootstrap)
     past = predictions["past"].to_numpy()
     results = {}
     for name, (low, high) in SLICES.items():

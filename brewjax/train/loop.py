@@ -57,7 +57,7 @@ class TrainConfig(Config):
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or the gradient became NaN or infinite."""
+    """The loss, the gradient or the update became NaN or infinite."""
 
 
 def train(model: ModelConfig, config: TrainConfig, shards: Path, folder: Path, objective: Objective) -> Params:
@@ -116,9 +116,10 @@ def _step(
         metrics = {
             "loss": loss / jnp.maximum(count, 1),
             "targets": count,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": rate(state["step"]),
         }
+        metrics["update_norm"] = optax.tree.norm(updates)
         params = optax.apply_updates(state["params"], updates)
         return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
 
@@ -135,7 +136,13 @@ def _restore_or_init(
 
     if checkpointer.latest is None:
         return jax.jit(init, donate_argnums=0)(init_params(model, mesh, config.seed))
-    abstract = jax.eval_shape(init, abstract_params(model, mesh))
+    # Every leaf with its place on this mesh: without one it would return to the mesh it was saved from.
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, leaf.sharding.spec if leaf.sharding else jax.P())
+        ),
+        jax.eval_shape(init, abstract_params(model, mesh)),
+    )
     restored = checkpointer.load_checkpointables(None, {"state": abstract, "data": batches})
     return restored["state"]
 
@@ -154,12 +161,13 @@ def _record(
     writer: MetricsWriter, folder: Path, shards: Path, step: int, batch: TokenBatch, metrics: dict, began: float
 ) -> None:
     row = {name: float(value) for name, value in metrics.items()}
-    if not np.isfinite([row["loss"], row["grad_norm"]]).all():
+    if not np.isfinite([row["loss"], row["grad_norm"], row["update_norm"]]).all():
         saved = folder / f"bad_batch_step_{step}.npz"
         np.savez(saved, **batch._asdict() | batch.segments._asdict())
         sources = "\n  ".join(describe_sources(shards, batch))
         raise NonFiniteError(
-            f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}. Its batch is in {saved}, "
+            f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}, update norm {row['update_norm']}. "
+            f"Its batch is in {saved}, "
             f"its {np.sum(batch.targets != NO_TARGET)} targets come from:\n  {sources}\n"
             "The last checkpoint is from before it; lower the learning rate or look at these examples."
         )

@@ -31,7 +31,9 @@ def task() -> Task:
 def sampled_task() -> Task:
     """The same with two sampled negatives per event, and no other negatives."""
     text = TASK % ', sampled_negatives: {label: "No", per_event: 2}'
-    return Task.parse(text.replace("[viewed, applied], per_prompt", "[applied], per_prompt").replace("viewed}", "seen}"))
+    return Task.parse(
+        text.replace("[viewed, applied], per_prompt", "[applied], per_prompt").replace("viewed}", "seen}")
+    )
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +48,15 @@ def make_examples(rng: np.random.Generator, count: int, members: int = 20, label
     nothing = np.zeros(0, np.int64)
     past = rng.choice([0, 3, 8, 50, 200], count)
     return [
-        Example("apply", int(rng.integers(members)), 0, nothing, int(p), rng.integers(9, size=4), rng.integers(labels, size=4))
+        Example(
+            "apply",
+            int(rng.integers(members)),
+            0,
+            nothing,
+            int(p),
+            rng.integers(9, size=4),
+            rng.integers(labels, size=4),
+        )
         for p in past
     ]
 

@@ -57,7 +57,7 @@ def test_features_by_hand(jobs_with, task):
         "item mean Seconds above average": 20,
         "item mean answer Yes above average": (-1 + 0.5) / 2,
         "item days since last event": 1,
-        "item days since Posted": 34,
+        "item days since Posted": 35,
         "item Salary": 41_000,
         # Jobs 0 and 1 share the company Acme; 1 is in Lisbon, 0 in Berlin.
         "member's share of Company": 1,
@@ -81,7 +81,9 @@ def test_nothing_known_is_nan_and_never_an_error(jobs, task):
 
 def test_features_of_a_list_are_columns(jobs, task):
     features = build_features(jobs, task, [ask(0, list(range(40)), 100)])
-    skills = {name: column for name, column in zip(features.names, features.values.T, strict=True) if "Skills: " in name}
+    skills = {
+        name: column for name, column in zip(features.names, features.values.T, strict=True) if "Skills: " in name
+    }
     for skill, column in skills.items():
         assert column.tolist() == [skill.removeprefix("item Skills: ") in s for s in jobs.items["skills"].to_pylist()]
     assert set(features.categorical) == {"member Company", "member Location", "item Company", "item Location"}

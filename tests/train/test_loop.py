@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from orbax.checkpoint import v1 as ocp
 
 from brewjax.data.loader import TokenBatch, write_shards
 from brewjax.data.tokens import EncodedPrompt
+from brewjax.model.decoder import Decoder
+from brewjax.model.params import Params
 from brewjax.model.sharding import MeshConfig
 from brewjax.train.loop import NonFiniteError, TrainConfig, train
 from brewjax.train.metrics import METRICS, MetricsWriter, read_metrics
@@ -26,8 +29,8 @@ from brewjax.train.optimizer import OptimizerConfig
 from tests.tiny import MODEL, prompt
 
 ROOT = Path(__file__).parents[2]
-POISON = 60  # a token that only one prompt has
-ADAM = OptimizerConfig(learning_rate=0.01, warmup=5)
+POISON = 2  # a token that no prompt has but the poisoned one
+ADAM = OptimizerConfig(learning_rate=0.01, warmup=5, schedule="constant")
 CONFIG = TrainConfig(steps=60, rows=4, row_tokens=64, optimizer=ADAM, checkpoint_every=5)
 
 
@@ -65,6 +68,120 @@ def test_loss_falls(finished):
     assert len(found) == CONFIG.steps
     assert found[1] > 2
     assert np.mean([found[step] for step in range(51, 61)]) < 0.3
+
+
+def test_a_finished_run_has_nothing_to_do(shards, finished):
+    before = losses(finished)
+    params = train(MODEL, CONFIG, shards, finished, supervised)
+    assert losses(finished) == before
+    assert newest_checkpoint(finished)[0] == CONFIG.steps
+    jax.tree.map(np.testing.assert_array_equal, params, newest_checkpoint(finished)[1])
+
+
+def test_accumulation_changes_no_loss(shards, finished, tmp_path):
+    config = CONFIG.model_copy(update={"accumulate": 4, "steps": 8})
+    train(MODEL, config, shards, tmp_path, supervised)
+    whole, parts = losses(finished), losses(tmp_path)
+    np.testing.assert_allclose([parts[step] for step in range(1, 9)], [whole[step] for step in range(1, 9)], rtol=1e-5)
+
+
+def test_rows_must_divide_into_parts():
+    with pytest.raises(pydantic.ValidationError, match=r"rows \(4\) must be a multiple of accumulate \(3\)"):
+        TrainConfig(**CONFIG.model_dump() | {"accumulate": 3})
+
+
+# --- killed and started again
+
+
+def start(shards: Path, folder: Path, devices: int = 1) -> subprocess.Popen:
+    """Trains in a process of its own, on virtual devices over which the weights are split."""
+    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    arguments = [sys.executable, "-m", "tests.train.test_loop", shards, folder, str(devices)]
+    with open(folder / "log.txt", "a") as log:
+        return subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=log, stderr=log)
+
+
+def kill_at(step: int, process: subprocess.Popen, folder: Path) -> None:
+    while len(read_metrics(folder / METRICS)) < step:
+        assert process.poll() is None, (folder / "log.txt").read_text()
+        time.sleep(0.003)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def without_speed(folder: Path) -> list[dict[str, float]]:
+    rows = read_metrics(folder / METRICS)
+    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
+
+
+def test_a_run_killed_twice_has_the_losses_of_one_that_was_not(shards, finished, tmp_path):
+    for step in (13, 34):  # with a checkpoint every 5 steps; where exactly the kill hits is up to the machine
+        kill_at(step, start(shards, tmp_path), tmp_path)
+        assert len(read_metrics(tmp_path / METRICS)) < CONFIG.steps
+    before = read_metrics(tmp_path / METRICS)
+    assert start(shards, tmp_path).wait() == 0, (tmp_path / "log.txt").read_text()
+    assert without_speed(tmp_path) == without_speed(finished)  # to the bit
+    assert read_metrics(tmp_path / METRICS)[:25] == before[:25]  # speed and all: these steps were not run again
+
+
+def test_a_checkpoint_continues_on_another_mesh(shards, finished, tmp_path):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "checkpoints" / str(CONFIG.steps))  # the newest is now 5 steps before the end
+    assert start(shards, tmp_path, devices=2).wait() == 0, (tmp_path / "log.txt").read_text()
+    one, two = losses(finished), losses(tmp_path)
+    last = range(CONFIG.steps - 4, CONFIG.steps + 1)
+    np.testing.assert_allclose([two[step] for step in last], [one[step] for step in last], rtol=1e-5)
+    assert [two[step] for step in last] != [one[step] for step in last]  # it was computed again
+
+
+def test_a_last_line_cut_short_is_dropped(tmp_path):
+    (tmp_path / METRICS).write_text(
+        "".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3)) + '{"step": 4, "lo'
+    )
+    assert [row["step"] for row in read_metrics(tmp_path / METRICS)] == [1, 2, 3]
+    with MetricsWriter(tmp_path, resumed_step=2, steps=5) as writer:
+        writer.write(3, {"loss": 0.5, "tokens_per_second": 1.0})
+    assert read_metrics(tmp_path / METRICS)[1:] == [{"step": 2}, {"step": 3, "loss": 0.5, "tokens_per_second": 1.0}]
+
+
+# --- NaN
+
+
+def newest_checkpoint(folder: Path) -> tuple[int, Params]:
+    with ocp.training.Checkpointer((folder / "checkpoints").absolute()) as checkpointer:
+        state = checkpointer.load_checkpointables(None, {"state": None})["state"]
+        return checkpointer.latest.step, state["params"]
+
+
+def poisoned(decoder: Decoder, batch: TokenBatch) -> tuple[jax.Array, jax.Array]:
+    loss, count = supervised(decoder, batch)
+    return loss * jnp.where(jnp.any(batch.tokens == POISON), jnp.nan, 1), count
+
+
+def test_nan_stops_the_run_and_names_the_examples(tmp_path):
+    prompts = [toy(number) for number in range(40)]
+    (_, *center), *events = prompts[21].pieces  # a prompt of the fourth batch
+    prompts[21] = dataclasses.replace(prompts[21], pieces=[[POISON, *center], *events])
+    write_shards(tmp_path, [(one, {"prompt": number}) for number, one in enumerate(prompts)], CONFIG.row_tokens)
+    with pytest.raises(NonFiniteError, match=r"loss nan(.|\n)*\"prompt\": 21\b") as error:
+        train(MODEL, CONFIG.model_copy(update={"checkpoint_every": 1}), tmp_path, tmp_path, poisoned)
+    good = len(losses(tmp_path))
+    assert good == 3
+    assert f"step {good + 1}:" in str(error.value)
+    with np.load(tmp_path / f"bad_batch_step_{good + 1}.npz") as batch:
+        assert POISON in batch["tokens"]
+    step, params = newest_checkpoint(tmp_path)
+    assert step == good
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+def test_a_rate_that_is_far_too_high_stops_the_run_before_it_spoils_a_checkpoint(shards, tmp_path):
+    adam = OptimizerConfig(learning_rate=1e38, warmup=5)  # the first step has a rate of zero
+    with pytest.raises(NonFiniteError, match="step 2: .* update norm inf"):
+        train(MODEL, CONFIG.model_copy(update={"optimizer": adam, "checkpoint_every": 1}), shards, tmp_path, supervised)
+    step, params = newest_checkpoint(tmp_path)
+    assert step == 1
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
 
 
 if __name__ == "__main__":

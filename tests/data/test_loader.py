@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import collections
+import itertools
+import json
+from pathlib import Path
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from brewjax.data.loader import TokenBatch, describe_sources, load_batches, write_shards
+from brewjax.data.tokens import NO_TARGET, EncodedPrompt
+from pallas_kernels.segments import PADDING
+
+ROW = 24  # tokens
+GROUP = 16  # rows that are packed together, at least: read so many at a time, the records come in their order
+
+TOKENS = st.lists(st.integers(1, 99), min_size=1, max_size=5)
+EXAMPLES = st.lists(
+    st.builds(
+        lambda center, events, questions, layout: EncodedPrompt(
+            [center, *events], questions, [5, 6], [index % 2 for index in range(len(questions))], layout
+        ),
+        TOKENS,
+        st.lists(TOKENS, max_size=2),
+        st.lists(TOKENS, min_size=1, max_size=4),
+        st.sampled_from(["dense", "star"]),
+    ),
+    min_size=1,
+    max_size=20,
+)
+
+
+def example(center: int, questions: int = 1) -> EncodedPrompt:
+    """`center` + 2 * `questions` tokens."""
+    return EncodedPrompt([[7] * center], [[8, 9]] * questions, [5, 6], [0] * questions, "dense")
+
+
+def shards(folder: Path, examples: list[EncodedPrompt], capacity: int = ROW, **kwargs) -> Path:
+    write_shards(folder, ((one, {"example": index}) for index, one in enumerate(examples)), capacity, **kwargs)
+    return folder
+
+
+def pieces(batch: TokenBatch) -> list[tuple[int, dict[str, np.ndarray]]]:
+    """The packed examples, row by row: the record each says it comes from, and its arrays."""
+    found = []
+    arrays = batch._asdict() | batch.segments._asdict()
+    for row in range(len(batch.tokens)):
+        ids = batch.segments.example[row]
+        real = ids[ids != PADDING]
+        assert (np.diff(real) >= 0).all(), "examples are contiguous"
+        assert (ids[len(real) :] == PADDING).all(), "padding is at the end"
+        assert (batch.source[row, len(real) :] == -1).all()
+        assert (batch.targets[row, len(real) :] == NO_TARGET).all()
+        for number in np.unique(real):
+            (source,) = np.unique(batch.source[row, ids == number])
+            names = ("tokens", "positions", "segment", "reach", "targets")
+            found.append((int(source), {name: arrays[name][row, ids == number] for name in names}))
+    return found
+
+
+def read(batches, passes: int, records: int) -> tuple[list[tuple[int, dict]], collections.Counter]:
+    """Pieces of so many passes over the records, and how often each was read."""
+    found: list = []
+    while len(found) < passes * records:
+        found += pieces(next(batches))
+    return found, collections.Counter(source for source, _ in found)
+
+
+@hypothesis.given(EXAMPLES)
+@hypothesis.settings(max_examples=12, deadline=None)
+def test_packing_loses_nothing_and_mixes_nothing(tmp_path_factory, examples):
+    folder = shards(tmp_path_factory.mktemp("shards"), examples)
+    records = [part.arrays() for whole in examples for part in whole.split(ROW)]
+    found, counts = read(iter(load_batches(folder, GROUP, ROW, seed=0)), 2, len(records))
+    for source, arrays in found:
+        for name, array in arrays.items():
+            assert array.tolist() == records[source][name].tolist(), name
+    # A group of rows holds the next records of the stream. Were any read twice in one epoch, or left out of it,
+    # the counts would be two apart.
+    assert set(counts) == set(range(len(records)))
+    assert max(counts.values()) - min(counts.values()) <= 1
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_processes_share_the_records_out_and_read_each_once_an_epoch(tmp_path, processes):
+    examples = [example(2 + index % 9, 1 + index % 3) for index in range(50)]
+    folder = shards(tmp_path, examples)
+    shares = []
+    for process in range(processes):
+        batches = iter(load_batches(folder, GROUP, ROW, seed=0, process=process, processes=processes))
+        _, counts = read(batches, 2, len(examples) // processes)
+        assert max(counts.values()) - min(counts.values()) <= 1
+        shares.append(set(counts))
+    assert set.union(*shares) == set(range(50))
+    assert sum(map(len, shares)) == 50, "no record is read by two processes"
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_the_position_restores_exactly(tmp_path):
+    """Also in the midst of a group of packed rows, from a state that went through JSON, in a stream that has run on."""
+    folder = shards(tmp_path, [example(1 + index % 13) for index in range(40)])
+    dataset = load_batches(folder, 3, ROW, seed=0)
+    for start in (0, 7, 17):
+        batches = iter(dataset)
+        for _ in range(start):
+            next(batches)
+        state = json.loads(json.dumps(batches.get_state()))
+        expected = list(itertools.islice(batches, 6))
+        fresh = iter(load_batches(folder, 3, ROW, seed=0))
+        for other in (batches, fresh):
+            other.set_state(state)
+            for one, again in zip(expected, itertools.islice(other, 6), strict=True):
+                jax.tree.map(np.testing.assert_array_equal, one, again)
+
+
+def test_epochs_and_seeds_are_shuffled_differently(tmp_path):
+    """Every record fills a row, so 32 records are two groups of rows: the first of each epoch holds other records."""
+    folder = shards(tmp_path, [example(ROW - 2) for _ in range(2 * GROUP)])
+
+    def halves(seed: int, count: int) -> list[set[int]]:
+        batches = iter(load_batches(folder, GROUP, ROW, seed))
+        return [set(next(batches).source.flatten().tolist()) for _ in range(count)]
+
+    first, rest, second, its_rest, third, _ = halves(seed=0, count=6)
+    assert first | rest == second | its_rest == set(range(2 * GROUP)), "each epoch holds them all"
+    assert first != set(range(GROUP))
+    assert len({frozenset(half) for half in (first, second, third)}) == 3
+    assert halves(seed=0, count=1) == [first]
+    assert halves(seed=1, count=1) != [first]
+
+
+def test_several_examples_share_a_row(tmp_path):
+    folder = shards(tmp_path, [example(2) for _ in range(200)])
+    batch = next(iter(load_batches(folder, GROUP, ROW, seed=0)))
+    assert (batch.segments.example != PADDING).all()
+    assert (batch.segments.example.max(axis=1) == ROW // 4).all()
+    assert all(array.shape == (GROUP, ROW) and array.dtype == np.int32 for array in jax.tree.leaves(batch))
+
+
+def test_counts_and_notes_are_of_the_records_written(tmp_path):
+    """A prompt of 30 tokens is split in two, which share its note; the other prompts are whole."""
+    examples = [example(4), example(10, 10), example(3)]
+    notes = ({"example": index, "member": f"Zoë\u2028{index}"} for index in range(3))
+    counts = write_shards(tmp_path, zip(examples, notes, strict=True), ROW)
+    assert counts == {"records": 4, "questions": 12, "tokens": 6 + 24 + 16 + 5}
+    for batch in itertools.islice(load_batches(tmp_path, 2, ROW, seed=0), 4):
+        described = [json.loads(line)["example"] for line in describe_sources(tmp_path, batch)]
+        assert described == [[0, 1, 1, 2][source] for source in sorted({source for source, _ in pieces(batch)})]
+
+
+def test_a_batch_can_be_described_on_the_device(tmp_path):
+    folder = shards(tmp_path, [example(ROW - 2)])
+    batch = jax.tree.map(jax.numpy.asarray, next(iter(load_batches(folder, 1, ROW, seed=0))))
+    assert describe_sources(folder, batch) == ['{"example": 0}']
+
+
+def test_a_folder_without_shards_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no training shards there; run `brewjax prepare` first"):
+        load_batches(tmp_path, 2, ROW, seed=0)
+
+
+def test_fewer_records_than_processes_are_refused(tmp_path):
+    folder = shards(tmp_path, [example(4)])
+    with pytest.raises(ValueError, match="1 examples are too few for 2 processes"):
+        load_batches(folder, 2, ROW, seed=0, process=1, processes=2)
+
+
+def test_a_prompt_whose_history_alone_fills_the_row_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=f"a prefix of {ROW} tokens and a question of 2 do not fit in {ROW} tokens"):
+        shards(tmp_path, [example(ROW)])
