@@ -74,7 +74,7 @@ def build_examples(dataset: Dataset, task: Task, split: Split, seed: int = 0) ->
     Events that match no label are not questions; an event that matches two raises ConfigError.
     """
     start, end = _period(dataset, task, split)
-    asked, labels = _questions(dataset, task)
+    asked, labels = asked_events(dataset, task)
     within = (dataset.event_time[asked] >= start) & (dataset.event_time[asked] < end)
     asked, labels = asked[within], labels[within]
     negatives = task.questions.sampled_negatives
@@ -104,7 +104,7 @@ def _period(dataset: Dataset, task: Task, split: Split) -> tuple[int, int]:
     return {"train": (-infinity, validation), "validation": (validation, test), "test": (test, infinity)}[split]
 
 
-def _questions(dataset: Dataset, task: Task) -> tuple[np.ndarray, np.ndarray]:
+def asked_events(dataset: Dataset, task: Task) -> tuple[np.ndarray, np.ndarray]:
     """Rows of the events that can be asked about, and the index of each one's label."""
     events = np.flatnonzero(np.isin(dataset.event_action, task.questions.actions))
     labels = np.full(len(events), -1)

@@ -23,6 +23,8 @@ class Tokenizer:
 
     def __init__(self, hf: PreTrainedTokenizerBase):
         self.hf = hf
+        hf.backend_tokenizer.no_truncation()  # which many a tokenizer.json asks for, and padding
+        hf.backend_tokenizer.no_padding()
         self._encode_batch = hf.backend_tokenizer.encode_batch_fast
         self._known: dict[str, list[int]] = {}
         # `all_special_tokens` is not all of them: Llama's <|eot_id|>, for one, is only among the added tokens.
@@ -87,13 +89,14 @@ class Tokenizer:
 
         Remembered: the same items and events are said again and again.
         """
-        new = [text for text in dict.fromkeys(texts) if text not in self._known]
-        if len(self._known) + len(new) > REMEMBERED:
-            self._known.clear()
+        known = self._known
+        new = [text for text in dict.fromkeys(texts) if text not in known]
+        if len(known) + len(new) > REMEMBERED:
+            self._known = known = {}  # not cleared: another thread may be reading it
             new = list(dict.fromkeys(texts))
         for text, encoding in zip(new, self._encode_batch(new, add_special_tokens=False), strict=True):
-            self._known[text] = encoding.ids
-        return [self._known[text] for text in texts]
+            known[text] = encoding.ids
+        return [known[text] for text in texts]
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """Number of tokens of each text."""

@@ -6,6 +6,7 @@ Both answer the same questions as the model and know only what was known at each
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 from scipy.special import expit
 
 from brewjax.data.dataset import Dataset
-from brewjax.data.examples import Example, _questions
+from brewjax.data.examples import Example, asked_events
 from brewjax.data.task import Task
 from brewjax.evaluate.as_of import AsOf
 from brewjax.evaluate.features import Features, Questions, build_features
@@ -72,7 +73,7 @@ def popularity(dataset: Dataset, task: Task, train: Sequence[Example], examples:
 
 def _label_counts(dataset: Dataset, task: Task, labels: np.ndarray, asked: Questions) -> tuple[np.ndarray, np.ndarray]:
     """[questions, labels]: events before the cut with each of the labels, of the item in question and of all items."""
-    events, answers = _questions(dataset, task)
+    events, answers = asked_events(dataset, task)
     times = dataset.event_time[events]
     item, everything = AsOf(dataset.event_item[events], times), AsOf(np.zeros(len(events)), times)
     item_window = item.window(asked.item, asked.cut)
@@ -176,6 +177,8 @@ def _lightgbm_dataset(
 
 
 def _import_lightgbm() -> Any:
+    # OpenMP's threads wait in a busy loop, which is ten times slower where another process wants the same cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         import lightgbm
     except ImportError as error:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from brewjax.data.dataset import Attribute, Dataset
-from brewjax.data.examples import DAY, Example, _questions
+from brewjax.data.examples import DAY, Example, asked_events
 from brewjax.data.task import Task
 from brewjax.evaluate.as_of import AsOf
 from brewjax.evaluate.metrics import ratio
@@ -83,7 +83,7 @@ class Past:
         numbers = [attribute for attribute in dataset.card.events.attributes if attribute.kind == "number"]
         signals = {attribute.name: _floats(dataset.events[attribute.column])[events] for attribute in numbers}
         if not task.questions.sampled_negatives:  # else every event has the same answer
-            rows, labels = _questions(dataset, task)
+            rows, labels = asked_events(dataset, task)
             for index, word in enumerate(task.words[:-1]):
                 answer = np.full(len(dataset.events), np.nan)
                 answer[rows] = labels == index

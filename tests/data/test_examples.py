@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from brewjax.config import ConfigError
 from brewjax.data.dataset import Dataset
-from brewjax.data.examples import Example, build_examples, history_before
+from brewjax.data.examples import FEWEST_TOGETHER, Example, build_examples, example_now, history_before
 from brewjax.data.task import Split, Task
 from tests.data.conftest import Event, moment
 
@@ -63,7 +63,7 @@ def same(one: Example, other: Example) -> bool:
     return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in vars(one))
 
 
-@hypothesis.given(EVENTS, st.integers(1, 7))
+@hypothesis.given(EVENTS, st.integers(1, 12))
 @hypothesis.settings(max_examples=60, deadline=None)
 def test_every_question_once_in_its_split_with_only_the_past_before_it(jobs_with, events, per_prompt):
     dataset = jobs_with(events, ITEMS)
@@ -79,7 +79,8 @@ def test_every_question_once_in_its_split_with_only_the_past_before_it(jobs_with
                 assert [task.words[label] for label in example.labels] == [
                     "Yes" if event.action == "applied" else "No" for event in asked
                 ]
-                assert len(asked) == per_prompt or next(questions, None) is None, "prompts are filled"
+                together = min(per_prompt, max(example.past, FEWEST_TOGETHER))
+                assert len(asked) == together or next(questions, None) is None, "prompts are filled"
                 assert example.cut == moment(min(event.day for event in asked)), "no question is older than the cut"
                 past = [event for event in own if moment(event.day) < example.cut]
                 assert dataset.event_item[example.history].tolist() == [event.item for event in past]
@@ -154,6 +155,25 @@ def test_the_seed_and_nothing_else_chooses_the_negatives(jobs):
     assert not all(map(same, whole[0], whole[1]))
     for one, other in zip(whole[0], whole[1], strict=True):
         assert one.items[one.labels == 0].tolist() == other.items[other.labels == 0].tolist()
+
+
+@hypothesis.given(EVENTS, st.none() | st.integers(0, 9))
+@hypothesis.settings(max_examples=30, deadline=None)
+def test_now_a_member_is_asked_about_every_item_not_touched_before(jobs_with, events, day):
+    dataset = jobs_with(events, ITEMS)
+    for member in range(4):
+        past = [event for event in in_order(events, member) if day is None or event.day < day]
+        untouched = sorted(set(range(ITEMS)) - {event.item for event in past})
+        if not untouched:
+            with pytest.raises(ValueError, match="none left to rank"):
+                example_now(dataset, make_task(), member, None if day is None else moment(day))
+            continue
+        example = example_now(dataset, make_task(), member, None if day is None else moment(day))
+        assert example.items.tolist() == untouched
+        assert example.labels.tolist() == [-1] * len(untouched)
+        assert dataset.event_item[example.history].tolist() == [event.item for event in past]
+        assert example.past == len(past)
+        assert example.asking(2).items.tolist() == untouched[:2]
 
 
 def test_an_event_that_matches_two_labels_is_refused(jobs):

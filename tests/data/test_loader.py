@@ -104,7 +104,7 @@ def test_the_position_restores_exactly(tmp_path):
     """Also in the midst of a group of packed rows, from a state that went through JSON, in a stream that has run on."""
     folder = shards(tmp_path, [example(1 + index % 13) for index in range(40)])
     dataset = load_batches(folder, 3, ROW, seed=0)
-    for start in (0, 7, 17):
+    for start in (0, 8):
         batches = iter(dataset)
         for _ in range(start):
             next(batches)

@@ -8,7 +8,7 @@ import pytest
 from brewjax.config import ConfigError
 from brewjax.data.dataset import Card
 from brewjax.data.examples import build_examples
-from brewjax.data.task import Label, Task
+from brewjax.data.task import Label, Task, load_tasks
 from tests.data.conftest import Event, moment
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -106,6 +106,19 @@ def test_what_the_dataset_has_not_is_refused(jobs, old, new, said):
     with pytest.raises(ConfigError) as error:
         task.check(jobs.card, EVENT_COLUMNS)
     assert str(error.value) == f"applies.yaml:{said}"
+
+
+def test_tasks_are_loaded_together_under_different_names(jobs, tmp_path):
+    paths = [tmp_path / "one.yaml", tmp_path / "two.yaml"]
+    paths[0].write_text(TASK)
+    paths[1].write_text(TASK.replace("name: applies", "name: applies_soon"))
+    assert [task.name for task in load_tasks(paths, jobs)] == ["applies", "applies_soon"]
+    paths[1].write_text(TASK)
+    with pytest.raises(ConfigError, match=r"yaml:1: name: two tasks are named 'applies'"):
+        load_tasks(paths, jobs)
+    paths[1].write_text(TASK.replace("seconds: 30", "second: 30"))
+    with pytest.raises(ConfigError, match=r"two\.yaml:14: .* they have: action, member_id, item_id, time, seconds"):
+        load_tasks(paths, jobs)
 
 
 @pytest.mark.parametrize(

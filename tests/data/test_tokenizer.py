@@ -54,6 +54,27 @@ def test_a_text_is_encoded_alike_alone_and_among_others(tokenizer, texts):
     assert tokenizer.lengths(texts) == [len(one) for one in ids]
 
 
+def test_forgetting_changes_nothing(tokenizer, monkeypatch):
+    """What is remembered is bounded; a call with more texts than that works too."""
+    monkeypatch.setattr("brewjax.data.tokenizer.REMEMBERED", 3)
+    fresh = Tokenizer(tokenizer.hf)
+    for texts in (["a", "b"], ["b", "c", "c"], ["d", "a"], list("abcdefg"), ["a", "g"], []):
+        assert fresh.encode(texts) == tokenizer.encode(texts)
+
+
+def test_no_text_is_cut_or_padded_whatever_tokenizer_json_asks_for(tokenizer, tmp_path):
+    backend = tokenizers.Tokenizer.from_str(tokenizer.hf.backend_tokenizer.to_str())
+    backend.enable_truncation(5)
+    backend.enable_padding(length=8)
+    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<|endoftext|>").save_pretrained(tmp_path)
+    texts = ["a", "a longer text of many tokens"]
+    assert Tokenizer.load(tmp_path).encode(texts) == tokenizer.encode(texts)
+
+
+def test_a_token_a_byte_where_nothing_was_trained():
+    assert Tokenizer.of_bytes().lengths(["Zoë", "Yes\n"]) == [4, 4]
+
+
 def test_saved_and_loaded_it_is_the_same(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     loaded = Tokenizer.load(tmp_path)

@@ -123,13 +123,13 @@ No
 Predict whether the member applies to the job in the "Question".
 Note: focus on location
 Software Engineer|Acme|Lisbon|8
-1mo|has viewed|13.5|Nurse (senior)|Globex|Berlin|Excel|p78
-4w|has applied to|2|Accountant|Initech|Lisbon|Python,Writing|p76
-1d|has viewed|Nurse|Acme|Lisbon|Excel|p28
+1mo|has viewed|13.5|Nurse (senior)|Globex|Berlin|Excel|78
+4w|has applied to|2|Accountant|Initech|Lisbon|Python,Writing|76
+1d|has viewed|Nurse|Acme|Lisbon|Excel|28
 6h|has applied to|100|Nurse (senior)|Acme|Berlin|Excel
-? 1 Teacher|Umbrella|Lisbon|Care,Teaching,Writing|p53|1mo|p2|40
+? 1 Teacher|Umbrella|Lisbon|Care,Teaching,Writing|53|1mo|2|40
 Yes
-? 2 Software Engineer|Globex|Oslo|p51|2mo|p2|60
+? 2 Software Engineer|Globex|Oslo|51|2mo|2|60
 No
 """,
     "key-value": """\
