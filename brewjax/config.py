@@ -136,5 +136,6 @@ def _describe(error: Any, path: str, lines: dict[Location, int]) -> str:
     if error["type"] == "unknown_key":
         return f"{_place(path, lines, (*error['loc'], error['ctx']['key']))}: {error['msg']}"
     message = error["msg"][0].lower() + error["msg"][1:]
+    message = message.replace("valid tuple", "list in [brackets]")
     found = "" if error["type"] == "missing" else f", found {error['input']!r}"
     return f"{_place(path, lines, error['loc'])}: {message}{found}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import hashlib
 import json
 import math
@@ -265,12 +266,12 @@ class Stage:
     """A step of a recipe.
 
     Attributes:
-      sections: the parts of the recipe that it depends on, beside the stages before it.
+      keys: the parts of the recipe that it depends on, beside the stages before it.
       keep: what it leaves is too dear to be replaced unasked when its inputs change.
     """
 
     run: Callable[[Run, Path], None]
-    sections: tuple[str, ...]
+    keys: tuple[str, ...]
     keep: bool = False
 
 
@@ -283,7 +284,7 @@ def run_recipe(recipe: Recipe, folder: Path, stages: dict[str, Stage]) -> None:
     run, console = Run(recipe, folder), Console()
     fingerprint = _hash_dataset(Path(recipe.dataset))
     for name, stage in stages.items():
-        settings = {section: recipe.model_dump(mode="json")[section] for section in stage.sections}
+        settings = [functools.reduce(dict.__getitem__, key.split("."), recipe.model_dump()) for key in stage.keys]
         contents = [Path(path).read_text() for path in _config_files(recipe)]
         fingerprint = hashlib.sha256(json.dumps([fingerprint, settings, contents]).encode()).hexdigest()
         output, record = folder / name, folder / name / RECORD
@@ -328,7 +329,7 @@ def _hash_dataset(folder: Path) -> str:
 
 
 STAGES = {
-    "prepare": Stage(prepare, ("dataset", "tasks", "tokenizer", "prompts", "prepare", "train")),
+    "prepare": Stage(prepare, ("dataset", "tasks", "tokenizer", "prompts", "prepare", "train.row_tokens")),
     "train": Stage(train_stage, ("model", "train"), keep=True),
     "evaluate": Stage(evaluate_stage, ("evaluate",)),
     "baselines": Stage(baselines_stage, ("evaluate",)),

@@ -71,7 +71,7 @@ def build_examples(dataset: Dataset, task: Task, split: Split, seed: int = 0) ->
     the history is never far behind the last question and short histories are met as often as they are in life.
     A question belongs to the split that its event's time falls in. Since history is strictly older than the cut,
     and the cut is the oldest question's time, no prompt holds an event of a later split, or a question's own.
-    Events that match no label are not questions; an event that matches two raises ConfigError.
+    Events that match no label are not questions. Raises ConfigError where an event matches two.
     """
     start, end = _period(dataset, task, split)
     asked, labels = asked_events(dataset, task)
@@ -83,6 +83,7 @@ def build_examples(dataset: Dataset, task: Task, split: Split, seed: int = 0) ->
     member_of = dataset.event_member[asked]
     for member in np.unique(member_of):
         first, last = np.searchsorted(member_of, [member, member + 1])
+        unseen = _unseen(dataset, member, end)
         begin = first
         while begin < last:
             cut = int(dataset.event_time[asked[begin]])  # a member's events are in order of time
@@ -92,9 +93,9 @@ def build_examples(dataset: Dataset, task: Task, split: Split, seed: int = 0) ->
             begin = chunk.stop
             items, answers = dataset.event_item[asked[chunk]], labels[chunk]
             if negatives:
-                unseen = _unseen(dataset, member, negatives.per_event * len(items), rng)
-                items = np.concatenate([items, unseen])
-                answers = np.concatenate([answers, np.full(len(unseen), task.words.index(negatives.label))])
+                drawn = rng.choice(unseen, min(negatives.per_event * len(items), len(unseen)), replace=False)
+                items = np.concatenate([items, drawn])
+                answers = np.concatenate([answers, np.full(len(drawn), task.words.index(negatives.label))])
             yield Example(task.name, int(member), cut, history, past, items.astype(np.int32), answers.astype(np.int32))
 
 
@@ -117,8 +118,9 @@ def asked_events(dataset: Dataset, task: Task) -> tuple[np.ndarray, np.ndarray]:
     return events[labels >= 0], labels[labels >= 0]
 
 
-def _unseen(dataset: Dataset, member: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Up to `count` items, all different, that the member has no event with, before or after."""
+def _unseen(dataset: Dataset, member: int, until: int) -> np.ndarray:
+    """Rows of the items that the member had no event with before `until`, the end of the split: what comes after it
+    must not be told by what is missing."""
     start, end = dataset.member_offsets[member : member + 2]
-    unseen = np.setdiff1d(np.arange(len(dataset.items)), dataset.event_item[start:end])
-    return rng.choice(unseen, min(count, len(unseen)), replace=False)
+    end = start + np.searchsorted(dataset.event_time[start:end], until)
+    return np.setdiff1d(np.arange(len(dataset.items)), dataset.event_item[start:end])

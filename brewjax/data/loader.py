@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -41,7 +42,8 @@ def write_shards(folder: Path, examples: Iterable[tuple[EncodedPrompt, dict]], c
 
     Prompts that are longer are split by questions, so nothing is lost. Returns counts of records, questions, tokens.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # no shard of an earlier writing may stay
+    folder.mkdir(parents=True)
     writers = [ArrayRecordWriter(str(folder / f"part-{n:03d}.array_record"), "group_size:1") for n in range(shards)]
     counts = {"records": 0, "questions": 0, "tokens": 0}
     with open(folder / SOURCES, "w") as sources:
@@ -74,7 +76,7 @@ def load_batches(
         raise ValueError(f"{folder}: {len(source)} examples are too few for {processes} processes")
     records = grain.MapDataset.source(source).seed(seed)[process::processes].shuffle().repeat().map(_parse)
     packed = grain.experimental.BestFitPackIterDataset(
-        records.to_iter_dataset(),
+        records.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=32)),
         length_struct={name: row_tokens for name in FIELDS},
         num_packing_bins=max(16, rows),
         seed=seed,

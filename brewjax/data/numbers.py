@@ -93,7 +93,7 @@ class Percentiles:
 
     def of(self, table: str, column: str, value: float) -> int:
         """1 to 100: the hundredth of the training data that `value` falls in."""
-        return int(np.searchsorted(self.quantiles[f"{table}.{column}"], value, side="right")) + 1
+        return int(np.searchsorted(self.quantiles[f"{table}.{column}"], value, side="left")) + 1
 
 
 def percentile_attributes(dataset: Dataset) -> Iterator[tuple[str, Attribute]]:

@@ -26,6 +26,12 @@ class History(Config):
     max_age_days: float | None = pydantic.Field(default=None, gt=0)
 
 
+def _quoted(word: Any) -> Any:
+    if isinstance(word, bool):
+        raise ValueError('put the word in quotes, for instance word: "Yes"; bare, YAML takes it for true or false')
+    return word
+
+
 class Label(Config):
     """One possible answer.
 
@@ -35,7 +41,7 @@ class Label(Config):
       when: event columns (or `action`) and their values for which this is the answer.
     """
 
-    word: str
+    word: Annotated[str, pydantic.BeforeValidator(_quoted)]
     value: float
     when: dict[str, Any] | None = None
 
@@ -135,6 +141,8 @@ def load_tasks(paths: Iterable[str | Path], dataset: Dataset) -> list[Task]:
     columns = [name for name in dataset.events.column_names if name != dataset.card.events.action]
     for task in tasks:
         task.check(dataset.card, columns)
+        task.boundaries(dataset)
+        _refuse_idle_labels(task, dataset)
     names = [task.name for task in tasks]
     for task in tasks:
         if names.count(task.name) > 1:
@@ -142,11 +150,23 @@ def load_tasks(paths: Iterable[str | Path], dataset: Dataset) -> list[Task]:
     return tasks
 
 
+def _refuse_idle_labels(task: Task, dataset: Dataset) -> None:
+    """A label that no event has is most often a value of the wrong type, "4" for 4."""
+    asked = np.flatnonzero(np.isin(dataset.event_action, task.questions.actions))
+    for index, label in enumerate(task.labels):
+        if label.when is not None and not label.matches(dataset, asked).any():
+            types = ", ".join(f"{name} is {dataset.event_column(name).dtype}" for name in label.when)
+            raise task.error(f"no event in question matches {label.when} ({types})", "labels", index, "when")
+
+
 def _moment(text: str, times: np.ndarray) -> int:
     if text.endswith("%"):
-        share = float(text[:-1]) / 100
+        try:
+            share = float(text[:-1]) / 100
+        except ValueError:
+            share = float("nan")
         if not 0 < share < 1:
-            raise ValueError(f"'{text}': a share of the events is between 0% and 100%")
+            raise ValueError(f"'{text}': a share of the events is a number between 0% and 100%")
         return int(np.quantile(times, share))
     try:
         date = datetime.datetime.fromisoformat(text)

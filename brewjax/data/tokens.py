@@ -40,8 +40,8 @@ class EncodedPrompt:
     def __len__(self) -> int:
         return self.prefix_length + sum(map(len, self.questions))
 
-    def split(self, capacity: int) -> list[EncodedPrompt]:
-        """The same questions over as few prompts as needed for none to exceed `capacity` tokens.
+    def split(self, capacity: int, at_most: int | None = None) -> list[EncodedPrompt]:
+        """The same questions over as few prompts as needed for none to exceed `capacity` tokens, `at_most` questions.
 
         Raises ValueError where the prefix and one question do not fit.
         """
@@ -55,7 +55,7 @@ class EncodedPrompt:
         chunks: list[list[int]] = [[]]
         used = 0
         for index, question in enumerate(self.questions):
-            if used + len(question) > room:
+            if used + len(question) > room or len(chunks[-1]) == at_most:
                 chunks.append([])
                 used = 0
             chunks[-1].append(index)

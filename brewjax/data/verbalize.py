@@ -201,8 +201,9 @@ class _Facts:
         self.statistics: dict[str, ItemStatistic] = {}
 
     def say(self, row: int, moment: int, style: Style, where: str = "question") -> list[str]:
-        """The facts of one row as of `moment`; unknown values are left out."""
+        """The facts of one row as of `moment`; unknown values are left out, or empty where places stand for names."""
         facts = []
+        named = "{name}" in style.fact
         for attribute in self._attributes:
             if where not in attribute.where:
                 continue
@@ -210,9 +211,9 @@ class _Facts:
                 value: Any = self.statistics[attribute.column].at(row, moment)
             else:
                 value = self._columns[attribute.column][row]
-            if value is None or value == [] or (isinstance(value, float) and math.isnan(value)):
-                continue
-            if said := self._value(attribute, value, moment, style):
+            unknown = value is None or value == [] or (isinstance(value, float) and math.isnan(value))
+            said = "" if unknown else self._value(attribute, value, moment, style)
+            if said or not named:
                 facts.append(style.fact.format(name=attribute.name, value=said))
         return facts
 
@@ -224,7 +225,9 @@ class _Facts:
             return f"{number} {attribute.unit}".strip() if not style.short else number
         if attribute.kind == "date":
             since = moment - value
-            return _age_fact(since, style) if since >= 0 else f"in {_age_fact(-since, style)}"
+            if since < 0:
+                return f"in {_age_fact(-since, style)}"
+            return _age_fact(since, style) + ("" if style.short else " ago")
         if attribute.kind == "list":
             return ("," if style.short else ", ").join(self._clean(str(entry)) for entry in value)
         text = self._clean(str(value))

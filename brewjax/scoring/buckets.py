@@ -11,6 +11,7 @@ from brewjax.data.tokens import EncodedPrompt
 
 STEP = 128  # lengths are multiples of the attention kernel's block
 TOKENS_PER_QUESTION = 4  # a pass has a place for one answer in so many tokens
+LABELS_IN_PASS = 32  # different label tokens in one pass
 PACK_TO = 4096  # short prompts share passes of about this many tokens
 
 
@@ -59,29 +60,34 @@ def answers_in(bucket: int) -> int:
 def plan_passes(prompts: Sequence[EncodedPrompt], buckets: Sequence[int]) -> list[Pass]:
     """Packs prompts, the longest first, each into the first pass with room; each pass takes its smallest bucket.
 
-    A prompt longer than the largest bucket is split by questions; ValueError where one question does not fit.
+    A prompt longer than the largest bucket is split by questions; ValueError names a prompt of which not even one
+    question fits.
     """
     largest = max(buckets)
     pieces: list[tuple[int, int, EncodedPrompt]] = []
     for index, prompt in enumerate(prompts):
         done = 0
-        for part in prompt.split(largest):
+        try:
+            parts = prompt.split(largest, answers_in(largest))
+        except ValueError as error:
+            raise ValueError(f"prompt {index}: {error}") from None
+        for part in parts:
             pieces.append((index, done, part))
             done += len(part.questions)
     pieces.sort(key=lambda piece: -len(piece[2]))
     passes: list[Pass] = []
-    rooms: list[tuple[int, int]] = []  # tokens and answers left in each open pass
+    rooms: list[tuple[int, int, set[int]]] = []  # tokens and answers left in each pass, and its label tokens
     target = min(largest, PACK_TO)
     for piece in pieces:
-        tokens, answers = len(piece[2]), len(piece[2].questions)
-        for at, (free_tokens, free_answers) in enumerate(rooms):
-            if tokens <= free_tokens and answers <= free_answers:
+        tokens, answers, labels = len(piece[2]), len(piece[2].questions), set(piece[2].labels)
+        for at, (free_tokens, free_answers, others) in enumerate(rooms):
+            if tokens <= free_tokens and answers <= free_answers and len(labels | others) <= LABELS_IN_PASS:
                 passes[at].parts.append(piece)
-                rooms[at] = (free_tokens - tokens, free_answers - answers)
+                rooms[at] = (free_tokens - tokens, free_answers - answers, labels | others)
                 break
         else:
             passes.append(Pass(0, [piece]))
-            rooms.append((target - tokens, answers_in(target) - answers))
+            rooms.append((target - tokens, answers_in(target) - answers, labels))
     for one in passes:
         answers = sum(len(prompt.questions) for _, _, prompt in one.parts)
         one.bucket = min(size for size in buckets if size >= one.tokens and answers_in(size) >= answers)

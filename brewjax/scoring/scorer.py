@@ -16,10 +16,8 @@ from brewjax.data.tokens import EncodedPrompt, HistoryLayout, encode
 from brewjax.model.decoder import ModelConfig
 from brewjax.model.params import Params, bind
 from brewjax.model.sharding import MeshConfig
-from brewjax.scoring.buckets import Pass, answers_in, plan_passes
+from brewjax.scoring.buckets import LABELS_IN_PASS, Pass, answers_in, plan_passes
 from pallas_kernels.segments import PADDING, Segments
-
-LABELS_IN_PASS = 32  # different label tokens in one pass
 
 
 class Scorer:

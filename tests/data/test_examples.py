@@ -131,14 +131,17 @@ def test_training_ends_where_validation_begins(jobs_with, events):
 
 @hypothesis.given(EVENTS, st.integers(1, 4), st.integers(1, 9))
 @hypothesis.settings(max_examples=60, deadline=None)
-def test_sampled_negatives_are_items_the_member_never_touched(jobs_with, events, per_event, per_prompt):
+def test_sampled_negatives_are_items_the_member_had_not_touched_by_the_end_of_the_split(
+    jobs_with, events, per_event, per_prompt
+):
     dataset = jobs_with(events, ITEMS)
     task = make_task(per_prompt=per_prompt, negatives=f'{{label: "No", per_event: {per_event}}}')
     for split, (start, end) in SPLITS.items():
         positives = {member: [] for member in range(3)}
         for example in build_examples(dataset, task, split):
             yes, no = (example.items[example.labels == label].tolist() for label in (0, 1))
-            untouched = set(range(ITEMS)) - {event.item for event in events if event.member == example.member}
+            touched = {event.item for event in events if event.member == example.member and event.day < end}
+            untouched = set(range(ITEMS)) - touched
             assert set(no) <= untouched
             assert len(set(no)) == len(no) == min(per_event * len(yes), len(untouched))
             assert len(example.items) <= max(per_prompt, 1 + per_event)

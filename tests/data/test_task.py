@@ -59,7 +59,7 @@ def test_a_task_reads_as_written(jobs):
         ),
         ("max_events: 20", "max_events: -1", "5: history.max_events: input should be greater than or equal to 0"),
         ("max_events: 20", "max_age_days: 0", "5: history.max_age_days: input should be greater than 0"),
-        ('word: "Yes"', "word: Yes", "11: labels.0.word: input should be a valid string, found True"),
+        ('word: "Yes"', "word: Yes", "11: labels.0.word: value error, put the word in quotes"),
         ("per_event: 2", "per_event: 0", "9: questions.sampled_negatives.per_event: input should be greater than 0"),
         ("    value: 0\n", "", "12: labels.1.value: field required"),
     ],
@@ -108,7 +108,8 @@ def test_what_the_dataset_has_not_is_refused(jobs, old, new, said):
     assert str(error.value) == f"applies.yaml:{said}"
 
 
-def test_tasks_are_loaded_together_under_different_names(jobs, tmp_path):
+def test_tasks_are_loaded_together_under_different_names(jobs_with, tmp_path):
+    jobs = jobs_with([Event(0, 1, "viewed", 1, 30), *(Event(0, item, "applied", 1 + item) for item in range(20))])
     paths = [tmp_path / "one.yaml", tmp_path / "two.yaml"]
     paths[0].write_text(TASK)
     paths[1].write_text(TASK.replace("name: applies", "name: applies_soon"))
@@ -119,13 +120,16 @@ def test_tasks_are_loaded_together_under_different_names(jobs, tmp_path):
     paths[1].write_text(TASK.replace("seconds: 30", "second: 30"))
     with pytest.raises(ConfigError, match=r"two\.yaml:14: .* they have: action, member_id, item_id, time, seconds"):
         load_tasks(paths, jobs)
+    paths[1].write_text(TASK.replace("name: applies", "name: idle").replace("seconds: 30", 'seconds: "30"'))
+    with pytest.raises(ConfigError, match=r"two\.yaml:14: labels.1.when: no event .* seconds is float64"):
+        load_tasks(paths, jobs)
 
 
 @pytest.mark.parametrize(
     ("split", "said"),
     [
-        ("{validation: 80%, test: 100%}", "'100%': a share of the events is between 0% and 100%"),
-        ("{validation: 0%, test: 90%}", "'0%': a share of the events is between 0% and 100%"),
+        ("{validation: 80%, test: 100%}", "'100%': a share of the events is a number between 0% and 100%"),
+        ("{validation: 0%, test: 90%}", "'0%': a share of the events is a number between 0% and 100%"),
         ("{validation: 2025-01-05, test: 2025-13-01}", "'2025-13-01': expected a date such as 1998-03-07, or a share"),
         ("{validation: 0.8, test: 0.9}", "'0.8': expected a date such as 1998-03-07, or a share such as 80%"),
         ("{validation: 2025-01-09, test: 2025-01-05}", "validation (2025-01-09) must begin before test (2025-01-05)"),

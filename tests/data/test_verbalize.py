@@ -90,14 +90,14 @@ The member has viewed the following jobs:
 [Age: 1 month, Seconds: 13.5 seconds, Title: Nurse (senior), Company: Globex, Location: Berlin, Skills: Excel, Salary: percentile 78]
 [Age: 1 day, Title: Nurse, Company: Acme, Location: Lisbon, Skills: Excel, Salary: percentile 28]
 The member has applied to the following jobs:
-[Age: 4 weeks, Seconds: 2 seconds, Title: Accountant, Company: Initech, Location: Lisbon, Skills: Python, Writing, Salary: percentile 76]
+[Age: 4 weeks, Seconds: 2 seconds, Title: Accountant, Company: Initech, Location: Lisbon, Skills: Python, Writing, Salary: percentile 75]
 [Age: 6 hours, Seconds: 100 seconds, Title: Nurse (senior), Company: Acme, Location: Berlin, Skills: Excel]
 ## Question 1
-Will the member apply to the following job: [Title: Teacher, Company: Umbrella, Location: Lisbon, Skills: Care, Teaching, Writing, Salary: percentile 53, Posted: 1 month, Popularity: percentile 2, Attention: 40]
+Will the member apply to the following job: [Title: Teacher, Company: Umbrella, Location: Lisbon, Skills: Care, Teaching, Writing, Salary: percentile 53, Posted: 1 month ago, Popularity: percentile 1, Attention: 40]
 ## Answer
 Yes
 ## Question 2
-Will the member apply to the following job: [Title: Software Engineer, Company: Globex, Location: Oslo, Salary: percentile 51, Posted: 2 months, Popularity: percentile 2, Attention: 60]
+Will the member apply to the following job: [Title: Software Engineer, Company: Globex, Location: Oslo, Salary: percentile 50, Posted: 2 months ago, Popularity: percentile 1, Attention: 60]
 ## Answer
 No
 """,  # noqa: E501
@@ -109,13 +109,13 @@ Note: focus on location<|im_end|>
 Position: Software Engineer, Company: Acme, Location: Lisbon, Experience: 8 years
 Member history:
 - Age: 1 month, Action: has viewed, Seconds: 13.5 seconds, Title: Nurse (senior), Company: Globex, Location: Berlin, Skills: Excel, Salary: percentile 78
-- Age: 4 weeks, Action: has applied to, Seconds: 2 seconds, Title: Accountant, Company: Initech, Location: Lisbon, Skills: Python, Writing, Salary: percentile 76
+- Age: 4 weeks, Action: has applied to, Seconds: 2 seconds, Title: Accountant, Company: Initech, Location: Lisbon, Skills: Python, Writing, Salary: percentile 75
 - Age: 1 day, Action: has viewed, Title: Nurse, Company: Acme, Location: Lisbon, Skills: Excel, Salary: percentile 28
 - Age: 6 hours, Action: has applied to, Seconds: 100 seconds, Title: Nurse (senior), Company: Acme, Location: Berlin, Skills: Excel
-Question 1: Will the member apply to the following job? Title: Teacher, Company: Umbrella, Location: Lisbon, Skills: Care, Teaching, Writing, Salary: percentile 53, Posted: 1 month, Popularity: percentile 2, Attention: 40<|im_end|>
+Question 1: Will the member apply to the following job? Title: Teacher, Company: Umbrella, Location: Lisbon, Skills: Care, Teaching, Writing, Salary: percentile 53, Posted: 1 month ago, Popularity: percentile 1, Attention: 40<|im_end|>
 <|im_start|>assistant
 Yes
-Question 2: Will the member apply to the following job? Title: Software Engineer, Company: Globex, Location: Oslo, Salary: percentile 51, Posted: 2 months, Popularity: percentile 2, Attention: 60<|im_end|>
+Question 2: Will the member apply to the following job? Title: Software Engineer, Company: Globex, Location: Oslo, Salary: percentile 50, Posted: 2 months ago, Popularity: percentile 1, Attention: 60<|im_end|>
 <|im_start|>assistant
 No
 """,  # noqa: E501
@@ -124,12 +124,12 @@ Predict whether the member applies to the job in the "Question".
 Note: focus on location
 Software Engineer|Acme|Lisbon|8
 1mo|has viewed|13.5|Nurse (senior)|Globex|Berlin|Excel|78
-4w|has applied to|2|Accountant|Initech|Lisbon|Python,Writing|76
-1d|has viewed|Nurse|Acme|Lisbon|Excel|28
-6h|has applied to|100|Nurse (senior)|Acme|Berlin|Excel
-? 1 Teacher|Umbrella|Lisbon|Care,Teaching,Writing|53|1mo|2|40
+4w|has applied to|2|Accountant|Initech|Lisbon|Python,Writing|75
+1d|has viewed||Nurse|Acme|Lisbon|Excel|28
+6h|has applied to|100|Nurse (senior)|Acme|Berlin|Excel|
+? 1 Teacher|Umbrella|Lisbon|Care,Teaching,Writing|53|1mo|1|40
 Yes
-? 2 Software Engineer|Globex|Oslo|51|2mo|2|60
+? 2 Software Engineer|Globex|Oslo||50|2mo|1|60
 No
 """,
     "key-value": """\
@@ -137,11 +137,11 @@ task=Predict whether the member applies to the job in the "Question".
 Note: focus on location
 member: Position=Software Engineer; Company=Acme; Location=Lisbon; Experience=8
 event: Age=1mo; Action=has viewed; Seconds=13.5; Title=Nurse (senior); Company=Globex; Location=Berlin; Skills=Excel; Salary=p78
-event: Age=4w; Action=has applied to; Seconds=2; Title=Accountant; Company=Initech; Location=Lisbon; Skills=Python,Writing; Salary=p76
+event: Age=4w; Action=has applied to; Seconds=2; Title=Accountant; Company=Initech; Location=Lisbon; Skills=Python,Writing; Salary=p75
 event: Age=1d; Action=has viewed; Title=Nurse; Company=Acme; Location=Lisbon; Skills=Excel; Salary=p28
 event: Age=6h; Action=has applied to; Seconds=100; Title=Nurse (senior); Company=Acme; Location=Berlin; Skills=Excel
-question 1: Will the member apply to the following job; Title=Teacher; Company=Umbrella; Location=Lisbon; Skills=Care,Teaching,Writing; Salary=p53; Posted=1mo; Popularity=p2; Attention=40; answer=Yes
-question 2: Will the member apply to the following job; Title=Software Engineer; Company=Globex; Location=Oslo; Salary=p51; Posted=2mo; Popularity=p2; Attention=60; answer=No
+question 1: Will the member apply to the following job; Title=Teacher; Company=Umbrella; Location=Lisbon; Skills=Care,Teaching,Writing; Salary=p53; Posted=1mo; Popularity=p1; Attention=40; answer=Yes
+question 2: Will the member apply to the following job; Title=Software Engineer; Company=Globex; Location=Oslo; Salary=p50; Posted=2mo; Popularity=p1; Attention=60; answer=No
 """,  # noqa: E501
 }
 
@@ -256,8 +256,10 @@ def test_what_is_not_known_is_left_out(jobs_with, tokenizer, style):
         prompt = say(dataset, tokenizer, ask(dataset, member, 2, items=[12], labels=[-1]), style)
         text = prompt.render()
         assert missing not in prompt.center
-        for word in ("None", "nan", "null", "Title", "Skills", "Salary", "Seconds", "Attention", "||", "[]"):
+        for word in ("None", "nan", "null", "Title", "Skills", "Salary", "Seconds", "Attention", "[]"):
             assert word not in text
+        # Where places stand for names, the place is kept; where names are said, nothing is.
+        assert ("||" in text) == (style == "compact")
         assert prompt.questions[0].label is None
 
 
@@ -355,7 +357,7 @@ def test_numbers_are_said_as_people_say_them(jobs, tokenizer, value, said):
 
 @pytest.mark.parametrize(
     ("day", "said", "short"),
-    [(59, "1 day", "1d"), (1, "1 month", "1mo"), (81, "in 3 weeks", "in 3w"), (60, "0 minutes", "0m")],
+    [(59, "1 day ago", "1d"), (1, "1 month ago", "1mo"), (81, "in 3 weeks", "in 3w"), (60, "0 minutes ago", "0m")],
 )
 @pytest.mark.parametrize("kind", [pa.date32(), pa.timestamp("us", "UTC")])
 @pytest.mark.filterwarnings("error")

@@ -27,11 +27,15 @@ def hidden_states(model: ModelConfig, params: Params, tokens, positions, segment
     return bind(model, params)(tokens, positions, segments)
 
 
-def run(rows: list[list[EncodedPrompt]]) -> list[np.ndarray]:
-    """Hidden states [LENGTH, D] of each row of packed prompts, all of them in one pass of one shape."""
-    padded = rows + [rows[0]] * (ROWS - len(rows))
-    batch = jax.tree.map(lambda *row: np.stack(row), *(pack(row, LENGTH) for row in padded))
+def run(*rows: tuple[np.ndarray, np.ndarray, Segments]) -> list[np.ndarray]:
+    """Hidden states [LENGTH, D] of each row, all of them in one pass of one shape."""
+    padded = [*rows, *[rows[0]] * (ROWS - len(rows))]
+    batch = jax.tree.map(lambda *row: np.stack(row), *padded)
     return list(np.asarray(hidden_states(MODEL, PARAMS, *batch)))[: len(rows)]
+
+
+def row(*prompts: EncodedPrompt) -> tuple[np.ndarray, np.ndarray, Segments]:
+    return pack(prompts, LENGTH)
 
 
 def reorder(one: EncodedPrompt, order: list[int]) -> EncodedPrompt:
@@ -96,7 +100,7 @@ def test_questions_in_one_pass_read_as_each_alone_in_any_order(layout, seed, ord
     together = prompt(random, 20, random.integers(1, 9, 5), random.integers(1, 9, 4), layout)
     shuffled = reorder(together, order)
     alone = [reorder(together, [question]) for question in range(4)]
-    first, second, *singles = run([[together], [shuffled], *([one] for one in alone)])
+    first, second, *singles = run(row(together), row(shuffled), *map(row, alone))
     expected = np.stack([states[one.ends()[0]] for states, one in zip(singles, alone, strict=True)])
     np.testing.assert_allclose(first[together.ends()], expected, atol=1e-5)
     np.testing.assert_allclose(second[shuffled.ends()], expected[list(order)], atol=1e-5)
@@ -110,18 +114,26 @@ def test_packed_examples_read_as_each_alone(seed):
         prompt(random, random.integers(1, 9), random.integers(1, 6, 3), random.integers(1, 5, 3), layout)
         for layout in ("dense", "star", "dense")
     ]
-    packed, *alone = run([prompts, *([one] for one in prompts)])
+    packed, *alone = run(row(*prompts), *map(row, prompts))
     start = 0
     for one, states in zip(prompts, alone, strict=True):
         np.testing.assert_allclose(packed[start : start + len(one)], states[: len(one)], atol=1e-5)
         start += len(one)
 
 
+def test_one_question_behind_a_dense_history_reads_as_plain_text():
+    one = prompt(np.random.default_rng(0), questions=[5])
+    tokens, _, segments = row(one)
+    plain = (tokens, np.arange(LENGTH), Segments(segments.example, 0 * segments.segment, np.full(LENGTH, ALL)))
+    asked, read = run(row(one), plain)
+    np.testing.assert_allclose(asked[: len(one)], read[: len(one)], atol=1e-5)
+
+
 def test_a_question_sees_the_whole_history():
     random = np.random.default_rng(0)
     one = prompt(random)
     other = dataclasses.replace(one, pieces=[one.pieces[0], [63, 62, 61, 60], *one.pieces[2:]])
-    first, second = run([[one], [other]])
+    first, second = run(row(one), row(other))
     assert np.abs(first - second)[one.ends()].max(-1).min() > 1e-3
 
 

@@ -29,9 +29,10 @@ from brewjax.train.optimizer import OptimizerConfig
 from tests.tiny import MODEL, prompt
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")  # checkpoints read for a look
 POISON = 2  # a token that no prompt has but the poisoned one
-ADAM = OptimizerConfig(learning_rate=0.01, warmup=5, schedule="constant")
-CONFIG = TrainConfig(steps=60, rows=4, row_tokens=64, optimizer=ADAM, checkpoint_every=5)
+ADAM = OptimizerConfig(learning_rate=0.02, warmup=5, schedule="constant")
+CONFIG = TrainConfig(steps=40, rows=4, row_tokens=64, optimizer=ADAM, checkpoint_every=5)
 
 
 def toy(number: int) -> EncodedPrompt:
@@ -67,7 +68,7 @@ def test_loss_falls(finished):
     found = losses(finished)
     assert len(found) == CONFIG.steps
     assert found[1] > 2
-    assert np.mean([found[step] for step in range(51, 61)]) < 0.3
+    assert np.mean([found[step] for step in range(31, 41)]) < 0.3
 
 
 def test_a_finished_run_has_nothing_to_do(shards, finished):
@@ -95,7 +96,11 @@ def test_rows_must_divide_into_parts():
 
 def start(shards: Path, folder: Path, devices: int = 1) -> subprocess.Popen:
     """Trains in a process of its own, on virtual devices over which the weights are split."""
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_COMPILATION_CACHE_DIR": str(shards / "compiled"),  # the same programs again and again
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     arguments = [sys.executable, "-m", "tests.train.test_loop", shards, folder, str(devices)]
     with open(folder / "log.txt", "a") as log:
         return subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=log, stderr=log)
@@ -115,13 +120,13 @@ def without_speed(folder: Path) -> list[dict[str, float]]:
 
 
 def test_a_run_killed_twice_has_the_losses_of_one_that_was_not(shards, finished, tmp_path):
-    for step in (13, 34):  # with a checkpoint every 5 steps; where exactly the kill hits is up to the machine
+    for step in (13, 24):  # with a checkpoint every 5 steps; where exactly the kill hits is up to the machine
         kill_at(step, start(shards, tmp_path), tmp_path)
         assert len(read_metrics(tmp_path / METRICS)) < CONFIG.steps
     before = read_metrics(tmp_path / METRICS)
     assert start(shards, tmp_path).wait() == 0, (tmp_path / "log.txt").read_text()
     assert without_speed(tmp_path) == without_speed(finished)  # to the bit
-    assert read_metrics(tmp_path / METRICS)[:25] == before[:25]  # speed and all: these steps were not run again
+    assert read_metrics(tmp_path / METRICS)[:15] == before[:15]  # speed and all: these steps were not run again
 
 
 def test_a_checkpoint_continues_on_another_mesh(shards, finished, tmp_path):
@@ -177,7 +182,7 @@ def test_nan_stops_the_run_and_names_the_examples(tmp_path):
 
 def test_a_rate_that_is_far_too_high_stops_the_run_before_it_spoils_a_checkpoint(shards, tmp_path):
     adam = OptimizerConfig(learning_rate=1e38, warmup=5)  # the first step has a rate of zero
-    with pytest.raises(NonFiniteError, match="step 2: .* update norm inf"):
+    with pytest.raises(NonFiniteError, match=r"step 2: .* update norm inf"):
         train(MODEL, CONFIG.model_copy(update={"optimizer": adam, "checkpoint_every": 1}), shards, tmp_path, supervised)
     step, params = newest_checkpoint(tmp_path)
     assert step == 1
