@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow as pa
 
+from brewjax.data.as_of import AsOf
 from brewjax.data.dataset import Attribute, Dataset, Statistic
 
 MICROSECOND_UNITS = {
@@ -29,31 +30,26 @@ def age(microseconds: int) -> tuple[int, str]:
 
 
 class ItemStatistic:
-    """A `Statistic` of every item at any moment: only events strictly older than the moment count."""
+    """A `Statistic` of items at moments: only events strictly older than the moment count."""
 
     def __init__(self, dataset: Dataset, statistic: Statistic):
+        self._as_of = AsOf(dataset.event_item, dataset.event_time)
+        self._counts: np.ndarray | None = None  # nothing to divide by
         if statistic.mean is not None:
             values = dataset.event_column(statistic.mean).astype(np.float64)
-            events = np.flatnonzero(~np.isnan(values))
-            values = values[events]
+            known = ~np.isnan(values)
+            self._sums, self._counts = self._as_of.totals(np.where(known, values, 0)), self._as_of.totals(known)
         else:
-            events = np.flatnonzero(np.isin(dataset.event_action, statistic.count or ()))
-            values = np.ones(len(events))
-        item, time = dataset.event_item[events], dataset.event_time[events]
-        order = np.lexsort((time, item))
-        self._mean = statistic.mean is not None
-        self._time = time[order]
-        self._sums = np.concatenate([[0.0], np.cumsum(values[order])])
-        self._offsets = np.searchsorted(item[order], np.arange(len(dataset.items) + 1))
+            self._sums = self._as_of.totals(np.isin(dataset.event_action, statistic.count or ()))
 
-    def at(self, item: int, moment: int) -> float:
-        """The statistic of one item before `moment` (microseconds); NaN for a mean of nothing."""
-        start, end = self._offsets[item : item + 2]
-        end = start + np.searchsorted(self._time[start:end], moment, side="left")
-        total = self._sums[end] - self._sums[start]
-        if not self._mean:
-            return float(total)
-        return float(total / (end - start)) if end > start else float("nan")
+    def at(self, items: np.ndarray, moments: np.ndarray) -> np.ndarray:
+        """float64 [items]: each item's statistic before its moment (microseconds); NaN for a mean of nothing."""
+        start, end = self._as_of.window(items, moments)
+        sums = self._sums[end] - self._sums[start]
+        if self._counts is None:
+            return sums
+        with np.errstate(invalid="ignore"):
+            return sums / (self._counts[end] - self._counts[start])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +76,7 @@ class Percentiles:
         for table, attribute in percentile_attributes(dataset):
             if attribute.derive:
                 statistic = ItemStatistic(dataset, attribute.derive)
-                pairs = zip(dataset.event_item[events], dataset.event_time[events], strict=True)
-                values = np.array([statistic.at(item, time) for item, time in pairs])
+                values = statistic.at(dataset.event_item[events], dataset.event_time[events])
             else:
                 column: pa.ChunkedArray = getattr(dataset, table)[attribute.column]
                 values = column.take(seen[table]).cast(pa.float64()).to_numpy()

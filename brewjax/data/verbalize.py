@@ -121,7 +121,7 @@ class Verbalizer:
         instruction = task.instruction + (f"\nNote: {task.note}" if task.note else "")
         center = style.center.format(
             instruction=instruction,
-            profile=style.join.join(self._members.say(example.member, cut, style)),
+            profile=style.join.join(self._members.say(np.array([example.member]), cut, style)[0]),
             member=member,
             item=card.items.noun,
         )
@@ -129,23 +129,18 @@ class Verbalizer:
             center = before + instruction + system + center
         questions = tuple(
             Question(
-                style.question.format(
-                    ask=task.questions.ask, facts=style.join.join(self._items.say(item, cut, style, "question"))
-                )
-                + after,
+                style.question.format(ask=task.questions.ask, facts=style.join.join(facts)) + after,
                 int(label) if label >= 0 else None,
                 style.heading,
             )
-            for item, label in zip(example.items, example.labels, strict=True)
+            for facts, label in zip(self._items.say(example.items, cut, style, "question"), example.labels, strict=True)
         )
         groups = {
             name: style.group.format(member=f"The {card.members.noun}", past=action.past, items=plural)
             for name, action in card.events.actions.items()
             if name in task.history.actions
         }
-        texts = [
-            self._event(row, cut, style, say_action=not style.group and len(groups) > 1) for row in example.history
-        ]
+        texts = self._history(example, style, say_action=not style.group and len(groups) > 1)
         fixed = [center, *groups.values()]
         dropped = self._excess(fixed, texts, [question.heading + question.text for question in questions], task.name)
         texts, rows = texts[dropped:], example.history[dropped:]
@@ -153,14 +148,19 @@ class Verbalizer:
             texts = _grouped(texts, self._dataset.event_action[rows], groups)
         return Prompt(center, tuple(texts), questions, task.words, dropped)
 
-    def _event(self, row: int, cut: int, style: Style, say_action: bool) -> str:
-        told = _age_fact(cut - int(self._dataset.event_time[row]), style)
-        action = self._dataset.card.events.actions[self._dataset.event_action[row]].past
-        facts = [style.fact.format(name="Age", value=told)]
-        facts += [style.fact.format(name="Action", value=action)] if say_action else []
-        facts += self._events.say(row, cut, style)
-        facts += self._items.say(self._dataset.event_item[row], cut, style, "history")
-        return style.event.format(facts=style.join.join(facts))
+    def _history(self, example: Example, style: Style, say_action: bool) -> list[str]:
+        """The text of each event: its age, the action, and what is said of the event and of its item."""
+        rows, cut = example.history, example.cut
+        of_events = self._events.say(rows, cut, style)
+        of_items = self._items.say(self._dataset.event_item[rows], cut, style, "history")
+        texts = []
+        for row, of_event, of_item in zip(rows, of_events, of_items, strict=True):
+            facts = [style.fact.format(name="Age", value=_age_fact(cut - int(self._dataset.event_time[row]), style))]
+            if say_action:
+                action = self._dataset.card.events.actions[self._dataset.event_action[row]].past
+                facts.append(style.fact.format(name="Action", value=action))
+            texts.append(style.event.format(facts=style.join.join(facts + of_event + of_item)))
+        return texts
 
     def _excess(self, fixed: list[str], events: list[str], questions: list[str], task: str) -> int:
         """How many of the oldest events must go."""
@@ -200,22 +200,24 @@ class _Facts:
         self._clean: Callable[[str], str] = tokenizer.clean
         self.statistics: dict[str, ItemStatistic] = {}
 
-    def say(self, row: int, moment: int, style: Style, where: str = "question") -> list[str]:
-        """The facts of one row as of `moment`; unknown values are left out, or empty where places stand for names."""
-        facts = []
+    def say(self, rows: np.ndarray, moment: int, style: Style, where: str = "question") -> list[list[str]]:
+        """The facts of each row as of `moment`; unknown values are left out, or empty where places stand for names."""
+        attributes = [attribute for attribute in self._attributes if where in attribute.where]
         named = "{name}" in style.fact
-        for attribute in self._attributes:
-            if where not in attribute.where:
-                continue
-            if attribute.derive:
-                value: Any = self.statistics[attribute.column].at(row, moment)
-            else:
-                value = self._columns[attribute.column][row]
-            unknown = value is None or value == [] or (isinstance(value, float) and math.isnan(value))
-            said = "" if unknown else self._value(attribute, value, moment, style)
-            if said or not named:
-                facts.append(style.fact.format(name=attribute.name, value=said))
-        return facts
+        said: list[list[str]] = [[] for _ in rows]
+        for attribute in attributes:
+            for facts, value in zip(said, self._values(attribute, rows, moment), strict=True):
+                unknown = value is None or value == [] or (isinstance(value, float) and math.isnan(value))
+                text = "" if unknown else self._value(attribute, value, moment, style)
+                if text or not named:
+                    facts.append(style.fact.format(name=attribute.name, value=text))
+        return said
+
+    def _values(self, attribute: Attribute, rows: np.ndarray, moment: int) -> list[Any]:
+        if attribute.derive:
+            return self.statistics[attribute.column].at(rows, np.full(len(rows), moment)).tolist()
+        column = self._columns[attribute.column]
+        return [column[row] for row in rows]
 
     def _value(self, attribute: Attribute, value: Any, moment: int, style: Style) -> str:
         if attribute.kind == "number":

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from scipy.special import expit
 
+from brewjax.data.as_of import AsOf
 from brewjax.data.dataset import Dataset
 from brewjax.data.examples import Example, asked_events
 from brewjax.data.task import Task
-from brewjax.evaluate.as_of import AsOf
 from brewjax.evaluate.features import Features, Questions, build_features
 from brewjax.evaluate.metrics import log_loss
 

@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from brewjax.data.as_of import AsOf
 from brewjax.data.dataset import Attribute, Dataset
 from brewjax.data.examples import DAY, Example, asked_events
 from brewjax.data.task import Task
-from brewjax.evaluate.as_of import AsOf
 from brewjax.evaluate.metrics import ratio
 
 MAX_CATEGORIES = 255  # values of a category, the most frequent; others count as missing

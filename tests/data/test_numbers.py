@@ -33,7 +33,7 @@ def test_a_count_is_of_the_events_strictly_before(jobs_with, events, actions, da
     statistic = ItemStatistic(jobs_with(events, ITEMS), Statistic(count=sorted(actions)))
     for item in range(ITEMS):
         before = [event for event in events if event.item == item and event.day < day and event.action in actions]
-        assert statistic.at(item, moment(day)) == len(before)
+        assert statistic.at(np.array([item]), np.array([moment(day)]))[0] == len(before)
 
 
 @hypothesis.given(EVENTS, st.integers(0, 7))
@@ -43,7 +43,7 @@ def test_a_mean_is_over_the_known_values_strictly_before(jobs_with, events, day)
     for item in range(ITEMS):
         before = [event for event in events if event.item == item and event.day < day]
         known = [event.seconds for event in before if event.seconds is not None]
-        found = statistic.at(item, moment(day))
+        found = statistic.at(np.array([item]), np.array([moment(day)]))[0]
         if known:
             assert found == pytest.approx(np.mean(known), abs=1e-6)
         else:

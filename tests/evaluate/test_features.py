@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from brewjax.data.as_of import AsOf
 from brewjax.data.examples import Example, build_examples
-from brewjax.evaluate.as_of import AsOf
 from brewjax.evaluate.features import build_features
 from tests.data.conftest import Event, moment
 

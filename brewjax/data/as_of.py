@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from brewjax.data.examples import DAY
-from brewjax.evaluate.metrics import ratio
 
 
 class AsOf:
@@ -35,15 +34,20 @@ class AsOf:
         since = moments - int(days * DAY) if np.isfinite(days) else np.full(len(moments), np.iinfo(np.int64).min)
         return np.searchsorted(self._codes, self._code(keys, since)), end
 
+    def totals(self, values: np.ndarray) -> np.ndarray:
+        """float64 [events + 1]: running totals of `values` [events]; the sum over a window is totals[end] - [start]."""
+        return np.concatenate([[0.0], np.cumsum(values[self._order], dtype=np.float64)])
+
     def sum(self, values: np.ndarray, window: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
         """float64 [moments]: the sum of `values` [events] over each window."""
-        totals = np.concatenate([[0.0], np.cumsum(values[self._order], dtype=np.float64)])
+        totals = self.totals(values)
         return totals[window[1]] - totals[window[0]]
 
     def mean(self, values: np.ndarray, window: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
         """float64 [moments]: the mean over each window, leaving out NaN; NaN for a mean of nothing."""
         known = ~np.isnan(values)
-        return ratio(self.sum(np.where(known, values, 0), window), self.sum(known, window))
+        with np.errstate(invalid="ignore"):
+            return self.sum(np.where(known, values, 0), window) / self.sum(known, window)
 
     def since(self, window: tuple[np.ndarray, np.ndarray], moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Days from the first and from the last event of each window to its moment; NaN where there is none."""
