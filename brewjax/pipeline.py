@@ -102,6 +102,15 @@ class Recipe(Config):
     train: TrainConfig
     evaluate: EvaluateConfig = EvaluateConfig()
 
+    @pydantic.model_validator(mode="after")
+    def _prompts_fit_rows(self) -> Recipe:
+        if self.prompts.max_tokens > self.train.row_tokens:
+            raise ValueError(
+                f"prompts.max_tokens ({self.prompts.max_tokens}) is over train.row_tokens ({self.train.row_tokens}): "
+                "a prompt must fit in a row"
+            )
+        return self
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:

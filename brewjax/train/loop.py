@@ -68,6 +68,12 @@ def train(model: ModelConfig, config: TrainConfig, shards: Path, folder: Path, o
     step and the examples of its batch; the checkpoint before it stays the newest, the batch is saved beside it.
     """
     mesh = config.mesh.build()
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.rows // config.accumulate % ways:
+        raise ValueError(
+            f"train.rows ({config.rows}) / accumulate ({config.accumulate}) must be a multiple of the {ways} devices "
+            "along data and fsdp, which share the rows"
+        )
     batches = iter(load_batches(shards, config.rows, config.row_tokens, config.seed))
     checkpointer = ocp.training.Checkpointer(
         (folder / "checkpoints").absolute(), preservation_policy=KEEP(config.keep), cleanup_tmp_directories=True

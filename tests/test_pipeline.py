@@ -1,0 +1,118 @@
+"""A recipe from tables to report on the small jobs dataset, through the command line as a user would."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tables import write_dataset
+
+TASK = """\
+name: apply
+instruction: Predict whether the member applies to the job in the "Question".
+history: {actions: [viewed, applied], max_events: 8}
+questions: {ask: Will the member apply to the following job, actions: [viewed, applied], per_prompt: 8}
+labels:
+  - {word: "Yes", value: 1, when: {action: applied}}
+  - {word: "No", value: 0, when: {action: viewed}}
+split: {validation: 60%, test: 80%}
+"""
+MODEL = "{name: smallest, d_model: 16, layers: 1, heads: 2, kv_heads: 1, head_dim: 8, d_ff: 16}"
+RECIPE = """\
+name: jobs
+dataset: jobs
+tasks: [apply.yaml]
+model: model.yaml
+tokenizer: {vocab_size: 600}
+prompts: {styles: {compact: 1, sectioned: 1}, max_tokens: 512}
+train: {steps: 4, rows: 2, row_tokens: 512, checkpoint_every: 2, mesh: {data: 1}}
+evaluate: {bootstrap: 10, baseline_settings: 1}
+"""
+
+
+def brewjax(folder: Path, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"COLUMNS": "200", "JAX_NUM_CPU_DEVICES": "1"}
+    command = [sys.executable, "-m", "brewjax.cli", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, input=stdin, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A user's folder after `brewjax run recipe.yaml`."""
+    folder = tmp_path_factory.mktemp("user")
+    write_dataset(folder / "jobs")
+    for name, text in {"apply": TASK, "model": MODEL, "recipe": RECIPE}.items():
+        (folder / f"{name}.yaml").write_text(text)
+    first = brewjax(folder, "run", "recipe.yaml")
+    assert first.returncode == 0, first.stdout + first.stderr
+    return folder
+
+
+def test_a_recipe_leaves_a_model_predictions_and_a_report(folder):
+    run = folder / "runs" / "jobs"
+    assert [json.loads(line)["step"] for line in (run / "train" / "metrics.jsonl").open()] == [1, 2, 3, 4]
+    assert (run / "evaluate" / "apply.parquet").exists()
+    assert "LightGBM" in (run / "report" / "report.md").read_text()
+    assert (run / "report" / "report.html").exists()
+
+
+def test_what_is_done_is_not_done_again(folder):
+    again = brewjax(folder, "run", "recipe.yaml")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("done before") == 5
+
+
+def test_other_settings_never_continue_or_overwrite_a_training_run(folder):
+    weights = (folder / "runs/jobs/train/stage.json").read_bytes()
+    refused = brewjax(folder, "run", "recipe.yaml", "--set", "train.seed=1")
+    assert refused.returncode == 2
+    assert "runs/jobs/train: made from other data or settings" in refused.stderr
+    assert (folder / "runs/jobs/train/stage.json").read_bytes() == weights
+
+
+def test_a_member_is_ranked_and_a_prompt_answered(folder):
+    ranked = brewjax(
+        folder, "score", "runs/jobs/model", "--dataset", "jobs", "--task", "apply.yaml", "--member", "m7", "--top", "3"
+    )
+    assert ranked.returncode == 0, ranked.stderr
+    assert "P(Yes)" in ranked.stdout
+    prompt = {"center": "A nurse.\n", "events": [], "questions": ["Nurse\n", "Cook\n"], "labels": ["Yes", "No"]}
+    answered = brewjax(folder, "score", "runs/jobs/model", "--prompt", "-", stdin=json.dumps(prompt))
+    assert answered.returncode == 0, answered.stderr
+    assert "Nurse" in answered.stdout
+    assert "Cook" in answered.stdout
+
+
+def test_a_new_task_needs_a_file_and_nothing_else(folder):
+    (folder / "long_look.yaml").write_text(
+        TASK.replace("name: apply", "name: long_look")
+        .replace("action: applied}", "seconds: [0]}", 1)
+        .replace("when: {seconds: [0]}", "when: {action: applied}")
+    )
+    judged = brewjax(folder, "evaluate", "runs/jobs/model", "jobs", "long_look.yaml")
+    assert judged.returncode == 0, judged.stderr
+    assert "long_look" in judged.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "nowhere.yaml"], "nowhere.yaml: no such config file"),
+        (["run", "recipe.yaml", "--set", "train.stepz=3"], "unknown key 'stepz'; did you mean 'steps'?"),
+        (["run", "recipe.yaml", "--set", "dataset=elsewhere"], "elsewhere: no dataset.yaml there"),
+        (["data", "check", "elsewhere"], "elsewhere/dataset.yaml: no such config file"),
+        (["score", "runs/jobs/model"], "give --prompt, or --dataset, --task and --member"),
+        (["score", "elsewhere", "--prompt", "-"], "prompt: not valid JSON"),
+        (["prompt", "jobs", "apply.yaml", "--member", "nobody"], "no member 'nobody'; ids look like m0, m1, m2"),
+    ],
+)
+def test_what_a_user_can_mend_is_said_without_a_traceback(folder, arguments, said):
+    refused = brewjax(folder, *arguments, stdin="{")
+    assert refused.returncode == 2
+    assert said in refused.stderr
+    assert "Traceback" not in refused.stderr
