@@ -63,11 +63,12 @@ def may_see(segments: Segments, block: int) -> Bool[Array, "*B N N"]:
         low, high = bounds
         return (low[..., None, :] <= high[..., :, None]) & (high[..., None, :] >= low[..., :, None])
 
-    # A block of one example is compared segment by segment; one with several is taken as it comes.
-    one_example = jnp.equal(*bounds(blocked.example))
-    same_segment = overlap(bounds(blocked.segment)) | ~(one_example[..., :, None] & one_example[..., None, :])
     has = lambda reach: jnp.any(real & (blocked.reach == reach), -1)  # noqa: E731
-    reaches = same_segment | has(ALL)[..., None, :] | (has(QUESTIONS)[..., None, :] & has(SELF)[..., :, None])
+    reaches = (
+        overlap(bounds(blocked.segment))
+        | has(ALL)[..., None, :]
+        | (has(QUESTIONS)[..., None, :] & has(SELF)[..., :, None])
+    )
     count = blocked.example.shape[-2]
     causal = jnp.arange(count)[None, :] <= jnp.arange(count)[:, None]
     return overlap(bounds(blocked.example)) & reaches & causal

@@ -38,7 +38,9 @@ evaluate: {bootstrap: 10, baseline_settings: 1}
 def brewjax(folder: Path, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"COLUMNS": "200", "JAX_NUM_CPU_DEVICES": "1"}
     command = [sys.executable, "-m", "brewjax.cli", *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, input=stdin, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, cwd=folder, env=environment, input=stdin, capture_output=True, text=True, check=False
+    )
 
 
 @pytest.fixture(scope="module")
