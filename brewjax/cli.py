@@ -36,7 +36,7 @@ def main() -> None:
     # One XLA device a core: the rows of a batch are then computed side by side, where one device would
     # run the many small operations of blockwise attention on a single core.
     cores = os.cpu_count() or 1
-    os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(min(8, 1 << (cores.bit_length() - 1))))
+    os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(min(4, 1 << (cores.bit_length() - 1))))
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app()

@@ -171,7 +171,10 @@ def prepare(run: Run, folder: Path) -> None:
     examples = _training_examples(run, verbalizer, tokenizer)
     counts = write_shards(folder / "shards", examples, run.recipe.train.row_tokens)
     (folder / "counts.json").write_text(json.dumps(counts))
-    Console().print(f"{counts['records']:,} examples, {counts['questions']:,} questions, {counts['tokens']:,} tokens")
+    per_question = counts["tokens"] / counts["questions"]
+    Console().print(
+        f"{counts['records']:,} examples, {counts['questions']:,} questions, {per_question:.0f} tokens a question"
+    )
 
 
 def _train_tokenizer(run: Run, percentiles: Percentiles) -> Tokenizer:

@@ -31,7 +31,8 @@ class PromptConfig(Config):
     Attributes:
       styles: the styles that training draws from, with their weights.
       score_style: the one that evaluation and serving use.
-      max_tokens: budget for the center, the history and one question; the oldest events go first.
+      max_tokens: budget for the center, the history and one question; the oldest events go first. Training packs the
+        questions into what is left of a row: half a row or less lets many questions share a history.
       layout: dense, or star: events do not see each other.
     """
 
