@@ -79,7 +79,8 @@ def run(
     overrides: Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE, e.g. train.steps=100.")] = None,
 ) -> None:
     """Run a recipe stage by stage; what is done is skipped, what was killed goes on."""
-    from brewjax.pipeline import STAGES, Recipe, run_recipe
+    from brewjax.pipeline import STAGES, run_recipe
+    from brewjax.recipe import Recipe
 
     config = Recipe.load(recipe, overrides or ())
     run_recipe(config, out or Path("runs") / config.name, STAGES)

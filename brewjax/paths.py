@@ -1,5 +1,6 @@
-"""Where the files lie that are shipped beside the code."""
+"""Where the shipped configs are: inside an installed package, or beside it in a checkout."""
 
 from pathlib import Path
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+INSTALLED = Path(__file__).parent / "configs"
+CONFIGS = INSTALLED if INSTALLED.is_dir() else Path(__file__).parent.parent / "configs"

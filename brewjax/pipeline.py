@@ -20,11 +20,10 @@ from typing import Any
 import jax
 import numpy as np
 import pyarrow.parquet as pq
-import pydantic
 from rich.console import Console
 from rich.progress import track
 
-from brewjax.config import Config, ConfigError
+from brewjax.config import ConfigError
 from brewjax.data.dataset import CARD, Dataset
 from brewjax.data.examples import Example, build_examples
 from brewjax.data.loader import write_shards
@@ -40,76 +39,14 @@ from brewjax.evaluate.report import print_results, write_report
 from brewjax.evaluate.results import compare
 from brewjax.model.decoder import ModelConfig
 from brewjax.model.params import abstract_params
-from brewjax.scoring.bundle import Bundle, PercentileScale, PromptConfig
-from brewjax.train.loop import TrainConfig, train
+from brewjax.recipe import Recipe
+from brewjax.scoring.bundle import Bundle, PercentileScale
+from brewjax.train.loop import train
 from brewjax.train.metrics import METRICS, read_metrics
 from brewjax.train.objectives import supervised
 
 RECORD = "stage.json"
 TOKENIZER_EXAMPLES = 400  # prompts of each task that a tokenizer is trained on
-
-
-class TokenizerConfig(Config):
-    """A tokenizer trained on the prompts, of `vocab_size` tokens, or the one in the folder `path`."""
-
-    vocab_size: int | None = pydantic.Field(default=None, gt=300)
-    path: str | None = None
-
-    @pydantic.model_validator(mode="after")
-    def _one_of(self) -> TokenizerConfig:
-        if (self.vocab_size is None) == (self.path is None):
-            raise ValueError("give either 'vocab_size' or 'path'")
-        return self
-
-
-class PrepareConfig(Config):
-    """Training data.
-
-    Attributes:
-      passes: how often every example is said, each time in a style drawn anew.
-      max_examples: of each task and pass; a random choice where there are more.
-    """
-
-    passes: int = pydantic.Field(default=1, gt=0)
-    max_examples: int | None = pydantic.Field(default=None, gt=0)
-    seed: int = 0
-
-
-class EvaluateConfig(Config):
-    """Evaluation on the test period.
-
-    Attributes:
-      max_examples: of each task; a random choice where there are more, the same for model and baselines.
-      bootstrap: resamples of members behind each interval.
-      baseline_settings: hyperparameter settings that LightGBM chooses from on the validation period.
-    """
-
-    max_examples: int | None = pydantic.Field(default=None, gt=0)
-    bootstrap: int = pydantic.Field(default=200, gt=0)
-    baseline_settings: int = pydantic.Field(default=8, gt=0)
-
-
-class Recipe(Config):
-    """What `brewjax run` runs. Paths are relative to the current directory."""
-
-    name: str
-    dataset: str
-    tasks: tuple[str, ...]
-    model: str
-    tokenizer: TokenizerConfig
-    prompts: PromptConfig = PromptConfig()
-    prepare: PrepareConfig = PrepareConfig()
-    train: TrainConfig
-    evaluate: EvaluateConfig = EvaluateConfig()
-
-    @pydantic.model_validator(mode="after")
-    def _prompts_fit_rows(self) -> Recipe:
-        if self.prompts.max_tokens > self.train.row_tokens:
-            raise ValueError(
-                f"prompts.max_tokens ({self.prompts.max_tokens}) is over train.row_tokens ({self.train.row_tokens}): "
-                "a prompt must fit in a row"
-            )
-        return self
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,11 +98,7 @@ def prepare(run: Run, folder: Path) -> None:
     config = run.recipe.tokenizer
     tokenizer = Tokenizer.load(config.path) if config.path else _train_tokenizer(run, percentiles)
     for task in run.tasks:
-        for index, word in enumerate(task.words):
-            try:
-                tokenizer.word(word)
-            except ValueError as error:
-                raise task.error(str(error), "labels", index, "word") from None
+        task.check_words(tokenizer)
     tokenizer.save(folder / "tokenizer")
     verbalizer = Verbalizer(run.dataset, percentiles, tokenizer, run.recipe.prompts.max_tokens)
     examples = _training_examples(run, verbalizer, tokenizer)

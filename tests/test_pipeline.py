@@ -50,6 +50,7 @@ def folder(tmp_path_factory) -> Path:
     write_dataset(folder / "jobs")
     for name, text in {"apply": TASK, "model": MODEL, "recipe": RECIPE}.items():
         (folder / f"{name}.yaml").write_text(text)
+    (folder / "maybe.yaml").write_text(TASK.replace('"Yes"', "Perhaps"))
     first = brewjax(folder, "run", "recipe.yaml")
     assert first.returncode == 0, first.stdout + first.stderr
     return folder
@@ -110,6 +111,7 @@ def test_a_new_task_needs_a_file_and_nothing_else(folder):
         (["data", "check", "elsewhere"], "elsewhere/dataset.yaml: no such config file"),
         (["score", "runs/jobs/model"], "give --prompt, or --dataset, --task and --member"),
         (["score", "elsewhere", "--prompt", "-"], "prompt: not valid JSON"),
+        (["evaluate", "runs/jobs/model", "jobs", "maybe.yaml"], "maybe.yaml:6: labels.0.word: label word 'Perhaps' is"),
         (["prompt", "jobs", "apply.yaml", "--member", "nobody"], "no member 'nobody'; ids look like m0, m1, m2"),
     ],
 )

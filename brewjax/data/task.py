@@ -12,6 +12,7 @@ import pydantic
 
 from brewjax.config import Config
 from brewjax.data.dataset import Card, Dataset
+from brewjax.data.tokenizer import Tokenizer
 
 MetricName = Literal["auc", "log_loss", "ndcg@10", "calibration_error"]
 Split = Literal["train", "validation", "test"]
@@ -133,6 +134,14 @@ class Task(Config):
                 f"'{negatives.label}' is not a label; labels: {', '.join(self.words)}",
                 "questions", "sampled_negatives", "label",
             )  # fmt: skip
+
+    def check_words(self, tokenizer: Tokenizer) -> None:
+        """Raises ConfigError (file, line) for a label word that is not one token."""
+        for index, word in enumerate(self.words):
+            try:
+                tokenizer.word(word)
+            except ValueError as error:
+                raise self.error(str(error), "labels", index, "word") from None
 
 
 def load_tasks(paths: Iterable[str | Path], dataset: Dataset) -> list[Task]:

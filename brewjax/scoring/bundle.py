@@ -90,6 +90,7 @@ class Bundle:
 
     def verbalizer(self, dataset: Dataset, task: Task) -> Verbalizer:
         """Says examples as in training; on a dataset other than that, percentiles are fitted before `task`'s split."""
+        task.check_words(self.tokenizer)
         if dataset.card.name == self.scale.dataset:
             percentiles = Percentiles(self.scale.quantiles)
         else:

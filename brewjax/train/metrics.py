@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 from rich.console import Console
@@ -35,6 +36,7 @@ class MetricsWriter:
         )
         self._bar = self._progress.add_task("train", total=steps, completed=resumed_step, loss=float("nan"), speed=0.0)
         self._steps = steps
+        self._written = time.perf_counter()
 
     def __enter__(self) -> MetricsWriter:
         self._progress.start()
@@ -46,7 +48,10 @@ class MetricsWriter:
         self._board.close()
 
     def write(self, step: int, row: dict[str, float]) -> None:
-        """Records the metrics of one step; `loss` and `tokens_per_second` are also shown."""
+        """Records the metrics of one step, `loss` and `tokens` among them, and tokens per second since the last."""
+        now = time.perf_counter()
+        row = row | {"tokens_per_second": row["tokens"] / (now - self._written)}
+        self._written = now
         self._file.write(json.dumps({"step": step, **row}) + "\n")
         for name, value in row.items():
             self._board.add_scalar(f"train/{name}", value, step)
