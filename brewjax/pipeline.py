@@ -7,7 +7,6 @@ import datetime
 import functools
 import hashlib
 import json
-import math
 import shutil
 import subprocess
 import time
@@ -17,7 +16,6 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pyarrow.parquet as pq
 from rich.console import Console
@@ -38,9 +36,9 @@ from brewjax.evaluate.predictions import from_examples
 from brewjax.evaluate.report import print_results, write_report
 from brewjax.evaluate.results import compare
 from brewjax.model.decoder import ModelConfig
-from brewjax.model.params import abstract_params
+from brewjax.model.params import abstract_params, count
 from brewjax.recipe import Recipe
-from brewjax.scoring.bundle import Bundle, PercentileScale
+from brewjax.scoring.bundle import PERCENTILES, TOKENIZER, Bundle, PercentileScale
 from brewjax.train.loop import train
 from brewjax.train.metrics import METRICS, read_metrics
 from brewjax.train.objectives import supervised
@@ -76,7 +74,7 @@ class Run:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer.load(self.folder / "prepare" / "tokenizer")
+        return Tokenizer.load(self.folder / "prepare" / TOKENIZER)
 
     @property
     def model(self) -> ModelConfig:
@@ -94,12 +92,12 @@ def prepare(run: Run, folder: Path) -> None:
     """Tokenizer, percentiles and training shards."""
     until = run.tasks[0].boundaries(run.dataset)[0]
     percentiles = Percentiles.fit(run.dataset, until)
-    PercentileScale(dataset=run.dataset.card.name, quantiles=percentiles.quantiles).save(folder / "percentiles.yaml")
+    PercentileScale(dataset=run.dataset.card.name, quantiles=percentiles.quantiles).save(folder / PERCENTILES)
     config = run.recipe.tokenizer
     tokenizer = Tokenizer.load(config.path) if config.path else _train_tokenizer(run, percentiles)
     for task in run.tasks:
         task.check_words(tokenizer)
-    tokenizer.save(folder / "tokenizer")
+    tokenizer.save(folder / TOKENIZER)
     verbalizer = Verbalizer(run.dataset, percentiles, tokenizer, run.recipe.prompts.max_tokens)
     examples = _training_examples(run, verbalizer, tokenizer)
     counts = write_shards(folder / "shards", examples, run.recipe.train.row_tokens)
@@ -149,7 +147,7 @@ def train_stage(run: Run, folder: Path) -> None:
     """Supervised fine-tuning; leaves the model in `model/`."""
     prepared = run.folder / "prepare"
     params = train(run.model, run.recipe.train, prepared / "shards", folder, supervised)
-    scale = PercentileScale.load(prepared / "percentiles.yaml")
+    scale = PercentileScale.load(prepared / PERCENTILES)
     Bundle(run.model, params, run.tokenizer, run.recipe.prompts, scale).save(run.folder / "model")
 
 
@@ -193,12 +191,12 @@ def _facts(run: Run) -> dict[str, str]:
     rows = read_metrics(run.folder / "train" / METRICS)
     seconds = {name: _read_record(run.folder / name).get("seconds") for name in STAGES}
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    shapes = jax.tree.leaves(abstract_params(run.model, run.recipe.train.mesh.build()))
+    parameters = count(abstract_params(run.model, run.recipe.train.mesh.build()))
     tokens = sum(row["tokens"] for row in rows)
     return {
         "dataset": f"{run.dataset.card.name}: {len(run.dataset.members):,} members, {len(run.dataset.items):,} items, "
         f"{len(run.dataset.events):,} events",
-        "model": f"{run.model.name}, {sum(math.prod(leaf.shape) for leaf in shapes):,} parameters",
+        "model": f"{run.model.name}, {parameters:,} parameters",
         "training": f"{len(rows):,} steps, {tokens:,} tokens, {sum(row['targets'] for row in rows):,.0f} questions",
         "seconds": ", ".join(f"{name} {value:.0f}" for name, value in seconds.items() if value is not None),
         "date": datetime.date.today().isoformat(),
@@ -228,11 +226,11 @@ def run_recipe(recipe: Recipe, folder: Path, stages: dict[str, Stage]) -> None:
     """
     run, console = Run(recipe, folder), Console()
     fingerprint = _hash_dataset(Path(recipe.dataset))
+    contents = [Path(path).read_text() for path in _config_files(recipe)]
     for name, stage in stages.items():
         settings = [functools.reduce(dict.__getitem__, key.split("."), recipe.model_dump()) for key in stage.keys]
-        contents = [Path(path).read_text() for path in _config_files(recipe)]
         fingerprint = hashlib.sha256(json.dumps([fingerprint, settings, contents]).encode()).hexdigest()
-        output, record = folder / name, folder / name / RECORD
+        output = folder / name
         before = _read_record(output)
         same = before.get("fingerprint") == fingerprint
         if same and "seconds" in before:
@@ -246,12 +244,12 @@ def run_recipe(recipe: Recipe, folder: Path, stages: dict[str, Stage]) -> None:
         if output.exists() and not (same and stage.keep):
             shutil.rmtree(output)
         output.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps({"fingerprint": fingerprint}))
+        _write_record(output, {"fingerprint": fingerprint})
         console.print(f"[bold]{name}[/]")
         began = time.perf_counter()
         stage.run(run, output)
-        seconds = before.get("seconds", 0) + time.perf_counter() - began
-        record.write_text(json.dumps({"fingerprint": fingerprint, "seconds": seconds}))
+        seconds = time.perf_counter() - began
+        _write_record(output, {"fingerprint": fingerprint, "seconds": seconds})
         console.print(f"[bold]{name}[/]: {seconds:.0f} s")
 
 
@@ -259,6 +257,12 @@ def _read_record(output: Path) -> dict[str, Any]:
     """A stage's fingerprint, and its seconds once it is done; nothing where it was never begun."""
     record = output / RECORD
     return json.loads(record.read_text()) if record.exists() else {}
+
+
+def _write_record(output: Path, record: dict[str, Any]) -> None:
+    temporary = output / f"{RECORD}.tmp"
+    temporary.write_text(json.dumps(record))
+    temporary.replace(output / RECORD)
 
 
 def _config_files(recipe: Recipe) -> list[str]:

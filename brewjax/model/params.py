@@ -55,7 +55,7 @@ def init_params(config: ModelConfig, mesh: Mesh, seed: int) -> Params:
 
 
 def count(params: Params) -> int:
-    """Number of parameters."""
+    """Number of parameters; abstract ones count too."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
