@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -193,10 +193,14 @@ def _spec_or_none(sharding: Sharding, *axes: str) -> jax.P | None:
 
 def _attend(sharding: Sharding, q: Array, k: Array, v: Array, segments: Segments) -> Array:
     """Attention on each device's own rows and heads."""
+
+    def local(*args: Any) -> Array:
+        return attention(*args)[0]
+
     if jax.sharding.get_abstract_mesh().empty:
-        return attention(q, k, v, segments)
+        return local(q, k, v, segments)
     heads, rows = sharding.spec("batch", "length", "heads", None), sharding.spec("batch", "length")
     # check_vma: the kernels' loops start from plain zeros, which it would not let become device-varying.
-    return jax.shard_map(attention, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)(
+    return jax.shard_map(local, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)(
         q, k, v, segments
     )

@@ -8,108 +8,179 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.attention import attention_blockwise, attention_reference
+from pallas_kernels import attention_tpu, attention_xla
+from pallas_kernels.attention import attention, attention_reference
 from pallas_kernels.segments import PADDING, SELF, Segments
 from tests.pallas_kernels.layouts import Example, batches, pack, rows, stack
 
-B, T, H, K, D = 2, 96, 4, 2, 8
-BLOCKS = (16, 40, 128)  # divides the row, does not, is longer than it
+H, K, D = 4, 2, 8
+# Rows of a few blocks each, none of them whole: 3 x 3 of 40 tokens, and 2 x 2 of 256.
+LENGTHS = {"xla": 104, "tpu-interpreted": 470}
+IMPLEMENTATIONS = tuple(LENGTHS)
 seeds = st.integers(0, 2**32 - 1)
 
 
-def draw_qkvd(seed: int, dtype=np.float32, shape=(B, T)) -> list[np.ndarray]:
+@pytest.fixture(autouse=True, scope="module")
+def _small_blocks():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_xla, "BLOCK", 40)
+        patch.setattr(attention_tpu, "CHUNKS", 2)
+        patch.setattr(attention_tpu, "KEYS", 256)
+        yield
+
+
+def draw_qkvd(seed: int, length: int, queries: int | None = None, dtype=np.float32, B=2) -> list[np.ndarray]:
     """Queries, keys, values, and a cotangent of the output."""
     random = np.random.default_rng(seed)
     spread = random.choice([0.3, 1, 2])  # from nearly even weights to nearly one key only
     spreads = {"q": spread, "k": spread, "v": 1, "d_out": 1}
-    heads = {"q": H, "k": K, "v": K, "d_out": H}
-    return [(spreads[x] * random.standard_normal((*shape, heads[x], D))).astype(dtype) for x in heads]
+    shapes = {"q": (queries or length, H), "k": (length, K), "v": (length, K), "d_out": (queries or length, H)}
+    return [(spreads[x] * random.standard_normal((B, *shape, D))).astype(dtype) for x, shape in shapes.items()]
 
 
 @functools.cache
-def out_and_grads(block: int | None):
-    """Jitted (q, k, v, d_out, segments) -> (out, dq, dk, dv); block None is the reference."""
-    function = attention_reference if block is None else functools.partial(attention_blockwise, block=block)
+def results(implementation: str | None):
+    """Jitted (q, k, v, d_out, segments) -> out, log-sum-exp, and the gradients of both; None is the reference."""
+
+    def run(q, k, v, segments):
+        if implementation is None:
+            out, log_sum = attention_reference(q, k, v, segments)
+        else:
+            out, log_sum = attention(q, k, v, segments, implementation=implementation)
+        real = segments.example[:, -q.shape[1] :, None] != PADDING
+        return out, jnp.where(real, log_sum, 0)
 
     @jax.jit
-    def run(q, k, v, d_out, segments):
-        out, vjp = jax.vjp(lambda *qkv: function(*qkv, segments), q, k, v)
-        return (out, *vjp(d_out))
+    def with_gradients(q, k, v, d_out, segments):
+        (out, log_sum), vjp = jax.vjp(lambda *qkv: run(*qkv, segments), q, k, v)
+        return (out, log_sum, *vjp((d_out, d_out[..., 0].astype(log_sum.dtype))))
 
-    return run
+    return with_gradients
 
 
 def reference(qkvd: list[np.ndarray], segments: Segments) -> list[np.ndarray]:
     """The reference in float64."""
     with jax.enable_x64(True):
-        return [np.asarray(x) for x in out_and_grads(None)(*(x.astype(np.float64) for x in qkvd), segments)]
+        return [np.asarray(x) for x in results(None)(*(x.astype(np.float64) for x in qkvd), segments)]
 
 
 def assert_close(found, expected, tolerance: float) -> None:
-    for name, a, b in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
+    for name, a, b in zip(("out", "log_sum", "dq", "dk", "dv"), found, expected, strict=True):
         difference = np.abs(np.asarray(a, np.float64) - b).max()
         assert difference <= tolerance * max(1, np.abs(b).max()), name
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-@settings(deadline=None, max_examples=30)
-@given(batches(B, T), seeds)
-def test_blockwise_is_the_reference(block, segments, seed):
-    qkvd = draw_qkvd(seed)
-    assert_close(out_and_grads(block)(*qkvd, segments), reference(qkvd, segments), 1e-5)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@settings(deadline=None, max_examples=25)
+@given(st.data(), seeds)
+def test_is_the_reference(implementation, data, seed):
+    length = LENGTHS[implementation]
+    segments, qkvd = data.draw(batches(2, length)), draw_qkvd(seed, length)
+    assert_close(results(implementation)(*qkvd, segments), reference(qkvd, segments), 1e-5)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @settings(deadline=None, max_examples=10)
-@given(batches(B, T), seeds)
-def test_bfloat16(segments, seed):
-    qkvd = draw_qkvd(seed, jnp.bfloat16)
-    found = out_and_grads(16)(*qkvd, segments)
-    assert {x.dtype for x in found} == {jnp.dtype(jnp.bfloat16)}
-    # Sums are float32: the error is that of rounding `out`, once for the result and once inside the gradients.
+@given(st.data(), seeds)
+def test_queries_behind_a_cached_prefix(implementation, data, seed):
+    length = LENGTHS[implementation]
+    segments, qkvd = data.draw(batches(2, length)), draw_qkvd(seed, length, queries=length * 2 // 3)
+    assert_close(results(implementation)(*qkvd, segments), reference(qkvd, segments), 1e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@settings(deadline=None, max_examples=10)
+@given(st.data(), seeds)
+def test_bfloat16(implementation, data, seed):
+    length = LENGTHS[implementation]
+    segments, qkvd = data.draw(batches(2, length)), draw_qkvd(seed, length, dtype=jnp.bfloat16)
+    found = results(implementation)(*qkvd, segments)
+    assert [x.dtype for x in found] == [jnp.bfloat16, jnp.float32, *[jnp.bfloat16] * 3]
+    # Sums are float32; weights and their gradients are rounded to bfloat16 before a product on a TPU.
     assert_close(found, reference(qkvd, segments), 2**-6)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("heads", [(3, 3), (6, 1)], ids=["each head its own keys", "one for all"])
-def test_groups_of_heads(heads):
+def test_groups_of_heads(implementation, heads):
     segments = stack([pack([Example(9, [4, 4], [5] * 6, star=True), Example(3)], 64)])
     random = np.random.default_rng(0)
     q, k, v, d = (random.standard_normal((1, 64, n, D), np.float32) for n in (heads[0], heads[1], heads[1], heads[0]))
-    assert_close(out_and_grads(16)(q, k, v, d, segments), reference([q, k, v, d], segments), 1e-5)
+    assert_close(results(implementation)(q, k, v, d, segments), reference([q, k, v, d], segments), 1e-5)
 
 
-@settings(deadline=None, max_examples=20)
-@given(batches(B, T), seeds)
-def test_padding_gets_zeros_and_gives_nothing(segments, seed):
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@settings(deadline=None, max_examples=15)
+@given(st.data(), seeds)
+def test_padding_gets_zeros_and_gives_nothing(implementation, data, seed):
+    length = LENGTHS[implementation]
+    segments, qkvd = data.draw(batches(2, length)), draw_qkvd(seed, length)
     real = (segments.example != PADDING)[..., None, None]
-    qkvd = draw_qkvd(seed)
-    clean = out_and_grads(40)(*qkvd, segments)
-    poisoned = out_and_grads(40)(*(np.where(real, x, np.nan) for x in qkvd), segments)
+    clean = results(implementation)(*qkvd, segments)
+    poisoned = results(implementation)(*(np.where(real, x, np.nan) for x in qkvd), segments)
     for a, b in zip(clean, poisoned, strict=True):
         np.testing.assert_array_equal(a, b)
-        assert not np.where(real, 0, a).any()
+        assert not np.where(real.reshape(real.shape[: a.ndim]), 0, a).any()
 
 
-@settings(deadline=None, max_examples=20)
-@given(rows(T), seeds, st.data())
-def test_a_question_changes_no_bit_of_another(row, seed, data):
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@settings(deadline=None, max_examples=15)
+@given(st.data(), seeds)
+def test_a_question_changes_no_bit_of_another(implementation, data, seed):
+    length = LENGTHS[implementation]
+    row = data.draw(rows(length))
     questions = sorted({(e, s) for e, s, r in zip(*row, strict=True) if e != PADDING and r == SELF})
     hypothesis.assume(questions)
     example, segment = data.draw(st.sampled_from(questions))
     changed = ((row.example == example) & (row.segment == segment))[:, None, None]
-    (q, k, v, d), others = draw_qkvd(seed, shape=(1, T)), draw_qkvd(seed + 1, shape=(1, T))
+    (q, k, v, d), others = draw_qkvd(seed, length, B=1), draw_qkvd(seed + 1, length, B=1)
     segments = stack([row])
-    before = out_and_grads(16)(q, k, v, d, segments)[0]
+    before = results(implementation)(q, k, v, d, segments)[0]
     q, k, v = (np.where(changed, other, x) for x, other in zip((q, k, v), others, strict=False))
-    after = out_and_grads(16)(q, k, v, d, segments)[0]
+    after = results(implementation)(q, k, v, d, segments)[0]
     np.testing.assert_array_equal(np.where(changed, 0, before), np.where(changed, 0, after))
+
+
+def test_a_row_may_be_cut_anywhere():
+    """A shard of the queries, wherever it begins, against all of the keys: what context parallelism does."""
+    segments = stack([pack([Example(30, [9] * 4, [7] * 3), Example(11, [5], [3, 3], star=True)], 104)])
+    q, k, v, _ = draw_qkvd(0, 104, B=1)
+    whole = attention(q, k, v, segments)
+    for start in (0, 26, 52, 78):
+        part = attention(q[:, start : start + 26], k, v, segments, q_start=jnp.int32(start))
+        for a, b in zip(part, whole, strict=True):
+            np.testing.assert_allclose(a, b[:, start : start + 26], atol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_the_tpu_kernels_have_no_races(way):
+    """Keys of several blocks in which the same queries come twice running: what the backward pass must wait for."""
+    segments = stack([pack([Example(100, [], [90] * 4)], 512)])
+    segments = Segments(*map(jnp.asarray, segments))
+    q, k, v, d_out = draw_qkvd(0, 512, B=1)
+    inputs = (q, k, v, segments, segments, jnp.int32(0))
+    out, log_sum = attention_tpu.forward(*inputs, interpret=True)
+    detect = pltpu.InterpretParams(detect_races=True)
+    if way == "forward":
+        found, expected = attention_tpu.forward(*inputs, interpret=detect), (out, log_sum)
+    else:
+        more = log_sum, (out * d_out).sum(-1), d_out
+        found = attention_tpu.backward(*inputs, *more, interpret=detect)
+        expected = attention_tpu.backward(*inputs, *more, interpret=True)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    assert not interpret_pallas_call.races.races_found
 
 
 def test_memory_is_linear_in_the_length():
     def compiled(length: int) -> jax.stages.Compiled:
         q, k = (jax.ShapeDtypeStruct((1, length, heads, D), jnp.float32) for heads in (H, K))
         segments = Segments(*[jax.ShapeDtypeStruct((1, length), jnp.int32)] * 3)
-        return out_and_grads(128).lower(q, k, k, q, segments).compile()
+        return results("xla").lower(q, k, k, q, segments).compile()
 
     short, long = compiled(4096), compiled(8192)
     sizes = [np.prod([int(n) for n in shape.split(",")]) for shape in re.findall(r"\w\[([\d,]+)\]", long.as_text())]

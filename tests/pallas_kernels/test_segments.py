@@ -1,14 +1,25 @@
+import functools
+
 import jax
 import numpy as np
 from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
-from pallas_kernels.segments import ALL, PADDING, QUESTIONS, SELF, Segments, may_see, visible
+from pallas_kernels.segments import ALL, PADDING, QUESTIONS, SELF, Segments, visible
+from pallas_kernels.worklist import sight, worklist
 from tests.pallas_kernels.layouts import Example, batches, pack, rows
 
 LENGTH = 96
 index = np.arange(LENGTH)
 see = jax.jit(lambda segments: visible(segments, segments, index, index))
-visit = jax.jit(may_see, static_argnums=1)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def seen(row: Segments, tile: int):
+    """`sight` of one row over itself."""
+    batch = Segments(*(labels[None] for labels in row))
+    return jax.tree.map(lambda x: x[0], sight(batch, batch, 0, tile, tile))
 
 
 def sees(row: Segments, i: int, j: int) -> bool:
@@ -31,10 +42,11 @@ def brute_force(row: Segments) -> np.ndarray:
     return np.array([[sees(row, i, j) for j in tokens] for i in tokens])
 
 
-def pairs_to_visit(row: Segments, block: int) -> np.ndarray:
-    """bool [N, N]: which pairs of blocks hold a visible pair of tokens."""
-    count = len(row.example) // block
-    return brute_force(row).reshape(count, block, count, block).any((1, 3))
+def tiled(row: Segments, tile: int) -> np.ndarray:
+    """bool [N, N, tile^2]: the visible pairs of each pair of tiles."""
+    count = len(row.example) // tile
+    pairs = brute_force(row).reshape(count, tile, count, tile)
+    return pairs.transpose(0, 2, 1, 3).reshape(count, count, -1)
 
 
 @settings(deadline=None, max_examples=30)
@@ -53,34 +65,63 @@ def test_visible_between_parts_of_a_row():
 
 @settings(deadline=None, max_examples=40)
 @given(rows(LENGTH))
-def test_every_visible_pair_is_visited(row):
-    for block in (8, 32):
-        missed = pairs_to_visit(row, block) & ~np.asarray(visit(row, block))
-        assert not missed.any()
+def test_sight_of_tiles_misses_nobody_and_promises_nobody_too_much(row):
+    for tile in (8, 32):
+        some, every = seen(row, tile)
+        assert not (tiled(row, tile).any(-1) & ~np.asarray(some)).any()
+        assert not (np.asarray(every) & ~tiled(row, tile).all(-1)).any()
 
 
-def test_exactly_the_visible_pairs_are_visited_where_pieces_are_blocks():
+def test_sight_is_exact_where_pieces_are_tiles():
     for star in (False, True):
         row = pack([Example(16, [16, 16], [16, 16, 16], star)], LENGTH)
-        np.testing.assert_array_equal(visit(row, 16), pairs_to_visit(row, 16))
+        some, every = seen(row, 16)
+        np.testing.assert_array_equal(some, tiled(row, 16).any(-1))
+        np.testing.assert_array_equal(every, tiled(row, 16).all(-1))
 
 
-def test_items_do_not_visit_each_other():
+def test_items_do_not_meet_each_other():
     row = pack([Example(64, [], [5] * 192)], 1024)
-    visited, causal = np.asarray(visit(row, 16)), np.tri(64, dtype=bool)
-    np.testing.assert_array_equal(visited, pairs_to_visit(row, 16))
-    assert visited.sum() < 0.2 * causal.sum()
+    some, causal = np.asarray(seen(row, 16).some), np.tri(64, dtype=bool)
+    np.testing.assert_array_equal(some, tiled(row, 16).any(-1))
+    assert some.sum() < 0.2 * causal.sum()
 
 
-def test_star_history_is_visited_by_its_questions_only():
+def test_star_history_is_met_by_its_questions_only():
     row = pack([Example(32, [16] * 60, [16, 16], star=True)], 1024)
-    visited = np.asarray(visit(row, 16))
-    np.testing.assert_array_equal(visited, pairs_to_visit(row, 16))
-    assert visited[2:62].sum() == 60 * (2 + 1)  # an event: the center and itself
-    assert visited[62:].sum() == 2 * (2 + 60 + 1)
+    some = np.asarray(seen(row, 16).some)
+    np.testing.assert_array_equal(some, tiled(row, 16).any(-1))
+    assert some[2:62].sum() == 60 * (2 + 1)  # an event: the center and itself
+    assert some[62:].sum() == 2 * (2 + 60 + 1)
 
 
-def test_padding_is_never_visited():
-    row = pack([Example(20)], LENGTH)
-    assert np.asarray(visit(row, 16)).sum() == 3  # 0-0, 1-0, 1-1
-    assert not np.asarray(visit(pack([], LENGTH), 16)).any()
+def test_padding_is_never_met():
+    assert np.asarray(seen(pack([Example(20)], LENGTH), 16).some).sum() == 3  # 0-0, 1-0, 1-1
+    assert not np.asarray(seen(pack([], LENGTH), 16).some).any()
+
+
+@settings(deadline=None, max_examples=30)
+@given(rows(LENGTH))
+def test_queries_in_the_middle_of_a_row_see_what_they_see_there(row):
+    start = 30
+    queries = Segments(*(labels[None, start : start + 32] for labels in row))
+    some, every = sight(queries, Segments(*(labels[None] for labels in row)), start, 16, 8)
+    pairs = brute_force(row)[start : start + 32].reshape(2, 16, LENGTH // 8, 8)
+    assert not (pairs.any((1, 3)) & ~np.asarray(some[0])).any()
+    assert not (np.asarray(every[0]) & ~pairs.all((1, 3))).any()
+
+
+@settings(deadline=None, max_examples=30)
+@given(arrays(np.int32, (2, 3, 5), elements=st.integers(0, 2)))
+def test_a_worklist_holds_every_pair_once_and_keeps_a_block_together(kind):
+    for by_key in (False, True):
+        visits = jax.tree.map(np.asarray, worklist(kind, by_key))
+        q_block, kv_block, kinds = (x[: visits.length] for x in visits[:3])
+        found = np.zeros_like(kind)
+        for q, kv, what in zip(q_block, kv_block, kinds, strict=True):
+            row, other = q // 3, kv // 5
+            assert row == other
+            assert found[row, q % 3, kv % 5] == 0
+            found[row, q % 3, kv % 5] = what
+        np.testing.assert_array_equal(found, kind)
+        assert (np.diff(kv_block if by_key else q_block) >= 0).all()

@@ -1,0 +1,512 @@
+"""Attention by `Segments` on a TPU: FlashAttention-2 (Dao 2023, arXiv 2307.08691) over a worklist, in Pallas.
+
+Scores are kept keys by queries, [S, T]: the softmax then reduces over sublanes (cheap vector maxima and sums) and not
+over lanes, the running maximum and sum of a query are one number on its lane, and so is all that the backward pass
+needs to know of it. Hence queries and outputs are handed over transposed, [D, T].
+
+A *chunk* is one head's queries as wide as the matrix unit; a block of queries is `CHUNKS` of them for every head of a
+group. A visit goes through its chunks in straight-line code, three of them under way at a time: the scores of one,
+the softmax of the one before, the weighted sum of the one before that; so the matrix and the vector unit work at once.
+
+Where not every query sees every key, a visit goes through the diagonals of its 128 x 128 tiles, and skips those in
+which nobody sees anybody. The tiles of a diagonal have different queries and different keys: independent work again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.segments import Segments, sees
+from pallas_kernels.worklist import EVERY, sight, worklist
+
+CHUNKS = 4  # of a head in a block of queries
+KEYS = 512  # in a block
+TILE = 128
+UNROLLED = 8  # chunks of straight-line code
+MASKED = -1e30  # finite: MASKED - MASKED is no NaN
+LOG2E = math.log2(math.e)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The shapes of one call.
+
+    Attributes:
+      chunk: queries in a chunk.
+      chunks: of a head in a block of queries.
+      group: query heads of a key head.
+      keys: in a block.
+    """
+
+    B: int
+    K: int
+    D: int
+    T: int
+    S: int
+    chunk: int
+    chunks: int
+    group: int
+    keys: int
+    interpret: Any
+
+    @classmethod
+    def of(cls, q: Array, k: Array, interpret: Any) -> Plan:
+        B, T, H, D = q.shape
+        S, K = k.shape[1:3]
+        chunk = TILE if interpret else pltpu.get_tpu_info().mxu_column_size
+        chunks = min(CHUNKS, pl.cdiv(T, chunk))
+        return cls(B, K, D, T, S, chunk, chunks, H // K, min(KEYS, pl.cdiv(S, TILE) * TILE), interpret)
+
+    @property
+    def queries(self) -> int:
+        """In a block, of one head."""
+        return self.chunk * self.chunks
+
+    @property
+    def q_blocks(self) -> int:
+        return pl.cdiv(self.T, self.queries)
+
+    @property
+    def kv_blocks(self) -> int:
+        return pl.cdiv(self.S, self.keys)
+
+    @property
+    def diagonals(self) -> range:
+        """Key tile minus query tile within a pair of blocks."""
+        return range(1 - self.queries // TILE, self.keys // TILE)
+
+    def tiles(self, diagonal: int) -> list[tuple[int, int]]:
+        """The (query tile, key tile) of a diagonal."""
+        q_tiles, kv_tiles = range(self.queries // TILE), range(self.keys // TILE)
+        return [(a, a + diagonal) for a in q_tiles if a + diagonal in kv_tiles]
+
+    @property
+    def scale(self) -> float:
+        return self.D**-0.5
+
+    # How arrays are laid out for the kernels, and back.
+
+    def by_chunks(self, x: Float[Array, "B T H D"]) -> Float[Array, "K M GC D C"]:
+        """Queries, transposed within chunks; M blocks of all rows, G heads of C chunks each."""
+        x = jnp.pad(x, ((0, 0), (0, self.q_blocks * self.queries - self.T), (0, 0), (0, 0)))
+        x = x.reshape(self.B, self.q_blocks, self.chunks, self.chunk, self.K, self.group, -1)
+        x = x.transpose(4, 0, 1, 5, 2, 6, 3)
+        return x.reshape(self.K, self.B * self.q_blocks, self.group * self.chunks, -1, self.chunk)
+
+    def from_chunks(self, x: Float[Array, "K M GC D C"]) -> Float[Array, "B T H D"]:
+        x = x.reshape(self.K, self.B, self.q_blocks, self.group, self.chunks, x.shape[-2], self.chunk)
+        x = x.transpose(1, 2, 4, 6, 0, 3, 5)
+        return x.reshape(self.B, self.q_blocks * self.queries, self.K * self.group, -1)[:, : self.T]
+
+    def by_keys(self, x: Float[Array, "B S K D"]) -> Float[Array, "K M S D"]:
+        x = jnp.pad(x, ((0, 0), (0, self.kv_blocks * self.keys - self.S), (0, 0), (0, 0)))
+        x = x.reshape(self.B, self.kv_blocks, self.keys, self.K, self.D).transpose(3, 0, 1, 2, 4)
+        return x.reshape(self.K, self.B * self.kv_blocks, self.keys, self.D)
+
+    def from_keys(self, x: Float[Array, "K M S D"]) -> Float[Array, "B S K D"]:
+        x = x.reshape(self.K, self.B, self.kv_blocks, self.keys, self.D).transpose(1, 2, 3, 0, 4)
+        return x.reshape(self.B, self.kv_blocks * self.keys, self.K, self.D)[:, : self.S]
+
+
+def forward(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
+    q_segments: Segments,
+    kv_segments: Segments,
+    q_start: Int[Array, ""],
+    interpret: Any = False,
+) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
+    """Output in the dtype of `q` and float32 log-sum-exp; what padding gets means nothing."""
+    plan = Plan.of(q, k, interpret)
+    kind, labels = _kinds(plan, q_segments, kv_segments, q_start)
+    visits = worklist(kind)
+    q, k, v = plan.by_chunks(q), plan.by_keys(k), plan.by_keys(v).mT
+    GC, D, C, S = plan.group * plan.chunks, plan.D, plan.chunk, plan.keys
+    out, log_sum = pl.pallas_call(
+        functools.partial(_forward_kernel, plan),
+        name="segment_attention_forward",
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=4,
+            grid=(plan.K, visits.length),
+            in_specs=[_at_queries(GC, D, C), _at_keys(S, D), _at_keys(D, S), *_at_labels(plan)],
+            out_specs=[_at_queries(GC, D, C), _at_queries(GC, 1, C)],
+            scratch_shapes=[
+                pltpu.VMEM((GC, 1, C), jnp.float32),  # running maximum
+                pltpu.VMEM((GC, 1, C), jnp.float32),  # running sum
+                pltpu.VMEM((GC, D, C), jnp.float32),  # unnormalised output
+                pltpu.VMEM((2, S, C), jnp.float32),  # scores
+                pltpu.VMEM((2, S, C), q.dtype),  # weights
+                _masks(plan),
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((*q.shape[:3], 1, C), jnp.float32),
+        ],
+        compiler_params=_COMPILER_PARAMS,
+        interpret=interpret,
+    )(q_start.reshape(1), *visits[:3], q, k, v, *labels)
+    return plan.from_chunks(out), plan.from_chunks(log_sum)[..., 0]
+
+
+def _forward_kernel(
+    plan: Plan, start, q_block, kv_block, kind, q, k, v, q_labels, kv_labels,  # read
+    out, log_sum,  # written
+    highest, total, sums, scores, weights, masks,  # scratch
+) -> None:  # fmt: skip
+    i = pl.program_id(1)
+    first, last = _edges(q_block, i)
+    scale = plan.scale * LOG2E  # for weights of 2^score
+
+    @pl.when(first)
+    def _() -> None:
+        highest[...] = jnp.full_like(highest, MASKED / 2)  # above MASKED, whose weight is then 2^(MASKED / 2) = 0
+        total[...] = jnp.zeros_like(total)
+        sums[...] = jnp.zeros_like(sums)
+
+    def run(jobs: list[Job]) -> None:
+        tops: dict[int, Array] = {}
+        shrinks: dict[int, Array] = {}
+
+        def score(n: int) -> None:
+            job, queries = jobs[n], jobs[n].queries
+            for rows in job.tiles():
+                s = _dot(k[rows], q[job.chunk, :, queries]) * scale
+                if job.mask is not None:
+                    s += masks[job.mask]
+                scores[n % 2, rows, : job.width] = s
+                top = s.reshape(-1, 8, job.width).max(0)
+                tops[n] = jnp.maximum(tops[n], top) if n in tops else top
+
+        def soften(n: int) -> None:
+            job, here = jobs[n], (jobs[n].chunk, slice(None), jobs[n].queries)
+            before = highest[here]
+            top = jnp.maximum(before, tops.pop(n).max(0, keepdims=True))
+            added = jnp.zeros((8, job.width), jnp.float32)
+            for rows in job.tiles():
+                p = jnp.exp2(scores[n % 2, rows, : job.width] - top)
+                weights[n % 2, rows, : job.width] = p.astype(weights.dtype)
+                added += p.reshape(-1, 8, job.width).sum(0)
+            shrinks[n] = jnp.exp2(before - top)
+            total[here] = total[here] * shrinks[n] + added.sum(0, keepdims=True)
+            highest[here] = top
+
+        def weigh(n: int) -> None:
+            job, here = jobs[n], (jobs[n].chunk, slice(None), jobs[n].queries)
+            added = _dot(v[:, job.rows], weights[n % 2, job.rows, : job.width])
+            sums[here] = sums[here] * shrinks.pop(n) + added
+
+        _pipeline(len(jobs), score, soften, weigh)
+
+    _visit(plan, kind[i], run, masks, _mask(plan, start, q_block[i], kv_block[i], q_labels, kv_labels))
+
+    @pl.when(last)
+    def _() -> None:
+        safe = jnp.maximum(total[...], 1e-30)
+        out[...] = (sums[...] / safe).astype(out.dtype)
+        log_sum[...] = highest[...] / LOG2E + jnp.log(safe)
+
+
+def backward(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
+    q_segments: Segments,
+    kv_segments: Segments,
+    q_start: Int[Array, ""],
+    log_sum: Float[Array, "B T H"],
+    correction: Float[Array, "B T H"],
+    d_out: Float[Array, "B T H D"],
+    interpret: Any = False,
+) -> tuple[Float[Array, "B T H D"], Float[Array, "B S K D"], Float[Array, "B S K D"]]:
+    """float32 gradients of q, k and v; `correction` is sum(out * d_out) less the cotangent of the log-sum-exp.
+
+    One pass, each key block's visits together. The gradient of a query block is fetched, added to and written back
+    at each visit, so that memory stays linear in T and the scores are computed once.
+    """
+    plan = Plan.of(q, k, interpret)
+    kind, labels = _kinds(plan, q_segments, kv_segments, q_start)
+    visits = worklist(kind, by_key=True)
+    per_query = plan.by_chunks(jnp.stack([log_sum * LOG2E, correction], -1))
+    q, d_out, k, v = plan.by_chunks(q), plan.by_chunks(d_out.astype(q.dtype)), plan.by_keys(k), plan.by_keys(v)
+    GC, D, C, S = plan.group * plan.chunks, plan.D, plan.chunk, plan.keys
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    dq, dk, dv = pl.pallas_call(
+        functools.partial(_backward_kernel, plan),
+        name="segment_attention_backward",
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=4,
+            grid=(plan.K, visits.length),
+            in_specs=[
+                *[_at_queries(GC, D, C)] * 2,
+                _at_queries(GC, 2, C),
+                *[_at_keys(S, D), _at_keys(D, S), _at_keys(S, D)],
+                *_at_labels(plan),
+                anywhere,
+            ],
+            out_specs=[anywhere, _at_keys(S, D), _at_keys(S, D)],
+            scratch_shapes=[
+                pltpu.VMEM((S, D), jnp.float32),  # dk
+                pltpu.VMEM((S, D), jnp.float32),  # dv
+                pltpu.VMEM((GC, D, C), jnp.float32),  # this visit's part of dq
+                pltpu.VMEM((2, GC, D, C), jnp.float32),  # dq so far
+                pltpu.VMEM((2, S, C), q.dtype),  # weights
+                pltpu.VMEM((2, S, C), q.dtype),  # d_scores
+                _masks(plan),
+                pltpu.SemaphoreType.DMA((2,)),
+                pltpu.SemaphoreType.DMA((2,)),
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct(q.shape, jnp.float32),
+            jax.ShapeDtypeStruct(k.shape, jnp.float32),
+            jax.ShapeDtypeStruct(k.shape, jnp.float32),
+        ],
+        input_output_aliases={12: 0},
+        compiler_params=_COMPILER_PARAMS,
+        interpret=interpret,
+    )(q_start.reshape(1), *visits[:3], q, d_out, per_query, k, k.mT, v, *labels, jnp.zeros(q.shape, jnp.float32))
+    # A block of keys that nobody looks at was never written.
+    seen = (kind != 0).any(1).reshape(-1)
+    dk, dv = (jnp.where(seen[:, None, None], x, 0) for x in (dk, dv))
+    return plan.from_chunks(dq), plan.from_keys(dk), plan.from_keys(dv)
+
+
+def _backward_kernel(
+    plan: Plan, start, q_block, kv_block, kind, q, d_out, per_query, k, k_t, v, q_labels, kv_labels,
+    zeros,  # read
+    dq, dk, dv,  # written
+    dk_sums, dv_sums, dq_here, dq_sums, weights, d_scores, masks, fetched, written,  # scratch
+) -> None:  # fmt: skip
+    h, i = pl.program_id(0), pl.program_id(1)
+    first, last = _edges(kv_block, i)
+    scale = plan.scale * LOG2E
+
+    def fetch() -> Any:
+        return pltpu.make_async_copy(dq.at[h, q_block[i]], dq_sums.at[i % 2], fetched.at[i % 2])
+
+    def write(at: Array) -> Any:
+        return pltpu.make_async_copy(dq_sums.at[at % 2], dq.at[h, q_block[at]], written.at[at % 2])
+
+    # A buffer is free, and a block may be fetched again, once it is written. The visit before last is waited for here,
+    # the last one too if it had the same queries (and then not again).
+    def again(at: Array) -> Array:
+        return (at >= 1) & (q_block[at] == q_block[jnp.maximum(at - 1, 0)])
+
+    pl.when((i >= 2) & ~again(jnp.maximum(i - 1, 0)))(lambda: write(i - 2).wait())
+    pl.when(again(i))(lambda: write(i - 1).wait())
+    fetch().start()
+
+    @pl.when(first)
+    def _() -> None:
+        dk_sums[...] = jnp.zeros_like(dk_sums)
+        dv_sums[...] = jnp.zeros_like(dv_sums)
+
+    @pl.when(kind[i] != EVERY)
+    def _() -> None:
+        dq_here[...] = jnp.zeros_like(dq_here)
+
+    def run(jobs: list[Job]) -> None:
+        def score(n: int) -> None:
+            job, here = jobs[n], (jobs[n].chunk, slice(None), jobs[n].queries)
+            log_sum, correction = (per_query[job.chunk, slice(m, m + 1), job.queries] for m in range(2))
+            for rows in job.tiles():
+                s = _dot(k[rows], q[here]) * scale
+                if job.mask is not None:
+                    s += masks[job.mask]
+                p = jnp.exp2(s - log_sum)
+                weights[n % 2, rows, : job.width] = p.astype(weights.dtype)
+                d_p = _dot(v[rows], d_out[here])
+                d_scores[n % 2, rows, : job.width] = (p * (d_p - correction)).astype(d_scores.dtype)
+
+        def accumulate(n: int) -> None:
+            job, here = jobs[n], (jobs[n].chunk, slice(None), jobs[n].queries)
+            d_s = d_scores[n % 2, job.rows, : job.width]
+            added = _dot(k_t[:, job.rows], d_s)
+            dq_here[here] = added if job.mask is None else dq_here[here] + added
+            dv_sums[job.rows] += _dot(weights[n % 2, job.rows, : job.width], d_out[here], over_queries=True)
+            dk_sums[job.rows] += _dot(d_s, q[here], over_queries=True)
+
+        _pipeline(len(jobs), score, accumulate)
+
+    _visit(plan, kind[i], run, masks, _mask(plan, start, q_block[i], kv_block[i], q_labels, kv_labels))
+
+    fetch().wait()
+    dq_sums[i % 2] += dq_here[...] * plan.scale
+    write(i).start()
+
+    @pl.when(last)
+    def _() -> None:
+        dk[...] = dk_sums[...] * plan.scale
+        dv[...] = dv_sums[...]
+
+    @pl.when(i == pl.num_programs(1) - 1)
+    def _() -> None:
+        pl.when((i >= 1) & ~again(i))(lambda: write(i - 1).wait())
+        write(i).wait()
+
+
+# What both kernels are made of.
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A piece of work within a visit: some queries of a chunk against some keys of the block.
+
+    Attributes:
+      chunk: which one; may be traced.
+      queries, rows: of the chunk; of the block of keys.
+      mask: which of the masks to add to the scores, or None.
+    """
+
+    chunk: Any
+    queries: slice
+    rows: slice
+    mask: int | None = None
+
+    @property
+    def width(self) -> int:
+        return self.queries.stop - self.queries.start
+
+    def tiles(self) -> list[slice]:
+        """The rows, a tile at a time: few enough for registers."""
+        return [slice(row, row + TILE) for row in range(self.rows.start, self.rows.stop, TILE)]
+
+
+def _pipeline(count: int, *stages: Callable[[int], None]) -> None:
+    """Straight-line code in which each stage works on the job after the one that the next stage works on."""
+    for step in range(count + len(stages) - 1):
+        for lag, stage in enumerate(stages):
+            if 0 <= step - lag < count:
+                stage(step - lag)
+
+
+def _visit(plan: Plan, kind: Array, run: Callable[[list[Job]], None], masks: Any, mask: Callable) -> None:
+    """Runs the jobs of one visit: whole chunks where every query sees every key, else diagonals of tiles."""
+    count = plan.group * plan.chunks
+    together = max(n for n in range(1, UNROLLED + 1) if count % n == 0)
+
+    @pl.when(kind == EVERY)
+    def _() -> None:
+        def step(n: Array, _: None) -> None:
+            run([Job(n * together + m, slice(0, plan.chunk), slice(0, plan.keys)) for m in range(together)])
+
+        jax.lax.fori_loop(0, count // together, step, None)
+
+    def along(diagonal: int) -> None:
+        tiles = plan.tiles(diagonal)
+        for n, (q_tile, kv_tile) in enumerate(tiles):
+            masks[n] = mask(q_tile, kv_tile)
+
+        def head(g: Array, _: None) -> None:
+            jobs = []
+            for n, (q_tile, kv_tile) in enumerate(tiles):
+                chunk, place = divmod(q_tile * TILE, plan.chunk)
+                rows = slice(kv_tile * TILE, (kv_tile + 1) * TILE)
+                jobs.append(Job(g * plan.chunks + chunk, slice(place, place + TILE), rows, mask=n))
+            run(jobs)
+
+        jax.lax.fori_loop(0, plan.group, head, None)
+
+    @pl.when(kind != EVERY)
+    def _() -> None:
+        for bit, diagonal in enumerate(plan.diagonals):
+            pl.when((kind >> bit) & 1 == 1)(functools.partial(along, diagonal))
+
+
+def _mask(plan: Plan, start: Any, q_block: Array, kv_block: Array, q_labels: Any, kv_labels: Any) -> Callable:
+    """A function of a query tile and a key tile: 0 where the query sees the key, else MASKED; [keys, queries]."""
+    shape = (TILE, TILE)
+
+    def mask(q_tile: int, kv_tile: int) -> Float[Array, "S T"]:
+        rows = q_labels[:, pl.ds(q_tile * TILE, TILE)]
+        columns = kv_labels[:, pl.ds(kv_tile * TILE, TILE)].T
+        q = Segments(*(jnp.broadcast_to(rows[n : n + 1], shape) for n in range(3)))
+        kv = Segments(*(jnp.broadcast_to(columns[:, n : n + 1], shape) for n in range(3)))
+        q_index = start[0] + q_block % plan.q_blocks * plan.queries + q_tile * TILE
+        kv_index = kv_block % plan.kv_blocks * plan.keys + kv_tile * TILE
+        iota = functools.partial(jax.lax.broadcasted_iota, jnp.int32, shape)
+        return jnp.where(sees(q, kv, q_index + iota(1), kv_index + iota(0)), 0.0, MASKED)
+
+    return mask
+
+
+def _kinds(
+    plan: Plan, q_segments: Segments, kv_segments: Segments, q_start: Array
+) -> tuple[Int[Array, "B NQ NK"], tuple[Int[Array, "M 8 T"], Int[Array, "M 8 S"]]]:
+    """The kinds of visits, and the labels as the kernels read them: example, segment, reach, and nothing five times.
+
+    A kind is `EVERY`, or has a bit for each diagonal in which somebody sees somebody.
+    """
+    q_segments, kv_segments = (
+        Segments(*(jnp.pad(x, ((0, 0), (0, length - x.shape[1]))) for x in segments))
+        for segments, length in (
+            (q_segments, plan.q_blocks * plan.queries),
+            (kv_segments, plan.kv_blocks * plan.keys),
+        )
+    )
+    tiles = sight(q_segments, kv_segments, q_start, TILE, TILE)
+    some, every = (
+        x.reshape(plan.B, plan.q_blocks, plan.queries // TILE, plan.kv_blocks, plan.keys // TILE) for x in tiles
+    )
+    kind = jnp.zeros((plan.B, plan.q_blocks, plan.kv_blocks), jnp.int32)
+    for bit, diagonal in enumerate(plan.diagonals):
+        seen = functools.reduce(jnp.logical_or, [some[:, :, a, :, b] for a, b in plan.tiles(diagonal)])
+        kind |= seen.astype(jnp.int32) << bit
+    kind = jnp.where(every.all((2, 4)), EVERY, kind)
+
+    def blocked(segments: Segments, size: int) -> Int[Array, "M 8 N"]:
+        rows = jnp.stack([x.reshape(-1, size) for x in segments], 1)
+        return jnp.pad(rows, ((0, 0), (0, 8 - rows.shape[1]), (0, 0)))
+
+    labels = blocked(q_segments, plan.queries), blocked(kv_segments, plan.keys)
+    return kind, labels
+
+
+def _edges(block: Any, i: Array) -> tuple[Array, Array]:
+    """Whether a visit is the first, and the last, of those of its block."""
+    end = pl.num_programs(1) - 1
+    first = (i == 0) | (block[i] != block[jnp.maximum(i - 1, 0)])
+    return first, (i == end) | (block[i] != block[jnp.minimum(i + 1, end)])
+
+
+def _dot(a: Array, b: Array, over_queries: bool = False) -> Array:
+    """a @ b, or a @ b.T where both have the queries last; float32 sums, and of float32 a true float32 product."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    contract = ((1,), (1,)) if over_queries else ((1,), (0,))
+    return jax.lax.dot_general(a, b, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32)
+
+
+_COMPILER_PARAMS = pltpu.CompilerParams(
+    dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=64 << 20, disable_bounds_checks=True
+)
+
+
+def _masks(plan: Plan) -> Any:
+    return pltpu.VMEM((min(plan.queries, plan.keys) // TILE, TILE, TILE), jnp.float32)
+
+
+def _at_queries(*shape: int) -> pl.BlockSpec:
+    return pl.BlockSpec((None, None, *shape), lambda h, i, start, q_block, *_: (h, q_block[i], *[0] * len(shape)))
+
+
+def _at_keys(*shape: int) -> pl.BlockSpec:
+    return pl.BlockSpec((None, None, *shape), lambda h, i, start, q_block, kv_block, _: (h, kv_block[i], 0, 0))
+
+
+def _at_labels(plan: Plan) -> list[pl.BlockSpec]:
+    return [
+        pl.BlockSpec((None, 8, plan.queries), lambda h, i, start, q_block, *_: (q_block[i], 0, 0)),
+        pl.BlockSpec((None, 8, plan.keys), lambda h, i, start, q_block, kv_block, _: (kv_block[i], 0, 0)),
+    ]

@@ -1,0 +1,62 @@
+"""The attention kernels compiled for TPUs that are not here, at the shapes of training and of serving."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.attention import attention
+from pallas_kernels.segments import Segments
+from tests.pallas_kernels.tpu import devices
+
+
+def compiled(chip: str, q: tuple, k: tuple, dtype, gradients: bool, side: int = 1) -> jax.stages.Compiled:
+    """Attention over a mesh of side x side chips: rows over one axis, heads over the other."""
+    mesh = jax.make_mesh((side, side), ("data", "tensor"), devices=devices(chip, side)[: side**2])
+    over = {"row": jax.P("data"), "heads": jax.P("data", None, "tensor")}
+
+    def shape(shape: tuple, dtype, axes: str) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, over[axes]))
+
+    def local(q, k, v, segments):
+        return attention(q, k, v, segments)[0]
+
+    def run(q, k, v, segments):
+        specs = (*[over["heads"]] * 3, over["row"])
+        out = jax.shard_map(local, in_specs=specs, out_specs=over["heads"], check_vma=False)(q, k, v, segments)
+        return out.astype(jnp.float32).sum() if gradients else out
+
+    function = jax.grad(run, argnums=(0, 1, 2)) if gradients else run
+    segments = Segments(*[shape(k[:2], jnp.int32, "row")] * 3)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return jax.jit(function).lower(*(shape(x, dtype, "heads") for x in (q, k, k)), segments).compile()
+
+
+@pytest.mark.parametrize(
+    ("chip", "head_dim", "dtype"),
+    [
+        ("v5e", 128, jnp.bfloat16),
+        ("v5p", 64, jnp.bfloat16),
+        ("v6e", 256, jnp.bfloat16),
+        ("tpu7x", 128, jnp.bfloat16),
+        ("v5e", 64, jnp.float32),
+    ],
+    ids=str,
+)
+def test_training_shapes_compile(chip, head_dim, dtype):
+    text = compiled(chip, (2, 4096, 8, head_dim), (2, 4096, 2, head_dim), dtype, gradients=True).as_text()
+    assert "segment_attention_forward" in text
+    assert "segment_attention_backward" in text
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_items_behind_a_cached_prefix_compile(chip):
+    one = compiled(chip, (1, 32000, 8, 128), (1, 36096, 2, 128), jnp.bfloat16, gradients=False)
+    # Inputs and output twice over, as the kernel reads and writes them: nothing of 32,000 x 36,096.
+    heads = np.array([32000 * 8, 36096 * 2, 36096 * 2, 32000 * 8]).sum() * 128 * 2
+    assert one.memory_analysis().temp_size_in_bytes < 1.2 * heads
+
+
+def test_rows_and_heads_over_a_mesh_compile():
+    text = compiled("v5e", (2, 1024, 4, 128), (2, 1024, 2, 128), jnp.bfloat16, gradients=True, side=2).as_text()
+    assert "all-gather" not in text
