@@ -1,0 +1,178 @@
+"""What the TPU compiler says of the attention kernels, without a TPU: bundles, spills, and an estimate from them.
+
+    python -m benchmarks.attention_static [v5e v6e ..]
+
+A visit's code is compiled by itself, once for each kind of visit, and its instruction bundles are counted in the
+compiler's own dump. A bundle is issued in a cycle at best, so that time is at least the bundles, and at least what the
+matrix unit needs: the estimate is the larger of the two, for every visit of the layout's worklist. It ranks kernels;
+it is not a measurement. One query head of size 128, bfloat16.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+# Read when libtpu is first loaded.
+os.environ["BUNDLES"] = tempfile.mkdtemp(prefix="bundles-")
+os.environ["LIBTPU_INIT_ARGS"] = (
+    f"--xla_jf_dump_to={os.environ['BUNDLES']} --xla_jf_dump_llo_text=true "
+    "--xla_jf_dump_llo_pass_label_regex=.*final_bundles.*|.*final_hlo.*"
+)
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.experimental.pallas import tpu as pltpu
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.layouts import LAYOUTS, segments
+from pallas_kernels import attention_tpu
+from pallas_kernels.segments import Segments, visible
+from pallas_kernels.worklist import EVERY
+
+DUMP = Path(os.environ["BUNDLES"])
+TOPOLOGIES = {"v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6e:1x1"}
+CLOCKS = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}  # Hz, nominal
+D = 128
+SLOTS = ("MXU", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "FILL", "VSTORE", "SPILL", "SALU")
+PRODUCTS = {"forward": 2, "backward": 5}  # of queries x keys x D
+
+
+class Chip:
+    """One core of a chip to compile for."""
+
+    def __init__(self, name: str):
+        topology = topologies.get_topology_desc(
+            platform="tpu", topology_name=TOPOLOGIES[name], chips_per_host_bounds=(1, 1, 1)
+        )
+        self.mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("chip",))
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            peak = pltpu.get_tpu_info().bf16_ops_per_second
+        self.clock = CLOCKS[name]
+        self.products_a_cycle = round(peak / 2 / self.clock)
+
+    def compile(self, function: Callable, *shapes: jax.ShapeDtypeStruct) -> dict[str, int]:
+        """Bundles of the attention kernel, and how many slots of each kind they fill."""
+        shutil.rmtree(DUMP, ignore_errors=True)
+        local = jax.shard_map(function, mesh=self.mesh, in_specs=jax.P(), out_specs=jax.P(), check_vma=False)
+        place = jax.NamedSharding(self.mesh, jax.P())
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            jax.jit(local).lower(*shapes).compile()
+        (file,) = DUMP.glob("*segment_attention*static-per-bundle-utilization.txt")
+        bundles = np.array([line.split() for line in file.read_text().split("== UTILIZATION:")[1].strip().split("\n")])
+        return {"bundles": len(bundles)} | dict(zip(SLOTS, bundles.astype(int).sum(0).tolist(), strict=True))
+
+
+def costs(chip: Chip, way: str) -> tuple[attention_tpu.Plan, dict[object, dict[str, int]]]:
+    """Bundles and slots of each kind of visit: "visit" (what each costs anyway), "every", and a diagonal's number."""
+    length = 4096
+    shape = jax.ShapeDtypeStruct
+    q, per_query = shape((1, length, 1, D), jnp.bfloat16), shape((1, length, 1), jnp.float32)
+    labels = Segments(*[shape((1, length), jnp.int32)] * 3)
+    inputs = [q, q, q, labels, labels, shape((), jnp.int32)]
+    if way == "backward":
+        inputs += [per_query, per_query, q]
+    with jax.sharding.use_abstract_mesh(chip.mesh.abstract_mesh):
+        plan = attention_tpu.Plan.of(q, q, False)
+
+    def compile_only(visit: Callable | None) -> dict[str, int]:
+        def only(plan, kind, run, masks, mask):
+            if visit is not None:
+                visit(plan, run, masks, mask)
+
+        # A kernel that never begins or ends a block, and has no other kind of visit.
+        with mock.patch.multiple(attention_tpu, _visit=only, _edges=lambda block, i: (False, False)):
+            return chip.compile(getattr(attention_tpu, way), *inputs)
+
+    empty = compile_only(None)
+    kinds: dict[object, Callable] = {"every": lambda plan, run, masks, mask: attention_tpu._whole(plan, run)}
+    for diagonal in plan.diagonals:
+        kinds[diagonal] = lambda *args, diagonal=diagonal: attention_tpu._along(*args, diagonal)
+    found: dict[object, dict[str, int]] = {"visit": empty}
+    for name, visit in kinds.items():
+        whole = compile_only(visit)
+        found[name] = {slot: whole[slot] - empty[slot] for slot in whole}
+    return plan, found
+
+
+def pairs(labels: Segments) -> int:
+    """Pairs of tokens that must be computed."""
+    length, step = labels.example.shape[1], 512
+    row = Segments(*(jnp.asarray(x[0]) for x in labels))
+    count = jax.jit(lambda at: visible(Segments(*(x[at] for x in row)), row, at, np.arange(length)).sum())
+    return sum(int(count(np.arange(start, min(start + step, length)))) for start in range(0, length, step))
+
+
+def visits(plan: attention_tpu.Plan, labels: Segments) -> np.ndarray:
+    """The kinds of a layout's visits."""
+    kind = jax.jit(lambda labels: attention_tpu._kinds(plan, labels, labels, 0)[0])(labels)
+    return np.asarray(kind)[np.asarray(kind) != 0]
+
+
+def main(chips: list[str]) -> None:
+    console = Console()
+    ideal = {name: pairs(segments(name)) for name in LAYOUTS}
+    for chip_name in chips:
+        chip = Chip(chip_name)
+        for way, products in PRODUCTS.items():
+            plan, cost = costs(chip, way)
+            code = Table(
+                title=f"{chip_name} {way}: a visit of {plan.queries} queries x {plan.keys} keys", title_justify="left"
+            )
+            for column in ("what", "bundles", "MXU cycles", "MXU slots", "VALU slots", "spills"):
+                code.add_column(column, justify="left" if column == "what" else "right")
+            for name, slots in cost.items():
+                tiles = {"visit": 0, "every": plan.queries * plan.keys // attention_tpu.TILE**2}.get(
+                    name, 0 if name in ("visit", "every") else len(plan.tiles(name))
+                )
+                slots["cycles"] = tiles * attention_tpu.TILE**2 * D * products // chip.products_a_cycle
+                label = name if isinstance(name, str) else f"diagonal {name}"
+                code.add_row(label, *(f"{slots[x]:,}" for x in ("bundles", "cycles", "MXU", "VALU", "SPILL")))
+            console.print(code)
+            table = Table(title=f"{chip_name} {way}: estimate per query head", title_justify="left")
+            for column in ("layout", "visits", "partly masked", "pairs over ideal", "MXU floor, ms", "estimate, ms"):
+                table.add_column(column, justify="left" if column == "layout" else "right")
+            for name in LAYOUTS:
+                padded = segments(name)
+                length = padded.example.shape[1]
+                whole = attention_tpu.Plan(**(vars(plan) | {"T": length, "S": length}))
+                kinds = visits(whole, padded)
+                cycles = visited = 0
+                for kind in kinds:
+                    parts = (
+                        ["every"] if kind == EVERY else [d for bit, d in enumerate(plan.diagonals) if kind >> bit & 1]
+                    )
+                    cycles += cost["visit"]["bundles"]
+                    cycles += sum(max(cost[part]["bundles"], cost[part]["cycles"]) for part in parts)
+                    visited += (
+                        plan.queries * plan.keys
+                        if kind == EVERY
+                        else sum(len(plan.tiles(part)) * attention_tpu.TILE**2 for part in parts)
+                    )
+                floor = ideal[name] * D * products / chip.products_a_cycle / chip.clock * 1e3
+                table.add_row(
+                    name,
+                    f"{len(kinds):,}",
+                    f"{(kinds != EVERY).sum():,}",
+                    f"{visited / ideal[name]:.3f}",
+                    f"{floor:.2f}",
+                    f"{cycles / chip.clock * 1e3:.2f}",
+                )
+            console.print(table)
+
+
+if __name__ == "__main__":
+    main([name for name in sys.argv[1:] if re.fullmatch("|".join(TOPOLOGIES), name)] or list(TOPOLOGIES))

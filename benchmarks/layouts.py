@@ -1,0 +1,41 @@
+"""The layouts that attention is judged on, as `Segments` of [1, T]."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pallas_kernels.segments import ALL, QUESTIONS, SELF, Segments
+
+
+def example(center: int, events: list[int], questions: list[int], star: bool = False, number: int = 1) -> np.ndarray:
+    """int32 [tokens, 3]: example, segment and reach of each token of one example."""
+    pieces = [(center, ALL), *((size, QUESTIONS if star else ALL) for size in events)]
+    pieces += [(size, SELF) for size in questions]
+    labels = [(number, segment, reach) for segment, (_, reach) in enumerate(pieces)]
+    return np.repeat(np.array(labels, np.int32), [size for size, _ in pieces], axis=0)
+
+
+def packed(length: int) -> np.ndarray:
+    """A training row: members with 5 to 40 events and 1 to 30 questions, until it is full."""
+    random, rows, used = np.random.default_rng(0), [], 0
+    while used < length:
+        events, questions = (
+            random.integers(20, 50, random.integers(5, 40)),
+            random.integers(30, 50, random.integers(1, 30)),
+        )
+        rows.append(example(120, events.tolist(), questions.tolist(), number=len(rows) + 1))
+        used += len(rows[-1])
+    return np.concatenate(rows)[:length]
+
+
+LAYOUTS = {
+    "4096 + 500 x 64": lambda: example(4096, [], [64] * 500),
+    "12288 + 50 x 150": lambda: example(12288, [], [150] * 50),
+    "star: 16k in events of 40, 100 x 40": lambda: example(64, [40] * 408, [40] * 100, star=True),
+    "packed training row of 16k": lambda: packed(16384),
+    "plain causal 16k": lambda: example(16384, [], []),
+}
+
+
+def segments(name: str) -> Segments:
+    return Segments(*LAYOUTS[name]().T[:, None])
