@@ -123,7 +123,7 @@ def visits(plan: attention_tpu.Plan, labels: Segments) -> np.ndarray:
 
 
 def main(chips: list[str]) -> None:
-    console = Console()
+    console = Console(width=110)
     ideal = {name: pairs(segments(name)) for name in LAYOUTS}
     for chip_name in chips:
         chip = Chip(chip_name)

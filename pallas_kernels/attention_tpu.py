@@ -394,35 +394,38 @@ def _pipeline(count: int, *stages: Callable[[int], None]) -> None:
 
 def _visit(plan: Plan, kind: Array, run: Callable[[list[Job]], None], masks: Any, mask: Callable) -> None:
     """Runs the jobs of one visit: whole chunks where every query sees every key, else diagonals of tiles."""
-    count = plan.group * plan.chunks
-    together = max(n for n in range(1, UNROLLED + 1) if count % n == 0)
-
-    @pl.when(kind == EVERY)
-    def _() -> None:
-        def step(n: Array, _: None) -> None:
-            run([Job(n * together + m, slice(0, plan.chunk), slice(0, plan.keys)) for m in range(together)])
-
-        jax.lax.fori_loop(0, count // together, step, None)
-
-    def along(diagonal: int) -> None:
-        tiles = plan.tiles(diagonal)
-        for n, (q_tile, kv_tile) in enumerate(tiles):
-            masks[n] = mask(q_tile, kv_tile)
-
-        def head(g: Array, _: None) -> None:
-            jobs = []
-            for n, (q_tile, kv_tile) in enumerate(tiles):
-                chunk, place = divmod(q_tile * TILE, plan.chunk)
-                rows = slice(kv_tile * TILE, (kv_tile + 1) * TILE)
-                jobs.append(Job(g * plan.chunks + chunk, slice(place, place + TILE), rows, mask=n))
-            run(jobs)
-
-        jax.lax.fori_loop(0, plan.group, head, None)
+    pl.when(kind == EVERY)(functools.partial(_whole, plan, run))
 
     @pl.when(kind != EVERY)
     def _() -> None:
         for bit, diagonal in enumerate(plan.diagonals):
-            pl.when((kind >> bit) & 1 == 1)(functools.partial(along, diagonal))
+            pl.when((kind >> bit) & 1 == 1)(functools.partial(_along, plan, run, masks, mask, diagonal))
+
+
+def _whole(plan: Plan, run: Callable[[list[Job]], None]) -> None:
+    count = plan.group * plan.chunks
+    together = max(n for n in range(1, UNROLLED + 1) if count % n == 0)
+
+    def step(n: Array, _: None) -> None:
+        run([Job(n * together + m, slice(0, plan.chunk), slice(0, plan.keys)) for m in range(together)])
+
+    jax.lax.fori_loop(0, count // together, step, None)
+
+
+def _along(plan: Plan, run: Callable[[list[Job]], None], masks: Any, mask: Callable, diagonal: int) -> None:
+    tiles = plan.tiles(diagonal)
+    for n, (q_tile, kv_tile) in enumerate(tiles):
+        masks[n] = mask(q_tile, kv_tile)  # once for all heads
+
+    def head(g: Array, _: None) -> None:
+        jobs = []
+        for n, (q_tile, kv_tile) in enumerate(tiles):
+            chunk, place = divmod(q_tile * TILE, plan.chunk)
+            rows = slice(kv_tile * TILE, (kv_tile + 1) * TILE)
+            jobs.append(Job(g * plan.chunks + chunk, slice(place, place + TILE), rows, mask=n))
+        run(jobs)
+
+    jax.lax.fori_loop(0, plan.group, head, None)
 
 
 def _mask(plan: Plan, start: Any, q_block: Array, kv_block: Array, q_labels: Any, kv_labels: Any) -> Callable:
