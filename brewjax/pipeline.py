@@ -58,11 +58,15 @@ class Run:
     def dataset(self) -> Dataset:
         return Dataset.load(self.recipe.dataset)
 
+    @property
+    def task_files(self) -> list[str]:
+        """The recipe's patterns filled in; one that fits no file is left as it is, to be refused by its name."""
+        return [path for pattern in self.recipe.tasks for path in sorted(glob(pattern)) or [pattern]]
+
     @cached_property
     def tasks(self) -> list[Task]:
         """The recipe's tasks, checked; all must split time alike, or one's test would be another's training."""
-        paths = [path for pattern in self.recipe.tasks for path in sorted(glob(pattern)) or [pattern]]
-        tasks = load_tasks(paths, self.dataset)
+        tasks = load_tasks(self.task_files, self.dataset)
         for task in tasks[1:]:
             if task.boundaries(self.dataset) != tasks[0].boundaries(self.dataset):
                 raise task.error(f"not the split of task '{tasks[0].name}'; tasks trained together share one", "split")
@@ -190,7 +194,6 @@ def _facts(run: Run) -> dict[str, str]:
     """What a reader needs to know of how the numbers came about."""
     rows = read_metrics(run.folder / "train" / METRICS)
     seconds = {name: _read_record(run.folder / name).get("seconds") for name in STAGES}
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     parameters = count(abstract_params(run.model, run.recipe.train.mesh.build()))
     tokens = sum(row["tokens"] for row in rows)
     return {
@@ -200,8 +203,14 @@ def _facts(run: Run) -> dict[str, str]:
         "training": f"{len(rows):,} steps, {tokens:,} tokens, {sum(row['targets'] for row in rows):,.0f} questions",
         "seconds": ", ".join(f"{name} {value:.0f}" for name, value in seconds.items() if value is not None),
         "date": datetime.date.today().isoformat(),
-        "commit": git.stdout.strip() or "unknown",
+        "commit": _read_record(run.folder / "train").get("commit") or "unknown",
     }
+
+
+def _commit() -> str:
+    """The commit of the code that is run, where it is run from a clone."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +235,8 @@ def run_recipe(recipe: Recipe, folder: Path, stages: dict[str, Stage]) -> None:
     """
     run, console = Run(recipe, folder), Console()
     fingerprint = _hash_dataset(Path(recipe.dataset))
-    contents = [Path(path).read_text() for path in _config_files(recipe)]
+    ModelConfig.load(recipe.model)  # refused now, and not after the data are prepared
+    contents = [Path(path).read_text() for path in (recipe.model, *run.task_files) if Path(path).is_file()]
     for name, stage in stages.items():
         settings = [functools.reduce(dict.__getitem__, key.split("."), recipe.model_dump()) for key in stage.keys]
         fingerprint = hashlib.sha256(json.dumps([fingerprint, settings, contents]).encode()).hexdigest()
@@ -244,17 +254,18 @@ def run_recipe(recipe: Recipe, folder: Path, stages: dict[str, Stage]) -> None:
         if output.exists() and not (same and stage.keep):
             shutil.rmtree(output)
         output.mkdir(parents=True, exist_ok=True)
-        _write_record(output, {"fingerprint": fingerprint})
+        record = {"fingerprint": fingerprint, "commit": before.get("commit") if same else _commit()}
+        _write_record(output, record)
         console.print(f"[bold]{name}[/]")
         began = time.perf_counter()
         stage.run(run, output)
         seconds = time.perf_counter() - began
-        _write_record(output, {"fingerprint": fingerprint, "seconds": seconds})
+        _write_record(output, record | {"seconds": seconds})
         console.print(f"[bold]{name}[/]: {seconds:.0f} s")
 
 
 def _read_record(output: Path) -> dict[str, Any]:
-    """A stage's fingerprint, and its seconds once it is done; nothing where it was never begun."""
+    """A stage's fingerprint and commit, and its seconds once it is done; nothing where it was never begun."""
     record = output / RECORD
     return json.loads(record.read_text()) if record.exists() else {}
 
@@ -263,10 +274,6 @@ def _write_record(output: Path, record: dict[str, Any]) -> None:
     temporary = output / f"{RECORD}.tmp"
     temporary.write_text(json.dumps(record))
     temporary.replace(output / RECORD)
-
-
-def _config_files(recipe: Recipe) -> list[str]:
-    return [recipe.model, *(path for pattern in recipe.tasks for path in sorted(glob(pattern)))]
 
 
 def _hash_dataset(folder: Path) -> str:

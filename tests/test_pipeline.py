@@ -108,6 +108,7 @@ def test_a_new_task_needs_a_file_and_nothing_else(folder):
         (["run", "nowhere.yaml"], "nowhere.yaml: no such config file"),
         (["run", "recipe.yaml", "--set", "train.stepz=3"], "unknown key 'stepz'; did you mean 'steps'?"),
         (["run", "recipe.yaml", "--set", "dataset=elsewhere"], "elsewhere: no dataset.yaml there"),
+        (["run", "recipe.yaml", "--set", "model=elsewhere.yaml"], "elsewhere.yaml: no such config file"),
         (["data", "check", "elsewhere"], "elsewhere/dataset.yaml: no such config file"),
         (["score", "runs/jobs/model"], "give --prompt, or --dataset, --task and --member"),
         (["score", "elsewhere", "--prompt", "-"], "prompt: not valid JSON"),

@@ -1,0 +1,202 @@
+"""Matrix products with weights in 8 bits: e4m3 or int8, one float32 scale per output channel.
+
+`quantized_matmul` is what models call; `quantize` makes its weights. Every TPU from v5e and v5p on takes every kind
+(v4 is refused by the compiler: "Unsupported matmul RHS type"), as do GPUs and CPUs through XLA. Faster than bfloat16
+is e4m3 x e4m3 on TPU7x and H100, int8 x int8 on v5e, v5p, v6e and H100; elsewhere 8 bits save memory traffic only.
+For serving: nothing here promises a gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Num
+
+LIMITS = {jnp.dtype(jnp.float8_e4m3fn): 448.0, jnp.dtype(jnp.int8): 127.0}  # the largest values used
+SMALLEST_PEAK = 1e-30  # keeps scales, and so quotients, away from zero and from subnormal numbers
+VMEM_LIMIT = 48 * 2**20  # of 64 MiB on TPU7x, 128 MiB on v5e, v5p, v6e
+
+
+class Quantized(NamedTuple):
+    """The matrix [K inputs, N outputs] `values * scale`: float8_e4m3fn or int8, times float32.
+
+    `values` hold neither NaN nor -0: TPUs before TPU7x read their bits as a format that has neither, in which the
+    NaN of e4m3 is 480. A channel that held NaN or infinity has the scale NaN instead.
+    """
+
+    values: Num[Array, "*B K N"]
+    scale: Float[Array, "*B N"]
+
+
+def quantize(weight: Float[Array, "*B K N"], dtype: DTypeLike) -> Quantized:
+    """Round to nearest even, each output channel scaled so that its largest magnitude is 448 (e4m3) or 127 (int8).
+
+    So nothing saturates. A channel of zeros stays zeros; one with NaN or infinity becomes NaN throughout.
+    """
+    values, scale = _quantize(weight, dtype, axis=-2)
+    return Quantized(values, scale[..., 0, :])
+
+
+def dequantize(weight: Quantized) -> Float[Array, "*B K N"]:
+    """float32."""
+    return weight.values.astype(jnp.float32) * weight.scale[..., None, :]
+
+
+def quantized_matmul(
+    x: Float[Array, "*T K"], weight: Quantized, activations: Literal["per_token"] | None = None
+) -> Float[Array, "*T N"]:
+    """`x @ dequantize(weight)` in the dtype of `x`, accumulated in float32, scales applied once, to the sums.
+
+    Args:
+      x: rounded to bfloat16 before the product, or to 8 bits, see `activations`.
+      weight: one matrix; `jax.vmap` for several. With the out dimension sharded, call inside `jax.shard_map`.
+      activations: `"per_token"` rounds each row of `x` as `quantize` does a channel, to the dtype of the weight, and
+        multiplies 8 bits by 8 bits (int8 summed in int32). A row with NaN or infinity gives a row of NaN.
+    """
+    if weight.values.ndim != 2 or x.shape[-1] != weight.values.shape[0]:
+        raise ValueError(f"x {x.shape} does not end in the first of two dimensions of weight {weight.values.shape}")
+    tokens = x.reshape(-1, x.shape[-1])
+    scales: tuple[Array, ...] = (weight.scale[None, :],)
+    if activations == "per_token":
+        tokens, token_scale = _quantize(tokens, weight.values.dtype, axis=-1)
+        scales = (*scales, token_scale)
+    elif activations is None:
+        tokens = tokens.astype(jnp.bfloat16)
+    else:
+        raise ValueError(f'activations is {activations!r}, not None or "per_token"')
+    # Not jax.default_backend(): that is the CPU where a machine without a TPU compiles for one.
+    out = jax.lax.platform_dependent(
+        tokens,
+        weight.values,
+        scales,
+        tpu=functools.partial(matmul_pallas, dtype=x.dtype),
+        default=functools.partial(matmul_xla, dtype=x.dtype),
+    )
+    return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
+def matmul_xla(
+    x: Num[Array, "T K"], weight: Num[Array, "K N"], scales: tuple[Array, ...], dtype: DTypeLike
+) -> Float[Array, "T N"]:
+    """`x @ weight` times the scales, [1, N] and maybe [T, 1]; `x` is bfloat16 or of the 8-bit dtype of `weight`."""
+    sums = jax.lax.dot(
+        x,
+        weight.astype(x.dtype),
+        # On H100 the default sums e4m3 products in fewer bits than float32 (openxla/xla pull request 6599).
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=_sum_dtype(x),
+    )
+    return _scaled(sums, scales, dtype)
+
+
+class Blocks(NamedTuple):
+    """Tokens and output channels per step of the grid; inputs per product inside a step."""
+
+    tokens: int
+    out: int
+    chunk: int
+
+
+def choose_blocks(T: int, K: int, N: int, itemsize: int) -> Blocks:
+    """For x [T, K] of `itemsize` bytes and a weight [K, N].
+
+    A step of the grid takes all of K, so that `x` is read once and unfinished sums never leave the chip. Each weight
+    meets up to 512 tokens while it is there, which is work enough to hide its way from memory.
+    """
+    tokens = _even(T, min(max(8 * 2**20 // (K * itemsize), 32), 512), 32)
+    # 2 MiB of weights hide the start of a step; sums of 512 x 256 keep the unrolled code, and its compiling, small.
+    channels = min(max(2 * 2**20 // K, 256), 2**17 // tokens, 1024)
+    return Blocks(tokens, _even(N, channels, 128), _even(K, 4096, 128))
+
+
+def matmul_pallas(
+    x: Num[Array, "T K"],
+    weight: Num[Array, "K N"],
+    scales: tuple[Array, ...],
+    dtype: DTypeLike,
+    blocks: Blocks | None = None,
+    interpret: bool | pltpu.InterpretParams = False,
+) -> Float[Array, "T N"]:
+    """`matmul_xla` for TPU. What the last blocks hold beyond the arrays stays in rows and columns nobody keeps."""
+    (T, K), N = x.shape, weight.shape[1]
+    blocks = blocks or choose_blocks(T, K, N, x.dtype.itemsize)
+    out = jax.eval_shape(functools.partial(matmul_xla, dtype=dtype), x, weight, scales)  # varies over a mesh as that
+    return pl.pallas_call(
+        functools.partial(_kernel, chunk=blocks.chunk),
+        grid=(pl.cdiv(T, blocks.tokens), pl.cdiv(N, blocks.out)),
+        in_specs=[
+            pl.BlockSpec((blocks.tokens, K), lambda i, j: (i, 0)),
+            pl.BlockSpec((K, blocks.out), lambda i, j: (0, j)),
+            (
+                pl.BlockSpec((1, blocks.out), lambda i, j: (0, j)),
+                pl.BlockSpec((blocks.tokens, 1), lambda i, j: (i, 0)),
+            )[: len(scales)],
+        ],
+        out_specs=pl.BlockSpec((blocks.tokens, blocks.out), lambda i, j: (i, j)),
+        out_shape=out,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_LIMIT),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * T * K * N,
+            bytes_accessed=x.nbytes + pl.cdiv(T, blocks.tokens) * weight.nbytes + out.size * out.dtype.itemsize,
+            transcendentals=0,
+        ),
+        interpret=interpret,
+    )(x, weight, scales)
+
+
+def _kernel(x: jax.Ref, weight: jax.Ref, scales: tuple[jax.Ref, ...], out: jax.Ref, chunk: int) -> None:
+    K = x.shape[1]
+
+    def product(start: int | Array, size: int) -> Array:
+        part = weight[pl.ds(start, size), :]
+        # The MXU takes bfloat16 x e4m3 as it is, which spares the vector unit the work of unpacking.
+        part = part.astype(x.dtype) if part.dtype == jnp.int8 else part
+        return jnp.dot(x[:, pl.ds(start, size)], part, preferred_element_type=_sum_dtype(x))
+
+    sums = jax.lax.fori_loop(
+        0,
+        K // chunk,
+        lambda i, sums: sums + product(pl.multiple_of(i * chunk, chunk), chunk),
+        jnp.zeros(out.shape, _sum_dtype(x)),
+    )
+    if K % chunk:
+        sums += product(K // chunk * chunk, K % chunk)
+    out[...] = _scaled(sums, tuple(scale[...] for scale in scales), out.dtype)
+
+
+def _sum_dtype(x: Array | jax.Ref) -> DTypeLike:
+    return jnp.int32 if x.dtype == jnp.int8 else jnp.float32
+
+
+def _scaled(sums: Array, scales: tuple[Array, ...], dtype: DTypeLike) -> Array:
+    sums = sums.astype(jnp.float32)
+    for scale in scales:
+        sums *= scale
+    return sums.astype(dtype)
+
+
+def _quantize(x: Float[Array, " *B"], dtype: DTypeLike, axis: int) -> tuple[Array, Array]:
+    """8-bit values, and scales of length 1 along `axis`; see `quantize`."""
+    if jnp.dtype(dtype) not in LIMITS:
+        raise ValueError(f"cannot quantize to {jnp.dtype(dtype)}, only to {' or '.join(map(str, LIMITS))}")
+    limit = LIMITS[jnp.dtype(dtype)]
+    x = x.astype(jnp.float32)
+    finite = jnp.all(jnp.isfinite(x), axis, keepdims=True)  # asked of x: on CPU a maximum may overlook a NaN
+    scale = jnp.maximum(jnp.max(jnp.abs(x), axis, keepdims=True), SMALLEST_PEAK) / limit
+    values, scale = jnp.where(finite, x / scale, 0), jnp.where(finite, scale, jnp.nan)
+    values = (jnp.round(values) if dtype == jnp.int8 else values).astype(dtype)
+    return jnp.where(values == 0, jnp.zeros_like(values), values), scale  # -0 to 0
+
+
+def _even(size: int, most: int, multiple: int) -> int:
+    """The length of the fewest blocks that cover `size`, all alike: all of it, or a multiple within `most`."""
+    most -= most % multiple
+    if size <= most:
+        return size
+    return pl.cdiv(pl.cdiv(size, pl.cdiv(size, most)), multiple) * multiple
