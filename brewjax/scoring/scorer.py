@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -17,6 +18,7 @@ from brewjax.model.decoder import ModelConfig
 from brewjax.model.params import Params, bind
 from brewjax.model.sharding import MeshConfig
 from brewjax.scoring.buckets import LABELS_IN_PASS, Pass, answers_in, plan_passes
+from pallas_kernels.label_scores import label_log_probs
 from pallas_kernels.segments import PADDING, Segments
 
 
@@ -41,7 +43,7 @@ class Scorer:
         self.model, self.tokenizer, self.layout, self.buckets = model, tokenizer, layout, tuple(sorted(buckets))
         self._params, self._mesh = params, mesh or MeshConfig().build()
         self._rows = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
-        self._pass = jax.jit(self._logits)
+        self._pass = jax.jit(self._log_probs)
 
     def score(self, prompt: Prompt) -> Float[np.ndarray, "Q L"]:
         """Probability of each label for each question, float32, in the order of the prompt."""
@@ -96,12 +98,15 @@ class Scorer:
         return self._pass._cache_size()  # type: ignore[attr-defined]
 
     def _start(self, group: list[Pass]) -> tuple[jax.Array, list[dict[int, int]]]:
-        """Dispatches passes of one bucket, a row each; returns logits [rows, answers, labels] and label columns."""
+        """Dispatches passes of one bucket, a row each.
+
+        Returns log-probabilities [rows, answers, labels], and each row's column of each label token.
+        """
         bucket, rows = group[0].bucket, self._rows
         fields = {name: np.zeros((rows, bucket), np.int32) for name in ("tokens", "positions", "segment", "reach")}
         example = np.full((rows, bucket), PADDING, np.int32)
         ends = np.zeros((rows, answers_in(bucket)), np.int32)
-        labels = np.zeros((rows, LABELS_IN_PASS), np.int32)
+        labels = np.full((rows, LABELS_IN_PASS), -1, np.int32)
         columns: list[dict[int, int]] = [{} for _ in group]
         for row, one in enumerate(group):
             start = answered = 0
@@ -121,7 +126,7 @@ class Scorer:
         with jax.set_mesh(self._mesh):
             return self._pass(self._params, *jax.device_put((*inputs, ends, labels), sharding)), columns
 
-    def _logits(
+    def _log_probs(
         self,
         params: Params,
         tokens: Int[Array, "R T"],
@@ -130,23 +135,24 @@ class Scorer:
         ends: Int[Array, "R Q"],
         labels: Int[Array, "R L"],
     ) -> Float[Array, "R Q L"]:
-        """float32 logits of the label tokens where the questions end, by a true float32 product."""
+        """float32 log-probabilities, among a row's label tokens, where the questions end."""
         decoder = bind(self.model, params)
         hidden = decoder(tokens, positions, segments)
-        batch = decoder.sharding.spec("batch", None, None)
-        asked = jnp.take_along_axis(hidden, ends[..., None], 1).astype(jnp.float32)
-        words = decoder.head.at[labels].get(out_sharding=batch).astype(jnp.float32)
-        return jnp.einsum("rqd,rld->rql", asked, words, precision=jax.lax.Precision.HIGHEST)
+        asked = jnp.take_along_axis(hidden, ends[..., None], 1)
+        of_rows = jax.vmap(functools.partial(label_log_probs, against="labels"), (0, None, 0))
+        batch, whole = decoder.sharding.spec("batch", None, None), jax.P(None, None)
+        specs = (batch, whole, decoder.sharding.spec("batch", None))
+        return jax.shard_map(of_rows, in_specs=specs, out_specs=batch, check_vma=False)(asked, decoder.head, labels)
 
     def _finish(
         self, group: list[Pass], started: tuple[jax.Array, list[dict[int, int]]], results: list[np.ndarray]
     ) -> None:
-        logits, columns = np.asarray(started[0]), started[1]
+        log_probs, columns = np.asarray(started[0]), started[1]
         for row, one in enumerate(group):
             answered = 0
             for index, done, prompt in one.parts:
                 count = len(prompt.questions)
-                own = logits[row, answered : answered + count][:, [columns[row][label] for label in prompt.labels]]
+                own = log_probs[row, answered : answered + count][:, [columns[row][label] for label in prompt.labels]]
                 weights = np.exp(own - own.max(-1, keepdims=True))
                 results[index][done : done + count] = weights / weights.sum(-1, keepdims=True)
                 answered += count

@@ -1,0 +1,219 @@
+"""Distillation of a linear head, fused: a student's distribution over the vocabulary held to a teacher's.
+
+The teacher is a head of its own, whose logits are computed block by block beside the student's, or a cache of its k
+likeliest words for each token. Either way [N, V] never exists and tokens of weight zero cost nothing: `linear_loss`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.linear_loss import MASKED, Logits, Plan, Visit, linear_loss
+
+
+class Divergence(NamedTuple):
+    """How far a student q is from a teacher p, as a sum over words.
+
+    Attributes:
+      terms: (log p, log q) -> what each word adds, and the derivative of that in its own log q.
+      slope: the sum of those derivatives where it is the same for all p and q. Saves a pass over the vocabulary.
+    """
+
+    terms: Callable[[Array, Array], tuple[Array, Array]]
+    slope: float | None = None
+
+
+def _forward_kl(log_p: Array, log_q: Array) -> tuple[Array, Array]:
+    p = jnp.exp(log_p)
+    return p * (log_p - log_q), -p
+
+
+def _reverse_kl(log_p: Array, log_q: Array) -> tuple[Array, Array]:
+    q = jnp.exp(log_q)
+    return q * (log_q - log_p), q * (log_q - log_p + 1)
+
+
+def _jensen_shannon(beta: float, log_p: Array, log_q: Array) -> tuple[Array, Array]:
+    log_m = jnp.logaddexp(math.log(beta) + log_p, math.log1p(-beta) + log_q)
+    of_q = (1 - beta) * jnp.exp(log_q) * (log_q - log_m)
+    return beta * jnp.exp(log_p) * (log_p - log_m) + of_q, of_q
+
+
+# KL(p || q): the student covers all that the teacher does (Hinton et al. 2015, arXiv 1503.02531).
+forward_kl = Divergence(_forward_kl, slope=-1.0)
+# KL(q || p): the student keeps to what the teacher would do (MiniLLM, Gu et al. 2024, arXiv 2306.08543).
+reverse_kl = Divergence(_reverse_kl)
+
+
+def jensen_shannon(beta: float) -> Divergence:
+    """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q (GKD, Agarwal et al. 2024, arXiv
+    2306.13649, eq. 1). Bounded; near beta = 0 it is beta times the forward KL, near 1 (1 - beta) times the reverse.
+    """
+    if not 0 < beta < 1:
+        raise ValueError(f"beta of the Jensen-Shannon divergence is {beta}; it must lie between 0 and 1")
+    return Divergence(functools.partial(_jensen_shannon, beta))
+
+
+def linear_distillation(
+    hidden: Float[Array, "N D"],
+    head: Float[Array, "V D"],
+    teacher_hidden: Float[Array, "N E"],
+    teacher_head: Float[Array, "V E"],
+    weights: Float[Array, " N"],
+    divergence: Divergence = forward_kl,
+    temperature: float = 1.0,
+    chunk: int = 512,
+    block: int = 8192,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """temperature^2 x sum over N tokens of weight x divergence, and the sum of the weights; float32.
+
+    The divergence is that of softmax(logits / temperature) of the student from that of the teacher. Differentiable in
+    `hidden` and `head` only. `chunk` tokens and `block` words are held at a time.
+    """
+    if len(head) != len(teacher_head):
+        raise ValueError(f"the student's head has {len(head)} words, the teacher's {len(teacher_head)}")
+    plan = Plan(_OtherHead(divergence), temperature, chunk, block)
+    return linear_loss(plan, (hidden, head), [(teacher_hidden, teacher_head)], (), weights)
+
+
+def top_k_distillation(
+    hidden: Float[Array, "N D"],
+    head: Float[Array, "V D"],
+    ids: Int[Array, "N k"],
+    log_probs: Float[Array, "N k"],
+    weights: Float[Array, " N"],
+    divergence: Divergence = forward_kl,
+    temperature: float = 1.0,
+    chunk: int = 512,
+    block: int = 8192,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """As `linear_distillation`, of k + 1 buckets: the teacher's k words, and all other words as one.
+
+    The ids of a token differ; one of -1 with log-probability -inf is no word. The log-probabilities are those at
+    `temperature`, the likeliest first for the sake of precision: what they leave of 1 is the tail's. It gets no less
+    than 2^-24, about what rounding leaves: from a teacher without any tail the reverse KL would be infinite.
+    """
+    k, V = ids.shape[1], len(head)
+    if k >= V:
+        raise ValueError(f"the teacher's {k} words leave no tail in a vocabulary of {V}")
+    log_probs = log_probs.astype(jnp.float32)
+    tail = -jnp.expm1(log_probs[:, :1]) - jnp.exp(log_probs[:, 1:]).sum(-1, keepdims=True)
+    log_p = jnp.concatenate([jnp.maximum(log_probs, MASKED), jnp.log(jnp.maximum(tail, 2.0**-24))], -1)
+    plan = Plan(FewWords(divergence), temperature, chunk, block)
+    return linear_loss(plan, (hidden, head), [], (ids, log_p), weights)
+
+
+# Where z are the student's logits, d log q_v / d z_u = [u = v] - q_u. So with the derivatives of the terms in log q as
+# slopes, d divergence / d z = slopes - q x (sum of slopes), over words and over buckets of words alike.
+
+
+class _Sums(NamedTuple):
+    log_q: Float[Array, " n"]  # log-sum-exp of the student's logits
+    log_p: Float[Array, " n"]  # and of the teacher's
+    value: Float[Array, " n"]
+    slope: Float[Array, " n"]
+
+
+class _OtherHead(NamedTuple):
+    """A `Loss`: the divergence from the teacher whose logits come second."""
+
+    divergence: Divergence
+
+    def start(self, per_token: tuple[()], n: int, pick: Callable[[Array], Array]) -> _Sums:
+        nothing, zeros = jnp.full(n, MASKED, jnp.float32), jnp.zeros(n, jnp.float32)
+        return _Sums(nothing, nothing, zeros, zeros)
+
+    def visits(self, gradients: bool) -> Sequence[Visit]:
+        known = gradients and self.divergence.slope is not None  # then `gradient` sums the value on its way
+        return [self._log_sums] if known else [self._log_sums, self._terms]
+
+    def gradient(self, logits: Logits, words: Array, per_token: tuple[()], sums: _Sums) -> tuple[Array, _Sums]:
+        log_p, log_q = self._log_probs(logits, sums)
+        terms, slopes = self.divergence.terms(log_p, log_q)
+        if self.divergence.slope is None:
+            return slopes - jnp.exp(log_q) * sums.slope[:, None], sums
+        sums = sums._replace(value=sums.value + terms.sum(-1))
+        return slopes - jnp.exp(log_q) * self.divergence.slope, sums
+
+    def value(self, per_token: tuple[()], sums: _Sums) -> Float[Array, " n"]:
+        return sums.value
+
+    def _log_sums(self, logits: Logits, words: Array, per_token: tuple[()], sums: _Sums) -> _Sums:
+        student, teacher = (jax.nn.logsumexp(x, -1) for x in logits)
+        return sums._replace(log_q=jnp.logaddexp(sums.log_q, student), log_p=jnp.logaddexp(sums.log_p, teacher))
+
+    def _terms(self, logits: Logits, words: Array, per_token: tuple[()], sums: _Sums) -> _Sums:
+        terms, slopes = self.divergence.terms(*self._log_probs(logits, sums))
+        return sums._replace(value=sums.value + terms.sum(-1), slope=sums.slope + slopes.sum(-1))
+
+    def _log_probs(self, logits: Logits, sums: _Sums) -> tuple[Array, Array]:
+        student, teacher = logits
+        return teacher - sums.log_p[:, None], student - sums.log_q[:, None]
+
+
+class _Buckets(NamedTuple):
+    words: Float[Array, "n k"]  # logits of the teacher's words
+    tail: Float[Array, " n"]  # log-sum-exp of the logits of all others
+
+
+class FewWords(NamedTuple):
+    """A `Loss`: the divergence from a teacher who names k words and gives all others one probability together.
+
+    Per token, ids [n, k] and log-probabilities [n, k + 1], the last that of all other words.
+    """
+
+    divergence: Divergence
+
+    def start(self, per_token: tuple[Array, Array], n: int, pick: Callable[[Array], Array]) -> _Buckets:
+        ids, _ = per_token
+        return _Buckets(jnp.where(ids >= 0, pick(ids), MASKED), jnp.full(n, MASKED, jnp.float32))
+
+    def visits(self, gradients: bool) -> Sequence[Visit]:
+        return [self._tail]
+
+    def gradient(
+        self, logits: Logits, words: Array, per_token: tuple[Array, Array], buckets: _Buckets
+    ) -> tuple[Array, _Buckets]:
+        log_p, log_q = self._log_probs(per_token, buckets)
+        _, slopes = self.divergence.terms(log_p, log_q)
+        slopes -= jnp.exp(log_q) * slopes.sum(-1, keepdims=True)
+        # The tail hands its gradient on to its words by their shares in it.
+        shares = jnp.exp(logits[0] - buckets.tail[:, None])
+        return _replace(slopes[:, -1:] * shares, words, per_token[0], slopes[:, :-1]), buckets
+
+    def value(self, per_token: tuple[Array, Array], buckets: _Buckets) -> Float[Array, " n"]:
+        terms, _ = self.divergence.terms(*self._log_probs(per_token, buckets))
+        return terms.sum(-1)
+
+    def _tail(self, logits: Logits, words: Array, per_token: tuple[Array, Array], buckets: _Buckets) -> _Buckets:
+        ids, _ = per_token
+        others = _replace(logits[0], words, ids, jnp.full(ids.shape, MASKED, jnp.float32))
+        return buckets._replace(tail=jnp.logaddexp(buckets.tail, jax.nn.logsumexp(others, -1)))
+
+    def _log_probs(self, per_token: tuple[Array, Array], buckets: _Buckets) -> tuple[Array, Array]:
+        """log p and log q of the buckets [n, k + 1]."""
+        logits = jnp.concatenate([buckets.words, buckets.tail[:, None]], -1)
+        return per_token[1], jax.nn.log_softmax(logits)
+
+
+def _replace(
+    x: Float[Array, "n block"], words: Int[Array, " block"], ids: Int[Array, "n k"], values: Float[Array, "n k"]
+) -> Float[Array, "n block"]:
+    """x with `values` in the columns of the words `ids`.
+
+    Comparisons, and not a scatter, which a TPU does one number at a time. 16 ids share a pass over x: of many more the
+    TPU compiler stores the comparisons.
+    """
+
+    def one(x: Array, column: tuple[Array, Array]) -> tuple[Array, None]:
+        ids, values = column
+        return jnp.where(words == ids[:, None], values[:, None], x), None
+
+    return jax.lax.scan(one, x, (ids.T, values.T), unroll=min(16, ids.shape[1]))[0]

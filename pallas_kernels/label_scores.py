@@ -1,0 +1,51 @@
+"""Log-probabilities of a task's labels, in products that are float32 in truth.
+
+A float32 product on a TPU is one pass of bfloat16 unless the highest precision is asked for: scores that differ in the
+ninth bit become ties or change places. Here the few columns of the labels make true products nearly free.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.linear_loss import MASKED, over_vocabulary
+
+
+def label_log_probs(
+    hidden: Float[Array, "N D"],
+    head: Float[Array, "V D"],
+    labels: Int[Array, "N L"] | Int[Array, " L"],
+    against: Literal["vocabulary", "labels"],
+    block: int = 4096,
+) -> Float[Array, "N _"]:
+    """log softmax(head @ hidden)[label], float32 whatever the inputs.
+
+    Args:
+      labels: word ids, the same for all N or for each; -1 is no label and gets -inf, an id beyond the head NaN.
+      against: what the softmax runs over: all V words, streamed `block` at a time, or the labels, which differ.
+    """
+    N = len(hidden)
+    columns = jnp.take(head, labels, 0, mode="fill", fill_value=jnp.nan)
+    logits = _product("nd,ld->nl" if labels.ndim == 1 else "nd,nld->nl", hidden, columns)
+    logits = jnp.where(labels >= 0, logits, -jnp.inf)
+    if against == "labels":
+        log_sum = jax.nn.logsumexp(logits, -1)
+    else:
+        block = min(block, len(head))
+
+        def visit(start: Any, words: Array, log_sum: Array) -> Array:
+            some = _product("nd,vd->nv", hidden, jax.lax.dynamic_slice_in_dim(head, start, block))
+            return jnp.logaddexp(log_sum, jax.nn.logsumexp(jnp.where(words >= 0, some, MASKED), -1))
+
+        log_sum = over_vocabulary(len(head), block, visit, jnp.full(N, MASKED, jnp.float32))
+    # A row without a label has no sum either: -inf less -inf would be NaN.
+    return jnp.where(labels >= 0, logits - log_sum[:, None], -jnp.inf)
+
+
+def _product(axes: str, a: Array, b: Array) -> Float[Array, "N _"]:
+    """float32 in truth: bfloat16 inputs multiply exactly in one pass, float32 inputs take the passes they need."""
+    return jnp.einsum(axes, a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)

@@ -1,0 +1,174 @@
+"""Losses of softmax(head @ hidden), fused: nothing of size tokens x vocabulary exists, forward or backward.
+
+One mechanism serves cross-entropy and distillation. The tokens that count are gathered in chunks, and the vocabulary
+is streamed past each chunk in blocks: once or twice for what the loss sums over the words (log-sum-exp first), and once
+more for the gradients. Every visit computes the logits of [chunk, block] anew and keeps sums only. Which sums, a `Loss`
+tells.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+MASKED = -1e30  # the logit, or log-probability, of what is not there: finite, so that zero times it is zero, not NaN
+
+State = Any  # pytree of sums [n, ..] over the words seen so far
+Logits = tuple[Array, ...]  # float32 [n, block] of each head, the student's first, divided by the temperature
+Visit = Callable[[Logits, Int[Array, " block"], Any, State], State]  # (logits, words, per token, state) -> state
+Tower = tuple[Float[Array, "N D"], Float[Array, "V D"]]  # hidden states, and the head that turns them into logits
+
+
+class Loss(Protocol):
+    """A loss per token as sums over the vocabulary; `per_token` is what the caller gave, of the n tokens of a chunk.
+
+    `words` numbers the columns of the logits; a negative number is no word, and the logits there are MASKED.
+    """
+
+    def start(self, per_token: Any, n: int, pick: Callable[[Int[Array, "n k"]], Float[Array, "n k"]]) -> State:
+        """The sums before any block was seen; `pick` gives the student's logits of a few words."""
+
+    def visits(self, gradients: bool) -> Sequence[Visit]:
+        """What to sum, each over the whole vocabulary, one after the other; gradients follow or not."""
+
+    def gradient(self, logits: Logits, words: Array, per_token: Any, state: State) -> tuple[Array, State]:
+        """d loss / d student's logits [n, block], zero where there is no word; and the state, which may still grow."""
+
+    def value(self, per_token: Any, state: State) -> Float[Array, " n"]:
+        """The loss; finite, too, where all logits and all in `per_token` are zero."""
+
+
+class Plan(NamedTuple):
+    """How a fused loss runs. `chunk` tokens and `block` words at a time: both bound memory, neither changes results."""
+
+    loss: Loss
+    temperature: float
+    chunk: int
+    block: int
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def linear_loss(
+    plan: Plan, student: Tower, teachers: Sequence[Tower], per_token: Any, weights: Float[Array, " N"]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """temperature^2 x sum over tokens of weight x loss, and the sum of the weights; float32.
+
+    The square keeps the size of the gradients where the temperature changes (Hinton et al. 2015, arXiv 1503.02531,
+    section 2). A token of weight zero costs nothing and gives nothing, whatever it holds. Products are in the dtype of
+    the inputs, sums in float32. Differentiable in `student` only.
+    """
+    return _run(plan, student, teachers, per_token, weights, gradients=False)[:2]
+
+
+def over_vocabulary(V: int, block: int, visit: Callable[[Any, Array, State], State], state: State) -> State:
+    """visit(start, words, state) for each block of words start, start + 1, ..; block <= V.
+
+    The last block begins early enough to be whole: the words in it that were seen before are numbered -2.
+    """
+    if block == V:  # no loop, so that the compiler computes the logits of several visits once
+        return visit(0, jnp.arange(V), state)
+
+    def step(i: Array, state: State) -> State:
+        start = jnp.minimum(i * block, V - block)
+        words = start + jnp.arange(block)
+        return visit(start, jnp.where(words >= i * block, words, -2), state)
+
+    return jax.lax.fori_loop(0, -(-V // block), step, state)
+
+
+def _run(
+    plan: Plan, student: Tower, teachers: Sequence[Tower], per_token: Any, weights: Array, gradients: bool
+) -> tuple[Array, Array, Tower | None]:
+    """The two sums, and the gradients of the first in float32."""
+    N = weights.shape[0]
+    chunk = min(plan.chunk, N)
+    active = jnp.sum(weights != 0)
+    order = jnp.argsort(weights == 0, stable=True)  # tokens that count first
+    order = jnp.concatenate([order, jnp.full(-N % chunk, N, order.dtype)])  # index N: nobody, dropped by scatter
+
+    def step(i: Array, carry: tuple[Array, Tower | None]) -> tuple[Array, Tower | None]:
+        total, grads = carry
+        rows = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk)
+        counts = i * chunk + jnp.arange(chunk) < active
+
+        def gather(x: Array) -> Array:  # zeros for a token that does not count: zero times NaN would be NaN
+            return jnp.where(counts.reshape(-1, *[1] * (x.ndim - 1)), jnp.take(x, rows, 0, mode="clip"), 0)
+
+        towers = [(gather(hidden), head) for hidden, head in (student, *teachers)]
+        weight = gather(weights).astype(jnp.float32)
+        loss, updates = _chunk(plan, towers, jax.tree.map(gather, per_token), weight, grads[1] if grads else None)
+        if grads and updates:
+            grads = grads[0].at[rows].set(updates[0], mode="drop"), updates[1]
+        return total + plan.temperature**2 * jnp.sum(weight * loss), grads
+
+    zeros = (jnp.zeros(student[0].shape, jnp.float32), jnp.zeros(student[1].shape, jnp.float32)) if gradients else None
+    total, grads = jax.lax.fori_loop(0, (active + chunk - 1) // chunk, step, (jnp.zeros((), jnp.float32), zeros))
+    return total, jnp.sum(weights, dtype=jnp.float32), grads
+
+
+def _chunk(
+    plan: Plan, towers: Sequence[Tower], per_token: Any, weight: Array, d_head: Array | None
+) -> tuple[Array, Tower | None]:
+    """The loss [n] of one chunk and, when `d_head` is given, d_hidden and `d_head` with this chunk's part added."""
+    hidden, head = towers[0]
+    block = min(plan.block, head.shape[0])
+
+    def part(x: Array, start: Array) -> Float[Array, "block D"]:
+        return jax.lax.dynamic_slice_in_dim(x, start, block)
+
+    def logits(start: Array, words: Array) -> Logits:
+        products = (
+            jnp.einsum("nd,vd->nv", hidden, part(head, start), preferred_element_type=jnp.float32)
+            for hidden, head in towers
+        )
+        return tuple(jnp.where(words >= 0, product / plan.temperature, MASKED) for product in products)
+
+    def pick(ids: Int[Array, "n k"]) -> Float[Array, "n k"]:
+        def one(ids: Int[Array, " n"]) -> Float[Array, " n"]:
+            rows = jnp.take(head, ids, 0, mode="fill", fill_value=jnp.nan)  # a word beyond the vocabulary shows
+            return jnp.einsum("nd,nd->n", hidden, rows, preferred_element_type=jnp.float32) / plan.temperature
+
+        return jax.lax.map(one, ids.T).T  # one after the other: [n, k, D] may be larger than a block of logits
+
+    def look(visit: Visit, start: Array, words: Array, state: State) -> State:
+        return visit(logits(start, words), words, per_token, state)
+
+    def learn(start: Array, words: Array, carry: tuple[State, Array, Array]) -> tuple[State, Array, Array]:
+        state, d_hidden, d_head = carry
+        d_logits, state = plan.loss.gradient(logits(start, words), words, per_token, state)
+        d_logits = d_logits * (weight * plan.temperature)[:, None]  # its square over the one inside the logits
+        d_logits = d_logits.astype(hidden.dtype)
+        into_hidden = jnp.einsum("nv,vd->nd", d_logits, part(head, start), preferred_element_type=jnp.float32)
+        into_head = jnp.einsum("nv,nd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
+        d_head = jax.lax.dynamic_update_slice_in_dim(d_head, part(d_head, start) + into_head, start, 0)
+        return state, d_hidden + into_hidden, d_head
+
+    state = plan.loss.start(per_token, len(hidden), pick)
+    for visit in plan.loss.visits(gradients=d_head is not None):
+        state = over_vocabulary(len(head), block, functools.partial(look, visit), state)
+    if d_head is None:
+        return plan.loss.value(per_token, state), None
+    begin = (state, jnp.zeros(hidden.shape, jnp.float32), d_head)
+    state, d_hidden, d_head = over_vocabulary(len(head), block, learn, begin)
+    return plan.loss.value(per_token, state), (d_hidden, d_head)
+
+
+def _forward(
+    plan: Plan, student: Tower, teachers: Sequence[Tower], per_token: Any, weights: Array
+) -> tuple[tuple[Array, Array], Tower]:
+    """The gradients are computed with the loss: all that is left to the backward pass is to scale them."""
+    total, count, grads = _run(plan, student, teachers, per_token, weights, gradients=True)
+    return (total, count), jax.tree.map(lambda grad, x: grad.astype(x.dtype), grads, student)
+
+
+def _backward(plan: Plan, grads: Tower, cotangents: tuple[Array, Array]) -> tuple[Tower, None, None, None]:
+    d_total, _ = cotangents
+    return jax.tree.map(lambda grad: (d_total * grad).astype(grad.dtype), grads), None, None, None
+
+
+linear_loss.defvjp(_forward, _backward)
