@@ -10,6 +10,8 @@ it is not a measurement. One query head of size 128, bfloat16.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import os
 import re
 import shutil
@@ -17,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 # Read when libtpu is first loaded.
@@ -63,15 +66,24 @@ class Chip:
         self.clock = CLOCKS[name]
         self.products_a_cycle = round(peak / 2 / self.clock)
 
-    def compile(self, function: Callable, *shapes: jax.ShapeDtypeStruct) -> dict[str, int]:
-        """Bundles of the attention kernel, and how many slots of each kind they fill."""
+    def cycles(self, way: str, pairs: int) -> int:
+        """What the matrix unit needs for so many pairs of tokens."""
+        return round(pairs * D * PRODUCTS[way] / self.products_a_cycle)
+
+    def milliseconds(self, cycles: int) -> float:
+        return cycles / self.clock * 1e3
+
+    def compile(
+        self, function: Callable, *shapes: jax.ShapeDtypeStruct, name: str = "segment_attention"
+    ) -> dict[str, int]:
+        """Bundles of the kernel of that name, and how many slots of each kind they fill."""
         shutil.rmtree(DUMP, ignore_errors=True)
         local = jax.shard_map(function, mesh=self.mesh, in_specs=jax.P(), out_specs=jax.P(), check_vma=False)
         place = jax.NamedSharding(self.mesh, jax.P())
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
             jax.jit(local).lower(*shapes).compile()
-        (file,) = DUMP.glob("*segment_attention*static-per-bundle-utilization.txt")
+        (file,) = DUMP.glob(f"*{name}*static-per-bundle-utilization.txt")
         bundles = np.array([line.split() for line in file.read_text().split("== UTILIZATION:")[1].strip().split("\n")])
         return {"bundles": len(bundles)} | dict(zip(SLOTS, bundles.astype(int).sum(0).tolist(), strict=True))
 
@@ -97,15 +109,35 @@ def costs(chip: Chip, way: str) -> tuple[attention_tpu.Plan, dict[object, dict[s
         with mock.patch.multiple(attention_tpu, _visit=only, _edges=lambda block, i: (False, False)):
             return chip.compile(getattr(attention_tpu, way), *inputs)
 
-    empty = compile_only(None)
-    kinds: dict[object, Callable] = {"every": lambda plan, run, masks, mask: attention_tpu._whole(plan, run)}
+    tile = attention_tpu.TILE**2
+    kinds: dict[object, tuple[Callable, int]] = {
+        "every": (lambda plan, run, masks, mask: attention_tpu._whole(plan, run), plan.queries * plan.keys)
+    }
     for diagonal in plan.diagonals:
-        kinds[diagonal] = lambda *args, diagonal=diagonal: attention_tpu._along(*args, diagonal)
-    found: dict[object, dict[str, int]] = {"visit": empty}
-    for name, visit in kinds.items():
+        visit = functools.partial(_along, diagonal)
+        kinds[diagonal] = (visit, len(plan.tiles(diagonal)) * tile)
+    empty = compile_only(None)
+    found: dict[object, dict[str, int]] = {"visit": empty | {"pairs": 0, "cycles": 0}}
+    for name, (visit, count) in kinds.items():
         whole = compile_only(visit)
         found[name] = {slot: whole[slot] - empty[slot] for slot in whole}
+        found[name] |= {"pairs": count, "cycles": chip.cycles(way, count)}
     return plan, found
+
+
+def _along(diagonal: int, *args: Any) -> None:
+    attention_tpu._along(*args, diagonal)
+
+
+def estimate(plan: attention_tpu.Plan, cost: dict[object, dict[str, int]], kinds: np.ndarray) -> tuple[int, int]:
+    """Cycles of all visits of these kinds, and the pairs of tokens they compute."""
+    cycles = visited = 0
+    for kind in kinds:
+        parts = ["every"] if kind == EVERY else [d for bit, d in enumerate(plan.diagonals) if kind >> bit & 1]
+        cycles += cost["visit"]["bundles"]
+        cycles += sum(max(cost[part]["bundles"], cost[part]["cycles"]) for part in parts)
+        visited += sum(cost[part]["pairs"] for part in parts)
+    return cycles, visited
 
 
 def pairs(labels: Segments) -> int:
@@ -117,7 +149,9 @@ def pairs(labels: Segments) -> int:
 
 
 def visits(plan: attention_tpu.Plan, labels: Segments) -> np.ndarray:
-    """The kinds of a layout's visits."""
+    """The kinds of a layout's visits, by kernels of that plan's blocks."""
+    length = labels.example.shape[1]
+    plan = dataclasses.replace(plan, T=length, S=length)
     kind = jax.jit(lambda labels: attention_tpu._kinds(plan, labels, labels, 0)[0])(labels)
     return np.asarray(kind)[np.asarray(kind) != 0]
 
@@ -127,51 +161,35 @@ def main(chips: list[str]) -> None:
     ideal = {name: pairs(segments(name)) for name in LAYOUTS}
     for chip_name in chips:
         chip = Chip(chip_name)
-        for way, products in PRODUCTS.items():
+        for way in PRODUCTS:
             plan, cost = costs(chip, way)
-            code = Table(
-                title=f"{chip_name} {way}: a visit of {plan.queries} queries x {plan.keys} keys", title_justify="left"
+            code = _table(
+                f"{chip_name} {way}: a visit of {plan.queries} queries x {plan.keys} keys",
+                ("what", "bundles", "MXU cycles", "MXU slots", "VALU slots", "spills"),
             )
-            for column in ("what", "bundles", "MXU cycles", "MXU slots", "VALU slots", "spills"):
-                code.add_column(column, justify="left" if column == "what" else "right")
             for name, slots in cost.items():
-                tiles = {"visit": 0, "every": plan.queries * plan.keys // attention_tpu.TILE**2}.get(
-                    name, 0 if name in ("visit", "every") else len(plan.tiles(name))
-                )
-                slots["cycles"] = tiles * attention_tpu.TILE**2 * D * products // chip.products_a_cycle
                 label = name if isinstance(name, str) else f"diagonal {name}"
                 code.add_row(label, *(f"{slots[x]:,}" for x in ("bundles", "cycles", "MXU", "VALU", "SPILL")))
             console.print(code)
-            table = Table(title=f"{chip_name} {way}: estimate per query head", title_justify="left")
-            for column in ("layout", "visits", "partly masked", "pairs over ideal", "MXU floor, ms", "estimate, ms"):
-                table.add_column(column, justify="left" if column == "layout" else "right")
+            table = _table(
+                f"{chip_name} {way}: estimate per query head",
+                ("layout", "visits", "partly masked", "pairs over ideal", "MXU floor, ms", "estimate, ms"),
+            )
             for name in LAYOUTS:
-                padded = segments(name)
-                length = padded.example.shape[1]
-                whole = attention_tpu.Plan(**(vars(plan) | {"T": length, "S": length}))
-                kinds = visits(whole, padded)
-                cycles = visited = 0
-                for kind in kinds:
-                    parts = (
-                        ["every"] if kind == EVERY else [d for bit, d in enumerate(plan.diagonals) if kind >> bit & 1]
-                    )
-                    cycles += cost["visit"]["bundles"]
-                    cycles += sum(max(cost[part]["bundles"], cost[part]["cycles"]) for part in parts)
-                    visited += (
-                        plan.queries * plan.keys
-                        if kind == EVERY
-                        else sum(len(plan.tiles(part)) * attention_tpu.TILE**2 for part in parts)
-                    )
-                floor = ideal[name] * D * products / chip.products_a_cycle / chip.clock * 1e3
-                table.add_row(
-                    name,
-                    f"{len(kinds):,}",
-                    f"{(kinds != EVERY).sum():,}",
-                    f"{visited / ideal[name]:.3f}",
-                    f"{floor:.2f}",
-                    f"{cycles / chip.clock * 1e3:.2f}",
-                )
+                kinds = visits(plan, segments(name))
+                cycles, visited = estimate(plan, cost, kinds)
+                floor = chip.milliseconds(chip.cycles(way, ideal[name]))
+                masked = (kinds != EVERY).sum()
+                numbers = (f"{visited / ideal[name]:.3f}", f"{floor:.2f}", f"{chip.milliseconds(cycles):.2f}")
+                table.add_row(name, f"{len(kinds):,}", f"{masked:,}", *numbers)
             console.print(table)
+
+
+def _table(title: str, columns: tuple[str, ...]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="left" if column == columns[0] else "right")
+    return table
 
 
 if __name__ == "__main__":
