@@ -7,8 +7,10 @@ import datetime
 import functools
 import hashlib
 import json
+import resource
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -44,6 +46,7 @@ from brewjax.train.metrics import METRICS, read_metrics
 from brewjax.train.objectives import supervised
 
 RECORD = "stage.json"
+KILOBYTE = 1 if sys.platform == "darwin" else 1024  # what the system counts a process's memory in, in bytes
 TOKENIZER_EXAMPLES = 400  # prompts of each task that a tokenizer is trained on
 
 
@@ -261,7 +264,8 @@ def run_recipe(recipe: Recipe, folder: Path, stages: dict[str, Stage]) -> None:
         stage.run(run, output)
         seconds = time.perf_counter() - began
         _write_record(output, record | {"seconds": seconds})
-        console.print(f"[bold]{name}[/]: {seconds:.0f} s")
+        gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KILOBYTE / 1e9
+        console.print(f"[bold]{name}[/]: {seconds:.0f} s, {gigabytes:.1f} GB of memory at most so far")
 
 
 def _read_record(output: Path) -> dict[str, Any]:

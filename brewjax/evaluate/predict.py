@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
+from rich.console import Console
 from rich.progress import track
 
 from brewjax.data.dataset import Dataset
@@ -27,7 +29,7 @@ def sample_examples(
 
 
 def predict(bundle: Bundle, dataset: Dataset, task: Task, examples: Sequence[Example]) -> pa.Table:
-    """Predictions for every question of `examples`, in their order."""
+    """Predictions for every question of `examples`, in their order; prints how fast they were scored."""
     verbalizer = bundle.verbalizer(dataset, task)
     style = bundle.prompts.score_style
     prompts = [
@@ -35,5 +37,11 @@ def predict(bundle: Bundle, dataset: Dataset, task: Task, examples: Sequence[Exa
         for example in track(examples, f"{task.name}: say", transient=True)
     ]
     scorer = bundle.scorer(prompts)
+    scorer.warm_up()
+    began = time.perf_counter()
     probabilities = scorer.score_encoded(prompts)
+    seconds = time.perf_counter() - began
+    questions, tokens = sum(len(prompt.questions) for prompt in prompts), sum(len(prompt) for prompt in prompts)
+    speed = f"{seconds:.1f} s, {tokens / seconds:,.0f} tokens/s"
+    Console().print(f"{task.name}: {questions:,} questions scored in {tokens:,} tokens, {speed}")
     return from_examples(examples, np.concatenate(probabilities))
