@@ -57,7 +57,6 @@ class Plan:
     chunks: int
     group: int
     keys: int
-    interpret: Any
 
     @classmethod
     def of(cls, q: Array, k: Array, interpret: Any) -> Plan:
@@ -65,7 +64,7 @@ class Plan:
         S, K = k.shape[1:3]
         chunk = TILE if interpret else pltpu.get_tpu_info().mxu_column_size
         chunks = min(CHUNKS, pl.cdiv(T, chunk))
-        return cls(B, K, D, T, S, chunk, chunks, H // K, min(KEYS, pl.cdiv(S, TILE) * TILE), interpret)
+        return cls(B, K, D, T, S, chunk, chunks, H // K, min(KEYS, pl.cdiv(S, TILE) * TILE))
 
     @property
     def queries(self) -> int:
