@@ -17,9 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import attention_tpu, attention_xla
 from pallas_kernels.platform import platform
-from pallas_kernels.segments import PADDING, Segments, visible
-
-MASKED = -1e30
+from pallas_kernels.segments import MASKED, PADDING, Segments, visible
 
 
 def attention(

@@ -26,14 +26,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.segments import Segments, sees
+from pallas_kernels.segments import MASKED, Segments, sees
 from pallas_kernels.worklist import EVERY, sight, worklist
 
 CHUNKS = 4  # of a head in a block of queries
 KEYS = 512  # in a block
 TILE = 128
 UNROLLED = 8  # chunks of straight-line code
-MASKED = -1e30  # finite: MASKED - MASKED is no NaN
 LOG2E = math.log2(math.e)
 
 

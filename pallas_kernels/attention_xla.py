@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.segments import Segments, visible
+from pallas_kernels.segments import MASKED, Segments, visible
 from pallas_kernels.worklist import Worklist, sight, worklist
 
 BLOCK = 64
-MASKED = -1e30  # finite, so that a block without a visible key gives weights of zero and not NaN
 
 
 def forward(

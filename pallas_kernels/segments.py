@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Int
 
 SELF, QUESTIONS, ALL = 0, 1, 2
 PADDING = 0  # the `example` of a token that is not there
+MASKED = -1e30  # the score of a key that is not seen; finite, for a query that sees none gives zeros and not NaN
 
 
 class Segments(NamedTuple):
