@@ -42,6 +42,7 @@ from rich.table import Table
 
 from benchmarks.layouts import LAYOUTS, segments
 from pallas_kernels import attention_tpu
+from pallas_kernels.attention_tpu_plan import TILE, Plan, kinds_and_labels
 from pallas_kernels.segments import Segments, visible
 from pallas_kernels.worklist import EVERY
 
@@ -88,7 +89,7 @@ class Chip:
         return {"bundles": len(bundles)} | dict(zip(SLOTS, bundles.astype(int).sum(0).tolist(), strict=True))
 
 
-def costs(chip: Chip, way: str) -> tuple[attention_tpu.Plan, dict[object, dict[str, int]]]:
+def costs(chip: Chip, way: str) -> tuple[Plan, dict[object, dict[str, int]]]:
     """Bundles and slots of each kind of visit: "visit" (what each costs anyway), "every", and a diagonal's number."""
     length = 4096
     shape = jax.ShapeDtypeStruct
@@ -98,7 +99,7 @@ def costs(chip: Chip, way: str) -> tuple[attention_tpu.Plan, dict[object, dict[s
     if way == "backward":
         inputs += [per_query, per_query, q]
     with jax.sharding.use_abstract_mesh(chip.mesh.abstract_mesh):
-        plan = attention_tpu.Plan.of(q, q, False)
+        plan = Plan.of(q, q, False)
 
     def compile_only(visit: Callable | None) -> dict[str, int]:
         def only(plan, kind, run, masks, mask):
@@ -109,7 +110,7 @@ def costs(chip: Chip, way: str) -> tuple[attention_tpu.Plan, dict[object, dict[s
         with mock.patch.multiple(attention_tpu, _visit=only, _edges=lambda block, i: (False, False)):
             return chip.compile(getattr(attention_tpu, way), *inputs)
 
-    tile = attention_tpu.TILE**2
+    tile = TILE**2
     kinds: dict[object, tuple[Callable, int]] = {
         "every": (lambda plan, run, masks, mask: attention_tpu._whole(plan, run), plan.queries * plan.keys)
     }
@@ -129,7 +130,7 @@ def _along(diagonal: int, *args: Any) -> None:
     attention_tpu._along(*args, diagonal)
 
 
-def estimate(plan: attention_tpu.Plan, cost: dict[object, dict[str, int]], kinds: np.ndarray) -> tuple[int, int]:
+def estimate(plan: Plan, cost: dict[object, dict[str, int]], kinds: np.ndarray) -> tuple[int, int]:
     """Cycles of all visits of these kinds, and the pairs of tokens they compute."""
     cycles = visited = 0
     for kind in kinds:
@@ -148,11 +149,11 @@ def pairs(labels: Segments) -> int:
     return sum(int(count(np.arange(start, min(start + step, length)))) for start in range(0, length, step))
 
 
-def visits(plan: attention_tpu.Plan, labels: Segments) -> np.ndarray:
+def visits(plan: Plan, labels: Segments) -> np.ndarray:
     """The kinds of a layout's visits, by kernels of that plan's blocks."""
     length = labels.example.shape[1]
     plan = dataclasses.replace(plan, T=length, S=length)
-    kind = jax.jit(lambda labels: attention_tpu._kinds(plan, labels, labels, 0)[0])(labels)
+    kind = jax.jit(lambda labels: kinds_and_labels(plan, labels, labels, 0)[0])(labels)
     return np.asarray(kind)[np.asarray(kind) != 0]
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import attention_tpu, attention_xla
+from pallas_kernels import attention_tpu, attention_tpu_plan, attention_xla
 from pallas_kernels.attention import attention, attention_reference
 from pallas_kernels.segments import PADDING, SELF, Segments
 from tests.pallas_kernels.layouts import Example, batches, pack, rows, stack
@@ -26,8 +26,8 @@ seeds = st.integers(0, 2**32 - 1)
 def _small_blocks():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_xla, "BLOCK", 40)
-        patch.setattr(attention_tpu, "CHUNKS", 2)
-        patch.setattr(attention_tpu, "KEYS", 256)
+        patch.setattr(attention_tpu_plan, "CHUNKS", 2)
+        patch.setattr(attention_tpu_plan, "KEYS", 256)
         yield
 
 

@@ -1,0 +1,131 @@
+"""How a call of the TPU attention kernels is cut: chunks, blocks, tiles, what is visited, how arrays are laid out."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.segments import Segments
+from pallas_kernels.worklist import EVERY, sight
+
+CHUNKS = 4  # of a head in a block of queries
+KEYS = 512  # in a block
+TILE = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The shapes of one call.
+
+    Attributes:
+      chunk: queries in a chunk.
+      chunks: of a head in a block of queries.
+      group: query heads of a key head.
+      keys: in a block.
+    """
+
+    B: int
+    K: int
+    D: int
+    T: int
+    S: int
+    chunk: int
+    chunks: int
+    group: int
+    keys: int
+
+    @classmethod
+    def of(cls, q: Array, k: Array, interpret: Any) -> Plan:
+        B, T, H, D = q.shape
+        S, K = k.shape[1:3]
+        chunk = TILE if interpret else pltpu.get_tpu_info().mxu_column_size
+        chunks = min(CHUNKS, pl.cdiv(T, chunk))
+        return cls(B, K, D, T, S, chunk, chunks, H // K, min(KEYS, pl.cdiv(S, TILE) * TILE))
+
+    @property
+    def queries(self) -> int:
+        """In a block, of one head."""
+        return self.chunk * self.chunks
+
+    @property
+    def q_blocks(self) -> int:
+        return pl.cdiv(self.T, self.queries)
+
+    @property
+    def kv_blocks(self) -> int:
+        return pl.cdiv(self.S, self.keys)
+
+    @property
+    def diagonals(self) -> range:
+        """Key tile minus query tile within a pair of blocks."""
+        return range(1 - self.queries // TILE, self.keys // TILE)
+
+    def tiles(self, diagonal: int) -> list[tuple[int, int]]:
+        """The (query tile, key tile) of a diagonal."""
+        q_tiles, kv_tiles = range(self.queries // TILE), range(self.keys // TILE)
+        return [(a, a + diagonal) for a in q_tiles if a + diagonal in kv_tiles]
+
+    @property
+    def scale(self) -> float:
+        return self.D**-0.5
+
+    # How arrays are laid out for the kernels, and back.
+
+    def by_chunks(self, x: Float[Array, "B T H D"]) -> Float[Array, "K M GC D C"]:
+        """Queries, transposed within chunks; M blocks of all rows, G heads of C chunks each."""
+        x = jnp.pad(x, ((0, 0), (0, self.q_blocks * self.queries - self.T), (0, 0), (0, 0)))
+        x = x.reshape(self.B, self.q_blocks, self.chunks, self.chunk, self.K, self.group, -1)
+        x = x.transpose(4, 0, 1, 5, 2, 6, 3)
+        return x.reshape(self.K, self.B * self.q_blocks, self.group * self.chunks, -1, self.chunk)
+
+    def from_chunks(self, x: Float[Array, "K M GC D C"]) -> Float[Array, "B T H D"]:
+        x = x.reshape(self.K, self.B, self.q_blocks, self.group, self.chunks, x.shape[-2], self.chunk)
+        x = x.transpose(1, 2, 4, 6, 0, 3, 5)
+        return x.reshape(self.B, self.q_blocks * self.queries, self.K * self.group, -1)[:, : self.T]
+
+    def by_keys(self, x: Float[Array, "B S K D"]) -> Float[Array, "K M S D"]:
+        x = jnp.pad(x, ((0, 0), (0, self.kv_blocks * self.keys - self.S), (0, 0), (0, 0)))
+        x = x.reshape(self.B, self.kv_blocks, self.keys, self.K, self.D).transpose(3, 0, 1, 2, 4)
+        return x.reshape(self.K, self.B * self.kv_blocks, self.keys, self.D)
+
+    def from_keys(self, x: Float[Array, "K M S D"]) -> Float[Array, "B S K D"]:
+        x = x.reshape(self.K, self.B, self.kv_blocks, self.keys, self.D).transpose(1, 2, 3, 0, 4)
+        return x.reshape(self.B, self.kv_blocks * self.keys, self.K, self.D)[:, : self.S]
+
+
+def kinds_and_labels(
+    plan: Plan, q_segments: Segments, kv_segments: Segments, q_start: Array
+) -> tuple[Int[Array, "B NQ NK"], tuple[Int[Array, "M 8 T"], Int[Array, "M 8 S"]]]:
+    """The kinds of visits, and the labels as the kernels read them: example, segment, reach, and nothing five times.
+
+    A kind is `EVERY`, or has a bit for each diagonal in which somebody sees somebody.
+    """
+    q_segments, kv_segments = (
+        Segments(*(jnp.pad(x, ((0, 0), (0, length - x.shape[1]))) for x in segments))
+        for segments, length in (
+            (q_segments, plan.q_blocks * plan.queries),
+            (kv_segments, plan.kv_blocks * plan.keys),
+        )
+    )
+    tiles = sight(q_segments, kv_segments, q_start, TILE, TILE)
+    some, every = (
+        x.reshape(plan.B, plan.q_blocks, plan.queries // TILE, plan.kv_blocks, plan.keys // TILE) for x in tiles
+    )
+    kind = jnp.zeros((plan.B, plan.q_blocks, plan.kv_blocks), jnp.int32)
+    for bit, diagonal in enumerate(plan.diagonals):
+        seen = functools.reduce(jnp.logical_or, [some[:, :, a, :, b] for a, b in plan.tiles(diagonal)])
+        kind |= seen.astype(jnp.int32) << bit
+    kind = jnp.where(every.all((2, 4)), EVERY, kind)
+
+    def blocked(segments: Segments, size: int) -> Int[Array, "M 8 N"]:
+        rows = jnp.stack([x.reshape(-1, size) for x in segments], 1)
+        return jnp.pad(rows, ((0, 0), (0, 8 - rows.shape[1]), (0, 0)))
+
+    labels = blocked(q_segments, plan.queries), blocked(kv_segments, plan.keys)
+    return kind, labels
