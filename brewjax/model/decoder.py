@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,22 @@ class ModelConfig(Config):
         return self
 
 
+KeysValues = tuple[Float[Array, "B T K E"], Float[Array, "B T K E"]]
+
+
+class Past(NamedTuple):
+    """Keys (rotated) and values of tokens that were computed before, for rows to go on from.
+
+    Attributes:
+      keys, values: N pages of P tokens each, in the compute dtype.
+      pages: the pages that each row goes on from, in order; M may be 0.
+    """
+
+    keys: Float[Array, "L N P K E"]
+    values: Float[Array, "L N P K E"]
+    pages: Int[Array, "B M"]
+
+
 class Weight(nnx.Param):
     """A parameter with the names of its axes, for sharding; stacked layers have one more in front."""
 
@@ -88,15 +104,17 @@ class Layer(nnx.Module):
         self.down = _weight(rngs, config, (F, D), ("neurons", "weight"), fan_in=F, scale=into_residual)
 
     def __call__(
-        self, x: Float[Array, "B T D"], rotation: Float[Array, "B T 1 E"], segments: Segments
-    ) -> Float[Array, "B T D"]:
+        self, x: Float[Array, "B T D"], rotation: Float[Array, "B T 1 E"], segments: Segments, past: KeysValues | None
+    ) -> tuple[Float[Array, "B T D"], KeysValues]:
+        """The residual stream after this layer, and the keys and values of these T tokens; `past` is before them."""
         h = self.attention_norm(x)
         q, k, v = (self._project("btd,dhe->bthe", h, weight) for weight in (self.query, self.key, self.value))
-        attended = _attend(self.sharding, rotate(q, rotation), rotate(k, rotation), v, segments)
-        x += self._into_residual("bthe,hed->btd", attended, self.output)
+        q, k = rotate(q, rotation), rotate(k, rotation)
+        all_k, all_v = (k, v) if past is None else (jnp.concatenate(x, 1) for x in zip(past, (k, v), strict=True))
+        x += self._into_residual("bthe,hed->btd", _attend(self.sharding, q, all_k, all_v, segments), self.output)
         h = self.mlp_norm(x)
         gate, up = (self._project("btd,df->btf", h, weight) for weight in (self.gate, self.up))
-        return x + self._into_residual("btf,fd->btd", jax.nn.silu(gate) * up, self.down)
+        return x + self._into_residual("btf,fd->btd", jax.nn.silu(gate) * up, self.down), (k, v)
 
     def _project(self, equation: str, x: Array, weight: Weight) -> Array:
         return jnp.einsum(equation, x, gathered(self.sharding, weight, x.dtype))
@@ -133,16 +151,39 @@ class Decoder(nnx.Module):
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segments: Segments
     ) -> Float[Array, "B T D"]:
         """Hidden states after the last norm, in the compute dtype. Those of padding mean nothing."""
+        return self._run(tokens, positions, segments, None)[0]
+
+    def extend(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segments: Segments, past: Past
+    ) -> tuple[Float[Array, "B T D"], KeysValues]:
+        """As a call, for tokens behind a past.
+
+        Args:
+          segments: labels of the M x P tokens in the past's pages, in their order, and then of these T.
+
+        Returns hidden states, and the keys and values [L, B, T, K, E] of these tokens.
+        """
+        hidden, own = self._run(tokens, positions, segments, past)
+        assert own is not None
+        return hidden, own
+
+    def _run(
+        self, tokens: Array, positions: Array, segments: Segments, past: Past | None
+    ) -> tuple[Array, KeysValues | None]:
         table = self.sharding.reshard(self.embedding[...], None, None).astype(self.config.compute_dtype)
         x = table.at[tokens].get(out_sharding=_spec_or_none(self.sharding, "batch", "length", "model"))
         rotation = rotary(positions, self.config.head_dim, self.config.rope_base)
         graph, weights = nnx.split(self.layers)
 
-        def body(x: Array, weights: nnx.State) -> tuple[Array, None]:
-            return nnx.merge(graph, weights)(x, rotation, segments), None
+        def body(x: Array, layer: tuple[nnx.State, Array]) -> tuple[Array, KeysValues | None]:
+            weights, number = layer
+            before = None if past is None else _read(self.sharding, past, number)
+            x, own = nnx.merge(graph, weights)(x, rotation, segments, before)
+            return x, None if past is None else own
 
-        x, _ = jax.lax.scan(jax.checkpoint(body) if self.config.remat else body, x, weights)
-        return self.norm(x)
+        layers = (weights, jnp.arange(self.config.layers))
+        x, own = jax.lax.scan(jax.checkpoint(body) if self.config.remat else body, x, layers)
+        return self.norm(x), own
 
     @property
     def head(self) -> Float[Array, "V D"]:
@@ -187,8 +228,20 @@ def _weight(
     return Weight(values, axes=axes)
 
 
-def _spec_or_none(sharding: Sharding, *axes: str) -> jax.P | None:
+def _spec_or_none(sharding: Sharding, *axes: str | None) -> jax.P | None:
     return None if jax.sharding.get_abstract_mesh().empty else sharding.spec(*axes)
+
+
+def _read(sharding: Sharding, past: Past, layer: Array) -> KeysValues:
+    """One layer's keys and values [B, M * P, K, E] of the past."""
+    B, M = past.pages.shape
+    spec = _spec_or_none(sharding, "batch", None, None, "heads", None)
+
+    def read(pool: Array) -> Array:
+        pages = pool.at[layer, past.pages].get(out_sharding=spec)
+        return pages.reshape(B, M * pool.shape[2], *pool.shape[3:])
+
+    return read(past.keys), read(past.values)
 
 
 def _attend(sharding: Sharding, q: Array, k: Array, v: Array, segments: Segments) -> Array:

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brewjax.data.tokens import EncodedPrompt
-from brewjax.model.decoder import Decoder, ModelConfig, RMSNorm
+from brewjax.model.decoder import Decoder, ModelConfig, Past, RMSNorm
 from brewjax.model.params import Params, bind
-from pallas_kernels.segments import ALL, Segments
+from pallas_kernels.segments import ALL, PADDING, Segments
 from tests.tiny import MODEL, pack, params, prompt
 
 GOLDEN = Path(__file__).with_name("golden_llama.npz")
@@ -192,3 +192,40 @@ def test_a_decoder_needs_a_vocabulary():
 def test_heads_must_have_halves_to_rotate():
     with pytest.raises(pydantic.ValidationError, match="head_dim"):
         ModelConfig(**MODEL.model_dump() | {"head_dim": 7})
+
+
+# --- going on after keys and values computed before
+
+PAGE = 8
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def extended(model: ModelConfig, params: Params, tokens, positions, segments, past: Past):
+    return bind(model, params).extend(tokens, positions, segments, past)
+
+
+@settings(deadline=None, max_examples=10)
+@given(seed=st.integers(0, 2**32 - 1), layout=st.sampled_from(["dense", "star"]))
+def test_questions_after_a_cached_prefix_read_as_behind_it(seed, layout):
+    random = np.random.default_rng(seed)
+    one = prompt(random, random.integers(1, 9), random.integers(1, 9, 3), random.integers(1, 6, 3), layout)
+    tokens, positions, segments = row(one)
+    (whole,) = run((tokens, positions, segments))
+    ends, room = one.prefix_length, 5 * PAGE
+
+    def prefix(labels: np.ndarray) -> np.ndarray:
+        return np.where(np.arange(room) < ends, labels[:room], PADDING)[None]
+
+    def questions(labels: np.ndarray) -> np.ndarray:
+        return np.pad(labels[ends:], (0, ends), constant_values=PADDING)[None]
+
+    size = (MODEL.layers, 11, PAGE, MODEL.kv_heads, MODEL.head_dim)
+    poison = jnp.full(size, jnp.nan)  # what no page holds
+    nothing = Past(poison, poison, np.zeros((1, 0), np.int32))
+    of_prefix = Segments(*map(prefix, segments))
+    _, keys_values = extended(MODEL, PARAMS, prefix(tokens), prefix(positions), of_prefix, nothing)
+    pages = random.permutation(size[1])[None, : room // PAGE]
+    pools = [poison.at[:, pages[0]].set(x.reshape(MODEL.layers, -1, *size[2:])) for x in keys_values]
+    both = Segments(*(np.concatenate([prefix(x), questions(x)], 1) for x in segments))
+    hidden, _ = extended(MODEL, PARAMS, questions(tokens), questions(positions), both, Past(*pools, pages))
+    np.testing.assert_allclose(hidden[0][one.ends() - ends], whole[one.ends()], atol=1e-5)
