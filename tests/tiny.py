@@ -43,7 +43,7 @@ def prompt(
 
 def pack(prompts: Iterable[EncodedPrompt], length: int) -> tuple[np.ndarray, np.ndarray, Segments]:
     """Tokens, positions and segments [length] of prompts that share a row."""
-    parts = [one.arrays() | {"example": np.full(len(one), number)} for number, one in enumerate(prompts, 1)]
+    parts = [one.arrays | {"example": np.full(len(one), number)} for number, one in enumerate(prompts, 1)]
     row = {}
     for name in ("tokens", "positions", "example", "segment", "reach"):
         row[name] = np.full(length, PADDING, np.int32)

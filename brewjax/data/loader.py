@@ -49,7 +49,7 @@ def write_shards(folder: Path, examples: Iterable[tuple[EncodedPrompt, dict]], c
     with open(folder / SOURCES, "w") as sources:
         for whole, note in examples:
             for encoded in whole.split(capacity):
-                arrays = encoded.arrays()
+                arrays = encoded.arrays
                 arrays["source"] = np.full(len(encoded), counts["records"], np.int32)
                 writers[counts["records"] % shards].write(np.stack([arrays[name] for name in FIELDS]).tobytes())
                 sources.write(json.dumps(note) + "\n")

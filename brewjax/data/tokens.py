@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -67,6 +68,7 @@ class EncodedPrompt:
             for chunk in chunks
         ]
 
+    @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
         """int32 [T] each: tokens, positions, segment, reach, and targets (`NO_TARGET` but where a label follows).
 
@@ -79,7 +81,7 @@ class EncodedPrompt:
         reach = [ALL] + [event_reach] * events + [SELF] * len(self.questions)
         positions = [np.arange(prefix)] + [prefix + np.arange(len(question)) for question in self.questions]
         targets = np.full(len(self), NO_TARGET)
-        for end, answer in zip(self.ends(), self.answers, strict=True):
+        for end, answer in zip(self.ends, self.answers, strict=True):
             if answer is not None:
                 targets[end] = self.labels[answer]
         arrays = {
@@ -91,6 +93,7 @@ class EncodedPrompt:
         }
         return {name: array.astype(np.int32) for name, array in arrays.items()}
 
+    @cached_property
     def ends(self) -> np.ndarray:
         """int64 [questions]: where the last token of each question stands."""
         return self.prefix_length + np.cumsum([len(question) for question in self.questions]) - 1

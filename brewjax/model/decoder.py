@@ -235,11 +235,11 @@ def _spec_or_none(sharding: Sharding, *axes: str | None) -> jax.P | None:
 def _read(sharding: Sharding, past: Past, layer: Array) -> KeysValues:
     """One layer's keys and values [B, M * P, K, E] of the past."""
     B, M = past.pages.shape
-    spec = _spec_or_none(sharding, "batch", None, None, "heads", None)
 
     def read(pool: Array) -> Array:
-        pages = pool.at[layer, past.pages].get(out_sharding=spec)
-        return pages.reshape(B, M * pool.shape[2], *pool.shape[3:])
+        pages = pool.at[layer, past.pages].get(out_sharding=_spec_or_none(sharding, "batch", None, None, "heads", None))
+        tokens = (B, M * pool.shape[2], *pool.shape[3:])
+        return jnp.reshape(pages, tokens, out_sharding=_spec_or_none(sharding, "batch", None, "heads", None))
 
     return read(past.keys), read(past.values)
 

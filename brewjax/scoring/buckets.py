@@ -1,22 +1,20 @@
-"""The few shapes that passes are compiled for, and the packing of prompts into them."""
+"""Which shapes to compile for a list of prompts, and how to pack the prompts into passes of them."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
 from brewjax.data.tokens import EncodedPrompt
+from brewjax.scoring.passes import LABELS_IN_PASS, Bucket, Part, Pass
 
 STEP = 128  # lengths are multiples of the attention kernel's block
-TOKENS_PER_QUESTION = 4  # a pass has a place for one answer in so many tokens
-LABELS_IN_PASS = 32  # different label tokens in one pass
 PACK_TO = 4096  # short prompts share passes of about this many tokens
 
 
-def choose_buckets(lengths: Sequence[int], at_most: int = 4) -> tuple[int, ...]:
-    """Row lengths for passes over prompts of these lengths: few, and with the least padding in all.
+def choose_buckets(lengths: Sequence[int], at_most: int = 4) -> tuple[Bucket, ...]:
+    """Rows for passes over prompts of these lengths: few, and with the least padding in all.
 
     Exact: the best `at_most` lengths by dynamic programming over the rounded lengths that occur. Prompts are packed
     together up to `PACK_TO`, which is therefore always among them.
@@ -37,58 +35,44 @@ def choose_buckets(lengths: Sequence[int], at_most: int = 4) -> tuple[int, ...]:
         if j:
             chosen.add(int(sizes[j - 1]))
             j = choice[k, j]
-    return tuple(sorted(chosen))
+    return tuple(Bucket(tokens) for tokens in sorted(chosen))
 
 
-@dataclasses.dataclass
-class Pass:
-    """Prompts that share one row of `bucket` tokens: (place in the caller's list, questions done before, prompt)."""
-
-    bucket: int
-    parts: list[tuple[int, int, EncodedPrompt]]
-
-    @property
-    def tokens(self) -> int:
-        return sum(len(prompt) for _, _, prompt in self.parts)
-
-
-def answers_in(bucket: int) -> int:
-    """How many questions a pass of this length can answer."""
-    return bucket // TOKENS_PER_QUESTION
-
-
-def plan_passes(prompts: Sequence[EncodedPrompt], buckets: Sequence[int]) -> list[Pass]:
+def plan_passes(prompts: Sequence[EncodedPrompt], buckets: Sequence[Bucket]) -> list[Pass]:
     """Packs prompts, the longest first, each into the first pass with room; each pass takes its smallest bucket.
 
-    A prompt longer than the largest bucket is split by questions; ValueError names a prompt of which not even one
+    A prompt longer than the largest bucket is split by questions. The owner of a part is (the prompt's place in
+    `prompts`, how many of its questions are in parts before). ValueError names a prompt of which not even one
     question fits.
     """
     largest = max(buckets)
-    pieces: list[tuple[int, int, EncodedPrompt]] = []
+    pieces: list[Part] = []
     for index, prompt in enumerate(prompts):
         done = 0
         try:
-            parts = prompt.split(largest, answers_in(largest))
+            split = prompt.split(largest.tokens, largest.answers)
         except ValueError as error:
             raise ValueError(f"prompt {index}: {error}") from None
-        for part in parts:
-            pieces.append((index, done, part))
-            done += len(part.questions)
-    pieces.sort(key=lambda piece: -len(piece[2]))
-    passes: list[Pass] = []
+        for piece in split:
+            pieces.append(Part.whole((index, done), piece))
+            done += len(piece.questions)
+    pieces.sort(key=lambda part: -part.tokens)
+    passes: list[list[Part]] = []
     rooms: list[tuple[int, int, set[int]]] = []  # tokens and answers left in each pass, and its label tokens
-    target = min(largest, PACK_TO)
-    for piece in pieces:
-        tokens, answers, labels = len(piece[2]), len(piece[2].questions), set(piece[2].labels)
+    target = Bucket(min(largest.tokens, PACK_TO))
+    for part in pieces:
+        answers, labels = len(part.questions), set(part.prompt.labels)
         for at, (free_tokens, free_answers, others) in enumerate(rooms):
-            if tokens <= free_tokens and answers <= free_answers and len(labels | others) <= LABELS_IN_PASS:
-                passes[at].parts.append(piece)
-                rooms[at] = (free_tokens - tokens, free_answers - answers, labels | others)
+            if part.tokens <= free_tokens and answers <= free_answers and len(labels | others) <= LABELS_IN_PASS:
+                passes[at].append(part)
+                rooms[at] = (free_tokens - part.tokens, free_answers - answers, labels | others)
                 break
         else:
-            passes.append(Pass(0, [piece]))
-            rooms.append((target - tokens, answers_in(target) - answers, labels))
-    for one in passes:
-        answers = sum(len(prompt.questions) for _, _, prompt in one.parts)
-        one.bucket = min(size for size in buckets if size >= one.tokens and answers_in(size) >= answers)
-    return passes
+            passes.append([part])
+            rooms.append((target.tokens - part.tokens, target.answers - answers, labels))
+    return [Pass(_smallest(buckets, parts), parts) for parts in passes]
+
+
+def _smallest(buckets: Sequence[Bucket], parts: Sequence[Part]) -> Bucket:
+    tokens, answers = sum(part.tokens for part in parts), sum(len(part.questions) for part in parts)
+    return min(bucket for bucket in buckets if bucket.tokens >= tokens and bucket.answers >= answers)

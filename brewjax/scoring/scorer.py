@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,21 +15,34 @@ from jaxtyping import Array, Float, Int
 from brewjax.data.prompt import Prompt
 from brewjax.data.tokenizer import Tokenizer
 from brewjax.data.tokens import EncodedPrompt, HistoryLayout, encode
-from brewjax.model.decoder import ModelConfig
+from brewjax.model.decoder import KeysValues, ModelConfig, Past
 from brewjax.model.params import Params, bind
-from brewjax.model.sharding import MeshConfig
-from brewjax.scoring.buckets import LABELS_IN_PASS, Pass, answers_in, plan_passes
+from brewjax.model.sharding import FSDP_TENSOR, MeshConfig
+from brewjax.scoring.buckets import plan_passes
+from brewjax.scoring.passes import LABELS_IN_PASS, PAGE, Bucket, Pass, Rows, lay_out
 from pallas_kernels.label_scores import label_log_probs
-from pallas_kernels.segments import PADDING, Segments
+from pallas_kernels.segments import Segments
+
+Against = Literal["labels", "vocabulary"]
+
+
+class Running(NamedTuple):
+    """Passes that the device computes: their rows, and log-probabilities [R, answers, LABELS_IN_PASS] to come."""
+
+    passes: Sequence[Pass]
+    rows: Rows
+    log_probs: jax.Array
 
 
 class Scorer:
-    """A model, its tokenizer, and compiled passes of a few lengths.
+    """A model, its tokenizer, and compiled passes of a few shapes.
 
     Args:
       layout: how the model was trained to see history.
-      buckets: row lengths of passes (see `choose_buckets`); a prompt longer than the largest takes several passes.
-      mesh: the devices; each scores its own rows of a pass.
+      buckets: the shapes of passes (see `choose_buckets`); a prompt longer than the largest takes several passes.
+      mesh: the devices; each along `data` and `fsdp` scores its own rows of a pass.
+      cache_pages: pages of memory for the keys and values of prefixes, which passes may then fill and go on from;
+        rows are then not spread over devices.
     """
 
     def __init__(
@@ -37,13 +51,25 @@ class Scorer:
         params: Params,
         tokenizer: Tokenizer,
         layout: HistoryLayout,
-        buckets: Sequence[int],
+        buckets: Sequence[Bucket],
         mesh: jax.sharding.Mesh | None = None,
+        cache_pages: int = 0,
     ):
         self.model, self.tokenizer, self.layout, self.buckets = model, tokenizer, layout, tuple(sorted(buckets))
-        self._params, self._mesh = params, mesh or MeshConfig().build()
+        self.params, self._mesh, self._cache_pages = params, mesh or MeshConfig().build(), cache_pages
         self._rows = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
-        self._pass = jax.jit(self._log_probs)
+        if cache_pages and self._rows > 1:
+            raise ValueError(f"a cache of prefixes needs data=1 and fsdp=1, not a mesh of {dict(self._mesh.shape)}")
+        self._pass = jax.jit(self._compute, donate_argnums=1)
+        self._head = jax.jit(self._log_probs, static_argnums=3)
+        self.forget()
+
+    def forget(self) -> None:
+        """Makes the pool of cached pages anew."""
+        shape = (self.model.layers, self._cache_pages, PAGE, self.model.kv_heads, self.model.head_dim)
+        sharding = FSDP_TENSOR.named(self._mesh, shape, "layers", None, None, "heads", None)
+        zeros = functools.partial(jnp.zeros, shape, self.model.compute_dtype, device=sharding)
+        self._pool = (zeros(), zeros()) if self._cache_pages else None
 
     def score(self, prompt: Prompt) -> Float[np.ndarray, "Q L"]:
         """Probability of each label for each question, float32, in the order of the prompt."""
@@ -74,85 +100,95 @@ class Scorer:
     ) -> list[Float[np.ndarray, "Q L"]]:
         """As `score_many`, for prompts already encoded."""
         results = [np.empty((len(prompt.questions), len(prompt.labels)), np.float32) for prompt in prompts]
-        passes = plan_passes(prompts, self.buckets)
-        by_bucket: dict[int, list[Pass]] = {}
-        for one in passes:
+        by_bucket: dict[Bucket, list[Pass]] = {}
+        for one in plan_passes(prompts, [bucket for bucket in self.buckets if not bucket.past]):
             by_bucket.setdefault(one.bucket, []).append(one)
         groups = [same[i : i + self._rows] for same in by_bucket.values() for i in range(0, len(same), self._rows)]
         running = None  # one group is computed by the device while the host prepares the next
         for group in [*groups, None]:
-            started = (group, self._start(group)) if group else None
+            started = self.start(group) if group else None
             if running:
-                self._finish(*running, results)
-                on_pass(sum(len(prompt.questions) for one in running[0] for _, _, prompt in one.parts))
+                for one, found in zip(running.passes, self.finish(running), strict=True):
+                    for part, log_probs in zip(one.parts, found, strict=True):
+                        index, done = part.owner
+                        results[index][done : done + len(log_probs)] = among_labels(log_probs)
+                on_pass(sum(len(part.questions) for one in running.passes for part in one.parts))
             running = started
+        return results
+
+    def start(self, passes: Sequence[Pass], against: Against = "labels") -> Running:
+        """Dispatches passes of one bucket, at most one for each row of devices.
+
+        What they store can be read by whatever is started after them.
+        """
+        rows = lay_out(passes, self._rows)
+        sharding = NamedSharding(self._mesh, jax.P(("data", "fsdp"), None))
+        with jax.set_mesh(self._mesh):
+            inputs, labels = jax.device_put(((*rows[:4], rows.pages, rows.store), rows.labels), sharding)
+            asked, self._pool = self._pass(self.params, self._pool, *inputs)
+            return Running(passes, rows, self._head(self.params, asked, labels, against))
+
+    def finish(self, running: Running) -> list[list[Float[np.ndarray, "Q L"]]]:
+        """Waits; returns float32 log-probabilities of the prompt's labels, for the questions of each part of each pass.
+
+        Of the whole vocabulary where they were started so; else up to a constant for each question (`among_labels`).
+        """
+        log_probs, results = np.asarray(running.log_probs), []
+        for one, of_row, columns in zip(running.passes, log_probs, running.rows.columns, strict=False):
+            ends = np.cumsum([len(part.questions) for part in one.parts])
+            results.append(
+                [
+                    of_row[end - len(part.questions) : end, [columns[label] for label in part.prompt.labels]]
+                    for end, part in zip(ends, one.parts, strict=True)
+                ]
+            )
         return results
 
     def warm_up(self) -> None:
         """Compiles every bucket, so that no later request does."""
         for bucket in self.buckets:
-            self._start([Pass(bucket, [])])
+            self.start([Pass(bucket, [])])
 
     def compilations(self) -> int:
         """How many different passes were compiled so far."""
-        return self._pass._cache_size()  # type: ignore[attr-defined]
+        return self._pass._cache_size() + self._head._cache_size()  # type: ignore[attr-defined]
 
-    def _start(self, group: list[Pass]) -> tuple[jax.Array, list[dict[int, int]]]:
-        """Dispatches passes of one bucket, a row each.
-
-        Returns log-probabilities [rows, answers, labels], and each row's column of each label token.
-        """
-        bucket, rows = group[0].bucket, self._rows
-        fields = {name: np.zeros((rows, bucket), np.int32) for name in ("tokens", "positions", "segment", "reach")}
-        example = np.full((rows, bucket), PADDING, np.int32)
-        ends = np.zeros((rows, answers_in(bucket)), np.int32)
-        labels = np.full((rows, LABELS_IN_PASS), -1, np.int32)
-        columns: list[dict[int, int]] = [{} for _ in group]
-        for row, one in enumerate(group):
-            start = answered = 0
-            for number, (_, _, prompt) in enumerate(one.parts, 1):
-                stop = start + len(prompt)
-                arrays = prompt.arrays()
-                for name, field in fields.items():
-                    field[row, start:stop] = arrays[name]
-                example[row, start:stop] = number
-                ends[row, answered : answered + len(prompt.questions)] = start + prompt.ends()
-                for label in prompt.labels:
-                    columns[row].setdefault(label, len(columns[row]))
-                start, answered = stop, answered + len(prompt.questions)
-            labels[row, : len(columns[row])] = list(columns[row])
-        inputs = (fields["tokens"], fields["positions"], Segments(example, fields["segment"], fields["reach"]))
-        sharding = NamedSharding(self._mesh, jax.P(("data", "fsdp"), None))
-        with jax.set_mesh(self._mesh):
-            return self._pass(self._params, *jax.device_put((*inputs, ends, labels), sharding)), columns
-
-    def _log_probs(
+    def _compute(
         self,
         params: Params,
+        pool: KeysValues | None,
         tokens: Int[Array, "R T"],
         positions: Int[Array, "R T"],
         segments: Segments,
         ends: Int[Array, "R Q"],
-        labels: Int[Array, "R L"],
-    ) -> Float[Array, "R Q L"]:
-        """float32 log-probabilities, among a row's label tokens, where the questions end."""
+        pages: Int[Array, "R M"],
+        store: Int[Array, "R T/P"],
+    ) -> tuple[Float[Array, "R Q D"], KeysValues | None]:
+        """Hidden states where the questions end, and the pool with what this pass stores."""
         decoder = bind(self.model, params)
-        hidden = decoder(tokens, positions, segments)
-        asked = jnp.take_along_axis(hidden, ends[..., None], 1)
-        of_rows = jax.vmap(functools.partial(label_log_probs, against="labels"), (0, None, 0))
+        if pool is None:
+            hidden = decoder(tokens, positions, segments)
+        else:
+            hidden, own = decoder.extend(tokens, positions, segments, Past(*pool, pages))
+            in_pages = (len(pool[0]), store.shape[1], *pool[0].shape[2:])
+            by_heads = decoder.sharding.spec("layers", None, None, "heads", None)
+            keys, values = (jnp.reshape(new, in_pages, out_sharding=by_heads) for new in own)
+            page = jnp.reshape(store, -1, out_sharding=jax.P(None))
+            pool = pool[0].at[:, page].set(keys), pool[1].at[:, page].set(values)
+        return jnp.take_along_axis(hidden, ends[..., None], 1), pool
+
+    def _log_probs(
+        self, params: Params, asked: Float[Array, "R Q D"], labels: Int[Array, "R L"], against: Against
+    ) -> Float[Array, "R Q L"]:
+        """float32 log-probabilities of each row's label tokens."""
+        decoder = bind(self.model, params)
+        of_rows = jax.vmap(functools.partial(label_log_probs, against=against), (0, None, 0))
         batch, whole = decoder.sharding.spec("batch", None, None), jax.P(None, None)
         specs = (batch, whole, decoder.sharding.spec("batch", None))
         return jax.shard_map(of_rows, in_specs=specs, out_specs=batch, check_vma=False)(asked, decoder.head, labels)
 
-    def _finish(
-        self, group: list[Pass], started: tuple[jax.Array, list[dict[int, int]]], results: list[np.ndarray]
-    ) -> None:
-        log_probs, columns = np.asarray(started[0]), started[1]
-        for row, one in enumerate(group):
-            answered = 0
-            for index, done, prompt in one.parts:
-                count = len(prompt.questions)
-                own = log_probs[row, answered : answered + count][:, [columns[row][label] for label in prompt.labels]]
-                weights = np.exp(own - own.max(-1, keepdims=True))
-                results[index][done : done + count] = weights / weights.sum(-1, keepdims=True)
-                answered += count
+
+def among_labels(log_probs: Float[np.ndarray, "Q L"]) -> Float[np.ndarray, "Q L"]:
+    """Probabilities that add up to one over the labels, float32."""
+    weights = np.exp(log_probs - log_probs.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)

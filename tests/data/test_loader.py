@@ -74,7 +74,7 @@ def read(batches, passes: int, records: int) -> tuple[list[tuple[int, dict]], co
 @hypothesis.settings(max_examples=12, deadline=None)
 def test_packing_loses_nothing_and_mixes_nothing(tmp_path_factory, examples):
     folder = shards(tmp_path_factory.mktemp("shards"), examples)
-    records = [part.arrays() for whole in examples for part in whole.split(ROW)]
+    records = [part.arrays for whole in examples for part in whole.split(ROW)]
     found, counts = read(iter(load_batches(folder, GROUP, ROW, seed=0)), 2, len(records))
     for source, arrays in found:
         for name, array in arrays.items():

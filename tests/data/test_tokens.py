@@ -41,7 +41,7 @@ def questions_of(arrays: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
 
 def test_a_small_prompt_by_hand():
     encoded = EncodedPrompt([[7, 8], [9], [10, 11]], [[20, 21, 22], [30]], [3, 4], [1, None], "star")
-    arrays = encoded.arrays()
+    arrays = encoded.arrays
     assert {name: array.tolist() for name, array in arrays.items()} == {
         "tokens": [7, 8, 9, 10, 11, 20, 21, 22, 30],
         "positions": [0, 1, 2, 3, 4, 5, 6, 7, 5],
@@ -50,9 +50,9 @@ def test_a_small_prompt_by_hand():
         "targets": [-1, -1, -1, -1, -1, -1, -1, 4, -1],
     }
     assert {array.dtype for array in arrays.values()} == {np.dtype(np.int32)}
-    assert encoded.ends().tolist() == [7, 8]
+    assert encoded.ends.tolist() == [7, 8]
     assert (encoded.prefix_length, len(encoded)) == (5, 9)
-    dense = dataclasses.replace(encoded, layout="dense").arrays()
+    dense = dataclasses.replace(encoded, layout="dense").arrays
     assert dense["reach"].tolist() == [ALL] * 5 + [SELF] * 4
     assert all((dense[name] == arrays[name]).all() for name in arrays if name != "reach")
 
@@ -62,7 +62,7 @@ def test_a_small_prompt_by_hand():
 def test_the_tokens_are_the_text_and_nothing_is_lost(tokenizer, prompt, layout):
     encoded = encode(prompt, tokenizer, layout)
     texts = [prompt.center, *prompt.events, *(question.heading + question.text for question in prompt.questions)]
-    arrays = encoded.arrays()
+    arrays = encoded.arrays
     assert tokenizer.hf.decode(arrays["tokens"]) == "<|endoftext|>" + "".join(texts)
     lengths = tokenizer.lengths(texts)
     assert arrays["segment"].tolist() == np.repeat(np.arange(len(texts)), [1 + lengths[0], *lengths[1:]]).tolist()
@@ -73,11 +73,11 @@ def test_the_tokens_are_the_text_and_nothing_is_lost(tokenizer, prompt, layout):
 @hypothesis.settings(deadline=None)
 def test_a_question_is_the_same_alone_and_among_others(tokenizer, prompt, layout):
     encoded = encode(prompt, tokenizer, layout)
-    together = questions_of(encoded.arrays())
+    together = questions_of(encoded.arrays)
     assert len(together) == len(prompt.questions)
     for question, among in zip(prompt.questions, together, strict=True):
         alone = encode(dataclasses.replace(prompt, questions=(question,)), tokenizer, layout)
-        (only,) = questions_of(alone.arrays())
+        (only,) = questions_of(alone.arrays)
         for name in ("tokens", "positions", "reach", "targets"):
             assert only[name].tolist() == among[name].tolist(), name
         assert among["positions"].tolist() == list(
@@ -89,10 +89,10 @@ def test_a_question_is_the_same_alone_and_among_others(tokenizer, prompt, layout
 @hypothesis.settings(deadline=None)
 def test_loss_is_only_on_the_label_word_after_each_known_question(tokenizer, prompt, layout):
     encoded = encode(prompt, tokenizer, layout)
-    targets = encoded.arrays()["targets"]
+    targets = encoded.arrays["targets"]
     known = [question.label for question in prompt.questions if question.label is not None]
     assert targets[targets != NO_TARGET].tolist() == [tokenizer.word(prompt.labels[label]) for label in known]
-    assert set(np.flatnonzero(targets != NO_TARGET)) <= set(encoded.ends())
+    assert set(np.flatnonzero(targets != NO_TARGET)) <= set(encoded.ends)
 
 
 @hypothesis.given(PROMPTS, LAYOUTS, st.integers(1, 80))
@@ -116,7 +116,7 @@ def test_splitting_loses_nothing_and_keeps_to_the_capacity(tokenizer, prompt, la
 @either_layout
 def test_the_prefix_has_the_reach_of_its_layout(tokenizer, layout):
     prompt = Prompt("Title: Nurse\n", ("a\n", "b\n"), (Question("c\n", 0), Question("d\n")), ("Yes", "No"))
-    arrays = encode(prompt, tokenizer, layout).arrays()
+    arrays = encode(prompt, tokenizer, layout).arrays
     event = {"dense": ALL, "star": QUESTIONS}[layout]
     assert [set(arrays["reach"][arrays["segment"] == n]) for n in range(5)] == [{ALL}, {event}, {event}, {SELF}, {SELF}]
 

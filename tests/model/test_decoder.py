@@ -101,9 +101,9 @@ def test_questions_in_one_pass_read_as_each_alone_in_any_order(layout, seed, ord
     shuffled = reorder(together, order)
     alone = [reorder(together, [question]) for question in range(4)]
     first, second, *singles = run(row(together), row(shuffled), *map(row, alone))
-    expected = np.stack([states[one.ends()[0]] for states, one in zip(singles, alone, strict=True)])
-    np.testing.assert_allclose(first[together.ends()], expected, atol=1e-5)
-    np.testing.assert_allclose(second[shuffled.ends()], expected[list(order)], atol=1e-5)
+    expected = np.stack([states[one.ends[0]] for states, one in zip(singles, alone, strict=True)])
+    np.testing.assert_allclose(first[together.ends], expected, atol=1e-5)
+    np.testing.assert_allclose(second[shuffled.ends], expected[list(order)], atol=1e-5)
 
 
 @settings(deadline=None, max_examples=10)
@@ -134,7 +134,7 @@ def test_a_question_sees_the_whole_history():
     one = prompt(random)
     other = dataclasses.replace(one, pieces=[one.pieces[0], [63, 62, 61, 60], *one.pieces[2:]])
     first, second = run(row(one), row(other))
-    assert np.abs(first - second)[one.ends()].max(-1).min() > 1e-3
+    assert np.abs(first - second)[one.ends].max(-1).min() > 1e-3
 
 
 # --- precision and memory
@@ -228,4 +228,4 @@ def test_questions_after_a_cached_prefix_read_as_behind_it(seed, layout):
     pools = [poison.at[:, pages[0]].set(x.reshape(MODEL.layers, -1, *size[2:])) for x in keys_values]
     both = Segments(*(np.concatenate([prefix(x), questions(x)], 1) for x in segments))
     hidden, _ = extended(MODEL, PARAMS, questions(tokens), questions(positions), both, Past(*pools, pages))
-    np.testing.assert_allclose(hidden[0][one.ends() - ends], whole[one.ends()], atol=1e-5)
+    np.testing.assert_allclose(hidden[0][one.ends - ends], whole[one.ends], atol=1e-5)

@@ -35,7 +35,7 @@ def batch() -> TokenBatch:
         random = np.random.default_rng(number)
         prompts = [prompt(random, questions=[2] * (1 + number % 3), layout=layout) for layout in ("dense", "star")]
         tokens, positions, segments = pack(prompts, LENGTH)
-        targets = np.concatenate([one.arrays()["targets"] for one in prompts])
+        targets = np.concatenate([one.arrays["targets"] for one in prompts])
         targets = np.pad(targets, (0, LENGTH - len(targets)), constant_values=NO_TARGET)
         rows.append(TokenBatch(tokens, positions, segments, targets, np.zeros_like(tokens)))
     rows[-1].targets[:] = NO_TARGET

@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brewjax.data.tokens import EncodedPrompt
-from brewjax.scoring.buckets import LABELS_IN_PASS, PACK_TO, STEP, answers_in, choose_buckets, plan_passes
+from brewjax.scoring.buckets import PACK_TO, STEP, choose_buckets, plan_passes
+from brewjax.scoring.passes import LABELS_IN_PASS, Bucket
 
-BUCKETS = (128, 384)
+BUCKETS = (Bucket(128), Bucket(384))
 
 prefixes = st.lists(st.integers(0, 60), min_size=1, max_size=3)
 questions = st.lists(st.integers(1, 20), min_size=1, max_size=40) | st.just([1] * 150)
@@ -35,11 +36,9 @@ def prompts(draw) -> list[EncodedPrompt]:
 def test_a_plan_loses_and_mixes_nothing(prompts):
     passes = plan_passes(prompts, BUCKETS)
     for index, prompt in enumerate(prompts):
-        parts = sorted(
-            ((done, part) for one in passes for at, done, part in one.parts if at == index), key=lambda x: x[0]
-        )
+        parts = {part.owner[1]: part.prompt for one in passes for part in one.parts if part.owner[0] == index}
         joined: list[list[int]] = []
-        for done, part in parts:
+        for done, part in sorted(parts.items()):
             assert done == len(joined)
             joined += part.questions
             own = slice(done, done + len(part.questions))
@@ -51,10 +50,10 @@ def test_a_plan_loses_and_mixes_nothing(prompts):
 @given(prompts())
 def test_a_pass_takes_the_smallest_bucket_that_holds_it(prompts):
     for one in plan_passes(prompts, BUCKETS):
-        tokens = sum(len(part) for _, _, part in one.parts)
-        asked = sum(len(part.questions) for _, _, part in one.parts)
-        assert one.bucket == min(size for size in BUCKETS if tokens <= size and asked <= answers_in(size))
-        assert len({label for _, _, part in one.parts for label in part.labels}) <= LABELS_IN_PASS
+        tokens = sum(len(part.prompt) for part in one.parts)
+        asked = sum(len(part.prompt.questions) for part in one.parts)
+        assert one.bucket == min(bucket for bucket in BUCKETS if tokens <= bucket.tokens and asked <= bucket.answers)
+        assert len({label for part in one.parts for label in part.prompt.labels}) <= LABELS_IN_PASS
 
 
 def test_a_question_that_does_not_fit_names_its_prompt():
@@ -71,7 +70,7 @@ def tokens_run(lengths: list[int], buckets: tuple[int, ...]) -> int:
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.integers(1, PACK_TO - STEP), min_size=1, max_size=9), st.integers(1, 4))
 def test_chosen_buckets_are_the_best(lengths, at_most):
-    *chosen, largest = choose_buckets(lengths, at_most)
+    *chosen, largest = (bucket.tokens for bucket in choose_buckets(lengths, at_most))
     assert largest == PACK_TO
     assert len(chosen) <= at_most
     sizes = {-(-length // STEP) * STEP for length in lengths}
@@ -80,9 +79,9 @@ def test_chosen_buckets_are_the_best(lengths, at_most):
 
 
 def test_no_prompts_need_no_bucket_of_their_own():
-    assert choose_buckets([]) == (PACK_TO,)
+    assert choose_buckets([]) == (Bucket(PACK_TO),)
     assert plan_passes([], BUCKETS) == []
 
 
 def test_prompts_longer_than_shared_passes_have_buckets_too():
-    assert max(choose_buckets(np.array([300, 9000]))) == 9088
+    assert max(choose_buckets(np.array([300, 9000]))) == Bucket(9088)
