@@ -155,7 +155,8 @@ def train_stage(run: Run, folder: Path) -> None:
     prepared = run.folder / "prepare"
     params = train(run.model, run.recipe.train, prepared / "shards", folder, supervised)
     scale = PercentileScale.load(prepared / PERCENTILES)
-    Bundle(run.model, params, run.tokenizer, run.recipe.prompts, scale).save(run.folder / "model")
+    bundle = Bundle(run.model, params, run.tokenizer, run.recipe.prompts, scale, run.dataset.card, tuple(run.tasks))
+    bundle.save(run.folder / "model")
 
 
 def evaluate_stage(run: Run, folder: Path) -> None:

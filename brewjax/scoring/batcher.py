@@ -121,15 +121,25 @@ class Batcher:
         self._waiting.remove(job)
         self._cache.release(job.pages)
 
-    def clear(self) -> list[Job]:
-        """Forgets all jobs, and what is cached."""
-        waiting, self._waiting = self._waiting, []
-        self._cache.clear()
-        return waiting
+    @property
+    def begun(self) -> bool:
+        """Whether some job is begun and not finished."""
+        return any(job.hits is not None for job in self._waiting)
 
-    def next_pass(self) -> Pass | None:
-        """The next pass, to be started before this is called again; None where no job waits."""
-        begun = self._begin()
+    def lose(self) -> list[Job]:
+        """Forgets what is cached, and the jobs that are begun with it: they are returned."""
+        begun = [job for job in self._waiting if job.hits is not None]
+        self._waiting = [job for job in self._waiting if job.hits is None]
+        self._cache.clear()
+        return begun
+
+    def next_pass(self, begin: bool = True) -> Pass | None:
+        """The next pass, to be started before this is called again; None where there is nothing for it.
+
+        Args:
+          begin: whether it may hold jobs that are not begun yet.
+        """
+        begun = self._begin(begin)
         if not begun:
             return None
         bucket = self._choose(begun)
@@ -153,7 +163,7 @@ class Batcher:
                 self._waiting.append(job)
         return Pass(bucket, parts)
 
-    def _begin(self) -> list[Job]:
+    def _begin(self, new: bool) -> list[Job]:
         """Jobs, in their order, that have all their pages: enough of them for the largest pass.
 
         A job takes up all pages of its prefix or none, so that no two can wait for each other. One whose prefix is
@@ -165,6 +175,8 @@ class Batcher:
             if tokens >= self._lengths[-1]:
                 break
             if job.hits is None:
+                if not new:
+                    continue
                 if filling & set(job.chain):
                     continue
                 held = self._cache.hold(job.chain)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pydantic
 
 from brewjax.config import Config
-from brewjax.data.dataset import Dataset
+from brewjax.data.dataset import CARD, Card, Dataset
 from brewjax.data.numbers import Percentiles
 from brewjax.data.prompt import Prompt
 from brewjax.data.task import Task
@@ -22,7 +22,7 @@ from brewjax.model.sharding import MeshConfig
 from brewjax.scoring.buckets import choose_buckets
 from brewjax.scoring.scorer import Scorer
 
-TOKENIZER, PROMPTS, PERCENTILES = "tokenizer", "prompts.yaml", "percentiles.yaml"
+TOKENIZER, PROMPTS, PERCENTILES, TASKS = "tokenizer", "prompts.yaml", "percentiles.yaml", "tasks"
 
 
 class PromptConfig(Config):
@@ -60,13 +60,19 @@ class PercentileScale(Config):
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """What `brewjax run` leaves in `model/`, and what evaluation, `brewjax score` and serving start from."""
+    """What `brewjax run` leaves in `model/`, and what evaluation, `brewjax score` and serving start from.
+
+    Attributes:
+      card, tasks: of the dataset it was trained on, and what it was trained to answer.
+    """
 
     model: ModelConfig
     params: Params
     tokenizer: Tokenizer
     prompts: PromptConfig
     scale: PercentileScale
+    card: Card
+    tasks: tuple[Task, ...]
 
     def save(self, folder: Path) -> None:
         """Writes the folder; weights last, so that a folder with weights is complete."""
@@ -74,6 +80,10 @@ class Bundle:
         self.tokenizer.save(folder / TOKENIZER)
         self.prompts.save(folder / PROMPTS)
         self.scale.save(folder / PERCENTILES)
+        self.card.save(folder / CARD)
+        (folder / TASKS).mkdir(exist_ok=True)
+        for task in self.tasks:
+            task.save(folder / TASKS / f"{task.name}.yaml")
         save_model(folder, self.model, self.params)
 
     @classmethod
@@ -86,6 +96,8 @@ class Bundle:
             Tokenizer.load(folder / TOKENIZER),
             PromptConfig.load(folder / PROMPTS),
             PercentileScale.load(folder / PERCENTILES),
+            Card.load(folder / CARD),
+            tuple(Task.load(path) for path in sorted((folder / TASKS).glob("*.yaml"))),
         )
 
     def verbalizer(self, dataset: Dataset, task: Task) -> Verbalizer:
