@@ -1,0 +1,67 @@
+"""A model folder that answers two tasks on the jobs dataset, with random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from brewjax.data.dataset import Dataset
+from brewjax.data.examples import example_now
+from brewjax.data.numbers import Percentiles
+from brewjax.data.task import Task, load_tasks
+from brewjax.data.tokenizer import Tokenizer
+from brewjax.data.verbalize import Verbalizer
+from brewjax.scoring.bundle import Bundle, PercentileScale, PromptConfig
+from tests.tables import write_dataset
+from tests.tiny import MODEL, params
+
+APPLY = """
+name: apply
+instruction: Predict whether the member applies to the job in the "Question".
+history: {actions: [viewed, applied], max_events: 30}
+questions: {ask: Will the member apply to the following job, actions: [viewed, applied], per_prompt: 8}
+labels:
+  - {word: "Yes", value: 1, when: {action: applied}}
+  - {word: "No", value: 0, when: {action: viewed}}
+split: {validation: 60%, test: 80%}
+"""
+VIEW = APPLY.replace("name: apply", "name: view").replace(
+    "history: {actions: [viewed, applied]", "history: {actions: [viewed]"
+)
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory) -> Dataset:
+    return Dataset.load(write_dataset(tmp_path_factory.mktemp("jobs")))
+
+
+@pytest.fixture(scope="session")
+def tasks(dataset, tmp_path_factory) -> tuple[Task, ...]:
+    folder = tmp_path_factory.mktemp("tasks")
+    for name, text in {"apply": APPLY, "view": VIEW}.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return tuple(load_tasks(sorted(folder.iterdir()), dataset))
+
+
+@pytest.fixture(scope="session")
+def bundle(dataset, tasks) -> Bundle:
+    return make_bundle(dataset, tasks)
+
+
+def make_bundle(dataset: Dataset, tasks: tuple[Task, ...], seed: int = 0, max_tokens: int = 600) -> Bundle:
+    percentiles = Percentiles.fit(dataset, tasks[0].boundaries(dataset)[0])
+    by_bytes = Verbalizer(dataset, percentiles, Tokenizer.of_bytes(), 1_000_000)
+    texts = [by_bytes.prompt(tasks[0], example_now(dataset, tasks[0], row), "compact").render() for row in range(8)]
+    tokenizer = Tokenizer.train(texts, ["Yes", "No"], vocab_size=600)
+    model = MODEL.model_copy(update={"vocab_size": tokenizer.vocab_size})
+    scale = PercentileScale(dataset=dataset.card.name, quantiles=percentiles.quantiles)
+    prompts = PromptConfig(max_tokens=max_tokens)
+    return Bundle(model, params(model, seed), tokenizer, prompts, scale, dataset.card, tasks)
+
+
+@pytest.fixture(scope="session")
+def model_folder(bundle, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    bundle.save(folder)
+    return folder

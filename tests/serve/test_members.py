@@ -1,0 +1,54 @@
+"""What a server says of a member is what training says."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from brewjax.data.examples import build_examples, example_now
+from brewjax.data.verbalize import STYLES
+from brewjax.serve import ranker_pb2 as pb
+from brewjax.serve.members import of_example, say
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_request_is_said_as_in_training(bundle, dataset, tasks, style):
+    prompts = bundle.prompts.model_copy(update={"score_style": style, "max_tokens": 900})
+    bundle = dataclasses.replace(bundle, prompts=prompts)
+    for task in tasks:
+        verbalizer = bundle.verbalizer(dataset, task)
+        examples = [*build_examples(dataset, task, "test"), example_now(dataset, task, 7)]
+        assert any(len(example.history) for example in examples)
+        for example in examples:
+            unlabelled = dataclasses.replace(example, labels=np.full(len(example.items), -1, np.int32))
+            assert say(bundle, task, of_example(dataset, task, example)) == verbalizer.prompt(task, unlabelled, style)
+
+
+def test_events_come_in_any_order_and_later_ones_are_not_told(bundle, dataset, tasks):
+    request = of_example(dataset, tasks[0], example_now(dataset, tasks[0], 7).asking(3))
+    expected = say(bundle, tasks[0], request)
+    events = list(request.history)
+    del request.history[:]
+    request.history.extend(reversed(events))
+    later = request.history.add(action="applied", item=events[0].item)
+    later.time.FromMicroseconds(request.now.ToMicroseconds())
+    assert say(bundle, tasks[0], request) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.history.add(action="bought"), r"member.history\[1\].action: no action 'bought'; actions: viewed, a"),
+        (lambda m: m.history.add(action="viewed"), r"member.history\[1\].time: missing"),
+        (lambda m: m.items[1].attributes["colour"].CopyFrom(pb.Value(text="red")), r"items\[1\].attributes: no attribute"),
+        (lambda m: m.items[0].attributes["salary"].CopyFrom(pb.Value(text="a lot")), r"items\[0\].*'salary'\]: a text; for a"),
+        (lambda m: m.attributes["position"].CopyFrom(pb.Value(list=pb.Texts())), r"member.attributes\['position'\]: a list"),
+        (lambda m: m.history[0].item["skills"].CopyFrom(pb.Value(text="SQL")), r"history\[0\].item\['skills'\]: a text; .* list"),
+    ],
+)  # fmt: skip
+def test_errors_name_the_field(bundle, dataset, tasks, change, message):
+    request = of_example(dataset, tasks[0], example_now(dataset, tasks[0], 1).asking(2))
+    assert len(request.history) == 1
+    change(request)
+    with pytest.raises(ValueError, match=message):
+        say(bundle, tasks[0], request)
