@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from brewjax.model.decoder import KeysValues, ModelConfig, Past
 from brewjax.model.params import Params, bind
 from brewjax.model.sharding import FSDP_TENSOR, MeshConfig
 from brewjax.scoring.buckets import plan_passes
-from brewjax.scoring.passes import LABELS_IN_PASS, PAGE, Bucket, Pass, Rows, lay_out
+from brewjax.scoring.passes import LABELS_IN_PASS, NOWHERE, PAGE, Bucket, Part, Pass, Rows, lay_out
 from pallas_kernels.label_scores import label_log_probs
 from pallas_kernels.segments import Segments
 
@@ -147,7 +148,25 @@ class Scorer:
     def warm_up(self) -> None:
         """Compiles every bucket, so that no later request does."""
         for bucket in self.buckets:
-            self.start([Pass(bucket, [])])
+            for against in get_args(Against) if self._cache_pages else ("labels",):
+                self.start([Pass(bucket, [])], against)
+
+    def measure(self) -> dict[Bucket, float]:
+        """Seconds that a full pass of each bucket takes: the quicker of two, half of it a prefix or all behind one."""
+        seconds = {}
+        for bucket in self.buckets:
+            prefix = bucket.past * PAGE or bucket.tokens // 2
+            items = (bucket.tokens - (0 if bucket.past else prefix)) // 16
+            prompt = EncodedPrompt([[0] * prefix], [[0] * 16] * items, [0, 1], [None] * items, self.layout)
+            start = prefix if bucket.past else 0
+            part = Part(None, prompt, range(items), start, prefix, (NOWHERE,) * bucket.past)
+            times = []
+            for _ in range(2):
+                began = time.perf_counter()
+                self.finish(self.start([Pass(bucket, [part])]))
+                times.append(time.perf_counter() - began)
+            seconds[bucket] = min(times)
+        return seconds
 
     def compilations(self) -> int:
         """How many different passes were compiled so far."""

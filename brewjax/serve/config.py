@@ -1,0 +1,79 @@
+"""What a server is told when it starts."""
+
+from __future__ import annotations
+
+import ipaddress
+
+import pydantic
+
+from brewjax.config import Config
+from brewjax.scoring.passes import PAGE
+
+
+class ServeConfig(Config):
+    """Where a server listens, what it keeps in memory, and its limits.
+
+    Attributes:
+      port, http_port: of gRPC, and of HTTP (0: none).
+      tls_cert, tls_key: PEM files; token_file: holds the bearer token that every caller must send. Both are needed
+        to listen on any but a loopback address.
+      tasks: task files to answer beside those that the model was trained on.
+      row_tokens: lengths of rows that passes are compiled for.
+      context: most tokens of a prefix; by default as many as the model was trained to read.
+      cache_gigabytes: memory for the keys and values of prefixes.
+      tensor: devices that share each pass (the mesh axis `tensor`); by default all.
+      max_wait_ms: how long an idle device waits for requests to share a pass.
+      waiting_tokens: tokens that may be queued or running; requests beyond them are told to come back.
+      items, stream_items: most items of a Score and of a ScoreStream.
+      item_tokens: most tokens of one item.
+      request_bytes: most bytes of a request.
+      streams: most requests at a time.
+      timeout: seconds for requests that come without a deadline.
+      drain_seconds: how long what runs may take to finish after SIGTERM.
+      decode: serve JetStream's Decode too.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = pydantic.Field(default=9000, ge=0)
+    http_port: int = pydantic.Field(default=9001, ge=0)
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    token_file: str | None = None
+    tasks: tuple[str, ...] = ()
+    row_tokens: tuple[int, ...] = pydantic.Field(default=(256, 1024, 4096), min_length=1)
+    context: int | None = pydantic.Field(default=None, gt=0)
+    cache_gigabytes: float = pydantic.Field(default=1.0, gt=0)
+    tensor: int | None = pydantic.Field(default=None, gt=0)
+    max_wait_ms: float = pydantic.Field(default=2.0, ge=0)
+    waiting_tokens: int = pydantic.Field(default=200_000, gt=0)
+    items: int = pydantic.Field(default=1_000, gt=0)
+    stream_items: int = pydantic.Field(default=50_000, gt=0)
+    item_tokens: int = pydantic.Field(default=1_024, gt=0)
+    request_bytes: int = pydantic.Field(default=8_000_000, gt=0)
+    streams: int = pydantic.Field(default=256, gt=0)
+    timeout: float = pydantic.Field(default=60.0, gt=0)
+    drain_seconds: float = pydantic.Field(default=30.0, gt=0)
+    decode: bool = True
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> ServeConfig:
+        if any(length % (2 * PAGE) or length <= 0 for length in self.row_tokens):
+            raise ValueError(f"row_tokens {self.row_tokens}: lengths are multiples of {2 * PAGE}")
+        if self.item_tokens > max(self.row_tokens):
+            raise ValueError(f"item_tokens {self.item_tokens} is over the longest of row_tokens {self.row_tokens}")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("give both tls_cert and tls_key, or neither")
+        if not _loopback(self.host) and not (self.tls_cert and self.token_file):
+            raise ValueError(
+                f"host {self.host} can be reached from other machines: give tls_cert, tls_key and token_file"
+            )
+        return self
+
+
+def _loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

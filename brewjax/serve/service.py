@@ -1,0 +1,234 @@
+"""What the server does with a request, whichever way it came: check, encode, queue, answer, count."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import jax
+import jax.numpy as jnp
+import numpy as np
+from opentelemetry import trace
+
+from brewjax.data.dataset import Attribute
+from brewjax.data.task import Task
+from brewjax.model.params import count
+from brewjax.scoring.bundle import Bundle
+from brewjax.scoring.passes import LABELS_IN_PASS, PAGE, Bucket
+from brewjax.scoring.scorer import Against
+from brewjax.serve import ranker_pb2 as pb
+from brewjax.serve.config import ServeConfig
+from brewjax.serve.encoding import Encoded, Encoder
+from brewjax.serve.metrics import Metrics
+from brewjax.serve.worker import QueueFullError, Request, Worker
+
+log = logging.getLogger(__name__)
+tracer = trace.get_tracer("brewjax.serve")
+
+
+def status_of(error: BaseException) -> grpc.StatusCode:
+    """The gRPC code that tells a caller what to do about an error."""
+    kinds: dict[type[BaseException], grpc.StatusCode] = {
+        QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+        TimeoutError: grpc.StatusCode.DEADLINE_EXCEEDED,
+        asyncio.CancelledError: grpc.StatusCode.CANCELLED,
+        ValueError: grpc.StatusCode.INVALID_ARGUMENT,
+    }
+    return next((code for kind, code in kinds.items() if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
+
+
+class Service:
+    """A model, the worker that scores with it, and the rules of who may ask what.
+
+    Args:
+      tasks: what may be asked of members.
+      version: of the checkpoint, for answers to say which model they are from.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        version: str,
+        tasks: Sequence[Task],
+        worker: Worker,
+        costs: dict[Bucket, float],
+        config: ServeConfig,
+        metrics: Metrics,
+    ):
+        self.bundle, self.version, self.worker, self.config, self.metrics = bundle, version, worker, config, metrics
+        self._encoder = Encoder(bundle, tasks, config)
+        self._costs = costs
+        self._host = ThreadPoolExecutor(thread_name_prefix="encode")  # tokenizers release Python's lock
+        self._streams = 0
+        self.draining = False
+
+    @property
+    def model(self) -> str:
+        """Name and version."""
+        return f"{self.bundle.model.name}@{self.version}"
+
+    @contextlib.contextmanager
+    def observed(self, method: str, request_id: str) -> Iterator[None]:
+        """Counts, times, logs and traces what is done of a request, and takes its place among the streams.
+
+        Raises QueueFullError where there is none.
+        """
+        began, code, error = time.monotonic(), grpc.StatusCode.OK, ""
+        self._streams += 1
+        with tracer.start_as_current_span(method, attributes={"brewjax.request_id": request_id}):
+            try:
+                if self._streams > self.config.streams or self.draining:
+                    raise QueueFullError(1.0)
+                yield
+            except BaseException as raised:
+                code, error = status_of(raised), str(raised)
+                if code is grpc.StatusCode.INTERNAL:
+                    log.exception("request failed", extra={"request_id": request_id})
+                raise
+            finally:
+                self._streams -= 1
+                seconds = time.monotonic() - began
+                self.metrics.requests.labels(method, code.name).inc()
+                self.metrics.request_seconds.labels(method).observe(seconds)
+                fields = {"request_id": request_id, "method": method, "code": code.name, "seconds": round(seconds, 4)}
+                log.info(error or "answered", extra=fields)
+
+    async def score(self, request: pb.ScoreRequest, seconds: float | None = None) -> pb.ScoreResponse:
+        """Scores a request's items; `seconds` are left until its deadline.
+
+        Raises ValueError (the field, what is wrong with it), QueueFullError, TimeoutError.
+        """
+        request_id = request.request_id or uuid.uuid4().hex
+        with self.observed("Score", request_id):
+            deadline = self._deadline(seconds)
+            encoded = await self._encode(request, self.config.items)
+            probabilities = np.empty((len(encoded.prompt.questions), len(encoded.prompt.labels)), np.float32)
+
+            def answer(first: int, found: np.ndarray) -> None:
+                probabilities[first : first + len(found)] = found
+
+            queued = self.worker.submit(encoded.prompt, _against(request), deadline, answer)
+            cached = await self._wait(queued, deadline)
+            return self._response(request_id, encoded, 0, probabilities, cached, request.top_k)
+
+    async def stream(self, request: pb.ScoreRequest, seconds: float | None = None) -> AsyncIterator[pb.ScoreResponse]:
+        """As `score`, a response for each pass."""
+        request_id = request.request_id or uuid.uuid4().hex
+        with self.observed("ScoreStream", request_id):
+            if request.top_k:
+                raise ValueError("top_k: not for ScoreStream, whose responses hold every item once")
+            deadline = self._deadline(seconds)
+            encoded = await self._encode(request, self.config.stream_items)
+            loop = asyncio.get_running_loop()
+            found: asyncio.Queue[tuple[int, np.ndarray] | None] = asyncio.Queue()
+
+            def answer(first: int, probabilities: np.ndarray) -> None:
+                loop.call_soon_threadsafe(found.put_nowait, (first, probabilities))
+
+            queued = self.worker.submit(encoded.prompt, _against(request), deadline, answer)
+            queued.add_done_callback(lambda _: loop.call_soon_threadsafe(found.put_nowait, None))
+            try:
+                while (chunk := await found.get()) is not None:
+                    yield self._response(request_id, encoded, *chunk, queued.job.hits or 0)
+                queued.result()
+            finally:
+                queued.cancel()
+
+    def describe(self) -> pb.DescribeResponse:
+        """What is served, and its limits."""
+        config, card = self.config, self.bundle.card
+
+        def attributes(those: Sequence[Attribute]) -> list[pb.AttributeDescription]:
+            return [pb.AttributeDescription(column=attribute.column, kind=attribute.kind) for attribute in those]
+
+        return pb.DescribeResponse(
+            model=self.model,
+            parameters=count(self.bundle.params),
+            tasks=[
+                pb.TaskDescription(
+                    name=task.name,
+                    instruction=task.instruction,
+                    labels=task.words,
+                    label_values=task.values,
+                    history_actions=task.history.actions,
+                    member_attributes=attributes(card.members.attributes),
+                    event_attributes=attributes(card.events.attributes),
+                    item_attributes=attributes(card.items.attributes),
+                )
+                for task in self._encoder.tasks.values()
+            ],
+            limits=pb.Limits(
+                items=config.items,
+                stream_items=config.stream_items,
+                prefix_tokens=self._encoder.context,
+                item_tokens=config.item_tokens,
+                labels=LABELS_IN_PASS,
+                request_bytes=config.request_bytes,
+                waiting_tokens=config.waiting_tokens,
+                streams=config.streams,
+            ),
+            shapes=[
+                pb.Shape(tokens=bucket.tokens, cached_tokens=bucket.past * PAGE, seconds=seconds)
+                for bucket, seconds in self._costs.items()
+            ],
+            compilations=self.worker.scorer.compilations(),
+        )
+
+    async def reload(self, bundle: Bundle, version: str) -> None:
+        """Other weights, from the next request on; ValueError where they do not fit what is compiled, or are broken."""
+        old = self.bundle
+        if bundle.model.model_copy(update={"name": old.model.name}) != old.model:
+            raise ValueError("the checkpoint's model has another shape; start a new server for it")
+        if bundle.tokenizer.hf.backend_tokenizer.to_str() != old.tokenizer.hf.backend_tokenizer.to_str():
+            raise ValueError("the checkpoint has another tokenizer; start a new server for it")
+        finite = jax.tree.leaves(jax.tree.map(lambda leaf: bool(jnp.isfinite(leaf).all()), bundle.params))
+        if not all(finite):
+            raise ValueError("the checkpoint has weights that are not finite")
+        await asyncio.wrap_future(self.worker.reload(bundle.params))
+        self.bundle, self.version = bundle, version
+
+    def _deadline(self, seconds: float | None) -> float:
+        return time.monotonic() + min(self.config.timeout, math.inf if seconds is None else seconds)
+
+    async def _encode(self, request: pb.ScoreRequest, most_items: int) -> Encoded:
+        with tracer.start_as_current_span("encode"):
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._host, self._encoder.encode, request, most_items)
+
+    async def _wait(self, queued: Request, deadline: float) -> int:
+        """How many tokens of the prefix were cached; whoever stops waiting takes the request out of the queue."""
+        with tracer.start_as_current_span("queue and pass"):
+            async with asyncio.timeout(deadline - time.monotonic()):
+                return await asyncio.wrap_future(queued)
+
+    def _response(
+        self, request_id: str, encoded: Encoded, first: int, found: np.ndarray, cached: int, top_k: int = 0
+    ) -> pb.ScoreResponse:
+        order = np.argsort(-(found @ encoded.values), kind="stable")[: top_k or None]
+        prompt = encoded.prompt
+        return pb.ScoreResponse(
+            request_id=request_id,
+            labels=encoded.labels,
+            scores=[
+                pb.ItemScore(index=first + row, id=encoded.ids[first + row], probabilities=found[row]) for row in order
+            ],
+            usage=pb.Usage(
+                prefix_tokens=prompt.prefix_length,
+                cached_tokens=cached,
+                item_tokens=sum(map(len, prompt.questions[first : first + len(found)])),
+                events_cut=encoded.events_cut,
+                tokens_cut=encoded.tokens_cut,
+            ),
+            model=self.model,
+        )
+
+
+def _against(request: pb.ScoreRequest) -> Against:
+    return "vocabulary" if request.over_vocabulary else "labels"
