@@ -14,7 +14,7 @@ class ServeConfig(Config):
     """Where a server listens, what it keeps in memory, and its limits.
 
     Attributes:
-      port, http_port: of gRPC, and of HTTP (0: none).
+      port, http_port: of gRPC, and of HTTP (null: none); 0 takes a free one.
       tls_cert, tls_key: PEM files; token_file: holds the bearer token that every caller must send. Both are needed
         to listen on any but a loopback address.
       tasks: task files to answer beside those that the model was trained on.
@@ -35,7 +35,7 @@ class ServeConfig(Config):
 
     host: str = "127.0.0.1"
     port: int = pydantic.Field(default=9000, ge=0)
-    http_port: int = pydantic.Field(default=9001, ge=0)
+    http_port: int | None = pydantic.Field(default=9001, ge=0)
     tls_cert: str | None = None
     tls_key: str | None = None
     token_file: str | None = None

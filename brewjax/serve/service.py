@@ -74,6 +74,11 @@ class Service:
         """Name and version."""
         return f"{self.bundle.model.name}@{self.version}"
 
+    @property
+    def ready(self) -> bool:
+        """Whether requests are answered: it does not drain, and the last pass did not fail."""
+        return not self.draining and self.worker.healthy
+
     @contextlib.contextmanager
     def observed(self, method: str, request_id: str) -> Iterator[None]:
         """Counts, times, logs and traces what is done of a request, and takes its place among the streams.

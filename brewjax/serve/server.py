@@ -1,0 +1,218 @@
+"""One process that serves a model: gRPC and HTTP on one event loop, a thread that scores, and a way to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import math
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import jax
+import jax.numpy as jnp
+import uvicorn
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from pythonjsonlogger.json import JsonFormatter
+
+from brewjax.data.task import Task
+from brewjax.model.params import WEIGHTS
+from brewjax.model.sharding import MeshConfig
+from brewjax.scoring.batcher import Batcher
+from brewjax.scoring.bundle import Bundle
+from brewjax.scoring.passes import PAGE, Bucket
+from brewjax.scoring.prefix_cache import PrefixCache
+from brewjax.scoring.scorer import Scorer
+from brewjax.serve import ranker_pb2, ranker_pb2_grpc
+from brewjax.serve.config import ServeConfig
+from brewjax.serve.http import make_app
+from brewjax.serve.metrics import Metrics
+from brewjax.serve.rpc import BearerToken, Ranker
+from brewjax.serve.service import Service
+from brewjax.serve.worker import Worker
+
+log = logging.getLogger(__name__)
+RANKER = ranker_pb2.DESCRIPTOR.services_by_name["Ranker"].full_name
+
+
+class Server:
+    """A model folder, served.
+
+    After `start`, `port` and `http_port` say where; `stop` drains.
+    """
+
+    def __init__(self, folder: Path, config: ServeConfig):
+        self.folder, self.config = folder, config
+        self._mesh = MeshConfig(tensor=config.tensor or jax.device_count())
+        bundle = Bundle.load(folder, self._mesh)
+        buckets, pages = _memory(bundle, config)
+        metrics = Metrics()
+        scorer = Scorer(
+            bundle.model, bundle.params, bundle.tokenizer, bundle.prompts.layout, buckets, self._mesh.build(), pages
+        )
+        scorer.warm_up()
+        costs = scorer.measure()
+        metrics.compilations.set(scorer.compilations())
+        batcher = Batcher(costs, PrefixCache(pages))
+        worker = Worker(scorer, batcher, metrics, config.waiting_tokens, config.max_wait_ms / 1000)
+        tasks = [*bundle.tasks, *map(Task.load, config.tasks)]
+        self.service = Service(bundle, _version(folder), tasks, worker, costs, config, metrics)
+        self.port = self.http_port = 0
+        self._http: _Uvicorn | None = None
+        self._reloading = asyncio.Lock()
+
+    async def start(self) -> None:
+        """Listens; OSError where a port is taken."""
+        config = self.config
+        token = Path(config.token_file).read_text().strip() if config.token_file else None
+        self._rpc = grpc.aio.server(
+            interceptors=[BearerToken(token)] if token else [],
+            options=[
+                # Larger ones are refused with a clear code by the service, much larger ones by gRPC.
+                ("grpc.max_receive_message_length", 4 * config.request_bytes),
+                ("grpc.max_concurrent_streams", 2 * config.streams),
+                ("grpc.so_reuseport", 0),
+            ],
+        )
+        ranker_pb2_grpc.add_RankerServicer_to_server(Ranker(self.service, self.reload), self._rpc)
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._rpc)
+        reflection.enable_server_reflection([RANKER, health.SERVICE_NAME, reflection.SERVICE_NAME], self._rpc)
+        address = f"{config.host}:{config.port}"
+        if config.tls_key and config.tls_cert:
+            pair = (Path(config.tls_key).read_bytes(), Path(config.tls_cert).read_bytes())
+            self.port = self._rpc.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+        else:
+            self.port = self._rpc.add_insecure_port(address)
+        self.service.worker.start()
+        await self._rpc.start()
+        if config.http_port is not None:
+            await self._start_http(token)
+        for name in ("", RANKER):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        log.info("ready", extra={"model": self.service.model, "port": self.port, "http_port": self.http_port})
+
+    async def _start_http(self, token: str | None) -> None:
+        config = self.config
+        listening = socket.create_server((config.host, config.http_port or 0))
+        self.http_port = listening.getsockname()[1]
+        settings = uvicorn.Config(
+            make_app(self.service, token),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            ssl_certfile=config.tls_cert,
+            ssl_keyfile=config.tls_key,
+        )
+        self._http = _Uvicorn(settings)
+        self._http_task = asyncio.create_task(self._http.serve([listening]))
+        while not self._http.started:
+            await asyncio.sleep(0.01)
+
+    async def reload(self, folder: str) -> str:
+        """Serves another checkpoint of the same shape, and returns its name and version.
+
+        Raises ValueError where it cannot be read or does not fit; the one before is served on.
+        """
+        path = Path(folder) if folder else self.folder
+        async with self._reloading:
+            try:
+                bundle = await asyncio.to_thread(self._read, path)
+                await self.service.reload(bundle, _version(path))
+            except ValueError:
+                self.service.metrics.reloads.labels("refused").inc()
+                raise
+        self.service.metrics.reloads.labels("taken up").inc()
+        log.info("reloaded", extra={"model": self.service.model, "folder": str(path)})
+        return self.service.model
+
+    def _read(self, path: Path) -> Bundle:
+        try:
+            return Bundle.load(path, self._mesh)
+        except ValueError:
+            raise
+        except Exception as error:  # of the many that a broken checkpoint can raise
+            raise ValueError(f"{path}: cannot be read: {error}") from error
+
+    async def stop(self) -> bool:
+        """Accepts no more, lets what runs finish; False where that took longer than `drain_seconds`."""
+        log.info("draining")
+        self.service.draining = True
+        began, limit = time.monotonic(), self.config.drain_seconds
+        await self._health.enter_graceful_shutdown()
+        await self._rpc.stop(limit)
+        if self._http is not None:
+            self._http.should_exit = True
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._http_task, max(1.0, limit - (time.monotonic() - began)))
+        left = max(0.1, limit - (time.monotonic() - began))
+        finished = await asyncio.to_thread(self.service.worker.stop, left)
+        log.info("stopped", extra={"finished": finished})
+        return finished
+
+
+async def serve(folder: Path, config: ServeConfig) -> bool:
+    """Serves until SIGTERM or SIGINT; SIGHUP reads the folder's checkpoint again. True where all requests finished."""
+    server = Server(folder, config)
+    await server.start()
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    reloads: set[asyncio.Task] = set()  # a loop holds its tasks only weakly
+
+    async def reload() -> None:
+        try:
+            await server.reload("")
+        except ValueError as error:
+            log.error("reload refused: %s", error)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    loop.add_signal_handler(signal.SIGHUP, lambda: reloads.add(asyncio.create_task(reload())))
+    await stop.wait()
+    return await server.stop()
+
+
+def log_as_json() -> None:
+    """Logs go to stderr, a JSON object a line."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        JsonFormatter("%(asctime)s %(levelname)s %(name)s %(message)s", rename_fields={"asctime": "time"})
+    )
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.getLogger("absl").setLevel(logging.WARNING)
+
+
+class _Uvicorn(uvicorn.Server):
+    """Whose process is not its own: signals are not its business."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _memory(bundle: Bundle, config: ServeConfig) -> tuple[list[Bucket], int]:
+    """The shapes to compile, and how many pages the cache of prefixes has."""
+    model = bundle.model
+    context = math.ceil((config.context or bundle.prompts.max_tokens) / PAGE)
+    bytes_in_page = 2 * PAGE * model.layers * model.kv_heads * model.head_dim * jnp.dtype(model.compute_dtype).itemsize
+    pages = int(config.cache_gigabytes * 1e9 / bytes_in_page)
+    if pages <= context:
+        raise config.error(
+            f"{config.cache_gigabytes} GB hold {pages * PAGE:,} tokens of this model, and one prefix may have "
+            f"{context * PAGE:,}: give {math.ceil((context + 1) * bytes_in_page / 1e7) / 100} or more",
+            "cache_gigabytes",
+        )
+    most = max(context, max(config.row_tokens) // PAGE)
+    return [Bucket(tokens, past) for tokens in config.row_tokens for past in (0, math.ceil(most / 4), most)], pages
+
+
+def _version(folder: Path) -> str:
+    """Changes whenever the weights are written anew."""
+    files = sorted(path for path in (folder / WEIGHTS).rglob("*") if path.is_file())
+    facts = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
