@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DATASET := data/movielens-100k
 
-.PHONY: demo long test lint clean
+.PHONY: demo long test lint proto clean
 
 demo: .venv/demo.installed
 	@date +%s > .venv/demo.began
@@ -23,6 +23,9 @@ lint: .venv/test.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+proto:
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. brewjax/serve/ranker.proto
 
 clean:
 	rm -rf .venv runs data

@@ -5,7 +5,9 @@ from __future__ import annotations
 import datetime
 import os
 import sys
+import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
@@ -15,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from brewjax.data.prompt import Prompt
+    from brewjax.serve import ranker_pb2 as pb
 
 # Heavy imports (jax, transformers) are inside the verbs, so that --help answers at once.
 
@@ -29,14 +31,11 @@ console = Console()
 ModelFolder = Annotated[Path, typer.Argument(help="A model folder, e.g. runs/demo/model.")]
 DatasetFolder = Annotated[Path, typer.Argument(help="A folder with dataset.yaml and its Parquet files.")]
 MICROSECONDS = 1_000_000
+TOKEN = "BREWJAX_TOKEN"  # the environment variable with the bearer token of a server
 
 
 def main() -> None:
     """Runs the command line; what a user can mend is said in one message, without a traceback."""
-    # One XLA device a core: the rows of a batch are then computed side by side, where one device would
-    # run the many small operations of blockwise attention on a single core.
-    cores = os.cpu_count() or 1
-    os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(min(4, 1 << (cores.bit_length() - 1))))
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app()
@@ -46,6 +45,13 @@ def main() -> None:
             raise
         Console(stderr=True).print(f"[bold red]error:[/] {error}", markup=True, highlight=False, soft_wrap=True)
         sys.exit(2)
+
+
+def _device_per_core() -> None:
+    """On a CPU, the rows of a batch are then computed side by side, where one device would run the many small
+    operations of blockwise attention on a single core. To be called before JAX is imported."""
+    cores = os.cpu_count() or 1
+    os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(min(4, 1 << (cores.bit_length() - 1))))
 
 
 @data.command()
@@ -79,6 +85,7 @@ def run(
     overrides: Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE, e.g. train.steps=100.")] = None,
 ) -> None:
     """Run a recipe stage by stage; what is done is skipped, what was killed goes on."""
+    _device_per_core()
     from brewjax.pipeline import STAGES, run_recipe
     from brewjax.recipe import Recipe
 
@@ -95,6 +102,7 @@ def evaluate(
     max_examples: Annotated[Optional[int], typer.Option(help="Of each task; a random choice of them.")] = None,
 ) -> None:
     """Judge a model on tasks, trained on or not: a task is a YAML file, no training and no code."""
+    _device_per_core()
     from brewjax.data.dataset import Dataset
     from brewjax.data.task import load_tasks
     from brewjax.evaluate.predict import predict, sample_examples
@@ -133,7 +141,7 @@ def prompt(
     (checked,) = load_tasks([task], tables)
     percentiles = Percentiles.fit(tables, checked.boundaries(tables)[0])
     verbalizer = Verbalizer(tables, percentiles, Tokenizer.of_bytes(), max_tokens)
-    example = example_now(tables, checked, tables.member_row(member)).asking(questions)
+    example = example_now(tables, checked, tables.member_row(member)).asking(slice(questions))
     said = verbalizer.prompt(checked, example, style)
     console.print(said.render(), markup=False, highlight=False, soft_wrap=True)
     if said.dropped:
@@ -142,7 +150,8 @@ def prompt(
 
 @app.command()
 def score(
-    model: ModelFolder,
+    model: Annotated[Optional[Path], typer.Argument(help="A model folder; none with --server.")] = None,
+    server: Annotated[str, typer.Option(help="Or HOST:PORT of a `brewjax serve`.")] = "",
     prompt: Annotated[
         Optional[Path], typer.Option(help="A prompt as JSON; - reads it from stdin.", allow_dash=True)
     ] = None,
@@ -152,17 +161,28 @@ def score(
     at: Annotated[
         Optional[datetime.datetime], typer.Option(help="As of this moment (UTC), not the last event.")
     ] = None,
+    items: Annotated[Optional[int], typer.Option(help="Rank only so many of them, drawn at random.", min=1)] = None,
     top: Annotated[int, typer.Option(help="How many items to show.", min=1)] = 10,
 ) -> None:
-    """Rank items for a member of a dataset, or answer the questions of a JSON prompt."""
-    from brewjax.data.prompt import Prompt
-    from brewjax.scoring.bundle import Bundle
-
+    """Rank items for a member of a dataset, or answer the questions of a JSON prompt; here, or on a server."""
+    if (model is None) == (not server):
+        raise typer.BadParameter("give a model folder, or --server")
     if prompt is not None:
+        from brewjax.data.prompt import Prompt
+
         said = Prompt.from_json(sys.stdin.read() if str(prompt) == "-" else prompt.read_text())
-        values = np.arange(len(said.labels), 0, -1)
-        names = [question.text.strip() for question in said.questions]
-        bundle = Bundle.load(model)
+        if model:
+            from brewjax.scoring.bundle import Bundle
+
+            bundle = Bundle.load(model)
+            probabilities = bundle.scorer([bundle.encode(said)]).score(said)
+        else:
+            from brewjax.serve.client import raw
+
+            asked = [question.text for question in said.questions]
+            probabilities = _ask(server, raw(said.center, asked, said.labels, said.events))
+        values, names = np.arange(len(said.labels), 0, -1), [question.text.strip() for question in said.questions]
+        _print_ranking(probabilities, said.labels, values, names, top)
     elif dataset and task and member:
         from brewjax.data.dataset import Dataset
         from brewjax.data.examples import example_now
@@ -170,21 +190,73 @@ def score(
 
         tables = Dataset.load(dataset)
         (checked,) = load_tasks([task], tables)
-        bundle = Bundle.load(model)
         moment = int(at.replace(tzinfo=datetime.UTC).timestamp() * MICROSECONDS) if at else None
         example = example_now(tables, checked, tables.member_row(member), moment)
-        said = bundle.verbalizer(tables, checked).prompt(checked, example, bundle.prompts.score_style)
-        values, names = checked.values, [tables.item_name(row) for row in example.items]
+        if items is not None:
+            example = example.asking(np.sort(np.random.default_rng(0).permutation(len(example.items))[:items]))
+        if model:
+            from brewjax.scoring.bundle import Bundle
+
+            bundle = Bundle.load(model)
+            said = bundle.verbalizer(tables, checked).prompt(checked, example, bundle.prompts.score_style)
+            probabilities = bundle.scorer([bundle.encode(said)]).score(said)
+        else:
+            from brewjax.serve.members import of_example
+
+            probabilities = _ask(server, of_example(tables, checked, example))
+        names = [tables.item_name(row) for row in example.items]
+        _print_ranking(probabilities, checked.words, checked.values, names, top)
     else:
         raise typer.BadParameter("give --prompt, or --dataset, --task and --member")
-    scorer = bundle.scorer([bundle.encode(said)])
-    _print_ranking(said, scorer.score(said), values, names, top)
 
 
-def _print_ranking(said: Prompt, probabilities: np.ndarray, values: np.ndarray, names: list[str], top: int) -> None:
+def _ask(server: str, question: pb.Member | pb.Raw) -> np.ndarray:
+    """Probabilities [items, labels] from a server, in the order of the items."""
+    from brewjax.serve import Client
+
+    with Client(server, os.environ.get(TOKEN)) as client:
+        most = client.describe().limits.items
+        began = time.perf_counter()
+        responses = [client.score(question)] if len(question.items) <= most else list(client.stream(question))
+        seconds = time.perf_counter() - began
+    scores = {item.index: item.probabilities for response in responses for item in response.scores}
+    usage = responses[0].usage
+    console.print(
+        f"{responses[0].model}: {len(scores)} items in {seconds * 1000:.0f} ms; {usage.prefix_tokens} tokens before them, "
+        f"{usage.cached_tokens} cached; {usage.events_cut} older events left out"
+    )
+    return np.array([scores[index] for index in range(len(scores))], np.float32)
+
+
+@app.command()
+def serve(
+    model: ModelFolder,
+    config: Annotated[Optional[Path], typer.Option(help="A file of settings.")] = None,
+    overrides: Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE, e.g. port=9000.")] = None,
+) -> None:
+    """Serve a model over gRPC (Ranker, and JetStream's Decode) and HTTP (/v1/score).
+
+    SIGTERM finishes what runs and stops; SIGHUP takes up the folder's new checkpoint.
+    """
+    import asyncio
+
+    from brewjax.serve.config import ServeConfig
+    from brewjax.serve.server import log_as_json
+    from brewjax.serve.server import serve as run_server
+
+    settings = (
+        ServeConfig.load(config, overrides or ()) if config else ServeConfig.parse("{}", "--set", overrides or ())
+    )
+    log_as_json()
+    sys.exit(0 if asyncio.run(run_server(model, settings)) else 1)
+
+
+def _print_ranking(
+    probabilities: np.ndarray, labels: Sequence[str], values: np.ndarray, names: Sequence[str], top: int
+) -> None:
     expected = probabilities @ values
-    table = Table(caption=f"{len(said.events)} past events read, {len(names)} questions")
-    for heading in ("rank", "item", *(f"P({word})" for word in said.labels)):
+    table = Table(caption=f"the best of {len(names)}")
+    for heading in ("rank", "item", *(f"P({word})" for word in labels)):
         table.add_column(heading, justify="left" if heading == "item" else "right")
     for rank, row in enumerate(np.argsort(-expected, kind="stable")[:top], 1):
         table.add_row(str(rank), names[row], *(f"{p:.3f}" for p in probabilities[row]))

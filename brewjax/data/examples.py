@@ -36,9 +36,9 @@ class Example:
     items: np.ndarray
     labels: np.ndarray
 
-    def asking(self, count: int) -> Example:
-        """The same with its first `count` questions."""
-        return dataclasses.replace(self, items=self.items[:count], labels=self.labels[:count])
+    def asking(self, some: slice | np.ndarray) -> Example:
+        """The same with some of its questions."""
+        return dataclasses.replace(self, items=self.items[some], labels=self.labels[some])
 
 
 def history_before(dataset: Dataset, task: Task, member: int, cut: int) -> tuple[np.ndarray, int]:

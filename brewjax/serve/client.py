@@ -97,10 +97,19 @@ class Client:
         return {"timeout": timeout or self._timeout, "metadata": self._metadata}
 
 
-def raw(prefix: str | Sequence[int], items: Sequence[str | Sequence[int]], labels: Sequence[str | int]) -> pb.Raw:
-    """A prompt in words or tokens of your own: each item is read right after the prefix, and a label answers it."""
+def raw(
+    prefix: str | Sequence[int],
+    items: Sequence[str | Sequence[int]],
+    labels: Sequence[str | int],
+    events: Sequence[str | Sequence[int]] = (),
+) -> pb.Raw:
+    """A prompt in words or tokens of your own: each item is read after the prefix and the events, and a label answers.
+
+    Texts are turned into tokens one by one, so where you cut a text matters.
+    """
     return pb.Raw(
         prefix=_text(prefix),
+        events=map(_text, events),
         items=map(_text, items),
         labels=[label for label in labels if isinstance(label, str)],
         label_tokens=[label for label in labels if not isinstance(label, str)],

@@ -74,24 +74,25 @@ class Encoder:
 
     def _raw(self, request: pb.ScoreRequest) -> Encoded:
         raw, bos = request.raw, self.bundle.tokenizer.bos
-        places = {"raw.prefix": raw.prefix} | {f"raw.items[{place}]": item for place, item in enumerate(raw.items)}
-        prefix, *items = self._tokens(places)
+        prefix, *events = self._tokens({"raw.prefix": raw.prefix} | _places("raw.events", raw.events))
+        items = self._tokens(_places("raw.items", raw.items))
         if raw.prefix.WhichOneof("kind") != "tokens" and prefix[: len(bos)] != bos:
             prefix = bos + prefix
         for place, item in enumerate(items):
             if not item:
                 raise ValueError(f"raw.items[{place}]: empty")
-        labels = self._labels(raw)
+        length = len(prefix) + sum(map(len, events))
+        if length > self.context and request.too_long != pb.ScoreRequest.CUT:
+            raise ValueError(f"raw: {length:,} tokens before the items; at most {self.context:,} are read: ask for CUT")
+        newest_first = np.cumsum([len(event) for event in reversed(events)])
+        cut = len(events) - int(np.searchsorted(newest_first, self.context - len(prefix), side="right"))
         excess = max(0, len(prefix) - self.context)
-        if excess and request.too_long != pb.ScoreRequest.CUT:
-            raise ValueError(
-                f"raw.prefix: {len(prefix):,} tokens; at most {self.context:,} are read: ask for CUT or send fewer"
-            )
         start = len(bos) if prefix[: len(bos)] == bos else 0
-        prefix = prefix[:start] + prefix[start + excess :]
-        prompt = EncodedPrompt([prefix], items, labels, [None] * len(items), self.bundle.prompts.layout)
+        pieces = [prefix[:start] + prefix[start + excess :], *events[cut:]]
+        labels = self._labels(raw)
+        prompt = EncodedPrompt(pieces, items, labels, [None] * len(items), self.bundle.prompts.layout)
         words = [*raw.labels, *map(str, raw.label_tokens)]
-        return Encoded(prompt, words, np.eye(len(labels))[0], [""] * len(items), tokens_cut=excess)
+        return Encoded(prompt, words, np.eye(len(labels))[0], [""] * len(items), cut, excess)
 
     def _labels(self, raw: pb.Raw) -> list[int]:
         labels = []
@@ -122,3 +123,7 @@ class Encoder:
         if tokens and max(tokens) >= size:
             raise ValueError(f"{place}: no token {max(tokens)}; the model knows {size:,}")
         return list(tokens)
+
+
+def _places(name: str, texts: Sequence[pb.Text]) -> dict[str, pb.Text]:
+    return {f"{name}[{place}]": text for place, text in enumerate(texts)}

@@ -4,15 +4,18 @@
 # source: brewjax/serve/ranker.proto
 # Protobuf Python Version: 7.35.1
 """Generated protocol buffer code."""
-
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import descriptor_pool as _descriptor_pool
 from google.protobuf import runtime_version as _runtime_version
 from google.protobuf import symbol_database as _symbol_database
 from google.protobuf.internal import builder as _builder
-
 _runtime_version.ValidateProtobufRuntimeVersion(
-    _runtime_version.Domain.PUBLIC, 7, 35, 1, "", "brewjax/serve/ranker.proto"
+    _runtime_version.Domain.PUBLIC,
+    7,
+    35,
+    1,
+    '',
+    'brewjax/serve/ranker.proto'
 )
 # @@protoc_insertion_point(imports)
 
@@ -22,73 +25,71 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(
-    b'\n\x1a\x62rewjax/serve/ranker.proto\x12\x11\x62rewjax.ranker.v1\x1a\x1fgoogle/protobuf/timestamp.proto"\x9f\x02\n\x0cScoreRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x06member\x18\x02 \x01(\x0b\x32\x19.brewjax.ranker.v1.MemberH\x00\x12%\n\x03raw\x18\x03 \x01(\x0b\x32\x16.brewjax.ranker.v1.RawH\x00\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x39\n\x08too_long\x18\x05 \x01(\x0e\x32\'.brewjax.ranker.v1.ScoreRequest.TooLong\x12\x17\n\x0fover_vocabulary\x18\x06 \x01(\x08"8\n\x07TooLong\x12\x18\n\x14TOO_LONG_UNSPECIFIED\x10\x00\x12\n\n\x06REFUSE\x10\x01\x12\x07\n\x03\x43UT\x10\x02\x42\n\n\x08question"\x9e\x02\n\x06Member\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\'\n\x03now\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12=\n\nattributes\x18\x03 \x03(\x0b\x32).brewjax.ranker.v1.Member.AttributesEntry\x12)\n\x07history\x18\x04 \x03(\x0b\x32\x18.brewjax.ranker.v1.Event\x12&\n\x05items\x18\x05 \x03(\x0b\x32\x17.brewjax.ranker.v1.Item\x1aK\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\'\n\x05value\x18\x02 \x01(\x0b\x32\x18.brewjax.ranker.v1.Value:\x02\x38\x01"\xc5\x02\n\x05\x45vent\x12\x0e\n\x06\x61\x63tion\x18\x01 \x01(\t\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12<\n\nattributes\x18\x03 \x03(\x0b\x32(.brewjax.ranker.v1.Event.AttributesEntry\x12\x30\n\x04item\x18\x04 \x03(\x0b\x32".brewjax.ranker.v1.Event.ItemEntry\x1aK\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\'\n\x05value\x18\x02 \x01(\x0b\x32\x18.brewjax.ranker.v1.Value:\x02\x38\x01\x1a\x45\n\tItemEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\'\n\x05value\x18\x02 \x01(\x0b\x32\x18.brewjax.ranker.v1.Value:\x02\x38\x01"\x9c\x01\n\x04Item\x12\n\n\x02id\x18\x01 \x01(\t\x12;\n\nattributes\x18\x02 \x03(\x0b\x32\'.brewjax.ranker.v1.Item.AttributesEntry\x1aK\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\'\n\x05value\x18\x02 \x01(\x0b\x32\x18.brewjax.ranker.v1.Value:\x02\x38\x01"\xab\x01\n\x05Value\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x11\n\x07integer\x18\x02 \x01(\x03H\x00\x12\x10\n\x06number\x18\x03 \x01(\x01H\x00\x12(\n\x04list\x18\x04 \x01(\x0b\x32\x18.brewjax.ranker.v1.TextsH\x00\x12*\n\x04\x64\x61te\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x00\x12\x0f\n\x05truth\x18\x06 \x01(\x08H\x00\x42\x06\n\x04kind"\x17\n\x05Texts\x12\x0e\n\x06values\x18\x01 \x03(\t"|\n\x03Raw\x12\'\n\x06prefix\x18\x01 \x01(\x0b\x32\x17.brewjax.ranker.v1.Text\x12&\n\x05items\x18\x02 \x03(\x0b\x32\x17.brewjax.ranker.v1.Text\x12\x0e\n\x06labels\x18\x03 \x03(\t\x12\x14\n\x0clabel_tokens\x18\x04 \x03(\r"K\n\x04Text\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12+\n\x06tokens\x18\x02 \x01(\x0b\x32\x19.brewjax.ranker.v1.TokensH\x00\x42\x06\n\x04kind"\x15\n\x06Tokens\x12\x0b\n\x03ids\x18\x01 \x03(\r"\x99\x01\n\rScoreResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06labels\x18\x02 \x03(\t\x12,\n\x06scores\x18\x03 \x03(\x0b\x32\x1c.brewjax.ranker.v1.ItemScore\x12\'\n\x05usage\x18\x04 \x01(\x0b\x32\x18.brewjax.ranker.v1.Usage\x12\r\n\x05model\x18\x05 \x01(\t"=\n\tItemScore\x12\r\n\x05index\x18\x01 \x01(\r\x12\n\n\x02id\x18\x02 \x01(\t\x12\x15\n\rprobabilities\x18\x03 \x03(\x02"r\n\x05Usage\x12\x15\n\rprefix_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x13\n\x0bitem_tokens\x18\x03 \x01(\r\x12\x12\n\nevents_cut\x18\x04 \x01(\r\x12\x12\n\ntokens_cut\x18\x05 \x01(\r"\x11\n\x0f\x44\x65scribeRequest"\xd3\x01\n\x10\x44\x65scribeResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nparameters\x18\x02 \x01(\x04\x12\x31\n\x05tasks\x18\x03 \x03(\x0b\x32".brewjax.ranker.v1.TaskDescription\x12)\n\x06limits\x18\x04 \x01(\x0b\x32\x19.brewjax.ranker.v1.Limits\x12(\n\x06shapes\x18\x05 \x03(\x0b\x32\x18.brewjax.ranker.v1.Shape\x12\x14\n\x0c\x63ompilations\x18\x06 \x01(\r"\xbc\x02\n\x0fTaskDescription\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0binstruction\x18\x02 \x01(\t\x12\x0e\n\x06labels\x18\x03 \x03(\t\x12\x14\n\x0clabel_values\x18\x04 \x03(\x01\x12\x17\n\x0fhistory_actions\x18\x05 \x03(\t\x12\x42\n\x11member_attributes\x18\x06 \x03(\x0b\x32\'.brewjax.ranker.v1.AttributeDescription\x12\x41\n\x10\x65vent_attributes\x18\x07 \x03(\x0b\x32\'.brewjax.ranker.v1.AttributeDescription\x12@\n\x0fitem_attributes\x18\x08 \x03(\x0b\x32\'.brewjax.ranker.v1.AttributeDescription"4\n\x14\x41ttributeDescription\x12\x0e\n\x06\x63olumn\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t"\xa9\x01\n\x06Limits\x12\r\n\x05items\x18\x01 \x01(\r\x12\x14\n\x0cstream_items\x18\x02 \x01(\r\x12\x15\n\rprefix_tokens\x18\x03 \x01(\r\x12\x13\n\x0bitem_tokens\x18\x04 \x01(\r\x12\x0e\n\x06labels\x18\x05 \x01(\r\x12\x15\n\rrequest_bytes\x18\x06 \x01(\x04\x12\x16\n\x0ewaiting_tokens\x18\x07 \x01(\x04\x12\x0f\n\x07streams\x18\x08 \x01(\r"?\n\x05Shape\x12\x0e\n\x06tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x0f\n\x07seconds\x18\x03 \x01(\x01"\x1f\n\rReloadRequest\x12\x0e\n\x06\x66older\x18\x01 \x01(\t"\x1f\n\x0eReloadResponse\x12\r\n\x05model\x18\x01 \x01(\t2\xcc\x02\n\x06Ranker\x12J\n\x05Score\x12\x1f.brewjax.ranker.v1.ScoreRequest\x1a .brewjax.ranker.v1.ScoreResponse\x12R\n\x0bScoreStream\x12\x1f.brewjax.ranker.v1.ScoreRequest\x1a .brewjax.ranker.v1.ScoreResponse0\x01\x12S\n\x08\x44\x65scribe\x12".brewjax.ranker.v1.DescribeRequest\x1a#.brewjax.ranker.v1.DescribeResponse\x12M\n\x06Reload\x12 .brewjax.ranker.v1.ReloadRequest\x1a!.brewjax.ranker.v1.ReloadResponseb\x06proto3'
-)
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x62rewjax/serve/ranker.proto\x12\x11\x62rewjax.ranker.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x9f\x02\n\x0cScoreRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x06member\x18\x02 \x01(\x0b\x32\x19.brewjax.ranker.v1.MemberH\x00\x12%\n\x03raw\x18\x03 \x01(\x0b\x32\x16.brewjax.ranker.v1.RawH\x00\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x39\n\x08too_long\x18\x05 \x01(\x0e\x32\'.brewjax.ranker.v1.ScoreRequest.TooLong\x12\x17\n\x0fover_vocabulary\x18\x06 \x01(\x08\"8\n\x07TooLong\x12\x18\n\x14TOO_LONG_UNSPECIFIED\x10\x00\x12\n\n\x06REFUSE\x10\x01\x12\x07\n\x03\x43UT\x10\x02\x42\n\n\x08question\"\x9e\x02\n\x06Member\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\'\n\x03now\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12=\n\nattributes\x18\x03 \x03(\x0b\x32).brewjax.ranker.v1.Member.AttributesEntry\x12)\n\x07history\x18\x04 \x03(\x0b\x32\x18.brewjax.ranker.v1.Event\x12&\n\x05items\x18\x05 \x03(\x0b\x32\x17.brewjax.ranker.v1.Item\x1aK\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\'\n\x05value\x18\x02 \x01(\x0b\x32\x18.brewjax.ranker.v1.Value:\x02\x38\x01\"\xc5\x02\n\x05\x45vent\x12\x0e\n\x06\x61\x63tion\x18\x01 \x01(\t\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12<\n\nattributes\x18\x03 \x03(\x0b\x32(.brewjax.ranker.v1.Event.AttributesEntry\x12\x30\n\x04item\x18\x04 \x03(\x0b\x32\".brewjax.ranker.v1.Event.ItemEntry\x1aK\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\'\n\x05value\x18\x02 \x01(\x0b\x32\x18.brewjax.ranker.v1.Value:\x02\x38\x01\x1a\x45\n\tItemEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\'\n\x05value\x18\x02 \x01(\x0b\x32\x18.brewjax.ranker.v1.Value:\x02\x38\x01\"\x9c\x01\n\x04Item\x12\n\n\x02id\x18\x01 \x01(\t\x12;\n\nattributes\x18\x02 \x03(\x0b\x32\'.brewjax.ranker.v1.Item.AttributesEntry\x1aK\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\'\n\x05value\x18\x02 \x01(\x0b\x32\x18.brewjax.ranker.v1.Value:\x02\x38\x01\"\xab\x01\n\x05Value\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x11\n\x07integer\x18\x02 \x01(\x03H\x00\x12\x10\n\x06number\x18\x03 \x01(\x01H\x00\x12(\n\x04list\x18\x04 \x01(\x0b\x32\x18.brewjax.ranker.v1.TextsH\x00\x12*\n\x04\x64\x61te\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x00\x12\x0f\n\x05truth\x18\x06 \x01(\x08H\x00\x42\x06\n\x04kind\"\x17\n\x05Texts\x12\x0e\n\x06values\x18\x01 \x03(\t\"\xa5\x01\n\x03Raw\x12\'\n\x06prefix\x18\x01 \x01(\x0b\x32\x17.brewjax.ranker.v1.Text\x12\'\n\x06\x65vents\x18\x05 \x03(\x0b\x32\x17.brewjax.ranker.v1.Text\x12&\n\x05items\x18\x02 \x03(\x0b\x32\x17.brewjax.ranker.v1.Text\x12\x0e\n\x06labels\x18\x03 \x03(\t\x12\x14\n\x0clabel_tokens\x18\x04 \x03(\r\"K\n\x04Text\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12+\n\x06tokens\x18\x02 \x01(\x0b\x32\x19.brewjax.ranker.v1.TokensH\x00\x42\x06\n\x04kind\"\x15\n\x06Tokens\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x99\x01\n\rScoreResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06labels\x18\x02 \x03(\t\x12,\n\x06scores\x18\x03 \x03(\x0b\x32\x1c.brewjax.ranker.v1.ItemScore\x12\'\n\x05usage\x18\x04 \x01(\x0b\x32\x18.brewjax.ranker.v1.Usage\x12\r\n\x05model\x18\x05 \x01(\t\"=\n\tItemScore\x12\r\n\x05index\x18\x01 \x01(\r\x12\n\n\x02id\x18\x02 \x01(\t\x12\x15\n\rprobabilities\x18\x03 \x03(\x02\"r\n\x05Usage\x12\x15\n\rprefix_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x13\n\x0bitem_tokens\x18\x03 \x01(\r\x12\x12\n\nevents_cut\x18\x04 \x01(\r\x12\x12\n\ntokens_cut\x18\x05 \x01(\r\"\x11\n\x0f\x44\x65scribeRequest\"\xd3\x01\n\x10\x44\x65scribeResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nparameters\x18\x02 \x01(\x04\x12\x31\n\x05tasks\x18\x03 \x03(\x0b\x32\".brewjax.ranker.v1.TaskDescription\x12)\n\x06limits\x18\x04 \x01(\x0b\x32\x19.brewjax.ranker.v1.Limits\x12(\n\x06shapes\x18\x05 \x03(\x0b\x32\x18.brewjax.ranker.v1.Shape\x12\x14\n\x0c\x63ompilations\x18\x06 \x01(\r\"\xbc\x02\n\x0fTaskDescription\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0binstruction\x18\x02 \x01(\t\x12\x0e\n\x06labels\x18\x03 \x03(\t\x12\x14\n\x0clabel_values\x18\x04 \x03(\x01\x12\x17\n\x0fhistory_actions\x18\x05 \x03(\t\x12\x42\n\x11member_attributes\x18\x06 \x03(\x0b\x32\'.brewjax.ranker.v1.AttributeDescription\x12\x41\n\x10\x65vent_attributes\x18\x07 \x03(\x0b\x32\'.brewjax.ranker.v1.AttributeDescription\x12@\n\x0fitem_attributes\x18\x08 \x03(\x0b\x32\'.brewjax.ranker.v1.AttributeDescription\"4\n\x14\x41ttributeDescription\x12\x0e\n\x06\x63olumn\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\"\xa9\x01\n\x06Limits\x12\r\n\x05items\x18\x01 \x01(\r\x12\x14\n\x0cstream_items\x18\x02 \x01(\r\x12\x15\n\rprefix_tokens\x18\x03 \x01(\r\x12\x13\n\x0bitem_tokens\x18\x04 \x01(\r\x12\x0e\n\x06labels\x18\x05 \x01(\r\x12\x15\n\rrequest_bytes\x18\x06 \x01(\x04\x12\x16\n\x0ewaiting_tokens\x18\x07 \x01(\x04\x12\x0f\n\x07streams\x18\x08 \x01(\r\"?\n\x05Shape\x12\x0e\n\x06tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\"\x1f\n\rReloadRequest\x12\x0e\n\x06\x66older\x18\x01 \x01(\t\"\x1f\n\x0eReloadResponse\x12\r\n\x05model\x18\x01 \x01(\t2\xcc\x02\n\x06Ranker\x12J\n\x05Score\x12\x1f.brewjax.ranker.v1.ScoreRequest\x1a .brewjax.ranker.v1.ScoreResponse\x12R\n\x0bScoreStream\x12\x1f.brewjax.ranker.v1.ScoreRequest\x1a .brewjax.ranker.v1.ScoreResponse0\x01\x12S\n\x08\x44\x65scribe\x12\".brewjax.ranker.v1.DescribeRequest\x1a#.brewjax.ranker.v1.DescribeResponse\x12M\n\x06Reload\x12 .brewjax.ranker.v1.ReloadRequest\x1a!.brewjax.ranker.v1.ReloadResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
-_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, "brewjax.serve.ranker_pb2", _globals)
+_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'brewjax.serve.ranker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-    DESCRIPTOR._loaded_options = None
-    _globals["_MEMBER_ATTRIBUTESENTRY"]._loaded_options = None
-    _globals["_MEMBER_ATTRIBUTESENTRY"]._serialized_options = b"8\001"
-    _globals["_EVENT_ATTRIBUTESENTRY"]._loaded_options = None
-    _globals["_EVENT_ATTRIBUTESENTRY"]._serialized_options = b"8\001"
-    _globals["_EVENT_ITEMENTRY"]._loaded_options = None
-    _globals["_EVENT_ITEMENTRY"]._serialized_options = b"8\001"
-    _globals["_ITEM_ATTRIBUTESENTRY"]._loaded_options = None
-    _globals["_ITEM_ATTRIBUTESENTRY"]._serialized_options = b"8\001"
-    _globals["_SCOREREQUEST"]._serialized_start = 83
-    _globals["_SCOREREQUEST"]._serialized_end = 370
-    _globals["_SCOREREQUEST_TOOLONG"]._serialized_start = 302
-    _globals["_SCOREREQUEST_TOOLONG"]._serialized_end = 358
-    _globals["_MEMBER"]._serialized_start = 373
-    _globals["_MEMBER"]._serialized_end = 659
-    _globals["_MEMBER_ATTRIBUTESENTRY"]._serialized_start = 584
-    _globals["_MEMBER_ATTRIBUTESENTRY"]._serialized_end = 659
-    _globals["_EVENT"]._serialized_start = 662
-    _globals["_EVENT"]._serialized_end = 987
-    _globals["_EVENT_ATTRIBUTESENTRY"]._serialized_start = 584
-    _globals["_EVENT_ATTRIBUTESENTRY"]._serialized_end = 659
-    _globals["_EVENT_ITEMENTRY"]._serialized_start = 918
-    _globals["_EVENT_ITEMENTRY"]._serialized_end = 987
-    _globals["_ITEM"]._serialized_start = 990
-    _globals["_ITEM"]._serialized_end = 1146
-    _globals["_ITEM_ATTRIBUTESENTRY"]._serialized_start = 584
-    _globals["_ITEM_ATTRIBUTESENTRY"]._serialized_end = 659
-    _globals["_VALUE"]._serialized_start = 1149
-    _globals["_VALUE"]._serialized_end = 1320
-    _globals["_TEXTS"]._serialized_start = 1322
-    _globals["_TEXTS"]._serialized_end = 1345
-    _globals["_RAW"]._serialized_start = 1347
-    _globals["_RAW"]._serialized_end = 1471
-    _globals["_TEXT"]._serialized_start = 1473
-    _globals["_TEXT"]._serialized_end = 1548
-    _globals["_TOKENS"]._serialized_start = 1550
-    _globals["_TOKENS"]._serialized_end = 1571
-    _globals["_SCORERESPONSE"]._serialized_start = 1574
-    _globals["_SCORERESPONSE"]._serialized_end = 1727
-    _globals["_ITEMSCORE"]._serialized_start = 1729
-    _globals["_ITEMSCORE"]._serialized_end = 1790
-    _globals["_USAGE"]._serialized_start = 1792
-    _globals["_USAGE"]._serialized_end = 1906
-    _globals["_DESCRIBEREQUEST"]._serialized_start = 1908
-    _globals["_DESCRIBEREQUEST"]._serialized_end = 1925
-    _globals["_DESCRIBERESPONSE"]._serialized_start = 1928
-    _globals["_DESCRIBERESPONSE"]._serialized_end = 2139
-    _globals["_TASKDESCRIPTION"]._serialized_start = 2142
-    _globals["_TASKDESCRIPTION"]._serialized_end = 2458
-    _globals["_ATTRIBUTEDESCRIPTION"]._serialized_start = 2460
-    _globals["_ATTRIBUTEDESCRIPTION"]._serialized_end = 2512
-    _globals["_LIMITS"]._serialized_start = 2515
-    _globals["_LIMITS"]._serialized_end = 2684
-    _globals["_SHAPE"]._serialized_start = 2686
-    _globals["_SHAPE"]._serialized_end = 2749
-    _globals["_RELOADREQUEST"]._serialized_start = 2751
-    _globals["_RELOADREQUEST"]._serialized_end = 2782
-    _globals["_RELOADRESPONSE"]._serialized_start = 2784
-    _globals["_RELOADRESPONSE"]._serialized_end = 2815
-    _globals["_RANKER"]._serialized_start = 2818
-    _globals["_RANKER"]._serialized_end = 3150
+  DESCRIPTOR._loaded_options = None
+  _globals['_MEMBER_ATTRIBUTESENTRY']._loaded_options = None
+  _globals['_MEMBER_ATTRIBUTESENTRY']._serialized_options = b'8\001'
+  _globals['_EVENT_ATTRIBUTESENTRY']._loaded_options = None
+  _globals['_EVENT_ATTRIBUTESENTRY']._serialized_options = b'8\001'
+  _globals['_EVENT_ITEMENTRY']._loaded_options = None
+  _globals['_EVENT_ITEMENTRY']._serialized_options = b'8\001'
+  _globals['_ITEM_ATTRIBUTESENTRY']._loaded_options = None
+  _globals['_ITEM_ATTRIBUTESENTRY']._serialized_options = b'8\001'
+  _globals['_SCOREREQUEST']._serialized_start=83
+  _globals['_SCOREREQUEST']._serialized_end=370
+  _globals['_SCOREREQUEST_TOOLONG']._serialized_start=302
+  _globals['_SCOREREQUEST_TOOLONG']._serialized_end=358
+  _globals['_MEMBER']._serialized_start=373
+  _globals['_MEMBER']._serialized_end=659
+  _globals['_MEMBER_ATTRIBUTESENTRY']._serialized_start=584
+  _globals['_MEMBER_ATTRIBUTESENTRY']._serialized_end=659
+  _globals['_EVENT']._serialized_start=662
+  _globals['_EVENT']._serialized_end=987
+  _globals['_EVENT_ATTRIBUTESENTRY']._serialized_start=584
+  _globals['_EVENT_ATTRIBUTESENTRY']._serialized_end=659
+  _globals['_EVENT_ITEMENTRY']._serialized_start=918
+  _globals['_EVENT_ITEMENTRY']._serialized_end=987
+  _globals['_ITEM']._serialized_start=990
+  _globals['_ITEM']._serialized_end=1146
+  _globals['_ITEM_ATTRIBUTESENTRY']._serialized_start=584
+  _globals['_ITEM_ATTRIBUTESENTRY']._serialized_end=659
+  _globals['_VALUE']._serialized_start=1149
+  _globals['_VALUE']._serialized_end=1320
+  _globals['_TEXTS']._serialized_start=1322
+  _globals['_TEXTS']._serialized_end=1345
+  _globals['_RAW']._serialized_start=1348
+  _globals['_RAW']._serialized_end=1513
+  _globals['_TEXT']._serialized_start=1515
+  _globals['_TEXT']._serialized_end=1590
+  _globals['_TOKENS']._serialized_start=1592
+  _globals['_TOKENS']._serialized_end=1613
+  _globals['_SCORERESPONSE']._serialized_start=1616
+  _globals['_SCORERESPONSE']._serialized_end=1769
+  _globals['_ITEMSCORE']._serialized_start=1771
+  _globals['_ITEMSCORE']._serialized_end=1832
+  _globals['_USAGE']._serialized_start=1834
+  _globals['_USAGE']._serialized_end=1948
+  _globals['_DESCRIBEREQUEST']._serialized_start=1950
+  _globals['_DESCRIBEREQUEST']._serialized_end=1967
+  _globals['_DESCRIBERESPONSE']._serialized_start=1970
+  _globals['_DESCRIBERESPONSE']._serialized_end=2181
+  _globals['_TASKDESCRIPTION']._serialized_start=2184
+  _globals['_TASKDESCRIPTION']._serialized_end=2500
+  _globals['_ATTRIBUTEDESCRIPTION']._serialized_start=2502
+  _globals['_ATTRIBUTEDESCRIPTION']._serialized_end=2554
+  _globals['_LIMITS']._serialized_start=2557
+  _globals['_LIMITS']._serialized_end=2726
+  _globals['_SHAPE']._serialized_start=2728
+  _globals['_SHAPE']._serialized_end=2791
+  _globals['_RELOADREQUEST']._serialized_start=2793
+  _globals['_RELOADREQUEST']._serialized_end=2824
+  _globals['_RELOADRESPONSE']._serialized_start=2826
+  _globals['_RELOADRESPONSE']._serialized_end=2857
+  _globals['_RANKER']._serialized_start=2860
+  _globals['_RANKER']._serialized_end=3192
 # @@protoc_insertion_point(module_scope)

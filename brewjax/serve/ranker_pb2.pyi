@@ -17,7 +17,6 @@ class ScoreRequest(_message.Message):
         TOO_LONG_UNSPECIFIED: _ClassVar[ScoreRequest.TooLong]
         REFUSE: _ClassVar[ScoreRequest.TooLong]
         CUT: _ClassVar[ScoreRequest.TooLong]
-
     TOO_LONG_UNSPECIFIED: ScoreRequest.TooLong
     REFUSE: ScoreRequest.TooLong
     CUT: ScoreRequest.TooLong
@@ -33,15 +32,7 @@ class ScoreRequest(_message.Message):
     top_k: int
     too_long: ScoreRequest.TooLong
     over_vocabulary: bool
-    def __init__(
-        self,
-        request_id: _Optional[str] = ...,
-        member: _Optional[_Union[Member, _Mapping]] = ...,
-        raw: _Optional[_Union[Raw, _Mapping]] = ...,
-        top_k: _Optional[int] = ...,
-        too_long: _Optional[_Union[ScoreRequest.TooLong, str]] = ...,
-        over_vocabulary: _Optional[bool] = ...,
-    ) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., member: _Optional[_Union[Member, _Mapping]] = ..., raw: _Optional[_Union[Raw, _Mapping]] = ..., top_k: _Optional[int] = ..., too_long: _Optional[_Union[ScoreRequest.TooLong, str]] = ..., over_vocabulary: _Optional[bool] = ...) -> None: ...
 
 class Member(_message.Message):
     __slots__ = ("task", "now", "attributes", "history", "items")
@@ -52,7 +43,6 @@ class Member(_message.Message):
         key: str
         value: Value
         def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[Value, _Mapping]] = ...) -> None: ...
-
     TASK_FIELD_NUMBER: _ClassVar[int]
     NOW_FIELD_NUMBER: _ClassVar[int]
     ATTRIBUTES_FIELD_NUMBER: _ClassVar[int]
@@ -63,14 +53,7 @@ class Member(_message.Message):
     attributes: _containers.MessageMap[str, Value]
     history: _containers.RepeatedCompositeFieldContainer[Event]
     items: _containers.RepeatedCompositeFieldContainer[Item]
-    def __init__(
-        self,
-        task: _Optional[str] = ...,
-        now: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...,
-        attributes: _Optional[_Mapping[str, Value]] = ...,
-        history: _Optional[_Iterable[_Union[Event, _Mapping]]] = ...,
-        items: _Optional[_Iterable[_Union[Item, _Mapping]]] = ...,
-    ) -> None: ...
+    def __init__(self, task: _Optional[str] = ..., now: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., attributes: _Optional[_Mapping[str, Value]] = ..., history: _Optional[_Iterable[_Union[Event, _Mapping]]] = ..., items: _Optional[_Iterable[_Union[Item, _Mapping]]] = ...) -> None: ...
 
 class Event(_message.Message):
     __slots__ = ("action", "time", "attributes", "item")
@@ -81,7 +64,6 @@ class Event(_message.Message):
         key: str
         value: Value
         def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[Value, _Mapping]] = ...) -> None: ...
-
     class ItemEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -89,7 +71,6 @@ class Event(_message.Message):
         key: str
         value: Value
         def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[Value, _Mapping]] = ...) -> None: ...
-
     ACTION_FIELD_NUMBER: _ClassVar[int]
     TIME_FIELD_NUMBER: _ClassVar[int]
     ATTRIBUTES_FIELD_NUMBER: _ClassVar[int]
@@ -98,13 +79,7 @@ class Event(_message.Message):
     time: _timestamp_pb2.Timestamp
     attributes: _containers.MessageMap[str, Value]
     item: _containers.MessageMap[str, Value]
-    def __init__(
-        self,
-        action: _Optional[str] = ...,
-        time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...,
-        attributes: _Optional[_Mapping[str, Value]] = ...,
-        item: _Optional[_Mapping[str, Value]] = ...,
-    ) -> None: ...
+    def __init__(self, action: _Optional[str] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., attributes: _Optional[_Mapping[str, Value]] = ..., item: _Optional[_Mapping[str, Value]] = ...) -> None: ...
 
 class Item(_message.Message):
     __slots__ = ("id", "attributes")
@@ -115,7 +90,6 @@ class Item(_message.Message):
         key: str
         value: Value
         def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[Value, _Mapping]] = ...) -> None: ...
-
     ID_FIELD_NUMBER: _ClassVar[int]
     ATTRIBUTES_FIELD_NUMBER: _ClassVar[int]
     id: str
@@ -136,15 +110,7 @@ class Value(_message.Message):
     list: Texts
     date: _timestamp_pb2.Timestamp
     truth: bool
-    def __init__(
-        self,
-        text: _Optional[str] = ...,
-        integer: _Optional[int] = ...,
-        number: _Optional[float] = ...,
-        list: _Optional[_Union[Texts, _Mapping]] = ...,
-        date: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...,
-        truth: _Optional[bool] = ...,
-    ) -> None: ...
+    def __init__(self, text: _Optional[str] = ..., integer: _Optional[int] = ..., number: _Optional[float] = ..., list: _Optional[_Union[Texts, _Mapping]] = ..., date: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., truth: _Optional[bool] = ...) -> None: ...
 
 class Texts(_message.Message):
     __slots__ = ("values",)
@@ -153,22 +119,18 @@ class Texts(_message.Message):
     def __init__(self, values: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Raw(_message.Message):
-    __slots__ = ("prefix", "items", "labels", "label_tokens")
+    __slots__ = ("prefix", "events", "items", "labels", "label_tokens")
     PREFIX_FIELD_NUMBER: _ClassVar[int]
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
     ITEMS_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
     LABEL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     prefix: Text
+    events: _containers.RepeatedCompositeFieldContainer[Text]
     items: _containers.RepeatedCompositeFieldContainer[Text]
     labels: _containers.RepeatedScalarFieldContainer[str]
     label_tokens: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(
-        self,
-        prefix: _Optional[_Union[Text, _Mapping]] = ...,
-        items: _Optional[_Iterable[_Union[Text, _Mapping]]] = ...,
-        labels: _Optional[_Iterable[str]] = ...,
-        label_tokens: _Optional[_Iterable[int]] = ...,
-    ) -> None: ...
+    def __init__(self, prefix: _Optional[_Union[Text, _Mapping]] = ..., events: _Optional[_Iterable[_Union[Text, _Mapping]]] = ..., items: _Optional[_Iterable[_Union[Text, _Mapping]]] = ..., labels: _Optional[_Iterable[str]] = ..., label_tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Text(_message.Message):
     __slots__ = ("text", "tokens")
@@ -196,14 +158,7 @@ class ScoreResponse(_message.Message):
     scores: _containers.RepeatedCompositeFieldContainer[ItemScore]
     usage: Usage
     model: str
-    def __init__(
-        self,
-        request_id: _Optional[str] = ...,
-        labels: _Optional[_Iterable[str]] = ...,
-        scores: _Optional[_Iterable[_Union[ItemScore, _Mapping]]] = ...,
-        usage: _Optional[_Union[Usage, _Mapping]] = ...,
-        model: _Optional[str] = ...,
-    ) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., scores: _Optional[_Iterable[_Union[ItemScore, _Mapping]]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., model: _Optional[str] = ...) -> None: ...
 
 class ItemScore(_message.Message):
     __slots__ = ("index", "id", "probabilities")
@@ -213,9 +168,7 @@ class ItemScore(_message.Message):
     index: int
     id: str
     probabilities: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(
-        self, index: _Optional[int] = ..., id: _Optional[str] = ..., probabilities: _Optional[_Iterable[float]] = ...
-    ) -> None: ...
+    def __init__(self, index: _Optional[int] = ..., id: _Optional[str] = ..., probabilities: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("prefix_tokens", "cached_tokens", "item_tokens", "events_cut", "tokens_cut")
@@ -229,14 +182,7 @@ class Usage(_message.Message):
     item_tokens: int
     events_cut: int
     tokens_cut: int
-    def __init__(
-        self,
-        prefix_tokens: _Optional[int] = ...,
-        cached_tokens: _Optional[int] = ...,
-        item_tokens: _Optional[int] = ...,
-        events_cut: _Optional[int] = ...,
-        tokens_cut: _Optional[int] = ...,
-    ) -> None: ...
+    def __init__(self, prefix_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., item_tokens: _Optional[int] = ..., events_cut: _Optional[int] = ..., tokens_cut: _Optional[int] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
     __slots__ = ()
@@ -256,27 +202,10 @@ class DescribeResponse(_message.Message):
     limits: Limits
     shapes: _containers.RepeatedCompositeFieldContainer[Shape]
     compilations: int
-    def __init__(
-        self,
-        model: _Optional[str] = ...,
-        parameters: _Optional[int] = ...,
-        tasks: _Optional[_Iterable[_Union[TaskDescription, _Mapping]]] = ...,
-        limits: _Optional[_Union[Limits, _Mapping]] = ...,
-        shapes: _Optional[_Iterable[_Union[Shape, _Mapping]]] = ...,
-        compilations: _Optional[int] = ...,
-    ) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., parameters: _Optional[int] = ..., tasks: _Optional[_Iterable[_Union[TaskDescription, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., shapes: _Optional[_Iterable[_Union[Shape, _Mapping]]] = ..., compilations: _Optional[int] = ...) -> None: ...
 
 class TaskDescription(_message.Message):
-    __slots__ = (
-        "name",
-        "instruction",
-        "labels",
-        "label_values",
-        "history_actions",
-        "member_attributes",
-        "event_attributes",
-        "item_attributes",
-    )
+    __slots__ = ("name", "instruction", "labels", "label_values", "history_actions", "member_attributes", "event_attributes", "item_attributes")
     NAME_FIELD_NUMBER: _ClassVar[int]
     INSTRUCTION_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
@@ -293,17 +222,7 @@ class TaskDescription(_message.Message):
     member_attributes: _containers.RepeatedCompositeFieldContainer[AttributeDescription]
     event_attributes: _containers.RepeatedCompositeFieldContainer[AttributeDescription]
     item_attributes: _containers.RepeatedCompositeFieldContainer[AttributeDescription]
-    def __init__(
-        self,
-        name: _Optional[str] = ...,
-        instruction: _Optional[str] = ...,
-        labels: _Optional[_Iterable[str]] = ...,
-        label_values: _Optional[_Iterable[float]] = ...,
-        history_actions: _Optional[_Iterable[str]] = ...,
-        member_attributes: _Optional[_Iterable[_Union[AttributeDescription, _Mapping]]] = ...,
-        event_attributes: _Optional[_Iterable[_Union[AttributeDescription, _Mapping]]] = ...,
-        item_attributes: _Optional[_Iterable[_Union[AttributeDescription, _Mapping]]] = ...,
-    ) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., instruction: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., label_values: _Optional[_Iterable[float]] = ..., history_actions: _Optional[_Iterable[str]] = ..., member_attributes: _Optional[_Iterable[_Union[AttributeDescription, _Mapping]]] = ..., event_attributes: _Optional[_Iterable[_Union[AttributeDescription, _Mapping]]] = ..., item_attributes: _Optional[_Iterable[_Union[AttributeDescription, _Mapping]]] = ...) -> None: ...
 
 class AttributeDescription(_message.Message):
     __slots__ = ("column", "kind")
@@ -314,16 +233,7 @@ class AttributeDescription(_message.Message):
     def __init__(self, column: _Optional[str] = ..., kind: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = (
-        "items",
-        "stream_items",
-        "prefix_tokens",
-        "item_tokens",
-        "labels",
-        "request_bytes",
-        "waiting_tokens",
-        "streams",
-    )
+    __slots__ = ("items", "stream_items", "prefix_tokens", "item_tokens", "labels", "request_bytes", "waiting_tokens", "streams")
     ITEMS_FIELD_NUMBER: _ClassVar[int]
     STREAM_ITEMS_FIELD_NUMBER: _ClassVar[int]
     PREFIX_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -340,17 +250,7 @@ class Limits(_message.Message):
     request_bytes: int
     waiting_tokens: int
     streams: int
-    def __init__(
-        self,
-        items: _Optional[int] = ...,
-        stream_items: _Optional[int] = ...,
-        prefix_tokens: _Optional[int] = ...,
-        item_tokens: _Optional[int] = ...,
-        labels: _Optional[int] = ...,
-        request_bytes: _Optional[int] = ...,
-        waiting_tokens: _Optional[int] = ...,
-        streams: _Optional[int] = ...,
-    ) -> None: ...
+    def __init__(self, items: _Optional[int] = ..., stream_items: _Optional[int] = ..., prefix_tokens: _Optional[int] = ..., item_tokens: _Optional[int] = ..., labels: _Optional[int] = ..., request_bytes: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., streams: _Optional[int] = ...) -> None: ...
 
 class Shape(_message.Message):
     __slots__ = ("tokens", "cached_tokens", "seconds")
@@ -360,9 +260,7 @@ class Shape(_message.Message):
     tokens: int
     cached_tokens: int
     seconds: float
-    def __init__(
-        self, tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., seconds: _Optional[float] = ...
-    ) -> None: ...
+    def __init__(self, tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class ReloadRequest(_message.Message):
     __slots__ = ("folder",)

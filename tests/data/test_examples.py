@@ -176,7 +176,7 @@ def test_now_a_member_is_asked_about_every_item_not_touched_before(jobs_with, ev
         assert example.labels.tolist() == [-1] * len(untouched)
         assert dataset.event_item[example.history].tolist() == [event.item for event in past]
         assert example.past == len(past)
-        assert example.asking(2).items.tolist() == untouched[:2]
+        assert example.asking(slice(2)).items.tolist() == untouched[:2]
 
 
 def test_an_event_that_matches_two_labels_is_refused(jobs):

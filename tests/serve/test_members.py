@@ -25,7 +25,7 @@ def test_a_request_is_said_as_in_training(bundle, dataset, tasks, style):
 
 
 def test_events_come_in_any_order_and_later_ones_are_not_told(bundle, dataset, tasks):
-    request = of_example(dataset, tasks[0], example_now(dataset, tasks[0], 7).asking(3))
+    request = of_example(dataset, tasks[0], example_now(dataset, tasks[0], 7).asking(slice(3)))
     expected = say(bundle, tasks[0], request)
     events = list(request.history)
     del request.history[:]
@@ -55,7 +55,7 @@ def put(attributes, **values: pb.Value) -> None:
     ],
 )
 def test_errors_name_the_field(bundle, dataset, tasks, change, message):
-    request = of_example(dataset, tasks[0], example_now(dataset, tasks[0], 1).asking(2))
+    request = of_example(dataset, tasks[0], example_now(dataset, tasks[0], 1).asking(slice(2)))
     assert len(request.history) == 1
     change(request)
     with pytest.raises(ValueError, match=message):
