@@ -222,7 +222,7 @@ def _ask(server: str, question: pb.Member | pb.Raw) -> np.ndarray:
     scores = {item.index: item.probabilities for response in responses for item in response.scores}
     usage = responses[0].usage
     console.print(
-        f"{responses[0].model}: {len(scores)} items in {seconds * 1000:.0f} ms; {usage.prefix_tokens} tokens of prefix, "
+        f"{responses[0].model}: {len(scores)} items in {seconds * 1000:.0f} ms; {usage.prefix_tokens} prefix tokens, "
         f"{usage.cached_tokens} cached; {usage.events_cut} older events left out"
     )
     return np.array([scores[index] for index in range(len(scores))], np.float32)
