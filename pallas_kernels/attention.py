@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import attention_tpu, attention_xla
+from pallas_kernels import attention_gpu, attention_tpu, attention_xla
 from pallas_kernels.platform import platform
 from pallas_kernels.segments import MASKED, PADDING, Segments, visible
 
@@ -38,7 +38,7 @@ def attention(
       k, v: keys and values, say those of a cached prefix and then of the items behind it.
       segments: labels of the S keys.
       q_start: the place of the first query among the keys; the last T keys are the queries' own unless it is given.
-      implementation: "xla", "tpu" or "tpu-interpreted"; the platform's own unless it is given.
+      implementation: "xla", "tpu" or "gpu", or one of these two "-interpreted"; the platform's own unless it is given.
     """
     T, S = q.shape[1], k.shape[1]
     start = jnp.asarray(S - T if q_start is None else q_start, jnp.int32)
@@ -72,10 +72,9 @@ def attention_reference(
 
 def _choose(implementation: str | None, way: str) -> Callable:
     """The `forward` or `backward` of an implementation."""
-    implementation = implementation or {"tpu": "tpu"}.get(platform(), "xla")
-    module = {"xla": attention_xla, "tpu": attention_tpu, "tpu-interpreted": attention_tpu}[implementation]
-    function = getattr(module, way)
-    return functools.partial(function, interpret=True) if implementation == "tpu-interpreted" else function
+    kind, _, interpreted = (implementation or {"cpu": "xla"}.get(platform(), platform())).partition("-")
+    function = getattr({"xla": attention_xla, "tpu": attention_tpu, "gpu": attention_gpu}[kind], way)
+    return functools.partial(function, interpret=True) if interpreted else function
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))

@@ -38,12 +38,17 @@ class Worklist(NamedTuple):
 EVERY = -1
 
 
-def sight(q: Segments, kv: Segments, q_start: Int[Array, ""] | int, q_tile: int, kv_tile: int) -> Sight:
+def sight(
+    q: Segments, kv: Segments, q_start: Int[Array, ""] | int, q_tile: int, kv_tile: int, q_repeats: int = 1
+) -> Sight:
     """What tiles of T queries see of tiles of S keys; query 0 stands at place `q_start` of the keys' row.
 
     T divides by `q_tile`, S by `kv_tile`. Costs O(tokens) for the facts and O(tiles^2) for the answer.
+
+    Args:
+      q_repeats: how often each query stands in `q`, one after the other: once for each head of a group, say.
     """
-    q_facts = jax.tree.map(lambda x: x[..., :, None], _facts(q, q_tile, q_start))
+    q_facts = jax.tree.map(lambda x: x[..., :, None], _facts(q, q_tile, q_start, q_repeats))
     kv_facts = jax.tree.map(lambda x: x[..., None, :], _facts(kv, kv_tile, 0))
     some, every = (
         (kv_reach == ALL) | ((kv_reach == QUESTIONS) & (q_reach == SELF))
@@ -91,13 +96,14 @@ class _Facts(NamedTuple):
     last: Int[Array, " N"]
 
 
-def _facts(segments: Segments, tile: int, start: Array | int) -> _Facts:
+def _facts(segments: Segments, tile: int, start: Array | int, repeats: int = 1) -> _Facts:
     tiled = [jnp.asarray(x).reshape(*x.shape[:-1], -1, tile) for x in segments]
     real = tiled[0] != PADDING
     most = jnp.iinfo(jnp.int32).max
     example, segment, reach = (Bounds(jnp.where(real, x, most).min(-1), jnp.where(real, x, -1).max(-1)) for x in tiled)
-    first = start + jnp.arange(real.shape[-2]) * tile
-    return _Facts(example, segment, reach, real.all(-1), first, first + tile - 1)
+    first = jnp.arange(real.shape[-2]) * tile
+    first, last = (start + n // repeats for n in (first, first + tile - 1))
+    return _Facts(example, segment, reach, real.all(-1), first, last)
 
 
 def worklist(kind: Int[Array, "B NQ NK"] | Bool[Array, "B NQ NK"], by_key: bool = False) -> Worklist:
@@ -113,3 +119,24 @@ def worklist(kind: Int[Array, "B NQ NK"] | Bool[Array, "B NQ NK"], by_key: bool 
     outer, inner = visits // across, visits // (NQ * NK) * across + visits % across
     q_block, kv_block = (inner, outer) if by_key else (outer, inner)
     return Worklist(q_block, kv_block, flat[visits], jnp.sum(flat != 0))
+
+
+class Meetings(NamedTuple):
+    """Of each block of queries, which blocks of keys of its row it meets; or of each block of keys, which of queries.
+
+    Attributes:
+      blocks: `whole` of them in which every query sees every key, then those with some, `met` in all; then others.
+    """
+
+    blocks: Int[Array, "B N M"]
+    whole: Int[Array, "B N"]
+    met: Int[Array, "B N"]
+
+
+def meetings(blocks: Sight, by_key: bool = False) -> Meetings:
+    """For kernels that go through the visits of a block in a loop of their own, where a `worklist` is a grid."""
+    some, every = (x.mT for x in blocks) if by_key else blocks
+    count = some.shape[2]
+    rank = jnp.where(every, 0, jnp.where(some, 1, 2))
+    order = jax.lax.sort(rank * count + jnp.arange(count)) % count
+    return Meetings(order, every.sum(-1, dtype=jnp.int32), some.sum(-1, dtype=jnp.int32))

@@ -1,0 +1,267 @@
+"""Attention by `Segments` on a GPU: FlashAttention-2 (Dao 2023, arXiv 2307.08691) in Pallas, through Triton.
+
+A program takes a block of queries and goes through the blocks of keys that it meets: first, without a mask, those in
+which every query sees every key, then the others. The backward pass goes through them twice: for dq by block of
+queries, for dk and dv by block of keys. So no two programs add to one place, and no run differs from another.
+
+The heads of a group are rows of one matrix, [T x G, D]: its keys are read once for all of them, one query (decoding)
+is still a matrix, and a block spans fewer places, so that fewer hidden pairs are computed.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.segments import MASKED, Segments, sees
+from pallas_kernels.worklist import Meetings, meetings, sight
+
+LOG2E = math.log2(math.e)
+SMALLEST = 16  # side of a matrix product
+
+
+class Blocks(NamedTuple):
+    """How a kernel is cut: rows of queries and keys in a block, warps of a program, stages of its loop's loads."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def choose_blocks(kernel: str, D: int, dtype: DTypeLike) -> Blocks:
+    """For "forward", "dq" or "dk_dv" of heads of a power of two."""
+    return Blocks(64, 64, 4, 2)
+
+
+def forward(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
+    q_segments: Segments,
+    kv_segments: Segments,
+    q_start: Int[Array, ""],
+    interpret: bool = False,
+) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
+    """Output in the dtype of `q` and float32 log-sum-exp; what padding gets means nothing."""
+    call = _Call(("forward",), q, k, q_segments, kv_segments, q_start, interpret)
+    rows, keys = [call.by_rows(q)], [call.by_keys(x) for x in (k, v)]
+    written = [(rows[0].shape, q.dtype), (rows[0].shape[:-1], jnp.float32)]
+    out, log_sum = call("forward", _forward_kernel, rows, keys, written)
+    return call.from_rows(out), call.from_rows(log_sum)
+
+
+def _forward_kernel(cut: Blocks, scale: float, met, q_labels, kv_labels, q, k, v, out, log_sum) -> None:
+    queries = q[...]
+
+    def visit(n: Array, state: tuple[Array, Array, Array], masked: bool) -> tuple[Array, Array, Array]:
+        sums, top, total = state  # unnormalised output, running maximum, running sum
+        here = pl.ds(met.blocks[n] * cut.keys, cut.keys)
+        scores = _dot(queries, k[here, :].T) * (scale * LOG2E)
+        if masked:
+            scores = jnp.where(_mask(q_labels, slice(None), kv_labels, here, rows_axis=0), scores, MASKED)
+        new_top = jnp.maximum(top, scores.max(1))
+        weights = jnp.exp2(scores - new_top[:, None])
+        shrink = jnp.exp2(top - new_top)
+        sums = sums * shrink[:, None] + _dot(weights.astype(v.dtype), v[here, :])
+        return sums, new_top, total * shrink + weights.sum(1)
+
+    # The running maximum starts above MASKED, so that a masked score has the weight 2^(MASKED - top) = 0.
+    rows = q.shape[:1]
+    start = (jnp.zeros(q.shape, jnp.float32), jnp.full(rows, MASKED / 2, jnp.float32), jnp.zeros(rows, jnp.float32))
+    sums, top, total = _visit_all(met, visit, start)
+    total = jnp.maximum(total, 1e-30)
+    out[...] = (sums / total[:, None]).astype(out.dtype)
+    log_sum[...] = top / LOG2E + jnp.log(total)
+
+
+def backward(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
+    q_segments: Segments,
+    kv_segments: Segments,
+    q_start: Int[Array, ""],
+    log_sum: Float[Array, "B T H"],
+    correction: Float[Array, "B T H"],
+    d_out: Float[Array, "B T H D"],
+    interpret: bool = False,
+) -> tuple[Float[Array, "B T H D"], Float[Array, "B S K D"], Float[Array, "B S K D"]]:
+    """float32 gradients of q, k and v; `correction` is sum(out * d_out) less the cotangent of the log-sum-exp."""
+    call = _Call(("dq", "dk_dv"), q, k, q_segments, kv_segments, q_start, interpret)
+    rows = [call.by_rows(x) for x in (q, d_out.astype(q.dtype), log_sum * LOG2E, correction)]
+    keys = [call.by_keys(x) for x in (k, v)]
+    (dq,) = call("dq", _dq_kernel, rows, keys, [(rows[0].shape, jnp.float32)])
+    dk, dv = call("dk_dv", _dk_dv_kernel, rows, keys, [(keys[0].shape, jnp.float32)] * 2, by_key=True)
+    return call.from_rows(dq), call.from_keys(dk), call.from_keys(dv)
+
+
+def _dq_kernel(cut: Blocks, scale: float, met, q_labels, kv_labels, q, d_out, log_sum, correction, k, v, dq) -> None:
+    queries, d_outs, log_sums, corrections = q[...], d_out[...], log_sum[...][:, None], correction[...][:, None]
+
+    def visit(n: Array, sums: Array, masked: bool) -> Array:
+        here = pl.ds(met.blocks[n] * cut.keys, cut.keys)
+        keys = k[here, :]
+        scores = _dot(queries, keys.T) * (scale * LOG2E)
+        if masked:
+            scores = jnp.where(_mask(q_labels, slice(None), kv_labels, here, rows_axis=0), scores, MASKED)
+        d_scores = jnp.exp2(scores - log_sums) * (_dot(d_outs, v[here, :].T) - corrections)
+        return sums + _dot(d_scores.astype(k.dtype), keys)
+
+    dq[...] = _visit_all(met, visit, jnp.zeros(q.shape, jnp.float32)) * scale
+
+
+def _dk_dv_kernel(cut: Blocks, scale: float, met, q_labels, kv_labels, q, d_out, log_sum, correction, k, v, dk, dv) -> None:
+    keys, values = k[...], v[...]
+
+    def visit(n: Array, state: tuple[Array, Array], masked: bool) -> tuple[Array, Array]:
+        dk_sums, dv_sums = state
+        here = pl.ds(met.blocks[n] * cut.rows, cut.rows)
+        queries, d_outs = q[here, :], d_out[here, :]
+        # Keys by queries: weights then meet `d_outs` as they are, not transposed.
+        scores = _dot(keys, queries.T) * (scale * LOG2E)
+        if masked:
+            scores = jnp.where(_mask(q_labels, here, kv_labels, slice(None), rows_axis=1), scores, MASKED)
+        weights = jnp.exp2(scores - log_sum[here][None, :])
+        dv_sums += _dot(weights.astype(d_out.dtype), d_outs)
+        d_scores = weights * (_dot(values, d_outs.T) - correction[here][None, :])
+        return dk_sums + _dot(d_scores.astype(q.dtype), queries), dv_sums
+
+    zeros = jnp.zeros(k.shape, jnp.float32)
+    dk_sums, dv_sums = _visit_all(met, visit, (zeros, zeros))
+    dk[...] = dk_sums * scale
+    dv[...] = dv_sums
+
+
+# What the kernels are made of.
+
+
+def _visit_all(met: Meetings, visit: Callable, state: Any) -> Any:
+    whole, end = met.whole[...], met.met[...]
+    state = jax.lax.fori_loop(0, whole, functools.partial(visit, masked=False), state)
+    return jax.lax.fori_loop(whole, end, functools.partial(visit, masked=True), state)
+
+
+def _mask(q_labels: Any, rows: Any, kv_labels: Any, keys: Any, rows_axis: int) -> Bool[Array, "_ _"]:
+    """Whether the queries of some rows see some keys."""
+    q = [jnp.expand_dims(q_labels[n, rows], 1 - rows_axis) for n in range(4)]
+    kv = [jnp.expand_dims(kv_labels[n, keys], rows_axis) for n in range(4)]
+    return sees(Segments(*q[:3]), Segments(*kv[:3]), q[3], kv[3])
+
+
+def _dot(a: Array, b: Array) -> Array:
+    """float32 sums, and of float32 a true float32 product: the default would round to TF32."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+class _Call:
+    """The shapes of one call of some kernels, and how arrays are laid out for them and back.
+
+    R rows are the queries, the heads of a group one after the other. Rows and the S keys are padded to whole blocks of
+    every kernel, heads to a power of two.
+    """
+
+    def __init__(
+        self,
+        kernels: Sequence[str],
+        q: Float[Array, "B T H D"],
+        k: Float[Array, "B S K D"],
+        q_segments: Segments,
+        kv_segments: Segments,
+        q_start: Int[Array, ""],
+        interpret: bool,
+    ):
+        self.B, self.T, self.H, self.D = q.shape
+        self.S, self.K = k.shape[1:3]
+        self.G, self.q_start, self.interpret = self.H // self.K, q_start, interpret
+        self.head = _power_of_2(self.D)
+        self.cuts = {}
+        for name in kernels:
+            cut = choose_blocks(name, self.head, q.dtype)
+            rows, keys = min(cut.rows, _power_of_2(self.T * self.G)), min(cut.keys, _power_of_2(self.S))
+            self.cuts[name] = cut._replace(rows=rows, keys=keys)
+        q_labels = jnp.stack([*q_segments, jnp.broadcast_to(q_start + jnp.arange(self.T), (self.B, self.T))], 1)
+        kv_labels = jnp.stack([*kv_segments, jnp.broadcast_to(jnp.arange(self.S), (self.B, self.S))], 1)
+        self.q_labels = self._whole_blocks(jnp.repeat(q_labels, self.G, 2), 2, "rows")
+        self.kv_labels = self._whole_blocks(kv_labels, 2, "keys")
+
+    def __call__(
+        self,
+        name: str,
+        kernel: Callable,
+        rows: Sequence[Array],
+        keys: Sequence[Array],
+        written: Sequence[tuple[tuple[int, ...], DTypeLike]],
+        by_key: bool = False,
+    ) -> list[Array]:
+        """Runs a kernel, a program for each block of rows, or of keys; what it writes is laid out like those."""
+        cut = self.cuts[name]
+        q_segments, kv_segments = (
+            Segments(*(x[:, n] for n in range(3))) for x in (self.q_labels, self.kv_labels)
+        )
+        seen = sight(q_segments, kv_segments, self.q_start, cut.rows, cut.keys, self.G)
+        met = meetings(seen, by_key)
+        R, S = self.q_labels.shape[2], self.kv_labels.shape[2]
+
+        def at_rows(*head: int) -> pl.BlockSpec:
+            size = R if by_key else cut.rows
+            return pl.BlockSpec((None, None, size, *head), lambda i, h, b: (b, h, 0 if by_key else i, *[0] * len(head)))
+
+        at_keys = pl.BlockSpec(
+            (None, cut.keys if by_key else S, None, self.head), lambda i, h, b: (b, i if by_key else 0, h, 0)
+        )
+        at_labels = [
+            pl.BlockSpec((None, 4, R if by_key else cut.rows), lambda i, h, b: (b, 0, 0 if by_key else i)),
+            pl.BlockSpec((None, 4, cut.keys if by_key else S), lambda i, h, b: (b, 0, i if by_key else 0)),
+        ]
+        at_met = Meetings(
+            pl.BlockSpec((None, None, met.blocks.shape[2]), lambda i, h, b: (b, i, 0)),
+            *[pl.BlockSpec((None, None), lambda i, h, b: (b, i))] * 2,
+        )
+        return pl.pallas_call(
+            functools.partial(kernel, cut, self.D**-0.5),
+            name=f"segment_attention_{name}",
+            grid=(met.blocks.shape[1], self.K, self.B),
+            in_specs=[at_met, *at_labels, *(at_rows(*x.shape[3:]) for x in rows), *[at_keys] * len(keys)],
+            out_specs=[at_keys if by_key else at_rows(*shape[3:]) for shape, _ in written],
+            out_shape=[jax.ShapeDtypeStruct(*one) for one in written],
+            compiler_params=triton.CompilerParams(num_warps=cut.warps, num_stages=cut.stages),
+            interpret=self.interpret,
+        )(met, self.q_labels, self.kv_labels, *rows, *keys)
+
+    def _whole_blocks(self, x: Array, axis: int, of: str) -> Array:
+        multiple = max(getattr(cut, of) for cut in self.cuts.values())  # of all the others, as powers of two
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = (0, -x.shape[axis] % multiple)
+        if x.ndim == 4:
+            widths[3] = (0, self.head - self.D)
+        return jnp.pad(x, widths)
+
+    def by_rows(self, x: Float[Array, "B T H *D"]) -> Float[Array, "B K R *D"]:
+        x = jnp.moveaxis(x.reshape(self.B, self.T, self.K, self.G, *x.shape[3:]), 2, 1)
+        return self._whole_blocks(x.reshape(self.B, self.K, self.T * self.G, *x.shape[4:]), 2, "rows")
+
+    def from_rows(self, x: Float[Array, "B K R *D"]) -> Float[Array, "B T H *D"]:
+        x = x[:, :, : self.T * self.G, ..., : self.D] if x.ndim == 4 else x[:, :, : self.T * self.G]
+        x = jnp.moveaxis(x.reshape(self.B, self.K, self.T, self.G, *x.shape[3:]), 1, 2)
+        return x.reshape(self.B, self.T, self.H, *x.shape[4:])
+
+    def by_keys(self, x: Float[Array, "B S K D"]) -> Float[Array, "B S K D"]:
+        return self._whole_blocks(x, 1, "keys")
+
+    def from_keys(self, x: Float[Array, "B S K D"]) -> Float[Array, "B S K D"]:
+        return x[:, : self.S, :, : self.D]
+
+
+def _power_of_2(size: int) -> int:
+    return max(SMALLEST, pl.next_power_of_2(size))
