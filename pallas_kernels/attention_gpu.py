@@ -120,7 +120,9 @@ def _dq_kernel(cut: Blocks, scale: float, met, q_labels, kv_labels, q, d_out, lo
     dq[...] = _visit_all(met, visit, jnp.zeros(q.shape, jnp.float32)) * scale
 
 
-def _dk_dv_kernel(cut: Blocks, scale: float, met, q_labels, kv_labels, q, d_out, log_sum, correction, k, v, dk, dv) -> None:
+def _dk_dv_kernel(
+    cut: Blocks, scale: float, met, q_labels, kv_labels, q, d_out, log_sum, correction, k, v, dk, dv
+) -> None:
     keys, values = k[...], v[...]
 
     def visit(n: Array, state: tuple[Array, Array], masked: bool) -> tuple[Array, Array]:
@@ -206,9 +208,7 @@ class _Call:
     ) -> list[Array]:
         """Runs a kernel, a program for each block of rows, or of keys; what it writes is laid out like those."""
         cut = self.cuts[name]
-        q_segments, kv_segments = (
-            Segments(*(x[:, n] for n in range(3))) for x in (self.q_labels, self.kv_labels)
-        )
+        q_segments, kv_segments = (Segments(*(x[:, n] for n in range(3))) for x in (self.q_labels, self.kv_labels))
         seen = sight(q_segments, kv_segments, self.q_start, cut.rows, cut.keys, self.G)
         met = meetings(seen, by_key)
         R, S = self.q_labels.shape[2], self.kv_labels.shape[2]

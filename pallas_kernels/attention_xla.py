@@ -1,17 +1,21 @@
-"""Attention by `Segments` in plain XLA, for CPU: FlashAttention-2 (Dao 2023, arXiv 2307.08691) over a worklist.
+"""Attention by `Segments` in plain XLA, for CPU: FlashAttention-2 (Dao 2023, arXiv 2307.08691) over meetings of blocks.
 
-Only the (query block, key block) pairs in which something is visible are visited, forward and backward, and nothing
-of size T x S exists.
+Each block of queries goes through the blocks of keys that it meets, so nothing of size T x S exists, and the sums of
+one block stay in the processor's cache. Masks are made only where a block is seen in part: on a CPU they cost more
+than the products.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.segments import MASKED, Segments, visible
-from pallas_kernels.worklist import Worklist, sight, worklist
+from pallas_kernels.worklist import Meetings, meetings, sight
 
 BLOCK = 64
 
@@ -26,30 +30,27 @@ def forward(
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
     """Output in the dtype of `q` and float32 log-sum-exp; what padding gets means nothing."""
     blocks = _Blocks(q.shape, k.shape, q_segments, kv_segments, q_start)
-    q, k, v = blocks.queries(q), blocks.keys(k), blocks.keys(v)
-    visits = blocks.visits()
+    q_blocks, k, v = blocks.queries(q), blocks.keys(k), blocks.keys(v)
 
-    def visit(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        a, b = visits.q_block[i], visits.kv_block[i]
-        out, top, total = state  # unnormalised output, running maximum, running sum
-        scores = blocks.scores(q[a], k[b], a, b)
-        new_top = jnp.maximum(top[a], scores.max(1))
-        weights = jnp.exp(scores - new_top[:, None])
-        shrink = jnp.exp(top[a] - new_top)
-        added = jnp.einsum("ksq,ksd->kqd", weights, v[b], preferred_element_type=jnp.float32)
-        return (
-            out.at[a].set(out[a] * shrink[..., None] + added),
-            top.at[a].set(new_top),
-            total.at[a].set(total[a] * shrink + weights.sum(1)),
-        )
+    def of_queries(a: Array) -> tuple[Array, Array]:
+        def visit(b: Array, masked: bool, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            out, top, total = state  # unnormalised output, running maximum, running sum
+            scores = blocks.scores(q_blocks[a], k[b], a, b, masked)
+            new_top = jnp.maximum(top, scores.max(1))
+            weights = jnp.exp(scores - new_top[:, None])
+            shrink = jnp.exp(top - new_top)
+            added = jnp.einsum("ksd,ksq->kdq", v[b], weights, preferred_element_type=jnp.float32)
+            return out * shrink[:, None] + added, new_top, total * shrink + weights.sum(1)
 
-    # The running maximum starts above MASKED, so that a masked score has the weight exp(MASKED - top) = 0.
-    rows = q.shape[:-1]
-    start = (jnp.zeros(q.shape, jnp.float32), jnp.full(rows, MASKED / 2, jnp.float32), jnp.zeros(rows, jnp.float32))
-    out, top, total = jax.lax.fori_loop(0, visits.length, visit, start)
-    total = jnp.maximum(total, 1e-30)
-    out = blocks.from_queries((out / total[..., None]).astype(q.dtype))
-    return out, blocks.from_queries((top + jnp.log(total))[..., None])[..., 0]
+        # The running maximum starts above MASKED, so that a masked score has the weight exp(MASKED - top) = 0.
+        K, GQ, D = q_blocks.shape[1:]
+        start = (jnp.zeros((K, D, GQ)), jnp.full((K, GQ), MASKED / 2), jnp.zeros((K, GQ)))
+        out, top, total = blocks.visit(meetings(blocks.sight), a, visit, start)
+        total = jnp.maximum(total, 1e-30)
+        return (out / total[:, None]).mT.astype(q.dtype), top + jnp.log(total)
+
+    out, log_sum = jax.lax.map(of_queries, jnp.arange(len(q_blocks)))
+    return blocks.from_queries(out), blocks.from_queries(log_sum[..., None])[..., 0]
 
 
 def backward(
@@ -67,27 +68,30 @@ def backward(
     blocks = _Blocks(q.shape, k.shape, q_segments, kv_segments, q_start)
     q, k, v, d_out = blocks.queries(q), blocks.keys(k), blocks.keys(v), blocks.queries(d_out.astype(jnp.float32))
     log_sum, correction = (blocks.queries(x[..., None])[..., 0] for x in (log_sum, correction))
-    visits, scale = blocks.visits(), q.shape[-1] ** -0.5
+    scale = q.shape[-1] ** -0.5
 
-    def visit(i: Array, grads: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        a, b = visits.q_block[i], visits.kv_block[i]
-        dq, dk, dv = grads
-        weights = jnp.exp(blocks.scores(q[a], k[b], a, b) - log_sum[a][:, None])
-        d_weights = jnp.einsum("kqd,ksd->ksq", d_out[a], v[b], preferred_element_type=jnp.float32)
-        d_scores = weights * (d_weights - correction[a][:, None]) * scale
-        return (
-            dq.at[a].add(jnp.einsum("ksq,ksd->kqd", d_scores, k[b], preferred_element_type=jnp.float32)),
-            dk.at[b].add(jnp.einsum("ksq,kqd->ksd", d_scores, q[a], preferred_element_type=jnp.float32)),
-            dv.at[b].add(jnp.einsum("ksq,kqd->ksd", weights, d_out[a], preferred_element_type=jnp.float32)),
-        )
+    def of_keys(dq: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
+        def visit(a: Array, masked: bool, grads: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            dq, dk, dv = grads
+            weights = jnp.exp(blocks.scores(q[a], k[b], a, b, masked) - log_sum[a][:, None])
+            d_weights = jnp.einsum("kqd,ksd->ksq", d_out[a], v[b], preferred_element_type=jnp.float32)
+            d_scores = weights * (d_weights - correction[a][:, None]) * scale
+            return (
+                dq.at[a].add(jnp.einsum("ksq,ksd->kqd", d_scores, k[b], preferred_element_type=jnp.float32)),
+                dk + jnp.einsum("ksq,kqd->ksd", d_scores, q[a], preferred_element_type=jnp.float32),
+                dv + jnp.einsum("ksq,kqd->ksd", weights, d_out[a], preferred_element_type=jnp.float32),
+            )
 
-    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
-    dq, dk, dv = jax.lax.fori_loop(0, visits.length, visit, zeros)
+        zeros = jnp.zeros(k.shape[1:])
+        dq, dk, dv = blocks.visit(meetings(blocks.sight, by_key=True), b, visit, (dq, zeros, zeros))
+        return dq, (dk, dv)
+
+    dq, (dk, dv) = jax.lax.scan(of_keys, jnp.zeros(q.shape), jnp.arange(len(k)))
     return blocks.from_queries(dq), blocks.from_keys(dk), blocks.from_keys(dv)
 
 
 class _Blocks:
-    """The shapes of one call: how rows are cut into blocks and put together again."""
+    """The shapes of one call: how rows are cut into blocks and put together again; who meets whom."""
 
     def __init__(
         self,
@@ -104,6 +108,7 @@ class _Blocks:
             Segments(*(self._pad(jnp.asarray(y)) for y in x)) for x in (q_segments, kv_segments)
         )
         self.N, self.M = (x.example.shape[1] // self.block for x in (self.q_segments, self.kv_segments))
+        self.sight = sight(self.q_segments, self.kv_segments, q_start, self.block, self.block)
 
     def _pad(self, x: Array) -> Array:
         return jnp.pad(x, [(0, -x.shape[n] % self.block if n == 1 else 0) for n in range(x.ndim)])
@@ -125,19 +130,28 @@ class _Blocks:
         x = x.reshape(self.B, self.M, self.K, self.block, -1).transpose(0, 1, 3, 2, 4)
         return x.reshape(self.B, self.M * self.block, self.K, -1)[:, : self.S]
 
-    def visits(self) -> Worklist:
-        return worklist(sight(self.q_segments, self.kv_segments, self.start, self.block, self.block).some)
+    def visit(self, met: Meetings, block: Array, visit: Callable[[Array, bool, Any], Any], state: Any) -> Any:
+        """Folds `visit(other block, masked, state)` over the blocks that one meets; blocks count through all rows."""
+        own, others = met.blocks.shape[1:]
+        row, place = block // own, block % own
+        number = lambda i: row * others + met.blocks[row, place, i]  # noqa: E731
+        whole, all_met = met.whole[row, place], met.met[row, place]
+        state = jax.lax.fori_loop(0, whole, lambda i, state: visit(number(i), False, state), state)
+        return jax.lax.fori_loop(whole, all_met, lambda i, state: visit(number(i), True, state), state)
 
-    def scores(self, q: Array, k: Array, a: Array, b: Array) -> Float[Array, "K S GQ"]:
+    def scores(self, q: Array, k: Array, a: Array, b: Array, masked: bool) -> Float[Array, "K S GQ"]:
         """Scaled float32 scores of query block `a` on key block `b`, `MASKED` where a query does not see a key.
 
         Keys by queries: reductions over keys then run on whole vectors of queries, where a CPU compiler would do a
         reduction over the last axis one number at a time to keep its order.
         """
         scores = jnp.einsum("kqd,ksd->ksq", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+        if not masked:
+            return scores
         q_labels = Segments(*(x.reshape(-1, self.block)[a] for x in self.q_segments))
         kv_labels = Segments(*(x.reshape(-1, self.block)[b] for x in self.kv_segments))
         here = jnp.arange(self.block)
         q_index = self.start + a % self.N * self.block + here
         mask = visible(q_labels, kv_labels, q_index, b % self.M * self.block + here)
-        return jnp.where(jnp.tile(mask.T, (1, scores.shape[2] // self.block)), scores, MASKED)
+        K, S, GQ = scores.shape
+        return jnp.where(mask.T[:, None], scores.reshape(K, S, -1, self.block), MASKED).reshape(K, S, GQ)
