@@ -55,11 +55,14 @@ class Sharding:
             entries.append(mesh_axes or None)
         return PartitionSpec(*entries)
 
+    def spec_or_none(self, *axes: str | None) -> PartitionSpec | None:
+        """As `spec`, or None where no mesh is set."""
+        return None if jax.sharding.get_abstract_mesh().empty else self.spec(*axes)
+
     def reshard(self, x: jax.Array, *axes: str | None) -> jax.Array:
         """Lays `x` out by its axis names, or leaves it where no mesh is set."""
-        if jax.sharding.get_abstract_mesh().empty:
-            return x
-        return jax.reshard(x, self.spec(*axes))
+        spec = self.spec_or_none(*axes)
+        return x if spec is None else jax.reshard(x, spec)
 
     def named(self, mesh: Mesh, shape: tuple[int, ...], *axes: str | None) -> NamedSharding:
         """The sharding of an array of this shape; ValueError names the dimension that does not divide."""
@@ -82,6 +85,7 @@ FSDP_TENSOR = Sharding(
         "weight": ("fsdp",),
         "heads": ("tensor",),
         "neurons": ("tensor",),
+        "experts": (),
         "vocab": ("tensor",),
         "layers": (),
     }
