@@ -37,7 +37,7 @@ from brewjax.evaluate.predict import predict, sample_examples
 from brewjax.evaluate.predictions import from_examples
 from brewjax.evaluate.report import print_results, write_report
 from brewjax.evaluate.results import compare
-from brewjax.model.decoder import ModelConfig
+from brewjax.model.config import ModelConfig
 from brewjax.model.params import abstract_params, count
 from brewjax.recipe import Recipe
 from brewjax.scoring.bundle import PERCENTILES, TOKENIZER, Bundle, PercentileScale

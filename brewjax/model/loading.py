@@ -113,23 +113,37 @@ def _check(ours: list[tuple[Name, jax.ShapeDtypeStruct]], stored: Mapping[str, S
 
 
 def _fill(name: Name, leaf: jax.ShapeDtypeStruct, stored: Mapping[str, Stored]) -> jax.Array:
-    assert isinstance(leaf.sharding, NamedSharding)
-    entry_sharding = NamedSharding(leaf.sharding.mesh, jax.P(*leaf.sharding.spec[name.stacked :]))
-    stack = jax.jit(functools.partial(jnp.zeros, leaf.shape, leaf.dtype), out_shardings=leaf.sharding)()
+    sharding = leaf.sharding
+    assert isinstance(sharding, NamedSharding)
+    of_entry = NamedSharding(sharding.mesh, jax.P(*sharding.spec[name.stacked :]))
+    stack = jax.jit(functools.partial(jnp.zeros, leaf.shape, leaf.dtype), out_shardings=sharding)()
     finite = {}
     for index, tensor in name.tensors(leaf.shape):
         entry = name.to_ours(stored[tensor].read(), leaf.shape)
-        placed = jax.make_array_from_callback(entry.shape, entry_sharding, entry.__getitem__)
-        stack, finite[tensor] = _put(stack, placed, np.array(index, np.int32))
+        placed = jax.make_array_from_callback(entry.shape, of_entry, entry.__getitem__)
+        stack, finite[tensor] = _put(stack, placed, np.array(index, np.int32), sharding)
     for tensor, fine in finite.items():
         if not fine:
             raise CheckpointError(f"{stored[tensor].file}: tensor {tensor} holds NaN or infinity")
     return stack
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _put(stack: jax.Array, entry: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The stack with the entry in its place, and whether the entry is finite throughout."""
-    start = [*index, *[0] * entry.ndim]
-    update = entry.astype(stack.dtype).reshape(*[1] * len(index), *entry.shape)
-    return jax.lax.dynamic_update_slice(stack, update, start), jnp.isfinite(entry).all()
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _put(stack: jax.Array, entry: jax.Array, index: jax.Array, sharding: NamedSharding) -> tuple[jax.Array, jax.Array]:
+    """The stack, which lies by `sharding`, with the entry in its place; and whether the entry is finite throughout."""
+    spec, depth = sharding.spec, index.size
+
+    def local(stack: jax.Array, entry: jax.Array, index: jax.Array) -> jax.Array:
+        # The place among the device's own layers and experts, if it is there.
+        sizes = np.array(stack.shape[:depth], np.int32)
+        numbers = [jax.lax.axis_index(axes) if axes else 0 for axes in spec[:depth]]
+        own = index - sizes * jnp.array(numbers, jnp.int32)
+        mine = jnp.all((own >= 0) & (own < sizes))
+        start = [*jnp.clip(own, 0, sizes - 1), *[0] * entry.ndim]
+        before = jax.lax.dynamic_slice(stack, start, [1] * depth + list(entry.shape))
+        after = jnp.where(mine, entry.astype(stack.dtype).reshape(before.shape), before)
+        return jax.lax.dynamic_update_slice(stack, after, start)
+
+    specs = (spec, jax.P(*spec[depth:]), jax.P())
+    put = jax.shard_map(local, mesh=sharding.mesh, in_specs=specs, out_specs=spec, check_vma=False)
+    return put(stack, entry, index), jnp.isfinite(entry).all()

@@ -12,7 +12,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from brewjax.config import Config
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
+ROWS = ("data", "fsdp", "expert")  # the mesh axes that share the rows of a batch
 
 
 class MeshConfig(Config):
@@ -20,19 +21,26 @@ class MeshConfig(Config):
 
     data: int = -1
     fsdp: int = pydantic.Field(default=1, gt=0)
+    expert: int = pydantic.Field(default=1, gt=0)
     tensor: int = pydantic.Field(default=1, gt=0)
 
     def build(self) -> Mesh:
         """The mesh, with explicit axis types; ValueError where the devices do not divide."""
         devices = jax.device_count()
-        rest = self.fsdp * self.tensor
+        rest = self.fsdp * self.expert * self.tensor
         data = devices // rest if self.data == -1 else self.data
         if data * rest != devices:
+            sizes = " ".join(f"{axis}={getattr(self, axis)}" for axis in MESH_AXES)
             raise ValueError(
-                f"mesh data={self.data} fsdp={self.fsdp} tensor={self.tensor} does not make use of {devices} devices: "
-                "their product must be the number of devices"
+                f"mesh {sizes} does not make use of {devices} devices: their product must be the number of devices"
             )
-        return jax.make_mesh((data, self.fsdp, self.tensor), MESH_AXES, axis_types=(AxisType.Explicit,) * 3)
+        shape = (data, self.fsdp, self.expert, self.tensor)
+        return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Explicit,) * len(shape))
+
+
+def row_ways(mesh: Mesh) -> int:
+    """Over how many devices the rows of a batch lie."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,16 +84,17 @@ class Sharding:
 
 
 # Fully sharded data parallel (ZeRO-3) with tensor parallel heads and neurons (Megatron): weights are split over
-# `fsdp` along the model dimension and gathered layer by layer; activations over `data` and `fsdp` along the batch.
+# `fsdp` along the model dimension and gathered layer by layer; activations over the other axes along the batch. Each
+# expert is on one device of those along `expert`, whose tokens come to it.
 FSDP_TENSOR = Sharding(
     {
-        "batch": ("data", "fsdp"),
+        "batch": ROWS,
         "length": (),
         "model": (),
         "weight": ("fsdp",),
         "heads": ("tensor",),
         "neurons": ("tensor",),
-        "experts": (),
+        "experts": ("expert",),
         "vocab": ("tensor",),
         "layers": (),
     }

@@ -16,7 +16,7 @@ from brewjax.data.task import Task
 from brewjax.data.tokenizer import Tokenizer
 from brewjax.data.tokens import EncodedPrompt, HistoryLayout, encode
 from brewjax.data.verbalize import STYLES, Verbalizer
-from brewjax.model.decoder import ModelConfig
+from brewjax.model.config import ModelConfig
 from brewjax.model.params import Params, load_model, save_model
 from brewjax.model.sharding import MeshConfig
 from brewjax.scoring.buckets import choose_buckets

@@ -37,7 +37,7 @@ MODELS = {
     "mistral": ("mistral", {"sliding_window": 48}),
     "qwen2": ("qwen2", {"head_dim": 4, "tie_word_embeddings": True}),
     "qwen3": ("qwen3", {"head_dim": 8}),
-    "mixtral": ("mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3-moe": (
         "qwen3_moe",
         {"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "norm_topk_prob": False},
