@@ -88,6 +88,11 @@ class Run:
         """The model's config, with the tokenizer's vocabulary where it names none."""
         config = ModelConfig.load(self.recipe.model)
         size = self.tokenizer.vocab_size
+        longest = self.recipe.prompts.max_tokens
+        if config.max_context is not None and longest > config.max_context:
+            raise config.error(
+                f"{config.max_context} is less than the recipe's prompts.max_tokens, {longest}", "max_context"
+            )
         if not config.vocab_size:
             return config.model_copy(update={"vocab_size": size})
         if config.vocab_size < size:

@@ -101,6 +101,6 @@ class ModelConfig(Config):
         """ValueError where `what` has more tokens than this model reads."""
         if self.max_context is not None and tokens > self.max_context:
             raise ValueError(
-                f"{what} has {tokens} tokens, and model '{self.name}' reads at most {self.max_context} "
-                "(its max_context: the positions it was trained for, or its sliding window)"
+                f"{what} has {tokens} tokens; model '{self.name}' reads at most {self.max_context}, its max_context "
+                "(the positions it was trained for, or its sliding window)"
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING
 
 from brewjax.model.config import ExpertsConfig, ModelConfig, RopeScaling
@@ -96,7 +97,10 @@ def config_from_hf(values: dict[str, Any], name: str, where: str) -> ModelConfig
     if family is None:
         known = ", ".join(FAMILIES)
         raise CheckpointError(f"{where}: model_type {values.get('model_type')!r} is none of those known: {known}")
-    hf = CONFIG_MAPPING[values["model_type"]].from_dict(values)  # with the family's own defaults
+    try:
+        hf = CONFIG_MAPPING[values["model_type"]].from_dict(values)  # with the family's own defaults
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{where}: {error}") from None
     for key, wanted in ONLY.items():
         if getattr(hf, key, wanted) != wanted:
             raise CheckpointError(f"{where}: {key} is {getattr(hf, key)!r}; only {wanted!r} can be computed")

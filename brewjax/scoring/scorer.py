@@ -92,7 +92,9 @@ class Scorer:
                 raise ValueError("no question")
             if len(prompt.labels) > LABELS_IN_PASS:
                 raise ValueError(f"{len(prompt.labels)} labels; at most {LABELS_IN_PASS} are scored at once")
-            return encode(prompt, self.tokenizer, self.layout)
+            encoded = encode(prompt, self.tokenizer, self.layout)
+            self.model.check_context(encoded.context, "with one question it")
+            return encoded
         except ValueError as error:
             raise ValueError(f"prompt {number}: {error}") from None
 

