@@ -251,6 +251,60 @@ def serve(
     sys.exit(0 if asyncio.run(run_server(model, settings)) else 1)
 
 
+@app.command("import")
+def import_(
+    source: Annotated[str, typer.Argument(help="A folder of Hugging Face safetensors, a .gguf file, or smollm2-135m.")],
+    out: Annotated[Path, typer.Argument(help="The model folder to write.")],
+    name: Annotated[Optional[str], typer.Option(help="What to call the model; after its source by default.")] = None,
+    dtype: Annotated[
+        Optional[Literal["float32", "bfloat16"]], typer.Option(help="Of its weights; as they are by default.")
+    ] = None,
+) -> None:
+    """Make a model folder of an open model, which then scores, evaluates and trains as any other."""
+    from brewjax.model.params import count
+    from brewjax.scoring.exchange import import_model
+
+    bundle = import_model(source, out, name, dtype)
+    console.print(f"{out}: {bundle.model.name}, {count(bundle.params):,} parameters, {bundle.model.param_dtype}")
+
+
+@app.command()
+def export(
+    model: ModelFolder, out: Annotated[Path, typer.Argument(help="The folder to write, for transformers to open.")]
+) -> None:
+    """Give a model back as a Hugging Face folder: config, safetensors, tokenizer and chat template."""
+    from brewjax.scoring.exchange import export_model
+
+    export_model(model, out)
+    console.print(f"{out}: open it with AutoModelForCausalLM.from_pretrained")
+
+
+@app.command()
+def describe(
+    model: Annotated[Path, typer.Argument(help="A model's YAML file, its folder, or a Hugging Face folder.")],
+    overrides: Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE, e.g. vocab_size=32000.")] = None,
+) -> None:
+    """Count a model's parameters, those that one token uses, and their bytes."""
+    from brewjax.model.config import ModelConfig
+    from brewjax.model.huggingface import CONFIG, read_config
+    from brewjax.model.params import MODEL, size
+
+    if (model / CONFIG).is_file():
+        config = read_config(model, model.resolve().name)
+    else:
+        config = ModelConfig.load(model / MODEL if model.is_dir() else model, overrides or ())
+    found = size(config)
+    table = Table(show_header=False)
+    for what, value in {
+        "parameters": f"{found.parameters:,}",
+        "used by a token": f"{found.active:,}",
+        f"weights, {config.param_dtype}": f"{found.weight_bytes / 1e9:,.2f} GB",
+        f"keys and values of a token, {config.compute_dtype}": f"{found.cache_bytes:,} bytes",
+    }.items():
+        table.add_row(what, value)
+    console.print(f"[bold]{config.name}[/]", table)
+
+
 def _print_ranking(
     probabilities: np.ndarray, labels: Sequence[str], values: np.ndarray, names: Sequence[str], top: int
 ) -> None:

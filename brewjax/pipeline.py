@@ -37,7 +37,7 @@ from brewjax.evaluate.predict import predict, sample_examples
 from brewjax.evaluate.predictions import from_examples
 from brewjax.evaluate.report import print_results, write_report
 from brewjax.evaluate.results import compare
-from brewjax.model.decoder import ModelConfig
+from brewjax.model.config import ModelConfig
 from brewjax.model.params import abstract_params, count
 from brewjax.recipe import Recipe
 from brewjax.scoring.bundle import PERCENTILES, TOKENIZER, Bundle, PercentileScale
@@ -88,6 +88,11 @@ class Run:
         """The model's config, with the tokenizer's vocabulary where it names none."""
         config = ModelConfig.load(self.recipe.model)
         size = self.tokenizer.vocab_size
+        longest = self.recipe.prompts.max_tokens
+        if config.max_context is not None and longest > config.max_context:
+            raise config.error(
+                f"{config.max_context} is less than the recipe's prompts.max_tokens, {longest}", "max_context"
+            )
         if not config.vocab_size:
             return config.model_copy(update={"vocab_size": size})
         if config.vocab_size < size:

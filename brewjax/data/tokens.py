@@ -38,6 +38,11 @@ class EncodedPrompt:
     def prefix_length(self) -> int:
         return sum(map(len, self.pieces))
 
+    @property
+    def context(self) -> int:
+        """Tokens that the longest question ends: those before it and its own."""
+        return self.prefix_length + max(map(len, self.questions), default=0)
+
     def __len__(self) -> int:
         return self.prefix_length + sum(map(len, self.questions))
 

@@ -1,56 +1,21 @@
-"""The decoder: a language model of the Llama family (Touvron et al. 2023) that sees by `Segments`."""
+"""The decoder: a language model of the Llama families (Touvron et al. 2023) that sees by `Segments`."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import pydantic
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from brewjax.config import Config
+from brewjax.model.config import ModelConfig
+from brewjax.model.experts import Experts
 from brewjax.model.sharding import FSDP_TENSOR, Sharding
+from brewjax.model.weights import Weight, gathered, random_weight
 from pallas_kernels.attention import attention
-from pallas_kernels.segments import Segments
-
-Dtype = Literal["float32", "bfloat16"]
-
-
-class ModelConfig(Config):
-    """The shape of a decoder.
-
-    Attributes:
-      vocab_size: 0 takes the tokenizer's.
-      rope_base: base of the rotary position angles (Su et al. 2021).
-      tie_head: the output head is the embedding.
-      param_dtype, compute_dtype: of the weights at rest, and of the matrix products; norms, softmax and logits
-        are float32 whatever these are.
-      remat: recompute each layer in the backward pass instead of storing its activations.
-    """
-
-    name: str
-    vocab_size: int = pydantic.Field(default=0, ge=0)
-    d_model: int = pydantic.Field(gt=0)
-    layers: int = pydantic.Field(gt=0)
-    heads: int = pydantic.Field(gt=0)
-    kv_heads: int = pydantic.Field(gt=0)
-    head_dim: int = pydantic.Field(gt=0, multiple_of=2)
-    d_ff: int = pydantic.Field(gt=0)
-    rope_base: float = 10_000.0
-    norm_eps: float = 1e-5
-    tie_head: bool = True
-    param_dtype: Dtype = "float32"
-    compute_dtype: Dtype = "float32"
-    remat: bool = False
-
-    @pydantic.model_validator(mode="after")
-    def _groups_divide(self) -> ModelConfig:
-        if self.heads % self.kv_heads:
-            raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
-        return self
-
+from pallas_kernels.segments import PADDING, Segments
 
 KeysValues = tuple[Float[Array, "B T K E"], Float[Array, "B T K E"]]
 
@@ -68,60 +33,83 @@ class Past(NamedTuple):
     pages: Int[Array, "B M"]
 
 
-class Weight(nnx.Param):
-    """A parameter with the names of its axes, for sharding; stacked layers have one more in front."""
-
-
 class RMSNorm(nnx.Module):
     """Zhang and Sennrich 2019; computed in float32."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, size: int, axis: str | None = "model"):
         self.eps = config.norm_eps
-        self.scale = Weight(jnp.ones(config.d_model, config.param_dtype), axes=("model",))
+        self.scale = Weight(jnp.ones(size, config.param_dtype), axes=(axis,))
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         x32 = x.astype(jnp.float32)
         x32 *= jax.lax.rsqrt(jnp.mean(x32**2, -1, keepdims=True) + self.eps)
         return (x32 * self.scale[...]).astype(x.dtype)
 
 
 class Layer(nnx.Module):
-    """Attention and a SwiGLU MLP (Shazeer 2020), each behind a norm and around a residual."""
+    """Attention and a SwiGLU MLP (Shazeer 2020) or experts, each behind a norm and around a residual."""
 
     def __init__(self, config: ModelConfig, sharding: Sharding, rngs: nnx.Rngs):
         self.config, self.sharding = config, sharding
         D, H, K, E, F = config.d_model, config.heads, config.kv_heads, config.head_dim, config.d_ff
         # The projections into the residual stream start smaller, for the sum over layers to start at scale one.
         into_residual = (2 * config.layers) ** -0.5
-        self.attention_norm = RMSNorm(config)
-        self.query = _weight(rngs, config, (D, H, E), ("weight", "heads", None), fan_in=D)
-        self.key = _weight(rngs, config, (D, K, E), ("weight", "heads", None), fan_in=D)
-        self.value = _weight(rngs, config, (D, K, E), ("weight", "heads", None), fan_in=D)
-        self.output = _weight(rngs, config, (H, E, D), ("heads", None, "weight"), fan_in=H * E, scale=into_residual)
-        self.mlp_norm = RMSNorm(config)
-        self.gate = _weight(rngs, config, (D, F), ("weight", "neurons"), fan_in=D)
-        self.up = _weight(rngs, config, (D, F), ("weight", "neurons"), fan_in=D)
-        self.down = _weight(rngs, config, (F, D), ("neurons", "weight"), fan_in=F, scale=into_residual)
+
+        def weight(*shape: int, axes: tuple, fan_in: int = D, scale: float = 1.0) -> Weight:
+            return random_weight(rngs, config, shape, axes, fan_in, scale)
+
+        def bias(*shape: int) -> Weight | None:
+            return Weight(jnp.zeros(shape, config.param_dtype), axes=("heads", None)) if config.qkv_bias else None
+
+        self.attention_norm = RMSNorm(config, D)
+        self.query = weight(D, H, E, axes=("weight", "heads", None))
+        self.key = weight(D, K, E, axes=("weight", "heads", None))
+        self.value = weight(D, K, E, axes=("weight", "heads", None))
+        self.query_bias, self.key_bias, self.value_bias = bias(H, E), bias(K, E), bias(K, E)
+        self.query_norm = RMSNorm(config, E, None) if config.qk_norm else None
+        self.key_norm = RMSNorm(config, E, None) if config.qk_norm else None
+        self.output = weight(H, E, D, axes=("heads", None, "weight"), fan_in=H * E, scale=into_residual)
+        self.mlp_norm = RMSNorm(config, D)
+        if config.experts:
+            self.experts = Experts(config, sharding, rngs)
+        else:
+            self.gate = weight(D, F, axes=("weight", "neurons"))
+            self.up = weight(D, F, axes=("weight", "neurons"))
+            self.down = weight(F, D, axes=("neurons", "weight"), fan_in=F, scale=into_residual)
 
     def __call__(
         self, x: Float[Array, "B T D"], rotation: Float[Array, "B T 1 E"], segments: Segments, past: KeysValues | None
-    ) -> tuple[Float[Array, "B T D"], KeysValues]:
-        """The residual stream after this layer, and the keys and values of these T tokens; `past` is before them."""
+    ) -> tuple[Float[Array, "B T D"], KeysValues, Float[Array, ""]]:
+        """The residual stream after this layer, the keys and values of these T tokens, and the experts' balance loss.
+
+        `past` are the keys and values before them.
+        """
         h = self.attention_norm(x)
-        q, k, v = (self._project("btd,dhe->bthe", h, weight) for weight in (self.query, self.key, self.value))
+        q = self._heads(h, self.query, self.query_bias, self.query_norm)
+        k = self._heads(h, self.key, self.key_bias, self.key_norm)
+        v = self._heads(h, self.value, self.value_bias, None)
         q, k = rotate(q, rotation), rotate(k, rotation)
         all_k, all_v = (k, v) if past is None else (jnp.concatenate(x, 1) for x in zip(past, (k, v), strict=True))
         x += self._into_residual("bthe,hed->btd", _attend(self.sharding, q, all_k, all_v, segments), self.output)
         h = self.mlp_norm(x)
+        if self.config.experts:
+            more, balance = self.experts(h, segments.example[:, -x.shape[1] :] != PADDING)
+            return x + more, (k, v), balance
         gate, up = (self._project("btd,df->btf", h, weight) for weight in (self.gate, self.up))
-        return x + self._into_residual("btf,fd->btd", jax.nn.silu(gate) * up, self.down), (k, v)
+        return x + self._into_residual("btf,fd->btd", jax.nn.silu(gate) * up, self.down), (k, v), jnp.zeros(())
+
+    def _heads(self, x: Array, weight: Weight, bias: Weight | None, norm: RMSNorm | None) -> Array:
+        heads = self._project("btd,dhe->bthe", x, weight)
+        if bias is not None:
+            heads += gathered(self.sharding, bias, x.dtype)
+        return heads if norm is None else norm(heads)
 
     def _project(self, equation: str, x: Array, weight: Weight) -> Array:
         return jnp.einsum(equation, x, gathered(self.sharding, weight, x.dtype))
 
     def _into_residual(self, equation: str, x: Array, weight: Weight) -> Array:
         # The contracted axis lies over `tensor`: the output sharding asks for the sum over it.
-        spec = _spec_or_none(self.sharding, "batch", "length", "model")
+        spec = self.sharding.spec_or_none("batch", "length", "model")
         return jnp.einsum(equation, x, gathered(self.sharding, weight, x.dtype), out_sharding=spec)
 
 
@@ -136,7 +124,7 @@ class Decoder(nnx.Module):
             raise ValueError(f"model '{config.name}': vocab_size must be given")
         self.config, self.sharding = config, sharding
         V, D = config.vocab_size, config.d_model
-        self.embedding = _weight(rngs, config, (V, D), ("vocab", "weight"), fan_in=D)
+        self.embedding = random_weight(rngs, config, (V, D), ("vocab", "weight"), fan_in=D)
 
         @nnx.split_rngs(splits=config.layers)
         @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: None})
@@ -144,14 +132,23 @@ class Decoder(nnx.Module):
             return Layer(config, sharding, rngs)
 
         self.layers = stack(rngs)
-        self.norm = RMSNorm(config)
-        self.untied_head = None if config.tie_head else _weight(rngs, config, (V, D), ("vocab", "weight"), fan_in=D)
+        self.norm = RMSNorm(config, D)
+        self.untied_head = (
+            None if config.tie_head else random_weight(rngs, config, (V, D), ("vocab", "weight"), fan_in=D)
+        )
 
     def __call__(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segments: Segments
     ) -> Float[Array, "B T D"]:
         """Hidden states after the last norm, in the compute dtype. Those of padding mean nothing."""
         return self._run(tokens, positions, segments, None)[0]
+
+    def with_balance(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segments: Segments
+    ) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
+        """As a call; and the experts' load-balancing loss, the mean over layers, weighed for the training loss."""
+        hidden, _, balance = self._run(tokens, positions, segments, None)
+        return hidden, balance * (self.config.experts.balance if self.config.experts else 0.0)
 
     def extend(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segments: Segments, past: Past
@@ -163,27 +160,27 @@ class Decoder(nnx.Module):
 
         Returns hidden states, and the keys and values [L, B, T, K, E] of these tokens.
         """
-        hidden, own = self._run(tokens, positions, segments, past)
+        hidden, own, _ = self._run(tokens, positions, segments, past)
         assert own is not None
         return hidden, own
 
     def _run(
         self, tokens: Array, positions: Array, segments: Segments, past: Past | None
-    ) -> tuple[Array, KeysValues | None]:
+    ) -> tuple[Array, KeysValues | None, Array]:
         table = self.sharding.reshard(self.embedding[...], None, None).astype(self.config.compute_dtype)
-        x = table.at[tokens].get(out_sharding=_spec_or_none(self.sharding, "batch", "length", "model"))
-        rotation = rotary(positions, self.config.head_dim, self.config.rope_base)
+        x = table.at[tokens].get(out_sharding=self.sharding.spec_or_none("batch", "length", "model"))
+        rotation = rotary(positions, self.config)
         graph, weights = nnx.split(self.layers)
 
-        def body(x: Array, layer: tuple[nnx.State, Array]) -> tuple[Array, KeysValues | None]:
+        def body(x: Array, layer: tuple[nnx.State, Array]) -> tuple[Array, tuple[KeysValues | None, Array]]:
             weights, number = layer
             before = None if past is None else _read(self.sharding, past, number)
-            x, own = nnx.merge(graph, weights)(x, rotation, segments, before)
-            return x, None if past is None else own
+            x, own, balance = nnx.merge(graph, weights)(x, rotation, segments, before)
+            return x, (None if past is None else own, balance)
 
         layers = (weights, jnp.arange(self.config.layers))
-        x, own = jax.lax.scan(jax.checkpoint(body) if self.config.remat else body, x, layers)
-        return self.norm(x), own
+        x, (own, balance) = jax.lax.scan(jax.checkpoint(body) if self.config.remat else body, x, layers)
+        return self.norm(x), own, jnp.mean(balance)
 
     @property
     def head(self) -> Float[Array, "V D"]:
@@ -201,9 +198,13 @@ class Decoder(nnx.Module):
         )
 
 
-def rotary(positions: Int[Array, "B T"], head_dim: int, base: float) -> Float[Array, "B T 1 E"]:
+def rotary(positions: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T 1 E"]:
     """Angles' cosines, then sines, float32, to turn each half of a head against the other."""
-    frequencies = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    frequencies = config.rope_base ** (-jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
+    if scaling := config.rope_scaling:
+        turns = scaling.original_length * frequencies / (2 * math.pi)
+        kept = jnp.clip((turns - scaling.low) / (scaling.high - scaling.low), 0, 1)
+        frequencies *= kept + (1 - kept) / scaling.factor
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
 
@@ -215,31 +216,14 @@ def rotate(x: Float[Array, "B T H E"], rotation: Float[Array, "B T 1 E"]) -> Flo
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
 
 
-def gathered(sharding: Sharding, weight: Weight, dtype: jnp.dtype) -> Array:
-    """A weight in the compute dtype, whole along the axis that is only split at rest."""
-    axes = (None if axis == "weight" else axis for axis in weight.axes)
-    return sharding.reshard(weight[...].astype(dtype), *axes)
-
-
-def _weight(
-    rngs: nnx.Rngs, config: ModelConfig, shape: tuple[int, ...], axes: tuple, fan_in: int, scale: float = 1.0
-) -> Weight:
-    values = jax.random.truncated_normal(rngs.params(), -3, 3, shape, config.param_dtype) * (scale * fan_in**-0.5)
-    return Weight(values, axes=axes)
-
-
-def _spec_or_none(sharding: Sharding, *axes: str | None) -> jax.P | None:
-    return None if jax.sharding.get_abstract_mesh().empty else sharding.spec(*axes)
-
-
 def _read(sharding: Sharding, past: Past, layer: Array) -> KeysValues:
     """One layer's keys and values [B, M * P, K, E] of the past."""
     B, M = past.pages.shape
 
     def read(pool: Array) -> Array:
-        pages = pool.at[layer, past.pages].get(out_sharding=_spec_or_none(sharding, "batch", None, None, "heads", None))
+        pages = pool.at[layer, past.pages].get(out_sharding=sharding.spec_or_none("batch", None, None, "heads", None))
         tokens = (B, M * pool.shape[2], *pool.shape[3:])
-        return jnp.reshape(pages, tokens, out_sharding=_spec_or_none(sharding, "batch", None, "heads", None))
+        return jnp.reshape(pages, tokens, out_sharding=sharding.spec_or_none("batch", None, "heads", None))
 
     return read(past.keys), read(past.values)
 

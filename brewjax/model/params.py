@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
-from brewjax.model.decoder import Decoder, ModelConfig
+from brewjax.model.config import ModelConfig
+from brewjax.model.decoder import Decoder
 
 Params = dict[str, Any]
 MODEL, WEIGHTS = "model.yaml", "params"
@@ -57,6 +59,31 @@ def init_params(config: ModelConfig, mesh: Mesh, seed: int) -> Params:
 def count(params: Params) -> int:
     """Number of parameters; abstract ones count too."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+class Size(NamedTuple):
+    """Of a model: its parameters, those that one token's pass uses, bytes at rest, and of a token's keys and values."""
+
+    parameters: int
+    active: int
+    weight_bytes: int
+    cache_bytes: int
+
+
+def size(config: ModelConfig) -> Size:
+    """Without making any of it; ValueError where the config leaves the vocabulary to a tokenizer."""
+    if not config.vocab_size:
+        raise config.error("a tokenizer's; give it, with --set vocab_size=N on the command line", "vocab_size")
+    state = nnx.to_pure_dict(_abstract(config)[1])
+    parameters, idle = count(state), 0
+    if config.experts:
+        matrices = {name: leaf for name, leaf in state["layers"]["experts"].items() if name != "router"}
+        idle = count(matrices) // config.experts.count * (config.experts.count - config.experts.per_token)
+    if not config.tie_head:
+        idle += state["embedding"].size  # looked up, not multiplied with
+    cache = 2 * config.layers * config.kv_heads * config.head_dim * jnp.dtype(config.compute_dtype).itemsize
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    return Size(parameters, parameters - idle, weights, cache)
 
 
 def save_model(folder: Path, config: ModelConfig, params: Params) -> None:

@@ -12,7 +12,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from brewjax.config import Config
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
+ROWS = ("data", "fsdp", "expert")  # the mesh axes that share the rows of a batch
 
 
 class MeshConfig(Config):
@@ -20,19 +21,26 @@ class MeshConfig(Config):
 
     data: int = -1
     fsdp: int = pydantic.Field(default=1, gt=0)
+    expert: int = pydantic.Field(default=1, gt=0)
     tensor: int = pydantic.Field(default=1, gt=0)
 
     def build(self) -> Mesh:
         """The mesh, with explicit axis types; ValueError where the devices do not divide."""
         devices = jax.device_count()
-        rest = self.fsdp * self.tensor
+        rest = self.fsdp * self.expert * self.tensor
         data = devices // rest if self.data == -1 else self.data
         if data * rest != devices:
+            sizes = " ".join(f"{axis}={getattr(self, axis)}" for axis in MESH_AXES)
             raise ValueError(
-                f"mesh data={self.data} fsdp={self.fsdp} tensor={self.tensor} does not make use of {devices} devices: "
-                "their product must be the number of devices"
+                f"mesh {sizes} does not make use of {devices} devices: their product must be the number of devices"
             )
-        return jax.make_mesh((data, self.fsdp, self.tensor), MESH_AXES, axis_types=(AxisType.Explicit,) * 3)
+        shape = (data, self.fsdp, self.expert, self.tensor)
+        return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Explicit,) * len(shape))
+
+
+def row_ways(mesh: Mesh) -> int:
+    """Over how many devices the rows of a batch lie."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +63,14 @@ class Sharding:
             entries.append(mesh_axes or None)
         return PartitionSpec(*entries)
 
+    def spec_or_none(self, *axes: str | None) -> PartitionSpec | None:
+        """As `spec`, or None where no mesh is set."""
+        return None if jax.sharding.get_abstract_mesh().empty else self.spec(*axes)
+
     def reshard(self, x: jax.Array, *axes: str | None) -> jax.Array:
         """Lays `x` out by its axis names, or leaves it where no mesh is set."""
-        if jax.sharding.get_abstract_mesh().empty:
-            return x
-        return jax.reshard(x, self.spec(*axes))
+        spec = self.spec_or_none(*axes)
+        return x if spec is None else jax.reshard(x, spec)
 
     def named(self, mesh: Mesh, shape: tuple[int, ...], *axes: str | None) -> NamedSharding:
         """The sharding of an array of this shape; ValueError names the dimension that does not divide."""
@@ -73,15 +84,17 @@ class Sharding:
 
 
 # Fully sharded data parallel (ZeRO-3) with tensor parallel heads and neurons (Megatron): weights are split over
-# `fsdp` along the model dimension and gathered layer by layer; activations over `data` and `fsdp` along the batch.
+# `fsdp` along the model dimension and gathered layer by layer; activations over the other axes along the batch. Each
+# expert is on one device of those along `expert`, whose tokens come to it.
 FSDP_TENSOR = Sharding(
     {
-        "batch": ("data", "fsdp"),
+        "batch": ROWS,
         "length": (),
         "model": (),
         "weight": ("fsdp",),
         "heads": ("tensor",),
         "neurons": ("tensor",),
+        "experts": ("expert",),
         "vocab": ("tensor",),
         "layers": (),
     }

@@ -16,7 +16,7 @@ from brewjax.data.task import Task
 from brewjax.data.tokenizer import Tokenizer
 from brewjax.data.tokens import EncodedPrompt, HistoryLayout, encode
 from brewjax.data.verbalize import STYLES, Verbalizer
-from brewjax.model.decoder import ModelConfig
+from brewjax.model.config import ModelConfig
 from brewjax.model.params import Params, load_model, save_model
 from brewjax.model.sharding import MeshConfig
 from brewjax.scoring.buckets import choose_buckets
@@ -60,27 +60,30 @@ class PercentileScale(Config):
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """What `brewjax run` leaves in `model/`, and what evaluation, `brewjax score` and serving start from.
+    """What `brewjax run` and `brewjax import` leave, and what evaluation, `brewjax score` and serving start from.
 
     Attributes:
-      card, tasks: of the dataset it was trained on, and what it was trained to answer.
+      scale, card, tasks: of the dataset it was trained on, and what it was trained to answer; an imported model was
+        trained on none.
     """
 
     model: ModelConfig
     params: Params
     tokenizer: Tokenizer
     prompts: PromptConfig
-    scale: PercentileScale
-    card: Card
-    tasks: tuple[Task, ...]
+    scale: PercentileScale | None = None
+    card: Card | None = None
+    tasks: tuple[Task, ...] = ()
 
     def save(self, folder: Path) -> None:
         """Writes the folder; weights last, so that a folder with weights is complete."""
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save(folder / TOKENIZER)
         self.prompts.save(folder / PROMPTS)
-        self.scale.save(folder / PERCENTILES)
-        self.card.save(folder / CARD)
+        if self.scale:
+            self.scale.save(folder / PERCENTILES)
+        if self.card:
+            self.card.save(folder / CARD)
         (folder / TASKS).mkdir(exist_ok=True)
         for task in self.tasks:
             task.save(folder / TASKS / f"{task.name}.yaml")
@@ -95,23 +98,25 @@ class Bundle:
             params,
             Tokenizer.load(folder / TOKENIZER),
             PromptConfig.load(folder / PROMPTS),
-            PercentileScale.load(folder / PERCENTILES),
-            Card.load(folder / CARD),
+            PercentileScale.load(folder / PERCENTILES) if (folder / PERCENTILES).exists() else None,
+            Card.load(folder / CARD) if (folder / CARD).exists() else None,
             tuple(Task.load(path) for path in sorted((folder / TASKS).glob("*.yaml"))),
         )
 
     def verbalizer(self, dataset: Dataset, task: Task) -> Verbalizer:
         """Says examples as in training; on a dataset other than that, percentiles are fitted before `task`'s split."""
         task.check_words(self.tokenizer)
-        if dataset.card.name == self.scale.dataset:
+        if self.scale and dataset.card.name == self.scale.dataset:
             percentiles = Percentiles(self.scale.quantiles)
         else:
             percentiles = Percentiles.fit(dataset, task.boundaries(dataset)[0])
         return Verbalizer(dataset, percentiles, self.tokenizer, self.prompts.max_tokens)
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:
-        """Tokens of a prompt as the model was trained to see them."""
-        return encode(prompt, self.tokenizer, self.prompts.layout)
+        """Tokens of a prompt as the model was trained to see them; ValueError where they are more than it reads."""
+        encoded = encode(prompt, self.tokenizer, self.prompts.layout)
+        self.model.check_context(encoded.context, "a prompt with one question")
+        return encoded
 
     def scorer(self, prompts: Sequence[EncodedPrompt]) -> Scorer:
         """A scorer with shapes chosen for prompts like these."""

@@ -18,7 +18,7 @@ from brewjax.data.tokenizer import Tokenizer
 from brewjax.data.tokens import EncodedPrompt, HistoryLayout, encode
 from brewjax.model.decoder import KeysValues, ModelConfig, Past
 from brewjax.model.params import Params, bind
-from brewjax.model.sharding import FSDP_TENSOR, MeshConfig
+from brewjax.model.sharding import FSDP_TENSOR, ROWS, MeshConfig, row_ways
 from brewjax.scoring.buckets import plan_passes
 from brewjax.scoring.passes import LABELS_IN_PASS, NOWHERE, PAGE, Bucket, Part, Pass, Rows, lay_out
 from pallas_kernels.label_scores import label_log_probs
@@ -58,7 +58,7 @@ class Scorer:
     ):
         self.model, self.tokenizer, self.layout, self.buckets = model, tokenizer, layout, tuple(sorted(buckets))
         self.params, self._mesh, self._cache_pages = params, mesh or MeshConfig().build(), cache_pages
-        self._rows = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
+        self._rows = row_ways(self._mesh)
         if cache_pages and self._rows > 1:
             raise ValueError(f"a cache of prefixes needs data=1 and fsdp=1, not a mesh of {dict(self._mesh.shape)}")
         self._pass = jax.jit(self._compute, donate_argnums=1)
@@ -92,7 +92,9 @@ class Scorer:
                 raise ValueError("no question")
             if len(prompt.labels) > LABELS_IN_PASS:
                 raise ValueError(f"{len(prompt.labels)} labels; at most {LABELS_IN_PASS} are scored at once")
-            return encode(prompt, self.tokenizer, self.layout)
+            encoded = encode(prompt, self.tokenizer, self.layout)
+            self.model.check_context(encoded.context, "with one question it")
+            return encoded
         except ValueError as error:
             raise ValueError(f"prompt {number}: {error}") from None
 
@@ -123,7 +125,7 @@ class Scorer:
         What they store can be read by whatever is started after them.
         """
         rows = lay_out(passes, self._rows)
-        sharding = NamedSharding(self._mesh, jax.P(("data", "fsdp"), None))
+        sharding = NamedSharding(self._mesh, jax.P(ROWS, None))
         with jax.set_mesh(self._mesh):
             inputs, labels = jax.device_put(((*rows[:4], rows.pages, rows.store), rows.labels), sharding)
             asked, self._pool = self._pass(self.params, self._pool, *inputs)

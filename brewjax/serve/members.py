@@ -29,6 +29,8 @@ def say(bundle: Bundle, task: Task, member: pb.Member) -> Prompt:
 
     Raises ValueError naming the field that is missing, unknown to the dataset's card, or of the wrong type.
     """
+    if bundle.card is None:
+        raise ValueError("member: this model was imported and knows no dataset's card; ask raw")
     card = _as_given(bundle.card)
     for place, event in enumerate(member.history):
         if event.action not in card.events.actions:

@@ -168,6 +168,7 @@ class Service:
                     item_attributes=attributes(card.items.attributes),
                 )
                 for task in self._encoder.tasks.values()
+                if card is not None
             ],
             limits=pb.Limits(
                 items=config.items,

@@ -19,7 +19,7 @@ from brewjax.config import Config
 from brewjax.data.loader import NO_TARGET, TokenBatch, describe_sources, load_batches
 from brewjax.model.decoder import Decoder, ModelConfig
 from brewjax.model.params import Params, abstract_params, bind, init_params
-from brewjax.model.sharding import MeshConfig
+from brewjax.model.sharding import ROWS, MeshConfig, row_ways
 from brewjax.train.metrics import MetricsWriter
 from brewjax.train.optimizer import OptimizerConfig
 from pallas_kernels.segments import PADDING
@@ -68,11 +68,11 @@ def train(model: ModelConfig, config: TrainConfig, shards: Path, folder: Path, o
     step and the examples of its batch; the checkpoint before it stays the newest, the batch is saved beside it.
     """
     mesh = config.mesh.build()
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = row_ways(mesh)
     if config.rows // config.accumulate % ways:
         raise ValueError(
             f"train.rows ({config.rows}) / accumulate ({config.accumulate}) must be a multiple of the {ways} devices "
-            "along data and fsdp, which share the rows"
+            "along data, fsdp and expert, which share the rows"
         )
     here, processes = jax.process_index(), jax.process_count()
     batches = iter(load_batches(shards, config.rows // processes, config.row_tokens, config.seed, here, processes))
@@ -155,7 +155,7 @@ def _restore_or_init(
 
 def _place(batch: TokenBatch, config: TrainConfig, mesh: Mesh) -> TokenBatch:
     """The batch in its parts, [accumulate, rows, tokens], each over the devices that share the batch."""
-    sharding = NamedSharding(mesh, jax.P(None, ("data", "fsdp"), None))
+    sharding = NamedSharding(mesh, jax.P(None, ROWS, None))
 
     def place(x: np.ndarray) -> jax.Array:
         return jax.make_array_from_process_local_data(sharding, x.reshape(config.accumulate, -1, x.shape[-1]))

@@ -11,8 +11,11 @@ from pallas_kernels.cross_entropy import linear_cross_entropy
 
 
 def supervised(decoder: Decoder, batch: TokenBatch) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Cross-entropy of the label words: -log P(word | everything the question sees), natural log."""
-    hidden = decoder(batch.tokens, batch.positions, batch.segments)
+    """Cross-entropy of the label words: -log P(word | everything the question sees), natural log.
+
+    A mixture of experts adds its load-balancing loss, once per target.
+    """
+    hidden, balance = decoder.with_balance(batch.tokens, batch.positions, batch.segments)
     rows = decoder.sharding.spec("batch", "length")
     axes = decoder.sharding.rules["batch"]
 
@@ -20,9 +23,10 @@ def supervised(decoder: Decoder, batch: TokenBatch) -> tuple[Float[Array, ""], F
         sums = linear_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), head, targets.reshape(-1))
         return jax.lax.psum(sums, axes)
 
-    return jax.shard_map(
+    loss, count = jax.shard_map(
         local,
         in_specs=(decoder.sharding.spec("batch", "length", "model"), jax.P(None, None), rows),
         out_specs=(jax.P(), jax.P()),
         check_vma=False,
     )(hidden, decoder.head.astype(hidden.dtype), batch.targets)
+    return loss + balance * count, count

@@ -1,6 +1,5 @@
 import dataclasses
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,6 @@ from brewjax.model.params import Params, bind
 from pallas_kernels.segments import ALL, PADDING, Segments
 from tests.tiny import MODEL, pack, params, prompt
 
-GOLDEN = Path(__file__).with_name("golden_llama.npz")
 PARAMS = params()
 ROWS, LENGTH = 6, 96
 
@@ -42,51 +40,6 @@ def reorder(one: EncodedPrompt, order: list[int]) -> EncodedPrompt:
     return dataclasses.replace(
         one, questions=[one.questions[i] for i in order], answers=[one.answers[i] for i in order]
     )
-
-
-# --- the same numbers as Hugging Face
-
-
-def from_llama(weights: dict[str, np.ndarray]) -> Params:
-    """Hugging Face's names and [out, in] matrices as brewjax has them: stacked by layer, [in, out], heads apart."""
-    D = weights["model.embed_tokens.weight"].shape[1]
-    layers = sum(name.endswith("q_proj.weight") for name in weights)
-
-    def stack(name: str, *shape: int) -> np.ndarray:
-        matrices = [weights[f"model.layers.{layer}.{name}.weight"].T for layer in range(layers)]
-        return np.stack([matrix.reshape(shape or matrix.shape) for matrix in matrices])
-
-    E = 8
-    params = {
-        "embedding": weights["model.embed_tokens.weight"],
-        "layers": {
-            "attention_norm": {"scale": stack("input_layernorm")},
-            "query": stack("self_attn.q_proj", D, -1, E),
-            "key": stack("self_attn.k_proj", D, -1, E),
-            "value": stack("self_attn.v_proj", D, -1, E),
-            "output": stack("self_attn.o_proj", -1, E, D),
-            "mlp_norm": {"scale": stack("post_attention_layernorm")},
-            "gate": stack("mlp.gate_proj"),
-            "up": stack("mlp.up_proj"),
-            "down": stack("mlp.down_proj"),
-        },
-        "norm": {"scale": weights["model.norm.weight"]},
-    }
-    return params | ({"untied_head": weights["lm_head.weight"]} if "lm_head.weight" in weights else {})
-
-
-@pytest.mark.parametrize("head", ["tied", "untied"])
-def test_logits_are_those_of_hugging_face_llama(head):
-    with np.load(GOLDEN) as stored:
-        golden = {name.removeprefix(f"{head}/"): stored[name] for name in stored if name.startswith(f"{head}/")}
-    ids, expected = golden.pop("ids"), golden.pop("logits")
-    sizes = {"vocab_size": 40, "d_model": 24, "layers": 3, "heads": 6, "kv_heads": 2, "head_dim": 8, "d_ff": 28}
-    config = ModelConfig(name=head, **sizes, rope_base=500, norm_eps=1e-3, tie_head=head == "tied")
-    params = jax.tree.map(jnp.asarray, from_llama(golden))
-    positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
-    plain = Segments(np.ones_like(ids), np.zeros_like(ids), np.full_like(ids, ALL))
-    logits = bind(config, params).logits(hidden_states(config, params, ids, positions, plain))
-    np.testing.assert_allclose(logits, expected, atol=1e-4)
 
 
 # --- many questions, many examples: one pass
@@ -171,7 +124,7 @@ def test_logits_of_bfloat16_states_are_float32():
 
 
 def test_norm_of_bfloat16_is_computed_in_float32():
-    norm = RMSNorm(MODEL)
+    norm = RMSNorm(MODEL, MODEL.d_model)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 50, MODEL.d_model)), jnp.bfloat16)
     np.testing.assert_array_equal(norm(x), norm(x.astype(jnp.float32)).astype(jnp.bfloat16))
 

@@ -13,9 +13,10 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from brewjax.data.loader import TokenBatch
 from brewjax.data.tokens import NO_TARGET
-from brewjax.model.decoder import ModelConfig
+from brewjax.model.config import ExpertsConfig, ModelConfig
+from brewjax.model.huggingface import read_config, read_params
 from brewjax.model.params import abstract_params, bind
-from brewjax.model.sharding import FSDP_TENSOR, MESH_AXES, MeshConfig, Sharding
+from brewjax.model.sharding import FSDP_TENSOR, MESH_AXES, ROWS, MeshConfig, Sharding
 from brewjax.train.objectives import supervised
 from tests.tiny import MODEL, pack, params, prompt
 
@@ -26,6 +27,15 @@ MESHES = {
     "data=2 fsdp=2 tensor=2": MeshConfig(fsdp=2, tensor=2),
     "fsdp=8": MeshConfig(fsdp=8),
 }
+EXPERTS = MODEL.model_copy(
+    update={"layers": 1, "d_ff": 12, "qkv_bias": True, "qk_norm": True, "experts": ExpertsConfig(count=4, balance=0.1)}
+)
+EXPERT_MESHES = {
+    "experts, fsdp=2 expert=2 tensor=2": MeshConfig(fsdp=2, expert=2, tensor=2),
+    "experts, data=2 expert=4": MeshConfig(expert=4),
+}
+RUNS = {name: (MODEL, mesh) for name, mesh in MESHES.items()}
+RUNS |= {name: (EXPERTS, mesh) for name, mesh in EXPERT_MESHES.items()}
 
 
 def batch() -> TokenBatch:
@@ -50,7 +60,7 @@ def loss_and_gradients(model: ModelConfig, mesh: Mesh) -> dict[str, np.ndarray]:
         return supervised(bind(model, params), batch)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(model, mesh))
-    by_rows = NamedSharding(mesh, jax.P(("data", "fsdp"), None))
+    by_rows = NamedSharding(mesh, jax.P(ROWS, None))
     with jax.set_mesh(mesh):
         (loss, count), gradients = jax.jit(loss)(
             jax.device_put(params(model), shardings), jax.device_put(batch(), by_rows)
@@ -73,28 +83,45 @@ def sharded(tmp_path_factory) -> dict[str, np.ndarray]:
         return dict(stored)
 
 
-@pytest.fixture(scope="module")
-def expected() -> dict[str, np.ndarray]:
-    return loss_and_gradients(MODEL, one_device())
+@functools.cache
+def expected(model: ModelConfig) -> dict[str, np.ndarray]:
+    return loss_and_gradients(model, one_device())
 
 
 def one_device() -> Mesh:
-    return jax.make_mesh((1, 1, 1), MESH_AXES, (jax.sharding.AxisType.Explicit,) * 3, devices=jax.devices()[:1])
+    axes = len(MESH_AXES)
+    return jax.make_mesh((1,) * axes, MESH_AXES, (jax.sharding.AxisType.Explicit,) * axes, devices=jax.devices()[:1])
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_loss_and_gradients_are_those_of_one_device(mesh, sharded, expected):
-    assert expected["count"] > 10
-    for path, values in expected.items():
-        np.testing.assert_allclose(sharded[f"{mesh}/{path}"], values, rtol=1e-5, atol=1e-5, err_msg=path)
+@pytest.mark.parametrize("name", RUNS)
+def test_loss_and_gradients_are_those_of_one_device(name, sharded):
+    alone = expected(RUNS[name][0])
+    assert alone["count"] > 10
+    for path, values in alone.items():
+        np.testing.assert_allclose(sharded[f"{name}/{path}"], values, rtol=1e-5, atol=1e-5, err_msg=path)
+
+
+def read_golden(mesh: Mesh) -> dict[str, np.ndarray]:
+    """A mixture of experts read onto a mesh, by path of the parameter."""
+    folder = Path(__file__).with_name("goldens") / "mixtral"
+    config = read_config(folder, "mixtral")
+    params = read_params(folder, config, mesh)
+    for leaf, expected in zip(jax.tree.leaves(params), jax.tree.leaves(abstract_params(config, mesh)), strict=True):
+        assert leaf.sharding == expected.sharding
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+
+def test_a_checkpoint_is_read_onto_any_mesh(sharded):
+    for path, values in read_golden(one_device()).items():
+        np.testing.assert_array_equal(sharded[f"read/{path}"], values)
 
 
 def test_a_mesh_uses_every_device():
-    with pytest.raises(ValueError, match=r"data=3 fsdp=1 tensor=1 does not make use of \d+ devices"):
+    with pytest.raises(ValueError, match=r"data=3 fsdp=1 expert=1 tensor=1 does not make use of \d+ devices"):
         MeshConfig(data=3).build()
 
 
-@pytest.mark.parametrize("axis", ["fsdp", "tensor"])
+@pytest.mark.parametrize("axis", ["fsdp", "expert", "tensor"])
 def test_a_mesh_axis_is_at_least_one(axis):
     with pytest.raises(ValueError, match=axis):
         MeshConfig(**{axis: 0})
@@ -111,7 +138,7 @@ def test_a_mesh_axis_is_used_once():
 
 
 def test_an_axis_that_does_not_divide_is_named():
-    mesh = AbstractMesh((2, 2, 2), MESH_AXES)
+    mesh = AbstractMesh((2, 2, 1, 2), MESH_AXES)
     with pytest.raises(ValueError, match="axis 'heads' of size 3 does not divide over 2 devices"):
         FSDP_TENSOR.named(mesh, (16, 3, 8), "weight", "heads", None)
     assert FSDP_TENSOR.named(mesh, (16, 4, 8), "weight", "heads", None).spec == jax.P(("fsdp",), ("tensor",), None)
@@ -119,7 +146,8 @@ def test_an_axis_that_does_not_divide_is_named():
 
 def main(out: str) -> None:
     assert jax.device_count() == 8
-    found = {name: loss_and_gradients(MODEL, config.build()) for name, config in MESHES.items()}
+    found = {name: loss_and_gradients(model, config.build()) for name, (model, config) in RUNS.items()}
+    found["read"] = read_golden(EXPERT_MESHES["experts, fsdp=2 expert=2 tensor=2"].build())
     np.savez(out, **{f"{name}/{path}": values for name, one in found.items() for path, values in one.items()})
 
 

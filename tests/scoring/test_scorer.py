@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from brewjax.data.prompt import Prompt, Question
 from brewjax.data.tokenizer import Tokenizer
 from brewjax.data.tokens import HistoryLayout, encode
-from brewjax.model.decoder import ModelConfig
+from brewjax.model.config import ModelConfig
 from brewjax.model.params import abstract_params, bind
 from brewjax.model.sharding import MeshConfig
 from brewjax.scoring.passes import Bucket
@@ -131,7 +131,7 @@ def prompts_for_the_mesh() -> list[Prompt]:
 def main(folder: Path) -> None:
     """Scores them on four devices, the weights split over two."""
     tokenizer, mesh = Tokenizer.load(folder), MeshConfig(fsdp=2).build()
-    assert mesh.shape == {"data": 2, "fsdp": 2, "tensor": 1}
+    assert mesh.shape == {"data": 2, "fsdp": 2, "expert": 1, "tensor": 1}
     model = model_for(tokenizer)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(model, mesh))
     scorer = Scorer(model, jax.device_put(params(model), shardings), tokenizer, "dense", BUCKETS[:1], mesh)

@@ -1,0 +1,106 @@
+"""`ModelConfig`: the shape of a decoder. Families differ in it and in nothing else."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pydantic
+
+from brewjax.config import Config
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+class RopeScaling(Config):
+    """Llama 3.1's: angles that turn slowly turn slower by `factor`, so that a model reads longer rows than it began on.
+
+    Attributes:
+      low, high: angles that turn less than `low` times in `original_length` tokens are slowed in full, those that
+        turn more than `high` times not at all; between them by degrees.
+      original_length: tokens in the rows that the model was first trained on.
+    """
+
+    factor: float = pydantic.Field(ge=1)
+    low: float = pydantic.Field(default=1.0, gt=0)
+    high: float = pydantic.Field(default=4.0, gt=0)
+    original_length: int = pydantic.Field(default=8192, gt=0)
+
+    @pydantic.model_validator(mode="after")
+    def _ordered(self) -> RopeScaling:
+        if self.low >= self.high:
+            raise ValueError(f"low ({self.low}) must be less than high ({self.high})")
+        return self
+
+
+class ExpertsConfig(Config):
+    """A mixture of experts in place of each layer's MLP.
+
+    Attributes:
+      count: experts of a layer, each of the model's d_ff.
+      per_token: how many of them each token goes through.
+      normalize: the router's weights of the chosen experts are made to sum to one.
+      balance: weight of the load-balancing loss in training.
+    """
+
+    count: int = pydantic.Field(gt=0)
+    per_token: int = pydantic.Field(default=2, gt=0)
+    normalize: bool = True
+    balance: float = pydantic.Field(default=0.01, ge=0)
+
+    @pydantic.model_validator(mode="after")
+    def _enough(self) -> ExpertsConfig:
+        if self.per_token > self.count:
+            raise ValueError(f"per_token ({self.per_token}) must be at most count ({self.count})")
+        return self
+
+
+class ModelConfig(Config):
+    """The shape of a decoder.
+
+    Attributes:
+      vocab_size: 0 takes the tokenizer's.
+      d_ff: neurons of an MLP, or of one expert.
+      rope_base: base of the rotary position angles (Su et al. 2021).
+      max_context: tokens that a prompt and one question may have; longer ones are refused, not cut. What the model's
+        positions were trained for, or its sliding window where that is less: windows are not computed.
+      qkv_bias: queries, keys and values have biases (Qwen2).
+      qk_norm: the heads of queries and keys are normed (Qwen3).
+      tie_head: the output head is the embedding.
+      param_dtype, compute_dtype: of the weights at rest, and of the matrix products; norms, softmax, router and logits
+        are float32 whatever these are.
+      remat: recompute each layer in the backward pass instead of storing its activations.
+    """
+
+    name: str
+    vocab_size: int = pydantic.Field(default=0, ge=0)
+    d_model: int = pydantic.Field(gt=0)
+    layers: int = pydantic.Field(gt=0)
+    heads: int = pydantic.Field(gt=0)
+    kv_heads: int = pydantic.Field(gt=0)
+    head_dim: int = pydantic.Field(gt=0, multiple_of=2)
+    d_ff: int = pydantic.Field(gt=0)
+    experts: ExpertsConfig | None = None
+    rope_base: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    max_context: int | None = pydantic.Field(default=None, gt=0)
+    norm_eps: float = 1e-5
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    tie_head: bool = True
+    param_dtype: Dtype = "float32"
+    compute_dtype: Dtype = "float32"
+    remat: bool = False
+
+    @pydantic.model_validator(mode="after")
+    def _groups_divide(self) -> ModelConfig:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
+        return self
+
+    def check_context(self, tokens: int, what: str) -> None:
+        """ValueError where `what` has more tokens than this model reads."""
+        if self.max_context is not None and tokens > self.max_context:
+            raise ValueError(
+                f"{what} has {tokens} tokens; model '{self.name}' reads at most {self.max_context}, its max_context "
+                "(the positions it was trained for, or its sliding window)"
+            )

@@ -1,0 +1,149 @@
+"""Weights of another program, tensor by tensor, into parameters sharded on a mesh: the host never holds them all."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from brewjax.model.config import ModelConfig
+from brewjax.model.params import Params, abstract_params
+
+NAMED_AT_MOST = 10  # problems, in one error
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read; the message says which file and tensor, and what would be right."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Name:
+    """What another program calls the tensors of one of our parameters, and how it lays them out.
+
+    Attributes:
+      template: with a {} for each axis that our parameter stacks them along: layer, expert.
+      inputs: of the axes behind those, how many are the input of a matrix, which they keep as [outputs, inputs] (0:
+        a vector); None for a table [tokens, features], which all lay out alike.
+    """
+
+    template: str
+    inputs: int | None = 0
+
+    @property
+    def stacked(self) -> int:
+        """How many leading axes of our parameter are one tensor an entry."""
+        return self.template.count("{}")
+
+    def tensors(self, shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], str]]:
+        """Index in a parameter of this shape, and name, of each of its tensors."""
+        for index in np.ndindex(shape[: self.stacked]):
+            yield index, self.template.format(*index)
+
+    def their_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of each tensor of a parameter of this shape."""
+        own = shape[self.stacked :]
+        if self.inputs is None:
+            return own
+        sizes = (math.prod(own[self.inputs :]), math.prod(own[: self.inputs]))
+        return sizes if self.inputs else sizes[:1]
+
+    def to_ours(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """A tensor as an entry of a parameter of this shape."""
+        return (tensor if self.inputs is None else tensor.T).reshape(shape[self.stacked :])
+
+    def to_theirs(self, entry: np.ndarray) -> np.ndarray:
+        """The inverse of `to_ours`."""
+        if self.inputs is None:
+            return entry
+        sizes = (math.prod(entry.shape[: self.inputs]), math.prod(entry.shape[self.inputs :]))
+        return np.ascontiguousarray(entry.reshape(sizes).T) if self.inputs else entry.reshape(-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: what its header says, and how to read it."""
+
+    file: str
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+
+def load(
+    config: ModelConfig, names: Mapping[str, Name], stored: Mapping[str, Stored], ignored: re.Pattern, mesh: Mesh
+) -> Params:
+    """Parameters, each created where it belongs and filled a tensor at a time.
+
+    Args:
+      names: by path of the parameter, such as "layers/query".
+      stored: every tensor of the checkpoint.
+      ignored: names of tensors that a model can do without.
+
+    Raises CheckpointError: before anything is read, naming every tensor that is missing, too many, or mis-shaped;
+    later, naming one that is not finite.
+    """
+    leaves, tree = jax.tree_util.tree_flatten_with_path(abstract_params(config, mesh))
+    ours = [(names["/".join(key.key for key in path)], leaf) for path, leaf in leaves]
+    _check(ours, stored, ignored)
+    return jax.tree.unflatten(tree, [_fill(name, leaf, stored) for name, leaf in ours])
+
+
+def _check(ours: list[tuple[Name, jax.ShapeDtypeStruct]], stored: Mapping[str, Stored], ignored: re.Pattern) -> None:
+    expected = {tensor: name.their_shape(leaf.shape) for name, leaf in ours for _, tensor in name.tensors(leaf.shape)}
+    files = ", ".join(sorted({tensor.file for tensor in stored.values()}))
+    problems = []
+    for tensor, shape in expected.items():
+        if tensor not in stored:
+            problems.append(f"{files}: tensor {tensor} {list(shape)} is missing")
+        elif stored[tensor].shape != shape:
+            at = stored[tensor]
+            problems.append(f"{at.file}: tensor {tensor} is {list(at.shape)}, its config makes it {list(shape)}")
+    for tensor, at in stored.items():
+        if tensor not in expected and not ignored.search(tensor):
+            problems.append(f"{at.file}: tensor {tensor} {list(at.shape)} has no place in this model")
+    if problems:
+        rest = len(problems) - NAMED_AT_MOST
+        raise CheckpointError("\n".join(problems[:NAMED_AT_MOST] + ([f".. and {rest} more"] if rest > 0 else [])))
+
+
+def _fill(name: Name, leaf: jax.ShapeDtypeStruct, stored: Mapping[str, Stored]) -> jax.Array:
+    sharding = leaf.sharding
+    assert isinstance(sharding, NamedSharding)
+    of_entry = NamedSharding(sharding.mesh, jax.P(*sharding.spec[name.stacked :]))
+    stack = jax.jit(functools.partial(jnp.zeros, leaf.shape, leaf.dtype), out_shardings=sharding)()
+    finite = {}
+    for index, tensor in name.tensors(leaf.shape):
+        entry = name.to_ours(stored[tensor].read(), leaf.shape)
+        placed = jax.make_array_from_callback(entry.shape, of_entry, entry.__getitem__)
+        stack, finite[tensor] = _put(stack, placed, np.array(index, np.int32), sharding)
+    for tensor, fine in finite.items():
+        if not fine:
+            raise CheckpointError(f"{stored[tensor].file}: tensor {tensor} holds NaN or infinity")
+    return stack
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _put(stack: jax.Array, entry: jax.Array, index: jax.Array, sharding: NamedSharding) -> tuple[jax.Array, jax.Array]:
+    """The stack, which lies by `sharding`, with the entry in its place; and whether the entry is finite throughout."""
+    spec, depth = sharding.spec, index.size
+
+    def local(stack: jax.Array, entry: jax.Array, index: jax.Array) -> jax.Array:
+        # The place among the device's own layers and experts, if it is there.
+        sizes = np.array(stack.shape[:depth], np.int32)
+        numbers = [jax.lax.axis_index(axes) if axes else 0 for axes in spec[:depth]]
+        own = index - sizes * jnp.array(numbers, jnp.int32)
+        mine = jnp.all((own >= 0) & (own < sizes))
+        start = [*jnp.clip(own, 0, sizes - 1), *[0] * entry.ndim]
+        before = jax.lax.dynamic_slice(stack, start, [1] * depth + list(entry.shape))
+        after = jnp.where(mine, entry.astype(stack.dtype).reshape(before.shape), before)
+        return jax.lax.dynamic_update_slice(stack, after, start)
+
+    specs = (spec, jax.P(*spec[depth:]), jax.P())
+    put = jax.shard_map(local, mesh=sharding.mesh, in_specs=specs, out_specs=spec, check_vma=False)
+    return put(stack, entry, index), jnp.isfinite(entry).all()

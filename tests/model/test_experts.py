@@ -1,0 +1,84 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pydantic
+import pytest
+
+from brewjax.model.config import ExpertsConfig, ModelConfig
+from brewjax.model.experts import Experts
+from brewjax.model.params import bind
+from pallas_kernels.segments import ALL, PADDING, Segments
+from tests.tiny import MODEL, params
+
+N, K = 5, 2
+CONFIG = MODEL.model_copy(update={"layers": 1, "d_ff": 12, "experts": ExpertsConfig(count=N, per_token=K)})
+TOKENS = np.random.default_rng(0).integers(3, 64, (2, 11))
+REAL = np.arange(11) < [[11], [7]]
+
+
+@functools.cache
+def experts(config: ModelConfig = CONFIG) -> Experts:
+    """The first layer's."""
+    weights = params(config)
+    one = jax.tree.map(lambda leaf: leaf[0], weights["layers"])
+    decoder = bind(config, weights | {"layers": one})
+    return decoder.layers.experts
+
+
+def states(seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((2, 11, MODEL.d_model)).astype(np.float32)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_each_token_goes_through_its_best_experts(normalize):
+    module = experts(CONFIG.model_copy(update={"experts": ExpertsConfig(count=N, per_token=K, normalize=normalize)}))
+    x = states()
+    out, _ = module(x, REAL)
+    router, gate, up, down = (np.asarray(w[...]) for w in (module.router, module.gate, module.up, module.down))
+    for at in np.ndindex(2, 11):
+        logits = x[at] @ router
+        weights = np.exp(logits) / np.exp(logits).sum()
+        best = np.argsort(-weights)[:K]
+        share = weights[best] / (weights[best].sum() if normalize else 1)
+        said = [(np.asarray(jax.nn.silu(x[at] @ gate[e])) * (x[at] @ up[e])) @ down[e] for e in best]
+        np.testing.assert_allclose(out[at], share @ np.array(said), atol=1e-5)
+
+
+def test_a_token_gets_the_same_whatever_stands_beside_it():
+    x, other = states(), states(1)
+    other[1, 3] = x[1, 3]
+    first, second = (experts()(states, REAL)[0] for states in (x, other))
+    np.testing.assert_allclose(first[1, 3], second[1, 3], atol=1e-6)
+
+
+def test_balance_is_of_the_real_tokens():
+    module, x = experts(), states()
+    _, balance = module(x, REAL)
+    probabilities = np.asarray(jax.nn.softmax(x[REAL] @ np.asarray(module.router[...])))
+    chosen = np.argsort(-probabilities)[:, :K]
+    share = np.bincount(chosen.ravel(), minlength=N) / len(chosen)
+    assert balance == pytest.approx(N * share @ probabilities.mean(0))
+    x[~REAL] = 100
+    assert module(x, REAL)[1] == balance
+
+
+def test_the_training_loss_has_the_mean_balance_of_the_layers():
+    config = CONFIG.model_copy(update={"layers": 2, "experts": ExpertsConfig(count=N, per_token=K, balance=0.25)})
+    weights = params(config)
+    weights["layers"]["experts"]["router"] = jnp.zeros((2, MODEL.d_model, N))  # every expert is as probable
+    batch = (
+        TOKENS,
+        np.broadcast_to(np.arange(11), (2, 11)),
+        Segments(np.where(REAL, 1, PADDING), 0 * TOKENS, 0 * TOKENS + ALL),
+    )
+    hidden, loss = bind(config, weights).with_balance(*batch)
+    assert loss == pytest.approx(0.25 * K)
+    np.testing.assert_array_equal(hidden, bind(config, weights)(*batch))
+    assert bind(MODEL, params(MODEL)).with_balance(*batch)[1] == 0
+
+
+def test_a_token_cannot_go_through_more_experts_than_there_are():
+    with pytest.raises(pydantic.ValidationError, match=r"per_token \(3\) must be at most count \(2\)"):
+        ExpertsConfig(count=2, per_token=3)

