@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -89,11 +89,13 @@ class Layer(nnx.Module):
         k = self._heads(h, self.key, self.key_bias, self.key_norm)
         v = self._heads(h, self.value, self.value_bias, None)
         q, k = rotate(q, rotation), rotate(k, rotation)
+        k, v = (self.sharding.reshard(x, "batch", None, "heads", None) for x in (k, v))
         all_k, all_v = (k, v) if past is None else (jnp.concatenate(x, 1) for x in zip(past, (k, v), strict=True))
         x += self._into_residual("bthe,hed->btd", _attend(self.sharding, q, all_k, all_v, segments), self.output)
         h = self.mlp_norm(x)
         if self.config.experts:
-            more, balance = self.experts(h, segments.example[:, -x.shape[1] :] != PADDING)
+            real = self.sharding.reshard(segments.example[:, -x.shape[1] :] != PADDING, "batch", "length")
+            more, balance = self.experts(h, real)
             return x + more, (k, v), balance
         gate, up = (self._project("btd,df->btf", h, weight) for weight in (self.gate, self.up))
         return x + self._into_residual("btf,fd->btd", jax.nn.silu(gate) * up, self.down), (k, v), jnp.zeros(())
@@ -167,6 +169,8 @@ class Decoder(nnx.Module):
     def _run(
         self, tokens: Array, positions: Array, segments: Segments, past: Past | None
     ) -> tuple[Array, KeysValues | None, Array]:
+        tokens, positions = (self.sharding.reshard(x, "batch", "length") for x in (tokens, positions))
+        segments = Segments(*(self.sharding.reshard(jnp.asarray(x), "batch", None) for x in segments))
         table = self.sharding.reshard(self.embedding[...], None, None).astype(self.config.compute_dtype)
         x = table.at[tokens].get(out_sharding=self.sharding.spec_or_none("batch", "length", "model"))
         rotation = rotary(positions, self.config)
@@ -229,15 +233,16 @@ def _read(sharding: Sharding, past: Past, layer: Array) -> KeysValues:
 
 
 def _attend(sharding: Sharding, q: Array, k: Array, v: Array, segments: Segments) -> Array:
-    """Attention on each device's own rows and heads."""
-
-    def local(*args: Any) -> Array:
-        return attention(*args)[0]
-
+    """Attention of each device's own queries, heads and rows."""
     if jax.sharding.get_abstract_mesh().empty:
-        return local(q, k, v, segments)
-    heads, rows = sharding.spec("batch", "length", "heads", None), sharding.spec("batch", "length")
+        return attention(q, k, v, segments)[0]
+    first, axes = k.shape[1] - q.shape[1], sharding.rules["length"]
+
+    def local(q: Array, k: Array, v: Array, segments: Segments) -> Array:
+        return attention(q, k, v, segments, first + jax.lax.axis_index(axes) * q.shape[1])[0]
+
+    queries, keys = sharding.spec("batch", "length", "heads", None), sharding.spec("batch", None, "heads", None)
     # check_vma: the kernels' loops start from plain zeros, which it would not let become device-varying.
-    return jax.shard_map(local, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)(
-        q, k, v, segments
-    )
+    return jax.shard_map(
+        local, in_specs=(queries, keys, keys, sharding.spec("batch", None)), out_specs=queries, check_vma=False
+    )(q, k, v, segments)

@@ -40,7 +40,7 @@ class Experts(nnx.Module):
         matrices = [self.gate, self.up, self.down]
         weights = [self.router[...].astype(jnp.float32), *(gathered(self.sharding, w, x.dtype) for w in matrices)]
         if jax.sharding.get_abstract_mesh().empty:
-            return _mix(self.config, {"batch": (), "neurons": (), "experts": ()}, x, real, *weights)
+            return _mix(self.config, {"batch": (), "length": (), "neurons": (), "experts": ()}, x, real, *weights)
         tokens, labels = self.sharding.spec("batch", "length", "model"), self.sharding.spec("batch", "length")
         specs = [self.sharding.spec(*used_axes(w)) for w in (self.router, *matrices)]
         return jax.shard_map(
@@ -71,7 +71,8 @@ def _mix(
         weights_SK /= jnp.sum(weights_SK, -1, keepdims=True)
     took_SN = jnp.sum(jax.nn.one_hot(chosen_SK, N), 1)
     sums = [jnp.sum(jnp.where(real_S1, each, 0), 0) for each in (took_SN, probabilities_SN, jnp.ones_like(took_SN))]
-    took_N, probability_N, count_N = jax.lax.psum(sums, rules["batch"]) if rules["batch"] else sums
+    tokens = (*rules["batch"], *rules["length"])
+    took_N, probability_N, count_N = jax.lax.psum(sums, tokens) if tokens else sums
     balance = N * jnp.sum(took_N * probability_N / jnp.maximum(count_N, 1) ** 2)
 
     if M < N:  # the devices that share the experts show each other their tokens

@@ -12,29 +12,33 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from brewjax.config import Config
 
-MESH_AXES = ("data", "fsdp", "expert", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 ROWS = ("data", "fsdp", "expert")  # the mesh axes that share the rows of a batch
 
 
 class MeshConfig(Config):
-    """Devices along each mesh axis; -1 for `data` takes all that are left."""
+    """Devices along each mesh axis; -1 for `data` takes all that are left.
+
+    `data`, `fsdp` and `expert` share the rows of a batch, `context` the tokens of each row, `tensor` the heads.
+    """
 
     data: int = -1
     fsdp: int = pydantic.Field(default=1, gt=0)
     expert: int = pydantic.Field(default=1, gt=0)
+    context: int = pydantic.Field(default=1, gt=0)
     tensor: int = pydantic.Field(default=1, gt=0)
 
     def build(self) -> Mesh:
         """The mesh, with explicit axis types; ValueError where the devices do not divide."""
         devices = jax.device_count()
-        rest = self.fsdp * self.expert * self.tensor
+        rest = self.fsdp * self.expert * self.context * self.tensor
         data = devices // rest if self.data == -1 else self.data
         if data * rest != devices:
             sizes = " ".join(f"{axis}={getattr(self, axis)}" for axis in MESH_AXES)
             raise ValueError(
                 f"mesh {sizes} does not make use of {devices} devices: their product must be the number of devices"
             )
-        shape = (data, self.fsdp, self.expert, self.tensor)
+        shape = (data, self.fsdp, self.expert, self.context, self.tensor)
         return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Explicit,) * len(shape))
 
 
@@ -85,11 +89,12 @@ class Sharding:
 
 # Fully sharded data parallel (ZeRO-3) with tensor parallel heads and neurons (Megatron): weights are split over
 # `fsdp` along the model dimension and gathered layer by layer; activations over the other axes along the batch. Each
-# expert is on one device of those along `expert`, whose tokens come to it.
+# expert is on one device of those along `expert`, whose tokens come to it. The tokens of a row lie over `context`; for
+# attention each device there gathers the keys and values of them all.
 FSDP_TENSOR = Sharding(
     {
         "batch": ROWS,
-        "length": (),
+        "length": ("context",),
         "model": (),
         "weight": ("fsdp",),
         "heads": ("tensor",),

@@ -196,6 +196,7 @@ class Scorer:
             keys, values = (jnp.reshape(new, in_pages, out_sharding=by_heads) for new in own)
             page = jnp.reshape(store, -1, out_sharding=jax.P(None))
             pool = pool[0].at[:, page].set(keys), pool[1].at[:, page].set(values)
+        hidden = decoder.sharding.reshard(hidden, "batch", None, "model")
         return jnp.take_along_axis(hidden, ends[..., None], 1), pool
 
     def _log_probs(

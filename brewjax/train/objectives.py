@@ -17,7 +17,7 @@ def supervised(decoder: Decoder, batch: TokenBatch) -> tuple[Float[Array, ""], F
     """
     hidden, balance = decoder.with_balance(batch.tokens, batch.positions, batch.segments)
     rows = decoder.sharding.spec("batch", "length")
-    axes = decoder.sharding.rules["batch"]
+    axes = (*decoder.sharding.rules["batch"], *decoder.sharding.rules["length"])
 
     def local(hidden: Array, head: Array, targets: Array) -> tuple[Array, Array]:
         sums = linear_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), head, targets.reshape(-1))
@@ -28,5 +28,5 @@ def supervised(decoder: Decoder, batch: TokenBatch) -> tuple[Float[Array, ""], F
         in_specs=(decoder.sharding.spec("batch", "length", "model"), jax.P(None, None), rows),
         out_specs=(jax.P(), jax.P()),
         check_vma=False,
-    )(hidden, decoder.head.astype(hidden.dtype), batch.targets)
+    )(hidden, decoder.head.astype(hidden.dtype), decoder.sharding.reshard(batch.targets, "batch", "length"))
     return loss + balance * count, count

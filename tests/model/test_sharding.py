@@ -26,6 +26,8 @@ MESHES = {
     "data=8": MeshConfig(),
     "data=2 fsdp=2 tensor=2": MeshConfig(fsdp=2, tensor=2),
     "fsdp=8": MeshConfig(fsdp=8),
+    "fsdp=2 context=2 tensor=2": MeshConfig(fsdp=2, context=2, tensor=2),
+    "context=8": MeshConfig(context=8),
 }
 EXPERTS = MODEL.model_copy(
     update={"layers": 1, "d_ff": 12, "qkv_bias": True, "qk_norm": True, "experts": ExpertsConfig(count=4, balance=0.1)}
@@ -33,6 +35,7 @@ EXPERTS = MODEL.model_copy(
 EXPERT_MESHES = {
     "experts, fsdp=2 expert=2 tensor=2": MeshConfig(fsdp=2, expert=2, tensor=2),
     "experts, data=2 expert=4": MeshConfig(expert=4),
+    "experts, expert=4 context=2": MeshConfig(expert=4, context=2),
 }
 RUNS = {name: (MODEL, mesh) for name, mesh in MESHES.items()}
 RUNS |= {name: (EXPERTS, mesh) for name, mesh in EXPERT_MESHES.items()}
@@ -117,11 +120,11 @@ def test_a_checkpoint_is_read_onto_any_mesh(sharded):
 
 
 def test_a_mesh_uses_every_device():
-    with pytest.raises(ValueError, match=r"data=3 fsdp=1 expert=1 tensor=1 does not make use of \d+ devices"):
+    with pytest.raises(ValueError, match=r"data=3 fsdp=1 expert=1 context=1 tensor=1 does not make use of \d+ devices"):
         MeshConfig(data=3).build()
 
 
-@pytest.mark.parametrize("axis", ["fsdp", "expert", "tensor"])
+@pytest.mark.parametrize("axis", ["fsdp", "expert", "context", "tensor"])
 def test_a_mesh_axis_is_at_least_one(axis):
     with pytest.raises(ValueError, match=axis):
         MeshConfig(**{axis: 0})
@@ -138,7 +141,7 @@ def test_a_mesh_axis_is_used_once():
 
 
 def test_an_axis_that_does_not_divide_is_named():
-    mesh = AbstractMesh((2, 2, 1, 2), MESH_AXES)
+    mesh = AbstractMesh((2, 2, 1, 1, 2), MESH_AXES)
     with pytest.raises(ValueError, match="axis 'heads' of size 3 does not divide over 2 devices"):
         FSDP_TENSOR.named(mesh, (16, 3, 8), "weight", "heads", None)
     assert FSDP_TENSOR.named(mesh, (16, 4, 8), "weight", "heads", None).spec == jax.P(("fsdp",), ("tensor",), None)

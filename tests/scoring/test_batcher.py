@@ -2,7 +2,12 @@
 
 import dataclasses
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,6 +15,8 @@ from hypothesis import strategies as st
 
 from brewjax.data.tokenizer import Tokenizer
 from brewjax.data.tokens import EncodedPrompt
+from brewjax.model.params import abstract_params
+from brewjax.model.sharding import MeshConfig
 from brewjax.scoring.batcher import Batcher, Job
 from brewjax.scoring.passes import PAGE, Bucket, Pass
 from brewjax.scoring.prefix_cache import PrefixCache
@@ -109,6 +116,30 @@ def check_shape(one: Pass) -> None:
     assert not set(written) & set(itertools.chain(*(part.past for part in one.parts)))
 
 
+def prompts_for_the_mesh() -> list[EncodedPrompt]:
+    """The second of which finds most of its prefix cached."""
+    one = prompt(np.random.default_rng(0), 100, [100], [3, 9, 5] * 20)
+    return [one, dataclasses.replace(one, pieces=[*one.pieces, [5] * 30])]
+
+
+def test_scores_are_the_same_on_a_mesh(alone, tmp_path):
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    command = [sys.executable, "-m", "tests.scoring.test_batcher", tmp_path / "scores.npy"]
+    subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, check=True)
+    expected = np.concatenate(alone.score_encoded(prompts_for_the_mesh()))
+    np.testing.assert_allclose(np.load(tmp_path / "scores.npy"), expected, atol=1e-5)
+
+
+def main(out: str) -> None:
+    """Scores them on four devices, the heads split over two, the tokens over two."""
+    mesh = MeshConfig(context=2, tensor=2).build()
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(MODEL, mesh))
+    sharded = jax.device_put(params(), shardings)
+    scorer = Scorer(MODEL, sharded, Tokenizer.of_bytes(), "dense", list(COSTS), mesh, CACHE)
+    batcher = Batcher(COSTS, PrefixCache(CACHE))
+    np.save(out, np.concatenate([run(scorer, batcher, [Job(one)])[0] for one in prompts_for_the_mesh()]))
+
+
 def test_a_second_request_pays_only_for_its_items(scorer):
     batcher = Batcher(COSTS, PrefixCache(CACHE))
     one = prompt(np.random.default_rng(0), 100, [100], [3, 3])
@@ -163,3 +194,7 @@ def test_the_cheapest_shapes_are_chosen_by_cost():
 def test_what_no_pass_can_hold_is_refused(sizes, message):
     with pytest.raises(ValueError, match=message):
         Batcher(COSTS, PrefixCache(CACHE)).check(prompt(np.random.default_rng(0), *sizes))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
