@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DATASET := data/movielens-100k
+PORT ?= 9000
 
 .PHONY: demo long test lint proto clean
 
@@ -9,7 +10,11 @@ demo: .venv/demo.installed
 	@date +%s > .venv/demo.began
 	$(BIN)/brewjax data fetch movielens-100k
 	$(BIN)/brewjax run configs/recipes/demo.yaml
-	$(BIN)/brewjax score runs/demo/model --dataset $(DATASET) --task configs/tasks/movielens/liked.yaml --member 405
+	@echo "500 films for a member, over gRPC:"
+	$(BIN)/brewjax serve runs/demo/model --set port=$(PORT) --set http_port=null 2> runs/demo/serve.log & server=$$!; \
+	$(BIN)/brewjax score --server localhost:$(PORT) --dataset $(DATASET) --task configs/tasks/movielens/liked.yaml \
+		--member 405 --items 500; answered=$$?; \
+	kill $$server; wait $$server && exit $$answered
 	@echo "demo: $$(( $$(date +%s) - $$(cat .venv/demo.began) )) s after set-up; the report is runs/demo/report/report.html"
 
 long: .venv/demo.installed
@@ -30,7 +35,7 @@ proto:
 clean:
 	rm -rf .venv runs data
 
-.venv/demo.installed: EXTRA = baselines
+.venv/demo.installed: EXTRA = baselines,serve
 .venv/test.installed: EXTRA = test
 .venv/%.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "brewjax needs Python 3.11 or newer: make PYTHON=python3.11 ..")'

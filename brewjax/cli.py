@@ -48,8 +48,8 @@ def main() -> None:
 
 
 def _device_per_core() -> None:
-    """On a CPU, the rows of a batch are then computed side by side, where one device would run the many small
-    operations of blockwise attention on a single core. To be called before JAX is imported."""
+    """On a CPU, the rows of a batch or the tokens of a row are then computed side by side, where one device would run
+    the many small operations of blockwise attention on a single core. To be called before JAX is imported."""
     cores = os.cpu_count() or 1
     os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(min(4, 1 << (cores.bit_length() - 1))))
 
@@ -238,6 +238,7 @@ def serve(
 
     SIGTERM finishes what runs and stops; SIGHUP takes up the folder's new checkpoint.
     """
+    _device_per_core()
     import asyncio
 
     from brewjax.serve.config import ServeConfig

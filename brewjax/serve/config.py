@@ -7,6 +7,7 @@ import ipaddress
 import pydantic
 
 from brewjax.config import Config
+from brewjax.model.sharding import MeshConfig
 from brewjax.scoring.passes import PAGE
 
 
@@ -21,7 +22,8 @@ class ServeConfig(Config):
       row_tokens: lengths of rows that passes are compiled for.
       context: most tokens of a prefix; by default as many as the model was trained to read.
       cache_gigabytes: memory for the keys and values of prefixes.
-      tensor: devices that share each pass (the mesh axis `tensor`); by default all.
+      mesh: how devices share each pass, by `tensor` (heads) and `context` (tokens); by default all of them by heads, on
+        a CPU by tokens.
       max_wait_ms: how long an idle device waits for requests to share a pass.
       waiting_tokens: tokens that may be queued or running; requests beyond them are told to come back.
       items, stream_items: most items of a Score and of a ScoreStream.
@@ -43,7 +45,7 @@ class ServeConfig(Config):
     row_tokens: tuple[int, ...] = pydantic.Field(default=(256, 1024, 4096), min_length=1)
     context: int | None = pydantic.Field(default=None, gt=0)
     cache_gigabytes: float = pydantic.Field(default=1.0, gt=0)
-    tensor: int | None = pydantic.Field(default=None, gt=0)
+    mesh: MeshConfig | None = None
     max_wait_ms: float = pydantic.Field(default=2.0, ge=0)
     waiting_tokens: int = pydantic.Field(default=200_000, gt=0)
     items: int = pydantic.Field(default=1_000, gt=0)

@@ -49,7 +49,8 @@ class Server:
 
     def __init__(self, folder: Path, config: ServeConfig):
         self.folder, self.config = folder, config
-        self._mesh = MeshConfig(tensor=config.tensor or jax.device_count())
+        share = "context" if jax.default_backend() == "cpu" else "tensor"
+        self._mesh = config.mesh or MeshConfig.model_validate({share: jax.device_count()})
         bundle = Bundle.load(folder, self._mesh)
         buckets, pages = _memory(bundle, config)
         metrics = Metrics()
@@ -181,7 +182,7 @@ def log_as_json() -> None:
     """Logs go to stderr, a JSON object a line."""
     handler = logging.StreamHandler()
     handler.setFormatter(
-        JsonFormatter("%(asctime)s %(levelname)s %(name)s %(message)s", rename_fields={"asctime": "time"})
+        JsonFormatter("%(asctime)s %(levelname)s %(name)s %(message)s", rename_fields={"asctime": "time", "levelname": "level", "name": "logger"})
     )
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.getLogger("absl").setLevel(logging.WARNING)

@@ -21,7 +21,7 @@ from brewjax.serve.config import ServeConfig
 from brewjax.serve.members import of_example
 from brewjax.serve.server import Server
 
-CONFIG = ServeConfig(port=0, http_port=0, row_tokens=(256, 1024), context=1024, cache_gigabytes=0.01, tensor=1)
+CONFIG = ServeConfig(port=0, http_port=0, row_tokens=(256, 1024), context=1024, cache_gigabytes=0.01)
 
 
 @contextmanager
