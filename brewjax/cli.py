@@ -281,6 +281,23 @@ def export(
 
 
 @app.command()
+def upcycle(
+    model: ModelFolder,
+    out: Annotated[Path, typer.Argument(help="The model folder to write.")],
+    experts: Annotated[int, typer.Option(help="Experts of each layer.", min=2)] = 8,
+    per_token: Annotated[int, typer.Option(help="How many of them each token goes through.", min=1)] = 2,
+    seed: Annotated[int, typer.Option(help="Of the router's weights.")] = 0,
+) -> None:
+    """Make a mixture of experts of a dense model: it says the same until it is trained."""
+    from brewjax.model.config import ExpertsConfig
+    from brewjax.model.params import count
+    from brewjax.scoring.exchange import upcycle_model
+
+    bundle = upcycle_model(model, out, ExpertsConfig(count=experts, per_token=per_token), seed)
+    console.print(f"{out}: {bundle.model.name}, {count(bundle.params):,} parameters")
+
+
+@app.command()
 def describe(
     model: Annotated[Path, typer.Argument(help="A model's YAML file, its folder, or a Hugging Face folder.")],
     overrides: Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE, e.g. vocab_size=32000.")] = None,
@@ -299,7 +316,8 @@ def describe(
     for what, value in {
         "parameters": f"{found.parameters:,}",
         "used by a token": f"{found.active:,}",
-        f"weights, {config.param_dtype}": f"{found.weight_bytes / 1e9:,.2f} GB",
+        f"weights at rest, {config.param_dtype}": f"{found.weight_bytes / 1e9:,.2f} GB",
+        "weights in bfloat16": f"{2 * found.parameters / 1e9:,.2f} GB",
         f"keys and values of a token, {config.compute_dtype}": f"{found.cache_bytes:,} bytes",
     }.items():
         table.add_row(what, value)

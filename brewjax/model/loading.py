@@ -116,22 +116,37 @@ def _fill(name: Name, leaf: jax.ShapeDtypeStruct, stored: Mapping[str, Stored]) 
     sharding = leaf.sharding
     assert isinstance(sharding, NamedSharding)
     of_entry = NamedSharding(sharding.mesh, jax.P(*sharding.spec[name.stacked :]))
-    stack = jax.jit(functools.partial(jnp.zeros, leaf.shape, leaf.dtype), out_shardings=sharding)()
-    finite = {}
+    # For a CPU, XLA writes into a bfloat16 array by way of a float32 copy of the whole; integers it writes in place.
+    as_bits = leaf.dtype == jnp.bfloat16 and sharding.mesh.devices.flat[0].platform == "cpu"
+    dtype = np.dtype(np.uint16) if as_bits else leaf.dtype
+    stack = jax.jit(functools.partial(jnp.zeros, leaf.shape, dtype), out_shardings=sharding)()
     for index, tensor in name.tensors(leaf.shape):
         entry = name.to_ours(stored[tensor].read(), leaf.shape)
         placed = jax.make_array_from_callback(entry.shape, of_entry, entry.__getitem__)
-        stack, finite[tensor] = _put(stack, placed, np.array(index, np.int32), sharding)
-    for tensor, fine in finite.items():
-        if not fine:
+        stack, fine = _put(stack, placed, np.array(index, np.int32), sharding, leaf.dtype)
+        if not fine:  # which waits: the next tensor is not read while this one is still held
             raise CheckpointError(f"{stored[tensor].file}: tensor {tensor} holds NaN or infinity")
-    return stack
+    if not as_bits:
+        return stack
+    shards = [
+        jax.device_put(np.asarray(shard.data).view(leaf.dtype), shard.device) for shard in stack.addressable_shards
+    ]
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
 
 
-@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
-def _put(stack: jax.Array, entry: jax.Array, index: jax.Array, sharding: NamedSharding) -> tuple[jax.Array, jax.Array]:
-    """The stack, which lies by `sharding`, with the entry in its place; and whether the entry is finite throughout."""
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=(3, 4))
+def _put(
+    stack: jax.Array, entry: jax.Array, index: jax.Array, sharding: NamedSharding, dtype: np.dtype
+) -> tuple[jax.Array, jax.Array]:
+    """The stack, which lies by `sharding`, with the entry in its place; and whether the entry is finite throughout.
+
+    The stack is of `dtype`, or holds its bits.
+    """
     spec, depth = sharding.spec, index.size
+    fine = jnp.isfinite(entry).all()
+    entry = entry.astype(dtype)
+    if stack.dtype != dtype:
+        entry = jax.lax.bitcast_convert_type(entry, stack.dtype)
 
     def local(stack: jax.Array, entry: jax.Array, index: jax.Array) -> jax.Array:
         # The place among the device's own layers and experts, if it is there.
@@ -141,9 +156,9 @@ def _put(stack: jax.Array, entry: jax.Array, index: jax.Array, sharding: NamedSh
         mine = jnp.all((own >= 0) & (own < sizes))
         start = [*jnp.clip(own, 0, sizes - 1), *[0] * entry.ndim]
         before = jax.lax.dynamic_slice(stack, start, [1] * depth + list(entry.shape))
-        after = jnp.where(mine, entry.astype(stack.dtype).reshape(before.shape), before)
+        after = jnp.where(mine, entry.reshape(before.shape), before)
         return jax.lax.dynamic_update_slice(stack, after, start)
 
     specs = (spec, jax.P(*spec[depth:]), jax.P())
     put = jax.shard_map(local, mesh=sharding.mesh, in_specs=specs, out_specs=spec, check_vma=False)
-    return put(stack, entry, index), jnp.isfinite(entry).all()
+    return put(stack, entry, index), fine

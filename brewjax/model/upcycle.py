@@ -1,0 +1,48 @@
+"""Upcycling (Komatsuzaki et al. 2022): a dense model becomes a mixture of experts that says the same at the start."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+from jax.sharding import Mesh
+
+from brewjax.model.config import ExpertsConfig, ModelConfig
+from brewjax.model.params import Params, abstract_params
+
+COPIED = ("gate", "up", "down")
+
+
+def upcycle(
+    config: ModelConfig, params: Params, experts: ExpertsConfig, mesh: Mesh, seed: int = 0, noise: float = 0.02
+) -> tuple[ModelConfig, Params]:
+    """The model with each MLP copied into every expert; the rest is as it was.
+
+    Args:
+      noise: standard deviation of the router's weights, which part the experts in training.
+
+    Raises ValueError where the model has experts already, or weights that do not sum to one would change what it says.
+    """
+    if config.experts:
+        raise config.error("it has experts already; only a dense model is upcycled", "experts")
+    if not experts.normalize:
+        raise ValueError("experts.normalize: must be true, for the copies of an MLP to say together what it said")
+    new = config.model_copy(update={"experts": experts})
+    expected = abstract_params(new, mesh)
+    layers = dict(params["layers"])
+    matrices = {name: layers.pop(name) for name in COPIED}
+    shapes = expected["layers"]["experts"]
+    copies = {name: _copied(matrix, experts.count, shapes[name].sharding) for name, matrix in matrices.items()}
+    router = shapes["router"]
+    copies["router"] = jax.jit(
+        lambda key: noise * jax.random.normal(key, router.shape, router.dtype), out_shardings=router.sharding
+    )(jax.random.key(seed))
+    return new, params | {"layers": layers | {"experts": copies}}
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _copied(matrix: jax.Array, count: int, sharding: jax.sharding.NamedSharding) -> jax.Array:
+    """[layers, ..] as [layers, experts, ..]."""
+    return jax.lax.broadcast_in_dim(
+        matrix, (len(matrix), count, *matrix.shape[1:]), (0, *range(2, matrix.ndim + 1)), out_sharding=sharding
+    )
