@@ -42,7 +42,7 @@ class ServeConfig(Config):
     tls_key: str | None = None
     token_file: str | None = None
     tasks: tuple[str, ...] = ()
-    row_tokens: tuple[int, ...] = pydantic.Field(default=(256, 1024, 4096), min_length=1)
+    row_tokens: tuple[int, ...] = pydantic.Field(default=(256, 512, 1024, 2048, 4096), min_length=1)
     context: int | None = pydantic.Field(default=None, gt=0)
     cache_gigabytes: float = pydantic.Field(default=1.0, gt=0)
     mesh: MeshConfig | None = None

@@ -212,7 +212,7 @@ def _memory(bundle: Bundle, config: ServeConfig) -> tuple[list[Bucket], int]:
             "cache_gigabytes",
         )
     most = max(context, max(config.row_tokens) // PAGE)
-    return [Bucket(tokens, past) for tokens in config.row_tokens for past in (0, math.ceil(most / 4), most)], pages
+    return [Bucket(tokens, past) for tokens in config.row_tokens for past in (0, most)], pages
 
 
 def _version(folder: Path) -> str:
