@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 # Read when jax is first loaded.
-DUMP = Path(tempfile.mkdtemp(prefix="ptx-"))
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={DUMP} --xla_dump_hlo_as_text"
+os.environ["PTX"] = tempfile.mkdtemp(prefix="ptx-")
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={os.environ['PTX']} --xla_dump_hlo_as_text"
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ from pallas_kernels import attention_gpu
 from pallas_kernels.attention import attention, attention_reference
 from pallas_kernels.segments import PADDING, Segments
 
+DUMP = Path(os.environ["PTX"])
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024
@@ -88,7 +89,7 @@ def compile_all() -> None:
         "head",
         "dtype",
         "kernel",
-        "rows x keys, warps",
+        "rows x keys at most, warps",
         "registers",
         "spills, bytes",
         "shared, bytes",
