@@ -72,8 +72,10 @@ def attention_reference(
 
 def _choose(implementation: str | None, way: str) -> Callable:
     """The `forward` or `backward` of an implementation."""
-    kind, _, interpreted = (implementation or {"cpu": "xla"}.get(platform(), platform())).partition("-")
-    function = getattr({"xla": attention_xla, "tpu": attention_tpu, "gpu": attention_gpu}[kind], way)
+    pallas = {"tpu": attention_tpu, "gpu": attention_gpu}
+    implementation = implementation or (platform() if platform() in pallas else "xla")
+    name, _, interpreted = implementation.partition("-")
+    function = getattr({"xla": attention_xla, **pallas}[name], way)
     return functools.partial(function, interpret=True) if interpreted else function
 
 

@@ -29,18 +29,31 @@ LOG2E = math.log2(math.e)
 SMALLEST = 16  # side of a matrix product
 
 
+STAGES = 3  # of a loop: which block is next, its loads, its products
+
+
 class Blocks(NamedTuple):
-    """How a kernel is cut: rows of queries and keys in a block, warps of a program, stages of its loop's loads."""
+    """How a kernel is cut: rows of queries and keys in a block, warps of a program."""
 
     rows: int
     keys: int
     warps: int
-    stages: int
+
+
+# By head size: the largest that the compiler fits into the registers and the shared memory of an H100 without spills
+# and with Hopper's own matrix instruction, which wants 64 rows of its output (benchmarks/attention_h100.py shows both).
+BLOCKS = {
+    "forward": {64: Blocks(128, 64, 4), 128: Blocks(128, 64, 8), 256: Blocks(128, 64, 8)},
+    "dq": {64: Blocks(64, 64, 4), 128: Blocks(128, 64, 8), 256: Blocks(64, 32, 8)},
+    "dk_dv": {64: Blocks(64, 64, 4), 128: Blocks(64, 128, 8), 256: Blocks(32, 64, 8)},
+}
+# True float32 products have no matrix instruction, and more of them would not fit.
+FLOAT32_BLOCKS = {64: Blocks(64, 32, 8), 128: Blocks(32, 32, 8), 256: Blocks(16, 32, 8)}
 
 
 def choose_blocks(kernel: str, D: int, dtype: DTypeLike) -> Blocks:
-    """For "forward", "dq" or "dk_dv" of heads of a power of two."""
-    return Blocks(64, 64, 4, 2)
+    """For heads of size `D`, a power of two up to 256."""
+    return (FLOAT32_BLOCKS if dtype == jnp.float32 else BLOCKS[kernel])[max(D, 64)]
 
 
 def forward(
@@ -60,7 +73,10 @@ def forward(
     return call.from_rows(out), call.from_rows(log_sum)
 
 
-def _forward_kernel(cut: Blocks, scale: float, met, q_labels, kv_labels, q, k, v, out, log_sum) -> None:
+def _forward_kernel(
+    cut: Blocks, scale: float, met, q_labels, kv_labels, q, k, v,  # read
+    out, log_sum,  # written
+) -> None:  # fmt: skip
     queries = q[...]
 
     def visit(n: Array, state: tuple[Array, Array, Array], masked: bool) -> tuple[Array, Array, Array]:
@@ -105,7 +121,10 @@ def backward(
     return call.from_rows(dq), call.from_keys(dk), call.from_keys(dv)
 
 
-def _dq_kernel(cut: Blocks, scale: float, met, q_labels, kv_labels, q, d_out, log_sum, correction, k, v, dq) -> None:
+def _dq_kernel(
+    cut: Blocks, scale: float, met, q_labels, kv_labels, q, d_out, log_sum, correction, k, v,  # read
+    dq,  # written
+) -> None:  # fmt: skip
     queries, d_outs, log_sums, corrections = q[...], d_out[...], log_sum[...][:, None], correction[...][:, None]
 
     def visit(n: Array, sums: Array, masked: bool) -> Array:
@@ -121,8 +140,9 @@ def _dq_kernel(cut: Blocks, scale: float, met, q_labels, kv_labels, q, d_out, lo
 
 
 def _dk_dv_kernel(
-    cut: Blocks, scale: float, met, q_labels, kv_labels, q, d_out, log_sum, correction, k, v, dk, dv
-) -> None:
+    cut: Blocks, scale: float, met, q_labels, kv_labels, q, d_out, log_sum, correction, k, v,  # read
+    dk, dv,  # written
+) -> None:  # fmt: skip
     keys, values = k[...], v[...]
 
     def visit(n: Array, state: tuple[Array, Array], masked: bool) -> tuple[Array, Array]:
@@ -224,18 +244,16 @@ class _Call:
             pl.BlockSpec((None, 4, R if by_key else cut.rows), lambda i, h, b: (b, 0, 0 if by_key else i)),
             pl.BlockSpec((None, 4, cut.keys if by_key else S), lambda i, h, b: (b, 0, i if by_key else 0)),
         ]
-        at_met = Meetings(
-            pl.BlockSpec((None, None, met.blocks.shape[2]), lambda i, h, b: (b, i, 0)),
-            *[pl.BlockSpec((None, None), lambda i, h, b: (b, i))] * 2,
-        )
+        at_number = pl.BlockSpec((None, None), lambda i, h, b: (b, i))
+        at_met: Any = [pl.BlockSpec((None, None, met.blocks.shape[2]), lambda i, h, b: (b, i, 0)), at_number, at_number]
         return pl.pallas_call(
             functools.partial(kernel, cut, self.D**-0.5),
             name=f"segment_attention_{name}",
             grid=(met.blocks.shape[1], self.K, self.B),
-            in_specs=[at_met, *at_labels, *(at_rows(*x.shape[3:]) for x in rows), *[at_keys] * len(keys)],
+            in_specs=[Meetings(*at_met), *at_labels, *(at_rows(*x.shape[3:]) for x in rows), *[at_keys] * len(keys)],
             out_specs=[at_keys if by_key else at_rows(*shape[3:]) for shape, _ in written],
             out_shape=[jax.ShapeDtypeStruct(*one) for one in written],
-            compiler_params=triton.CompilerParams(num_warps=cut.warps, num_stages=cut.stages),
+            compiler_params=triton.CompilerParams(num_warps=cut.warps, num_stages=STAGES),
             interpret=self.interpret,
         )(met, self.q_labels, self.kv_labels, *rows, *keys)
 

@@ -18,6 +18,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num
 
+from pallas_kernels.platform import platform
+
 LIMITS = {jnp.dtype(jnp.float8_e4m3fn): 448.0, jnp.dtype(jnp.int8): 127.0}  # the largest values used
 SMALLEST_PEAK = 1e-30  # keeps scales, and so quotients, away from zero and from subnormal numbers
 VMEM_LIMIT = 48 * 2**20  # of 64 MiB on TPU7x, 128 MiB on v5e, v5p, v6e
@@ -70,14 +72,8 @@ def quantized_matmul(
         tokens = tokens.astype(jnp.bfloat16)
     else:
         raise ValueError(f'activations is {activations!r}, not None or "per_token"')
-    # Not jax.default_backend(): that is the CPU where a machine without a TPU compiles for one.
-    out = jax.lax.platform_dependent(
-        tokens,
-        weight.values,
-        scales,
-        tpu=functools.partial(matmul_pallas, dtype=x.dtype),
-        default=functools.partial(matmul_xla, dtype=x.dtype),
-    )
+    matmul = matmul_pallas if platform() == "tpu" else matmul_xla
+    out = matmul(tokens, weight.values, scales, x.dtype)
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
 

@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import attention_tpu, attention_tpu_plan, attention_xla
+from pallas_kernels import attention_gpu, attention_tpu, attention_tpu_plan, attention_xla
 from pallas_kernels.attention import attention, attention_reference
 from pallas_kernels.segments import PADDING, SELF, Segments
 from tests.pallas_kernels.layouts import Example, batches, pack, rows, stack
 
 H, K, D = 4, 2, 8
-# Rows of a few blocks each, none of them whole: 3 x 3 of 40 tokens, and 2 x 2 of 256.
-LENGTHS = {"xla": 104, "tpu-interpreted": 470}
+# Rows of a few blocks each, none of them whole: 3 x 3 of 40 tokens, 2 x 2 of 256, and 7 x 4 of 16 and 32 and so on.
+LENGTHS = {"xla": 104, "tpu-interpreted": 470, "gpu-interpreted": 104}
 IMPLEMENTATIONS = tuple(LENGTHS)
 seeds = st.integers(0, 2**32 - 1)
 
@@ -28,6 +28,8 @@ def _small_blocks():
         patch.setattr(attention_xla, "BLOCK", 40)
         patch.setattr(attention_tpu_plan, "CHUNKS", 2)
         patch.setattr(attention_tpu_plan, "KEYS", 256)
+        cuts = {"forward": (32, 32, 4), "dq": (32, 16, 4), "dk_dv": (16, 32, 4)}
+        patch.setattr(attention_gpu, "choose_blocks", lambda kernel, *_: attention_gpu.Blocks(*cuts[kernel]))
         yield
 
 
@@ -87,6 +89,14 @@ def test_is_the_reference(implementation, data, seed):
 def test_queries_behind_a_cached_prefix(implementation, data, seed):
     length = LENGTHS[implementation]
     segments, qkvd = data.draw(batches(2, length)), draw_qkvd(seed, length, queries=length * 2 // 3)
+    assert_close(results(implementation)(*qkvd, segments), reference(qkvd, segments), 1e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_one_query(implementation):
+    """What decoding does: the last token of each row, one of them padding, behind all the others."""
+    segments = stack([pack([Example(30, [9] * 4, [30])], 96), pack([Example(90, padding=6)], 96)])
+    qkvd = draw_qkvd(0, 96, queries=1)
     assert_close(results(implementation)(*qkvd, segments), reference(qkvd, segments), 1e-5)
 
 

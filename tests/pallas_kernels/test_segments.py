@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from pallas_kernels.segments import ALL, PADDING, QUESTIONS, SELF, Segments, visible
-from pallas_kernels.worklist import sight, worklist
+from pallas_kernels.worklist import Sight, meetings, sight, worklist
 from tests.pallas_kernels.layouts import Example, batches, pack, rows
 
 LENGTH = 96
@@ -109,6 +109,29 @@ def test_queries_in_the_middle_of_a_row_see_what_they_see_there(row):
     pairs = brute_force(row)[start : start + 32].reshape(2, 16, LENGTH // 8, 8)
     assert not (pairs.any((1, 3)) & ~np.asarray(some[0])).any()
     assert not (np.asarray(every[0]) & ~pairs.all((1, 3))).any()
+
+
+@settings(deadline=None, max_examples=10)
+@given(rows(LENGTH), st.sampled_from([2, 3, 6]))
+def test_sight_of_queries_that_stand_several_times_in_a_row(row, repeats):
+    start, tile = 30, 16  # which `repeats` need not divide
+    queries = Segments(*(labels[None, start : start + 32].repeat(repeats, 1) for labels in row))
+    some, every = sight(queries, Segments(*(labels[None] for labels in row)), start, tile, 8, repeats)
+    pairs = brute_force(row)[start : start + 32].repeat(repeats, 0).reshape(-1, tile, LENGTH // 8, 8)
+    assert not (pairs.any((1, 3)) & ~np.asarray(some[0])).any()
+    assert not (np.asarray(every[0]) & ~pairs.all((1, 3))).any()
+
+
+@settings(deadline=None, max_examples=10)
+@given(arrays(np.int32, (2, 3, 5), elements=st.integers(0, 2)))
+def test_meetings_are_the_blocks_seen_whole_and_then_those_seen_in_part(kind):
+    for by_key in (False, True):
+        met = jax.tree.map(np.asarray, meetings(Sight(kind > 0, kind == 2), by_key))
+        lines = kind.transpose(0, 2, 1) if by_key else kind
+        for at in np.ndindex(lines.shape[:2]):
+            assert set(met.blocks[at][: met.whole[at]]) == set(np.flatnonzero(lines[at] == 2))
+            assert set(met.blocks[at][met.whole[at] : met.met[at]]) == set(np.flatnonzero(lines[at] == 1))
+            assert met.met[at] == np.count_nonzero(lines[at])
 
 
 @settings(deadline=None, max_examples=30)
