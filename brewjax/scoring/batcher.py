@@ -45,6 +45,10 @@ class Job:
         """How many pages it goes on from."""
         return _pages(self.computed)
 
+    def restart(self) -> None:
+        """What is cached of its prefix is lost; it goes on with the questions that were not asked yet."""
+        self.hits, self.computed, self.pages = None, 0, []
+
     def left(self) -> int:
         """Places of rows that it still takes."""
         prefix = _pages(self.prompt.prefix_length - self.computed) * PAGE
@@ -107,7 +111,7 @@ class Batcher:
 
     def check(self, prompt: EncodedPrompt) -> None:
         """Raises ValueError for a prompt that no sequence of passes can score."""
-        if prompt.prefix_length > (limit := self._pasts[-1] * PAGE):
+        if prompt.prefix_length > (limit := min(self._pasts[-1], self._cache.most) * PAGE):
             raise ValueError(f"a prefix of {prompt.prefix_length} tokens; at most {limit} are served")
         longest = max(map(len, prompt.questions))
         if longest > self._lengths[-1]:
@@ -121,25 +125,15 @@ class Batcher:
         self._waiting.remove(job)
         self._cache.release(job.pages)
 
-    @property
-    def begun(self) -> bool:
-        """Whether some job is begun and not finished."""
-        return any(job.hits is not None for job in self._waiting)
-
-    def lose(self) -> list[Job]:
-        """Forgets what is cached, and the jobs that are begun with it: they are returned."""
-        begun = [job for job in self._waiting if job.hits is not None]
-        self._waiting = [job for job in self._waiting if job.hits is None]
+    def lose(self) -> None:
+        """Forgets what is cached; the jobs that began with it begin anew."""
+        for job in self._waiting:
+            job.restart()
         self._cache.clear()
-        return begun
 
-    def next_pass(self, begin: bool = True) -> Pass | None:
-        """The next pass, to be started before this is called again; None where there is nothing for it.
-
-        Args:
-          begin: whether it may hold jobs that are not begun yet.
-        """
-        begun = self._begin(begin)
+    def next_pass(self) -> Pass | None:
+        """The next pass, to be started before this is called again; None where there is nothing for it."""
+        begun = self._begin()
         if not begun:
             return None
         bucket = self._choose(begun)
@@ -163,13 +157,14 @@ class Batcher:
                 self._waiting.append(job)
         return Pass(bucket, parts)
 
-    def _begin(self, new: bool) -> list[Job]:
+    def _begin(self) -> list[Job]:
         """Jobs, in their order, that have all their pages: enough of them for the largest pass.
 
-        A job takes up all pages of its prefix or none, so that no two can wait for each other. One whose prefix is
-        just being computed for another waits to find it in the cache.
+        A job takes up all pages of its prefix or none, so that no two can wait for each other; where there are too few
+        for it, none behind it begins, so that there will be enough. One whose prefix is just being computed for another
+        waits to find it in the cache.
         """
-        begun, filling = [], set[bytes]()
+        begun, filling, new = [], set[bytes](), True
         tokens = 0
         for job in self._waiting:
             if tokens >= self._lengths[-1]:
@@ -181,6 +176,7 @@ class Batcher:
                     continue
                 held = self._cache.hold(job.chain)
                 if held is None:
+                    new = False
                     continue
                 job.pages, hits = held
                 job.computed = job.hits = min(hits * PAGE, job.prompt.prefix_length)

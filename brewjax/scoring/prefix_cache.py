@@ -34,6 +34,11 @@ class PrefixCache:
         self._size = pages
         self.clear()
 
+    @property
+    def most(self) -> int:
+        """How many pages can be held at once."""
+        return self._size - 1
+
     def clear(self) -> None:
         """Forgets everything; nobody may hold a page."""
         self._free = [page for page in range(self._size) if page != NOWHERE]

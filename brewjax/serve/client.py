@@ -11,6 +11,7 @@ import grpc
 from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve import ranker_pb2_grpc
 
+RETRIED_BYTES = 1 << 26  # larger requests are not tried again; gRPC's own limit is far less than 500 items
 # gRPC's own retries: with jitter, within the deadline, and not sooner than a full server asks for.
 RETRIES = {
     "methodConfig": [
@@ -46,6 +47,7 @@ class Client:
         options = [
             ("grpc.service_config", json.dumps(RETRIES)),
             ("grpc.max_receive_message_length", -1),
+            ("grpc.per_rpc_retry_buffer_size", RETRIED_BYTES),
         ]
         if tls or ca:
             trusted = None
@@ -74,7 +76,11 @@ class Client:
         self, question: pb.Member | pb.Raw, timeout: float | None = None, **fields: Any
     ) -> Iterator[pb.ScoreResponse]:
         """As `score` for lists of thousands: chunks as they finish, each ordered in itself, every item in one."""
-        yield from self._ranker.ScoreStream(_request(question, **fields), **self._call(timeout))
+        call = self._ranker.ScoreStream(_request(question, **fields), **self._call(timeout))
+        try:
+            yield from call
+        finally:
+            call.cancel()  # of whoever stopped listening
 
     def describe(self) -> pb.DescribeResponse:
         """The model, the tasks it knows, and the limits."""
@@ -94,7 +100,7 @@ class Client:
         self.close()
 
     def _call(self, timeout: float | None) -> dict[str, Any]:
-        return {"timeout": timeout or self._timeout, "metadata": self._metadata}
+        return {"timeout": self._timeout if timeout is None else timeout, "metadata": self._metadata}
 
 
 def raw(

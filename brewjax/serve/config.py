@@ -28,6 +28,7 @@ class ServeConfig(Config):
       waiting_tokens: tokens that may be queued or running; requests beyond them are told to come back.
       items, stream_items: most items of a Score and of a ScoreStream.
       item_tokens: most tokens of one item.
+      events: most events of a history.
       request_bytes: most bytes of a request.
       streams: most requests at a time.
       timeout: seconds for requests that come without a deadline.
@@ -36,8 +37,8 @@ class ServeConfig(Config):
     """
 
     host: str = "127.0.0.1"
-    port: int = pydantic.Field(default=9000, ge=0)
-    http_port: int | None = pydantic.Field(default=9001, ge=0)
+    port: int = pydantic.Field(default=9000, ge=0, lt=65536)
+    http_port: int | None = pydantic.Field(default=9001, ge=0, lt=65536)
     tls_cert: str | None = None
     tls_key: str | None = None
     token_file: str | None = None
@@ -51,6 +52,7 @@ class ServeConfig(Config):
     items: int = pydantic.Field(default=1_000, gt=0)
     stream_items: int = pydantic.Field(default=50_000, gt=0)
     item_tokens: int = pydantic.Field(default=1_024, gt=0)
+    events: int = pydantic.Field(default=10_000, gt=0)
     request_bytes: int = pydantic.Field(default=8_000_000, gt=0)
     streams: int = pydantic.Field(default=256, gt=0)
     timeout: float = pydantic.Field(default=60.0, gt=0)

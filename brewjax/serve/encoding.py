@@ -15,6 +15,8 @@ from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve.config import ServeConfig
 from brewjax.serve.members import say
 
+MOST_ID = 200  # characters of a request's id
+
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
@@ -23,26 +25,41 @@ class Encoded:
     Attributes:
       values: float64 [labels]; items are ordered by the expected one.
       ids: of the items.
+      model: name and version of who is to answer.
     """
 
     prompt: EncodedPrompt
     labels: Sequence[str]
     values: np.ndarray
     ids: Sequence[str]
+    model: str
     events_cut: int = 0
     tokens_cut: int = 0
 
 
 class Encoder:
-    """Encodes requests for one model and the tasks that it is asked."""
+    """Encodes requests for one model.
 
-    def __init__(self, bundle: Bundle, tasks: Sequence[Task], config: ServeConfig):
-        self.bundle, self.config = bundle, config
-        self.tasks = {task.name: task for task in tasks}
-        self.context = config.context or bundle.prompts.max_tokens
+    Args:
+      model: its name and version.
+      tasks: what may be asked of members, beside what the model was trained on.
+      context: most tokens of a prefix.
+    """
+
+    def __init__(self, bundle: Bundle, model: str, tasks: Sequence[Task], config: ServeConfig, context: int):
+        prompts = bundle.prompts.model_copy(update={"max_tokens": min(bundle.prompts.max_tokens, context)})
+        self.bundle, self.model = dataclasses.replace(bundle, prompts=prompts), model
+        self.tasks = {task.name: task for task in [*bundle.tasks, *tasks]}
+        self.config, self.context = config, context
+        for task in self.tasks.values():
+            task.check_words(bundle.tokenizer)
+            if len(task.labels) > LABELS_IN_PASS:
+                raise task.error(f"{len(task.labels)} of them; at most {LABELS_IN_PASS} are served", "labels")
 
     def encode(self, request: pb.ScoreRequest, most_items: int) -> Encoded:
         """Raises ValueError naming the field that cannot be scored, and why."""
+        if len(request.request_id) > MOST_ID:
+            raise ValueError(f"request_id: {len(request.request_id):,} characters; give at most {MOST_ID}")
         size = request.ByteSize()
         if size > self.config.request_bytes:
             raise ValueError(f"the request: {size:,} bytes; at most {self.config.request_bytes:,} are read")
@@ -52,6 +69,10 @@ class Encoder:
         items = len(request.member.items if asked == "member" else request.raw.items)
         if not 0 < items <= most_items:
             raise ValueError(f"{asked}.items: {items:,} of them; give 1 to {most_items:,}")
+        history = "history" if asked == "member" else "events"
+        events = len(getattr(getattr(request, asked), history))
+        if events > self.config.events:
+            raise ValueError(f"{asked}.{history}: {events:,} of them; give at most {self.config.events:,}")
         encoded = self._member(request) if asked == "member" else self._raw(request)
         for place, item in enumerate(encoded.prompt.questions):
             if len(item) > self.config.item_tokens:
@@ -70,7 +91,7 @@ class Encoder:
                 f"member.history: the oldest {prompt.dropped} events do not fit; ask for CUT or send fewer"
             )
         ids = [item.id for item in member.items]
-        return Encoded(self.bundle.encode(prompt), task.words, task.values, ids, prompt.dropped)
+        return Encoded(self.bundle.encode(prompt), task.words, task.values, ids, self.model, prompt.dropped)
 
     def _raw(self, request: pb.ScoreRequest) -> Encoded:
         raw, bos = request.raw, self.bundle.tokenizer.bos
@@ -83,7 +104,9 @@ class Encoder:
                 raise ValueError(f"raw.items[{place}]: empty")
         length = len(prefix) + sum(map(len, events))
         if length > self.context and request.too_long != pb.ScoreRequest.CUT:
-            raise ValueError(f"raw: {length:,} tokens before the items; at most {self.context:,} are read: ask for CUT")
+            raise ValueError(
+                f"raw: {length:,} tokens before the items; at most {self.context:,} are read, unless too_long is CUT"
+            )
         newest_first = np.cumsum([len(event) for event in reversed(events)])
         cut = len(events) - int(np.searchsorted(newest_first, self.context - len(prefix), side="right"))
         excess = max(0, len(prefix) - self.context)
@@ -92,7 +115,7 @@ class Encoder:
         labels = self._labels(raw)
         prompt = EncodedPrompt(pieces, items, labels, [None] * len(items), self.bundle.prompts.layout)
         words = [*raw.labels, *map(str, raw.label_tokens)]
-        return Encoded(prompt, words, np.eye(len(labels))[0], [""] * len(items), cut, excess)
+        return Encoded(prompt, words, np.eye(len(labels))[0], [""] * len(items), self.model, cut, excess)
 
     def _labels(self, raw: pb.Raw) -> list[int]:
         labels = []

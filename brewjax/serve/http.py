@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
+import re
 import time
+from collections.abc import Coroutine
 from typing import Annotated, Any
 
 import grpc
@@ -17,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve.client import raw
-from brewjax.serve.service import Service, status_of
+from brewjax.serve.service import Service, shortened, status_of
 from brewjax.serve.worker import QueueFullError
 
 TokenId = Annotated[int, pydantic.Field(ge=0, lt=2**32)]
@@ -25,7 +28,15 @@ TokenId = Annotated[int, pydantic.Field(ge=0, lt=2**32)]
 HTTP_STATUS = {
     grpc.StatusCode.INVALID_ARGUMENT: 400,
     grpc.StatusCode.RESOURCE_EXHAUSTED: 429,
+    grpc.StatusCode.UNAVAILABLE: 503,
     grpc.StatusCode.DEADLINE_EXCEEDED: 504,
+}
+
+
+FIELDS = {  # of errors that name them as gRPC does
+    r"^raw\.items": "items",
+    r"^raw\.label(s|_tokens)": "label_token_ids",
+    r"^raw(\.prefix)?:": "query:",
 }
 
 
@@ -39,6 +50,14 @@ class ScoreRequest(pydantic.BaseModel):
     apply_softmax: bool = pydantic.Field(False, description="Among the labels; otherwise among all words of the model.")
     item_first: bool = pydantic.Field(False, description="Items are read before the query: nothing is shared then.")
     model: str = pydantic.Field("", description="Ignored: one model is served.")
+
+    @pydantic.field_validator("query", "items", mode="before")
+    @classmethod
+    def _of_characters(cls, given: Any) -> Any:
+        for text in given if isinstance(given, list) else [given]:
+            if isinstance(text, str):
+                text.encode()  # JSON can say half of a surrogate pair, which is no character
+        return given
 
 
 class Usage(pydantic.BaseModel):
@@ -69,7 +88,9 @@ def make_app(service: Service, token: str | None = None) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     async def name_the_field(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"][1:])) or "the body"
+        place = "the body"
+        if len(first["loc"]) > 1 and first["type"] != "json_invalid":
+            place = first["loc"][1] + "".join(f"[{part}]" for part in first["loc"][2:] if isinstance(part, int))
         return _error(400, f"{place}: {first['msg']}")
 
     @app.exception_handler(starlette.exceptions.HTTPException)
@@ -79,16 +100,21 @@ def make_app(service: Service, token: str | None = None) -> FastAPI:
     @app.post("/v1/score", dependencies=[Depends(authorised)])
     async def score(body: ScoreRequest, request: Request, response: Response) -> ScoreResponse:
         """Scores items behind a query, in one pass where they fit."""
-        asked = to_rpc(body)
-        asked.request_id = request.headers.get("x-request-id", "")
         try:
-            answer = await service.score(asked)
+            asked = to_rpc(body)
+            asked.request_id = request.headers.get("x-request-id", "")
+            answer = await _unless_gone(request, service.score(asked))
+        except HTTPException:
+            raise
         except Exception as error:
             code = status_of(error)
             if code not in HTTP_STATUS:
                 raise HTTPException(500, "internal error; the server's log has it") from None
             retry = {"Retry-After": str(round(error.retry_after + 0.5))} if isinstance(error, QueueFullError) else None
-            raise HTTPException(HTTP_STATUS[code], str(error), retry) from None
+            message = shortened(error)
+            for ours, theirs in FIELDS.items():
+                message = re.sub(ours, theirs, message)
+            raise HTTPException(HTTP_STATUS[code], message, retry) from None
         response.headers["x-request-id"] = answer.request_id
         read = answer.usage.prefix_tokens + answer.usage.item_tokens
         return ScoreResponse(
@@ -121,6 +147,24 @@ def to_rpc(body: ScoreRequest) -> pb.ScoreRequest:
         items, prefix = [item + prefix for item in items], prefix[:0]
     asked = raw(prefix, items, body.label_token_ids)
     return pb.ScoreRequest(raw=asked, over_vocabulary=not body.apply_softmax)
+
+
+async def _unless_gone(request: Request, answer: Coroutine[Any, Any, pb.ScoreResponse]) -> pb.ScoreResponse:
+    """The answer; it is given up when the caller hangs up, which the stack leaves to us."""
+
+    async def hangs_up() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    answering, gone = asyncio.create_task(answer), asyncio.create_task(hangs_up())
+    try:
+        await asyncio.wait((answering, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not answering.done():
+            raise HTTPException(499, "the caller is gone")
+        return answering.result()
+    finally:
+        answering.cancel()
+        gone.cancel()
 
 
 def _error(status: int, message: str, headers: Any = None) -> JSONResponse:

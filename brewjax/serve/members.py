@@ -41,7 +41,10 @@ def say(bundle: Bundle, task: Task, member: pb.Member) -> Prompt:
     items = {f"member.history[{place}].item": event.item for place, event in enumerate(member.history)}
     items |= {f"member.items[{place}].attributes": item.attributes for place, item in enumerate(member.items)}
     told = {f"member.history[{place}].attributes": event.attributes for place, event in enumerate(member.history)}
-    times = np.array([event.time.ToMicroseconds() for event in member.history], np.int64)
+    times = np.array(
+        [_microseconds(event.time, f"member.history[{place}].time") for place, event in enumerate(member.history)],
+        np.int64,
+    )
     order = np.argsort(times, kind="stable")
     events = _table(card.events.attributes, told).take(order)
     count = len(order)
@@ -57,11 +60,14 @@ def say(bundle: Bundle, task: Task, member: pb.Member) -> Prompt:
         .append_column(card.events.action, pa.array([member.history[row].action for row in order], pa.string()))
         .append_column(card.events.time, pa.array(times[order]).cast(pa.timestamp("us"))),
     )
-    now = member.now.ToMicroseconds() if member.HasField("now") else int(time.time() * 1e6)
+    now = _microseconds(member.now, "member.now") if member.HasField("now") else int(time.time() * 1e6)
     history, past = history_before(tables, task, 0, now)
     asked = np.arange(count, len(items), dtype=np.int32)
     example = Example(task.name, 0, now, history, past, asked, np.full(len(asked), -1, np.int32))
-    return bundle.verbalizer(tables, task).prompt(task, example, bundle.prompts.score_style)
+    try:
+        return bundle.verbalizer(tables, task).prompt(task, example, bundle.prompts.score_style)
+    except ValueError as error:
+        raise ValueError(f"member: {error}") from None
 
 
 def of_example(dataset: Dataset, task: Task, example: Example) -> pb.Member:
@@ -110,7 +116,7 @@ _KINDS: dict[str, tuple[pa.DataType, dict[str, Callable[[Any], Any]]]] = {
     "category": _TEXTS,
     "number": (pa.float64(), {"integer": float, "number": float}),
     "list": (pa.list_(pa.string()), {"list": lambda texts: list(texts.values)}),
-    "date": (pa.timestamp("us"), {"date": lambda moment: moment.ToMicroseconds()}),
+    "date": (pa.timestamp("us"), {"date": Timestamp.ToMicroseconds}),
 }
 
 
@@ -135,7 +141,18 @@ def _read(attribute: Attribute, value: pb.Value, place: str) -> Any:
     reads = _KINDS[attribute.kind][1]
     if kind not in reads:
         raise ValueError(f"{place}['{attribute.column}']: a {kind}; for a {attribute.kind} give {' or '.join(reads)}")
+    if kind == "number" and not math.isfinite(value.number):
+        raise ValueError(f"{place}['{attribute.column}']: {value.number}; leave it out where it is unknown")
+    if kind == "date":
+        return _microseconds(value.date, f"{place}['{attribute.column}']")
     return reads[kind](getattr(value, kind))
+
+
+def _microseconds(moment: Timestamp, place: str) -> int:
+    try:
+        return moment.ToMicroseconds()
+    except ValueError as error:  # not of the years 1 to 9999
+        raise ValueError(f"{place}: {error}") from None
 
 
 def _attributes(

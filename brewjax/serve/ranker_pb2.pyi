@@ -233,7 +233,7 @@ class AttributeDescription(_message.Message):
     def __init__(self, column: _Optional[str] = ..., kind: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("items", "stream_items", "prefix_tokens", "item_tokens", "labels", "request_bytes", "waiting_tokens", "streams")
+    __slots__ = ("items", "stream_items", "prefix_tokens", "item_tokens", "labels", "request_bytes", "waiting_tokens", "streams", "events")
     ITEMS_FIELD_NUMBER: _ClassVar[int]
     STREAM_ITEMS_FIELD_NUMBER: _ClassVar[int]
     PREFIX_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -242,6 +242,7 @@ class Limits(_message.Message):
     REQUEST_BYTES_FIELD_NUMBER: _ClassVar[int]
     WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STREAMS_FIELD_NUMBER: _ClassVar[int]
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
     items: int
     stream_items: int
     prefix_tokens: int
@@ -250,7 +251,8 @@ class Limits(_message.Message):
     request_bytes: int
     waiting_tokens: int
     streams: int
-    def __init__(self, items: _Optional[int] = ..., stream_items: _Optional[int] = ..., prefix_tokens: _Optional[int] = ..., item_tokens: _Optional[int] = ..., labels: _Optional[int] = ..., request_bytes: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., streams: _Optional[int] = ...) -> None: ...
+    events: int
+    def __init__(self, items: _Optional[int] = ..., stream_items: _Optional[int] = ..., prefix_tokens: _Optional[int] = ..., item_tokens: _Optional[int] = ..., labels: _Optional[int] = ..., request_bytes: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., streams: _Optional[int] = ..., events: _Optional[int] = ...) -> None: ...
 
 class Shape(_message.Message):
     __slots__ = ("tokens", "cached_tokens", "seconds")

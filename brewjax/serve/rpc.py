@@ -8,13 +8,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError, Message
 from grpc.aio import ServerInterceptor, ServicerContext
 
 from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve import ranker_pb2_grpc
-from brewjax.serve.service import Service, status_of
+from brewjax.serve.service import Service, shortened, status_of
 from brewjax.serve.worker import QueueFullError
 
+RANKER = pb.DESCRIPTOR.services_by_name["Ranker"].full_name
 OPEN = "/grpc.health.v1.Health/"  # who may be asked without a token
 Reload = Callable[[str], Awaitable[str]]
 
@@ -34,12 +36,9 @@ class Ranker(ranker_pb2_grpc.RankerServicer):
             return await self._service.score(request, context.time_remaining())
         raise AssertionError
 
-    async def ScoreStream(  # noqa: N802
-        self, request: pb.ScoreRequest, context: ServicerContext
-    ) -> AsyncIterator[pb.ScoreResponse]:
+    async def ScoreStream(self, request: pb.ScoreRequest, context: ServicerContext) -> None:  # noqa: N802
         async with _told(context):
-            async for response in self._service.stream(request, context.time_remaining()):
-                yield response
+            await self._service.stream(request, context.write, context.time_remaining())
 
     async def Describe(self, request: pb.DescribeRequest, context: ServicerContext) -> pb.DescribeResponse:  # noqa: N802
         return self._service.describe()
@@ -60,8 +59,35 @@ async def _told(context: ServicerContext) -> AsyncIterator[None]:
         trailing: tuple[tuple[str, str], ...] = ()
         if isinstance(error, QueueFullError):
             trailing = (("grpc-retry-pushback-ms", str(int(error.retry_after * 1000))),)
-        message = "internal error; the server's log has it" if code is grpc.StatusCode.INTERNAL else str(error)
+        message = "internal error; the server's log has it" if code is grpc.StatusCode.INTERNAL else shortened(error)
         await context.abort(code, message, trailing)
+
+
+class Readable(ServerInterceptor):
+    """Says INVALID_ARGUMENT of a message that cannot be read, where gRPC would say UNKNOWN and log a traceback."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        handler: Any = await continuation(details)
+        if not details.method.startswith(f"/{RANKER}/") or handler is None:
+            return handler
+        kind = "unary_stream" if handler.response_streaming else "unary_unary"
+
+        def read(message: bytes) -> Message | DecodeError:
+            try:
+                return handler.request_deserializer(message)
+            except DecodeError as error:
+                return error
+
+        async def answer(request: Message | DecodeError, context: ServicerContext) -> Any:
+            if isinstance(request, DecodeError):
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"the request: {request}")
+            return await getattr(handler, kind)(request, context)
+
+        return handler._replace(request_deserializer=read, **{kind: answer})
 
 
 class BearerToken(ServerInterceptor):

@@ -9,6 +9,7 @@ import logging
 import math
 import signal
 import socket
+import ssl
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,16 +30,15 @@ from brewjax.scoring.bundle import Bundle
 from brewjax.scoring.passes import PAGE, Bucket
 from brewjax.scoring.prefix_cache import PrefixCache
 from brewjax.scoring.scorer import Scorer
-from brewjax.serve import ranker_pb2, ranker_pb2_grpc
+from brewjax.serve import ranker_pb2_grpc
 from brewjax.serve.config import ServeConfig
 from brewjax.serve.http import make_app
 from brewjax.serve.metrics import Metrics
-from brewjax.serve.rpc import BearerToken, Ranker
+from brewjax.serve.rpc import RANKER, BearerToken, Ranker, Readable
 from brewjax.serve.service import Service
 from brewjax.serve.worker import Worker
 
 log = logging.getLogger(__name__)
-RANKER = ranker_pb2.DESCRIPTOR.services_by_name["Ranker"].full_name
 
 
 class Server:
@@ -49,6 +49,7 @@ class Server:
 
     def __init__(self, folder: Path, config: ServeConfig):
         self.folder, self.config = folder, config
+        self._token, self._tls = _secrets(config)
         share = "context" if jax.default_backend() == "cpu" else "tensor"
         self._mesh = config.mesh or MeshConfig.model_validate({share: jax.device_count()})
         bundle = Bundle.load(folder, self._mesh)
@@ -62,7 +63,7 @@ class Server:
         metrics.compilations.set(scorer.compilations())
         batcher = Batcher(costs, PrefixCache(pages))
         worker = Worker(scorer, batcher, metrics, config.waiting_tokens, config.max_wait_ms / 1000)
-        tasks = [*bundle.tasks, *map(Task.load, config.tasks)]
+        tasks = [Task.load(path) for path in config.tasks]
         self.service = Service(bundle, _version(folder), tasks, worker, costs, config, metrics)
         self.port = self.http_port = 0
         self._http: _Uvicorn | None = None
@@ -71,9 +72,9 @@ class Server:
     async def start(self) -> None:
         """Listens; OSError where a port is taken."""
         config = self.config
-        token = Path(config.token_file).read_text().strip() if config.token_file else None
+        host = f"[{config.host}]" if ":" in config.host else config.host
         self._rpc = grpc.aio.server(
-            interceptors=[BearerToken(token)] if token else [],
+            interceptors=[*([BearerToken(self._token)] if self._token else []), Readable()],
             options=[
                 # Larger ones are refused with a clear code by the service, much larger ones by gRPC.
                 ("grpc.max_receive_message_length", 4 * config.request_bytes),
@@ -85,26 +86,33 @@ class Server:
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._rpc)
         reflection.enable_server_reflection([RANKER, health.SERVICE_NAME, reflection.SERVICE_NAME], self._rpc)
-        address = f"{config.host}:{config.port}"
-        if config.tls_key and config.tls_cert:
-            pair = (Path(config.tls_key).read_bytes(), Path(config.tls_cert).read_bytes())
-            self.port = self._rpc.add_secure_port(address, grpc.ssl_server_credentials([pair]))
-        else:
-            self.port = self._rpc.add_insecure_port(address)
+        address = f"{host}:{config.port}"
+        try:
+            if self._tls:
+                self.port = self._rpc.add_secure_port(address, grpc.ssl_server_credentials([self._tls]))
+            else:
+                self.port = self._rpc.add_insecure_port(address)
+            http = (
+                None
+                if config.http_port is None
+                else socket.create_server(
+                    (config.host, config.http_port), family=socket.AF_INET6 if ":" in config.host else socket.AF_INET
+                )
+            )
+        except (OSError, RuntimeError) as error:
+            raise OSError(f"port {config.port} or http_port {config.http_port} of {config.host}: {error}") from None
         self.service.worker.start()
         await self._rpc.start()
-        if config.http_port is not None:
-            await self._start_http(token)
-        for name in ("", RANKER):
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        if http is not None:
+            await self._start_http(http)
+        self._telling = asyncio.create_task(self._tell_health())
         log.info("ready", extra={"model": self.service.model, "port": self.port, "http_port": self.http_port})
 
-    async def _start_http(self, token: str | None) -> None:
+    async def _start_http(self, listening: socket.socket) -> None:
         config = self.config
-        listening = socket.create_server((config.host, config.http_port or 0))
         self.http_port = listening.getsockname()[1]
         settings = uvicorn.Config(
-            make_app(self.service, token),
+            make_app(self.service, self._token),
             log_config=None,
             access_log=False,
             lifespan="off",
@@ -115,6 +123,16 @@ class Server:
         self._http_task = asyncio.create_task(self._http.serve([listening]))
         while not self._http.started:
             await asyncio.sleep(0.01)
+
+    async def _tell_health(self) -> None:
+        """To those who ask in gRPC's way: what /health says."""
+        told = None
+        while True:
+            if (ready := self.service.ready) != told:
+                told, state = ready, health_pb2.HealthCheckResponse
+                for name in ("", RANKER):
+                    await self._health.set(name, state.SERVING if ready else state.NOT_SERVING)
+            await asyncio.sleep(0.2)
 
     async def reload(self, folder: str) -> str:
         """Serves another checkpoint of the same shape, and returns its name and version.
@@ -146,6 +164,7 @@ class Server:
         log.info("draining")
         self.service.draining = True
         began, limit = time.monotonic(), self.config.drain_seconds
+        self._telling.cancel()
         await self._health.enter_graceful_shutdown()
         await self._rpc.stop(limit)
         if self._http is not None:
@@ -197,6 +216,24 @@ class _Uvicorn(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+
+def _secrets(config: ServeConfig) -> tuple[str | None, tuple[bytes, bytes] | None]:
+    """The bearer token, and private key and certificate; ConfigError names the file that is of no use."""
+    token = tls = None
+    key = "token_file"
+    try:
+        if config.token_file:
+            token = Path(config.token_file).read_text().strip()
+            if not (token and token.isascii() and token.isprintable()):
+                raise ValueError(f"{config.token_file} holds no token: write one line of ASCII there")
+        key = "tls_cert"
+        if config.tls_cert and config.tls_key:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(config.tls_cert, config.tls_key)
+            tls = Path(config.tls_key).read_bytes(), Path(config.tls_cert).read_bytes()
+    except (OSError, ValueError) as error:
+        raise config.error(f"{error}", key) from None
+    return token, tls
 
 
 def _memory(bundle: Bundle, config: ServeConfig) -> tuple[list[Bucket], int]:

@@ -8,7 +8,7 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -25,11 +25,12 @@ from brewjax.scoring.passes import LABELS_IN_PASS, PAGE, Bucket
 from brewjax.scoring.scorer import Against
 from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve.config import ServeConfig
-from brewjax.serve.encoding import Encoded, Encoder
+from brewjax.serve.encoding import MOST_ID, Encoded, Encoder
 from brewjax.serve.metrics import Metrics
-from brewjax.serve.worker import QueueFullError, Request, Worker
+from brewjax.serve.worker import ClosedError, QueueFullError, Worker
 
 log = logging.getLogger(__name__)
+MOST_SAID = 400  # characters of an error
 tracer = trace.get_tracer("brewjax.serve")
 
 
@@ -37,6 +38,7 @@ def status_of(error: BaseException) -> grpc.StatusCode:
     """The gRPC code that tells a caller what to do about an error."""
     kinds: dict[type[BaseException], grpc.StatusCode] = {
         QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+        ClosedError: grpc.StatusCode.UNAVAILABLE,
         TimeoutError: grpc.StatusCode.DEADLINE_EXCEEDED,
         asyncio.CancelledError: grpc.StatusCode.CANCELLED,
         ValueError: grpc.StatusCode.INVALID_ARGUMENT,
@@ -48,8 +50,8 @@ class Service:
     """A model, the worker that scores with it, and the rules of who may ask what.
 
     Args:
-      tasks: what may be asked of members.
       version: of the checkpoint, for answers to say which model they are from.
+      tasks: what may be asked of members, beside what the model was trained on.
     """
 
     def __init__(
@@ -62,8 +64,9 @@ class Service:
         config: ServeConfig,
         metrics: Metrics,
     ):
-        self.bundle, self.version, self.worker, self.config, self.metrics = bundle, version, worker, config, metrics
-        self._encoder = Encoder(bundle, tasks, config)
+        self.worker, self.config, self.metrics = worker, config, metrics
+        self._tasks, self._context = tasks, config.context or bundle.prompts.max_tokens
+        self._encoder = self._encodes(bundle, version)
         self._costs = costs
         self._host = ThreadPoolExecutor(thread_name_prefix="encode")  # tokenizers release Python's lock
         self._streams = 0
@@ -72,7 +75,7 @@ class Service:
     @property
     def model(self) -> str:
         """Name and version."""
-        return f"{self.bundle.model.name}@{self.version}"
+        return self._encoder.model
 
     @property
     def ready(self) -> bool:
@@ -89,11 +92,13 @@ class Service:
         self._streams += 1
         with tracer.start_as_current_span(method, attributes={"brewjax.request_id": request_id}):
             try:
-                if self._streams > self.config.streams or self.draining:
-                    raise QueueFullError(1.0)
+                if self.draining:
+                    raise ClosedError
+                if self._streams > self.config.streams:
+                    raise QueueFullError(1.0, f"{self.config.streams} requests are answered at a time")
                 yield
             except BaseException as raised:
-                code, error = status_of(raised), str(raised)
+                code, error = status_of(raised), shortened(raised)
                 if code is grpc.StatusCode.INTERNAL:
                     log.exception("request failed", extra={"request_id": request_id})
                 raise
@@ -102,60 +107,72 @@ class Service:
                 seconds = time.monotonic() - began
                 self.metrics.requests.labels(method, code.name).inc()
                 self.metrics.request_seconds.labels(method).observe(seconds)
-                fields = {"request_id": request_id, "method": method, "code": code.name, "seconds": round(seconds, 4)}
+                fields = {
+                    "request_id": request_id[:MOST_ID],
+                    "method": method,
+                    "code": code.name,
+                    "seconds": round(seconds, 4),
+                }
                 log.info(error or "answered", extra=fields)
 
     async def score(self, request: pb.ScoreRequest, seconds: float | None = None) -> pb.ScoreResponse:
         """Scores a request's items; `seconds` are left until its deadline.
 
-        Raises ValueError (the field, what is wrong with it), QueueFullError, TimeoutError.
+        Raises ValueError (the field, what is wrong with it), QueueFullError, ClosedError, TimeoutError.
         """
         request_id = request.request_id or uuid.uuid4().hex
         with self.observed("Score", request_id):
-            deadline = self._deadline(seconds)
-            encoded = await self._encode(request, self.config.items)
-            probabilities = np.empty((len(encoded.prompt.questions), len(encoded.prompt.labels)), np.float32)
+            async with self._within(seconds) as deadline:
+                encoded = await self._encode(request, self.config.items)
+                probabilities = np.empty((len(encoded.prompt.questions), len(encoded.prompt.labels)), np.float32)
 
-            def answer(first: int, found: np.ndarray) -> None:
-                probabilities[first : first + len(found)] = found
+                def answer(first: int, found: np.ndarray) -> None:
+                    probabilities[first : first + len(found)] = found
 
-            queued = self.worker.submit(encoded.prompt, _against(request), deadline, answer)
-            cached = await self._wait(queued, deadline)
-            return self._response(request_id, encoded, 0, probabilities, cached, request.top_k)
+                queued = self.worker.submit(encoded.prompt, _against(request), deadline, answer)
+                with tracer.start_as_current_span("queue and pass"):
+                    cached = await asyncio.wrap_future(queued)  # cancelled, it takes the request out of the queue
+            return _response(request_id, encoded, 0, probabilities, cached, request.top_k)
 
-    async def stream(self, request: pb.ScoreRequest, seconds: float | None = None) -> AsyncIterator[pb.ScoreResponse]:
-        """As `score`, a response for each pass."""
+    async def stream(
+        self,
+        request: pb.ScoreRequest,
+        send: Callable[[pb.ScoreResponse], Awaitable[object]],
+        seconds: float | None = None,
+    ) -> None:
+        """As `score`, a response for each pass; `seconds` count until the last one is sent."""
         request_id = request.request_id or uuid.uuid4().hex
         with self.observed("ScoreStream", request_id):
             if request.top_k:
                 raise ValueError("top_k: not for ScoreStream, whose responses hold every item once")
-            deadline = self._deadline(seconds)
-            encoded = await self._encode(request, self.config.stream_items)
-            loop = asyncio.get_running_loop()
-            found: asyncio.Queue[tuple[int, np.ndarray] | None] = asyncio.Queue()
+            async with self._within(seconds) as deadline:
+                encoded = await self._encode(request, self.config.stream_items)
+                loop = asyncio.get_running_loop()
+                found: asyncio.Queue[tuple[int, np.ndarray] | None] = asyncio.Queue()
 
-            def answer(first: int, probabilities: np.ndarray) -> None:
-                loop.call_soon_threadsafe(found.put_nowait, (first, probabilities))
+                def answer(first: int, probabilities: np.ndarray) -> None:
+                    loop.call_soon_threadsafe(found.put_nowait, (first, probabilities))
 
-            queued = self.worker.submit(encoded.prompt, _against(request), deadline, answer)
-            queued.add_done_callback(lambda _: loop.call_soon_threadsafe(found.put_nowait, None))
-            try:
-                while (chunk := await found.get()) is not None:
-                    yield self._response(request_id, encoded, *chunk, queued.job.hits or 0)
-                queued.result()
-            finally:
-                queued.cancel()
+                queued = self.worker.submit(encoded.prompt, _against(request), deadline, answer)
+                queued.add_done_callback(lambda _: loop.call_soon_threadsafe(found.put_nowait, None))
+                try:
+                    while (chunk := await found.get()) is not None:
+                        await send(_response(request_id, encoded, *chunk, queued.job.hits or 0))
+                    queued.result()
+                finally:
+                    queued.cancel()
 
     def describe(self) -> pb.DescribeResponse:
         """What is served, and its limits."""
-        config, card = self.config, self.bundle.card
+        config, bundle = self.config, self._encoder.bundle
+        card = bundle.card
 
         def attributes(those: Sequence[Attribute]) -> list[pb.AttributeDescription]:
             return [pb.AttributeDescription(column=attribute.column, kind=attribute.kind) for attribute in those]
 
         return pb.DescribeResponse(
             model=self.model,
-            parameters=count(self.bundle.params),
+            parameters=count(bundle.params),
             tasks=[
                 pb.TaskDescription(
                     name=task.name,
@@ -173,12 +190,13 @@ class Service:
             limits=pb.Limits(
                 items=config.items,
                 stream_items=config.stream_items,
-                prefix_tokens=self._encoder.context,
+                prefix_tokens=self._context,
                 item_tokens=config.item_tokens,
                 labels=LABELS_IN_PASS,
                 request_bytes=config.request_bytes,
                 waiting_tokens=config.waiting_tokens,
                 streams=config.streams,
+                events=config.events,
             ),
             shapes=[
                 pb.Shape(tokens=bucket.tokens, cached_tokens=bucket.past * PAGE, seconds=seconds)
@@ -189,7 +207,14 @@ class Service:
 
     async def reload(self, bundle: Bundle, version: str) -> None:
         """Other weights, from the next request on; ValueError where they do not fit what is compiled, or are broken."""
-        old = self.bundle
+        await asyncio.to_thread(self._check, bundle)
+        encoder = self._encodes(bundle, version)
+        taken_up = self.worker.reload(bundle.params)
+        self._encoder = encoder  # without a pause since: what is queued behind the weights is what it encoded
+        await asyncio.shield(asyncio.wrap_future(taken_up))
+
+    def _check(self, bundle: Bundle) -> None:
+        old = self._encoder.bundle
         if bundle.model.model_copy(update={"name": old.model.name}) != old.model:
             raise ValueError("the checkpoint's model has another shape; start a new server for it")
         if bundle.tokenizer.hf.backend_tokenizer.to_str() != old.tokenizer.hf.backend_tokenizer.to_str():
@@ -197,44 +222,58 @@ class Service:
         finite = jax.tree.leaves(jax.tree.map(lambda leaf: bool(jnp.isfinite(leaf).all()), bundle.params))
         if not all(finite):
             raise ValueError("the checkpoint has weights that are not finite")
-        await asyncio.wrap_future(self.worker.reload(bundle.params))
-        self.bundle, self.version = bundle, version
 
-    def _deadline(self, seconds: float | None) -> float:
-        return time.monotonic() + min(self.config.timeout, math.inf if seconds is None else seconds)
+    def _encodes(self, bundle: Bundle, version: str) -> Encoder:
+        return Encoder(bundle, f"{bundle.model.name}@{version}", self._tasks, self.config, self._context)
+
+    @contextlib.asynccontextmanager
+    async def _within(self, seconds: float | None) -> AsyncIterator[float]:
+        """A limit of time: the caller's, or the server's; gives the moment when it ends, by `time.monotonic`."""
+        limit = min(self.config.timeout, math.inf if seconds is None else seconds)
+        try:
+            async with asyncio.timeout(limit):
+                yield time.monotonic() + limit
+        except TimeoutError:
+            raise TimeoutError(f"not answered within {limit:.3g} seconds") from None
 
     async def _encode(self, request: pb.ScoreRequest, most_items: int) -> Encoded:
+        """By the encoder that is in use when it is done: whoever calls queues the result without a pause."""
+        loop = asyncio.get_running_loop()
         with tracer.start_as_current_span("encode"):
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._host, self._encoder.encode, request, most_items)
+            while True:
+                encoder = self._encoder
+                encoded = await loop.run_in_executor(self._host, encoder.encode, request, most_items)
+                if encoder is self._encoder:
+                    return encoded
 
-    async def _wait(self, queued: Request, deadline: float) -> int:
-        """How many tokens of the prefix were cached; whoever stops waiting takes the request out of the queue."""
-        with tracer.start_as_current_span("queue and pass"):
-            async with asyncio.timeout(deadline - time.monotonic()):
-                return await asyncio.wrap_future(queued)
 
-    def _response(
-        self, request_id: str, encoded: Encoded, first: int, found: np.ndarray, cached: int, top_k: int = 0
-    ) -> pb.ScoreResponse:
-        order = np.argsort(-(found @ encoded.values), kind="stable")[: top_k or None]
-        prompt = encoded.prompt
-        return pb.ScoreResponse(
-            request_id=request_id,
-            labels=encoded.labels,
-            scores=[
-                pb.ItemScore(index=first + row, id=encoded.ids[first + row], probabilities=found[row]) for row in order
-            ],
-            usage=pb.Usage(
-                prefix_tokens=prompt.prefix_length,
-                cached_tokens=cached,
-                item_tokens=sum(map(len, prompt.questions[first : first + len(found)])),
-                events_cut=encoded.events_cut,
-                tokens_cut=encoded.tokens_cut,
-            ),
-            model=self.model,
-        )
+def shortened(error: BaseException) -> str:
+    """An error's message, however much of a request it quotes: gRPC takes no more than a few kilobytes."""
+    message = str(error)
+    return message if len(message) <= MOST_SAID else message[:MOST_SAID] + " .."
 
 
 def _against(request: pb.ScoreRequest) -> Against:
     return "vocabulary" if request.over_vocabulary else "labels"
+
+
+def _response(
+    request_id: str, encoded: Encoded, first: int, found: np.ndarray, cached: int, top_k: int = 0
+) -> pb.ScoreResponse:
+    order = np.argsort(-(found @ encoded.values), kind="stable")[: top_k or None]
+    prompt = encoded.prompt
+    return pb.ScoreResponse(
+        request_id=request_id,
+        labels=encoded.labels,
+        scores=[
+            pb.ItemScore(index=first + row, id=encoded.ids[first + row], probabilities=found[row]) for row in order
+        ],
+        usage=pb.Usage(
+            prefix_tokens=prompt.prefix_length,
+            cached_tokens=cached,
+            item_tokens=sum(map(len, prompt.questions[first : first + len(found)])),
+            events_cut=encoded.events_cut,
+            tokens_cut=encoded.tokens_cut,
+        ),
+        model=encoded.model,
+    )

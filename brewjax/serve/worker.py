@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import logging
 import math
@@ -11,17 +12,19 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
+from typing import Any
 
 import numpy as np
 
 from brewjax.data.tokens import EncodedPrompt
 from brewjax.model.params import Params
 from brewjax.scoring.batcher import Batcher, Job
-from brewjax.scoring.passes import Pass
+from brewjax.scoring.passes import Part, Pass
 from brewjax.scoring.scorer import Against, Running, Scorer, among_labels
 from brewjax.serve.metrics import Metrics
 
 log = logging.getLogger(__name__)
+TRY_AGAIN = 1.0  # seconds until passes are tried again after one failed
 
 Answers = Callable[[int, np.ndarray], None]  # hears the number of the first question, and probabilities [Q, labels]
 
@@ -33,9 +36,16 @@ class QueueFullError(RuntimeError):
       retry_after: seconds until there may be room.
     """
 
-    def __init__(self, retry_after: float):
-        super().__init__(f"the queue is full; try again in {retry_after:.1f} s")
+    def __init__(self, retry_after: float, what: str = "the queue is full"):
+        super().__init__(f"{what}; try again in {retry_after:.1f} s")
         self.retry_after = retry_after
+
+
+class ClosedError(RuntimeError):
+    """Nothing is queued any more: another server has to be asked."""
+
+    def __init__(self) -> None:
+        super().__init__("the server stops, or cannot score any more")
 
 
 class Request(Future):
@@ -52,6 +62,14 @@ class Request(Future):
         self.began = 0.0
 
 
+@dataclasses.dataclass(frozen=True)
+class _Reload:
+    """Stands in the queue: who came before it is scored with the old weights, who comes after it with these."""
+
+    params: Params
+    done: Future
+
+
 class Worker:
     """Scores for as long as it runs.
 
@@ -65,19 +83,25 @@ class Worker:
         self._most_waiting, self._max_wait = most_waiting, max_wait
         self._full = max(bucket.tokens for bucket in scorer.buckets)
         self._changed = threading.Condition()  # a reentrant lock: `cancel` calls back from within
-        self._inbox: deque[Request] = deque()
+        self._inbox: deque[Request | _Reload] = deque()
+        self._running: tuple[Running, float] | None = None
         self._waiting = 0  # places, of all requests that are not done
         self._speed = 1e4  # places a second, lately
-        self._new_params: tuple[Params, Future] | None = None
-        self._stopping = False
-        self.healthy = True  # the last pass did not fail
+        self._stopping = self._collected = False
+        self._passes_work = True  # the last one did
         self._thread = threading.Thread(target=self._run, name="scoring", daemon=True)
 
+    @property
+    def healthy(self) -> bool:
+        """Whether the last pass did not fail, and there will be a next one."""
+        return self._passes_work and self._thread.is_alive()
+
     def start(self) -> None:
-        """Begins to work. What lives by now is never looked at by the garbage collector again."""
+        """Begins to work. What lives by now is never looked at by the garbage collector again, until `stop`."""
+        self._collected = gc.isenabled()
         gc.collect()
         gc.freeze()
-        gc.disable()  # it runs when the device is busy or nothing is to be done (see _run)
+        gc.disable()  # it runs when the device is busy or nothing is to be done (see _step)
         self._thread.start()
 
     def submit(
@@ -89,13 +113,13 @@ class Worker:
     ) -> Request:
         """Queues a prompt; `on_answers` is called from the worker's thread, and everything before the request is done.
 
-        Raises QueueFullError, and ValueError for what no pass can hold.
+        Raises QueueFullError, ClosedError, and ValueError for what no pass can hold.
         """
         self._batcher.check(prompt)
         request = Request(prompt, against, deadline, on_answers)
         with self._changed:
             if self._stopping:
-                raise QueueFullError(1.0)
+                raise ClosedError
             if self._waiting and self._waiting + request.places > self._most_waiting:
                 raise QueueFullError(max(0.05, self._waiting / self._speed / 2))
             self._waiting += request.places
@@ -106,10 +130,12 @@ class Worker:
         return request
 
     def reload(self, params: Params) -> Future:
-        """Other weights for whatever is begun from now on; done when they are in use."""
+        """Other weights for whatever is submitted from now on; done when they are in use."""
         done: Future = Future()
         with self._changed:
-            self._new_params = params, done
+            if self._stopping:
+                raise ClosedError
+            self._inbox.append(_Reload(params, done))
             self._changed.notify()
         return done
 
@@ -119,38 +145,67 @@ class Worker:
             self._stopping = True
             self._changed.notify()
         self._thread.join(timeout)
+        if self._collected:
+            gc.unfreeze()
+            gc.enable()
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        running: tuple[Running, float] | None = None
-        while True:
+        try:
+            while True:
+                try:
+                    if not self._step():
+                        return
+                except Exception as error:  # not of a pass: whose fault it is, nobody knows
+                    self._lose_all(error)
+        finally:
             with self._changed:
-                while not (running or self._inbox or self._batcher or self._stopping or self._new_params):
-                    gc.collect()
-                    self._changed.wait()
-                if running is None:
-                    self._fill_up()
-                arrived, stopping = list(self._inbox), self._stopping
-                self._inbox.clear()
-            for request in arrived:
-                self._batcher.add(request.job)
-            self._drop()
-            if stopping and running is None and not self._batcher:
-                return
-            # While a pass runs, the next one is put behind it only when it is full: later ones may share it.
-            following = None
-            if running is None or self._batcher.tokens >= self._full:
-                following = self._begin_pass()
-            if running:
-                self._finish_pass(*running)
-            running = following
-            if running is None and not self._batcher.begun:
-                self._take_new_params()
+                self._stopping = True
+            for promise in [*self._begun(), *(one if isinstance(one, Request) else one.done for one in self._inbox)]:
+                _fail(promise, ClosedError())
+
+    def _step(self) -> bool:
+        """Begins a pass and finishes the one before, as there is work; False when there will be none any more."""
+        with self._changed:
+            if not self._has_work():
+                if self._stopping:
+                    return False
+                gc.collect()
+                self._changed.wait(None if self._passes_work else TRY_AGAIN)
+            if self._running is None:
+                self._fill_up()
+            while self._inbox and isinstance(one := self._inbox[0], Request):
+                self._batcher.add(one.job)
+                self._inbox.popleft()
+        self._drop()
+        # While a pass runs, the next one is put behind it only when it is full: later ones may share it.
+        following = None
+        if self._running is None or self._batcher.tokens >= self._full:
+            following = self._begin_pass()
+        running, self._running = self._running, following
+        if running:
+            self._finish_pass(*running)
+        if not self._running and not self._batcher:
+            self._take_new_params()
+            if not self._passes_work:
+                self._try()
+        return True
+
+    def _begun(self) -> list[Request]:
+        """Who is in the running pass, or waits for the next ones."""
+        parts = self._running[0].passes[0].parts if self._running else ()
+        return [job.owner for job in (*(part.owner for part in parts), *self._batcher)]
+
+    def _has_work(self) -> bool:
+        return bool(self._running or self._inbox or self._batcher)
 
     def _fill_up(self) -> None:
         """Waits a little for requests to share a pass with the first one."""
-        until = min((request.arrived for request in self._inbox), default=0.0) + self._max_wait
-        while not self._stopping and sum(request.places for request in self._inbox) < self._full:
+        while not self._stopping:
+            requests = [one for one in self._inbox if isinstance(one, Request)]
+            if len(requests) < len(self._inbox) or sum(request.places for request in requests) >= self._full:
+                return
+            until = min((request.arrived for request in requests), default=0.0) + self._max_wait
             if (seconds := until - time.monotonic()) <= 0:
                 return
             self._changed.wait(seconds)
@@ -166,7 +221,7 @@ class Worker:
                 self._batcher.remove(job)
 
     def _begin_pass(self) -> tuple[Running, float] | None:
-        one = self._batcher.next_pass(begin=self._new_params is None)
+        one = self._batcher.next_pass()
         if one is None:
             return None
         now = time.monotonic()
@@ -194,7 +249,7 @@ class Worker:
         except Exception as error:
             self._lose(one, error)
             return
-        self.healthy = True
+        self._passes_work = True
         seconds, computed = (
             time.monotonic() - began,
             sum(part.stop - part.start + len(part.asked) for part in one.parts),
@@ -206,32 +261,56 @@ class Worker:
         self._metrics.pass_items.observe(sum(len(part.questions) for part in one.parts))
         self._metrics.compilations.set(self.scorer.compilations())
         for part, log_probs in zip(one.parts, found, strict=True):
-            request = part.owner.owner
-            if request.done():
-                continue
-            if not np.isfinite(log_probs).all():
-                _fail(request, FloatingPointError("the model's scores are not finite"))
-                continue
-            in_labels = part.owner.against == "labels"
-            request.on_answers(part.questions.start, among_labels(log_probs) if in_labels else np.exp(log_probs))
-            if part.questions.stop == len(part.prompt.questions):
-                _succeed(request, part.owner.hits)
+            try:
+                self._answer(part, log_probs)
+            except Exception as error:
+                _fail(part.owner.owner, error)
+
+    def _answer(self, part: Part, log_probs: np.ndarray) -> None:
+        job, request = part.owner, part.owner.owner
+        if request.done():
+            return
+        if not np.isfinite(log_probs).all():
+            raise FloatingPointError("the model's scores are not finite")
+        request.on_answers(
+            part.questions.start, among_labels(log_probs) if job.against == "labels" else np.exp(log_probs)
+        )
+        if part.questions.stop == len(part.prompt.questions):
+            _succeed(request, job.hits)
+
+    def _try(self) -> None:
+        """After a pass that failed: whether one without requests does."""
+        self.scorer.finish(self.scorer.start([Pass(min(self.scorer.buckets), [])]))
+        self._passes_work = True
 
     def _lose(self, one: Pass, error: Exception) -> None:
-        """A pass failed, and the pool of cached pages with it: so do the jobs that had pages there."""
-        log.exception("a pass failed", exc_info=error)
-        self.healthy = False
-        for job in [*(part.owner for part in one.parts), *self._batcher.lose()]:
-            _fail(job.owner, RuntimeError(f"the pass failed: {error}"))
+        """A pass failed, and the pool of cached pages with it: its requests fail, and the others begin anew."""
+        log.error("a pass failed", exc_info=error)
+        self._passes_work = False
+        for part in one.parts:
+            _fail(part.owner.owner, RuntimeError(f"the pass failed: {error}"))
+        self._batcher.lose()
+        self.scorer.forget()
+
+    def _lose_all(self, error: Exception) -> None:
+        """Scoring failed outside of a pass: every request that is begun fails."""
+        log.error("scoring failed", exc_info=error)
+        self._passes_work = False
+        for request in self._begun():
+            _fail(request, RuntimeError(f"scoring failed: {error}"))
+        self._running = None
+        self._batcher.lose()
         self.scorer.forget()
 
     def _take_new_params(self) -> None:
         with self._changed:
-            new, self._new_params = self._new_params, None
-        if new:
-            self.scorer.params = new[0]
-            self._batcher.lose()  # what is cached is the old model's
-            new[1].set_result(None)
+            new = self._inbox[0] if self._inbox else None
+            if not isinstance(new, _Reload):
+                return
+            self._inbox.popleft()
+        self.scorer.params = new.params
+        self._batcher.lose()  # what is cached is the old model's
+        _succeed(new.done, None)
 
     def _left(self, request: Future) -> None:
         assert isinstance(request, Request)
@@ -240,11 +319,11 @@ class Worker:
             self._metrics.waiting.set(self._waiting)
 
 
-def _succeed(request: Request, hits: int) -> None:
+def _succeed(promise: Future, result: Any) -> None:
     with contextlib.suppress(InvalidStateError):  # cancelled at this very moment
-        request.set_result(hits)
+        promise.set_result(result)
 
 
-def _fail(request: Request, error: Exception) -> None:
+def _fail(promise: Future, error: Exception) -> None:
     with contextlib.suppress(InvalidStateError):
-        request.set_exception(error)
+        promise.set_exception(error)

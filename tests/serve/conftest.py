@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from brewjax.data.dataset import Dataset
@@ -13,6 +15,11 @@ from brewjax.data.task import Task, load_tasks
 from brewjax.data.tokenizer import Tokenizer
 from brewjax.data.verbalize import Verbalizer
 from brewjax.scoring.bundle import Bundle, PercentileScale, PromptConfig
+from brewjax.scoring.passes import Bucket
+from brewjax.scoring.scorer import Scorer
+from brewjax.serve import Client
+from brewjax.serve.server import Server
+from tests.serve.serving import CONFIG, running
 from tests.tables import write_dataset
 from tests.tiny import MODEL, params
 
@@ -65,3 +72,28 @@ def model_folder(bundle, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     bundle.save(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def server(model_folder) -> Iterator[Server]:
+    """One for all tests: whoever changes it changes it back."""
+    with running(model_folder, CONFIG) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def client(server) -> Iterator[Client]:
+    with Client(f"127.0.0.1:{server.port}") as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def http(server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=f"http://127.0.0.1:{server.http_port}", timeout=60) as http:
+        yield http
+
+
+@pytest.fixture(scope="session")
+def alone(bundle) -> Scorer:
+    """The scorer that evaluation uses."""
+    return Scorer(bundle.model, bundle.params, bundle.tokenizer, "dense", [Bucket(256), Bucket(4096)])

@@ -1,79 +1,13 @@
 """A real client against a real server."""
 
-import asyncio
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-
-import httpx
 import numpy as np
 import pytest
 
 from brewjax.data.examples import example_now
 from brewjax.data.tokens import EncodedPrompt
-from brewjax.scoring.passes import Bucket
-from brewjax.scoring.scorer import Scorer
-from brewjax.serve import Client
-from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve.client import raw
-from brewjax.serve.config import ServeConfig
 from brewjax.serve.members import of_example
-from brewjax.serve.server import Server
-
-CONFIG = ServeConfig(port=0, http_port=0, row_tokens=(256, 1024), context=1024, cache_gigabytes=0.01)
-
-
-@contextmanager
-def running(folder: Path, config: ServeConfig) -> Iterator[Server]:
-    """A server on an event loop of its own."""
-    server = Server(folder, config)
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    try:
-        asyncio.run_coroutine_threadsafe(server.start(), loop).result(60)
-        yield server
-        assert asyncio.run_coroutine_threadsafe(server.stop(), loop).result(60)
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-
-
-@pytest.fixture(scope="module")
-def server(model_folder) -> Iterator[Server]:
-    with running(model_folder, CONFIG) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(server) -> Iterator[Client]:
-    with Client(f"127.0.0.1:{server.port}") as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def http(server) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=f"http://127.0.0.1:{server.http_port}") as http:
-        yield http
-
-
-@pytest.fixture(scope="module")
-def alone(bundle) -> Scorer:
-    """The scorer that evaluation uses."""
-    return Scorer(bundle.model, bundle.params, bundle.tokenizer, "dense", [Bucket(256), Bucket(4096)])
-
-
-def draw(seed: int, items: int, prefix: int = 200) -> tuple[list[int], list[list[int]]]:
-    """Tokens of a prefix, and of items of uneven length."""
-    random = np.random.default_rng(seed)
-    lengths = random.integers(1, 12, items)
-    return random.integers(3, 300, prefix).tolist(), [random.integers(3, 300, length).tolist() for length in lengths]
-
-
-def probabilities(response: pb.ScoreResponse) -> np.ndarray:
-    """In the order of the request."""
-    return np.array([item.probabilities for item in sorted(response.scores, key=lambda item: item.index)], np.float32)
+from tests.serve.serving import draw, probabilities
 
 
 @pytest.mark.parametrize("count", [1, 50, 500])

@@ -1,0 +1,128 @@
+"""A server on an event loop of its own, what to ask it, and a way to hold its passes up."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+
+from brewjax.data.tokens import EncodedPrompt
+from brewjax.scoring.passes import Pass
+from brewjax.scoring.scorer import Scorer
+from brewjax.serve import ranker_pb2 as pb
+from brewjax.serve.client import raw
+from brewjax.serve.config import ServeConfig
+from brewjax.serve.server import Server
+from brewjax.serve.worker import Worker
+
+CONFIG = ServeConfig(port=0, http_port=0, row_tokens=(256, 1024), context=1024, cache_gigabytes=0.01)
+
+
+@contextmanager
+def running(folder: Path, config: ServeConfig) -> Iterator[Server]:
+    """A server that is stopped in the end."""
+    server = Server(folder, config)
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    server.loop = loop  # type: ignore[attr-defined]
+    try:
+        asyncio.run_coroutine_threadsafe(server.start(), loop).result(60)
+        yield server
+        assert asyncio.run_coroutine_threadsafe(server.stop(), loop).result(60)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+
+
+class Gate:
+    """Through which passes go one by one, or all when it is open.
+
+    Attributes:
+      passes: that came to the gate.
+    """
+
+    def __init__(self) -> None:
+        self.passes: list[Pass] = []
+        self._places, self._open = threading.Semaphore(0), False
+
+    def let(self, passes: int) -> None:
+        self._places.release(passes)
+
+    def open(self) -> None:
+        self._open = True
+        self._places.release()
+
+    def go_through(self, passes: list[Pass]) -> None:
+        self.passes += passes
+        self._places.acquire()
+        if self._open:
+            self._places.release()
+
+
+@contextmanager
+def held(worker: Worker) -> Iterator[Gate]:
+    """Passes wait at the gate; it is open in the end."""
+    gate, start = Gate(), worker.scorer.start
+
+    def wait(passes, *args):
+        gate.go_through(passes)
+        return start(passes, *args)
+
+    with mock.patch.object(worker.scorer, "start", wait):
+        try:
+            yield gate
+        finally:
+            gate.open()
+            eventually(lambda: waiting(worker) == 0)
+
+
+def waiting(worker: Worker) -> int:
+    """Places that requests take up in the queue."""
+    return int(worker._metrics.waiting._value.get())
+
+
+def eventually(condition: Callable[[], object], seconds: float = 60) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it did not come true"
+        time.sleep(0.01)
+
+
+def pages_held(worker: Worker) -> int:
+    return len(worker._batcher._cache._holders)
+
+
+def draw(seed: int, items: int, prefix: int = 200) -> tuple[list[int], list[list[int]]]:
+    """Tokens of a prefix, and of items of uneven length."""
+    random = np.random.default_rng(seed)
+    lengths = random.integers(1, 12, items)
+    return random.integers(3, 300, prefix).tolist(), [random.integers(3, 300, length).tolist() for length in lengths]
+
+
+LABELS = [5, 9, 7]
+
+
+def ask(seed: int, items: int, prefix: int = 200) -> pb.Raw:
+    return raw(*draw(seed, items, prefix), LABELS)
+
+
+def expected(scorer: Scorer, question: pb.Raw) -> np.ndarray:
+    """Probabilities of a question in tokens, by a scorer without any server."""
+    pieces = [list(text.tokens.ids) for text in (question.prefix, *question.events)]
+    items = [list(text.tokens.ids) for text in question.items]
+    prompt = EncodedPrompt(pieces, items, list(question.label_tokens), [None] * len(items), "dense")
+    return scorer.score_encoded([prompt])[0]
+
+
+def probabilities(*responses: pb.ScoreResponse) -> np.ndarray:
+    """In the order of the request; every item is there once."""
+    items = sorted((item for response in responses for item in response.scores), key=lambda item: item.index)
+    assert [item.index for item in items] == list(range(len(items)))
+    return np.array([item.probabilities for item in items], np.float32)

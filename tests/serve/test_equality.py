@@ -1,0 +1,149 @@
+"""Whatever is asked beside it, in whatever order and form, an item's scores are the same."""
+
+import concurrent.futures
+
+import grpc
+import jax
+import numpy as np
+import pytest
+
+from brewjax.data.examples import example_now
+from brewjax.data.tokens import EncodedPrompt
+from brewjax.model.params import bind
+from brewjax.serve import ranker_pb2 as pb
+from brewjax.serve.client import raw
+from brewjax.serve.members import of_example
+from tests.serve.serving import LABELS, ask, draw, expected, probabilities
+from tests.tiny import pack
+
+
+def compilations(client, http) -> tuple[int, float]:
+    line = next(line for line in http.get("/metrics").text.splitlines() if line.startswith("brewjax_compilations "))
+    return client.describe().compilations, float(line.split()[1])
+
+
+def test_permuting_items_permutes_scores_and_changing_one_changes_no_other(client):
+    prefix, items = draw(1, 60)
+    before = probabilities(client.score(raw(prefix, items, LABELS)))
+    order = np.random.default_rng(0).permutation(60)
+    permuted = probabilities(client.score(raw(prefix, [items[at] for at in order], LABELS)))
+    np.testing.assert_allclose(permuted, before[order], atol=1e-5)
+    items[17] = [8, 8, 8]
+    after = probabilities(client.score(raw(prefix, items, LABELS)))
+    others = np.arange(60) != 17
+    np.testing.assert_allclose(after[others], before[others], atol=1e-5)
+    assert abs(after[17] - before[17]).max() > 1e-3
+
+
+def test_scores_are_the_same_among_many_and_nothing_compiles(client, http, alone, bundle, dataset, tasks):
+    members = [of_example(dataset, tasks[row % 2], example_now(dataset, tasks[row % 2], row)) for row in (5, 6, 7)]
+    of_members = [probabilities(client.score(member)) for member in members]
+    asked = [ask(seed % 4, 1 + 7 * seed, prefix=150 * (seed % 4)) for seed in range(16)]
+    of_asked = [expected(alone, question) for question in asked]
+    long = ask(99, 3000)
+    of_long = expected(alone, long)
+    before = compilations(client, http)
+    assert before[0] == before[1] > 0
+
+    def over_http(question: pb.Raw) -> np.ndarray:
+        body = {
+            "query": list(question.prefix.tokens.ids),
+            "items": [list(item.tokens.ids) for item in question.items],
+            "label_token_ids": LABELS,
+            "apply_softmax": True,
+        }
+        return np.array(http.post("/v1/score", json=body).raise_for_status().json()["scores"])
+
+    with concurrent.futures.ThreadPoolExecutor(40) as pool:
+        streamed = pool.submit(lambda: list(client.stream(long)))
+        found = [pool.submit(lambda one=one: probabilities(client.score(one))) for one in [*members, *asked]]
+        found += [pool.submit(over_http, question) for question in asked]
+        pool.submit(client.score, asked[3], over_vocabulary=True)
+    assert len(streamed.result()) > 1
+    np.testing.assert_allclose(probabilities(*streamed.result()), of_long, atol=1e-5)
+    for one, right in zip(found, [*of_members, *of_asked, *of_asked], strict=True):
+        np.testing.assert_allclose(one.result(), right, atol=1e-5)
+    assert compilations(client, http) == before
+
+
+def test_over_the_vocabulary_it_is_the_softmax_of_all_logits(client, http, bundle):
+    prefix, items = draw(3, 6, prefix=20)
+    prompt = EncodedPrompt([prefix], items, LABELS, [None] * len(items), "dense")
+    decoder = bind(bundle.model, bundle.params)
+    hidden = decoder(*jax.tree.map(lambda field: field[None], pack([prompt], 128)))
+    logits = decoder.logits(hidden[0, prompt.ends])
+    right = np.exp(jax.nn.log_softmax(logits))[:, LABELS]
+    found = probabilities(client.score(raw(prefix, items, LABELS), over_vocabulary=True))
+    np.testing.assert_allclose(found, right, atol=1e-6, rtol=1e-4)
+    body = {"query": prefix, "items": items, "label_token_ids": LABELS, "apply_softmax": False}
+    np.testing.assert_allclose(http.post("/v1/score", json=body).json()["scores"], right, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "events", "events_left", "prefix_left"),
+    [(224, 8, 8, 224), (224, 11, 8, 224), (225, 8, 7, 225), (1024, 3, 0, 1024), (1100, 3, 0, 1024)],
+)
+def test_the_oldest_goes_first_where_a_prompt_is_too_long(client, bundle, prefix, events, events_left, prefix_left):
+    """For a context of 1024, with events of 100 tokens; the beginning of a sequence stays."""
+    random, (bos,) = np.random.default_rng(0), bundle.tokenizer.bos
+    start = [bos, *random.integers(3, 300, prefix - 1).tolist()]
+    history = random.integers(3, 300, (events, 100)).tolist()
+    items = draw(0, 3)[1]
+    response = client.score(raw(start, items, LABELS, history), too_long="CUT")
+    usage = response.usage
+    assert (usage.events_cut, usage.tokens_cut) == (events - events_left, prefix - prefix_left)
+    assert usage.prefix_tokens == prefix_left + 100 * events_left
+    kept = [bos, *start[1 + prefix - prefix_left :]]
+    same = client.score(raw(kept, items, LABELS, history[events - events_left :]), too_long="REFUSE")
+    np.testing.assert_allclose(probabilities(response), probabilities(same), atol=1e-6)
+    if usage.events_cut or usage.tokens_cut:
+        for policy in ("REFUSE", "TOO_LONG_UNSPECIFIED"):
+            with pytest.raises(grpc.RpcError, match=r"raw: [\d,]+ tokens before the items; at most 1,024 are read"):
+                client.score(raw(start, items, LABELS, history), too_long=policy)
+
+
+def test_a_member_with_too_long_a_history_is_cut_unless_that_is_refused(client, dataset, tasks):
+    member = of_example(dataset, tasks[0], example_now(dataset, tasks[0], 7))
+    for event in member.history:
+        event.item["title"].text = "very " * 20 + event.item["title"].text
+    cut = client.score(member).usage.events_cut
+    assert 0 < cut < len(member.history)
+    with pytest.raises(grpc.RpcError, match=f"member.history: the oldest {cut} events do not fit; ask for CUT"):
+        client.score(member, too_long="REFUSE")
+
+
+def test_top_k_are_the_best(client):
+    question = ask(5, 40)
+    everything, best = client.score(question), client.score(question, top_k=7)
+    assert [(item.index, item.probabilities) for item in best.scores] == [
+        (item.index, item.probabilities) for item in everything.scores[:7]
+    ]
+    first = [item.probabilities[0] for item in everything.scores]
+    assert first == sorted(first, reverse=True)
+    assert len(client.score(question, top_k=1_000).scores) == 40
+    with pytest.raises(grpc.RpcError, match="top_k: not for ScoreStream"):
+        list(client.stream(question, top_k=7))
+
+
+def test_a_prefix_may_be_empty_and_an_item_a_single_text(client, http, bundle):
+    found = client.score(raw([], [[7, 8], [9]], LABELS))
+    alone = client.score(raw([], [[9]], LABELS))
+    np.testing.assert_allclose(probabilities(found)[1:], probabilities(alone), atol=1e-5)
+    single = http.post("/v1/score", json={"query": "a", "items": "b c", "label_token_ids": LABELS}).json()
+    listed = http.post("/v1/score", json={"query": "a", "items": ["b c"], "label_token_ids": LABELS}).json()
+    np.testing.assert_allclose(single["scores"], listed["scores"], atol=1e-6)
+    over_rpc = client.score(raw("a", ["b c"], LABELS), over_vocabulary=True)
+    np.testing.assert_allclose(single["scores"], probabilities(over_rpc), atol=1e-6)
+
+
+@pytest.mark.parametrize("texts", [True, False])
+def test_items_are_read_first_where_that_is_asked(client, http, texts):
+    query, items = ("for a nurse", ["Acme ", "Berlin "]) if texts else ([7, 8], [[9], [10, 11]])
+    body = {"query": query, "items": items, "label_token_ids": LABELS, "item_first": True, "apply_softmax": True}
+    found = http.post("/v1/score", json=body).json()["scores"]
+    joined = raw("" if texts else [], [item + query for item in items], LABELS)
+    np.testing.assert_allclose(found, probabilities(client.score(joined)), atol=1e-6)
+    body["query"] = [7] if texts else "for a nurse"
+    mixed = http.post("/v1/score", json=body)
+    assert mixed.status_code == 400
+    assert mixed.json()["message"].startswith("items: with item_first")
