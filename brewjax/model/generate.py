@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections import deque
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
@@ -18,12 +17,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from brewjax.config import Config
-from brewjax.model.decoder import Decoder, ModelConfig, Past
+from brewjax.model.decoder import Decoder, KeysValues, ModelConfig, Past
 from brewjax.model.params import Params, abstract_params, bind
-from brewjax.model.sharding import MeshConfig
+from brewjax.model.sharding import FSDP_TENSOR, MeshConfig
 from pallas_kernels.segments import ALL, PADDING, Segments
 
 SHORTEST_BUCKET = 64
+KEPT = (None, None, None, "heads", None)  # how the keys and values of slots lie over devices
 
 
 class Sampling(Config):
@@ -60,6 +60,7 @@ class Slots(NamedTuple):
       keys, values: of the tokens read so far; what lies behind them means nothing.
       lengths: how many were read.
       tokens: the next to be read, of each sequence.
+      drawn: how many tokens were drawn in each slot since a sequence was put there.
       key: of the random numbers to come.
     """
 
@@ -67,6 +68,7 @@ class Slots(NamedTuple):
     values: Float[Array, "L N S K E"]
     lengths: Int[Array, "N"]
     tokens: Int[Array, "N"]
+    drawn: Int[Array, "N"]
     key: Array
 
 
@@ -83,7 +85,7 @@ def prefill(decoder: Decoder, tokens: Int[Array, "T"], length: Int[Array, ""], b
         start = before.length
         real = jnp.concatenate([jnp.arange(before.keys.shape[1]) < start, real])
         past = Past(before.keys[:, None], before.values[:, None], jnp.zeros((1, 1), jnp.int32))
-    _, own = decoder.extend(tokens[None], start + jnp.arange(T)[None], _text(real[None]), past)
+    _, own = _read(decoder, tokens[None], start + jnp.arange(T)[None], real[None], past)
     keys, values = (x[:, 0] for x in own)
     if before is not None:
         room = ((0, 0), (0, T), (0, 0), (0, 0))
@@ -101,8 +103,11 @@ def insert(slots: Slots, prefix: Prefix, slot: Int[Array, ""]) -> Slots:
         jax.lax.dynamic_update_slice(old, new[:, None, :S], (0, slot, 0, 0, 0))
         for old, new in ((slots.keys, prefix.keys), (slots.values, prefix.values))
     )
-    lengths, tokens = slots.lengths.at[slot].set(prefix.length - 1), slots.tokens.at[slot].set(prefix.last)
-    return slots._replace(keys=keys, values=values, lengths=lengths, tokens=tokens)
+    lengths, tokens, drawn = (
+        old.at[slot].set(new)
+        for old, new in ((slots.lengths, prefix.length - 1), (slots.tokens, prefix.last), (slots.drawn, 0))
+    )
+    return Slots(keys, values, lengths, tokens, drawn, slots.key)
 
 
 def step(decoder: Decoder, slots: Slots, sampling: Sampling) -> tuple[Slots, Int[Array, "N"]]:
@@ -110,17 +115,15 @@ def step(decoder: Decoder, slots: Slots, sampling: Sampling) -> tuple[Slots, Int
     N, S = slots.keys.shape[1:3]
     real = jnp.arange(S + 1) < slots.lengths[:, None]
     past = Past(slots.keys, slots.values, jnp.arange(N)[:, None])
-    hidden, own = decoder.extend(
-        slots.tokens[:, None], slots.lengths[:, None], _text(real.at[:, S].set(True)), past
-    )
+    hidden, own = _read(decoder, slots.tokens[:, None], slots.lengths[:, None], real.at[:, S].set(True), past)
     key, now = jax.random.split(slots.key)
-    tokens = sample(decoder.logits(hidden[:, 0]), now, sampling)
+    tokens = decoder.sharding.reshard(sample(decoder.logits(hidden[:, 0]), now, sampling), None)
     rows = jnp.arange(N)
     keys, values = (
-        old.at[:, rows, slots.lengths].set(new[:, :, 0], mode="drop")
+        old.at[:, rows, slots.lengths].set(decoder.sharding.reshard(new[:, :, 0], *KEPT[1:]), mode="drop")
         for old, new in zip((slots.keys, slots.values), own, strict=True)
     )
-    return Slots(keys, values, jnp.minimum(slots.lengths + 1, S), tokens, key), tokens
+    return Slots(keys, values, jnp.minimum(slots.lengths + 1, S), tokens, slots.drawn + 1, key), tokens
 
 
 def sample(logits: Float[Array, "N V"], key: Array, sampling: Sampling) -> Int[Array, "N"]:
@@ -162,7 +165,7 @@ class Generator:
         self.buckets = _buckets(context)
         drawn = sampling or Sampling()
         self._prefill = jax.jit(lambda params, *args: prefill(bind(model, params), *args))
-        self._insert = jax.jit(insert, donate_argnums=0)
+        self._insert = jax.jit(lambda *args: insert(*args), donate_argnums=0)  # not shared: compilations are counted
         self._step = jax.jit(lambda params, slots: step(bind(model, params), slots, drawn), donate_argnums=1)
 
     def place(self, params: Params) -> Params:
@@ -176,8 +179,8 @@ class Generator:
 
         def empty() -> Slots:
             zeros = jnp.zeros(self.count, jnp.int32)
-            keys, values = (jnp.zeros(shape, model.compute_dtype) for _ in range(2))
-            return Slots(keys, values, zeros, zeros, jax.random.key(self.seed))
+            keys, values = (FSDP_TENSOR.reshard(jnp.zeros(shape, model.compute_dtype), *KEPT) for _ in range(2))
+            return Slots(keys, values, zeros, zeros, zeros, jax.random.key(self.seed))
 
         with jax.set_mesh(self.mesh):
             return jax.jit(empty)()
@@ -224,7 +227,9 @@ class Generator:
         """
         for number, prompt in enumerate(prompts):
             if len(prompt) + max_tokens > self.context:
-                raise ValueError(f"prompt {number}: {len(prompt)} tokens and {max_tokens} more do not fit {self.context}")
+                raise ValueError(
+                    f"prompt {number}: {len(prompt)} tokens and {max_tokens} more do not fit {self.context}"
+                )
         said: list[list[int]] = [[] for _ in prompts]
         waiting = deque(range(len(prompts) if max_tokens > 0 else 0))
         running: dict[int, int] = {}
@@ -245,9 +250,11 @@ class Generator:
         return said
 
 
-def _text(real: Array) -> Segments:
-    """Labels [B, T] of plain text, where it is real."""
-    return Segments(jnp.where(real, 1, PADDING), jnp.zeros(real.shape, jnp.int32), jnp.full(real.shape, ALL, jnp.int32))
+def _read(decoder: Decoder, tokens: Array, positions: Array, real: Array, past: Past) -> tuple[Array, KeysValues]:
+    """`Decoder.extend` for plain text: every token that is `real` sees all before it."""
+    segments = Segments(jnp.where(real, 1, PADDING), jnp.zeros(real.shape, jnp.int32), jnp.full(real.shape, ALL))
+    rows = jax.tree.map(lambda x: decoder.sharding.reshard(x, "batch", "length"), (tokens, positions, segments))
+    return decoder.extend(*rows, past)
 
 
 def _buckets(context: int) -> tuple[int, ...]:
