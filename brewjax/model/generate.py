@@ -66,13 +66,13 @@ class Slots(NamedTuple):
 
     keys: Float[Array, "L N S K E"]
     values: Float[Array, "L N S K E"]
-    lengths: Int[Array, "N"]
-    tokens: Int[Array, "N"]
-    drawn: Int[Array, "N"]
+    lengths: Int[Array, " N"]
+    tokens: Int[Array, " N"]
+    drawn: Int[Array, " N"]
     key: Array
 
 
-def prefill(decoder: Decoder, tokens: Int[Array, "T"], length: Int[Array, ""], before: Prefix | None = None) -> Prefix:
+def prefill(decoder: Decoder, tokens: Int[Array, " T"], length: Int[Array, ""], before: Prefix | None = None) -> Prefix:
     """Reads the first `length` (at least 1) of `tokens`, behind `before` where it is given."""
     T = tokens.shape[0]
     real = jnp.arange(T) < length
@@ -110,7 +110,7 @@ def insert(slots: Slots, prefix: Prefix, slot: Int[Array, ""]) -> Slots:
     return Slots(keys, values, lengths, tokens, drawn, slots.key)
 
 
-def step(decoder: Decoder, slots: Slots, sampling: Sampling) -> tuple[Slots, Int[Array, "N"]]:
+def step(decoder: Decoder, slots: Slots, sampling: Sampling) -> tuple[Slots, Int[Array, " N"]]:
     """Reads a token in every slot and draws the one that follows it. A full slot, and an empty one, draws nonsense."""
     N, S = slots.keys.shape[1:3]
     real = jnp.arange(S + 1) < slots.lengths[:, None]
@@ -126,7 +126,7 @@ def step(decoder: Decoder, slots: Slots, sampling: Sampling) -> tuple[Slots, Int
     return Slots(keys, values, jnp.minimum(slots.lengths + 1, S), tokens, slots.drawn + 1, key), tokens
 
 
-def sample(logits: Float[Array, "N V"], key: Array, sampling: Sampling) -> Int[Array, "N"]:
+def sample(logits: Float[Array, "N V"], key: Array, sampling: Sampling) -> Int[Array, " N"]:
     """A token of each row."""
     if not sampling.temperature:
         return jnp.argmax(logits, -1).astype(jnp.int32)
@@ -185,14 +185,14 @@ class Generator:
         with jax.set_mesh(self.mesh):
             return jax.jit(empty)()
 
-    def pad(self, tokens: Sequence[int]) -> Int[np.ndarray, "T"]:
+    def pad(self, tokens: Sequence[int]) -> Int[np.ndarray, " T"]:
         """The tokens in the smallest bucket that holds them; ValueError where none does, or there are none."""
         if not 0 < len(tokens) <= self.context:
             raise ValueError(f"a sequence of {len(tokens)} tokens; 1 to {self.context} can be read")
         bucket = next(bucket for bucket in self.buckets if bucket >= len(tokens))
         return np.pad(np.asarray(tokens, np.int32), (0, bucket - len(tokens)))
 
-    def prefill(self, padded: Int[np.ndarray, "T"], length: int, before: Prefix | None = None) -> Prefix:
+    def prefill(self, padded: Int[np.ndarray, " T"], length: int, before: Prefix | None = None) -> Prefix:
         """As the function of that name."""
         with jax.set_mesh(self.mesh):
             return self._prefill(self.params, padded, np.int32(length), before)
@@ -202,7 +202,7 @@ class Generator:
         with jax.set_mesh(self.mesh):
             return self._insert(slots, prefix, np.int32(slot))
 
-    def step(self, slots: Slots) -> tuple[Slots, Int[Array, "N"]]:
+    def step(self, slots: Slots) -> tuple[Slots, Int[Array, " N"]]:
         """As the function of that name; `slots` is used up."""
         with jax.set_mesh(self.mesh):
             return self._step(self.params, slots)

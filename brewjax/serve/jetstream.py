@@ -41,10 +41,9 @@ from brewjax.scoring.bundle import Bundle
 @contextlib.contextmanager
 def _import_alone() -> Iterator[None]:
     """Stand-ins for the tokenizers that JetStream imports, only while it does; the root logger is left as it was."""
-    vocabularies = {"SentencePieceVocabulary": object, "Vocabulary": object}
-    names = {
+    names: dict[str, dict[str, Any]] = {
         "seqio": {},
-        "seqio.vocabularies": vocabularies,
+        "seqio.vocabularies": {"SentencePieceVocabulary": object, "Vocabulary": object},
         "tiktoken": {},
         "tiktoken.load": {"load_tiktoken_bpe": None},
     }
@@ -161,7 +160,7 @@ class BrewEngine(engine_api.Engine):
         *,
         params: Params,
         existing_prefix: Prefix | None = None,
-        padded_tokens: Int[np.ndarray, "T"],
+        padded_tokens: Int[np.ndarray, " T"],
         true_length: int,
     ) -> Prefix:
         """Reads a prompt, behind a prefix that was read before where it is given."""
