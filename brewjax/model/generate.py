@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from brewjax.config import Config
-from brewjax.model.decoder import Decoder, KeysValues, ModelConfig, Past
+from brewjax.model.config import ModelConfig
+from brewjax.model.decoder import Decoder, KeysValues, Past
 from brewjax.model.params import Params, abstract_params, bind
 from brewjax.model.sharding import FSDP_TENSOR, MeshConfig
 from pallas_kernels.segments import ALL, PADDING, Segments
@@ -139,7 +140,7 @@ def sample(logits: Float[Array, "N V"], key: Array, sampling: Sampling) -> Int[A
 class Generator:
     """A model compiled to generate.
 
-    It runs on one replica of the model: on the first, where the mesh has several.
+    A token at a time is no work to share: of the mesh, only `tensor` is made use of.
 
     Args:
       slots: how many sequences grow at once.
@@ -160,7 +161,8 @@ class Generator:
     ):
         self.model, self.count, self.context, self.seed = model, slots, context, seed
         mesh = mesh or MeshConfig().build()
-        self.mesh = Mesh(mesh.devices[:1, :1], mesh.axis_names, axis_types=mesh.axis_types)
+        replica = tuple(slice(None if axis == "tensor" else 1) for axis in mesh.axis_names)
+        self.mesh = Mesh(mesh.devices[replica], mesh.axis_names, axis_types=mesh.axis_types)
         self.params = self.place(params)
         self.buckets = _buckets(context)
         drawn = sampling or Sampling()

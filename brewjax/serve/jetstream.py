@@ -371,13 +371,20 @@ class Decoding(orchestrator.LLMOrchestrator):
     Making one compiles every shape (seconds to minutes) and starts JetStream's threads, which `drain` ends.
 
     Args:
-      device: held while the device computes; whoever shares the device passes what it holds itself.
+      mesh: the model's devices, as of `Generator`.
+      device: held while the device computes; whoever shares the device may pass what it holds itself.
     """
 
-    def __init__(self, bundle: Bundle, config: DecodeConfig, device: contextlib.AbstractContextManager | None = None):
+    def __init__(
+        self,
+        bundle: Bundle,
+        config: DecodeConfig,
+        mesh: jax.sharding.Mesh | None = None,
+        device: contextlib.AbstractContextManager | None = None,
+    ):
         self.config = config
         self.generator = Generator(
-            bundle.model, bundle.params, config.slots, config.context, config.sampling, config.seed
+            bundle.model, bundle.params, config.slots, config.context, config.sampling, config.seed, mesh
         )
         self.generator.warm_up()
         self._tokenizer = BrewTokenizer(bundle.tokenizer, self.generator)
