@@ -36,6 +36,7 @@ from brewjax.serve.http import make_app
 from brewjax.serve.metrics import Metrics
 from brewjax.serve.rpc import RANKER, BearerToken, Ranker, Readable
 from brewjax.serve.service import Service
+from brewjax.serve.tracing import trace_to_collector
 from brewjax.serve.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -73,8 +74,9 @@ class Server:
         """Listens; OSError where a port is taken."""
         config = self.config
         host = f"[{config.host}]" if ":" in config.host else config.host
+        traced, self._trace_http = trace_to_collector()
         self._rpc = grpc.aio.server(
-            interceptors=[*([BearerToken(self._token)] if self._token else []), Readable()],
+            interceptors=[*traced, *([BearerToken(self._token)] if self._token else []), Readable()],
             options=[
                 # Larger ones are refused with a clear code by the service, much larger ones by gRPC.
                 ("grpc.max_receive_message_length", 4 * config.request_bytes),
@@ -111,8 +113,10 @@ class Server:
     async def _start_http(self, listening: socket.socket) -> None:
         config = self.config
         self.http_port = listening.getsockname()[1]
+        app = make_app(self.service, self._token)
+        self._trace_http(app)
         settings = uvicorn.Config(
-            make_app(self.service, self._token),
+            app,
             log_config=None,
             access_log=False,
             lifespan="off",
