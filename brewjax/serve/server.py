@@ -110,6 +110,8 @@ class Server:
 
     async def _start_http(self, listening: socket.socket) -> None:
         config = self.config
+        # asyncio leaves this out for a socket of ours, and answers then wait 40 ms for the caller to acknowledge.
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.http_port = listening.getsockname()[1]
         settings = uvicorn.Config(
             make_app(self.service, self._token),

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -255,6 +256,12 @@ def test_http_answers_in_one_form_whatever_is_wrong(server, http):
         "/v1/score", json={"items": ["a"], "label_token_ids": [5]}, headers={"x-request-id": "mine"}
     ).headers["x-request-id"]
     assert echoed == "mine"
+
+
+def test_http_answers_are_sent_at_once(server):
+    """A head and a body are two packets, and the second would wait for the first to be acknowledged."""
+    (listening,) = server._http.servers[0].sockets
+    assert listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_http_has_health_metrics_and_its_own_description(http):

@@ -181,7 +181,7 @@ def check_openness(channel: grpc.Channel, cert: str, http_port: int) -> None:
 
 def check_drain(process: Process, client: Client, pool: concurrent.futures.Executor, port: int, cert: str) -> None:
     """What runs is finished, nothing new is taken, and the process ends well."""
-    stream = client.stream(ask(1, 20_000))
+    stream = client.stream(ask(1, 6_000))
     first = next(stream)
     rest = pool.submit(list, stream)
     process.signal(signal.SIGTERM)
@@ -193,7 +193,7 @@ def check_drain(process: Process, client: Client, pool: concurrent.futures.Execu
             except grpc.RpcError as error:
                 refused = error.code()
         assert refused in (Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED)
-    assert probabilities(first, *rest.result()).shape == (20_000, 3)
+    assert probabilities(first, *rest.result()).shape == (6_000, 3)
     assert process.end() == 0
     assert process.logged()[-1]["message"] == "stopped"
 

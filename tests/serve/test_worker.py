@@ -57,6 +57,7 @@ class Asked:
         self.request = worker.submit(one, on_answers=self._hear, **how)
 
     def _hear(self, first: int, found: np.ndarray) -> None:
+        assert len(found)  # nobody is told nothing
         self.scores[first : first + len(found)] = found
 
     def is_right(self, alone: Scorer) -> bool:
