@@ -268,7 +268,7 @@ class Worker:
 
     def _answer(self, part: Part, log_probs: np.ndarray) -> None:
         job, request = part.owner, part.owner.owner
-        if request.done():
+        if request.done() or not part.questions:
             return
         if not np.isfinite(log_probs).all():
             raise FloatingPointError("the model's scores are not finite")
