@@ -68,7 +68,7 @@ def edit(path: Path, **values: object) -> None:
 # --- in and out
 
 
-def test_a_model_comes_in_and_goes_out_as_it_was(folder, tmp_path):
+def test_a_model_comes_in_and_goes_out_as_it_was(folder, tmp_path, capsys):
     bundle = import_model(str(folder), tmp_path / "model")
     assert (bundle.model.name, bundle.model.param_dtype) == ("smollm2-0.1B", "float32")
     assert bundle.prompts.score_style == "chat"
@@ -78,6 +78,7 @@ def test_a_model_comes_in_and_goes_out_as_it_was(folder, tmp_path):
     assert (again.scale, again.card, again.tasks) == (None, None, ())
     jax.tree.map(np.testing.assert_array_equal, again.params, bundle.params)
     export_model(tmp_path / "model", tmp_path / "out")
+    assert "AutoTokenizer" not in capsys.readouterr().out
     theirs = {name: x for file in folder.glob("*.safetensors") for name, x in load_file(file).items()}
     ours = load_file(tmp_path / "out" / "model.safetensors")
     assert ours.keys() == theirs.keys()
@@ -102,6 +103,18 @@ def test_bfloat16_stays_bit_equal_over_several_files(folder, tmp_path, monkeypat
     for file in folder.glob("*.safetensors"):
         for name, x in load_file(file).items():
             np.testing.assert_array_equal(load_file(tmp_path / "out" / index[name])[name], x)
+
+
+def test_a_tokenizer_is_read_as_its_file_says_and_where_transformers_would_not_it_is_said(tmp_path, capsys):
+    shutil.copytree(GOLDENS / "qwen2", tmp_path / "qwen2")
+    hf_tokenizer().save_pretrained(tmp_path / "qwen2")  # not one as Qwen has it
+    bundle = import_model(str(tmp_path / "qwen2"), tmp_path / "model")
+    assert bundle.tokenizer.vocab_size == 40
+    assert bundle.tokenizer.encode(["w1 w2"])[0] == [5, 6]
+    export_model(tmp_path / "model", tmp_path / "out")
+    assert "open the tokenizer with PreTrainedTokenizerFast.from_pretrained" in capsys.readouterr().out
+    again = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
+    assert again("w1 w2")["input_ids"] == [5, 6]
 
 
 def test_a_dtype_is_chosen(folder, tmp_path):
