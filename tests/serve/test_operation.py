@@ -131,7 +131,7 @@ def test_a_server_from_its_start_to_its_end(folder, secrets, log, processes, bun
         probabilities(client.score(question, request_id="request-1")), expected(alone, question), atol=1e-5
     )
     (logged,) = (line for line in processes[-1].logged() if line.get("request_id") == "request-1")
-    assert (logged["method"], logged["code"], logged["levelname"]) == ("Score", "OK", "INFO")
+    assert (logged["method"], logged["code"], logged["level"]) == ("Score", "OK", "INFO")
     for token in (None, "open", ""):
         with Client(f"localhost:{port}", token, ca=cert) as stranger:
             assert refusal(stranger.score, question)[0] is Code.UNAUTHENTICATED
