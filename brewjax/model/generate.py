@@ -1,0 +1,267 @@
+"""Text from a decoder: keys and values lie in slots, a sequence each, and every step adds a token to all of them.
+
+`prefill`, `insert`, `step` and `sample` are pure functions of arrays; a `Generator` compiles them for one model.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pydantic
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from brewjax.config import Config
+from brewjax.model.config import ModelConfig
+from brewjax.model.decoder import Decoder, KeysValues, Past
+from brewjax.model.params import Params, abstract_params, bind
+from brewjax.model.sharding import FSDP_TENSOR, MeshConfig
+from pallas_kernels.segments import ALL, PADDING, Segments
+
+SHORTEST_BUCKET = 64
+KEPT = (None, None, None, "heads", None)  # how the keys and values of slots lie over devices
+
+
+class Sampling(Config):
+    """How the next token is drawn.
+
+    Attributes:
+      temperature: divides the logits; 0 takes the likeliest token.
+      top_k: only the k likeliest tokens may be drawn; 0: all.
+    """
+
+    temperature: float = pydantic.Field(default=0.0, ge=0, allow_inf_nan=False)
+    top_k: int = pydantic.Field(default=0, ge=0)
+
+
+class Prefix(NamedTuple):
+    """One sequence, read.
+
+    Attributes:
+      keys, values: of its tokens, then of padding; in the compute dtype.
+      length: how many tokens it has.
+      last: the last of them, which the next step reads once more, for what follows it.
+    """
+
+    keys: Float[Array, "L T K E"]
+    values: Float[Array, "L T K E"]
+    length: Int[Array, ""]
+    last: Int[Array, ""]
+
+
+class Slots(NamedTuple):
+    """N sequences of at most S tokens, growing.
+
+    Attributes:
+      keys, values: of the tokens read so far; what lies behind them means nothing.
+      lengths: how many were read.
+      tokens: the next to be read, of each sequence.
+      drawn: how many tokens were drawn in each slot since a sequence was put there.
+      key: of the random numbers to come.
+    """
+
+    keys: Float[Array, "L N S K E"]
+    values: Float[Array, "L N S K E"]
+    lengths: Int[Array, " N"]
+    tokens: Int[Array, " N"]
+    drawn: Int[Array, " N"]
+    key: Array
+
+
+def prefill(decoder: Decoder, tokens: Int[Array, " T"], length: Int[Array, ""], before: Prefix | None = None) -> Prefix:
+    """Reads the first `length` (at least 1) of `tokens`, behind `before` where it is given."""
+    T = tokens.shape[0]
+    real = jnp.arange(T) < length
+    if before is None:
+        config = decoder.config
+        start = jnp.int32(0)
+        nothing = jnp.zeros((config.layers, 1, 1, config.kv_heads, config.head_dim), config.compute_dtype)
+        past = Past(nothing, nothing, jnp.zeros((1, 0), jnp.int32))
+    else:
+        start = before.length
+        real = jnp.concatenate([jnp.arange(before.keys.shape[1]) < start, real])
+        past = Past(before.keys[:, None], before.values[:, None], jnp.zeros((1, 1), jnp.int32))
+    _, own = _read(decoder, tokens[None], start + jnp.arange(T)[None], real[None], past)
+    keys, values = (x[:, 0] for x in own)
+    if before is not None:
+        room = ((0, 0), (0, T), (0, 0), (0, 0))
+        keys, values = (
+            jax.lax.dynamic_update_slice_in_dim(jnp.pad(old, room), new, start, 1)
+            for old, new in ((before.keys, keys), (before.values, values))
+        )
+    return Prefix(keys, values, start + length, tokens[length - 1])
+
+
+def insert(slots: Slots, prefix: Prefix, slot: Int[Array, ""]) -> Slots:
+    """Puts a sequence in a slot, over what was there."""
+    S = slots.keys.shape[2]
+    keys, values = (
+        jax.lax.dynamic_update_slice(old, new[:, None, :S], (0, slot, 0, 0, 0))
+        for old, new in ((slots.keys, prefix.keys), (slots.values, prefix.values))
+    )
+    lengths, tokens, drawn = (
+        old.at[slot].set(new)
+        for old, new in ((slots.lengths, prefix.length - 1), (slots.tokens, prefix.last), (slots.drawn, 0))
+    )
+    return Slots(keys, values, lengths, tokens, drawn, slots.key)
+
+
+def step(decoder: Decoder, slots: Slots, sampling: Sampling) -> tuple[Slots, Int[Array, " N"]]:
+    """Reads a token in every slot and draws the one that follows it. A full slot, and an empty one, draws nonsense."""
+    N, S = slots.keys.shape[1:3]
+    real = jnp.arange(S + 1) < slots.lengths[:, None]
+    past = Past(slots.keys, slots.values, jnp.arange(N)[:, None])
+    hidden, own = _read(decoder, slots.tokens[:, None], slots.lengths[:, None], real.at[:, S].set(True), past)
+    key, now = jax.random.split(slots.key)
+    tokens = decoder.sharding.reshard(sample(decoder.logits(hidden[:, 0]), now, sampling), None)
+    rows = jnp.arange(N)
+    keys, values = (
+        old.at[:, rows, slots.lengths].set(decoder.sharding.reshard(new[:, :, 0], *KEPT[1:]), mode="drop")
+        for old, new in zip((slots.keys, slots.values), own, strict=True)
+    )
+    return Slots(keys, values, jnp.minimum(slots.lengths + 1, S), tokens, slots.drawn + 1, key), tokens
+
+
+def sample(logits: Float[Array, "N V"], key: Array, sampling: Sampling) -> Int[Array, " N"]:
+    """A token of each row."""
+    if not sampling.temperature:
+        return jnp.argmax(logits, -1).astype(jnp.int32)
+    if sampling.top_k:
+        least = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return jax.random.categorical(key, logits / sampling.temperature).astype(jnp.int32)
+
+
+class Generator:
+    """A model compiled to generate.
+
+    A token at a time is no work to share: of the mesh, only `tensor` is made use of.
+
+    Args:
+      slots: how many sequences grow at once.
+      context: the most tokens of a sequence, prompt included.
+      seed: of the sampling.
+      mesh: the devices of the model; all there are unless it is given.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        params: Params,
+        slots: int,
+        context: int,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        mesh: Mesh | None = None,
+    ):
+        self.model, self.count, self.context, self.seed = model, slots, context, seed
+        mesh = mesh or MeshConfig().build()
+        replica = tuple(slice(None if axis == "tensor" else 1) for axis in mesh.axis_names)
+        self.mesh = Mesh(mesh.devices[replica], mesh.axis_names, axis_types=mesh.axis_types)
+        self.params = self.place(params)
+        self.buckets = _buckets(context)
+        drawn = sampling or Sampling()
+        self._prefill = jax.jit(lambda params, *args: prefill(bind(model, params), *args))
+        self._insert = jax.jit(lambda *args: insert(*args), donate_argnums=0)  # not shared: compilations are counted
+        self._step = jax.jit(lambda params, slots: step(bind(model, params), slots, drawn), donate_argnums=1)
+
+    def place(self, params: Params) -> Params:
+        """Parameters of this model, on the devices that generate."""
+        return jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, abstract_params(self.model, self.mesh)))
+
+    def slots(self) -> Slots:
+        """Empty ones."""
+        model = self.model
+        shape = (model.layers, self.count, self.context, model.kv_heads, model.head_dim)
+
+        def empty() -> Slots:
+            zeros = jnp.zeros(self.count, jnp.int32)
+            keys, values = (FSDP_TENSOR.reshard(jnp.zeros(shape, model.compute_dtype), *KEPT) for _ in range(2))
+            return Slots(keys, values, zeros, zeros, zeros, jax.random.key(self.seed))
+
+        with jax.set_mesh(self.mesh):
+            return jax.jit(empty)()
+
+    def pad(self, tokens: Sequence[int]) -> Int[np.ndarray, " T"]:
+        """The tokens in the smallest bucket that holds them; ValueError where none does, or there are none."""
+        if not 0 < len(tokens) <= self.context:
+            raise ValueError(f"a sequence of {len(tokens)} tokens; 1 to {self.context} can be read")
+        bucket = next(bucket for bucket in self.buckets if bucket >= len(tokens))
+        return np.pad(np.asarray(tokens, np.int32), (0, bucket - len(tokens)))
+
+    def prefill(self, padded: Int[np.ndarray, " T"], length: int, before: Prefix | None = None) -> Prefix:
+        """As the function of that name."""
+        with jax.set_mesh(self.mesh):
+            return self._prefill(self.params, padded, np.int32(length), before)
+
+    def insert(self, slots: Slots, prefix: Prefix, slot: int) -> Slots:
+        """As the function of that name; `slots` is used up."""
+        with jax.set_mesh(self.mesh):
+            return self._insert(slots, prefix, np.int32(slot))
+
+    def step(self, slots: Slots) -> tuple[Slots, Int[Array, " N"]]:
+        """As the function of that name; `slots` is used up."""
+        with jax.set_mesh(self.mesh):
+            return self._step(self.params, slots)
+
+    def warm_up(self) -> None:
+        """Compiles every shape that a sequence without a prefix may take, so that no later one does."""
+        slots = self.slots()
+        for bucket in self.buckets:
+            slots = self.insert(slots, self.prefill(np.zeros(bucket, np.int32), bucket), 0)
+        jax.block_until_ready(self.step(slots))
+
+    def compilations(self) -> int:
+        """How many shapes were compiled so far."""
+        return sum(function._cache_size() for function in (self._prefill, self._insert, self._step))  # type: ignore[attr-defined]
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int, stop: Collection[int] = ()
+    ) -> list[list[int]]:
+        """What follows each prompt: up to, and without, a token of `stop`, and at most `max_tokens`.
+
+        ValueError where a prompt and `max_tokens` are more than the context.
+        """
+        for number, prompt in enumerate(prompts):
+            if len(prompt) + max_tokens > self.context:
+                raise ValueError(
+                    f"prompt {number}: {len(prompt)} tokens and {max_tokens} more do not fit {self.context}"
+                )
+        said: list[list[int]] = [[] for _ in prompts]
+        waiting = deque(range(len(prompts) if max_tokens > 0 else 0))
+        running: dict[int, int] = {}
+        slots = self.slots()
+        while waiting or running:
+            for slot in [slot for slot in range(self.count) if slot not in running][: len(waiting)]:
+                running[slot] = waiting.popleft()
+                prompt = prompts[running[slot]]
+                slots = self.insert(slots, self.prefill(self.pad(prompt), len(prompt)), slot)
+            slots, drawn = self.step(slots)
+            for slot, token in enumerate(np.asarray(drawn).tolist()):
+                if slot in running:
+                    text = said[running[slot]]
+                    if token not in stop:
+                        text.append(token)
+                    if token in stop or len(text) == max_tokens:
+                        del running[slot]
+        return said
+
+
+def _read(decoder: Decoder, tokens: Array, positions: Array, real: Array, past: Past) -> tuple[Array, KeysValues]:
+    """`Decoder.extend` for plain text: every token that is `real` sees all before it."""
+    segments = Segments(jnp.where(real, 1, PADDING), jnp.zeros(real.shape, jnp.int32), jnp.full(real.shape, ALL))
+    rows = jax.tree.map(lambda x: decoder.sharding.reshard(x, "batch", "length"), (tokens, positions, segments))
+    return decoder.extend(*rows, past)
+
+
+def _buckets(context: int) -> tuple[int, ...]:
+    """Lengths that prompts are padded to: each twice the one before, the last the context."""
+    buckets = [min(SHORTEST_BUCKET, context)]
+    while buckets[-1] < context:
+        buckets.append(min(2 * buckets[-1], context))
+    return tuple(buckets)
