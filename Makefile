@@ -35,7 +35,7 @@ proto:
 clean:
 	rm -rf .venv runs data
 
-.venv/demo.installed: EXTRA = baselines,serve
+.venv/demo.installed: EXTRA = baselines,rank
 .venv/test.installed: EXTRA = test
 .venv/%.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "brewjax needs Python 3.11 or newer: make PYTHON=python3.11 ..")'

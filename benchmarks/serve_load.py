@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.8, 10], help="of the sustained rate")
     parser.add_argument("--set", dest="settings", action="append", default=[], help="of the server, KEY=VALUE")
     arguments = parser.parse_args()
-    console = Console()
+    console = Console(width=150)
     requests = make_requests(arguments.model, arguments.dataset, arguments.task)
     settings = [f"port={PORT}", f"http_port={HTTP_PORT}", f"tasks=[{arguments.task}]", *arguments.settings]
     command = [sys.executable, "-m", "brewjax.cli", "serve", str(arguments.model)]

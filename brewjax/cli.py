@@ -281,6 +281,36 @@ def export(
 
 
 @app.command()
+def generate(
+    model: ModelFolder,
+    prompt: Annotated[str, typer.Option(help="What is said to the model.")],
+    max_tokens: Annotated[int, typer.Option(help="The longest answer.", min=1)] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0)] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw among so many; 0: all.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    plain: Annotated[bool, typer.Option("--plain", help="Go on from the prompt, without the chat template.")] = False,
+) -> None:
+    """Let a model speak: the answer to a prompt in its chat template, or what follows it where it has none."""
+    from brewjax.model.generate import Generator, Sampling
+    from brewjax.scoring.bundle import Bundle
+
+    bundle = Bundle.load(model)
+    tokenizer = bundle.tokenizer
+    chat = bool(tokenizer.hf.chat_template) and not plain
+    text = tokenizer.chat([{"role": "user", "content": tokenizer.clean(prompt)}]) if chat else prompt
+    ids = tokenizer.encode([text])[0]
+    if ids[: len(tokenizer.bos)] != tokenizer.bos:
+        ids = tokenizer.bos + ids
+    context = len(ids) + max_tokens
+    bundle.model.check_context(context, "--prompt with --max-tokens")
+    sampling = Sampling(temperature=temperature, top_k=top_k)
+    generator = Generator(bundle.model, bundle.params, 1, context, sampling, seed)
+    stop = [] if tokenizer.hf.eos_token_id is None else [tokenizer.hf.eos_token_id]
+    (said,) = generator.generate([ids], max_tokens, stop)
+    console.print(tokenizer.hf.decode(said), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def upcycle(
     model: ModelFolder,
     out: Annotated[Path, typer.Argument(help="The model folder to write.")],

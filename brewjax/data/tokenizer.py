@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -36,7 +36,8 @@ class Tokenizer:
         """Reads a folder that holds `tokenizer.json`, as Hugging Face models have it."""
         if not (Path(folder) / "tokenizer.json").is_file():
             raise ValueError(f"{folder}: no tokenizer.json there; expected the folder of a Hugging Face tokenizer")
-        return cls(AutoTokenizer.from_pretrained(folder, local_files_only=True))
+        # Not AutoTokenizer: beside a config.json it may put a family's own splitting in place of the file's.
+        return cls(PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True))
 
     @classmethod
     def train(cls, texts: Iterable[str], words: Sequence[str], vocab_size: int) -> Tokenizer:

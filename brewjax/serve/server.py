@@ -36,6 +36,7 @@ from brewjax.serve.http import make_app
 from brewjax.serve.metrics import Metrics
 from brewjax.serve.rpc import RANKER, BearerToken, Ranker, Readable
 from brewjax.serve.service import Service
+from brewjax.serve.tracing import trace_to_collector
 from brewjax.serve.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,8 @@ class Server:
     def __init__(self, folder: Path, config: ServeConfig):
         self.folder, self.config = folder, config
         self._token, self._tls = _secrets(config)
+        _check_ports(config)
+        tasks = [Task.load(path) for path in config.tasks]
         share = "context" if jax.default_backend() == "cpu" else "tensor"
         self._mesh = config.mesh or MeshConfig.model_validate({share: jax.device_count()})
         bundle = Bundle.load(folder, self._mesh)
@@ -63,7 +66,6 @@ class Server:
         metrics.compilations.set(scorer.compilations())
         batcher = Batcher(costs, PrefixCache(pages))
         worker = Worker(scorer, batcher, metrics, config.waiting_tokens, config.max_wait_ms / 1000)
-        tasks = [Task.load(path) for path in config.tasks]
         self.service = Service(bundle, _version(folder), tasks, worker, costs, config, metrics)
         self.port = self.http_port = 0
         self._http: _Uvicorn | None = None
@@ -73,8 +75,9 @@ class Server:
         """Listens; OSError where a port is taken."""
         config = self.config
         host = f"[{config.host}]" if ":" in config.host else config.host
+        traced, self._trace_http = trace_to_collector()
         self._rpc = grpc.aio.server(
-            interceptors=[*([BearerToken(self._token)] if self._token else []), Readable()],
+            interceptors=[*traced, *([BearerToken(self._token)] if self._token else []), Readable()],
             options=[
                 # Larger ones are refused with a clear code by the service, much larger ones by gRPC.
                 ("grpc.max_receive_message_length", 4 * config.request_bytes),
@@ -110,9 +113,13 @@ class Server:
 
     async def _start_http(self, listening: socket.socket) -> None:
         config = self.config
+        # asyncio leaves this out for a socket of ours, and answers then wait 40 ms for the caller to acknowledge.
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.http_port = listening.getsockname()[1]
+        app = make_app(self.service, self._token)
+        self._trace_http(app)
         settings = uvicorn.Config(
-            make_app(self.service, self._token),
+            app,
             log_config=None,
             access_log=False,
             lifespan="off",
@@ -154,10 +161,8 @@ class Server:
     def _read(self, path: Path) -> Bundle:
         try:
             return Bundle.load(path, self._mesh)
-        except ValueError:
-            raise
         except Exception as error:  # of the many that a broken checkpoint can raise
-            raise ValueError(f"{path}: cannot be read: {error}") from error
+            raise ValueError(f"{path} cannot be read: {error}") from error
 
     async def stop(self) -> bool:
         """Accepts no more, lets what runs finish; False where that took longer than `drain_seconds`."""
@@ -234,6 +239,17 @@ def _secrets(config: ServeConfig) -> tuple[str | None, tuple[bytes, bytes] | Non
     except (OSError, ValueError) as error:
         raise config.error(f"{error}", key) from None
     return token, tls
+
+
+def _check_ports(config: ServeConfig) -> None:
+    """Raises ConfigError for a port that is taken: before the model is compiled, not after."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    for key in ("port", "http_port"):
+        try:
+            if port := getattr(config, key):
+                socket.create_server((config.host, port), family=family).close()
+        except OSError as error:
+            raise config.error(f"cannot listen at {config.host}:{port}: {error.strerror}", key) from None
 
 
 def _memory(bundle: Bundle, config: ServeConfig) -> tuple[list[Bucket], int]:

@@ -89,6 +89,7 @@ class Worker:
         self._speed = 1e4  # places a second, lately
         self._stopping = self._collected = False
         self._passes_work = True  # the last one did
+        self._collect_old_at = 0.0
         self._thread = threading.Thread(target=self._run, name="scoring", daemon=True)
 
     @property
@@ -101,7 +102,7 @@ class Worker:
         self._collected = gc.isenabled()
         gc.collect()
         gc.freeze()
-        gc.disable()  # it runs when the device is busy or nothing is to be done (see _step)
+        gc.disable()
         self._thread.start()
 
     def submit(
@@ -170,7 +171,7 @@ class Worker:
             if not self._has_work():
                 if self._stopping:
                     return False
-                gc.collect()
+                self._collect()
                 self._changed.wait(None if self._passes_work else TRY_AGAIN)
             if self._running is None:
                 self._fill_up()
@@ -198,6 +199,15 @@ class Worker:
 
     def _has_work(self) -> bool:
         return bool(self._running or self._inbox or self._batcher)
+
+    def _collect(self) -> None:
+        """Garbage, when the device is busy or nothing is to be done; the old of it for a hundredth of the time."""
+        began = time.monotonic()
+        old = began >= self._collect_old_at
+        gc.collect(2 if old else 1)
+        if old:
+            now = time.monotonic()
+            self._collect_old_at = now + max(1.0, 100 * (now - began))
 
     def _fill_up(self) -> None:
         """Waits a little for requests to share a pass with the first one."""
@@ -239,7 +249,7 @@ class Worker:
         except Exception as error:
             self._lose(one, error)
             return None
-        gc.collect(1)  # the device is busy now
+        self._collect()
         return running, now
 
     def _finish_pass(self, running: Running, began: float) -> None:
@@ -268,7 +278,7 @@ class Worker:
 
     def _answer(self, part: Part, log_probs: np.ndarray) -> None:
         job, request = part.owner, part.owner.owner
-        if request.done():
+        if request.done() or not part.questions:
             return
         if not np.isfinite(log_probs).all():
             raise FloatingPointError("the model's scores are not finite")

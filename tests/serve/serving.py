@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +35,8 @@ def running(folder: Path, config: ServeConfig) -> Iterator[Server]:
     server.loop = loop  # type: ignore[attr-defined]
     try:
         asyncio.run_coroutine_threadsafe(server.start(), loop).result(60)
+        gc.unfreeze()  # the collector is for other tests of this process too
+        gc.enable()
         yield server
         assert asyncio.run_coroutine_threadsafe(server.stop(), loop).result(60)
     finally:

@@ -1,0 +1,251 @@
+"""The server as a process: how it starts, takes signals and ends; and what it says when it cannot start."""
+
+import concurrent.futures
+import dataclasses
+import json
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import httpx
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from brewjax import cli
+from brewjax.data.task import Task
+from brewjax.serve import Client
+from brewjax.serve.encoding import Encoder
+from tests.serve.serving import CONFIG, ask, expected, probabilities
+from tests.tiny import params
+
+Code = grpc.StatusCode
+ROOT = Path(__file__).parents[2]
+TOKEN = "open sesame"
+
+
+@pytest.fixture(scope="module")
+def secrets(tmp_path_factory) -> Path:
+    """A folder with a certificate of localhost, its key, and a token."""
+    folder = tmp_path_factory.mktemp("secrets")
+    (folder / "token").write_text(f"{TOKEN}\n")
+    certify = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=localhost -addext subjectAltName=DNS:localhost"
+    subprocess.run([*certify.split(), "-keyout", "key.pem", "-out", "cert.pem"], cwd=folder, check=True, stderr=-3)
+    return folder
+
+
+class Process:
+    """`brewjax serve`, and what it logged; `ready` waits until it answers."""
+
+    def __init__(self, folder: Path, log: Path, **settings: object):
+        settings = {
+            "host": "localhost",
+            "row_tokens": "[256]",
+            "context": 256,
+            "item_tokens": 256,
+            "cache_gigabytes": 0.01,
+        } | settings
+        overrides = [f"--set={key}={value}" for key, value in settings.items()]
+        self._log = log
+        with log.open("ab") as file:
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", "brewjax.cli", "serve", str(folder), *overrides], cwd=ROOT, stderr=file
+            )
+
+    def ready(self) -> dict:
+        while True:
+            if started := [line for line in self.logged() if line["message"] == "ready"]:
+                return started[-1]
+            assert self._child.poll() is None, self._log.read_text()
+            try:
+                self._child.wait(0.1)
+            except subprocess.TimeoutExpired:
+                continue
+
+    def logged(self) -> list[dict]:
+        lines = self._log.read_text().splitlines()
+        return [json.loads(line) for line in lines if line.startswith("{")]
+
+    def signal(self, number: int) -> None:
+        self._child.send_signal(number)
+
+    def end(self) -> int:
+        return self._child.wait(60)
+
+    def kill(self) -> None:
+        self._child.kill()
+        self._child.wait()
+
+
+@pytest.fixture(scope="module")
+def folder(bundle, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("served")
+    bundle.save(folder)
+    return folder
+
+
+@pytest.fixture
+def log(tmp_path) -> Path:
+    return tmp_path / "log"
+
+
+def free_port() -> int:
+    with socket.create_server(("localhost", 0)) as listening:
+        return listening.getsockname()[1]
+
+
+@pytest.fixture
+def processes() -> Iterator[list[Process]]:
+    started: list[Process] = []
+    yield started
+    for process in started:
+        process.kill()
+
+
+def refusal(call, *args) -> tuple[grpc.StatusCode, str]:
+    with pytest.raises(grpc.RpcError) as error:
+        call(*args)
+    return error.value.code(), error.value.details()
+
+
+def test_a_server_from_its_start_to_its_end(folder, secrets, log, processes, bundle, alone):
+    """With TLS and a token: what answers without it, reload by SIGHUP, death and restart, and a drain by SIGTERM."""
+    cert, port = str(secrets / "cert.pem"), free_port()
+    settings = {
+        "port": port, "http_port": 0, "tls_cert": cert, "tls_key": secrets / "key.pem", "token_file": secrets / "token",
+    }  # fmt: skip
+    processes.append(Process(folder, log, **settings))
+    ready = processes[-1].ready()
+    assert ready["port"] == port
+    channel = grpc.secure_channel(f"localhost:{port}", grpc.ssl_channel_credentials(Path(cert).read_bytes()))
+    check_openness(channel, cert, ready["http_port"])
+    question = ask(1, 20)
+    client = Client(f"localhost:{port}", TOKEN, ca=cert)
+    np.testing.assert_allclose(
+        probabilities(client.score(question, request_id="request-1")), expected(alone, question), atol=1e-5
+    )
+    (logged,) = (line for line in processes[-1].logged() if line.get("request_id") == "request-1")
+    assert (logged["method"], logged["code"], logged["level"]) == ("Score", "OK", "INFO")
+    for token in (None, "open", ""):
+        with Client(f"localhost:{port}", token, ca=cert) as stranger:
+            assert refusal(stranger.score, question)[0] is Code.UNAUTHENTICATED
+            assert refusal(lambda stranger=stranger: list(stranger.stream(question)))[0] is Code.UNAUTHENTICATED
+
+    before = client.describe().model
+    dataclasses.replace(bundle, params=params(bundle.model, 1)).save(folder)
+    processes[-1].signal(signal.SIGHUP)
+    while client.describe().model == before:
+        pass
+    new = probabilities(client.score(question))
+    assert abs(new - expected(alone, question)).max() > 1e-3
+
+    processes[-1].kill()
+    assert refusal(lambda: client.score(question, timeout=2))[0] in (Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED)
+    processes.append(Process(folder, log, **settings))
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        describing = pool.submit(client.describe)  # waits for the server
+        assert describing.result().model != before
+        np.testing.assert_allclose(probabilities(client.score(question)), new, atol=1e-5)
+        check_drain(processes[-1], client, pool, port, cert)
+    client.close()
+    channel.close()
+
+
+def check_openness(channel: grpc.Channel, cert: str, http_port: int) -> None:
+    """What may be asked without the token, and what may not."""
+    health = health_pb2_grpc.HealthStub(channel)
+    assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING
+    asked = reflection_pb2.ServerReflectionRequest(list_services="")
+    reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
+    assert refusal(lambda: list(reflection.ServerReflectionInfo(iter([asked]))))[0] is Code.UNAUTHENTICATED
+    bearer = [("authorization", f"Bearer {TOKEN}")]
+    (answer,) = reflection.ServerReflectionInfo(iter([asked]), metadata=bearer)
+    names = {service.name for service in answer.list_services_response.service}
+    assert {"brewjax.ranker.v1.Ranker", "grpc.health.v1.Health"} <= names
+    with httpx.Client(
+        base_url=f"https://localhost:{http_port}", verify=ssl.create_default_context(cafile=cert)
+    ) as http:
+        assert http.get("/health").status_code == 200
+        assert http.get("/metrics").status_code == 401
+        body = {"query": [7], "items": [[8]], "label_token_ids": [5]}
+        assert http.post("/v1/score", json=body).status_code == 401
+        allowed = {"authorization": f"Bearer {TOKEN}"}
+        assert http.post("/v1/score", json=body, headers=allowed).status_code == 200
+
+
+def check_drain(process: Process, client: Client, pool: concurrent.futures.Executor, port: int, cert: str) -> None:
+    """What runs is finished, nothing new is taken, and the process ends well."""
+    stream = client.stream(ask(1, 6_000))
+    first = next(stream)
+    rest = pool.submit(list, stream)
+    process.signal(signal.SIGTERM)
+    with Client(f"localhost:{port}", TOKEN, ca=cert) as late:
+        refused = None
+        while refused is None:
+            try:
+                late.score(ask(2, 1), timeout=5)
+            except grpc.RpcError as error:
+                refused = error.code()
+        assert refused in (Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED)
+    assert probabilities(first, *rest.result()).shape == (6_000, 3)
+    assert process.end() == 0
+    assert process.logged()[-1]["message"] == "stopped"
+
+
+# --- what cannot start
+
+
+@pytest.fixture(scope="module")
+def taken() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield listening.getsockname()[1]
+
+
+def test_what_cannot_start_says_why_in_one_message(model_folder, secrets, taken, tmp_path, capsys, monkeypatch):
+    (tmp_path / "empty").write_text("\n")
+    (tmp_path / "bad.pem").write_text("no certificate")
+    key = f"tls_key={secrets / 'key.pem'}"
+    cases = {
+        ("portt=1",): "portt: unknown key",
+        ("port=-1",): "port: input should be greater than or equal to 0, found -1",
+        ("port=70000",): "port: input should be less than 65536",
+        ("row_tokens=[100]",): "row_tokens (100,): lengths are multiples of 128",
+        ("row_tokens=[256]",): "item_tokens 1024 is over the longest of row_tokens (256,)",
+        ("host=0.0.0.0",): "host 0.0.0.0 can be reached from other machines: give tls_cert, tls_key and token_file",
+        ("host=0.0.0.0", f"token_file={secrets / 'token'}"): "host 0.0.0.0 can be reached from other machines",
+        (key,): "give both tls_cert and tls_key, or neither",
+        (key, f"tls_cert={tmp_path / 'no.pem'}"): "tls_cert: [Errno 2] No such file",
+        (key, f"tls_cert={tmp_path / 'bad.pem'}"): "tls_cert: [SSL]",
+        (f"token_file={tmp_path / 'empty'}",): "empty holds no token: write one line of ASCII there",
+        (f"token_file={tmp_path / 'none'}",): "token_file: [Errno 2] No such file",
+        (f"port={taken}",): f"port: cannot listen at 127.0.0.1:{taken}: Address already in use",
+        (f"http_port={taken}",): f"http_port: cannot listen at 127.0.0.1:{taken}: Address already in use",
+        ("port=0", "http_port=0", "tasks=[nowhere.yaml]"): "nowhere.yaml: no such config file",
+        ("port=0", "http_port=0", "cache_gigabytes=0.0001"): "cache_gigabytes: 0.0001 GB hold",
+    }
+    monkeypatch.setattr("brewjax.serve.server.log_as_json", lambda: None)
+    for overrides, message in cases.items():
+        settings = [word for override in overrides for word in ("--set", override)]
+        monkeypatch.setattr(sys, "argv", ["brewjax", "serve", str(model_folder), *settings])
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        said = capsys.readouterr().err
+        assert exit.value.code == 2, said
+        assert said.startswith("error: ")
+        assert message in said
+        assert len(said.splitlines()) == 1
+
+
+def test_a_task_that_cannot_be_asked_is_refused_at_the_start(bundle, tasks, tmp_path):
+    path = tmp_path / "odd.yaml"
+    tasks[0].model_copy(update={"name": "odd"}).save(path)
+    path.write_text(path.read_text().replace("word: 'Yes'", "word: several words"))
+    assert "several words" in path.read_text()
+    with pytest.raises(ValueError, match=r"odd.yaml:\d+: labels.0.word: label word 'several words' is"):
+        Encoder(bundle, "tiny@1", [Task.load(path)], CONFIG, 600)
