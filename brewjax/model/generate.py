@@ -255,8 +255,10 @@ class Generator:
 def _read(decoder: Decoder, tokens: Array, positions: Array, real: Array, past: Past) -> tuple[Array, KeysValues]:
     """`Decoder.extend` for plain text: every token that is `real` sees all before it."""
     segments = Segments(jnp.where(real, 1, PADDING), jnp.zeros(real.shape, jnp.int32), jnp.full(real.shape, ALL))
-    rows = jax.tree.map(lambda x: decoder.sharding.reshard(x, "batch", "length"), (tokens, positions, segments))
-    return decoder.extend(*rows, past)
+    tokens, positions, segments = jax.tree.map(
+        lambda x: decoder.sharding.reshard(x, "batch", "length"), (tokens, positions, segments)
+    )
+    return decoder.extend(tokens, positions, segments, past)
 
 
 def _buckets(context: int) -> tuple[int, ...]:

@@ -39,12 +39,18 @@ from brewjax.serve.config import DecodeConfig
 
 @contextlib.contextmanager
 def _import_alone() -> Iterator[None]:
-    """Stand-ins for the tokenizers that JetStream imports, only while it does; the root logger is left as it was."""
+    """Stand-ins for what JetStream imports and we do not use, only while it does; the root logger is left as it was.
+
+    So JetStream needs none of its requirements but ours: `pip install --no-deps google-jetstream` is enough.
+    """
     names: dict[str, dict[str, Any]] = {
         "seqio": {},
         "seqio.vocabularies": {"SentencePieceVocabulary": object, "Vocabulary": object},
         "tiktoken": {},
         "tiktoken.load": {"load_tiktoken_bpe": None},
+        "jetstream.core.metrics.prometheus": {
+            "JetstreamMetricsCollector": object
+        },  # two gauges for everyone's registry
     }
     stand_ins = {}
     for name, content in names.items():
@@ -259,10 +265,10 @@ class _Driven(BrewEngine):
             self.generator.params = placed
             self._version += 1
 
-    def init_decode_state(self, *args: Any, **kwargs: Any) -> None:
+    def init_decode_state(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
         return None
 
-    def prefill(self, *, params: Params, padded_tokens: _Request, **kwargs: Any) -> tuple[_Request, Prefix | None]:
+    def prefill(self, *, params: Params, padded_tokens: _Request, **kwargs: Any) -> tuple[_Request, Prefix | None]:  # type: ignore[override]
         request = padded_tokens
         if request.over:
             return request, None
@@ -274,14 +280,14 @@ class _Driven(BrewEngine):
             request.fail(grpc.StatusCode.INTERNAL, f"prefill failed: {type(error).__name__}")
             return request, None
 
-    def insert(self, prefix: tuple[_Request, Prefix | None], decode_state: None, slot: int) -> None:
+    def insert(self, prefix: tuple[_Request, Prefix | None], decode_state: None, slot: int) -> None:  # type: ignore[override]
         request, keys_values = prefix
         self._requests[slot] = request
         if keys_values is not None:
             with self._failing_all("insert"), self._device:
-                self._slots = super().insert(keys_values, self._slots or self.generator.slots(), slot)
+                self._put(keys_values, slot)
 
-    def generate(self, params: Params, decode_state: None) -> tuple[None, engine_api.ResultTokens]:
+    def generate(self, params: Params, decode_state: None) -> tuple[None, engine_api.ResultTokens]:  # type: ignore[override]
         rows = np.zeros((self.max_concurrent_decodes, 3), np.int32)
         running = {slot: request for slot, request in self._requests.items() if not request.over}
         for slot in self._requests.keys() - running.keys():
@@ -291,7 +297,8 @@ class _Driven(BrewEngine):
         with self._failing_all("step"), self._device:
             for slot, request in running.items():
                 if request.version != self._version:
-                    self._slots = super().insert(self._read(request), self._slots or self.generator.slots(), slot)
+                    self._put(self._read(request), slot)
+            assert self._slots is not None  # whoever runs was put there
             self._slots, result = super().generate(params, self._slots)
             for slot, request in running.items():
                 token = int(result.data[slot, 0])
@@ -305,9 +312,11 @@ class _Driven(BrewEngine):
 
     def _read(self, request: _Request) -> Prefix:
         request.version = self._version
-        tokens = self.generator.pad(request.tokens)
-        prefix = super().prefill(params=None, padded_tokens=tokens, true_length=len(request.tokens))
+        prefix = self.generator.prefill(self.generator.pad(request.tokens), len(request.tokens))
         return jax.block_until_ready(prefix)  # what fails, fails here, and alone
+
+    def _put(self, prefix: Prefix, slot: int) -> None:
+        self._slots = self.generator.insert(self._slots or self.generator.slots(), prefix, slot)
 
     @contextlib.contextmanager
     def _failing_all(self, what: str) -> Iterator[None]:
@@ -347,6 +356,11 @@ class _Driver(orchestrator.Driver):
         return request.prefill_content, len(request.prefill_content.tokens)
 
 
+def _stop_at_exit(driver: _Driver) -> None:
+    threading.main_thread().join()
+    driver.stop()
+
+
 class Decoding(orchestrator.LLMOrchestrator):
     """JetStream's `Decode` and `HealthCheck` with a model of ours, for any `grpc.aio` server.
 
@@ -366,6 +380,7 @@ class Decoding(orchestrator.LLMOrchestrator):
         mesh: jax.sharding.Mesh | None = None,
         device: contextlib.AbstractContextManager | None = None,
     ):
+        bundle.model.check_context(config.context, "context")
         self.config = config
         self.generator = Generator(
             bundle.model, bundle.params, config.slots, config.context, config.sampling, config.seed, mesh
@@ -382,7 +397,7 @@ class Decoding(orchestrator.LLMOrchestrator):
         driver = _Driver([self._engine], [self._engine], [None], [None], interleaved_mode=True, jax_padding=False)
         super().__init__(driver)
         # One of its threads is no daemon: a main thread that ends without `drain` would wait for it for ever.
-        threading.Thread(target=lambda: (threading.main_thread().join(), driver.stop()), daemon=True).start()
+        threading.Thread(target=_stop_at_exit, args=[driver], daemon=True).start()
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Serves it there, beside whatever else is."""

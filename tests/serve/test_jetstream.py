@@ -32,7 +32,7 @@ class Served:
         self.compiled = self.decoding.compilations()
         self.tokenizer, self.generator = bundle.tokenizer, self.decoding.generator
         self.loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self.loop.run_forever)
+        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self._thread.start()
         self._server, port = self.run(self._start())
         self._channel = grpc.insecure_channel(f"localhost:{port}")
@@ -98,9 +98,11 @@ def steps(served: Served) -> Iterator[threading.Semaphore]:
         return step(slots)
 
     with mock.patch.object(served.generator, "step", held):
-        yield allowed
-        done = True
-        allowed.release()
+        try:
+            yield allowed
+        finally:
+            done = True
+            allowed.release(1000)
 
 
 def code_of(call) -> tuple[grpc.StatusCode, str]:
@@ -176,17 +178,18 @@ def test_what_cannot_be_answered_is_refused(served, request_, why):
     code, details = code_of(served.stub.Decode(request_))
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert details.startswith(why)
-    assert idle(served)
+    eventually(lambda: idle(served))
     assert served.says()
 
 
 def test_a_full_queue_says_when_to_come_back(served):
-    with steps(served), ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(4) as pool, steps(served):
         full = [pool.submit(served.says, max_tokens=5) for _ in range(CONFIG.slots + CONFIG.queue)]
         eventually(lambda: served.decoding.requests == 4)
         refused = served.stub.Decode(ask())
         assert code_of(refused)[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert dict(refused.trailing_metadata())["grpc-retry-pushback-ms"] == "1000"
+    assert all(one.result() for one in full)
 
 
 def test_a_failed_prefill_fails_alone(served):
@@ -210,36 +213,36 @@ def test_a_failed_step_fails_what_is_in_it_and_no_later_request(served, what):
         code, details = code_of(served.stub.Decode(ask()))
     assert (code, details) == (grpc.StatusCode.INTERNAL, f"{what} failed: RuntimeError")
     assert served.says()
-    assert idle(served)
+    eventually(lambda: idle(served))
     assert served.stub.HealthCheck(pb.HealthCheckRequest()).is_live
 
 
 def test_other_weights_go_on_with_the_text_that_is_running(bundle, served):
     tokens = served.prompt(PROMPT)
-    before = served.expected(tokens, 3)
+    before = served.expected(tokens, 20)
+    loading = threading.Thread(target=served.decoding.load, args=[params(bundle.model, seed=1)])
     with steps(served) as allowed:
         running = served.stub.Decode(ask(max_tokens=20))
         allowed.release(3)
         said = [ids([next(running)])[0] for _ in range(3)]
-        loading = threading.Thread(target=served.decoding.load, args=[params(bundle.model, seed=1)])
         loading.start()
-        allowed.release()  # the step that it waits for
-        loading.join()
-        rest = None
-        allowed.release(100)
-        rest = ids(running)
+        eventually(lambda: allowed.release() or not loading.is_alive())
+        allowed.release(20)
+        said += ids(running)
     try:
-        assert said == before
-        kept = said + rest[:1]  # by the weights before, or by the new ones, as the lock has it
-        assert kept + served.expected(tokens + kept, 16) == said + rest
+        kept = next(count for count in range(20) if said[count] != before[count])
+        assert kept >= 3
+        # Where the new weights agree with those before for a token, it may be either's.
+        assert any(said[n:] == served.expected(tokens + said[:n], 20 - n) for n in range(3, kept + 1))
         assert served.says()
     finally:
         served.decoding.load(bundle.params)
-    assert served.expected(tokens, 3) == before
+    assert served.expected(tokens, 20) == before
 
 
 def test_draining_finishes_what_runs_and_takes_no_more(bundle):
     one = Served(bundle)
+    expected = one.expected(one.prompt(PROMPT), 6)
     with steps(one) as allowed:
         running = one.stub.Decode(ask(max_tokens=6))
         allowed.release()
@@ -248,7 +251,7 @@ def test_draining_finishes_what_runs_and_takes_no_more(bundle):
         eventually(lambda: not one.stub.HealthCheck(pb.HealthCheckRequest()).is_live)
         assert code_of(one.stub.Decode(ask()))[0] is grpc.StatusCode.UNAVAILABLE
         allowed.release(6)
-        assert first + ids(running) == one.expected(one.prompt(PROMPT), 6)
+        assert first + ids(running) == expected
         draining.result(60)
     assert not any(thread.is_alive() for thread in one.decoding._driver._all_threads)
     one.close()
@@ -296,9 +299,10 @@ def test_the_engine_is_one_of_jetstreams(served, bundle):
 def test_importing_it_leaves_the_process_as_it_was():
     script = """
 import logging, sys
+import brewjax.scoring.bundle  # absl gives the root logger a handler
 before = logging.root.level, list(logging.root.handlers)
 import brewjax.serve.jetstream
 assert (logging.root.level, list(logging.root.handlers)) == before
-assert not [name for name in ("tensorflow", "seqio", "tiktoken") if name in sys.modules]
+assert not [name for name in ("tensorflow", "seqio", "tiktoken", "shortuuid") if name in sys.modules]
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
