@@ -39,7 +39,8 @@ class ServeConfig(Config):
       tasks: task files to answer beside those that the model was trained on.
       row_tokens: lengths of rows that passes are compiled for.
       context: most tokens of a prefix; by default as many as the model was trained to read.
-      cache_gigabytes: memory for the keys and values of prefixes.
+      cache_gigabytes: memory for the keys and values of prefixes; `tensor` splits it over devices, along `context` each
+        has all of it.
       mesh: how devices share each pass, by `tensor` (heads) and `context` (tokens); by default all of them by heads, on
         a CPU by tokens.
       max_wait_ms: how long an idle device waits for requests to share a pass.
