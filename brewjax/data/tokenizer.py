@@ -14,7 +14,8 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-REMEMBERED = 1 << 18  # texts
+REMEMBERED = 1 << 17  # texts,
+LONGEST_REMEMBERED = 1_000  # of at most so many characters
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -95,9 +96,10 @@ class Tokenizer:
         if len(known) + len(new) > REMEMBERED:
             self._known = known = {}  # not cleared: another thread may be reading it
             new = list(dict.fromkeys(texts))
-        for text, encoding in zip(new, self._encode_batch(new, add_special_tokens=False), strict=True):
-            known[text] = encoding.ids
-        return [known[text] for text in texts]
+        encodings = self._encode_batch(new, add_special_tokens=False)
+        found = {text: encoding.ids for text, encoding in zip(new, encodings, strict=True)}
+        known.update((text, ids) for text, ids in found.items() if len(text) <= LONGEST_REMEMBERED)
+        return [found[text] if text in found else known[text] for text in texts]
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """Number of tokens of each text."""

@@ -159,13 +159,21 @@ class Generator:
         seed: int = 0,
         mesh: Mesh | None = None,
     ):
-        self.model, self.count, self.context, self.seed = model, slots, context, seed
+        self.model, self.count, self.context = model, slots, context
         mesh = mesh or MeshConfig().build()
         replica = tuple(slice(None if axis == "tensor" else 1) for axis in mesh.axis_names)
         self.mesh = Mesh(mesh.devices[replica], mesh.axis_names, axis_types=mesh.axis_types)
         self.params = self.place(params)
         self.buckets = _buckets(context)
+        shape = (model.layers, slots, context, model.kv_heads, model.head_dim)
+
+        def empty() -> Slots:
+            zeros = jnp.zeros(slots, jnp.int32)
+            keys, values = (FSDP_TENSOR.reshard(jnp.zeros(shape, model.compute_dtype), *KEPT) for _ in range(2))
+            return Slots(keys, values, zeros, zeros, zeros, jax.random.key(seed))
+
         drawn = sampling or Sampling()
+        self._empty = jax.jit(empty)
         self._prefill = jax.jit(lambda params, *args: prefill(bind(model, params), *args))
         self._insert = jax.jit(lambda *args: insert(*args), donate_argnums=0)  # not shared: compilations are counted
         self._step = jax.jit(lambda params, slots: step(bind(model, params), slots, drawn), donate_argnums=1)
@@ -176,16 +184,8 @@ class Generator:
 
     def slots(self) -> Slots:
         """Empty ones."""
-        model = self.model
-        shape = (model.layers, self.count, self.context, model.kv_heads, model.head_dim)
-
-        def empty() -> Slots:
-            zeros = jnp.zeros(self.count, jnp.int32)
-            keys, values = (FSDP_TENSOR.reshard(jnp.zeros(shape, model.compute_dtype), *KEPT) for _ in range(2))
-            return Slots(keys, values, zeros, zeros, zeros, jax.random.key(self.seed))
-
         with jax.set_mesh(self.mesh):
-            return jax.jit(empty)()
+            return self._empty()
 
     def pad(self, tokens: Sequence[int]) -> Int[np.ndarray, " T"]:
         """The tokens in the smallest bucket that holds them; ValueError where none does, or there are none."""
@@ -211,14 +211,17 @@ class Generator:
 
     def warm_up(self) -> None:
         """Compiles every shape that a sequence without a prefix may take, so that no later one does."""
-        slots = self.slots()
         for bucket in self.buckets:
-            slots = self.insert(slots, self.prefill(np.zeros(bucket, np.int32), bucket), 0)
-        jax.block_until_ready(self.step(slots))
+            prefix, slots = self.prefill(np.zeros(bucket, np.int32), bucket), self.slots()
+            for _ in range(2):  # over several devices, `compilations` tells arrays apart by what made them
+                slots = self.insert(self.insert(slots, prefix, 0), prefix, 0)
+                slots, _ = self.step(self.step(slots)[0])
+        jax.block_until_ready(slots)
 
     def compilations(self) -> int:
         """How many shapes were compiled so far."""
-        return sum(function._cache_size() for function in (self._prefill, self._insert, self._step))  # type: ignore[attr-defined]
+        functions = (self._empty, self._prefill, self._insert, self._step)
+        return sum(function._cache_size() for function in functions)  # type: ignore[attr-defined]
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_tokens: int, stop: Collection[int] = ()

@@ -7,8 +7,26 @@ import ipaddress
 import pydantic
 
 from brewjax.config import Config
+from brewjax.model.generate import Sampling
 from brewjax.model.sharding import MeshConfig
 from brewjax.scoring.passes import PAGE
+
+
+class DecodeConfig(Config):
+    """How text is generated for callers of Decode.
+
+    Attributes:
+      slots: texts that grow at once; each takes memory for the keys and values of `context` tokens.
+      context: most tokens of a prompt and its text together.
+      queue: requests that wait for a slot; those beyond are told to come back.
+      seed: of the sampling.
+    """
+
+    slots: int = pydantic.Field(default=8, gt=0)
+    context: int = pydantic.Field(default=2048, gt=1)
+    queue: int = pydantic.Field(default=64, ge=0)
+    sampling: Sampling = Sampling()
+    seed: int = 0
 
 
 class ServeConfig(Config):
@@ -21,7 +39,8 @@ class ServeConfig(Config):
       tasks: task files to answer beside those that the model was trained on.
       row_tokens: lengths of rows that passes are compiled for.
       context: most tokens of a prefix; by default as many as the model was trained to read.
-      cache_gigabytes: memory for the keys and values of prefixes.
+      cache_gigabytes: memory for the keys and values of prefixes; `tensor` splits it over devices, along `context` each
+        has all of it.
       mesh: how devices share each pass, by `tensor` (heads) and `context` (tokens); by default all of them by heads, on
         a CPU by tokens.
       max_wait_ms: how long an idle device waits for requests to share a pass.
@@ -33,7 +52,8 @@ class ServeConfig(Config):
       streams: most requests at a time.
       timeout: seconds for requests that come without a deadline.
       drain_seconds: how long what runs may take to finish after SIGTERM.
-      decode: serve JetStream's Decode too.
+      decode: serve JetStream's Decode too, which generates text; by default where google-jetstream is installed.
+      generation: how it does.
     """
 
     host: str = "127.0.0.1"
@@ -57,7 +77,8 @@ class ServeConfig(Config):
     streams: int = pydantic.Field(default=256, gt=0)
     timeout: float = pydantic.Field(default=60.0, gt=0)
     drain_seconds: float = pydantic.Field(default=30.0, gt=0)
-    decode: bool = True
+    decode: bool | None = None
+    generation: DecodeConfig = DecodeConfig()
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> ServeConfig:

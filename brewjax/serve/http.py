@@ -80,7 +80,7 @@ def make_app(service: Service, token: str | None = None) -> FastAPI:
     app = FastAPI(title="brewjax", description="Ranks items for members: one history, many items, one pass.")
     app.add_middleware(BodyLimit, most_bytes=service.config.request_bytes)
 
-    async def authorised(request: Request) -> None:  # not async, it would be called in a thread
+    async def authorised(request: Request) -> None:  # were it not async, it would run in a thread
         given = request.headers.get("authorization", "")
         if token is not None and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
             raise HTTPException(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})

@@ -27,15 +27,14 @@ from typing import Any
 import grpc
 import jax
 import numpy as np
-import pydantic
 from jaxtyping import Int
 from tokenizers.decoders import DecodeStream
 
-from brewjax.config import Config
 from brewjax.data.tokenizer import Tokenizer
-from brewjax.model.generate import Generator, Prefix, Sampling, Slots
+from brewjax.model.generate import Generator, Prefix, Slots
 from brewjax.model.params import Params
 from brewjax.scoring.bundle import Bundle
+from brewjax.serve.config import DecodeConfig
 
 
 @contextlib.contextmanager
@@ -92,23 +91,6 @@ orchestrator.delete_pytree = lambda prefix: jax.tree.map(_delete, prefix)  # wit
 def _delete(leaf: Any) -> None:
     if isinstance(leaf, jax.Array):
         leaf.delete()
-
-
-class DecodeConfig(Config):
-    """How text is generated for callers of Decode.
-
-    Attributes:
-      slots: texts that grow at once; each takes memory for the keys and values of `context` tokens.
-      context: most tokens of a prompt and its text together.
-      queue: requests that wait for a slot; those beyond are told to come back.
-      seed: of the sampling.
-    """
-
-    slots: int = pydantic.Field(default=8, gt=0)
-    context: int = pydantic.Field(default=2048, gt=1)
-    queue: int = pydantic.Field(default=64, ge=0)
-    sampling: Sampling = Sampling()
-    seed: int = 0
 
 
 class BrewTokenizer(tokenizer_api.Tokenizer):
@@ -388,6 +370,8 @@ class Decoding(orchestrator.LLMOrchestrator):
       mesh: the model's devices, as of `Generator`.
       device: held while the device computes; whoever shares the device may pass what it holds itself.
     """
+
+    service = SERVICE
 
     def __init__(
         self,

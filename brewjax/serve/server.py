@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import importlib.util
 import logging
 import math
 import signal
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 import jax
@@ -20,6 +23,7 @@ import jax.numpy as jnp
 import uvicorn
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from jax.sharding import Mesh
 from pythonjsonlogger.json import JsonFormatter
 
 from brewjax.data.task import Task
@@ -38,6 +42,9 @@ from brewjax.serve.rpc import RANKER, BearerToken, Ranker, Readable
 from brewjax.serve.service import Service
 from brewjax.serve.tracing import trace_to_collector
 from brewjax.serve.worker import Worker
+
+if TYPE_CHECKING:
+    from brewjax.serve.jetstream import Decoding
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +72,9 @@ class Server:
         costs = scorer.measure()
         metrics.compilations.set(scorer.compilations())
         batcher = Batcher(costs, PrefixCache(pages))
-        worker = Worker(scorer, batcher, metrics, config.waiting_tokens, config.max_wait_ms / 1000)
+        device = threading.Lock()
+        worker = Worker(scorer, batcher, metrics, config.waiting_tokens, config.max_wait_ms / 1000, device)
+        self._decoding = _decoding(bundle, config, self._mesh.build(), device)
         self.service = Service(bundle, _version(folder), tasks, worker, costs, config, metrics)
         self.port = self.http_port = 0
         self._http: _Uvicorn | None = None
@@ -88,7 +97,11 @@ class Server:
         ranker_pb2_grpc.add_RankerServicer_to_server(Ranker(self.service, self.reload), self._rpc)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._rpc)
-        reflection.enable_server_reflection([RANKER, health.SERVICE_NAME, reflection.SERVICE_NAME], self._rpc)
+        services = [RANKER, health.SERVICE_NAME, reflection.SERVICE_NAME]
+        if self._decoding:
+            self._decoding.add_to(self._rpc)
+            services.append(self._decoding.service)
+        reflection.enable_server_reflection(services, self._rpc)
         address = f"{host}:{config.port}"
         try:
             if self._tls:
@@ -151,6 +164,8 @@ class Server:
             try:
                 bundle = await asyncio.to_thread(self._read, path)
                 await self.service.reload(bundle, _version(path))
+                if self._decoding:
+                    await asyncio.to_thread(self._decoding.load, bundle.params)
             except ValueError:
                 self.service.metrics.reloads.labels("refused").inc()
                 raise
@@ -171,7 +186,8 @@ class Server:
         began, limit = time.monotonic(), self.config.drain_seconds
         self._telling.cancel()
         await self._health.enter_graceful_shutdown()
-        await self._rpc.stop(limit)
+        draining = [self._rpc.stop(limit)] + ([self._decoding.drain(limit)] if self._decoding else [])
+        await asyncio.gather(*draining)
         if self._http is not None:
             self._http.should_exit = True
             with contextlib.suppress(TimeoutError):
@@ -266,6 +282,18 @@ def _memory(bundle: Bundle, config: ServeConfig) -> tuple[list[Bucket], int]:
         )
     most = max(context, max(config.row_tokens) // PAGE)
     return [Bucket(tokens, past) for tokens in config.row_tokens for past in (0, most)], pages
+
+
+def _decoding(bundle: Bundle, config: ServeConfig, mesh: Mesh, device: threading.Lock) -> Decoding | None:
+    """JetStream's Decode, compiled, where it is asked for or can be."""
+    if config.decode is None and importlib.util.find_spec("jetstream") is None:
+        log.info("no Decode: google-jetstream is not installed")
+        return None
+    if config.decode is False:
+        return None
+    from brewjax.serve.jetstream import Decoding
+
+    return Decoding(bundle, config.generation, mesh, device)
 
 
 def _version(folder: Path) -> str:

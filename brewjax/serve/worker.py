@@ -76,9 +76,18 @@ class Worker:
     Args:
       most_waiting: places of rows (tokens, nearly) that may wait; more is refused by QueueFullError.
       max_wait: seconds that an idle device waits for a pass to fill up.
+      device: held while a pass is dispatched: programs of two threads must come to all devices in the same order.
     """
 
-    def __init__(self, scorer: Scorer, batcher: Batcher, metrics: Metrics, most_waiting: int, max_wait: float = 0.002):
+    def __init__(
+        self,
+        scorer: Scorer,
+        batcher: Batcher,
+        metrics: Metrics,
+        most_waiting: int,
+        max_wait: float = 0.002,
+        device: threading.Lock | None = None,
+    ):
         self.scorer, self._batcher, self._metrics = scorer, batcher, metrics
         self._most_waiting, self._max_wait = most_waiting, max_wait
         self._full = max(bucket.tokens for bucket in scorer.buckets)
@@ -90,6 +99,7 @@ class Worker:
         self._stopping = self._collected = False
         self._passes_work = True  # the last one did
         self._collect_old_at = 0.0
+        self._device = device or threading.Lock()
         self._thread = threading.Thread(target=self._run, name="scoring", daemon=True)
 
     @property
@@ -245,7 +255,8 @@ class Worker:
         if any(part.owner.against == "vocabulary" for part in one.parts):
             against = "vocabulary"
         try:
-            running = self.scorer.start([one], against)
+            with self._device:
+                running = self.scorer.start([one], against)
         except Exception as error:
             self._lose(one, error)
             return None

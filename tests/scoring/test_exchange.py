@@ -371,7 +371,6 @@ def test_the_verbs_take_a_model_in_change_it_and_give_it_back(folder, tmp_path):
 
 
 def test_a_model_says_what_transformers_lets_it_say(folder, tmp_path):
-    pytest.importorskip("brewjax.model.generate")
     tokenizer = hf_tokenizer()
     tokenizer.bos_token = None  # the golden has none
     tokenizer.save_pretrained(folder)

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from brewjax.scoring.bundle import Bundle
-from brewjax.serve.jetstream import BrewEngine, DecodeConfig, Decoding, jetstream_pb2_grpc, pb
+from brewjax.serve.config import DecodeConfig
+from brewjax.serve.jetstream import BrewEngine, Decoding, jetstream_pb2_grpc, pb
 from tests.serve.serving import eventually
 from tests.tiny import params
 

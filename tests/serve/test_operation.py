@@ -230,6 +230,7 @@ def test_what_cannot_start_says_why_in_one_message(model_folder, secrets, taken,
         ("port=0", "http_port=0", "cache_gigabytes=0.0001"): "cache_gigabytes: 0.0001 GB hold",
     }
     monkeypatch.setattr("brewjax.serve.server.log_as_json", lambda: None)
+    monkeypatch.setattr(cli, "_device_per_core", lambda: None)  # of the environment of later tests
     for overrides, message in cases.items():
         settings = [word for override in overrides for word in ("--set", override)]
         monkeypatch.setattr(sys, "argv", ["brewjax", "serve", str(model_folder), *settings])

@@ -1,13 +1,18 @@
 """A real client against a real server."""
 
+import grpc
 import numpy as np
 import pytest
+from jetstream.core.proto import jetstream_pb2, jetstream_pb2_grpc
 
 from brewjax.data.examples import example_now
 from brewjax.data.tokens import EncodedPrompt
+from brewjax.model.generate import Generator
+from brewjax.serve import Client
 from brewjax.serve.client import raw
+from brewjax.serve.config import DecodeConfig
 from brewjax.serve.members import of_example
-from tests.serve.serving import draw, probabilities
+from tests.serve.serving import CONFIG, draw, probabilities, running
 
 
 @pytest.mark.parametrize("count", [1, 50, 500])
@@ -41,3 +46,22 @@ def test_the_service_says_a_member_as_evaluation_does(client, bundle, dataset, t
         assert response.request_id == "mine"
         assert response.usage.events_cut == prompt.dropped
         assert response.scores[0].id == str(100 + example.items[response.scores[0].index])
+
+
+def test_jetstreams_decode_is_on_the_same_port(model_folder, bundle, alone):
+    generation = DecodeConfig(slots=2, context=64)
+    config = CONFIG.model_copy(update={"decode": True, "generation": generation})
+    prefix, items = draw(0, 40)
+    expected = alone.score_encoded([EncodedPrompt([prefix], items, [5, 9], [None] * 40, "dense")])[0]
+    generator = Generator(bundle.model, bundle.params, slots=1, context=64)
+    (said,) = generator.generate([bundle.tokenizer.bos + prefix[:20]], 12)
+    with running(model_folder, config) as server, grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        request = jetstream_pb2.DecodeRequest(
+            token_content=jetstream_pb2.DecodeRequest.TokenContent(token_ids=prefix[:20]), max_tokens=12
+        )
+        responses = jetstream_pb2_grpc.OrchestratorStub(channel).Decode(request)
+        with Client(f"127.0.0.1:{server.port}") as client:  # while it says something
+            for _ in range(5):
+                np.testing.assert_allclose(probabilities(client.score(raw(prefix, items, [5, 9]))), expected, atol=1e-5)
+        heard = [token for each in responses for token in each.stream_content.samples[0].token_ids]
+    assert heard == said
