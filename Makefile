@@ -41,4 +41,6 @@ clean:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "brewjax needs Python 3.11 or newer: make PYTHON=python3.11 ..")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRA)]'
+	@# Alone: it asks for TensorFlow (2.2 GB), which brewjax never imports.
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps google-jetstream
 	@touch $@
