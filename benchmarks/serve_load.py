@@ -76,8 +76,8 @@ async def ask(
     try:
         response = await ranker.Score(request, timeout=30)
     except grpc.aio.AioRpcError as error:
-        if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
-            outcome.shed += 1
+        if error.code() in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE):
+            outcome.shed += 1  # by the queue; or by HTTP/2, for too many streams
         elif error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
             outcome.late += 1
         else:

@@ -281,7 +281,8 @@ def _memory(bundle: Bundle, config: ServeConfig) -> tuple[list[Bucket], int]:
             "cache_gigabytes",
         )
     most = max(context, max(config.row_tokens) // PAGE)
-    return [Bucket(tokens, past) for tokens in config.row_tokens for past in (0, most)], pages
+    pasts = (0, math.ceil(most / 4), most)  # pages that are not needed are read all the same, which a CPU feels
+    return [Bucket(tokens, past) for tokens in config.row_tokens for past in pasts], pages
 
 
 def _decoding(bundle: Bundle, config: ServeConfig, mesh: Mesh, device: threading.Lock) -> Decoding | None:
