@@ -177,7 +177,7 @@ def main() -> None:
     with open(os.devnull, "w") as nowhere:
         server = subprocess.Popen([*command, *(f"--set={one}" for one in settings)], stderr=nowhere)
     try:
-        with Client(f"127.0.0.1:{PORT}") as client:
+        with Client(f"127.0.0.1:{PORT}", timeout=300) as client:
             described = client.describe()
         table = Table(title=f"{described.model}, {described.parameters:,} parameters")
         console.print(f"ready after {time.monotonic() - began:.1f} s, {described.compilations} programs compiled")
