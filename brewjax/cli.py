@@ -31,6 +31,7 @@ console = Console()
 ModelFolder = Annotated[Path, typer.Argument(help="A model folder, e.g. runs/demo/model.")]
 DatasetFolder = Annotated[Path, typer.Argument(help="A folder with dataset.yaml and its Parquet files.")]
 MICROSECONDS = 1_000_000
+PATIENCE = 300  # seconds for a server that is starting: it compiles its shapes first
 TOKEN = "BREWJAX_TOKEN"  # the environment variable with the bearer token of a server
 
 
@@ -212,13 +213,18 @@ def score(
 
 def _ask(server: str, question: pb.Member | pb.Raw) -> np.ndarray:
     """Probabilities [items, labels] from a server, in the order of the items."""
+    import grpc
+
     from brewjax.serve import Client
 
-    with Client(server, os.environ.get(TOKEN)) as client:
-        most = client.describe().limits.items
-        began = time.perf_counter()
-        responses = [client.score(question)] if len(question.items) <= most else list(client.stream(question))
-        seconds = time.perf_counter() - began
+    try:
+        with Client(server, os.environ.get(TOKEN), timeout=PATIENCE) as client:
+            most = client.describe().limits.items  # waits for a server that is starting
+            began = time.perf_counter()
+            responses = [client.score(question)] if len(question.items) <= most else list(client.stream(question))
+            seconds = time.perf_counter() - began
+    except grpc.RpcError as error:
+        raise RuntimeError(f"{server}: {error.code().name}: {error.details()}") from None  # type: ignore[attr-defined]
     scores = {item.index: item.probabilities for response in responses for item in response.scores}
     usage = responses[0].usage
     console.print(
