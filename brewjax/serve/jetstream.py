@@ -213,6 +213,7 @@ class _Request:
       driven: JetStream holds it.
       error: why it failed, and the code that says so.
       version: of the weights that its slot's keys and values are from.
+      end: ends the call, whatever JetStream does.
     """
 
     session_cache = ""  # JetStream's only use of it is to leave out the first token
@@ -223,6 +224,7 @@ class _Request:
         self.closed = self.driven = False
         self.error: tuple[grpc.StatusCode, str] | None = None
         self.version = 0
+        self.end: Callable[[], None] = lambda: None
 
     @property
     def over(self) -> bool:
@@ -240,7 +242,7 @@ class _Driven(BrewEngine):
     failed step takes with it. A request that is over is reported as invalid, and JetStream frees its slot.
 
     Args:
-      device: held while the device computes.
+      device: held while programs are sent to the device.
       released: is told of each request that JetStream is done with.
     """
 
@@ -274,7 +276,8 @@ class _Driven(BrewEngine):
             return request, None
         try:
             with self._device:
-                return request, self._read(request)
+                prefix = self._read(request)
+            return request, jax.block_until_ready(prefix)  # what fails, fails here, and alone
         except Exception as error:
             log.exception("prefill failed")
             request.fail(grpc.StatusCode.INTERNAL, f"prefill failed: {type(error).__name__}")
@@ -294,26 +297,25 @@ class _Driven(BrewEngine):
             self._released(self._requests.pop(slot))
         if not running:
             return None, _result(rows)
-        with self._failing_all("step"), self._device:
-            for slot, request in running.items():
-                if request.version != self._version:
-                    self._put(self._read(request), slot)
-            assert self._slots is not None  # whoever runs was put there
-            self._slots, result = super().generate(params, self._slots)
-            for slot, request in running.items():
-                token = int(result.data[slot, 0])
+        with self._failing_all("step"):
+            with self._device:
+                for slot, request in running.items():
+                    if request.version != self._version:
+                        self._put(self._read(request), slot)
+                assert self._slots is not None  # whoever runs was put there
+                self._slots, drawn = self.generator.step(self._slots)
+            for (slot, request), token in zip(running.items(), np.asarray(drawn)[list(running)].tolist(), strict=True):
                 if token in self._stop:
                     request.left = 0
-                else:
-                    rows[slot] = result.data[slot]
-                    request.tokens.append(token)
-                    request.left -= 1
+                    continue
+                request.tokens.append(token)
+                request.left -= 1
+                rows[slot] = token, True, request.max_tokens - request.left
         return None, _result(rows)
 
     def _read(self, request: _Request) -> Prefix:
         request.version = self._version
-        prefix = self.generator.prefill(self.generator.pad(request.tokens), len(request.tokens))
-        return jax.block_until_ready(prefix)  # what fails, fails here, and alone
+        return self.generator.prefill(self.generator.pad(request.tokens), len(request.tokens))
 
     def _put(self, prefix: Prefix, slot: int) -> None:
         self._slots = self.generator.insert(self._slots or self.generator.slots(), prefix, slot)
@@ -351,6 +353,10 @@ class _Driver(orchestrator.Driver):
     _generate_thread = _outlives(orchestrator.Driver._generate_thread)
     _detokenize_thread = _outlives(orchestrator.Driver._detokenize_thread)
 
+    def place_request_on_prefill_queue(self, request: orchestrator.ActiveRequest) -> None:
+        request.prefill_content.end = request.return_channel.close
+        super().place_request_on_prefill_queue(request)
+
     def _process_prefill_content(self, request: orchestrator.ActiveRequest, *args: Any) -> tuple[_Request, int]:
         """Requests come checked and as tokens."""
         return request.prefill_content, len(request.prefill_content.tokens)
@@ -368,7 +374,7 @@ class Decoding(orchestrator.LLMOrchestrator):
 
     Args:
       mesh: the model's devices, as of `Generator`.
-      device: held while the device computes; whoever shares the device may pass what it holds itself.
+      device: held while programs are sent to the device: those of two threads must come to all devices in one order.
     """
 
     service = SERVICE
@@ -423,6 +429,8 @@ class Decoding(orchestrator.LLMOrchestrator):
         for request in tuple(self._open):
             request.fail(grpc.StatusCode.UNAVAILABLE, "the server shuts down")
         await self._emptied(DRAIN_SECONDS)
+        for request in tuple(self._open):
+            request.end()
         # In a daemon of its own: a device that hangs must not keep the process from its end.
         stopping = threading.Thread(target=self._driver.stop, daemon=True)
         stopping.start()

@@ -91,14 +91,15 @@ def served(bundle) -> Iterator[Served]:
 @contextmanager
 def steps(served: Served) -> Iterator[threading.Semaphore]:
     """The model takes a step for each release; all it likes in the end."""
-    allowed, step, done = threading.Semaphore(0), served.generator.step, False
+    engine, allowed, done = served.decoding._engine, threading.Semaphore(0), False
+    generate = engine.generate
 
-    def held(slots):
-        if not done:
+    def held(*args):
+        if not done and not all(request.over for request in engine._requests.values()):
             allowed.acquire()
-        return step(slots)
+        return generate(*args)
 
-    with mock.patch.object(served.generator, "step", held):
+    with mock.patch.object(engine, "generate", held):
         try:
             yield allowed
         finally:
@@ -146,10 +147,12 @@ def test_many_short_requests_outlast_jetstreams_race(served):
 
 def test_a_cancelled_request_leaves_its_slot(served):
     with steps(served) as allowed:
-        long = [served.stub.Decode(ask(max_tokens=100)) for _ in range(4)]  # two in slots, two that wait
+        first = served.stub.Decode(ask(max_tokens=100))
         allowed.release(3)
-        next(long[0])
-        for call in long:
+        next(first)
+        others = [served.stub.Decode(ask(max_tokens=100)) for _ in range(3)]  # one in a slot, two that wait
+        eventually(lambda: served.decoding.requests == 4)
+        for call in [first, *others]:
             call.cancel()
         eventually(lambda: allowed.release() or idle(served))
     assert served.says()
@@ -261,14 +264,27 @@ def test_draining_finishes_what_runs_and_takes_no_more(bundle):
 def test_draining_ends_what_takes_too_long(bundle):
     one = Served(bundle)
     with steps(one) as allowed:
-        running = [one.stub.Decode(ask(max_tokens=100)) for _ in range(3)]
+        running = [one.stub.Decode(ask(max_tokens=100))]
         allowed.release()
         next(running[0])
+        running += [one.stub.Decode(ask(max_tokens=100)) for _ in range(2)]
+        eventually(lambda: one.decoding.requests == 3)
         draining = asyncio.run_coroutine_threadsafe(one.decoding.drain(0.2), one.loop)
         eventually(lambda: all(request.error for request in one.decoding._open))
         allowed.release()
         assert {code_of(call)[0] for call in running} == {grpc.StatusCode.UNAVAILABLE}
         draining.result(60)
+    one.close()
+
+
+def test_draining_waits_for_no_device_that_hangs(bundle):
+    one = Served(bundle)
+    with steps(one) as allowed, mock.patch("brewjax.serve.jetstream.DRAIN_SECONDS", 0.2):
+        running = one.stub.Decode(ask())
+        allowed.release()
+        next(running)
+        one.run(one.decoding.drain(0.1))
+        assert code_of(running)[0] is grpc.StatusCode.UNAVAILABLE
     one.close()
 
 
