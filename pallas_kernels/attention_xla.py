@@ -30,6 +30,7 @@ def forward(
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
     """Output in the dtype of `q` and float32 log-sum-exp; what padding gets means nothing."""
     blocks = _Blocks(q.shape, k.shape, q_segments, kv_segments, q_start)
+    met = meetings(blocks.sight)  # not in the loop, where XLA would make it for every block anew
     q_blocks, k, v = blocks.queries(q), blocks.keys(k), blocks.keys(v)
 
     def of_queries(a: Array) -> tuple[Array, Array]:
@@ -45,7 +46,7 @@ def forward(
         # The running maximum starts above MASKED, so that a masked score has the weight exp(MASKED - top) = 0.
         K, GQ, D = q_blocks.shape[1:]
         start = (jnp.zeros((K, D, GQ)), jnp.full((K, GQ), MASKED / 2), jnp.zeros((K, GQ)))
-        out, top, total = blocks.visit(meetings(blocks.sight), a, visit, start)
+        out, top, total = blocks.visit(met, a, visit, start)
         total = jnp.maximum(total, 1e-30)
         return (out / total[:, None]).mT.astype(q.dtype), top + jnp.log(total)
 
@@ -66,6 +67,7 @@ def backward(
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B S K D"], Float[Array, "B S K D"]]:
     """float32 gradients of q, k and v; `correction` is sum(out * d_out) less the cotangent of the log-sum-exp."""
     blocks = _Blocks(q.shape, k.shape, q_segments, kv_segments, q_start)
+    met = meetings(blocks.sight, by_key=True)
     q, k, v, d_out = blocks.queries(q), blocks.keys(k), blocks.keys(v), blocks.queries(d_out.astype(jnp.float32))
     log_sum, correction = (blocks.queries(x[..., None])[..., 0] for x in (log_sum, correction))
     scale = q.shape[-1] ** -0.5
@@ -83,7 +85,7 @@ def backward(
             )
 
         zeros = jnp.zeros(k.shape[1:])
-        dq, dk, dv = blocks.visit(meetings(blocks.sight, by_key=True), b, visit, (dq, zeros, zeros))
+        dq, dk, dv = blocks.visit(met, b, visit, (dq, zeros, zeros))
         return dq, (dk, dv)
 
     dq, (dk, dv) = jax.lax.scan(of_keys, jnp.zeros(q.shape), jnp.arange(len(k)))
