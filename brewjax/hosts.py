@@ -86,11 +86,11 @@ def _join() -> None:
     try:
         jax.distributed.initialize(**who, heartbeat_timeout_seconds=SILENCE, shutdown_timeout_seconds=SILENCE // 3)
     except (ValueError, RuntimeError) as error:
-        where = os.environ.get(COORDINATOR, "the coordinator that JAX found")
-        raise HostError(
+        where = os.environ.get(COORDINATOR, "the coordinator that JAX looks for")
+        _leave(
             f"cannot join the other processes by {where}: {error}. Is the first process running, is its port free "
             "and open between the hosts, and does every process have its own number?"
-        ) from error
+        )
     jax.devices()  # all take part in finding out who has which
 
 
@@ -170,7 +170,7 @@ def _on_sigterm(*_: object) -> None:
 
 def _leave(why: str) -> None:
     """Ends this process without waiting for others, which may be gone."""
-    number = f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
+    number = f"process {distributed.global_state.process_id}: " if distributed.global_state.num_processes > 1 else ""
     print(f"{number}{why}\nStart the same command again to go on; exit code {RESTART}.", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
