@@ -34,6 +34,8 @@ def start(shards: Path, folder: Path, processes: int) -> list[subprocess.Popen]:
         "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
         "JAX_NUM_PROCESSES": str(processes),
         "JAX_NUM_CPU_DEVICES": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(shards / "compiled"),  # the same programs again and again
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     started = []
     for number in range(processes):
@@ -152,7 +154,7 @@ if __name__ == "__main__":
     with hosts.joined():
 
         def check() -> None:
-            if not shards_folder.exists():
+            if not list(shards_folder.glob("part-*")):
                 raise ValueError(f"{shards_folder}: no training shards there")
 
         hosts.on_first(check)
