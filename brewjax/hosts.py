@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -125,13 +125,15 @@ def on_first(work: Callable[[], Any]) -> Any:
 
 @contextlib.contextmanager
 def patience() -> Iterator[None]:
-    """Within, SIGTERM is noted for `Ending` to find."""
+    """Within, SIGTERM is noted for `Ending` to find; at the end it is obeyed."""
     global _patient
     _patient = True
     try:
         yield
     finally:
         _patient = False
+    if _asked:
+        _leave("told to end (SIGTERM): what is done is kept")
 
 
 class Ending:
@@ -155,7 +157,7 @@ class Ending:
         return before is not None and bool(before)
 
 
-def preempted(what: str) -> None:
+def preempted(what: str) -> NoReturn:
     """Ends this process, as all others do at the same step."""
     print(f"told to end (SIGTERM): {what}; start the same command again to go on", file=sys.stderr, flush=True)
     sys.exit(RESTART)
@@ -168,7 +170,7 @@ def _on_sigterm(*_: object) -> None:
         _leave("told to end (SIGTERM): what is done is kept")
 
 
-def _leave(why: str) -> None:
+def _leave(why: str) -> NoReturn:
     """Ends this process without waiting for others, which may be gone."""
     number = f"process {distributed.global_state.process_id}: " if distributed.global_state.num_processes > 1 else ""
     print(f"{number}{why}\nStart the same command again to go on; exit code {RESTART}.", file=sys.stderr)

@@ -93,7 +93,8 @@ def train(model: ModelConfig, config: TrainConfig, shards: Path, folder: Path, o
         state = _restore_or_init(checkpointer, model, config, mesh, batches)
         step = jax.jit(_step(model, config, objective), donate_argnums=0)
         start, ending = int(state["step"]), hosts.Ending(mesh)
-        with MetricsWriter(folder, start, config.steps) if hosts.is_first() else contextlib.nullcontext() as writer:
+        with contextlib.ExitStack() as stack:
+            writer = stack.enter_context(MetricsWriter(folder, start, config.steps)) if hosts.is_first() else None
             pending = None  # the step whose metrics are still being computed while the next one is dispatched
             for number in range(start + 1, config.steps + 1):
                 batch, placed = next(batches)
