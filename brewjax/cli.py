@@ -85,13 +85,19 @@ def run(
     out: Annotated[Optional[Path], typer.Option(help="Output folder; runs/NAME by default.")] = None,
     overrides: Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE, e.g. train.steps=100.")] = None,
 ) -> None:
-    """Run a recipe stage by stage; what is done is skipped, what was killed goes on."""
+    """Run a recipe stage by stage; what is done is skipped, what was killed goes on.
+
+    On several hosts a launcher starts the same command on each (see launch/README.md). SIGTERM saves a checkpoint and
+    exits with 75: start it again to go on.
+    """
     _device_per_core()
+    from brewjax import hosts
     from brewjax.pipeline import STAGES, run_recipe
     from brewjax.recipe import Recipe
 
     config = Recipe.load(recipe, overrides or ())
-    run_recipe(config, out or Path("runs") / config.name, STAGES)
+    with hosts.joined():
+        run_recipe(config, out or Path("runs") / config.name, STAGES)
 
 
 @app.command()

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import track
 
+from brewjax import hosts
 from brewjax.config import ConfigError
 from brewjax.data.dataset import CARD, Dataset
 from brewjax.data.examples import Example, build_examples
@@ -168,7 +169,9 @@ def evaluate_stage(run: Run, folder: Path) -> None:
     """The model's predictions on the test period of every task."""
     bundle = Bundle.load(run.folder / "model", run.recipe.train.mesh)
     for task in run.tasks:
-        pq.write_table(predict(bundle, run.dataset, task, run.asked(task)), folder / f"{task.name}.parquet")
+        predictions = predict(bundle, run.dataset, task, run.asked(task))
+        if hosts.is_first():
+            pq.write_table(predictions, folder / f"{task.name}.parquet")
 
 
 def baselines_stage(run: Run, folder: Path) -> None:
@@ -229,11 +232,13 @@ class Stage:
     Attributes:
       keys: the parts of the recipe that it depends on, beside the stages before it.
       keep: what it leaves is too dear to be replaced unasked when its inputs change.
+      together: all processes run it, each on its devices; else the first one does, and the others wait.
     """
 
     run: Callable[[Run, Path], None]
     keys: tuple[str, ...]
     keep: bool = False
+    together: bool = False
 
 
 def run_recipe(recipe: Recipe, folder: Path, stages: dict[str, Stage]) -> None:
@@ -243,35 +248,46 @@ def run_recipe(recipe: Recipe, folder: Path, stages: dict[str, Stage]) -> None:
     run made with other settings is never continued or overwritten.
     """
     run, console = Run(recipe, folder), Console()
-    fingerprint = _hash_dataset(Path(recipe.dataset))
+    fingerprint = hosts.on_first(lambda: _hash_dataset(Path(recipe.dataset)))
     ModelConfig.load(recipe.model)  # refused now, and not after the data are prepared
     contents = [Path(path).read_text() for path in (recipe.model, *run.task_files) if Path(path).is_file()]
     for name, stage in stages.items():
         settings = [functools.reduce(dict.__getitem__, key.split("."), recipe.model_dump()) for key in stage.keys]
         fingerprint = hashlib.sha256(json.dumps([fingerprint, settings, contents]).encode()).hexdigest()
         output = folder / name
-        before = _read_record(output)
-        same = before.get("fingerprint") == fingerprint
-        if same and "seconds" in before:
-            console.print(f"[bold]{name}[/]: done before, in {before['seconds']:.0f} s")
+        record = hosts.on_first(functools.partial(_begin, output, stage.keep, fingerprint))
+        if "seconds" in record:
+            console.print(f"[bold]{name}[/]: done before, in {record['seconds']:.0f} s")
             continue
-        if before and not same and stage.keep:
-            raise ConfigError(
-                f"{output}: made from other data or settings, so it is neither continued nor replaced; "
-                "give another --out, or delete that folder"
-            )
-        if output.exists() and not (same and stage.keep):
-            shutil.rmtree(output)
-        output.mkdir(parents=True, exist_ok=True)
-        record = {"fingerprint": fingerprint, "commit": before.get("commit") if same else _commit()}
-        _write_record(output, record)
         console.print(f"[bold]{name}[/]")
         began = time.perf_counter()
-        stage.run(run, output)
+        if stage.together:
+            stage.run(run, output)
+        else:
+            hosts.on_first(functools.partial(stage.run, run, output))
         seconds = time.perf_counter() - began
-        _write_record(output, record | {"seconds": seconds})
+        hosts.on_first(functools.partial(_write_record, output, record | {"seconds": seconds}))
         gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KILOBYTE / 1e9
         console.print(f"[bold]{name}[/]: {seconds:.0f} s, {gigabytes:.1f} GB of memory at most so far")
+
+
+def _begin(output: Path, keep: bool, fingerprint: str) -> dict[str, Any]:
+    """The record of a stage that is done, or that of one to run, in a folder made ready for it."""
+    before = _read_record(output)
+    same = before.get("fingerprint") == fingerprint
+    if same and "seconds" in before:
+        return before
+    if before and not same and keep:
+        raise ConfigError(
+            f"{output}: made from other data or settings, so it is neither continued nor replaced; "
+            "give another --out, or delete that folder"
+        )
+    if output.exists() and not (same and keep):
+        shutil.rmtree(output)
+    output.mkdir(parents=True, exist_ok=True)
+    record = {"fingerprint": fingerprint, "commit": before.get("commit") if same else _commit()}
+    _write_record(output, record)
+    return record
 
 
 def _read_record(output: Path) -> dict[str, Any]:
@@ -296,8 +312,8 @@ def _hash_dataset(folder: Path) -> str:
 
 STAGES = {
     "prepare": Stage(prepare, ("dataset", "tasks", "tokenizer", "prompts", "prepare", "train.row_tokens")),
-    "train": Stage(train_stage, ("model", "train"), keep=True),
-    "evaluate": Stage(evaluate_stage, ("evaluate",)),
+    "train": Stage(train_stage, ("model", "train"), keep=True, together=True),
+    "evaluate": Stage(evaluate_stage, ("evaluate",), together=True),
     "baselines": Stage(baselines_stage, ("evaluate",)),
     "report": Stage(report_stage, ("evaluate",)),
 }

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
+from brewjax import hosts
 from brewjax.model.config import ModelConfig
 from brewjax.model.decoder import Decoder
 
@@ -87,10 +88,11 @@ def size(config: ModelConfig) -> Size:
 
 
 def save_model(folder: Path, config: ModelConfig, params: Params) -> None:
-    """Writes model.yaml and the weights into a folder."""
+    """Writes model.yaml and the weights into a folder; every process its own part of them."""
     folder.mkdir(parents=True, exist_ok=True)
     ocp.save(folder.absolute() / WEIGHTS, params, overwrite=True)
-    config.save(folder / MODEL)
+    if hosts.is_first():
+        config.save(folder / MODEL)
 
 
 def load_model(folder: Path, mesh: Mesh) -> tuple[ModelConfig, Params]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pydantic
 
+from brewjax import hosts
 from brewjax.config import Config
 from brewjax.data.dataset import CARD, Card, Dataset
 from brewjax.data.numbers import Percentiles
@@ -77,16 +78,17 @@ class Bundle:
 
     def save(self, folder: Path) -> None:
         """Writes the folder; weights last, so that a folder with weights is complete."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save(folder / TOKENIZER)
-        self.prompts.save(folder / PROMPTS)
-        if self.scale:
-            self.scale.save(folder / PERCENTILES)
-        if self.card:
-            self.card.save(folder / CARD)
-        (folder / TASKS).mkdir(exist_ok=True)
-        for task in self.tasks:
-            task.save(folder / TASKS / f"{task.name}.yaml")
+        if hosts.is_first():
+            folder.mkdir(parents=True, exist_ok=True)
+            self.tokenizer.save(folder / TOKENIZER)
+            self.prompts.save(folder / PROMPTS)
+            if self.scale:
+                self.scale.save(folder / PERCENTILES)
+            if self.card:
+                self.card.save(folder / CARD)
+            (folder / TASKS).mkdir(exist_ok=True)
+            for task in self.tasks:
+                task.save(folder / TASKS / f"{task.name}.yaml")
         save_model(folder, self.model, self.params)
 
     @classmethod

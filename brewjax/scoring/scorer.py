@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
@@ -136,7 +137,7 @@ class Scorer:
 
         Of the whole vocabulary where they were started so; else up to a constant for each question (`among_labels`).
         """
-        log_probs, results = np.asarray(running.log_probs), []
+        log_probs, results = np.asarray(multihost_utils.process_allgather(running.log_probs, tiled=True)), []
         for one, of_row, columns in zip(running.passes, log_probs, running.rows.columns, strict=False):
             ends = np.cumsum([len(part.questions) for part in one.parts])
             results.append(

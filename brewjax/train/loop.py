@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float
 from orbax.checkpoint import v1 as ocp
 
+from brewjax import hosts
 from brewjax.config import Config
-from brewjax.data.loader import NO_TARGET, TokenBatch, describe_sources, load_batches
+from brewjax.data.loader import NO_TARGET, TokenBatch, describe_sources
 from brewjax.model.decoder import Decoder, ModelConfig
 from brewjax.model.params import Params, abstract_params, bind, init_params
-from brewjax.model.sharding import ROWS, MeshConfig, row_ways
+from brewjax.model.sharding import MeshConfig, row_ways
+from brewjax.train.batches import Batches
 from brewjax.train.metrics import MetricsWriter
 from brewjax.train.optimizer import OptimizerConfig
 from pallas_kernels.segments import PADDING
@@ -36,6 +39,8 @@ class TrainConfig(Config):
       rows: packed rows in a step, over all devices and accumulation.
       row_tokens: tokens in a row.
       accumulate: a step's rows are taken in this many parts, one after the other, to save memory.
+      streams: the data are read as so many, which decides the order of the rows; a process reads those that fill its
+        rows. With fewer streams than processes, some processes read the same.
       checkpoint_every: steps between checkpoints; the newest `keep` stay.
     """
 
@@ -43,6 +48,7 @@ class TrainConfig(Config):
     rows: int = pydantic.Field(gt=0)
     row_tokens: int = pydantic.Field(gt=0)
     accumulate: int = pydantic.Field(default=1, gt=0)
+    streams: int = pydantic.Field(default=1, gt=0)
     optimizer: OptimizerConfig = OptimizerConfig()
     seed: int = 0
     checkpoint_every: int = pydantic.Field(default=100, gt=0)
@@ -53,6 +59,10 @@ class TrainConfig(Config):
     def _parts_divide(self) -> TrainConfig:
         if self.rows % self.accumulate:
             raise ValueError(f"rows ({self.rows}) must be a multiple of accumulate ({self.accumulate})")
+        if self.rows // self.accumulate % self.streams:
+            raise ValueError(
+                f"rows ({self.rows}) / accumulate ({self.accumulate}) must be a multiple of streams ({self.streams})"
+            )
         return self
 
 
@@ -66,6 +76,7 @@ def train(model: ModelConfig, config: TrainConfig, shards: Path, folder: Path, o
     Writes `folder/checkpoints`, `folder/metrics.jsonl` and `folder/tensorboard`. A run that is killed and started
     again with the same arguments has the losses of one that was not, to the bit. Raises NonFiniteError with the
     step and the examples of its batch; the checkpoint before it stays the newest, the batch is saved beside it.
+    On SIGTERM it saves a checkpoint and exits (see `hosts`).
     """
     mesh = config.mesh.build()
     ways = row_ways(mesh)
@@ -74,28 +85,32 @@ def train(model: ModelConfig, config: TrainConfig, shards: Path, folder: Path, o
             f"train.rows ({config.rows}) / accumulate ({config.accumulate}) must be a multiple of the {ways} devices "
             "along data, fsdp and expert, which share the rows"
         )
-    here, processes = jax.process_index(), jax.process_count()
-    batches = iter(load_batches(shards, config.rows // processes, config.row_tokens, config.seed, here, processes))
+    batches = Batches(shards, mesh, config.accumulate, config.rows, config.row_tokens, config.streams, config.seed)
     checkpointer = ocp.training.Checkpointer(
         (folder / "checkpoints").absolute(), preservation_policy=KEEP(config.keep), cleanup_tmp_directories=True
     )
-    with jax.set_mesh(mesh), checkpointer:
+    with jax.set_mesh(mesh), hosts.patience(), checkpointer:
         state = _restore_or_init(checkpointer, model, config, mesh, batches)
         step = jax.jit(_step(model, config, objective), donate_argnums=0)
-        start = int(state["step"])
-        with MetricsWriter(folder, start, config.steps) as writer:
+        start, ending = int(state["step"]), hosts.Ending(mesh)
+        with contextlib.ExitStack() as stack:
+            writer = stack.enter_context(MetricsWriter(folder, start, config.steps)) if hosts.is_first() else None
             pending = None  # the step whose metrics are still being computed while the next one is dispatched
             for number in range(start + 1, config.steps + 1):
-                batch = next(batches)
-                state, metrics = step(state, _place(batch, config, mesh))
+                batch, placed = next(batches)
+                state, metrics = step(state, placed)
                 if pending:
                     _record(writer, folder, shards, *pending)
                 pending = (number, batch, metrics)
-                if number % config.checkpoint_every == 0 or number == config.steps:
+                end = ending()
+                if end or number % config.checkpoint_every == 0 or number == config.steps:
                     _record(writer, folder, shards, *pending)  # refuses to save what a NaN has spoilt
                     pending = None
                     checkpointer.wait()
                     checkpointer.save_checkpointables_async(number, {"state": state, "data": batches}, force=True)
+                if end and number < config.steps:
+                    checkpointer.wait()
+                    hosts.preempted(f"step {number} of {config.steps} is saved")
         checkpointer.wait()
     return state["params"]
 
@@ -124,6 +139,7 @@ def _step(
             "targets": count,
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": rate(state["step"]),
+            "tokens": jnp.sum(parts.segments.example > PADDING),
         }
         metrics["update_norm"] = optax.tree.norm(updates)
         params = optax.apply_updates(state["params"], updates)
@@ -153,20 +169,13 @@ def _restore_or_init(
     return restored["state"]
 
 
-def _place(batch: TokenBatch, config: TrainConfig, mesh: Mesh) -> TokenBatch:
-    """The batch in its parts, [accumulate, rows, tokens], each over the devices that share the batch."""
-    sharding = NamedSharding(mesh, jax.P(None, ROWS, None))
-
-    def place(x: np.ndarray) -> jax.Array:
-        return jax.make_array_from_process_local_data(sharding, x.reshape(config.accumulate, -1, x.shape[-1]))
-
-    return jax.tree.map(place, batch)
-
-
-def _record(writer: MetricsWriter, folder: Path, shards: Path, step: int, batch: TokenBatch, metrics: dict) -> None:
-    row = {name: float(value) for name, value in metrics.items()}
+def _record(
+    writer: MetricsWriter | None, folder: Path, shards: Path, step: int, batch: TokenBatch, metrics: dict
+) -> None:
+    row = {name: value.item() for name, value in metrics.items()}
     if not np.isfinite([row["loss"], row["grad_norm"], row["update_norm"]]).all():
-        saved = folder / f"bad_batch_step_{step}.npz"
+        of_process = f"_process_{jax.process_index()}" if jax.process_count() > 1 else ""
+        saved = folder / f"bad_batch_step_{step}{of_process}.npz"
         np.savez(saved, **batch._asdict() | batch.segments._asdict())
         sources = "\n  ".join(describe_sources(shards, batch))
         raise NonFiniteError(
@@ -175,4 +184,5 @@ def _record(writer: MetricsWriter, folder: Path, shards: Path, step: int, batch:
             f"its {np.sum(batch.targets != NO_TARGET)} targets come from:\n  {sources}\n"
             "The last checkpoint is from before it; lower the learning rate or look at these examples."
         )
-    writer.write(step, row | {"tokens": int(np.sum(batch.segments.example > PADDING))})
+    if writer:
+        writer.write(step, row)

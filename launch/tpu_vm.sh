@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# A slice of TPU VMs by gcloud: tpu_vm.sh [--dry-run] NAME ZONE RECIPE [OPTION OF brewjax run ...]
+# The slice exists (`gcloud compute tpus tpu-vm create`); every VM has brewjax in ~/brewjax/.venv and the bucket with
+# data and runs mounted at the same path (gcsfuse). Each VM's log: ~/brewjax/run.log there; all come back here.
+set -euo pipefail
+dry=no
+[[ ${1:-} != --dry-run ]] || { dry=yes && shift; }
+if [[ -z ${1:-} || -z ${2:-} || -z ${3:-} ]]; then
+    echo "usage: launch/tpu_vm.sh [--dry-run] NAME ZONE RECIPE [OPTION OF brewjax run ...]" >&2
+    exit 2
+fi
+name=$1 zone=$2
+shift 2
+remote="cd ~/brewjax && set -o pipefail && BREWJAX_HOSTS=auto RESTARTS=${RESTARTS:-10} PATH=~/brewjax/.venv/bin:\$PATH \
+launch/again.sh brewjax run ${*@Q} 2>&1 | tee -a run.log"
+ssh=(gcloud compute tpus tpu-vm ssh "$name" "--zone=$zone" --worker=all "--command=$remote")
+if [[ $dry == yes ]]; then
+    echo "${ssh[@]@Q}"
+    exit
+fi
+command -v gcloud >/dev/null || { echo "tpu_vm.sh: no gcloud here: https://cloud.google.com/sdk, or add --dry-run" >&2 && exit 2; }
+log=$(mktemp)
+code=0
+"${ssh[@]}" 2>&1 | tee "$log" || code=$?
+if ((code)); then
+    echo "tpu_vm.sh: exit code $code" >&2
+    case $(<"$log") in
+        *NOT_FOUND*) echo "No TPU '$name' in $zone: \`gcloud compute tpus tpu-vm list --zone=$zone\`" >&2 ;;
+        *RESOURCE_EXHAUSTED* | *"no more capacity"*) echo "Quota or capacity is short: ask for a queued resource" >&2 ;;
+        *PERMISSION_DENIED*) echo "Not allowed: \`gcloud auth login\`, or the role roles/tpu.admin on the project" >&2 ;;
+        *"Transport endpoint is not connected"*) echo "The bucket is not mounted on every VM: run gcsfuse there" >&2 ;;
+    esac
+fi
+exit "$code"

@@ -1,0 +1,141 @@
+"""The launchers: what they would submit, and the local one for real."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from brewjax.train.metrics import METRICS, read_metrics
+from tests.tables import write_dataset
+from tests.test_pipeline import MODEL, RECIPE, TASK
+
+LAUNCH = Path(__file__).parents[1] / "launch"
+GKE = {"NAME": "brew", "ACCELERATOR": "tpu-v5p-slice", "TOPOLOGY": "4x4x8", "IMAGE": "brewjax:1", "BUCKET": "runs"}
+
+
+def launch(script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    command, environment = [str(LAUNCH / script), *arguments], os.environ | variables
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck (apt install shellcheck)")
+def test_the_scripts_pass_shellcheck():
+    checked = subprocess.run(["shellcheck", *LAUNCH.glob("*.sh")], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_gke_submits_a_pod_for_each_host_of_the_slice():
+    said = launch("gke.sh", "--dry-run", "r.yaml", "--set", 'name="a b"', **GKE)
+    assert said.returncode == 0, said.stderr
+    assert "${" not in said.stdout.split("\n", 1)[1]
+    jobset = yaml.safe_load(said.stdout)
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    chips = container["resources"]["limits"]["google.com/tpu"]
+    assert job["completions"] * chips == math.prod(
+        map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
+    )
+    assert job["parallelism"] == job["completions"]
+    assert container["command"] + container["args"] == ["brewjax", "run", "r.yaml", "--set", 'name="a b"']
+    assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [1, 2]  # and so 75 starts again
+    assert jobset["spec"]["failurePolicy"]["maxRestarts"] == 10
+
+
+def test_slurm_submits_a_process_for_each_gpu_and_queues_again_on_75():
+    said = launch("slurm.sh", "--dry-run", "4", "8", "r.yaml", "--set", "name=a b")
+    for line in ("#SBATCH --nodes=4", "#SBATCH --ntasks-per-node=8", "#SBATCH --signal=TERM@120", "code == 75"):
+        assert line in said.stdout
+    assert "brewjax run 'r.yaml' '--set' 'name=a b'" in said.stdout
+    assert subprocess.run(["bash", "-n"], input=said.stdout, text=True, check=False).returncode == 0
+
+
+def test_gcloud_runs_on_every_vm():
+    said = launch("tpu_vm.sh", "--dry-run", "pod", "us-east5-a", "r.yaml")
+    assert said.stdout.startswith("'gcloud' 'compute' 'tpus' 'tpu-vm' 'ssh' 'pod' '--zone=us-east5-a' '--worker=all'")
+    assert "again.sh brewjax run" in said.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "variables", "said"),
+    [
+        (["local.sh", "r.yaml"], {}, "usage: launch/local.sh"),
+        (["slurm.sh", "2", "r.yaml"], {}, "usage: launch/slurm.sh"),
+        (["tpu_vm.sh", "pod"], {}, "usage: launch/tpu_vm.sh"),
+        (["gke.sh", "r.yaml"], {"NAME": "x"}, "ACCELERATOR is not set"),
+        (["gke.sh", "r.yaml"], GKE | {"TOPOLOGY": "v5p"}, "TOPOLOGY is 'v5p'; it looks like 4x4x4"),
+        (["gke.sh", "r.yaml"], GKE | {"TOPOLOGY": "3x3"}, "3x3 has 9 chips, no multiple of the 4 of a host"),
+    ],
+)
+def test_what_is_missing_is_said(command, variables, said):
+    refused = launch(*command, **variables)
+    assert refused.returncode == 2
+    assert said in refused.stderr
+
+
+def fake(folder: Path, name: str, body: str) -> str:
+    """A PATH on which this command comes first."""
+    (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+    (folder / name).chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+@pytest.mark.parametrize(
+    ("command", "tool", "refusal", "advice"),
+    [
+        (["slurm.sh", "1", "8", "r"], "sbatch", "sbatch: error: invalid partition specified: x", "SBATCH_PARTITION"),
+        (["gke.sh", "r"], "kubectl", 'no matches for kind "JobSet"', "JobSet is not installed"),
+        (["gke.sh", "r"], "kubectl", "Error: exceeded quota: tpu", "kubectl describe quota"),
+        (["tpu_vm.sh", "pod", "z", "r"], "gcloud", "ERROR: NOT_FOUND: nodes/pod", "No TPU 'pod' in z"),
+    ],
+)
+def test_a_refusal_comes_with_advice(tmp_path, command, tool, refusal, advice):
+    refused = launch(*command, **GKE, PATH=fake(tmp_path, tool, f"echo '{refusal}' >&2; exit 1"))
+    assert refused.returncode
+    assert advice in refused.stderr
+
+
+@pytest.mark.parametrize(("code", "runs"), [(0, 1), (2, 1), (75, 3), (137, 3)])
+def test_again_restarts_what_asks_for_it(tmp_path, code, runs):
+    path = fake(tmp_path, "work", f"echo run >> {tmp_path}/runs; exit {code}")
+    assert launch("again.sh", "work", PATH=path, RESTARTS="2").returncode == code
+    assert len((tmp_path / "runs").read_text().splitlines()) == runs
+
+
+def test_a_recipe_on_two_local_processes_survives_the_loss_of_one(tmp_path):
+    write_dataset(tmp_path / "jobs")
+    recipe = RECIPE.replace("mesh: {data: 1}", "streams: 2").replace("steps: 4", "steps: 60")
+    for name, text in {"apply": TASK, "model": MODEL, "recipe": recipe}.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "PATH": fake(
+            tmp_path, "brewjax", f'echo $$ > "$JAX_PROCESS_ID.pid"; exec {sys.executable} -m brewjax.cli "$@"'
+        ),
+        "JAX_NUM_CPU_DEVICES": "1",
+        "PYTHONPATH": str(LAUNCH.parent),
+        "PORT": str(port),
+    }
+    launched = subprocess.Popen([LAUNCH / "local.sh", "2", "recipe.yaml"], cwd=tmp_path, env=environment)
+    metrics = tmp_path / "runs/jobs/train" / METRICS
+    while len(read_metrics(metrics)) < 10:
+        assert launched.poll() is None, (tmp_path / "logs/process-0.log").read_text()
+        time.sleep(0.01)
+    os.kill(int((tmp_path / "1.pid").read_text()), 9)
+    assert launched.wait() == 0
+    for number in (0, 1):
+        assert "restart 1 of at most 10" in (tmp_path / f"logs/process-{number}.log").read_text()
+    assert [row["step"] for row in read_metrics(metrics)] == list(range(1, 61))
+    assert (tmp_path / "runs/jobs/report/report.html").exists()

@@ -1,0 +1,161 @@
+"""Two real processes are one run: same numbers, one log, an end together, exact restarts. As a script, it trains."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from brewjax import hosts
+from brewjax.train.loop import train
+from brewjax.train.metrics import METRICS, read_metrics
+from brewjax.train.objectives import supervised
+from tests.tiny import MODEL
+from tests.train.test_loop import CONFIG, ROOT, assert_same_numbers, newest_checkpoint, shards, without_speed
+
+__all__ = ["shards"]  # a fixture
+pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
+CONFIG = CONFIG.model_copy(update={"streams": 2, "accumulate": 2})
+LIMIT = 60  # seconds in which a process must notice that another is gone
+
+
+def start(shards: Path, folder: Path, processes: int) -> list[subprocess.Popen]:
+    folder.mkdir(exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+        "JAX_NUM_PROCESSES": str(processes),
+        "JAX_NUM_CPU_DEVICES": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(shards / "compiled"),  # the same programs again and again
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    started = []
+    for number in range(processes):
+        with open(folder / f"log-{number}.txt", "w") as log:
+            command = [sys.executable, "-m", "tests.train.test_hosts", shards, folder]
+            alone = environment | {"JAX_PROCESS_ID": str(number)}
+            started.append(subprocess.Popen(command, cwd=ROOT, env=alone, stdout=log, stderr=log))
+    return started
+
+
+def log(folder: Path, number: int) -> str:
+    return (folder / f"log-{number}.txt").read_text()
+
+
+def finish(folder: Path, processes: list[subprocess.Popen]) -> None:
+    for number, process in enumerate(processes):
+        assert process.wait() == 0, log(folder, number)
+
+
+def wait_for(step: int, folder: Path, processes: list[subprocess.Popen]) -> None:
+    while len(read_metrics(folder / METRICS)) < step:
+        assert all(process.poll() is None for process in processes), log(folder, 0)
+        time.sleep(0.003)
+
+
+@pytest.fixture(scope="module")
+def alone(shards, tmp_path_factory) -> Path:
+    """The folder of a run of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    train(MODEL, CONFIG, shards, folder, supervised)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def together(shards, tmp_path_factory) -> Path:
+    """The folder of a run of two processes that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("together")
+    finish(folder, start(shards, folder, 2))
+    return folder
+
+
+def assert_same_parameters(folder: Path, other: Path) -> None:
+    (step, found), (last, expected) = newest_checkpoint(folder), newest_checkpoint(other)
+    assert step == last == CONFIG.steps
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
+
+
+def test_two_processes_match_one(together, alone):
+    assert_same_numbers(together, alone, range(1, CONFIG.steps + 1))
+    assert_same_parameters(together, alone)
+    assert "step 40/40" in log(together, 0)
+    assert "step" not in log(together, 1)
+    data = together / "checkpoints" / str(CONFIG.steps) / "data"
+    assert sorted(path.name for path in data.iterdir()) == ["stream-0-of-2.json", "stream-1-of-2.json"]
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_one_killed_ends_the_other_and_a_restart_goes_on(shards, together, tmp_path, killed):
+    processes = start(shards, tmp_path, 2)
+    wait_for(13, tmp_path, processes)
+    processes[killed].kill()
+    code = processes[1 - killed].wait(LIMIT)
+    said = log(tmp_path, 1 - killed)
+    assert code in (hosts.RESTART, -signal.SIGABRT), said
+    assert "one of them ended" in said or "another task died" in said, said
+    assert len(read_metrics(tmp_path / METRICS)) < CONFIG.steps
+    finish(tmp_path, start(shards, tmp_path, 2))
+    assert without_speed(tmp_path) == without_speed(together)  # to the bit
+
+
+def test_sigterm_to_one_saves_and_one_process_goes_on_from_two(shards, alone, tmp_path):
+    processes = start(shards, tmp_path, 2)
+    wait_for(12, tmp_path, processes)
+    processes[1].terminate()
+    assert [process.wait(LIMIT) for process in processes] == [hosts.RESTART] * 2, log(tmp_path, 0)
+    step, _ = newest_checkpoint(tmp_path)
+    assert len(read_metrics(tmp_path / METRICS)) == step < CONFIG.steps
+    assert f"step {step} of 40 is saved" in log(tmp_path, 0)
+    finish(tmp_path, start(shards, tmp_path, 1))
+    assert_same_numbers(tmp_path, alone, range(1, CONFIG.steps + 1))
+    assert_same_parameters(tmp_path, alone)
+
+
+def test_a_failure_of_the_first_ends_the_others(tmp_path):
+    processes = start(tmp_path / "nowhere", tmp_path, 2)
+    assert [process.wait(LIMIT) for process in processes] == [1, 1]
+    assert "no training shards there" in log(tmp_path, 0)
+    assert "process 0 failed: " in log(tmp_path, 1)
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"JAX_NUM_PROCESSES": "2"}, "is set, but not JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID"),
+        ({"JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID is 2; of 2 processes .* one of 0 to 1"),
+        ({"JAX_PROCESS_ID": "x"}, "both must be numbers"),
+        ({"BREWJAX_HOSTS": "yes"}, "BREWJAX_HOSTS is 'yes'; it may only be 'auto'"),
+    ],
+)
+def test_wrong_variables_are_named(monkeypatch, variables, said):
+    if "JAX_PROCESS_ID" in variables:
+        variables = {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "2"} | variables
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(hosts.HostError, match=said), hosts.joined():
+        pass
+
+
+def test_rows_must_divide_into_streams():
+    with pytest.raises(ValueError, match=r"rows \(4\) / accumulate \(2\) must be a multiple of streams \(3\)"):
+        type(CONFIG)(**CONFIG.model_dump() | {"streams": 3})
+
+
+if __name__ == "__main__":
+    shards_folder, run = map(Path, sys.argv[1:])
+    with hosts.joined():
+
+        def check() -> None:
+            if not list(shards_folder.glob("part-*")):
+                raise ValueError(f"{shards_folder}: no training shards there")
+
+        hosts.on_first(check)
+        train(MODEL, CONFIG, shards_folder, run, supervised)
