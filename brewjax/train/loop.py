@@ -22,10 +22,11 @@ from brewjax.model.params import Params, abstract_params, bind, init_params
 from brewjax.model.sharding import ROWS, MeshConfig, row_ways
 from brewjax.train.metrics import MetricsWriter
 from brewjax.train.optimizer import OptimizerConfig
-from pallas_kernels.segments import PADDING
+from pallas_kernels.segments import PADDING, Segments
 
 Objective = Callable[[Decoder, TokenBatch], tuple[Float[Array, ""], Float[Array, ""]]]
 State = dict[str, Any]
+PARTS = jax.P(None, ROWS, None)  # how a batch [accumulate, rows, tokens] lies on a mesh
 KEEP = ocp.training.preservation_policies.LatestN
 
 
@@ -55,6 +56,15 @@ class TrainConfig(Config):
             raise ValueError(f"rows ({self.rows}) must be a multiple of accumulate ({self.accumulate})")
         return self
 
+    def check_rows(self, mesh: Mesh) -> None:
+        """ValueError where the rows do not divide over the mesh."""
+        ways = row_ways(mesh)
+        if self.rows // self.accumulate % ways:
+            raise ValueError(
+                f"train.rows ({self.rows}) / accumulate ({self.accumulate}) must be a multiple of the {ways} devices "
+                "along data, fsdp and expert, which share the rows"
+            )
+
 
 class NonFiniteError(RuntimeError):
     """The loss, the gradient or the update became NaN or infinite."""
@@ -68,12 +78,7 @@ def train(model: ModelConfig, config: TrainConfig, shards: Path, folder: Path, o
     step and the examples of its batch; the checkpoint before it stays the newest, the batch is saved beside it.
     """
     mesh = config.mesh.build()
-    ways = row_ways(mesh)
-    if config.rows // config.accumulate % ways:
-        raise ValueError(
-            f"train.rows ({config.rows}) / accumulate ({config.accumulate}) must be a multiple of the {ways} devices "
-            "along data, fsdp and expert, which share the rows"
-        )
+    config.check_rows(mesh)
     here, processes = jax.process_index(), jax.process_count()
     batches = iter(load_batches(shards, config.rows // processes, config.row_tokens, config.seed, here, processes))
     checkpointer = ocp.training.Checkpointer(
@@ -81,7 +86,7 @@ def train(model: ModelConfig, config: TrainConfig, shards: Path, folder: Path, o
     )
     with jax.set_mesh(mesh), checkpointer:
         state = _restore_or_init(checkpointer, model, config, mesh, batches)
-        step = jax.jit(_step(model, config, objective), donate_argnums=0)
+        step = jax.jit(make_step(model, config, objective), donate_argnums=0)
         start = int(state["step"])
         with MetricsWriter(folder, start, config.steps) as writer:
             pending = None  # the step whose metrics are still being computed while the next one is dispatched
@@ -100,9 +105,10 @@ def train(model: ModelConfig, config: TrainConfig, shards: Path, folder: Path, o
     return state["params"]
 
 
-def _step(
+def make_step(
     model: ModelConfig, config: TrainConfig, objective: Objective
 ) -> Callable[[State, TokenBatch], tuple[State, dict[str, Array]]]:
+    """One step: a state and a batch in `accumulate` parts, to the state after it and metrics. To be compiled."""
     optimizer, rate = config.optimizer.build(config.steps), config.optimizer.rate(config.steps)
 
     def loss_sum(params: Params, part: TokenBatch) -> tuple[Array, Array]:
@@ -135,27 +141,42 @@ def _step(
 def _restore_or_init(
     checkpointer: ocp.training.Checkpointer, model: ModelConfig, config: TrainConfig, mesh: Mesh, batches: Any
 ) -> State:
+    if checkpointer.latest is None:
+        return jax.jit(_initial(config), donate_argnums=0)(init_params(model, mesh, config.seed))
+    restored = checkpointer.load_checkpointables(None, {"state": abstract_state(model, config, mesh), "data": batches})
+    return restored["state"]
+
+
+def _initial(config: TrainConfig) -> Callable[[Params], State]:
     optimizer = config.optimizer.build(config.steps)
 
     def init(params: Params) -> State:
         return {"params": params, "opt_state": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
 
-    if checkpointer.latest is None:
-        return jax.jit(init, donate_argnums=0)(init_params(model, mesh, config.seed))
+    return init
+
+
+def abstract_state(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> State:
+    """Shapes, dtypes and shardings of what a step takes and gives; to be called with the mesh in context."""
     # Every leaf with its place on this mesh: without one it would return to the mesh it was saved from.
-    abstract = jax.tree.map(
+    return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(
             leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, leaf.sharding.spec if leaf.sharding else jax.P())
         ),
-        jax.eval_shape(init, abstract_params(model, mesh)),
+        jax.eval_shape(_initial(config), abstract_params(model, mesh)),
     )
-    restored = checkpointer.load_checkpointables(None, {"state": abstract, "data": batches})
-    return restored["state"]
+
+
+def abstract_batch(config: TrainConfig, mesh: Mesh) -> TokenBatch:
+    """Shapes, dtypes and shardings of a step's batch."""
+    shape = (config.accumulate, config.rows // config.accumulate, config.row_tokens)
+    field = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, PARTS))
+    return TokenBatch(field, field, Segments(field, field, field), field, field)
 
 
 def _place(batch: TokenBatch, config: TrainConfig, mesh: Mesh) -> TokenBatch:
     """The batch in its parts, [accumulate, rows, tokens], each over the devices that share the batch."""
-    sharding = NamedSharding(mesh, jax.P(None, ROWS, None))
+    sharding = NamedSharding(mesh, PARTS)
 
     def place(x: np.ndarray) -> jax.Array:
         return jax.make_array_from_process_local_data(sharding, x.reshape(config.accumulate, -1, x.shape[-1]))
