@@ -53,7 +53,7 @@ def test_a_training_step_compiles_for_chips_that_are_not_there(plan):
         (["--topology", "v5e-2x2x2"], "chips of v5e lie in shapes such as v5e-16x16"),
         (["--topology", "v5e-3x3"], "the compiler refuses it"),
         (["--topology", "v5e-4x4"], "mesh data=2 fsdp=2 .*does not make use of 16 devices"),
-        (["--topology", "v5e-2x2", "--set", "train.rows=12"], "train.rows .6. / accumulate .2. must be a multiple"),
+        (["--topology", "v5e-2x2", "--set", "train.rows=12"], "train.rows .12. / accumulate .2. must be a multiple"),
         (["--topology", "v5e-2x2", "--set-model", "d_model=129"], "axis 'weight' of size 129 does not divide over 2"),
         (["--topology", "v5e-2x2", "--set", "train.row=6"], "did you mean 'rows'"),
         (["--topology", "v5e-2x2", "--score", "100"], "100 tokens are not whole pages of 64"),
@@ -140,9 +140,7 @@ def test_flops_are_two_for_each_parameter_of_a_layer():
 
 
 def test_advice_begins_with_what_costs_least():
-    plain = ModelConfig.model_validate(
-        {"name": "m"} | dict(d_model=8, layers=1, heads=1, kv_heads=1, head_dim=8, d_ff=8)
-    )
+    plain = ModelConfig(name="small", d_model=8, layers=1, heads=1, kv_heads=1, head_dim=8, d_ff=8)
     saving = plain.model_copy(update={"remat": True})
     mesh = MeshConfig().build()
     rows = 4 * mesh.size

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections import Counter
 from typing import NamedTuple
 
 import jax
@@ -147,15 +146,15 @@ def show(compiled: Compiled, where: Topology, suggestion: str, console: Console,
 
 
 def _show_collectives(program: Program, console: Console, longest: int) -> None:
-    totals: dict[str, Counter[str]] = {}
-    for one, times in program.collectives.items():
-        totals.setdefault(one.kind, Counter()).update(times=times, size=times * one.size, sent=times * one.sent)
+    kinds = sorted({one.kind for one in program.collectives})
     table = Table(title="collectives of a device", caption=f"by kind, then the {longest} that send most")
     for heading in ("kind", "times", "bytes", "sent", "among", "of", "where"):
         number = heading in ("times", "bytes", "sent", "among")
         table.add_column(heading, justify="right" if number else "left", overflow="fold")
-    for kind, total in sorted(totals.items()):
-        table.add_row(kind, f"{total['times']:,}", _gib(total["size"]), _gib(total["sent"]))
+    for kind in kinds:
+        alike = [(one, times) for one, times in program.collectives.items() if one.kind == kind]
+        size, sent = sum(times * one.size for one, times in alike), sum(times * one.sent for one, times in alike)
+        table.add_row(kind, f"{sum(times for _, times in alike):,}", _gib(size), _gib(sent))
     table.add_section()
     ranked = sorted(program.collectives.items(), key=lambda item: -item[0].sent * item[1])
     for one, times in ranked[:longest]:

@@ -170,7 +170,7 @@ def abstract_state(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> State
 def abstract_batch(config: TrainConfig, mesh: Mesh) -> TokenBatch:
     """Shapes, dtypes and shardings of a step's batch."""
     shape = (config.accumulate, config.rows // config.accumulate, config.row_tokens)
-    field = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, PARTS))
+    field: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, PARTS))
     return TokenBatch(field, field, Segments(field, field, field), field, field)
 
 
