@@ -2,12 +2,14 @@
 
 import re
 
+import jax
+import jax.numpy as jnp
 import pytest
 from typer.testing import CliRunner
 
 from brewjax.ahead import hlo
-from brewjax.ahead.program import model_flops
-from brewjax.ahead.report import Memory, advice
+from brewjax.ahead.program import Work, model_flops
+from brewjax.ahead.report import Memory, advice, compile_work
 from brewjax.ahead.topology import GIB, topology
 from brewjax.cli import app
 from brewjax.model.config import ModelConfig
@@ -67,7 +69,7 @@ def test_what_cannot_be_is_said_before_anything_is_compiled(plan, arguments, mes
 
 
 def test_a_shape_is_written_either_way():
-    assert [len(topology(name).devices) for name in ("v5p:2x2x1", "v6e-1x1")] == [4, 1]
+    assert [len(topology(name).devices) for name in ("v5p:2x2x1", "v6e-1x1", "tpu7x-2x2x1")] == [4, 1, 8]
 
 
 HLO = """HloModule jit_step, is_scheduled=true
@@ -129,6 +131,17 @@ def test_loops_are_multiplied_in_and_what_runs_beside_others_is_counted_once():
     assert sum(program.unknown_loops.values()) == 1
     sizes = {one.kind: (one.size, one.sent) for one in program.collectives}
     assert sizes == {"all-gather": (128, 64), "reduce-scatter": (1024, 512), "all-reduce": (48, 48)}
+
+
+def test_what_does_not_fit_is_no_error():
+    where = topology("v5e-1x1")
+    sharding = jax.NamedSharding(jax.make_mesh((1,), ("one",), devices=where.devices), jax.P())
+    x = jax.ShapeDtypeStruct((2**20, 2**12), jnp.float32, sharding=sharding)
+    with jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh):
+        compiled = compile_work(Work("doubled", jax.jit(lambda x: 2 * x).trace(x), x, 0, 0))
+    assert compiled.program is None
+    assert compiled.memory.arguments == 16 * GIB
+    assert compiled.memory.peak > where.chip.hbm
 
 
 def test_flops_are_two_for_each_parameter_of_a_layer():

@@ -70,10 +70,11 @@ def compile_work(work: Work) -> Compiled:
     try:
         compiled = work.traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(error))
+        used = re.search(r"Used ([\d.]+)([KMGT]) of|\(([\d.]+)([KMGT])\) exceeds available HBM", str(error))
         if not used:
             raise
-        peak = float(used[1]) * 1024 ** (" KMGT".index(used[2]))
+        size, unit = (group for group in used.groups() if group)
+        peak = float(size) * 1024.0 ** " KMGT".index(unit)
         return Compiled(work, Memory(arguments, 0.0, 0.0, peak), None, time.monotonic() - began)
     found = compiled.memory_analysis()
     temporaries = found.temp_size_in_bytes + found.generated_code_size_in_bytes

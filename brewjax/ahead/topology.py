@@ -56,7 +56,7 @@ def topology(name: str) -> Topology:
     if not match or match[1] not in CHIPS:
         raise ValueError(f"topology '{name}': expected CHIP-SHAPE; {known}")
     chip, shape = match.groups()
-    if shape.count("x") != CHIPS[chip].example.count("x"):
+    if shape.count("x") != CHIPS[chip].example.partition("-")[2].count("x"):
         raise ValueError(f"topology '{name}': chips of {chip} lie in shapes such as {CHIPS[chip].example}")
     one = {"chips_per_host_bounds": (1, 1, 1)} if set(shape) <= {"1", "x"} else {}
     try:

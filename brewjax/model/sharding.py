@@ -36,16 +36,17 @@ class MeshConfig(Config):
         devices = jax.device_count() if over is None else len(over)
         rest = self.fsdp * self.expert * self.context * self.tensor
         data = devices // rest if self.data == -1 else self.data
-        sizes = " ".join(f"{axis}={getattr(self, axis)}" for axis in MESH_AXES)
+        shape = (data, self.fsdp, self.expert, self.context, self.tensor)
+        sizes = " ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, shape, strict=True))
         if data * rest != devices:
             raise ValueError(
                 f"mesh {sizes} does not make use of {devices} devices: their product must be the number of devices"
             )
-        shape = (data, self.fsdp, self.expert, self.context, self.tensor)
         try:
             return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Explicit,) * len(shape), devices=over)
         except NotImplementedError as error:  # an axis that is no product of the chips' own axes
-            raise ValueError(f"mesh {sizes} cannot be laid over these chips: {error}") from None
+            sides = "the size of an axis must be a product of sides of the chips' own grid"
+            raise ValueError(f"mesh {sizes} cannot be laid over these chips: {sides} ({error})") from None
 
 
 def row_ways(mesh: Mesh) -> int:
