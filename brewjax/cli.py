@@ -366,6 +366,56 @@ def describe(
     console.print(f"[bold]{config.name}[/]", table)
 
 
+@app.command("compile")
+def compile_(
+    recipe: Annotated[Path, typer.Argument(help="A recipe; its name, model and train are enough.")],
+    topology: Annotated[str, typer.Option(help="CHIP-SHAPE, e.g. v5p-8x8x8, v6e-16x16, v5e-1x1.")],
+    score: Annotated[
+        Optional[str], typer.Option(help="TOKENS or TOKENS,PAST: a scoring pass, behind PAST cached pages.")
+    ] = None,
+    overrides: Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE, e.g. train.mesh.fsdp=64.")] = None,
+    of_model: Annotated[
+        Optional[list[str]], typer.Option("--set-model", help="KEY=VALUE, e.g. param_dtype=bfloat16.")
+    ] = None,
+) -> None:
+    """Compile a training step, or a scoring pass, for TPUs that are not there: does it fit, and how fast can it be?"""
+    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is run; a chip that is here is left alone
+    import jax
+
+    from brewjax.ahead import program, report
+    from brewjax.ahead.topology import topology as find
+    from brewjax.model.config import ModelConfig
+    from brewjax.model.params import size
+    from brewjax.recipe import load_plan
+    from brewjax.scoring.passes import Bucket
+
+    plan = load_plan(recipe, overrides or ())
+    model = ModelConfig.load(plan.model, of_model or ())
+    parameters = size(model).parameters
+    where = find(topology)
+    mesh = plan.train.mesh.build(where.devices)
+    used = " ".join(f"{axis}={ways}" for axis, ways in mesh.shape.items() if ways > 1)
+    console.print(f"[bold]{model.name}[/], {parameters:,} parameters, on {where.name}: {used or 'one device'}")
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        if score is None:
+            works = [program.training_step(model, plan.train, mesh)]
+        else:
+            try:
+                bucket = Bucket(*(int(number) for number in score.split(",")))
+            except (TypeError, ValueError):
+                raise typer.BadParameter(f"'{score}' is not TOKENS or TOKENS,PAST", param_hint="--score") from None
+            works = program.scoring_pass(model, bucket, mesh)
+        for work in works:
+            compiled = report.compile_work(work)
+            if score is None:
+                suggestion = report.advice(model, plan.train, mesh, compiled.memory, where.chip.hbm)
+            else:
+                suggestion = "--set-model param_dtype=bfloat16, fewer tokens, or more devices along train.mesh.tensor"
+            report.show(compiled, where, suggestion, console)
+            if not compiled.program:
+                raise typer.Exit(1)
+
+
 def _print_ranking(
     probabilities: np.ndarray, labels: Sequence[str], values: np.ndarray, names: Sequence[str], top: int
 ) -> None:

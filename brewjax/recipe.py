@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import pydantic
+import yaml
 
 from brewjax.config import Config
 from brewjax.scoring.bundle import PromptConfig
@@ -49,17 +53,22 @@ class EvaluateConfig(Config):
     baseline_settings: int = pydantic.Field(default=8, gt=0)
 
 
-class Recipe(Config):
-    """What `brewjax run` runs. Paths are relative to the current directory."""
+class Plan(Config):
+    """What `brewjax compile` compiles: the part of a recipe that needs no data. Paths are as in a recipe."""
 
     name: str
+    model: str
+    train: TrainConfig
+
+
+class Recipe(Plan):
+    """What `brewjax run` runs. Paths are relative to the current directory."""
+
     dataset: str
     tasks: tuple[str, ...]
-    model: str
     tokenizer: TokenizerConfig
     prompts: PromptConfig = PromptConfig()
     prepare: PrepareConfig = PrepareConfig()
-    train: TrainConfig
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @pydantic.model_validator(mode="after")
@@ -70,3 +79,11 @@ class Recipe(Config):
                 "a prompt must fit in a row"
             )
         return self
+
+
+def load_plan(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
+    """A file with a recipe, or with only what a `Plan` has; each is refused where it would be as what it is."""
+    path = Path(path)
+    values = yaml.safe_load(path.read_text()) if path.is_file() else None
+    whole = isinstance(values, dict) and "dataset" in values
+    return (Recipe if whole else Plan).load(path, overrides)

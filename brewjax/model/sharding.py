@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import pydantic
@@ -28,18 +28,25 @@ class MeshConfig(Config):
     context: int = pydantic.Field(default=1, gt=0)
     tensor: int = pydantic.Field(default=1, gt=0)
 
-    def build(self) -> Mesh:
-        """The mesh, with explicit axis types; ValueError where the devices do not divide."""
-        devices = jax.device_count()
+    def build(self, over: Sequence[jax.Device] | None = None) -> Mesh:
+        """The mesh, with explicit axis types; ValueError where the devices do not divide.
+
+        `over` are the devices, all that there are by default.
+        """
+        devices = jax.device_count() if over is None else len(over)
         rest = self.fsdp * self.expert * self.context * self.tensor
         data = devices // rest if self.data == -1 else self.data
+        shape = (data, self.fsdp, self.expert, self.context, self.tensor)
+        sizes = " ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, shape, strict=True))
         if data * rest != devices:
-            sizes = " ".join(f"{axis}={getattr(self, axis)}" for axis in MESH_AXES)
             raise ValueError(
                 f"mesh {sizes} does not make use of {devices} devices: their product must be the number of devices"
             )
-        shape = (data, self.fsdp, self.expert, self.context, self.tensor)
-        return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Explicit,) * len(shape))
+        try:
+            return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Explicit,) * len(shape), devices=over)
+        except NotImplementedError as error:  # an axis that is no product of the chips' own axes
+            sides = "the size of an axis must be a product of sides of the chips' own grid"
+            raise ValueError(f"mesh {sizes} cannot be laid over these chips: {sides} ({error})") from None
 
 
 def row_ways(mesh: Mesh) -> int:

@@ -62,8 +62,8 @@ class Scorer:
         self._rows = row_ways(self._mesh)
         if cache_pages and self._rows > 1:
             raise ValueError(f"a cache of prefixes needs data=1 and fsdp=1, not a mesh of {dict(self._mesh.shape)}")
-        self._pass = jax.jit(self._compute, donate_argnums=1)
-        self._head = jax.jit(self._log_probs, static_argnums=3)
+        self._pass = jax.jit(functools.partial(compute_pass, model), donate_argnums=1)
+        self._head = jax.jit(functools.partial(score_labels, model), static_argnums=3)
         self.forget()
 
     def forget(self) -> None:
@@ -175,40 +175,42 @@ class Scorer:
         """How many different passes were compiled so far."""
         return self._pass._cache_size() + self._head._cache_size()  # type: ignore[attr-defined]
 
-    def _compute(
-        self,
-        params: Params,
-        pool: KeysValues | None,
-        tokens: Int[Array, "R T"],
-        positions: Int[Array, "R T"],
-        segments: Segments,
-        ends: Int[Array, "R Q"],
-        pages: Int[Array, "R M"],
-        store: Int[Array, "R T/P"],
-    ) -> tuple[Float[Array, "R Q D"], KeysValues | None]:
-        """Hidden states where the questions end, and the pool with what this pass stores."""
-        decoder = bind(self.model, params)
-        if pool is None:
-            hidden = decoder(tokens, positions, segments)
-        else:
-            hidden, own = decoder.extend(tokens, positions, segments, Past(*pool, pages))
-            in_pages = (len(pool[0]), store.shape[1], *pool[0].shape[2:])
-            by_heads = decoder.sharding.spec("layers", None, None, "heads", None)
-            keys, values = (jnp.reshape(new, in_pages, out_sharding=by_heads) for new in own)
-            page = jnp.reshape(store, -1, out_sharding=jax.P(None))
-            pool = pool[0].at[:, page].set(keys), pool[1].at[:, page].set(values)
-        hidden = decoder.sharding.reshard(hidden, "batch", None, "model")
-        return jnp.take_along_axis(hidden, ends[..., None], 1), pool
 
-    def _log_probs(
-        self, params: Params, asked: Float[Array, "R Q D"], labels: Int[Array, "R L"], against: Against
-    ) -> Float[Array, "R Q L"]:
-        """float32 log-probabilities of each row's label tokens."""
-        decoder = bind(self.model, params)
-        of_rows = jax.vmap(functools.partial(label_log_probs, against=against), (0, None, 0))
-        batch, whole = decoder.sharding.spec("batch", None, None), jax.P(None, None)
-        specs = (batch, whole, decoder.sharding.spec("batch", None))
-        return jax.shard_map(of_rows, in_specs=specs, out_specs=batch, check_vma=False)(asked, decoder.head, labels)
+def compute_pass(
+    model: ModelConfig,
+    params: Params,
+    pool: KeysValues | None,
+    tokens: Int[Array, "R T"],
+    positions: Int[Array, "R T"],
+    segments: Segments,
+    ends: Int[Array, "R Q"],
+    pages: Int[Array, "R M"],
+    store: Int[Array, "R T/P"],
+) -> tuple[Float[Array, "R Q D"], KeysValues | None]:
+    """Hidden states where the questions end, and the pool with what this pass stores."""
+    decoder = bind(model, params)
+    if pool is None:
+        hidden = decoder(tokens, positions, segments)
+    else:
+        hidden, own = decoder.extend(tokens, positions, segments, Past(*pool, pages))
+        in_pages = (len(pool[0]), store.shape[1], *pool[0].shape[2:])
+        by_heads = decoder.sharding.spec("layers", None, None, "heads", None)
+        keys, values = (jnp.reshape(new, in_pages, out_sharding=by_heads) for new in own)
+        page = jnp.reshape(store, -1, out_sharding=jax.P(None))
+        pool = pool[0].at[:, page].set(keys), pool[1].at[:, page].set(values)
+    hidden = decoder.sharding.reshard(hidden, "batch", None, "model")
+    return jnp.take_along_axis(hidden, ends[..., None], 1), pool
+
+
+def score_labels(
+    model: ModelConfig, params: Params, asked: Float[Array, "R Q D"], labels: Int[Array, "R L"], against: Against
+) -> Float[Array, "R Q L"]:
+    """float32 log-probabilities of each row's label tokens."""
+    decoder = bind(model, params)
+    of_rows = jax.vmap(functools.partial(label_log_probs, against=against), (0, None, 0))
+    batch, whole = decoder.sharding.spec("batch", None, None), jax.P(None, None)
+    specs = (batch, whole, decoder.sharding.spec("batch", None))
+    return jax.shard_map(of_rows, in_specs=specs, out_specs=batch, check_vma=False)(asked, decoder.head, labels)
 
 
 def among_labels(log_probs: Float[np.ndarray, "Q L"]) -> Float[np.ndarray, "Q L"]:

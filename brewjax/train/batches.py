@@ -14,6 +14,8 @@ from jax.sharding import Mesh, NamedSharding
 from brewjax.data.loader import TokenBatch, load_batches
 from brewjax.model.sharding import ROWS
 
+PARTS = jax.P(None, ROWS, None)  # how a batch [parts, rows, tokens] lies on a mesh
+
 
 class Batches:
     """An endless iterator of batches: this process's rows as numpy arrays, and the placed [parts, rows, tokens].
@@ -25,7 +27,7 @@ class Batches:
 
     def __init__(self, shards: Path, mesh: Mesh, parts: int, rows: int, row_tokens: int, streams: int, seed: int):
         self._shape, self._block, self._streams = (parts, rows // parts, row_tokens), rows // parts // streams, streams
-        self._sharding = NamedSharding(mesh, jax.P(None, ROWS, None))
+        self._sharding = NamedSharding(mesh, PARTS)
         readers: dict[int, set[int]] = {}
         for device, index in self._sharding.devices_indices_map(self._shape).items():
             for stream in self._streams_of(index[1]):

@@ -22,10 +22,10 @@ from brewjax.data.loader import NO_TARGET, TokenBatch, describe_sources
 from brewjax.model.decoder import Decoder, ModelConfig
 from brewjax.model.params import Params, abstract_params, bind, init_params
 from brewjax.model.sharding import MeshConfig, row_ways
-from brewjax.train.batches import Batches
+from brewjax.train.batches import PARTS, Batches
 from brewjax.train.metrics import MetricsWriter
 from brewjax.train.optimizer import OptimizerConfig
-from pallas_kernels.segments import PADDING
+from pallas_kernels.segments import PADDING, Segments
 
 Objective = Callable[[Decoder, TokenBatch], tuple[Float[Array, ""], Float[Array, ""]]]
 State = dict[str, Any]
@@ -65,6 +65,15 @@ class TrainConfig(Config):
             )
         return self
 
+    def check_rows(self, mesh: Mesh) -> None:
+        """ValueError where the rows do not divide over the mesh."""
+        ways = row_ways(mesh)
+        if self.rows // self.accumulate % ways:
+            raise ValueError(
+                f"train.rows ({self.rows}) / accumulate ({self.accumulate}) must be a multiple of the {ways} devices "
+                "along data, fsdp and expert, which share the rows"
+            )
+
 
 class NonFiniteError(RuntimeError):
     """The loss, the gradient or the update became NaN or infinite."""
@@ -79,19 +88,14 @@ def train(model: ModelConfig, config: TrainConfig, shards: Path, folder: Path, o
     On SIGTERM it saves a checkpoint and exits (see `hosts`).
     """
     mesh = config.mesh.build()
-    ways = row_ways(mesh)
-    if config.rows // config.accumulate % ways:
-        raise ValueError(
-            f"train.rows ({config.rows}) / accumulate ({config.accumulate}) must be a multiple of the {ways} devices "
-            "along data, fsdp and expert, which share the rows"
-        )
+    config.check_rows(mesh)
     batches = Batches(shards, mesh, config.accumulate, config.rows, config.row_tokens, config.streams, config.seed)
     checkpointer = ocp.training.Checkpointer(
         (folder / "checkpoints").absolute(), preservation_policy=KEEP(config.keep), cleanup_tmp_directories=True
     )
     with jax.set_mesh(mesh), hosts.patience(), checkpointer:
         state = _restore_or_init(checkpointer, model, config, mesh, batches)
-        step = jax.jit(_step(model, config, objective), donate_argnums=0)
+        step = jax.jit(make_step(model, config, objective), donate_argnums=0)
         start, ending = int(state["step"]), hosts.Ending(mesh)
         with contextlib.ExitStack() as stack:
             writer = stack.enter_context(MetricsWriter(folder, start, config.steps)) if hosts.is_first() else None
@@ -115,9 +119,10 @@ def train(model: ModelConfig, config: TrainConfig, shards: Path, folder: Path, o
     return state["params"]
 
 
-def _step(
+def make_step(
     model: ModelConfig, config: TrainConfig, objective: Objective
 ) -> Callable[[State, TokenBatch], tuple[State, dict[str, Array]]]:
+    """One step: a state and a batch in `accumulate` parts, to the state after it and metrics. To be compiled."""
     optimizer, rate = config.optimizer.build(config.steps), config.optimizer.rate(config.steps)
 
     def loss_sum(params: Params, part: TokenBatch) -> tuple[Array, Array]:
@@ -151,22 +156,37 @@ def _step(
 def _restore_or_init(
     checkpointer: ocp.training.Checkpointer, model: ModelConfig, config: TrainConfig, mesh: Mesh, batches: Any
 ) -> State:
+    if checkpointer.latest is None:
+        return jax.jit(_initial(config), donate_argnums=0)(init_params(model, mesh, config.seed))
+    restored = checkpointer.load_checkpointables(None, {"state": abstract_state(model, config, mesh), "data": batches})
+    return restored["state"]
+
+
+def _initial(config: TrainConfig) -> Callable[[Params], State]:
     optimizer = config.optimizer.build(config.steps)
 
     def init(params: Params) -> State:
         return {"params": params, "opt_state": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
 
-    if checkpointer.latest is None:
-        return jax.jit(init, donate_argnums=0)(init_params(model, mesh, config.seed))
+    return init
+
+
+def abstract_state(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> State:
+    """Shapes, dtypes and shardings of what a step takes and gives; to be called with the mesh in context."""
     # Every leaf with its place on this mesh: without one it would return to the mesh it was saved from.
-    abstract = jax.tree.map(
+    return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(
             leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, leaf.sharding.spec if leaf.sharding else jax.P())
         ),
-        jax.eval_shape(init, abstract_params(model, mesh)),
+        jax.eval_shape(_initial(config), abstract_params(model, mesh)),
     )
-    restored = checkpointer.load_checkpointables(None, {"state": abstract, "data": batches})
-    return restored["state"]
+
+
+def abstract_batch(config: TrainConfig, mesh: Mesh) -> TokenBatch:
+    """Shapes, dtypes and shardings of a step's batch."""
+    shape = (config.accumulate, config.rows // config.accumulate, config.row_tokens)
+    field: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, PARTS))
+    return TokenBatch(field, field, Segments(field, field, field), field, field)
 
 
 def _record(

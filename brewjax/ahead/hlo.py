@@ -1,0 +1,168 @@
+"""What a compiled program's text says: collectives and estimated cycles, loops multiplied in."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from typing import NamedTuple
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+# What a device sends of `size` bytes among n, where every byte takes the shortest way.
+SENT = {"all-reduce": lambda size, n: 2 * size * (n - 1) / n, "collective-permute": lambda size, n: size}
+BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "f8e4m3fn": 8, "f8e5m2": 8}
+
+
+class Collective(NamedTuple):
+    """Collectives that are alike.
+
+    Attributes:
+      kind: one of `KINDS`.
+      shape: the whole array: gathered, reduced, or before it is scattered.
+      devices: how many take part in one.
+      source: where in the model it comes from, as JAX names operations.
+    """
+
+    kind: str
+    shape: str
+    devices: int
+    source: str
+
+    @property
+    def size(self) -> float:
+        """Bytes of `shape`, in one device's memory."""
+        return size_of(self.shape)
+
+    @property
+    def sent(self) -> float:
+        """Bytes that each device sends."""
+        return SENT.get(self.kind, lambda size, n: size * (n - 1) / n)(self.size, self.devices)
+
+
+@dataclasses.dataclass
+class Program:
+    """What one run of the program does on each device.
+
+    Attributes:
+      collectives: how often each is done.
+      cycles: the compiler's estimate for its own operations; kernels and collectives have none.
+      kernels: how often each kernel runs.
+      unknown_loops: loops whose length is only known when they run; what is in them is counted once.
+    """
+
+    collectives: Counter[Collective] = dataclasses.field(default_factory=Counter)
+    cycles: int = 0
+    kernels: Counter[str] = dataclasses.field(default_factory=Counter)
+    unknown_loops: Counter[str] = dataclasses.field(default_factory=Counter)
+
+
+class _Instruction(NamedTuple):
+    name: str
+    shape: str
+    op: str
+    rest: str
+
+
+def read(text: str) -> Program:
+    """Reads `compiled.as_text()`."""
+    computations: dict[str, list[_Instruction]] = {}
+    entry = ""
+    for line in text.splitlines():
+        if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            current = computations.setdefault(header[2], [])
+            entry = header[2] if header[1] else entry
+        elif found := re.match(r"\s+(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)", line):
+            current.append(_Instruction(*found.groups()))
+    program = Program()
+    _walk(program, computations, entry, 1, fused=False)
+    return program
+
+
+def _walk(program: Program, computations: dict[str, list[_Instruction]], name: str, times: int, fused: bool) -> None:
+    instructions = computations[name]
+    starts = any('"AsyncCollectiveStart"' in one.rest for one in instructions)
+    for one in instructions:
+        if not fused and (cycles := re.search(r'"estimated_cycles":"(\d+)"', one.rest)):
+            program.cycles += times * int(cycles[1])
+        kind = one.op.removesuffix("-start")
+        # A collective that runs beside other operations is written down in each of their fusions; it is counted where
+        # it starts.
+        if kind in KINDS and (starts or "chain_id=" not in one.rest):
+            shape = one.shape
+            if one.op.endswith("-start"):
+                shape = max(re.findall(r"\w+\[[\d,]*\]", shape), key=size_of)
+            devices = _group(one.rest)
+            if kind == "reduce-scatter":
+                shape = f"{devices} x {_plain(shape)}"
+            if name.startswith("all-reduce-scatter"):
+                kind = "reduce-scatter"
+            program.collectives[Collective(kind, _plain(shape), devices, _source(one.rest))] += times
+        if one.op == "while":
+            body, condition = (_called(key, one.rest)[0] for key in ("body", "condition"))
+            trips = _trips(computations[condition])
+            if trips is None:
+                program.unknown_loops[_source(one.rest)] += times
+            _walk(program, computations, body, times * (1 if trips is None else trips), fused)
+        elif one.op in ("fusion", "async-start"):
+            for called in _called("calls", one.rest):
+                _walk(program, computations, called, times, fused=True)
+        elif one.op in ("call", "conditional"):
+            keys = "to_apply|calls|true_computation|false_computation|branch_computations"
+            for called in _called(keys, one.rest):
+                _walk(program, computations, called, times, fused)
+        elif one.op == "custom-call" and 'custom_call_target="tpu_custom_call"' in one.rest:
+            program.kernels[re.sub(r"[.\d]+$", "", one.name)] += times
+
+
+def _called(keys: str, rest: str) -> list[str]:
+    found = re.findall(rf"\b(?:{keys})=\{{?((?:%[\w.\-]+(?:, )?)+)", rest)
+    return [name for names in found for name in re.findall(r"%([\w.\-]+)", names)]
+
+
+def _trips(condition: list[_Instruction]) -> int | None:
+    """How often a scan's loop runs: it counts from zero to a constant."""
+    constants = {one.name: int(one.rest.split(")")[0]) for one in condition if one.op == "constant"}
+    compares = [one for one in condition if one.op == "compare" and "direction=LT" in one.rest]
+    if len(compares) != 1:
+        return None
+    limit = re.findall(r"%([\w.\-]+)", compares[0].rest.split(")")[0])[1]
+    return constants.get(limit)
+
+
+def _group(rest: str) -> int:
+    """How many devices share one collective."""
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
+    if tiled := re.search(r"replica_groups=\[(\d+),(\d+)\]", rest):
+        return int(tiled[2])
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
+        return len(listed[1].split(","))
+    return 2  # a permutation: from one device to another
+
+
+def _source(rest: str) -> str:
+    """The last names of the operation, and which pass it is in."""
+    found = re.search(r'op_name="([^"]*)"', rest)
+    if not found:
+        return "the compiler's own"
+    path = found[1]
+    passes = "recomputed" if "rematted" in path else "backward" if "transpose(" in path else "forward"
+    wrapping = r"while|body|cond|closed_call|checkpoint|rematted.*|jit\(.*|(transpose\()?jvp\(.*"
+    kept = [name for name in path.split("/") if not re.fullmatch(wrapping, name)]
+    return f"{'/'.join(kept[-2:])}, {passes}"
+
+
+def _plain(shape: str) -> str:
+    """A shape without its layout."""
+    return " + ".join(re.findall(r"\d+ x \w+\[[\d,]*\]|\w+\[[\d,]*\]", shape))
+
+
+def size_of(shape: str) -> float:
+    """Bytes of all arrays in a shape."""
+    total = 0.0
+    for times, dtype, dims in re.findall(r"(?:(\d+) x )?(\w+)\[([\d,]*)\]", shape):
+        bits = BITS.get(dtype) or int(re.sub(r"\D", "", dtype) or 32)
+        total += int(times or 1) * bits / 8 * math.prod(int(n) for n in dims.split(",") if n)
+    return total

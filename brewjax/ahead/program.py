@@ -1,0 +1,89 @@
+"""The programs of a run, traced over abstract devices: nothing is allocated."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from brewjax.model.config import ModelConfig
+from brewjax.model.params import abstract_params
+from brewjax.model.sharding import FSDP_TENSOR, ROWS, row_ways
+from brewjax.scoring.passes import PAGE, Bucket, Pass, lay_out
+from brewjax.scoring.scorer import compute_pass, score_labels
+from brewjax.train.loop import TrainConfig, abstract_batch, abstract_state, make_step
+from brewjax.train.objectives import supervised
+
+
+class Work(NamedTuple):
+    """A program to compile, and what it does.
+
+    Attributes:
+      arguments: shapes with shardings.
+      flops: of the model, over all devices (see `model_flops`).
+      in_kernels: those of them that are attention's, of which the compiler has no estimate.
+    """
+
+    name: str
+    traced: jax.stages.Traced
+    arguments: Any
+    flops: float
+    in_kernels: float
+
+
+def model_flops(model: ModelConfig, rows: int, tokens: int, past: int = 0) -> tuple[float, float]:
+    """Of one forward pass: two for each parameter that a token is multiplied with, and those of attention.
+
+    Attention as if every token saw all before it: an upper limit. The head is left out: only tokens with a target,
+    or an answer, go through it.
+    """
+    D, H, K, E, F = model.d_model, model.heads, model.kv_heads, model.head_dim, model.d_ff
+    experts = model.experts.per_token if model.experts else 1
+    per_token = D * E * (H + 2 * K) + H * E * D + 3 * D * F * experts
+    pairs = tokens * (tokens / 2 + past)
+    layers = 2 * model.layers * rows
+    return layers * per_token * tokens, layers * 2 * H * E * pairs
+
+
+def training_step(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> Work:
+    """The step that `brewjax run` trains with; to be called with the mesh in context."""
+    config.check_rows(mesh)
+    step = jax.jit(make_step(model, config, supervised), donate_argnums=0)
+    arguments = abstract_state(model, config, mesh), abstract_batch(config, mesh)
+    products, attention = (3 * flops for flops in model_flops(model, config.rows, config.row_tokens))
+    return Work("training step", step.trace(*arguments), arguments, products + attention, attention)
+
+
+def scoring_pass(model: ModelConfig, bucket: Bucket, mesh: Mesh) -> list[Work]:
+    """The two programs of a pass that a `Scorer` runs; to be called with the mesh in context."""
+    ways = row_ways(mesh)
+    if bucket.tokens % PAGE:
+        raise ValueError(f"--score: {bucket.tokens} tokens are not whole pages of {PAGE}")
+    if bucket.past and ways > 1:
+        raise ValueError(f"--score TOKENS,PAST: a past needs data=1, fsdp=1 and expert=1, not {dict(mesh.shape)}")
+    params = abstract_params(model, mesh)
+    of_rows = NamedSharding(mesh, jax.P(ROWS, None))
+    rows = lay_out([Pass(bucket, [])], ways)
+    inputs, labels = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=of_rows),
+        ((*rows[:4], rows.pages, rows.store), rows.labels),
+    )
+    pool = None
+    if bucket.past:
+        pages = 1 + bucket.past + bucket.tokens // PAGE
+        shape = (model.layers, pages, PAGE, model.kv_heads, model.head_dim)
+        sharding = FSDP_TENSOR.named(mesh, shape, "layers", None, None, "heads", None)
+        pool = (jax.ShapeDtypeStruct(shape, model.compute_dtype, sharding=sharding),) * 2
+    run = jax.jit(functools.partial(compute_pass, model), donate_argnums=1)
+    asked_shape = (ways, bucket.answers, model.d_model)
+    batch = NamedSharding(mesh, FSDP_TENSOR.spec("batch", None, None))
+    asked = jax.ShapeDtypeStruct(asked_shape, model.compute_dtype, sharding=batch)
+    head = jax.jit(functools.partial(score_labels, model), static_argnums=3)
+    products, attention = model_flops(model, ways, bucket.tokens, bucket.past * PAGE)
+    of_run, of_head = (params, pool, *inputs), (params, asked, labels)
+    return [
+        Work("scoring pass", run.trace(*of_run), of_run, products + attention, attention),
+        Work("its label scores", head.trace(*of_head, "labels"), of_head, 0.0, 0.0),
+    ]

@@ -1,0 +1,71 @@
+"""TPUs that are not there: chips by name, what each has, and abstract devices for `libtpu` to compile for."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import NamedTuple
+
+import jax
+from jax.experimental import topologies
+
+
+class Chip(NamedTuple):
+    """One device, as its maker states it.
+
+    Attributes:
+      hbm: bytes that a program can have, which is what the compiler holds it to.
+      flops: bfloat16 products and sums per second.
+      clock: cycles per second, by which the matrix units reach `flops`.
+      ici: bytes per second to other chips, over all links, one way.
+      example: a topology of it.
+    """
+
+    hbm: float
+    flops: float
+    clock: float
+    ici: float
+    example: str
+
+
+GIB = 2**30
+# cloud.google.com/tpu/docs; a device of tpu7x is half a chip.
+CHIPS = {
+    "v5e": Chip(15.75 * GIB, 197e12, 1.5e9, 200e9, "v5e-16x16"),
+    "v5p": Chip(95.74 * GIB, 459e12, 1.75e9, 600e9, "v5p-8x8x8"),
+    "v6e": Chip(31.25 * GIB, 918e12, 1.75e9, 448e9, "v6e-16x16"),
+    "tpu7x": Chip(94.75 * GIB, 1153.5e12, 2.2e9, 600e9, "tpu7x-4x4x4"),
+}
+
+
+class Topology(NamedTuple):
+    """Devices to shard over and compile for, not to run on."""
+
+    name: str
+    chip: Chip
+    devices: list[jax.Device]
+
+
+def topology(name: str) -> Topology:
+    """The topology called CHIP-SHAPE or CHIP:SHAPE; ValueError says which there are."""
+    # Read when libtpu is first loaded: let several processes load it, and do not look for a cloud machine.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    known = f"known: {', '.join(chip.example for chip in CHIPS.values())}, and other shapes of these chips"
+    match = re.fullmatch(r"(\w+)[-:](\d+(?:x\d+){1,2})", name)
+    if not match or match[1] not in CHIPS:
+        raise ValueError(f"topology '{name}': expected CHIP-SHAPE; {known}")
+    chip, shape = match.groups()
+    if shape.count("x") != CHIPS[chip].example.partition("-")[2].count("x"):
+        raise ValueError(f"topology '{name}': chips of {chip} lie in shapes such as {CHIPS[chip].example}")
+    one = {"chips_per_host_bounds": (1, 1, 1)} if set(shape) <= {"1", "x"} else {}
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:{shape}", **one)
+    except (RuntimeError, ValueError) as error:
+        if "libtpu" in str(error).lower():
+            raise ValueError(f"topology '{name}' needs the TPU compiler: pip install libtpu ({error})") from None
+        raise ValueError(
+            f"topology '{name}': the compiler refuses it ({str(error).splitlines()[0]}); hosts have 2x2 chips, so "
+            f"sides are even, or all of them 1; {known}"
+        ) from None
+    return Topology(f"{chip}-{shape}", CHIPS[chip], list(found.devices))

@@ -1,0 +1,166 @@
+"""`brewjax compile`: the TPU compiler on a machine without a TPU."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from typer.testing import CliRunner
+
+from brewjax.ahead import hlo
+from brewjax.ahead.program import Work, model_flops
+from brewjax.ahead.report import Memory, advice, compile_work
+from brewjax.ahead.topology import GIB, topology
+from brewjax.cli import app
+from brewjax.model.config import ModelConfig
+from brewjax.model.params import size
+from brewjax.model.sharding import MeshConfig
+from brewjax.train.loop import TrainConfig
+
+MODEL = (
+    "{name: small, vocab_size: 256, d_model: 128, layers: 3, heads: 2, kv_heads: 2, head_dim: 128, d_ff: 256, "
+    "compute_dtype: bfloat16, remat: true}"
+)
+PLAN = """
+name: small
+model: {model}
+train: {{steps: 10, rows: 8, row_tokens: 128, accumulate: 2, mesh: {{fsdp: 2, data: 2}}}}
+"""
+
+
+@pytest.fixture
+def plan(tmp_path):
+    (tmp_path / "model.yaml").write_text(MODEL)
+    path = tmp_path / "plan.yaml"
+    path.write_text(PLAN.format(model=tmp_path / "model.yaml"))
+    return path
+
+
+def test_a_training_step_compiles_for_chips_that_are_not_there(plan):
+    result = CliRunner().invoke(app, ["compile", str(plan), "--topology", "v5e-2x2"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    assert "v5e-2x2: data=2 fsdp=2" in result.output
+    assert re.search(r"peak of a device +│ 0\.0\d+ GiB: 0\.\d% of 15\.75 GiB", result.output)
+    # Forward, and once more for the gradient; two parts of a step, three layers.
+    assert re.search(r"kernel segment_attention_forward +│ 12 times", result.output)
+    assert re.search(r"kernel segment_attention_backward +│ 6 times", result.output)
+    assert re.search(r"all-gather +│ +\d+", result.output)
+    assert re.search(r"estimated cycles +│ [1-9]", result.output)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--topology", "v9-2x2"], "topology 'v9-2x2': expected CHIP-SHAPE; known: v5e-16x16, v5p-8x8x8"),
+        (["--topology", "v5e-2x2x2"], "chips of v5e lie in shapes such as v5e-16x16"),
+        (["--topology", "v5e-3x3"], "the compiler refuses it"),
+        (["--topology", "v5e-4x4"], "mesh data=2 fsdp=2 .*does not make use of 16 devices"),
+        (["--topology", "v5e-2x2", "--set", "train.rows=12"], "train.rows .12. / accumulate .2. must be a multiple"),
+        (["--topology", "v5e-2x2", "--set-model", "d_model=129"], "axis 'weight' of size 129 does not divide over 2"),
+        (["--topology", "v5e-2x2", "--set", "train.row=6"], "did you mean 'rows'"),
+        (["--topology", "v5e-2x2", "--score", "100"], "100 tokens are not whole pages of 64"),
+        (["--topology", "v5e-2x2", "--score", "128,2"], "a past needs data=1, fsdp=1 and expert=1"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_compiled(plan, arguments, message):
+    result = CliRunner().invoke(app, ["compile", str(plan), *arguments])
+    assert result.exit_code != 0
+    assert re.search(message, str(result.exception)), result.exception
+
+
+def test_a_shape_is_written_either_way():
+    assert [len(topology(name).devices) for name in ("v5p:2x2x1", "v6e-1x1", "tpu7x-2x2x1")] == [4, 1, 8]
+
+
+HLO = """HloModule jit_step, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%all-reduce-scatter.1 (input: bf16[64,8]) -> bf16[32,8] {
+  %all-reduce.9 = bf16[64,8]{1,0:T(8,128)(2,1)} all-reduce(%input), replica_groups=mesh['x'=4,'y'=2] {'y'}
+  ROOT %dynamic-slice.1 = bf16[32,8]{1,0} dynamic-slice(%all-reduce.9)
+}
+
+%starts (p: bf16[8,4]) -> (bf16[8,4], bf16[16,4]) {
+  %all-gather.1 = bf16[16,4]{1,0} all-gather(%p), replica_groups=[4,2]<=[8], frontend_attributes={chain_id="0"}
+  ROOT %custom-call.1 = (bf16[8,4], bf16[16,4]) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%goes_on (p: bf16[8,4]) -> bf16[16,4] {
+  %all-gather.2 = bf16[16,4]{1,0} all-gather(%p), replica_groups=[4,2]<=[8], frontend_attributes={chain_id="0"}
+  ROOT %custom-call.2 = bf16[16,4] custom-call(%all-gather.2), custom_call_target="AsyncCollectiveDone"
+}
+
+%inner (x: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %all-reduce.1 = (f32[8]{0}, f32[4]{0}) all-reduce(%a, %b), replica_groups={{0,2},{1,3}}, to_apply=%add
+  %kernel.2 = f32[8] custom-call(%a), custom_call_target="tpu_custom_call"
+  ROOT %f = f32[8]{0} fusion(%x), kind=kLoop, calls=%add, backend_config={"window_config":{"estimated_cycles":"10"}}
+}
+
+%seven (x: (s32[], f32[8])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(7), metadata={}
+  ROOT %lt.1 = pred[] compare(%i, %limit), direction=LT
+}
+
+%who_knows (x: (s32[], f32[8])) -> pred[] {
+  ROOT %lt.2 = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (p: bf16[8,4]) -> f32[8] {
+  %s = (bf16[8,4], bf16[16,4]) fusion(%p), kind=kCustom, calls=%starts
+  %g = bf16[16,4] fusion(%s), kind=kCustom, calls=%goes_on
+  %r = bf16[32,8] fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
+  %w = (s32[], f32[8]) while(%t), condition=%seven, body=%inner, metadata={op_name="jit(step)/jvp()/while"}
+  ROOT %u = (s32[], f32[8]) while(%w), condition=%who_knows, body=%inner
+}
+"""
+
+
+def test_loops_are_multiplied_in_and_what_runs_beside_others_is_counted_once():
+    program = hlo.read(HLO)
+    found = {(one.kind, one.shape, one.devices): times for one, times in program.collectives.items()}
+    assert found == {
+        ("all-gather", "bf16[16,4]", 2): 1,
+        ("reduce-scatter", "bf16[64,8]", 2): 1,
+        ("all-reduce", "f32[8] + f32[4]", 2): 7 + 1,
+    }
+    assert program.cycles == 80
+    assert program.kernels == {"kernel": 8}
+    assert sum(program.unknown_loops.values()) == 1
+    sizes = {one.kind: (one.size, one.sent) for one in program.collectives}
+    assert sizes == {"all-gather": (128, 64), "reduce-scatter": (1024, 512), "all-reduce": (48, 48)}
+
+
+def test_what_does_not_fit_is_no_error():
+    where = topology("v5e-1x1")
+    sharding = jax.NamedSharding(jax.make_mesh((1,), ("one",), devices=where.devices), jax.P())
+    x = jax.ShapeDtypeStruct((2**20, 2**12), jnp.float32, sharding=sharding)
+    with jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh):
+        compiled = compile_work(Work("doubled", jax.jit(lambda x: 2 * x).trace(x), x, 0, 0))
+    assert compiled.program is None
+    assert compiled.memory.arguments == 16 * GIB
+    assert compiled.memory.peak > where.chip.hbm
+
+
+def test_flops_are_two_for_each_parameter_of_a_layer():
+    model = ModelConfig.load("configs/models/brew-mini.yaml")
+    products, attention = model_flops(model, 1, 1)
+    matrices = size(model).parameters - (2 * model.layers + 1) * model.d_model - 2 * model.vocab_size * model.d_model
+    assert products == 2 * matrices
+    assert model_flops(model, 2, 10, 5)[1] / attention == 2 * 10 * (10 / 2 + 5) * 2
+
+
+def test_advice_begins_with_what_costs_least():
+    plain = ModelConfig(name="small", d_model=8, layers=1, heads=1, kv_heads=1, head_dim=8, d_ff=8)
+    saving = plain.model_copy(update={"remat": True})
+    mesh = MeshConfig().build()
+    rows = 4 * mesh.size
+    config = TrainConfig(steps=1, rows=rows, row_tokens=64)
+    little, much = Memory(GIB, 0, 0, 20 * GIB), Memory(15 * GIB, 0, 0, 20 * GIB)
+    assert "optimiser state alone take 15.00 GiB" in advice(plain, config, mesh, much, 16 * GIB)
+    assert "remat: true" in advice(plain, config, mesh, little, 16 * GIB)
+    assert "train.accumulate=4" in advice(saving, config, mesh, little, 16 * GIB)
+    single = config.model_copy(update={"accumulate": 4})
+    assert "train.mesh.context=2" in advice(saving, single, mesh, little, 16 * GIB)
