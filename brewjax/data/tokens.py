@@ -99,9 +99,14 @@ class EncodedPrompt:
         return {name: array.astype(np.int32) for name, array in arrays.items()}
 
     @cached_property
+    def starts(self) -> np.ndarray:
+        """int64 [questions + 1]: where the first token of each question stands, and where the last question ends."""
+        return self.prefix_length + np.cumsum([0, *map(len, self.questions)])
+
+    @property
     def ends(self) -> np.ndarray:
         """int64 [questions]: where the last token of each question stands."""
-        return self.prefix_length + np.cumsum([len(question) for question in self.questions]) - 1
+        return self.starts[1:] - 1
 
 
 def encode(prompt: Prompt, tokenizer: Tokenizer, layout: HistoryLayout) -> EncodedPrompt:
@@ -112,8 +117,7 @@ def encode(prompt: Prompt, tokenizer: Tokenizer, layout: HistoryLayout) -> Encod
     labels = [tokenizer.word(word) for word in prompt.labels]
     texts = [prompt.center, *prompt.events, *(question.heading + question.text for question in prompt.questions)]
     ids = tokenizer.encode(texts)
-    if ids[0][:1] != tokenizer.bos:  # a chat template may begin with it
-        ids[0] = tokenizer.bos + ids[0]
+    ids[0] = tokenizer.begin(ids[0])
     split = 1 + len(prompt.events)
     empty = next((number for number, question in enumerate(ids[split:], 1) if not question), None)
     if empty is not None:
