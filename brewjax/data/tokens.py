@@ -75,7 +75,8 @@ class EncodedPrompt:
 
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
-        """int32 [T] each: tokens, positions, segment, reach, and targets (`NO_TARGET` but where a label follows).
+        """[T] each, as in `TokenBatch`: tokens, positions, segment, reach, targets (`NO_TARGET` but where a label
+        follows), preference, int32; and weights, float32: 1 at every target.
 
         Positions of every question restart where the history ends, so that it reads the same alone.
         """
@@ -95,8 +96,10 @@ class EncodedPrompt:
             "segment": np.repeat(np.arange(len(pieces)), lengths),
             "reach": np.repeat(reach, lengths),
             "targets": targets,
+            "preference": np.zeros(len(self)),
         }
-        return {name: array.astype(np.int32) for name, array in arrays.items()}
+        weights = (targets != NO_TARGET).astype(np.float32)
+        return {name: array.astype(np.int32) for name, array in arrays.items()} | {"weights": weights}
 
     @cached_property
     def starts(self) -> np.ndarray:
