@@ -122,7 +122,8 @@ def evaluate(
         examples = sample_examples(tables, task, split, max_examples)
         if not examples:
             raise task.error(f"no question falls into the {split} period", "split")
-        print_results(compare(task, {"model": predict(bundle, tables, task, examples)}), console)
+        predictions, _ = predict(bundle, tables, task, examples)
+        print_results(compare(task, {"model": predictions}), console)
 
 
 @app.command()
