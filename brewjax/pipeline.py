@@ -26,7 +26,7 @@ from rich.progress import track
 from brewjax import hosts
 from brewjax.config import ConfigError
 from brewjax.data.dataset import CARD, Dataset
-from brewjax.data.examples import Example, build_examples
+from brewjax.data.examples import Example, build_examples, sample_examples
 from brewjax.data.loader import write_shards
 from brewjax.data.numbers import Percentiles
 from brewjax.data.task import Task, load_tasks
@@ -34,7 +34,7 @@ from brewjax.data.tokenizer import Tokenizer
 from brewjax.data.tokens import EncodedPrompt, encode
 from brewjax.data.verbalize import Verbalizer
 from brewjax.evaluate.baselines import LightGBM, popularity
-from brewjax.evaluate.predict import predict, sample_examples
+from brewjax.evaluate.predict import predict
 from brewjax.evaluate.predictions import from_examples
 from brewjax.evaluate.report import print_results, write_report
 from brewjax.evaluate.results import compare
@@ -114,10 +114,9 @@ def prepare(run: Run, folder: Path) -> None:
     verbalizer = Verbalizer(run.dataset, percentiles, tokenizer, run.recipe.prompts.max_tokens)
     examples = _training_examples(run, verbalizer, tokenizer)
     counts = write_shards(folder / "shards", examples, run.recipe.train.row_tokens)
-    (folder / "counts.json").write_text(json.dumps(counts))
-    per_question = counts["tokens"] / counts["questions"]
+    per_question = counts["tokens"] / counts["targets"]
     Console().print(
-        f"{counts['records']:,} examples, {counts['questions']:,} questions, {per_question:.0f} tokens a question"
+        f"{counts['records']:,} examples, {counts['targets']:,} questions, {per_question:.0f} tokens a question"
     )
 
 
