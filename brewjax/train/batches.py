@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from brewjax.data.loader import TokenBatch, load_batches
+from brewjax.data.loader import Shards, TokenBatch, load_batches
 from brewjax.model.sharding import ROWS
 
 PARTS = jax.P(None, ROWS, None)  # how a batch [parts, rows, tokens] lies on a mesh
@@ -25,7 +25,7 @@ class Batches:
     another number of processes.
     """
 
-    def __init__(self, shards: Path, mesh: Mesh, parts: int, rows: int, row_tokens: int, streams: int, seed: int):
+    def __init__(self, shards: Shards, mesh: Mesh, parts: int, rows: int, row_tokens: int, streams: int, seed: int):
         self._shape, self._block, self._streams = (parts, rows // parts, row_tokens), rows // parts // streams, streams
         self._sharding = NamedSharding(mesh, PARTS)
         readers: dict[int, set[int]] = {}
