@@ -19,6 +19,8 @@ from brewjax.data.styles import PromptConfig
 from brewjax.data.training import SftConfig
 from brewjax.model.config import ModelConfig
 from brewjax.model.params import MODEL
+from brewjax.model.sharding import MeshConfig
+from brewjax.scoring.bundle import PROMPTS
 from brewjax.train.align import Align
 from brewjax.train.distill import Distill
 from brewjax.train.loop import TrainConfig
@@ -44,11 +46,13 @@ class EvaluateConfig(Config):
       max_examples: of each task; a random choice where there are more, the same for all models and baselines.
       bootstrap: resamples of members behind each interval.
       baseline_settings: hyperparameter settings that LightGBM chooses from on the validation period.
+      mesh: that models score on.
     """
 
     max_examples: int | None = pydantic.Field(default=None, gt=0)
     bootstrap: int = pydantic.Field(default=200, gt=0)
     baseline_settings: int = pydantic.Field(default=8, gt=0)
+    mesh: MeshConfig = MeshConfig()
 
 
 class _Stage(Config):
@@ -148,21 +152,25 @@ class Plan(Config):
     train: TrainConfig
 
 
-class Recipe(Plan):
+class Recipe(Config):
     """What `brewjax run` runs. Paths are relative to the current directory.
 
     Attributes:
-      model: a file with a model's config, or the folder of a model to go on from, whose tokenizer is used then.
+      model: a file with a model's config, or the folder of a model to go on from, with its tokenizer, and its prompts
+        unless there are others.
       tokenizer: where `model` is a file.
-      train: of every stage that trains; it may say what differs.
+      train: what all stages that train share; each may say what differs.
       stages: by name, in order. A `ladder` stands for many.
     """
 
+    name: str
     dataset: str
     tasks: tuple[str, ...]
+    model: str
     tokenizer: TokenizerConfig | None = None
     prompts: PromptConfig = PromptConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    train: dict[str, Any] = {}
     stages: dict[str, Annotated[Stage, pydantic.Field(discriminator="do")]] = pydantic.Field(min_length=1)
 
     @pydantic.model_validator(mode="before")
@@ -190,7 +198,15 @@ class Recipe(Plan):
                         one = {"start": before} | one
                 stages[key] = one
             before = last
-        return values | {"stages": stages}
+        said = Path(str(model)) / PROMPTS
+        prompts = {} if "prompts" in values or not said.is_file() else {"prompts": yaml.safe_load(said.read_text())}
+        return values | {"stages": stages} | prompts
+
+    @pydantic.model_validator(mode="after")
+    def _one_tokenizer(self) -> Recipe:
+        if (self.tokenizer is None) != Path(self.model).is_dir():
+            raise ValueError("give 'tokenizer' where 'model' is a file, and none where it is a folder")
+        return self
 
     @pydantic.model_validator(mode="after")
     def _stages_follow(self) -> Recipe:
@@ -214,8 +230,13 @@ class Recipe(Plan):
 
 
 def load_plan(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
-    """A file with a recipe, or with only what a `Plan` has; each is refused where it would be as what it is."""
+    """A file with a plan; or of a recipe its model, as its first stage that trains does."""
     path = Path(path)
     values = yaml.safe_load(path.read_text()) if path.is_file() else None
-    whole = isinstance(values, dict) and "dataset" in values
-    return (Recipe if whole else Plan).load(path, overrides)
+    if not isinstance(values, dict) or "dataset" not in values:
+        return Plan.load(path, overrides)
+    recipe = Recipe.load(path, overrides)
+    for stage in recipe.stages.values():
+        if isinstance(stage, TrainedStage):
+            return Plan(name=recipe.name, model=recipe.model, train=stage.train)
+    raise recipe.error("none of them trains", "stages")

@@ -244,7 +244,7 @@ def quantize_stage(run: Run, stage: QuantizeStage, folder: Path) -> None:
 
 def evaluate_stage(run: Run, name: str, folder: Path) -> None:
     """The model's predictions on the test period of every task, and what they cost."""
-    bundle = Bundle.load(run.model(name), run.recipe.train.mesh)
+    bundle = Bundle.load(run.model(name), run.recipe.evaluate.mesh)
     took = []
     for task in run.tasks:
         predictions, work = predict(bundle, run.dataset, task, run.asked(task))
@@ -298,10 +298,10 @@ def _describe(run: Run, name: str) -> Model:
     # As if the rows were filled by one question each, the history's share included.
     flops = sum(model_flops(config, 1, work.tokens / work.questions))
     seconds = read_record(run.folder / name)["seconds"]
-    return Model(name, how(name, stage), of.parameters, of.weight_bytes, seconds, flops, work.questions / work.seconds)
+    return Model(name, how(stage), of.parameters, of.weight_bytes, seconds, flops, work.questions / work.seconds)
 
 
-def how(name: str, stage: Stage) -> str:
+def how(stage: Stage) -> str:
     """What a stage does, in a few words."""
     words: list[str] = [stage.do]
     if isinstance(stage, PruneStage):
@@ -372,10 +372,11 @@ def steps(run: Run) -> list[Step]:
     return plan
 
 
-def run_recipe(recipe: Recipe, folder: Path, any_code: bool = False) -> None:
+def run_recipe(recipe: Recipe, folder: Path, any_code: bool = False, until: str = "report") -> None:
     """Runs a recipe's stages into `folder/<stage>`, each followed by its evaluation; see `run_steps`."""
-    run = Run(recipe, folder)
-    run_steps(steps(run), folder, hosts.on_first(lambda: _hash_dataset(Path(recipe.dataset))), any_code)
+    plan = steps(Run(recipe, folder))
+    last = [step.name for step in plan].index(until)
+    run_steps(plan[: last + 1], folder, hosts.on_first(lambda: _hash_dataset(Path(recipe.dataset))), any_code)
 
 
 def _dump(recipe: Recipe, *keys: str) -> list[Any]:

@@ -42,6 +42,7 @@ class Bundle:
     Attributes:
       scale, card, tasks: of the dataset it was trained on, and what it was trained to answer; an imported model was
         trained on none.
+      mesh: where the parameters lie.
     """
 
     model: ModelConfig
@@ -51,6 +52,7 @@ class Bundle:
     scale: PercentileScale | None = None
     card: Card | None = None
     tasks: tuple[Task, ...] = ()
+    mesh: MeshConfig = MeshConfig()
 
     def save(self, folder: Path) -> None:
         """Writes the folder; weights last, so that a folder with weights is complete."""
@@ -68,9 +70,9 @@ class Bundle:
         save_model(folder, self.model, self.params)
 
     @classmethod
-    def load(cls, folder: Path, mesh: MeshConfig | None = None) -> Bundle:
+    def load(cls, folder: Path, mesh: MeshConfig = MeshConfig()) -> Bundle:  # noqa: B008 (frozen)
         """Reads a folder; ValueError names what is missing."""
-        model, params = load_model(folder, (mesh or MeshConfig()).build())
+        model, params = load_model(folder, mesh.build())
         return cls(
             model,
             params,
@@ -79,6 +81,7 @@ class Bundle:
             PercentileScale.load(folder / PERCENTILES) if (folder / PERCENTILES).exists() else None,
             Card.load(folder / CARD) if (folder / CARD).exists() else None,
             tuple(Task.load(path) for path in sorted((folder / TASKS).glob("*.yaml"))),
+            mesh,
         )
 
     def verbalizer(self, dataset: Dataset, task: Task) -> Verbalizer:
@@ -103,4 +106,4 @@ class Bundle:
     def scorer(self, prompts: Sequence[EncodedPrompt]) -> Scorer:
         """A scorer with shapes chosen for prompts like these."""
         buckets = choose_buckets([len(prompt) for prompt in prompts])
-        return Scorer(self.model, self.params, self.tokenizer, self.prompts.layout, buckets)
+        return Scorer(self.model, self.params, self.tokenizer, self.prompts.layout, buckets, self.mesh.build())
