@@ -52,7 +52,7 @@ class Bundle:
     scale: PercentileScale | None = None
     card: Card | None = None
     tasks: tuple[Task, ...] = ()
-    mesh: MeshConfig = MeshConfig()
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def save(self, folder: Path) -> None:
         """Writes the folder; weights last, so that a folder with weights is complete."""
@@ -70,8 +70,9 @@ class Bundle:
         save_model(folder, self.model, self.params)
 
     @classmethod
-    def load(cls, folder: Path, mesh: MeshConfig = MeshConfig()) -> Bundle:  # noqa: B008 (frozen)
+    def load(cls, folder: Path, mesh: MeshConfig | None = None) -> Bundle:
         """Reads a folder; ValueError names what is missing."""
+        mesh = mesh or MeshConfig()
         model, params = load_model(folder, mesh.build())
         return cls(
             model,
