@@ -57,12 +57,15 @@ def run_steps(steps: Sequence[Step], folder: Path, data: str, any_code: bool = F
       data: a hash of what all steps read.
       any_code: takes what other code made for good.
     """
-    console, made_of = Console(), {}
+    console = Console()
+    made: dict[str, dict[str, str]] = {}
     for step in steps:
-        before = [made_of[name] for name in step.after]
-        made_of[step.name] = _hash([data, before, step.settings])
+        before = [made[name] for name in step.after]
         output = folder / step.name
-        now = {"made_of": made_of[step.name], "code": _hash_code(step.code)}
+        now = made[step.name] = {
+            "made_of": _hash([data, step.settings, [one["made_of"] for one in before]]),
+            "code": _hash([_hash_code(step.code), [one["code"] for one in before]]),
+        }
         record = hosts.on_first(functools.partial(_begin, output, step.keep, now, any_code))
         if "seconds" in record:
             console.print(f"[bold]{step.name}[/]: done before, in {record['seconds']:.0f} s")

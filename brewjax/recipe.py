@@ -144,6 +144,12 @@ Stage = TrainedStage | PruneStage | QuantizeStage
 OTHER_FOLDERS = ("prepare", "baselines", "report")  # of a run, beside its stages'
 
 
+def _over(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """`own`, and of `shared` what it does not say, group by group."""
+    both = {key: _over(shared[key], own[key]) for key in shared.keys() & own.keys() if isinstance(own[key], dict)}
+    return shared | own | both
+
+
 class Plan(Config):
     """What `brewjax compile` compiles: the part of a recipe that needs no data. Paths are as in a recipe."""
 
@@ -193,7 +199,7 @@ class Recipe(Config):
                     raise ValueError(f"stages.{name}: the name '{key}' is taken; choose another")
                 if isinstance(one, dict):
                     if one.get("do") in ("pretrain", "sft", "align", "distill"):
-                        one = one | {"train": shared | (one.get("train") or {})}
+                        one = one | {"train": _over(shared, one.get("train") or {})}
                     if not one.get("fresh"):
                         one = {"start": before} | one
                 stages[key] = one

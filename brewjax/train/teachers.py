@@ -179,7 +179,7 @@ def write_cache(
         return
     seen, answer = set(done), OnOwnMesh(teacher, devices, k, temperature)
     records = sum(read_counts(one)["records"] for one in folders_of(shards))
-    batches = Batches(shards, devices, 1, rows, row_tokens, 1, seed=0)  # every record comes, if not all in the first epoch
+    batches = Batches(shards, devices, 1, rows, row_tokens, 1, seed=0)  # every record comes, sooner or later
     waiting: dict[int, TopK] = {}
     with Progress(disable=not hosts.is_first()) as progress:
         bar = progress.add_task("the teacher answers", total=records, completed=len(seen))
