@@ -84,6 +84,14 @@ class Layer(nnx.Module):
 
         `past` are the keys and values before them.
         """
+        attended, own = self.attended(x, rotation, segments, past)
+        x, balance = self.after_mlp(self.after_attention(x, attended), segments)
+        return x, own, balance
+
+    def attended(
+        self, x: Float[Array, "B T D"], rotation: Float[Array, "B T 1 E"], segments: Segments, past: KeysValues | None
+    ) -> tuple[Float[Array, "B T H E"], KeysValues]:
+        """What the heads attend to, before the output projection; and the keys and values of these T tokens."""
         h = self.attention_norm(x)
         q = self._heads(h, self.query, self.query_bias, self.query_norm)
         k = self._heads(h, self.key, self.key_bias, self.key_norm)
@@ -91,14 +99,25 @@ class Layer(nnx.Module):
         q, k = rotate(q, rotation), rotate(k, rotation)
         k, v = (self.sharding.reshard(x, "batch", None, "heads", None) for x in (k, v))
         all_k, all_v = (k, v) if past is None else (jnp.concatenate(x, 1) for x in zip(past, (k, v), strict=True))
-        x += self._into_residual("bthe,hed->btd", _attend(self.sharding, q, all_k, all_v, segments), self.output)
+        return _attend(self.sharding, q, all_k, all_v, segments), (k, v)
+
+    def after_attention(self, x: Float[Array, "B T D"], attended: Float[Array, "B T H E"]) -> Float[Array, "B T D"]:
+        """The residual stream between attention and MLP."""
+        return x + self._into_residual("bthe,hed->btd", attended, self.output)
+
+    def after_mlp(self, x: Float[Array, "B T D"], segments: Segments) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
+        """The residual stream after the MLP or the experts, and the experts' balance loss."""
         h = self.mlp_norm(x)
         if self.config.experts:
             real = self.sharding.reshard(segments.example[:, -x.shape[1] :] != PADDING, "batch", "length")
             more, balance = self.experts(h, real)
-            return x + more, (k, v), balance
+            return x + more, balance
+        return x + self._into_residual("btf,fd->btd", self.neurons(h), self.down), jnp.zeros(())
+
+    def neurons(self, h: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
+        """What the MLP's neurons say, before the down projection; `h` is normed."""
         gate, up = (self._project("btd,df->btf", h, weight) for weight in (self.gate, self.up))
-        return x + self._into_residual("btf,fd->btd", jax.nn.silu(gate) * up, self.down), (k, v), jnp.zeros(())
+        return jax.nn.silu(gate) * up
 
     def _heads(self, x: Array, weight: Weight, bias: Weight | None, norm: RMSNorm | None) -> Array:
         heads = self._project("btd,dhe->bthe", x, weight)
@@ -171,8 +190,7 @@ class Decoder(nnx.Module):
     ) -> tuple[Array, KeysValues | None, Array]:
         tokens, positions = (self.sharding.reshard(x, "batch", "length") for x in (tokens, positions))
         segments = Segments(*(self.sharding.reshard(jnp.asarray(x), "batch", None) for x in segments))
-        table = self.sharding.reshard(self.embedding[...], None, None).astype(self.config.compute_dtype)
-        x = table.at[tokens].get(out_sharding=self.sharding.spec_or_none("batch", "length", "model"))
+        x = self.embed(tokens)
         rotation = rotary(positions, self.config)
         graph, weights = nnx.split(self.layers)
 
@@ -185,6 +203,17 @@ class Decoder(nnx.Module):
         layers = (weights, jnp.arange(self.config.layers))
         x, (own, balance) = jax.lax.scan(jax.checkpoint(body) if self.config.remat else body, x, layers)
         return self.norm(x), own, jnp.mean(balance)
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """The residual stream before the first layer, in the compute dtype."""
+        table = self.sharding.reshard(self.embedding[...], None, None).astype(self.config.compute_dtype)
+        return table.at[tokens].get(out_sharding=self.sharding.spec_or_none("batch", "length", "model"))
+
+    def layer(self, number: Int[Array, ""]) -> Layer:
+        """One layer by itself."""
+        graph, weights = nnx.split(self.layers)
+        one = jax.tree.map(lambda stack: jax.lax.dynamic_index_in_dim(stack, number, keepdims=False), weights)
+        return nnx.merge(graph, one)
 
     @property
     def head(self) -> Float[Array, "V D"]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from brewjax.model.config import ExpertsConfig, ModelConfig
 from brewjax.model.sharding import Sharding
@@ -51,6 +51,18 @@ class Experts(nnx.Module):
         )(x, real, *weights)
 
 
+def route(
+    config: ExpertsConfig, x: Float[Array, "*S D"], router: Float[Array, "D N"]
+) -> tuple[Float[Array, "*S K"], Int[Array, "*S K"], Float[Array, "*S N"]]:
+    """Weights and numbers of the experts that each token goes through, and the probabilities of all; float32."""
+    logits = jnp.einsum("...d,dn->...n", x.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST)
+    probabilities = jax.nn.softmax(logits)
+    weights, chosen = jax.lax.top_k(probabilities, config.per_token)
+    if config.normalize:
+        weights /= jnp.sum(weights, -1, keepdims=True)
+    return weights, chosen, probabilities
+
+
 def _mix(
     config: ExpertsConfig,
     rules: Mapping[str, tuple[str, ...]],
@@ -64,11 +76,7 @@ def _mix(
     """A device's own tokens [B, T] through all N experts; it has M of them, and its part of their neurons."""
     x_SD, real_S1 = x_BTD.reshape(-1, x_BTD.shape[-1]), real_BT.reshape(-1, 1)
     N, M, K = config.count, len(gate_MDF), config.per_token
-    logits_SN = jnp.einsum("sd,dn->sn", x_SD.astype(jnp.float32), router_DN, precision=jax.lax.Precision.HIGHEST)
-    probabilities_SN = jax.nn.softmax(logits_SN)
-    weights_SK, chosen_SK = jax.lax.top_k(probabilities_SN, K)
-    if config.normalize:
-        weights_SK /= jnp.sum(weights_SK, -1, keepdims=True)
+    weights_SK, chosen_SK, probabilities_SN = route(config, x_SD, router_DN)
     took_SN = jnp.sum(jax.nn.one_hot(chosen_SK, N), 1)
     sums = [jnp.sum(jnp.where(real_S1, each, 0), 0) for each in (took_SN, probabilities_SN, jnp.ones_like(took_SN))]
     tokens = (*rules["batch"], *rules["length"])
