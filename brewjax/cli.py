@@ -112,7 +112,7 @@ def _stage_verb(kind: str, does: str) -> None:
 
     def verb(
         model: Annotated[str, typer.Argument(help="A model folder; or a model's YAML file, for random weights.")],
-        out: Annotated[Path, typer.Argument(help=f"Output folder; the model will be in OUT/{kind}/model.")],
+        out: Annotated[Path, typer.Argument(help="Output folder; the model will be in OUT/VERB/model.")],
         dataset: Annotated[Path, typer.Option(help="A dataset folder.")],
         tasks: Annotated[list[str], typer.Option("--task", help="A task file, or a pattern of several.")],
         overrides: Annotated[

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from brewjax.model.config import ModelConfig
 from tests.tables import write_dataset
 
 TASK = """\
@@ -22,7 +23,7 @@ labels:
   - {word: "No", value: 0, when: {action: viewed}}
 split: {validation: 60%, test: 80%}
 """
-MODEL = "{name: smallest, d_model: 16, layers: 1, heads: 2, kv_heads: 1, head_dim: 8, d_ff: 16}"
+MODEL = "{name: smallest, d_model: 16, layers: 2, heads: 2, kv_heads: 2, head_dim: 8, d_ff: 16}"
 RECIPE = """\
 name: jobs
 dataset: jobs
@@ -31,7 +32,19 @@ model: model.yaml
 tokenizer: {vocab_size: 600}
 prompts: {styles: {compact: 1, sectioned: 1}, max_tokens: 512}
 train: {steps: 4, rows: 2, row_tokens: 512, checkpoint_every: 2, mesh: {data: 1}}
-evaluate: {bootstrap: 10, baseline_settings: 1}
+stages:
+  text: {do: pretrain}
+  big: {do: sft}
+  aligned: {do: align, train: {lora: {rank: 2}}}
+  ladder:
+    do: ladder
+    start: big
+    rungs:
+      half: {prune: {d_ff: 0.5, examples: 20}}
+      quarter: {prune: {kv_heads: 1, examples: 20}, train: {steps: 2}}
+    compare: [direct]
+  turbo: {do: quantize}
+evaluate: {max_examples: 5, bootstrap: 10, baseline_settings: 1}
 """
 
 
@@ -58,34 +71,54 @@ def folder(tmp_path_factory) -> Path:
 
 def test_a_recipe_leaves_a_model_predictions_and_a_report(folder):
     run = folder / "runs" / "jobs"
-    assert [json.loads(line)["step"] for line in (run / "train" / "metrics.jsonl").open()] == [1, 2, 3, 4]
-    assert (run / "evaluate" / "apply.parquet").exists()
-    assert "LightGBM" in (run / "report" / "report.md").read_text()
+    for stage, steps in {"text": 4, "big": 4, "aligned": 4, "half": 4, "quarter": 2, "direct": 6}.items():
+        assert len((run / stage / "metrics.jsonl").read_text().splitlines()) == steps
+    report = (run / "report" / "report.md").read_text()
+    for name in ("text", "half-pruned", "quarter", "direct-pruned", "turbo"):
+        assert (run / f"evaluate-{name}" / "apply.parquet").exists()
+        assert f"| {name} |" in report
+    assert "LightGBM" in report
     assert (run / "report" / "report.html").exists()
+
+
+def test_the_ladder_goes_down_to_the_sizes_asked(folder):
+    sizes = {
+        name: ModelConfig.load(folder / "runs" / "jobs" / name / "model" / "model.yaml")
+        for name in ("big", "half", "quarter", "direct")
+    }
+    assert [(size.d_ff, size.kv_heads, size.heads) for size in sizes.values()] == [(16, 2, 2), (8, 2, 2)] + [(8, 1, 1)] * 2
+
+
+def test_a_plan_is_printed_and_nothing_is_done(folder):
+    printed = brewjax(folder, "run", "recipe.yaml", "--out", "runs/other", "--dry-run")
+    assert printed.returncode == 0, printed.stderr
+    for name in ("text", "quarter-pruned", "turbo"):
+        assert name in printed.stdout
+    assert not (folder / "runs" / "other").exists()
 
 
 def test_what_is_done_is_not_done_again(folder):
     again = brewjax(folder, "run", "recipe.yaml")
     assert again.returncode == 0, again.stderr
-    assert again.stdout.count("done before") == 5
+    assert again.stdout.count("done before") == again.stdout.count(": ") == 24
 
 
 def test_other_settings_never_continue_or_overwrite_a_training_run(folder):
-    weights = (folder / "runs/jobs/train/stage.json").read_bytes()
+    weights = (folder / "runs/jobs/big/stage.json").read_bytes()
     refused = brewjax(folder, "run", "recipe.yaml", "--set", "train.seed=1")
     assert refused.returncode == 2
-    assert "runs/jobs/train: made from other data or settings" in refused.stderr
-    assert (folder / "runs/jobs/train/stage.json").read_bytes() == weights
+    assert "runs/jobs/text: made from other data or settings" in refused.stderr
+    assert (folder / "runs/jobs/big/stage.json").read_bytes() == weights
 
 
 def test_a_member_is_ranked_and_a_prompt_answered(folder):
     ranked = brewjax(
-        folder, "score", "runs/jobs/model", "--dataset", "jobs", "--task", "apply.yaml", "--member", "m7", "--top", "3"
+        folder, "score", "runs/jobs/turbo/model", "--dataset", "jobs", "--task", "apply.yaml", "--member", "m7", "--top", "3"
     )
     assert ranked.returncode == 0, ranked.stderr
     assert "P(Yes)" in ranked.stdout
     prompt = {"center": "A nurse.\n", "events": [], "questions": ["Nurse\n", "Cook\n"], "labels": ["Yes", "No"]}
-    answered = brewjax(folder, "score", "runs/jobs/model", "--prompt", "-", stdin=json.dumps(prompt))
+    answered = brewjax(folder, "score", "runs/jobs/turbo/model", "--prompt", "-", stdin=json.dumps(prompt))
     assert answered.returncode == 0, answered.stderr
     assert "Nurse" in answered.stdout
     assert "Cook" in answered.stdout
@@ -97,7 +130,7 @@ def test_a_new_task_needs_a_file_and_nothing_else(folder):
         .replace("action: applied}", "seconds: [0]}", 1)
         .replace("when: {seconds: [0]}", "when: {action: applied}")
     )
-    judged = brewjax(folder, "evaluate", "runs/jobs/model", "jobs", "long_look.yaml")
+    judged = brewjax(folder, "evaluate", "runs/jobs/turbo/model", "jobs", "long_look.yaml")
     assert judged.returncode == 0, judged.stderr
     assert "long_look" in judged.stdout
 
@@ -110,9 +143,9 @@ def test_a_new_task_needs_a_file_and_nothing_else(folder):
         (["run", "recipe.yaml", "--set", "dataset=elsewhere"], "elsewhere: no dataset.yaml there"),
         (["run", "recipe.yaml", "--set", "model=elsewhere.yaml"], "elsewhere.yaml: no such config file"),
         (["data", "check", "elsewhere"], "elsewhere/dataset.yaml: no such config file"),
-        (["score", "runs/jobs/model"], "give --prompt, or --dataset, --task and --member"),
+        (["score", "runs/jobs/turbo/model"], "give --prompt, or --dataset, --task and --member"),
         (["score", "elsewhere", "--prompt", "-"], "prompt: not valid JSON"),
-        (["evaluate", "runs/jobs/model", "jobs", "maybe.yaml"], "maybe.yaml:6: labels.0.word: label word 'Perhaps' is"),
+        (["evaluate", "runs/jobs/turbo/model", "jobs", "maybe.yaml"], "maybe.yaml:6: labels.0.word: label word 'Perhaps' is"),
         (["prompt", "jobs", "apply.yaml", "--member", "nobody"], "no member 'nobody'; ids look like m0, m1, m2"),
     ],
 )

@@ -22,7 +22,7 @@ SFT = {"do": "sft", "data": {"max_examples": 7}}
 
 
 def recipe(stages: dict, **changed: object) -> Recipe:
-    return Recipe.parse(yaml.safe_dump(BASE | changed | {"stages": stages}))
+    return Recipe.parse(yaml.safe_dump(BASE | changed | {"stages": stages}, sort_keys=False))
 
 
 def test_a_stage_goes_on_from_the_one_before_and_says_what_differs():
@@ -90,7 +90,7 @@ def test_pruning_like_another_stage_takes_its_sizes():
 
 def test_a_plan_is_that_of_the_first_stage_that_trains(tmp_path):
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(BASE | {"stages": {"big": SFT | {"train": {"steps": 7}}}}))
+    path.write_text(yaml.safe_dump(BASE | {"stages": {"big": SFT | {"train": {"steps": 7}}}}, sort_keys=False))
     assert load_plan(path, ["stages.big.train.rows=4"]).train.model_dump()["steps"] == 7
     assert load_plan(path, ["stages.big.train.rows=4"]).train.rows == 4
 
