@@ -28,7 +28,7 @@ data = typer.Typer(no_args_is_help=True, help="Fetch and check datasets.")
 app.add_typer(data, name="data")
 console = Console()
 
-ModelFolder = Annotated[Path, typer.Argument(help="A model folder, e.g. runs/demo/model.")]
+ModelFolder = Annotated[Path, typer.Argument(help="A model folder, e.g. runs/demo/turbo/model.")]
 DatasetFolder = Annotated[Path, typer.Argument(help="A folder with dataset.yaml and its Parquet files.")]
 MICROSECONDS = 1_000_000
 PATIENCE = 300  # seconds for a server that is starting: it compiles its shapes first
