@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
@@ -27,7 +28,7 @@ BATCH_TOKENS = 8192  # on each device
 
 
 class Statistics(NamedTuple):
-    """Sums over the tokens of all prompts, of one layer; float32.
+    """Sums over the tokens of all prompts, of one layer; made in float32, on the host.
 
     Attributes:
       heads: X^T X of what the attention's output projection takes.
@@ -38,11 +39,11 @@ class Statistics(NamedTuple):
       tokens: how many there were.
     """
 
-    heads: Float[Array, "H*E H*E"]
-    neurons: Float[Array, "N F F"]
-    load: Float[Array, " N"]
-    cosine: Float[Array, ""]
-    tokens: Float[Array, ""]
+    heads: Float[np.ndarray, "H*E H*E"]
+    neurons: Float[np.ndarray, "N F F"]
+    load: Float[np.ndarray, " N"]
+    cosine: Float[np.ndarray, ""]
+    tokens: Float[np.ndarray, ""]
 
 
 def calibrate(model: ModelConfig, params: Params, prompts: Sequence[EncodedPrompt], mesh: Mesh) -> Iterator[Statistics]:
@@ -58,13 +59,13 @@ def calibrate(model: ModelConfig, params: Params, prompts: Sequence[EncodedPromp
     with jax.set_mesh(mesh):
         streams = [_embed(model, params, jax.device_put(rows.tokens, by_rows)) for rows in laid_out]
     for number in range(model.layers):
-        total: Statistics | None = None
+        total: tuple[Array, ...] | None = None
         with jax.set_mesh(mesh):
             for at, batch in enumerate(batches):
                 streams[at], found = _through(model, params, number, streams[at], *batch)
                 total = found if total is None else jax.tree.map(jnp.add, total, found)
         assert total is not None
-        yield total
+        yield Statistics(*(np.asarray(sums, np.float64) for sums in total))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -80,12 +81,12 @@ def _through(
     x: Float[Array, "B T D"],
     positions: Int[Array, "B T"],
     segments: Segments,
-) -> tuple[Float[Array, "B T D"], Statistics]:
-    """A layer: the residual stream after it, and what its matrices took."""
+) -> tuple[Float[Array, "B T D"], tuple[Array, ...]]:
+    """A layer: the residual stream after it, and the sums of `Statistics`."""
     decoder = bind(model, params)
     sharding, layer = decoder.sharding, decoder.layer(number)
     positions = sharding.reshard(positions, "batch", "length")
-    segments = Segments(*(sharding.reshard(part, "batch", None) for part in segments))
+    segments = Segments(*(sharding.reshard(jnp.asarray(part), "batch", None) for part in segments))
     real = sharding.reshard(segments.example != PADDING, "batch", "length")
     rotation = rotary(positions, model)
     attended, _ = layer.attended(x, rotation, segments, None)
@@ -96,7 +97,7 @@ def _through(
         neurons, load = _of_experts(sharding, layer, h, real)
     else:
         neurons, load = _gram(sharding, layer.neurons(h), real)[None], jnp.ones(1)
-    return after, Statistics(
+    return after, (
         _gram(sharding, attended, real),
         neurons,
         load,

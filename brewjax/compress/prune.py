@@ -134,9 +134,8 @@ def prune(
     for number, statistics in enumerate(calibrate(big, params, examples, mesh)):
         weights: Arrays = _layer(params, number)
         influences.append(_influence(weights, statistics, config))
-        found = jax.tree.map(lambda sums: np.asarray(sums, np.float64), statistics)
-        weights, attention = _with_heads(weights, found, small.kv_heads, big, config)
-        weights, mlp = _with_neurons(weights, found, small, config)
+        weights, attention = _with_heads(weights, statistics, small.kv_heads, big, config)
+        weights, mlp = _with_neurons(weights, statistics, small, config)
         layers.append(weights)
         on_layer(LayerReport(number, attention, mlp, influences[-1]))
     kept = np.sort(np.argsort(-np.array(influences), kind="stable")[: small.layers])
