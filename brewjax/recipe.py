@@ -119,11 +119,8 @@ class PruneStage(_Stage, PruneConfig):
     do: Literal["prune"]
     like: str | None = None
 
-    @pydantic.model_validator(mode="after")
-    def _prunes(self) -> PruneStage:
-        if not self.like:
-            super()._prunes()
-        return self
+    def has_target(self) -> bool:
+        return bool(self.like) or super().has_target()
 
     def config(self, like: ModelConfig | None) -> PruneConfig:
         """With the sizes of the model of the stage `like`."""
@@ -225,6 +222,10 @@ class Recipe(Config):
                         continue
                     near = f"; before it there are: {', '.join(seen)}" if seen else ""
                     raise ValueError(f"stages.{name}.{key}: no stage '{other}' before it, and no model there{near}")
+            if stage.start is None and isinstance(stage, (AlignStage, PruneStage, QuantizeStage)):
+                raise ValueError(
+                    f"stages.{name}: there is no model to go on from; put it after another, or give 'start'"
+                )
             seen.append(name)
             train = getattr(stage, "train", None)
             if train and not isinstance(stage, PretrainStage) and self.prompts.max_tokens > train.row_tokens:

@@ -52,6 +52,10 @@ from brewjax.train.teachers import Beside, Frozen
 
 EVALUATE, WORK = "evaluate-", "work.json"
 BASELINES = ("popularity", "LightGBM")
+# The folders whose code makes what a step leaves.
+TRAIN = ("train", "model", "../pallas_kernels")
+COMPRESS = ("compress", "model", "../pallas_kernels")
+SCORE = ("evaluate", "scoring", "model", "../pallas_kernels")
 DataConfig = SftConfig | AlignConfig | PretrainConfig
 TOKENIZER_EXAMPLES = 400  # prompts of each task that a tokenizer is trained on
 
@@ -104,8 +108,10 @@ class Run:
             self.dataset, Percentiles(self.scale.quantiles), self.tokenizer, self.recipe.prompts.max_tokens
         )
 
-    def model(self, name: str) -> Path:
+    def model(self, name: str | None) -> Path:
         """Where the stage of that name leaves its model; or a folder that is named itself."""
+        if name is None:
+            raise ConfigError("there is no model to start from: put this stage after another")
         return self.folder / name / "model" if name in self.recipe.stages else Path(name)
 
     def calibration(self, bundle: Bundle, count: int) -> list[EncodedPrompt]:
@@ -212,10 +218,8 @@ def train_stage(run: Run, stage: TrainedStage, data: Path, folder: Path) -> None
         frozen = stage.loss.frozen(teacher, stage.train, shards, folder / "teacher")
     elif isinstance(stage, AlignStage):
         objective = stage.loss
-        if params is None:
-            raise ConfigError("alignment needs a model to start from: put it after another stage")
         if not stage.train.lora:
-            frozen = {REFERENCE: Frozen(model, params)}
+            frozen = {REFERENCE: Frozen(*load_model(run.model(stage.start), mesh))}
     run.save(folder / "model", model, train(model, stage.train, shards, folder, objective, params, frozen))
 
 
@@ -295,8 +299,8 @@ def _describe(run: Run, name: str) -> Model:
     stage, config = run.recipe.stages[name], ModelConfig.load(run.model(name) / MODEL)
     of = size(config)
     work = Work(*json.loads((run.folder / f"{EVALUATE}{name}" / WORK).read_text()))
-    # As if the rows were filled by one question each, the history's share included.
-    flops = sum(model_flops(config, 1, work.tokens / work.questions))
+    of_token, _ = model_flops(config, 1, 1)
+    flops = of_token * work.tokens / work.questions
     seconds = read_record(run.folder / name)["seconds"]
     return Model(name, how(stage), of.parameters, of.weight_bytes, seconds, flops, work.questions / work.seconds)
 
@@ -346,7 +350,7 @@ def steps(run: Run) -> list[Step]:
         settings = stage.model_dump(mode="json")
         others = [other for key in ("start", "teacher", "like") if (other := getattr(stage, key, None))]
         models = tuple(other for other in others if other in recipe.stages)
-        outside = [_hash_model(Path(other)) for other in others if other not in recipe.stages]
+        outside: list[Any] = [_hash_model(Path(other)) for other in others if other not in recipe.stages]
         outside += [] if stage.start else [ModelConfig.load(recipe.model).model_dump(mode="json")]
         if isinstance(stage, TrainedStage):
             wanted = json.dumps([type(stage.data).__name__, settings.pop("data"), stage.train.row_tokens])
@@ -355,17 +359,13 @@ def steps(run: Run) -> list[Step]:
                 work = functools.partial(write_data, run, stage.data, stage.train.row_tokens)
                 plan.append(Step(data[wanted], work, ("prepare",), wanted, ("data",)))
             work = functools.partial(train_stage, run, stage, run.folder / data[wanted])
-            code = ("train", "model", "../pallas_kernels")
-            plan.append(Step(name, work, (data[wanted], *models), [settings, outside], code, keep=True, together=True))
+            plan.append(Step(name, work, (data[wanted], *models), [settings, outside], TRAIN, keep=True, together=True))
         else:
             does: Any = prune_stage if isinstance(stage, PruneStage) else quantize_stage
-            code = ("compress", "model", "../pallas_kernels")
-            plan.append(
-                Step(name, functools.partial(does, run, stage), ("prepare", *models), [settings, outside], code)
-            )
-        code = ("evaluate", "scoring", "model", "../pallas_kernels")
+            work = functools.partial(does, run, stage)
+            plan.append(Step(name, work, ("prepare", *models), [settings, outside], COMPRESS))
         work = functools.partial(evaluate_stage, run, name)
-        plan.append(Step(f"{EVALUATE}{name}", work, (name,), judged, code, together=True))
+        plan.append(Step(f"{EVALUATE}{name}", work, (name,), judged, SCORE, together=True))
     plan.append(Step("baselines", functools.partial(baselines_stage, run), ("prepare",), judged, ("evaluate",)))
     everything = tuple(step.name for step in plan)
     plan.append(Step("report", functools.partial(report_stage, run), everything, [], ("evaluate",)))

@@ -86,7 +86,8 @@ def test_the_ladder_goes_down_to_the_sizes_asked(folder):
         name: ModelConfig.load(folder / "runs" / "jobs" / name / "model" / "model.yaml")
         for name in ("big", "half", "quarter", "direct")
     }
-    assert [(size.d_ff, size.kv_heads, size.heads) for size in sizes.values()] == [(16, 2, 2), (8, 2, 2)] + [(8, 1, 1)] * 2
+    found = {name: (size.d_ff, size.kv_heads, size.heads) for name, size in sizes.items()}
+    assert found == {"big": (16, 2, 2), "half": (8, 2, 2), "quarter": (8, 1, 1), "direct": (8, 1, 1)}
 
 
 def test_a_plan_is_printed_and_nothing_is_done(folder):
@@ -113,7 +114,17 @@ def test_other_settings_never_continue_or_overwrite_a_training_run(folder):
 
 def test_a_member_is_ranked_and_a_prompt_answered(folder):
     ranked = brewjax(
-        folder, "score", "runs/jobs/turbo/model", "--dataset", "jobs", "--task", "apply.yaml", "--member", "m7", "--top", "3"
+        folder,
+        "score",
+        "runs/jobs/turbo/model",
+        "--dataset",
+        "jobs",
+        "--task",
+        "apply.yaml",
+        "--member",
+        "m7",
+        "--top",
+        "3",
     )
     assert ranked.returncode == 0, ranked.stderr
     assert "P(Yes)" in ranked.stdout
@@ -145,7 +156,10 @@ def test_a_new_task_needs_a_file_and_nothing_else(folder):
         (["data", "check", "elsewhere"], "elsewhere/dataset.yaml: no such config file"),
         (["score", "runs/jobs/turbo/model"], "give --prompt, or --dataset, --task and --member"),
         (["score", "elsewhere", "--prompt", "-"], "prompt: not valid JSON"),
-        (["evaluate", "runs/jobs/turbo/model", "jobs", "maybe.yaml"], "maybe.yaml:6: labels.0.word: label word 'Perhaps' is"),
+        (
+            ["evaluate", "runs/jobs/turbo/model", "jobs", "maybe.yaml"],
+            "maybe.yaml:6: labels.0.word: label word 'Perhaps' is",
+        ),
         (["prompt", "jobs", "apply.yaml", "--member", "nobody"], "no member 'nobody'; ids look like m0, m1, m2"),
     ],
 )

@@ -103,6 +103,7 @@ def test_a_plan_is_that_of_the_first_stage_that_trains(tmp_path):
         ({"a": SFT, "b": {"do": "distill"}}, "stages.b.distill.teacher: field required"),
         ({"a": {"do": "sfd"}}, "'pretrain', 'sft', 'align'"),
         ({"a": SFT, "b": {"do": "prune"}}, "give at least one of layers, kv_heads, d_ff and experts"),
+        ({"a": {"do": "align"}}, "stages.a: there is no model to go on from"),
         ({"report": SFT}, "the name 'report' is taken"),
         ({"half": SFT, "ladder": LADDER}, "the name 'half' is taken"),
         ({"a": SFT | {"train": {"row_tokens": 100}}}, "a prompt must fit in a row"),

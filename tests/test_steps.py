@@ -65,7 +65,7 @@ def test_what_is_dear_is_not_overwritten(run):
 def test_other_code_is_said_and_can_be_taken(run):
     run()
     assert run(code="# a comment\nx = 1") == []
-    with pytest.raises(ConfigError, match="made from other code .* --any-code"):
+    with pytest.raises(ConfigError, match=r"made from other code .* --any-code"):
         run(code="x = 2")
     assert run(code="x = 2", any_code=True) == []
 

@@ -64,9 +64,12 @@ class PruneConfig(Config):
 
     @pydantic.model_validator(mode="after")
     def _prunes(self) -> PruneConfig:
-        if not any((self.layers, self.kv_heads, self.d_ff, self.experts)):
+        if not self.has_target():
             raise ValueError("give at least one of layers, kv_heads, d_ff and experts")
         return self
+
+    def has_target(self) -> bool:
+        return any((self.layers, self.kv_heads, self.d_ff, self.experts))
 
     def target(self, model: ModelConfig) -> ModelConfig:
         """The smaller model; ConfigError where this one has less."""

@@ -154,7 +154,7 @@ class Model:
     Attributes:
       how: what was done to make it, and from which model.
       seconds: that took, on this machine.
-      item_flops: of a question, by `brewjax.model.flops`, its share of the history included.
+      item_flops: of the matrix products of a question, with its share of the history; attention is not counted.
       speed: questions a second, on this machine.
     """
 
