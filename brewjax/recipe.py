@@ -176,6 +176,11 @@ class Recipe(Config):
     train: dict[str, Any] = {}
     stages: dict[str, Annotated[Stage, pydantic.Field(discriminator="do")]] = pydantic.Field(min_length=1)
 
+    @classmethod
+    def place(cls, location: tuple[str | int, ...]) -> tuple[str | int, ...]:
+        """Without what a stage is, which pydantic puts behind its name."""
+        return location[:2] + location[3:] if location[:1] == ("stages",) else location
+
     @pydantic.model_validator(mode="before")
     @classmethod
     def _spell_out(cls, values: Any) -> Any:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from brewjax.model.config import ModelConfig
@@ -110,6 +113,64 @@ def test_other_settings_never_continue_or_overwrite_a_training_run(folder):
     assert refused.returncode == 2
     assert "runs/jobs/text: made from other data or settings" in refused.stderr
     assert (folder / "runs/jobs/big/stage.json").read_bytes() == weights
+
+
+KILLED = """\
+  big: {do: sft}
+  aligned: {do: align, data: {max_examples: 20}}
+  ladder: {do: ladder, start: big, rungs: {small: {prune: {d_ff: 0.5, examples: 20}}}}
+  turbo: {do: quantize}
+"""
+
+
+def test_killed_in_the_middle_of_every_stage_it_ends_as_if_nothing_had_happened(folder):
+    before, after = RECIPE.split("stages:\n")[0], RECIPE[RECIPE.index("evaluate:") :]
+    (folder / "killed.yaml").write_text(f"{before}stages:\n{KILLED}{after}")
+    whole = brewjax(folder, "run", "killed.yaml", "--out", "runs/whole")
+    assert whole.returncode == 0, whole.stderr
+    killed = 0
+    for step in ("data-big", "big", "aligned", "small-pruned", "small", "evaluate-small", "turbo"):
+        record = folder / "runs" / "killed" / step / "stage.json"
+        running = subprocess.Popen(
+            [sys.executable, "-m", "brewjax.cli", "run", "killed.yaml", "--out", "runs/killed"],
+            cwd=folder,
+            env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        while not record.exists() and running.poll() is None:
+            time.sleep(0.01)
+        if step in ("big", "small"):  # with a checkpoint
+            while not list((record.parent / "checkpoints").glob("[0-9]*")) and running.poll() is None:
+                time.sleep(0.01)
+        running.kill()
+        assert running.wait() == -signal.SIGKILL, running.stderr.read().decode()
+        killed += "seconds" not in json.loads(record.read_text())
+    assert killed >= 5  # the quickest may have been done by then
+    last = brewjax(folder, "run", "killed.yaml", "--out", "runs/killed")
+    assert last.returncode == 0, last.stderr
+    for name in ("aligned", "turbo"):
+        tables = [
+            pq.read_table(folder / "runs" / run / f"evaluate-{name}" / "apply.parquet") for run in ("whole", "killed")
+        ]
+        assert tables[0].equals(tables[1])
+
+
+def test_a_stage_is_a_verb_too(folder):
+    smaller = brewjax(
+        folder, "prune", "runs/jobs/big/model", "runs/verb", "--dataset", "jobs", "--task", "apply.yaml",
+        "--set", "layers=1", "--set", "examples=20",
+    )  # fmt: skip
+    assert smaller.returncode == 0, smaller.stderr
+    assert ModelConfig.load(folder / "runs/verb/prune/model/model.yaml").layers == 1
+    quantised = brewjax(folder, "quantize", "runs/verb/prune/model", "runs/verb/turbo")
+    assert quantised.returncode == 0, quantised.stderr
+    refused = brewjax(
+        folder, "distill", "runs/verb/prune/model", "runs/verb2", "--dataset", "jobs", "--task", "apply.yaml",
+        "--set", "teacher=big", "--set", "train={steps: 1, rows: 1, row_tokens: 512}",
+    )  # fmt: skip
+    assert refused.returncode == 2
+    assert "stages.distill.teacher: no stage 'big' before it, and no model there" in refused.stderr
 
 
 def test_a_member_is_ranked_and_a_prompt_answered(folder):
