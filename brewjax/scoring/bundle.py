@@ -94,7 +94,11 @@ class Bundle:
     @classmethod
     def load(cls, folder: Path, mesh: MeshConfig | None = None) -> Bundle:
         """Reads a folder; ValueError names what is missing."""
-        model, params = load_model(folder, (mesh or MeshConfig()).build())
+        return cls.around(*load_model(folder, (mesh or MeshConfig()).build()), folder)
+
+    @classmethod
+    def around(cls, model: ModelConfig, params: Params, folder: Path) -> Bundle:
+        """A model with all that a bundle's folder holds beside its weights."""
         return cls(
             model,
             params,
