@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,6 @@ from brewjax.model.decoder import Layer, rotary
 from brewjax.model.experts import route
 from brewjax.model.params import Params, bind
 from brewjax.model.sharding import ROWS, Sharding, row_ways
-from brewjax.model.weights import gathered
 from brewjax.scoring.buckets import STEP, plan_passes
 from brewjax.scoring.passes import Bucket, lay_out
 from pallas_kernels.segments import PADDING, Segments
@@ -127,9 +126,8 @@ def _of_experts(
         neurons = jax.nn.silu(h @ gate) * (h @ up)
         return _gram(sharding, neurons, weights)
 
-    gate, up = (
-        sharding.reshard(gathered(sharding, w, h.dtype), None, None, "neurons") for w in (experts.gate, experts.up)
-    )
+    matrices: list[Any] = [experts.gate, experts.up]
+    gate, up = (sharding.reshard(w[...].astype(h.dtype), None, None, "neurons") for w in matrices)
     grams = jax.lax.map(one, (gate, up, jnp.moveaxis(weights_BTN, -1, 0)))
     return grams, jnp.sum(weights_BTN, (0, 1))
 

@@ -74,6 +74,9 @@ class PruneConfig(Config):
     def target(self, model: ModelConfig) -> ModelConfig:
         """The smaller model; ConfigError where this one has less."""
 
+        if model.quantized:
+            raise model.error("a quantised model is for serving; prune the one that it was made from", "quantized")
+
         def left(key: str, has: int) -> int:
             size = getattr(self, key)
             if size is None:

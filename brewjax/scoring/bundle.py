@@ -73,7 +73,11 @@ class Bundle:
     def load(cls, folder: Path, mesh: MeshConfig | None = None) -> Bundle:
         """Reads a folder; ValueError names what is missing."""
         mesh = mesh or MeshConfig()
-        model, params = load_model(folder, mesh.build())
+        return cls.around(*load_model(folder, mesh.build()), folder, mesh)
+
+    @classmethod
+    def around(cls, model: ModelConfig, params: Params, folder: Path, mesh: MeshConfig) -> Bundle:
+        """A model, on a mesh, with all that a bundle's folder holds beside its weights."""
         return cls(
             model,
             params,
