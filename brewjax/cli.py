@@ -111,8 +111,9 @@ def evaluate(
     """Judge a model on tasks, trained on or not: a task is a YAML file, no training and no code."""
     _device_per_core()
     from brewjax.data.dataset import Dataset
+    from brewjax.data.examples import sample_examples
     from brewjax.data.task import load_tasks
-    from brewjax.evaluate.predict import predict, sample_examples
+    from brewjax.evaluate.predict import predict
     from brewjax.evaluate.report import print_results
     from brewjax.evaluate.results import compare
     from brewjax.scoring.bundle import Bundle
@@ -138,9 +139,10 @@ def prompt(
     from brewjax.data.dataset import Dataset
     from brewjax.data.examples import example_now
     from brewjax.data.numbers import Percentiles
+    from brewjax.data.styles import STYLES
     from brewjax.data.task import load_tasks
     from brewjax.data.tokenizer import Tokenizer
-    from brewjax.data.verbalize import STYLES, Verbalizer
+    from brewjax.data.verbalize import Verbalizer
 
     if style not in STYLES:
         raise typer.BadParameter(f"'{style}' is not one of {', '.join(STYLES)}", param_hint="--style")

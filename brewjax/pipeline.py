@@ -21,20 +21,20 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 from rich.console import Console
-from rich.progress import track
 
 from brewjax import hosts
 from brewjax.config import ConfigError
 from brewjax.data.dataset import CARD, Dataset
-from brewjax.data.examples import Example, build_examples
+from brewjax.data.examples import Example, build_examples, sample_examples
 from brewjax.data.loader import write_shards
 from brewjax.data.numbers import Percentiles
 from brewjax.data.task import Task, load_tasks
 from brewjax.data.tokenizer import Tokenizer
-from brewjax.data.tokens import EncodedPrompt, encode
+from brewjax.data.tokens import EncodedPrompt
+from brewjax.data.training import Note, SftConfig, sft_records
 from brewjax.data.verbalize import Verbalizer
 from brewjax.evaluate.baselines import LightGBM, popularity
-from brewjax.evaluate.predict import predict, sample_examples
+from brewjax.evaluate.predict import predict
 from brewjax.evaluate.predictions import from_examples
 from brewjax.evaluate.report import print_results, write_report
 from brewjax.evaluate.results import compare
@@ -112,12 +112,11 @@ def prepare(run: Run, folder: Path) -> None:
         task.check_words(tokenizer)
     tokenizer.save(folder / TOKENIZER)
     verbalizer = Verbalizer(run.dataset, percentiles, tokenizer, run.recipe.prompts.max_tokens)
-    examples = _training_examples(run, verbalizer, tokenizer)
+    examples = _training_examples(run, verbalizer)
     counts = write_shards(folder / "shards", examples, run.recipe.train.row_tokens)
-    (folder / "counts.json").write_text(json.dumps(counts))
-    per_question = counts["tokens"] / counts["questions"]
+    per_question = counts["tokens"] / counts["targets"]
     Console().print(
-        f"{counts['records']:,} examples, {counts['questions']:,} questions, {per_question:.0f} tokens a question"
+        f"{counts['records']:,} examples, {counts['targets']:,} questions, {per_question:.0f} tokens a question"
     )
 
 
@@ -128,32 +127,18 @@ def _train_tokenizer(run: Run, percentiles: Percentiles) -> Tokenizer:
     verbalizer = Verbalizer(run.dataset, percentiles, of_bytes, max_tokens=1_000_000)
     rng = np.random.default_rng(run.recipe.prepare.seed)
     texts = [
-        verbalizer.prompt(task, example, _draw_style(run, rng)).render()
+        verbalizer.prompt(task, example, run.recipe.prompts.draw(rng)).render()
         for task in run.tasks
         for example in sample_examples(run.dataset, task, "train", TOKENIZER_EXAMPLES)
     ]
     return Tokenizer.train(texts, words, run.recipe.tokenizer.vocab_size or 0)
 
 
-def _training_examples(
-    run: Run, verbalizer: Verbalizer, tokenizer: Tokenizer
-) -> Iterator[tuple[EncodedPrompt, dict[str, object]]]:
-    config = run.recipe.prepare
-    rng = np.random.default_rng(config.seed)
-    for number in range(config.passes):
-        for task in run.tasks:
-            examples = sample_examples(run.dataset, task, "train", config.max_examples, config.seed + number)
-            for example in track(examples, f"prepare {task.name}", transient=True):
-                style = _draw_style(run, rng)
-                prompt = verbalizer.prompt(task, example, style)
-                member = run.dataset.members[run.dataset.card.members.id][example.member].as_py()
-                note = {"task": task.name, "member": member, "cut": example.cut, "style": style}
-                yield encode(prompt, tokenizer, run.recipe.prompts.layout), note
-
-
-def _draw_style(run: Run, rng: np.random.Generator) -> str:
-    names, weights = zip(*run.recipe.prompts.styles.items(), strict=True)
-    return names[rng.choice(len(names), p=np.array(weights) / sum(weights))]
+def _training_examples(run: Run, verbalizer: Verbalizer) -> Iterator[tuple[EncodedPrompt, Note]]:
+    prepare = run.recipe.prepare
+    config = SftConfig(passes=prepare.passes, max_examples=prepare.max_examples, seed=prepare.seed)
+    for task in run.tasks:
+        yield from sft_records(verbalizer, task, run.recipe.prompts, config)
 
 
 def train_stage(run: Run, folder: Path) -> None:

@@ -9,7 +9,7 @@ import pydantic
 import yaml
 
 from brewjax.config import Config
-from brewjax.scoring.bundle import PromptConfig
+from brewjax.data.styles import PromptConfig
 from brewjax.train.loop import TrainConfig
 
 

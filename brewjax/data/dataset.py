@@ -185,8 +185,15 @@ class Dataset:
         return str(self.items[(texts or [self.card.items.id])[0]][int(row)].as_py())
 
     def event_column(self, name: str) -> np.ndarray:
-        """An event column by name; the action column answers to "action" whatever it is called in the file."""
-        return self.event_action if name == "action" else self.events[name].to_numpy()
+        """An event column by name; the action column answers to "action" whatever it is called in the file.
+
+        ValueError where there is none: a request's events have only what the card says of them.
+        """
+        if name == "action":
+            return self.event_action
+        if name not in self.events.column_names:
+            raise ValueError(f"{self.path}: events have no column '{name}'")
+        return self.events[name].to_numpy()
 
 
 def write_tables(path: Path, **tables: pa.Table) -> None:

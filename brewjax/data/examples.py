@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -39,6 +40,18 @@ class Example:
     def asking(self, some: slice | np.ndarray) -> Example:
         """The same with some of its questions."""
         return dataclasses.replace(self, items=self.items[some], labels=self.labels[some])
+
+
+class Choice(NamedTuple):
+    """A question of which item it is, to be answered by name.
+
+    Attributes:
+      items: int32 [candidates], rows of the items to choose from, in the order they are said.
+      right: which of them is the answer.
+    """
+
+    items: np.ndarray
+    right: int
 
 
 def history_before(dataset: Dataset, task: Task, member: int, cut: int) -> tuple[np.ndarray, int]:
@@ -99,6 +112,17 @@ def build_examples(dataset: Dataset, task: Task, split: Split, seed: int = 0) ->
             yield Example(task.name, int(member), cut, history, past, items.astype(np.int32), answers.astype(np.int32))
 
 
+def sample_examples(
+    dataset: Dataset, task: Task, split: Split, at_most: int | None = None, seed: int = 0
+) -> list[Example]:
+    """The examples of a split, or a random `at_most` of them in their order."""
+    examples = list(build_examples(dataset, task, split, seed))
+    if at_most is None or len(examples) <= at_most:
+        return examples
+    chosen = np.random.default_rng(seed).choice(len(examples), at_most, replace=False)
+    return [examples[index] for index in np.sort(chosen)]
+
+
 def _period(dataset: Dataset, task: Task, split: Split) -> tuple[int, int]:
     validation, test = task.boundaries(dataset)
     infinity = np.iinfo(np.int64).max
@@ -107,15 +131,22 @@ def _period(dataset: Dataset, task: Task, split: Split) -> tuple[int, int]:
 
 def asked_events(dataset: Dataset, task: Task) -> tuple[np.ndarray, np.ndarray]:
     """Rows of the events that can be asked about, and the index of each one's label."""
-    events = np.flatnonzero(np.isin(dataset.event_action, task.questions.actions))
+    labels = answers_to(dataset, task, np.arange(len(dataset.events)))
+    events = np.flatnonzero(labels >= 0)
+    return events, labels[events]
+
+
+def answers_to(dataset: Dataset, task: Task, events: np.ndarray) -> np.ndarray:
+    """int64 [events]: the index of the label that each of these events (rows) has, asked about; -1 where none."""
     labels = np.full(len(events), -1)
+    asked = np.isin(dataset.event_action[events], task.questions.actions)
     for index, label in enumerate(task.labels):
-        match = label.matches(dataset, events)
+        match = asked & label.matches(dataset, events)
         if (labels[match] >= 0).any():
             other = task.words[labels[match & (labels >= 0)][0]]
             raise task.error(f"an event can be both '{other}' and '{label.word}'", "labels", index, "when")
         labels[match] = index
-    return events[labels >= 0], labels[labels >= 0]
+    return labels
 
 
 def _unseen(dataset: Dataset, member: int, until: int) -> np.ndarray:

@@ -9,16 +9,18 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One item asked about. The model reads `heading` and `text` and answers with a label word.
+    """One item asked about. The model reads `heading` and `text` and answers with a label word, or in words of its own.
 
     Attributes:
       heading: the same for every question: a question reads the same wherever it stands. `Prompt.render` numbers it.
       label: index of the right answer in `Prompt.labels`; None where it is not known.
+      answer: the right answer of a question that no label word answers.
     """
 
     text: str
     label: int | None = None
     heading: str = ""
+    answer: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Prompt:
       events: the history, oldest first (within each action, where a style groups by action).
       labels: the possible answers to every question.
       dropped: how many of the oldest events were left out to fit the token budget.
+      turns: of a history told as turns, where in each event's text its answer begins; 0 where it has none.
     """
 
     center: str
@@ -37,14 +40,15 @@ class Prompt:
     questions: tuple[Question, ...]
     labels: tuple[str, ...]
     dropped: int = 0
+    turns: tuple[int, ...] = ()
 
     def render(self) -> str:
         """The prompt for people to read: questions numbered, known answers filled in."""
         parts = [self.center, *self.events]
         for number, question in enumerate(self.questions, 1):
             heading = f"{question.heading} {number}" if question.heading else ""
-            answer = f"{self.labels[question.label]}\n" if question.label is not None else "\n"
-            parts.append(f"{heading}{question.text}{answer}")
+            answer = question.answer if question.label is None else self.labels[question.label]
+            parts.append(f"{heading}{question.text}{answer}\n")
         return "".join(parts)
 
     @classmethod

@@ -63,9 +63,14 @@ class Negatives(Config):
 
 
 class Questions(Config):
-    """Which events are asked about, how, and how many behind one history."""
+    """Which events are asked about, how, and how many behind one history.
+
+    Attributes:
+      choose: how it is asked which one of several items has the best answer; to be answered by name.
+    """
 
     ask: str
+    choose: str = ""
     actions: tuple[str, ...]
     per_prompt: int = pydantic.Field(default=16, gt=0)
     sampled_negatives: Negatives | None = None

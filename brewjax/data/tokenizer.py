@@ -86,6 +86,11 @@ class Tokenizer:
         """The tokens that a sequence begins with: one or none."""
         return [] if self.hf.bos_token_id is None else [self.hf.bos_token_id]
 
+    @property
+    def eos(self) -> list[int]:
+        """The tokens that a text ends with: one or none."""
+        return [] if self.hf.eos_token_id is None else [self.hf.eos_token_id]
+
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, not to be changed; special tokens written in a text count as such, none is added.
 

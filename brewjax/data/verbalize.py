@@ -2,93 +2,35 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
+import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from brewjax.data.dataset import Attribute, Dataset
-from brewjax.data.examples import Example
+from brewjax.data.examples import Choice, Example, answers_to
 from brewjax.data.numbers import ItemStatistic, Percentiles, age
 from brewjax.data.prompt import Prompt, Question
+from brewjax.data.styles import STYLES, Style
 from brewjax.data.task import Task
 from brewjax.data.tokenizer import Tokenizer
 
-
-@dataclasses.dataclass(frozen=True)
-class Style:
-    """How things are said. Templates are filled with `str.format`.
-
-    Attributes:
-      center: filled with instruction, profile, member, item.
-      fact: one attribute, filled with name and value; facts are joined by `join`.
-      group: said before the events of one action, filled with member, past, items; "" tells events in order of
-        time instead, each with its action.
-      event, question: filled with facts (and ask, for a question).
-      heading: what a question begins with.
-      percentile: filled with a number from 1 to 100.
-      short: ages as "2d", not "2 days".
-      chat: the parts are put into the tokenizer's own chat template.
-    """
-
-    center: str
-    fact: str
-    join: str
-    group: str
-    event: str
-    heading: str
-    question: str
-    percentile: str = "percentile {}"
-    short: bool = False
-    chat: bool = False
+Table = Literal["members", "items", "events"]
+Where = Literal["history", "question"]
+CHOICES = " / "  # between the names of the items to choose from
 
 
-SECTIONED = Style(
-    center="## Instruction\n{instruction}\n## {member} Profile\n{profile}\n## Past {item} interaction data\n",
-    fact="{name}: {value}",
-    join=", ",
-    group="{member} {past} the following {items}:\n",
-    event="[{facts}]\n",
-    heading="## Question",
-    question="\n{ask}: [{facts}]\n## Answer\n",
-)
-STYLES = {
-    "sectioned": SECTIONED,
-    "chat": dataclasses.replace(
-        SECTIONED,
-        center="{profile}\n{member} history:\n",
-        group="",
-        event="- {facts}\n",
-        heading="Question",
-        question=": {ask}? {facts}",
-        chat=True,
-    ),
-    "compact": Style(
-        center="{instruction}\n{profile}\n",
-        fact="{value}",
-        join="|",
-        group="",
-        event="{facts}\n",
-        heading="?",
-        question=" {facts}\n",
-        percentile="{}",
-        short=True,
-    ),
-    "key-value": Style(
-        center="task={instruction}\nmember: {profile}\n",
-        fact="{name}={value}",
-        join="; ",
-        group="",
-        event="event: {facts}\n",
-        heading="question",
-        question=": {ask}; {facts}; answer=",
-        percentile="p{}",
-        short=True,
-    ),
-}
+class Chat(NamedTuple):
+    """What a chat template puts before the instruction, between it and the user's turn, between that and the
+    assistant's, and after that before the user's next."""
+
+    begin: str = ""
+    user: str = ""
+    assistant: str = ""
+    user_again: str = ""
 
 
 class Verbalizer:
@@ -100,88 +42,145 @@ class Verbalizer:
     """
 
     def __init__(self, dataset: Dataset, percentiles: Percentiles, tokenizer: Tokenizer, max_tokens: int):
-        self._dataset, self._percentiles, self._tokenizer, self._max_tokens = (
-            dataset,
-            percentiles,
-            tokenizer,
-            max_tokens,
-        )
-        self._items = _Facts("items", dataset.items, dataset.card.items.attributes, percentiles, tokenizer)
-        self._members = _Facts("members", dataset.members, dataset.card.members.attributes, percentiles, tokenizer)
-        self._events = _Facts("events", dataset.events, dataset.card.events.attributes, percentiles, tokenizer)
+        self.dataset, self.tokenizer, self._max_tokens = dataset, tokenizer, max_tokens
+        self._facts = {
+            table: _Facts(
+                table, getattr(dataset, table), getattr(dataset.card, table).attributes, percentiles, tokenizer
+            )
+            for table in ("members", "items", "events")
+        }
         for attribute in dataset.card.items.attributes:
             if attribute.derive:
-                self._items.statistics[attribute.column] = ItemStatistic(dataset, attribute.derive)
+                self._facts["items"].statistics[attribute.column] = ItemStatistic(dataset, attribute.derive)
 
-    def prompt(self, task: Task, example: Example, style_name: str) -> Prompt:
-        """Says an example. Raises ValueError where the profile and a question alone exceed the budget."""
-        style, card, cut = STYLES[style_name], self._dataset.card, example.cut
+    def names(self, items: np.ndarray) -> list[str]:
+        """What people call each item (rows)."""
+        return [self.tokenizer.clean(self.dataset.item_name(row)) for row in items]
+
+    def facts(
+        self, table: Table, rows: np.ndarray, moment: int | np.ndarray, style: Style, where: Where = "question"
+    ) -> list[list[str]]:
+        """What is said of each row as of `moment`, one for all or one each (microseconds)."""
+        return self._facts[table].say(rows, moment, style, where)
+
+    def item_values(self, attribute: Attribute, items: np.ndarray, moment: int) -> list[Any]:
+        """What `attribute` is of each item as of `moment`; None or NaN where it is not known."""
+        return self._facts["items"].values(attribute, items, np.full(len(items), moment))
+
+    def prompt(
+        self, task: Task, example: Example, style_name: str, note: str = "", choices: Sequence[Choice] = ()
+    ) -> Prompt:
+        """Says an example. Raises ValueError where the profile and a question alone exceed the budget.
+
+        Args:
+          note: a developer's wish, said in place of the task's own.
+          choices: asked, each to be answered by an item's name, in place of the example's items.
+        """
+        style, card, cut = STYLES[style_name], self.dataset.card, example.cut
         member, plural = card.members.noun.capitalize(), card.items.plural
-        before, system, after = self._chat_parts() if style.chat else ("", "", "")
-        instruction = task.instruction + (f"\nNote: {task.note}" if task.note else "")
+        chat = self._chat_parts() if style.chat else Chat()
+        note = note or task.note
+        instruction = task.instruction + (f"\nNote: {note}" if note else "")
         center = style.center.format(
             instruction=instruction,
-            profile=style.join.join(self._members.say(np.array([example.member]), cut, style)[0]),
+            profile=style.join.join(self.facts("members", np.array([example.member]), cut, style)[0]),
             member=member,
             item=card.items.noun,
         )
-        if style.chat:
-            center = before + instruction + system + center
-        questions = tuple(
-            Question(
-                style.question.format(ask=task.questions.ask, facts=style.join.join(facts)) + after,
-                int(label) if label >= 0 else None,
-                style.heading,
-            )
-            for facts, label in zip(self._items.say(example.items, cut, style, "question"), example.labels, strict=True)
-        )
+        if style.turns:
+            center = chat.begin + instruction + "\n" + center.rstrip("\n") + chat.user
+        elif style.chat:
+            center = chat.begin + instruction + chat.user + center
+        if choices:
+            questions = self._choices(task, choices, style, chat)
+        else:
+            questions = self._questions(task, example, style, chat)
         groups = {
             name: style.group.format(member=f"The {card.members.noun}", past=action.past, items=plural)
             for name, action in card.events.actions.items()
             if name in task.history.actions
         }
-        texts = self._history(example, style, say_action=not style.group and len(groups) > 1)
-        fixed = [center, *groups.values()]
-        dropped = self._excess(fixed, texts, [question.heading + question.text for question in questions], task.name)
+        texts, turns = self._history(task, example, style, chat, say_action=not style.group and len(groups) > 1)
+        dropped = self._excess([center, *groups.values()], texts, turns, questions, task.name)
         texts, rows = texts[dropped:], example.history[dropped:]
         if style.group:
-            texts = _grouped(texts, self._dataset.event_action[rows], groups)
-        return Prompt(center, tuple(texts), questions, task.words, dropped)
+            texts = _grouped(texts, self.dataset.event_action[rows], groups)
+        return Prompt(
+            center, tuple(texts), questions, task.words, dropped, tuple(turns[dropped:]) if style.turns else ()
+        )
 
-    def _history(self, example: Example, style: Style, say_action: bool) -> list[str]:
-        """The text of each event: its age, the action, and what is said of the event and of its item."""
+    def _questions(self, task: Task, example: Example, style: Style, chat: Chat) -> tuple[Question, ...]:
+        return tuple(
+            Question(
+                style.question.format(ask=task.questions.ask, facts=style.join.join(facts)) + chat.assistant,
+                int(label) if label >= 0 else None,
+                style.heading,
+            )
+            for facts, label in zip(self.facts("items", example.items, example.cut, style), example.labels, strict=True)
+        )
+
+    def _choices(self, task: Task, choices: Sequence[Choice], style: Style, chat: Chat) -> tuple[Question, ...]:
+        questions = []
+        for choice in choices:
+            names = self.names(choice.items)
+            text = style.question.format(ask=task.questions.choose, facts=CHOICES.join(names)) + chat.assistant
+            questions.append(Question(text, None, style.heading, names[choice.right]))
+        return tuple(questions)
+
+    def _history(
+        self, task: Task, example: Example, style: Style, chat: Chat, say_action: bool
+    ) -> tuple[list[str], list[int]]:
+        """The text of each event: its age, the action, and what is said of the event and of its item; and where in it
+        the answer begins, 0 where it is no turn."""
         rows, cut = example.history, example.cut
-        of_events = self._events.say(rows, cut, style)
-        of_items = self._items.say(self._dataset.event_item[rows], cut, style, "history")
-        texts = []
-        for row, of_event, of_item in zip(rows, of_events, of_items, strict=True):
-            facts = [style.fact.format(name="Age", value=_age_fact(cut - int(self._dataset.event_time[row]), style))]
+        times = self.dataset.event_time[rows]
+        of_events = self.facts("events", rows, cut, style)
+        # A turn asks as of its own moment: a statistic that its event is part of would tell its answer.
+        of_items = self.facts("items", self.dataset.event_item[rows], times if style.turns else cut, style, "history")
+        answers = np.full(len(rows), -1)
+        if style.turns and not task.questions.sampled_negatives:
+            answers = answers_to(self.dataset, task, rows)
+        texts, turns = [], []
+        for row, time, of_event, of_item, answer in zip(rows, times, of_events, of_items, answers, strict=True):
+            facts = [style.fact.format(name="Age", value=_age_fact(cut - int(time), style))]
             if say_action:
-                action = self._dataset.card.events.actions[self._dataset.event_action[row]].past
+                action = self.dataset.card.events.actions[self.dataset.event_action[row]].past
                 facts.append(style.fact.format(name="Action", value=action))
-            texts.append(style.event.format(facts=style.join.join(facts + of_event + of_item)))
-        return texts
+            question = ""
+            if answer >= 0:
+                asked = style.question.format(ask=task.questions.ask, facts=style.join.join(of_item))
+                question = style.heading + asked + chat.assistant
+                facts += of_event
+            else:
+                facts += of_event + of_item
+            answered = task.words[answer] + chat.user_again if question else ""
+            texts.append(question + answered + style.event.format(facts=style.join.join(facts)))
+            turns.append(len(question))
+        return texts, turns
 
-    def _excess(self, fixed: list[str], events: list[str], questions: list[str], task: str) -> int:
+    def _excess(
+        self, fixed: list[str], events: list[str], turns: list[int], questions: Sequence[Question], task: str
+    ) -> int:
         """How many of the oldest events must go."""
-        lengths = self._tokenizer.lengths(fixed + events + questions)
-        needed = 1 + sum(lengths[: len(fixed)]) + max(lengths[len(fixed) + len(events) :])
+        lengths = lambda texts: np.array(self.tokenizer.lengths(list(texts)), np.int64)  # noqa: E731
+        asked = lengths(question.heading + question.text for question in questions)
+        needed = 1 + sum(lengths(fixed)) + max(asked + lengths(question.answer for question in questions))
         if needed > self._max_tokens:
             raise ValueError(
                 f"task '{task}': the instruction, the profile and one question take {needed} tokens, "
                 f"over the budget of {self._max_tokens}; raise max_tokens or shorten an attribute by max_words"
             )
-        newest_first = np.cumsum(lengths[len(fixed) : len(fixed) + len(events)][::-1])
+        told = lengths(event[:turn] for event, turn in zip(events, turns, strict=True))
+        told += lengths(event[turn:] for event, turn in zip(events, turns, strict=True))
+        newest_first = np.cumsum(told[::-1])
         return len(events) - int(np.searchsorted(newest_first, self._max_tokens - needed, side="right"))
 
-    def _chat_parts(self) -> tuple[str, str, str]:
-        """The chat template's text before the instruction, between it and the user's turn, and after the question."""
-        marks = ("\x01", "\x02")
-        turns = [{"role": "system", "content": marks[0]}, {"role": "user", "content": marks[1]}]
-        text = self._tokenizer.chat(turns)
-        before, rest = text.split(marks[0])
-        system, after = rest.split(marks[1])
-        return before, system, after
+    def _chat_parts(self) -> Chat:
+        marks = ("\x01", "\x02", "\x03", "\x04")
+        roles = ("system", "user", "assistant", "user")
+        text = self.tokenizer.chat([{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)])
+        begin, user, _, user_again, assistant = re.split("|".join(marks), text)
+        return Chat(begin, user, assistant, user_again)
 
 
 class _Facts:
@@ -200,22 +199,23 @@ class _Facts:
         self._clean: Callable[[str], str] = tokenizer.clean
         self.statistics: dict[str, ItemStatistic] = {}
 
-    def say(self, rows: np.ndarray, moment: int, style: Style, where: str = "question") -> list[list[str]]:
+    def say(self, rows: np.ndarray, moment: int | np.ndarray, style: Style, where: Where) -> list[list[str]]:
         """The facts of each row as of `moment`; unknown values are left out, or empty where places stand for names."""
+        moments = np.broadcast_to(moment, len(rows))
         attributes = [attribute for attribute in self._attributes if where in attribute.where]
         named = "{name}" in style.fact
         said: list[list[str]] = [[] for _ in rows]
         for attribute in attributes:
-            for facts, value in zip(said, self._values(attribute, rows, moment), strict=True):
-                unknown = value is None or value == [] or (isinstance(value, float) and math.isnan(value))
-                text = "" if unknown else self._value(attribute, value, moment, style)
+            values = self.values(attribute, rows, moments)
+            for facts, value, of in zip(said, values, moments.tolist(), strict=True):
+                text = "" if is_unknown(value) else self._value(attribute, value, of, style)
                 if text or not named:
                     facts.append(style.fact.format(name=attribute.name, value=text))
         return said
 
-    def _values(self, attribute: Attribute, rows: np.ndarray, moment: int) -> list[Any]:
+    def values(self, attribute: Attribute, rows: np.ndarray, moments: np.ndarray) -> list[Any]:
         if attribute.derive:
-            return self.statistics[attribute.column].at(rows, np.full(len(rows), moment)).tolist()
+            return self.statistics[attribute.column].at(rows, moments).tolist()
         column = self._columns[attribute.column]
         return [column[row] for row in rows]
 
@@ -234,6 +234,11 @@ class _Facts:
             return ("," if style.short else ", ").join(self._clean(str(entry)) for entry in value)
         text = self._clean(str(value))
         return " ".join(text.split(" ")[: attribute.max_words]) if attribute.max_words else text
+
+
+def is_unknown(value: Any) -> bool:
+    """Whether a value of an attribute is none: null, an empty list, or not a number."""
+    return value is None or value == [] or (isinstance(value, float) and math.isnan(value))
 
 
 def _values(column: pa.ChunkedArray, kind: str) -> list[Any]:

@@ -11,21 +11,10 @@ from rich.console import Console
 from rich.progress import track
 
 from brewjax.data.dataset import Dataset
-from brewjax.data.examples import Example, build_examples
-from brewjax.data.task import Split, Task
+from brewjax.data.examples import Example
+from brewjax.data.task import Task
 from brewjax.evaluate.predictions import from_examples
 from brewjax.scoring.bundle import Bundle
-
-
-def sample_examples(
-    dataset: Dataset, task: Task, split: Split, at_most: int | None = None, seed: int = 0
-) -> list[Example]:
-    """The examples of a split, or a random `at_most` of them in their order."""
-    examples = list(build_examples(dataset, task, split, seed))
-    if at_most is None or len(examples) <= at_most:
-        return examples
-    chosen = np.random.default_rng(seed).choice(len(examples), at_most, replace=False)
-    return [examples[index] for index in np.sort(chosen)]
 
 
 def predict(bundle: Bundle, dataset: Dataset, task: Task, examples: Sequence[Example]) -> pa.Table:

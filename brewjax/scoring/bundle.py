@@ -6,17 +6,16 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-import pydantic
-
 from brewjax import hosts
 from brewjax.config import Config
 from brewjax.data.dataset import CARD, Card, Dataset
 from brewjax.data.numbers import Percentiles
 from brewjax.data.prompt import Prompt
+from brewjax.data.styles import PromptConfig
 from brewjax.data.task import Task
 from brewjax.data.tokenizer import Tokenizer
-from brewjax.data.tokens import EncodedPrompt, HistoryLayout, encode
-from brewjax.data.verbalize import STYLES, Verbalizer
+from brewjax.data.tokens import EncodedPrompt, encode
+from brewjax.data.verbalize import Verbalizer
 from brewjax.model.config import ModelConfig
 from brewjax.model.params import Params, load_model, save_model
 from brewjax.model.sharding import MeshConfig
@@ -24,32 +23,6 @@ from brewjax.scoring.buckets import choose_buckets
 from brewjax.scoring.scorer import Scorer
 
 TOKENIZER, PROMPTS, PERCENTILES, TASKS = "tokenizer", "prompts.yaml", "percentiles.yaml", "tasks"
-
-
-class PromptConfig(Config):
-    """How prompts are said and cut.
-
-    Attributes:
-      styles: the styles that training draws from, with their weights.
-      score_style: the one that evaluation and serving use.
-      max_tokens: budget for the center, the history and one question; the oldest events go first. Training packs the
-        questions into what is left of a row: half a row or less lets many questions share a history.
-      layout: dense, or star: events do not see each other.
-    """
-
-    styles: dict[str, float] = {"compact": 1.0}
-    score_style: str = "compact"
-    max_tokens: int = pydantic.Field(default=1024, gt=0)
-    layout: HistoryLayout = "dense"
-
-    @pydantic.model_validator(mode="after")
-    def _known_styles(self) -> PromptConfig:
-        for style in [*self.styles, self.score_style]:
-            if style not in STYLES:
-                raise ValueError(f"no style '{style}'; styles: {', '.join(STYLES)}")
-        if not self.styles or min(self.styles.values()) <= 0:
-            raise ValueError("styles: give at least one style, each with a weight above 0")
-        return self
 
 
 class PercentileScale(Config):

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from brewjax.data.fetch import FetchError, download_wheel
+from brewjax.data.styles import PromptConfig
 from brewjax.data.tokenizer import Tokenizer
 from brewjax.model import huggingface
 from brewjax.model.config import Dtype, ExpertsConfig, ModelConfig
@@ -26,7 +27,7 @@ from brewjax.model.params import MODEL, Params
 from brewjax.model.sharding import MeshConfig
 from brewjax.model.upcycle import upcycle
 from brewjax.paths import whole_folder
-from brewjax.scoring.bundle import Bundle, PromptConfig
+from brewjax.scoring.bundle import Bundle
 
 PROMPT_TOKENS = 2048  # budget of an imported model's prompts, where it reads as many
 TOKENIZER_CONFIG = "tokenizer_config.json"

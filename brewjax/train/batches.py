@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from brewjax.data.loader import TokenBatch, load_batches
+from brewjax.data.loader import Shards, TokenBatch, load_batches
 from brewjax.model.sharding import ROWS
 
 PARTS = jax.P(None, ROWS, None)  # how a batch [parts, rows, tokens] lies on a mesh, and what is beside it
@@ -29,7 +29,7 @@ class Batches:
 
     def __init__(
         self,
-        shards: Path,
+        shards: Shards,
         mesh: Mesh,
         parts: int,
         rows: int,

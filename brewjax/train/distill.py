@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pydantic
 
 from brewjax.config import Config
-from brewjax.data.loader import NO_TARGET, TokenBatch
+from brewjax.data.loader import NO_TARGET, Shards, TokenBatch
 from brewjax.model.decoder import Decoder
 from brewjax.model.sharding import MeshConfig
 from brewjax.train.loop import TrainConfig
@@ -51,7 +51,7 @@ class Distill(Config):
     mesh: MeshConfig = MeshConfig()
     top_k: int = pydantic.Field(default=64, gt=0)
 
-    def frozen(self, teacher: Frozen, config: TrainConfig, shards: Path, cache: Path) -> dict[str, Beside]:
+    def frozen(self, teacher: Frozen, config: TrainConfig, shards: Shards, cache: Path) -> dict[str, Beside]:
         """What `train` is to be given as `frozen`. Writes the teacher's answers into the folder `cache` if need be.
 
         Raises CacheError where answers are there to other data, of another teacher or by other settings.

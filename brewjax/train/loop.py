@@ -18,7 +18,7 @@ from orbax.checkpoint import v1 as ocp
 
 from brewjax import hosts
 from brewjax.config import Config
-from brewjax.data.loader import NO_TARGET, TokenBatch, describe_sources
+from brewjax.data.loader import NO_TARGET, Shards, TokenBatch, describe_sources
 from brewjax.model.config import ModelConfig
 from brewjax.model.params import Params, abstract_params, bind, init_params
 from brewjax.model.sharding import MeshConfig, row_ways
@@ -86,7 +86,7 @@ class NonFiniteError(RuntimeError):
 def train(
     model: ModelConfig,
     config: TrainConfig,
-    shards: Path,
+    shards: Shards,
     folder: Path,
     objective: Objective,
     init: Params | None = None,
@@ -260,7 +260,7 @@ def abstract_batch(config: TrainConfig, mesh: Mesh) -> TokenBatch:
 
 
 def _record(
-    writer: MetricsWriter | None, folder: Path, shards: Path, step: int, batch: TokenBatch, metrics: dict
+    writer: MetricsWriter | None, folder: Path, shards: Shards, step: int, batch: TokenBatch, metrics: dict
 ) -> None:
     row = {name: value.item() for name, value in metrics.items()}
     if not np.isfinite([row["loss"], row["grad_norm"], row["update_norm"]]).all():

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from rich.progress import Progress
 
 from brewjax import hosts
-from brewjax.data.loader import NO_TARGET, SOURCES, TokenBatch
+from brewjax.data.loader import NO_TARGET, Shards, TokenBatch, read_counts
 from brewjax.model.config import ModelConfig
 from brewjax.model.params import Params, abstract_params, bind
 from brewjax.model.sharding import MeshConfig, row_ways
@@ -156,7 +156,7 @@ def _targets(batch: TokenBatch) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
 
 def write_cache(
     folder: Path,
-    shards: Path,
+    shards: Shards,
     teacher: Frozen,
     mesh: MeshConfig,
     rows: int,
@@ -178,8 +178,11 @@ def write_cache(
     if done is None:
         return
     seen, answer = set(done), OnOwnMesh(teacher, devices, k, temperature)
-    records = len((shards / SOURCES).read_text().splitlines())
-    batches = Batches(shards, devices, 1, rows, row_tokens, 1, seed=0)  # the first epoch has every record
+    counts = {one: read_counts(one) for one in ([shards] if isinstance(shards, Path) else shards)}
+    records = sum(of["records"] for of in counts.values())
+    # Each folder by its size, whatever its share in training: the first epochs of all end together.
+    sizes: Shards = shards if isinstance(shards, Path) else {one: of["tokens"] for one, of in counts.items()}
+    batches = Batches(sizes, devices, 1, rows, row_tokens, 1, seed=0)
     waiting: dict[int, TopK] = {}
     with Progress(disable=not hosts.is_first()) as progress:
         bar = progress.add_task("the teacher answers", total=records, completed=len(seen))
@@ -208,7 +211,7 @@ def write_cache(
     hosts.on_first(lambda: (folder / BEGUN).replace(folder / CARD) and None)
 
 
-def _begin(folder: Path, shards: Path, card: dict) -> list[int] | None:
+def _begin(folder: Path, shards: Shards, card: dict) -> list[int] | None:
     """The records that the cache has already; None where it is complete."""
     card = {"shards": hash_shards(shards), **card}
     for path in (folder / CARD, folder / BEGUN):
@@ -234,12 +237,13 @@ def _on_host(placed: Any) -> Any:
     return jax.tree.map(lambda x: x[0], jax.device_get(placed))
 
 
-def hash_shards(shards: Path) -> str:
-    """SHA-256 of the shards' files, in the order of their names."""
+def hash_shards(shards: Shards) -> str:
+    """SHA-256 of the shards' files, in the order that their records are numbered in."""
     digest = hashlib.sha256()
-    for path in sorted(shards.glob("part-*.array_record")):
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+    for folder in [shards] if isinstance(shards, Path) else shards:
+        for path in sorted(folder.glob("part-*.array_record")):
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 

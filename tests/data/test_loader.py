@@ -139,7 +139,9 @@ def test_several_examples_share_a_row(tmp_path):
     batch = next(iter(load_batches(folder, GROUP, ROW, seed=0)))
     assert (batch.segments.example != PADDING).all()
     assert (batch.segments.example.max(axis=1) == ROW // 4).all()
-    assert all(array.shape == (GROUP, ROW) and array.dtype == np.int32 for array in jax.tree.leaves(batch))
+    assert {array.shape for array in jax.tree.leaves(batch)} == {(GROUP, ROW)}
+    assert {array.dtype for array in jax.tree.leaves(batch._replace(weights=batch.source))} == {np.dtype(np.int32)}
+    assert batch.weights.dtype == np.float32
 
 
 def test_counts_and_notes_are_of_the_records_written(tmp_path):
@@ -147,7 +149,7 @@ def test_counts_and_notes_are_of_the_records_written(tmp_path):
     examples = [example(4), example(10, 10), example(3)]
     notes = ({"example": index, "member": f"Zoë\u2028{index}"} for index in range(3))
     counts = write_shards(tmp_path, zip(examples, notes, strict=True), ROW)
-    assert counts == {"records": 4, "questions": 12, "tokens": 6 + 24 + 16 + 5}
+    assert counts == {"records": 4, "targets": 12, "tokens": 6 + 24 + 16 + 5}
     for batch in itertools.islice(load_batches(tmp_path, 2, ROW, seed=0), 4):
         described = [json.loads(line)["example"] for line in describe_sources(tmp_path, batch)]
         assert described == [[0, 1, 1, 2][source] for source in sorted({source for source, _ in pieces(batch)})]
@@ -160,7 +162,7 @@ def test_a_batch_can_be_described_on_the_device(tmp_path):
 
 
 def test_a_folder_without_shards_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no training shards there; run `brewjax prepare` first"):
+    with pytest.raises(ValueError, match="no training shards there, or not all; run `brewjax prepare` first"):
         load_batches(tmp_path, 2, ROW, seed=0)
 
 

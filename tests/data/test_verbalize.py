@@ -13,10 +13,11 @@ from brewjax.data.dataset import Attribute, Dataset
 from brewjax.data.examples import Example, build_examples, history_before
 from brewjax.data.numbers import Percentiles
 from brewjax.data.prompt import Prompt
+from brewjax.data.styles import STYLES
 from brewjax.data.task import Task
 from brewjax.data.tokenizer import Tokenizer
 from brewjax.data.tokens import encode
-from brewjax.data.verbalize import STYLES, Verbalizer
+from brewjax.data.verbalize import Verbalizer
 from tests.data.conftest import Event, moment
 from tests.tables import put, with_column
 
@@ -112,6 +113,39 @@ Member history:
 - Age: 4 weeks, Action: has applied to, Seconds: 2 seconds, Title: Accountant, Company: Initech, Location: Lisbon, Skills: Python, Writing, Salary: percentile 75
 - Age: 1 day, Action: has viewed, Title: Nurse, Company: Acme, Location: Lisbon, Skills: Excel, Salary: percentile 28
 - Age: 6 hours, Action: has applied to, Seconds: 100 seconds, Title: Nurse (senior), Company: Acme, Location: Berlin, Skills: Excel
+Question 1: Will the member apply to the following job? Title: Teacher, Company: Umbrella, Location: Lisbon, Skills: Care, Teaching, Writing, Salary: percentile 53, Posted: 1 month ago, Popularity: percentile 1, Attention: 40<|im_end|>
+<|im_start|>assistant
+Yes
+Question 2: Will the member apply to the following job? Title: Software Engineer, Company: Globex, Location: Oslo, Salary: percentile 50, Posted: 2 months ago, Popularity: percentile 1, Attention: 60<|im_end|>
+<|im_start|>assistant
+No
+""",  # noqa: E501
+    "turns": """\
+<|im_start|>system
+Predict whether the member applies to the job in the "Question".
+Note: focus on location
+Position: Software Engineer, Company: Acme, Location: Lisbon, Experience: 8 years<|im_end|>
+<|im_start|>user
+Question: Will the member apply to the following job? Title: Nurse (senior), Company: Globex, Location: Berlin, Skills: Excel, Salary: percentile 78<|im_end|>
+<|im_start|>assistant
+No<|im_end|>
+<|im_start|>user
+- Age: 1 month, Action: has viewed, Seconds: 13.5 seconds
+Question: Will the member apply to the following job? Title: Accountant, Company: Initech, Location: Lisbon, Skills: Python, Writing, Salary: percentile 75<|im_end|>
+<|im_start|>assistant
+Yes<|im_end|>
+<|im_start|>user
+- Age: 4 weeks, Action: has applied to, Seconds: 2 seconds
+Question: Will the member apply to the following job? Title: Nurse, Company: Acme, Location: Lisbon, Skills: Excel, Salary: percentile 28<|im_end|>
+<|im_start|>assistant
+No<|im_end|>
+<|im_start|>user
+- Age: 1 day, Action: has viewed
+Question: Will the member apply to the following job? Title: Nurse (senior), Company: Acme, Location: Berlin, Skills: Excel<|im_end|>
+<|im_start|>assistant
+Yes<|im_end|>
+<|im_start|>user
+- Age: 6 hours, Action: has applied to, Seconds: 100 seconds
 Question 1: Will the member apply to the following job? Title: Teacher, Company: Umbrella, Location: Lisbon, Skills: Care, Teaching, Writing, Salary: percentile 53, Posted: 1 month ago, Popularity: percentile 1, Attention: 40<|im_end|>
 <|im_start|>assistant
 Yes

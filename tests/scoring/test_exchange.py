@@ -20,10 +20,11 @@ from typer.testing import CliRunner
 
 from brewjax.cli import app
 from brewjax.data.dataset import Dataset
+from brewjax.data.examples import sample_examples
 from brewjax.data.prompt import Prompt, Question
 from brewjax.data.task import load_tasks
 from brewjax.data.tokenizer import Tokenizer
-from brewjax.evaluate.predict import predict, sample_examples
+from brewjax.evaluate.predict import predict
 from brewjax.model import gguf as gguf_module
 from brewjax.model import huggingface
 from brewjax.model.config import ExpertsConfig, ModelConfig

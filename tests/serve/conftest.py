@@ -11,10 +11,11 @@ import pytest
 from brewjax.data.dataset import Dataset
 from brewjax.data.examples import example_now
 from brewjax.data.numbers import Percentiles
+from brewjax.data.styles import PromptConfig
 from brewjax.data.task import Task, load_tasks
 from brewjax.data.tokenizer import Tokenizer
 from brewjax.data.verbalize import Verbalizer
-from brewjax.scoring.bundle import Bundle, PercentileScale, PromptConfig
+from brewjax.scoring.bundle import Bundle, PercentileScale
 from brewjax.scoring.passes import Bucket
 from brewjax.scoring.scorer import Scorer
 from brewjax.serve import Client

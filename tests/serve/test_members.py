@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from brewjax.data.examples import build_examples, example_now
-from brewjax.data.verbalize import STYLES
+from brewjax.data.styles import STYLES
 from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve.members import of_example, say
 

@@ -1,0 +1,95 @@
+"""Supervised fine-tuning data: a task's training examples said as prompts, their answers label words or item names."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pydantic
+from rich.progress import track
+
+from brewjax.config import Config
+from brewjax.data.examples import Choice, Example, sample_examples
+from brewjax.data.loader import MixConfig
+from brewjax.data.styles import PromptConfig
+from brewjax.data.task import Task
+from brewjax.data.tokens import EncodedPrompt, encode
+from brewjax.data.verbalize import Verbalizer
+
+Note = dict[str, Any]  # on where a record came from
+
+
+class SftConfig(Config):
+    """Supervised fine-tuning data.
+
+    Attributes:
+      passes: how often every example is said, each time in a style drawn anew.
+      max_examples: of each task and pass; a random choice where there are more.
+      choices: the share of the examples that are said once more with questions of which item it is, answered by its
+        name; of tasks that say how to ask (`questions.choose`).
+      candidates: items to choose from, where there are as many.
+      loss_weights: of a task's targets; 1 for a task that is not named.
+      mix: how the tasks share the tokens of a run.
+    """
+
+    passes: int = pydantic.Field(default=1, gt=0)
+    max_examples: int | None = pydantic.Field(default=None, gt=0)
+    choices: float = pydantic.Field(default=0.0, ge=0, le=1)
+    candidates: int = pydantic.Field(default=4, ge=2)
+    loss_weights: dict[str, pydantic.PositiveFloat] = {}
+    mix: MixConfig = MixConfig()
+    seed: int = 0
+
+
+def sft_records(
+    verbalizer: Verbalizer, task: Task, prompts: PromptConfig, config: SftConfig
+) -> Iterator[tuple[EncodedPrompt, Note]]:
+    """Records of the training period of one task, for `write_shards`. The same seed gives the same records."""
+    rng = generator(config.seed, task)
+    weight = config.loss_weights.get(task.name, 1.0)
+    for number in range(config.passes):
+        examples = sample_examples(verbalizer.dataset, task, "train", config.max_examples, config.seed + number)
+        for example in track(examples, f"sft {task.name}", transient=True):
+            style = prompts.draw(rng)
+            said = [verbalizer.prompt(task, example, style)]
+            if task.questions.choose and rng.random() < config.choices:
+                choices = draw_choices(verbalizer, task, example, config.candidates, rng)
+                said += [verbalizer.prompt(task, example, style, choices=choices)] if choices else []
+            for prompt in said:
+                encoded = encode(prompt, verbalizer.tokenizer, prompts.layout)
+                yield dataclasses.replace(encoded, weight=weight), describe(verbalizer, task, example, style)
+
+
+def draw_choices(
+    verbalizer: Verbalizer, task: Task, example: Example, candidates: int, rng: np.random.Generator
+) -> list[Choice]:
+    """Each item of the example with the task's best answer once, among others with worse ones, in random order.
+
+    No two of them have the same name, or the answer would be in doubt.
+    """
+    values = task.values[example.labels]
+    names = np.array(verbalizer.names(example.items))
+    choices = []
+    for best in rng.permutation(np.flatnonzero(values == task.values.max())):
+        worse = rng.permutation(np.flatnonzero((values < values[best]) & (names != names[best])))
+        _, first = np.unique(names[worse], return_index=True)
+        chosen = np.append(worse[np.sort(first)][: candidates - 1], best)
+        if len(chosen) > 1:
+            order = rng.permutation(chosen)
+            choices.append(Choice(example.items[order], int(np.flatnonzero(order == best)[0])))
+    return choices
+
+
+def generator(seed: int, task: Task) -> np.random.Generator:
+    """Random numbers of a task's own: its records do not depend on the tasks beside it."""
+    return np.random.default_rng([seed, zlib.crc32(task.name.encode())])
+
+
+def describe(verbalizer: Verbalizer, task: Task, example: Example, style: str) -> Note:
+    """The note on a record that was made from an example."""
+    dataset = verbalizer.dataset
+    member = dataset.members[dataset.card.members.id][example.member].as_py()
+    return {"task": task.name, "member": member, "cut": example.cut, "style": style}
