@@ -75,7 +75,7 @@ class Distill(Config):
         return Mean(loss, sft.weight), {"loss_sft": sft, "loss_kd": kd}
 
     def _divergence(self, decoder: Decoder, hidden: jax.Array, batch: TokenBatch, teacher: Decoder | TopK) -> Mean:
-        divergence, weights = self._how(), jnp.where(batch.targets != NO_TARGET, batch.weights, 0)
+        divergence, weights = self.how(), jnp.where(batch.targets != NO_TARGET, batch.weights, 0)
         student = (hidden, decoder.head)
         if isinstance(teacher, TopK):
             loss = functools.partial(top_k_distillation, divergence=divergence, temperature=self.temperature)
@@ -89,7 +89,7 @@ class Distill(Config):
         loss = functools.partial(linear_distillation, divergence=divergence, temperature=self.temperature)
         return token_sums(decoder.sharding, loss, [student, (said, teacher.head)], weights)
 
-    def _how(self) -> Divergence:
+    def how(self) -> Divergence:
         match self.divergence:
             case "forward_kl":
                 return forward_kl

@@ -178,8 +178,10 @@ def write_cache(
     if done is None:
         return
     seen, answer = set(done), OnOwnMesh(teacher, devices, k, temperature)
-    records = sum(read_counts(one)["records"] for one in folders_of(shards))
-    batches = Batches(shards, devices, 1, rows, row_tokens, 1, seed=0)  # every record comes, sooner or later
+    counts = {one: read_counts(one) for one in folders_of(shards)}
+    records = sum(of["records"] for of in counts.values())
+    # Each folder by its size, whatever its share in training: the first epochs of all end together.
+    batches = Batches({one: of["tokens"] for one, of in counts.items()}, devices, 1, rows, row_tokens, 1, seed=0)
     waiting: dict[int, TopK] = {}
     with Progress(disable=not hosts.is_first()) as progress:
         bar = progress.add_task("the teacher answers", total=records, completed=len(seen))
@@ -235,11 +237,12 @@ def _on_host(placed: Any) -> Any:
 
 
 def hash_shards(shards: Shards) -> str:
-    """SHA-256 of the shards' files, folder by folder, in the order of their names."""
+    """SHA-256 of the shards' files, in the order that their records are numbered in."""
     digest = hashlib.sha256()
-    for path in (path for one in folders_of(shards) for path in sorted(one.glob("part-*.array_record"))):
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+    for folder in folders_of(shards):
+        for path in sorted(folder.glob("part-*.array_record")):
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 
