@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.distillation import FewWords, forward_kl
-from pallas_kernels.linear_loss import MASKED, Plan, linear_loss
+from pallas_kernels.linear_loss import MASKED, Plan, linear_loss, linear_losses
 
 
 def linear_cross_entropy(
@@ -24,7 +24,25 @@ def linear_cross_entropy(
     of the head makes the loss NaN.
     """
     weights = jnp.where(targets >= 0, 1.0 if weights is None else weights, 0)
-    # The forward KL from a teacher who is sure of one word, whose own entropy is zero.
-    sure = jnp.broadcast_to(jnp.array([0, MASKED], jnp.float32), (len(targets), 2))
     plan = Plan(FewWords(forward_kl), 1.0, chunk, block)
-    return linear_loss(plan, (hidden, head), [], (targets[:, None], sure), weights)
+    return linear_loss(plan, (hidden, head), [], _sure(targets), weights)
+
+
+def linear_log_probs(
+    hidden: Float[Array, "N D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array, " N"],
+    chunk: int = 512,
+    block: int = 8192,
+) -> Float[Array, " N"]:
+    """log softmax(head @ hidden)[target] of each token with a target >= 0, and zero for the others; float32.
+
+    For losses that are no sum over tokens. Differentiable in `hidden` and `head`, as `linear_cross_entropy`.
+    """
+    plan = Plan(FewWords(forward_kl), 1.0, chunk, block)
+    return -linear_losses(plan, (hidden, head), [], _sure(targets), targets >= 0)
+
+
+def _sure(targets: Int[Array, " N"]) -> tuple[Int[Array, "N 1"], Float[Array, "N 2"]]:
+    """A teacher who is sure of one word: its own entropy is zero, and the forward KL from it the cross-entropy."""
+    return targets[:, None], jnp.broadcast_to(jnp.array([0, MASKED], jnp.float32), (len(targets), 2))

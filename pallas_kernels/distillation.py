@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.linear_loss import MASKED, Logits, Plan, Visit, linear_loss
+from pallas_kernels.linear_loss import MASKED, Gather, Logits, Plan, Visit, linear_loss, over_tokens
 
 
 class Divergence(NamedTuple):
@@ -40,6 +40,12 @@ def _reverse_kl(log_p: Array, log_q: Array) -> tuple[Array, Array]:
     return q * (log_q - log_p), q * (log_q - log_p + 1)
 
 
+def _skewed_kl(alpha: float, log_p: Array, log_q: Array) -> tuple[Array, Array]:
+    p, of_q = jnp.exp(log_p), math.log1p(-alpha) + log_q
+    log_m = jnp.logaddexp(math.log(alpha) + log_p, of_q)
+    return p * (log_p - log_m), -p * jnp.exp(of_q - log_m)
+
+
 def _jensen_shannon(beta: float, log_p: Array, log_q: Array) -> tuple[Array, Array]:
     log_m = jnp.logaddexp(math.log(beta) + log_p, math.log1p(-beta) + log_q)
     of_q = (1 - beta) * jnp.exp(log_q) * (log_q - log_m)
@@ -59,6 +65,16 @@ def jensen_shannon(beta: float) -> Divergence:
     if not 0 < beta < 1:
         raise ValueError(f"beta of the Jensen-Shannon divergence is {beta}; it must lie between 0 and 1")
     return Divergence(functools.partial(_jensen_shannon, beta))
+
+
+def skewed_kl(alpha: float) -> Divergence:
+    """KL(p || alpha p + (1 - alpha) q) (DistiLLM, Ko et al. 2024, arXiv 2402.03898, section 3.1).
+
+    The forward KL without its large gradients where the student gives a word next to nothing: at most log(1 / alpha).
+    """
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha of the skewed KL is {alpha}; it must lie between 0 and 1")
+    return Divergence(functools.partial(_skewed_kl, alpha))
 
 
 def linear_distillation(
@@ -108,6 +124,29 @@ def top_k_distillation(
     log_p = jnp.concatenate([jnp.maximum(log_probs, MASKED), jnp.log(jnp.maximum(tail, 2.0**-24))], -1)
     plan = Plan(FewWords(divergence), temperature, chunk, block)
     return linear_loss(plan, (hidden, head), [], (ids, log_p), weights)
+
+
+def linear_top_k(
+    hidden: Float[Array, "N D"],
+    head: Float[Array, "V D"],
+    counts: Bool[Array, " N"],
+    k: int,
+    temperature: float = 1.0,
+    chunk: int = 64,
+) -> tuple[Int[Array, "N k"], Float[Array, "N k"]]:
+    """What a teacher leaves in a cache for `top_k_distillation`: ids and log-probabilities of its k likeliest words.
+
+    Of softmax(logits / temperature), the likeliest first, for each token that counts; -1 and -inf for the others. The
+    logits of `chunk` tokens exist at a time.
+    """
+
+    def visit(rows: Array, gather: Gather, found: tuple[Array, Array]) -> tuple[Array, Array]:
+        logits = jnp.einsum("nd,vd->nv", gather(hidden), head, preferred_element_type=jnp.float32)
+        log_probs, ids = jax.lax.top_k(jax.nn.log_softmax(logits / temperature), k)
+        return found[0].at[rows].set(ids, mode="drop"), found[1].at[rows].set(log_probs, mode="drop")
+
+    nothing = jnp.full((len(hidden), k), -1, jnp.int32), jnp.full((len(hidden), k), -jnp.inf, jnp.float32)
+    return over_tokens(counts, chunk, visit, nothing)
 
 
 # Where z are the student's logits, d log q_v / d z_u = [u = v] - q_u. So with the derivatives of the terms in log q as

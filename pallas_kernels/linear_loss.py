@@ -14,13 +14,14 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 MASKED = -1e30  # the logit, or log-probability, of what is not there: finite, so that zero times it is zero, not NaN
 
 State = Any  # pytree of sums [n, ..] over the words seen so far
 Logits = tuple[Array, ...]  # float32 [n, block] of each head, the student's first, divided by the temperature
 Visit = Callable[[Logits, Int[Array, " block"], Any, State], State]  # (logits, words, per token, state) -> state
+Gather = Callable[[Array], Array]  # [N, ..] -> [n, ..]
 Tower = tuple[Float[Array, "N D"], Float[Array, "V D"]]  # hidden states, and the head that turns them into logits
 
 
@@ -62,7 +63,19 @@ def linear_loss(
     section 2). A token of weight zero costs nothing and gives nothing, whatever it holds. Products are in the dtype of
     the inputs, sums in float32. Differentiable in `student` only.
     """
-    return _run(plan, student, teachers, per_token, weights, gradients=False)[:2]
+    losses, _ = _run(plan, student, teachers, per_token, weights, gradients=False)
+    return _sums(losses, weights)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def linear_losses(
+    plan: Plan, student: Tower, teachers: Sequence[Tower], per_token: Any, counts: Bool[Array, " N"]
+) -> Float[Array, " N"]:
+    """temperature^2 x the loss of each token that counts, and zero for the others; float32.
+
+    As `linear_loss`, for what is no weighted sum of the tokens' losses: the backward pass computes the logits again.
+    """
+    return _run(plan, student, teachers, per_token, counts.astype(jnp.float32), gradients=False)[0]
 
 
 def over_vocabulary(V: int, block: int, visit: Callable[[Any, Array, State], State], state: State) -> State:
@@ -83,32 +96,47 @@ def over_vocabulary(V: int, block: int, visit: Callable[[Any, Array, State], Sta
 
 def _run(
     plan: Plan, student: Tower, teachers: Sequence[Tower], per_token: Any, weights: Array, gradients: bool
-) -> tuple[Array, Array, Tower | None]:
-    """The two sums, and the gradients of the first in float32."""
-    N = weights.shape[0]
-    chunk = min(plan.chunk, N)
-    active = jnp.sum(weights != 0)
-    order = jnp.argsort(weights == 0, stable=True)  # tokens that count first
-    order = jnp.concatenate([order, jnp.full(-N % chunk, N, order.dtype)])  # index N: nobody, dropped by scatter
+) -> tuple[Array, Tower | None]:
+    """temperature^2 x the loss of each token of weight, and the gradients of their weighted sum in float32."""
 
-    def step(i: Array, carry: tuple[Array, Tower | None]) -> tuple[Array, Tower | None]:
-        total, grads = carry
-        rows = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk)
-        counts = i * chunk + jnp.arange(chunk) < active
-
-        def gather(x: Array) -> Array:  # zeros for a token that does not count: zero times NaN would be NaN
-            return jnp.where(counts.reshape(-1, *[1] * (x.ndim - 1)), jnp.take(x, rows, 0, mode="clip"), 0)
-
+    def step(rows: Array, gather: Gather, carry: tuple[Array, Tower | None]) -> tuple[Array, Tower | None]:
+        losses, grads = carry
         towers = [(gather(hidden), head) for hidden, head in (student, *teachers)]
         weight = gather(weights).astype(jnp.float32)
         loss, updates = _chunk(plan, towers, jax.tree.map(gather, per_token), weight, grads[1] if grads else None)
         if grads and updates:
             grads = grads[0].at[rows].set(updates[0], mode="drop"), updates[1]
-        return total + plan.temperature**2 * jnp.sum(weight * loss), grads
+        return losses.at[rows].set(plan.temperature**2 * loss, mode="drop"), grads
 
     zeros = (jnp.zeros(student[0].shape, jnp.float32), jnp.zeros(student[1].shape, jnp.float32)) if gradients else None
-    total, grads = jax.lax.fori_loop(0, (active + chunk - 1) // chunk, step, (jnp.zeros((), jnp.float32), zeros))
-    return total, jnp.sum(weights, dtype=jnp.float32), grads
+    return over_tokens(weights != 0, plan.chunk, step, (jnp.zeros(len(weights), jnp.float32), zeros))
+
+
+def over_tokens(
+    counts: Bool[Array, " N"], chunk: int, visit: Callable[[Array, Gather, State], State], state: State
+) -> State:
+    """visit(rows, gather, state) for `chunk` of the tokens that count at a time: their places `rows`, and what takes
+    their entries out of an array [N, ..]. Where the last chunk is not full, a row is N, and what is gathered zero."""
+    N = len(counts)
+    chunk = min(chunk, N)
+    active = jnp.sum(counts)
+    order = jnp.argsort(~counts, stable=True)  # tokens that count first
+    order = jnp.concatenate([order, jnp.full(-N % chunk, N, order.dtype)])
+
+    def step(i: Array, state: State) -> State:
+        real = i * chunk + jnp.arange(chunk) < active
+        rows = jnp.where(real, jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk), N)
+
+        def gather(x: Array) -> Array:  # zeros for a token that does not count: zero times NaN would be NaN
+            return jnp.where(real.reshape(-1, *[1] * (x.ndim - 1)), jnp.take(x, rows, 0, mode="clip"), 0)
+
+        return visit(rows, gather, state)
+
+    return jax.lax.fori_loop(0, (active + chunk - 1) // chunk, step, state)
+
+
+def _sums(losses: Array, weights: Array) -> tuple[Array, Array]:
+    return jnp.sum(weights.astype(jnp.float32) * losses), jnp.sum(weights, dtype=jnp.float32)
 
 
 def _chunk(
@@ -162,8 +190,8 @@ def _forward(
     plan: Plan, student: Tower, teachers: Sequence[Tower], per_token: Any, weights: Array
 ) -> tuple[tuple[Array, Array], Tower]:
     """The gradients are computed with the loss: all that is left to the backward pass is to scale them."""
-    total, count, grads = _run(plan, student, teachers, per_token, weights, gradients=True)
-    return (total, count), jax.tree.map(lambda grad, x: grad.astype(x.dtype), grads, student)
+    losses, grads = _run(plan, student, teachers, per_token, weights, gradients=True)
+    return _sums(losses, weights), jax.tree.map(lambda grad, x: grad.astype(x.dtype), grads, student)
 
 
 def _backward(plan: Plan, grads: Tower, cotangents: tuple[Array, Array]) -> tuple[Tower, None, None, None]:
@@ -172,3 +200,22 @@ def _backward(plan: Plan, grads: Tower, cotangents: tuple[Array, Array]) -> tupl
 
 
 linear_loss.defvjp(_forward, _backward)
+
+
+def _forward_each(
+    plan: Plan, student: Tower, teachers: Sequence[Tower], per_token: Any, counts: Array
+) -> tuple[Array, tuple[Tower, Sequence[Tower], Any, Array]]:
+    losses = linear_losses(plan, student, teachers, per_token, counts)
+    return losses, (student, teachers, per_token, counts)
+
+
+def _backward_each(
+    plan: Plan, inputs: tuple[Tower, Sequence[Tower], Any, Array], cotangent: Array
+) -> tuple[Tower, None, None, None]:
+    student, teachers, per_token, counts = inputs
+    _, grads = _run(plan, student, teachers, per_token, jnp.where(counts, cotangent, 0), gradients=True)
+    assert grads is not None
+    return jax.tree.map(lambda grad, x: grad.astype(x.dtype), grads, student), None, None, None
+
+
+linear_losses.defvjp(_forward_each, _backward_each)

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from brewjax.data.tokens import EncodedPrompt, HistoryLayout
+from brewjax.data.loader import TokenBatch
+from brewjax.data.tokens import NO_TARGET, EncodedPrompt, HistoryLayout
 from brewjax.model.config import ModelConfig
 from brewjax.model.params import Params, abstract_params
 from brewjax.model.sharding import MeshConfig
@@ -50,3 +51,18 @@ def pack(prompts: Iterable[EncodedPrompt], length: int) -> tuple[np.ndarray, np.
         joined = np.concatenate([part[name] for part in parts])
         row[name][: len(joined)] = joined
     return row["tokens"], row["positions"], Segments(row["example"], row["segment"], row["reach"])
+
+
+def batch_of(rows: Iterable[Iterable[EncodedPrompt]], length: int) -> TokenBatch:
+    """Numpy arrays [rows, length]; the record that each prompt is, counted from 0, is its source."""
+    packed, record = [], 0
+    for prompts in map(list, rows):
+        tokens, positions, segments = pack(prompts, length)
+        arrays = [one.arrays | {"source": np.full(len(one), record + n)} for n, one in enumerate(prompts)]
+        record += len(prompts)
+        fields = {}
+        for name, nothing in {"targets": NO_TARGET, "weights": 0, "preference": 0, "source": -1}.items():
+            joined = np.concatenate([one[name] for one in arrays])
+            fields[name] = np.pad(joined, (0, length - len(joined)), constant_values=nothing)
+        packed.append(TokenBatch(tokens, positions, segments, **fields))
+    return jax.tree.map(lambda *of_rows: np.stack(of_rows), *packed)

@@ -14,7 +14,7 @@ from brewjax.model.sharding import FSDP_TENSOR, ROWS, row_ways
 from brewjax.scoring.passes import PAGE, Bucket, Pass, lay_out
 from brewjax.scoring.scorer import compute_pass, score_labels
 from brewjax.train.loop import TrainConfig, abstract_batch, abstract_state, make_step
-from brewjax.train.objectives import supervised
+from brewjax.train.objectives import BASE, supervised
 
 
 class Work(NamedTuple):
@@ -50,8 +50,10 @@ def model_flops(model: ModelConfig, rows: int, tokens: int, past: int = 0) -> tu
 def training_step(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> Work:
     """The step that `brewjax run` trains with; to be called with the mesh in context."""
     config.check_rows(mesh)
-    step = jax.jit(make_step(model, config, supervised), donate_argnums=0)
-    arguments = abstract_state(model, config, mesh), abstract_batch(config, mesh)
+    base = {BASE: model} if config.lora else {}
+    step = jax.jit(make_step(model, config, supervised, base), donate_argnums=0)
+    frozen = {name: abstract_params(one, mesh) for name, one in base.items()}
+    arguments: Any = abstract_state(model, config, mesh), abstract_batch(config, mesh), {}, frozen
     products, attention = (3 * flops for flops in model_flops(model, config.rows, config.row_tokens))
     return Work("training step", step.trace(*arguments), arguments, products + attention, attention)
 

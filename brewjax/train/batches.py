@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,31 @@ from jax.sharding import Mesh, NamedSharding
 from brewjax.data.loader import Shards, TokenBatch, load_batches
 from brewjax.model.sharding import ROWS
 
-PARTS = jax.P(None, ROWS, None)  # how a batch [parts, rows, tokens] lies on a mesh
+PARTS = jax.P(None, ROWS, None)  # how a batch [parts, rows, tokens] lies on a mesh, and what is beside it
+LookUp = Callable[[TokenBatch], Any]  # rows of numpy arrays to arrays [rows, ..] that belong to them
 
 
 class Batches:
-    """An endless iterator of batches: this process's rows as numpy arrays, and the placed [parts, rows, tokens].
+    """An endless iterator of batches: this process's rows as numpy arrays, the placed [parts, rows, tokens], and what
+    each of `beside` finds for them, placed alike.
 
     Stream s of `streams` fills the s-th block of each part's rows, whatever the mesh. A process reads the streams that
     its devices have rows of. Saved with a checkpoint, stream by stream, it goes on exactly on another mesh or on
     another number of processes.
     """
 
-    def __init__(self, shards: Shards, mesh: Mesh, parts: int, rows: int, row_tokens: int, streams: int, seed: int):
+    def __init__(
+        self,
+        shards: Shards,
+        mesh: Mesh,
+        parts: int,
+        rows: int,
+        row_tokens: int,
+        streams: int,
+        seed: int,
+        beside: Mapping[str, LookUp] = {},
+    ):
+        self._beside = beside
         self._shape, self._block, self._streams = (parts, rows // parts, row_tokens), rows // parts // streams, streams
         self._sharding = NamedSharding(mesh, PARTS)
         readers: dict[int, set[int]] = {}
@@ -47,12 +60,13 @@ class Batches:
     def __iter__(self) -> Batches:
         return self
 
-    def __next__(self) -> tuple[TokenBatch, TokenBatch]:
+    def __next__(self) -> tuple[TokenBatch, TokenBatch, dict[str, Any]]:
         read = {stream: next(iterator) for stream, iterator in self._iterators.items()}
+        found = [{name: look_up(rows) for name, look_up in self._beside.items()} for rows in read.values()]
         order = {stream: place for place, stream in enumerate(read)}
 
         def place(*leaves: np.ndarray) -> jax.Array:
-            parts = [leaf.reshape(self._shape[0], self._block, -1) for leaf in leaves]
+            parts = [leaf.reshape(self._shape[0], self._block, *leaf.shape[1:]) for leaf in leaves]
 
             def of_device(index: tuple[slice, ...]) -> np.ndarray:
                 streams = self._streams_of(index[1])
@@ -64,10 +78,12 @@ class Batches:
                 )
                 return whole[:, start - streams[0] * self._block : stop - streams[0] * self._block]
 
-            return jax.make_array_from_callback(self._shape, self._sharding, of_device)
+            shape = (*self._shape, *leaves[0].shape[2:])
+            return jax.make_array_from_callback(shape, self._sharding, of_device)
 
         batches = list(read.values())
-        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches), jax.tree.map(place, *batches)
+        local = jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches)
+        return local, jax.tree.map(place, *batches), jax.tree.map(place, *found)
 
     async def save(self, directory: Any) -> Awaitable[None]:
         """For Orbax: what to save is taken now, and written while training goes on."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +13,23 @@ import numpy as np
 import optax
 import pydantic
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Float
+from jaxtyping import Array
 from orbax.checkpoint import v1 as ocp
 
 from brewjax import hosts
 from brewjax.config import Config
-from brewjax.data.loader import NO_TARGET, TokenBatch, describe_sources
-from brewjax.model.decoder import Decoder, ModelConfig
+from brewjax.data.loader import NO_TARGET, Shards, TokenBatch, describe_sources
+from brewjax.model.config import ModelConfig
 from brewjax.model.params import Params, abstract_params, bind, init_params
 from brewjax.model.sharding import MeshConfig, row_ways
 from brewjax.train.batches import PARTS, Batches
+from brewjax.train.lora import LoraConfig
 from brewjax.train.metrics import MetricsWriter
+from brewjax.train.objectives import BASE, Mean, Objective, TopK
 from brewjax.train.optimizer import OptimizerConfig
+from brewjax.train.teachers import Beside, Cache, Frozen, OnOwnMesh
 from pallas_kernels.segments import PADDING, Segments
 
-Objective = Callable[[Decoder, TokenBatch], tuple[Float[Array, ""], Float[Array, ""]]]
 State = dict[str, Any]
 KEEP = ocp.training.preservation_policies.LatestN
 
@@ -41,6 +43,7 @@ class TrainConfig(Config):
       accumulate: a step's rows are taken in this many parts, one after the other, to save memory.
       streams: the data are read as so many, which decides the order of the rows; a process reads those that fill its
         rows. With fewer streams than processes, some processes read the same.
+      lora: what is trained are adapters of the weights given, and not the weights.
       checkpoint_every: steps between checkpoints; the newest `keep` stay.
     """
 
@@ -50,6 +53,7 @@ class TrainConfig(Config):
     accumulate: int = pydantic.Field(default=1, gt=0)
     streams: int = pydantic.Field(default=1, gt=0)
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraConfig | None = None
     seed: int = 0
     checkpoint_every: int = pydantic.Field(default=100, gt=0)
     keep: int = pydantic.Field(default=2, gt=0)
@@ -79,8 +83,21 @@ class NonFiniteError(RuntimeError):
     """The loss, the gradient or the update became NaN or infinite."""
 
 
-def train(model: ModelConfig, config: TrainConfig, shards: Path, folder: Path, objective: Objective) -> Params:
+def train(
+    model: ModelConfig,
+    config: TrainConfig,
+    shards: Shards,
+    folder: Path,
+    objective: Objective,
+    init: Params | None = None,
+    frozen: Mapping[str, Beside] = {},
+) -> Params:
     """Trains from the newest checkpoint in `folder`, or from the start, to the last step; returns the parameters.
+
+    The start is `init`, which is left as it is, or random. `frozen` are the models that stand beside the one that
+    learns, by the names that the objective knows them by ("teacher", "reference"); with LoRA also "base", the weights
+    without it. Neither they nor `init` are in a checkpoint: a restart gives them again. With LoRA checkpoints hold the
+    adapters, and what is returned are ordinary parameters.
 
     Writes `folder/checkpoints`, `folder/metrics.jsonl` and `folder/tensorboard`. A run that is killed and started
     again with the same arguments has the losses of one that was not, to the bit. Raises NonFiniteError with the
@@ -89,20 +106,35 @@ def train(model: ModelConfig, config: TrainConfig, shards: Path, folder: Path, o
     """
     mesh = config.mesh.build()
     config.check_rows(mesh)
-    batches = Batches(shards, mesh, config.accumulate, config.rows, config.row_tokens, config.streams, config.seed)
+    caches = {name: one.look_up for name, one in frozen.items() if isinstance(one, Cache)}
+    elsewhere = {name: one for name, one in frozen.items() if isinstance(one, OnOwnMesh)}
+    inside = {name: one for name, one in frozen.items() if isinstance(one, Frozen)}
+    if init is not None:
+        _check_shapes(model, init, mesh)
+    if config.lora:
+        if init is None:
+            raise ValueError("train.lora adapts the weights of a model: there is none to start from")
+        inside[BASE] = Frozen(model, init)
+    models = {name: one.model for name, one in inside.items()}
+    batches = Batches(
+        shards, mesh, config.accumulate, config.rows, config.row_tokens, config.streams, config.seed, caches
+    )
     checkpointer = ocp.training.Checkpointer(
         (folder / "checkpoints").absolute(), preservation_policy=KEEP(config.keep), cleanup_tmp_directories=True
     )
     with jax.set_mesh(mesh), hosts.patience(), checkpointer:
-        state = _restore_or_init(checkpointer, model, config, mesh, batches)
-        step = jax.jit(make_step(model, config, objective), donate_argnums=0)
+        beside = {name: one.on(mesh) for name, one in inside.items()}
+        state = _restore_or_init(checkpointer, model, config, mesh, batches, init)
+        step = jax.jit(make_step(model, config, objective, models), donate_argnums=0)
         start, ending = int(state["step"]), hosts.Ending(mesh)
         with contextlib.ExitStack() as stack:
             writer = stack.enter_context(MetricsWriter(folder, start, config.steps)) if hosts.is_first() else None
             pending = None  # the step whose metrics are still being computed while the next one is dispatched
             for number in range(start + 1, config.steps + 1):
-                batch, placed = next(batches)
-                state, metrics = step(state, placed)
+                batch, placed, said = next(batches)
+                for name, teacher in elsewhere.items():
+                    said[name] = jax.device_put(teacher(placed), NamedSharding(mesh, PARTS))
+                state, metrics = step(state, placed, said, beside)
                 if pending:
                     _record(writer, folder, shards, *pending)
                 pending = (number, batch, metrics)
@@ -116,32 +148,43 @@ def train(model: ModelConfig, config: TrainConfig, shards: Path, folder: Path, o
                     checkpointer.wait()
                     hosts.preempted(f"step {number} of {config.steps} is saved")
         checkpointer.wait()
+        if config.lora:
+            return jax.jit(config.lora.merge)(beside[BASE], state["params"])
     return state["params"]
 
 
-def make_step(
-    model: ModelConfig, config: TrainConfig, objective: Objective
-) -> Callable[[State, TokenBatch], tuple[State, dict[str, Array]]]:
-    """One step: a state and a batch in `accumulate` parts, to the state after it and metrics. To be compiled."""
+Step = Callable[[State, TokenBatch, dict[str, TopK], dict[str, Params]], tuple[State, dict[str, Array]]]
+
+
+def make_step(model: ModelConfig, config: TrainConfig, objective: Objective, models: Mapping[str, ModelConfig]) -> Step:
+    """One step, to be compiled: a state, a batch in `accumulate` parts, what frozen models elsewhere said of it, and
+    the parameters of those here, whose shapes are `models`; to the state after it and metrics."""
     optimizer, rate = config.optimizer.build(config.steps), config.optimizer.rate(config.steps)
 
-    def loss_sum(params: Params, part: TokenBatch) -> tuple[Array, Array]:
-        return objective(bind(model, params), part)
+    def step(
+        state: State, parts: TokenBatch, said: dict[str, TopK], frozen: dict[str, Params]
+    ) -> tuple[State, dict[str, Array]]:
+        def loss_sum(params: Params, part: TokenBatch, said: dict[str, TopK]) -> tuple[Array, dict[str, Mean]]:
+            if config.lora:
+                params = config.lora.merge(frozen[BASE], params)
+            given = said | {name: bind(models[name], weights) for name, weights in frozen.items()}
+            loss, metrics = objective(bind(model, params), part, given)
+            return loss.total, {"loss": loss} | metrics
 
-    def step(state: State, parts: TokenBatch) -> tuple[State, dict[str, Array]]:
-        def accumulate(sums: tuple, part: TokenBatch) -> tuple[tuple, None]:
-            (loss, count), grads = jax.value_and_grad(loss_sum, has_aux=True)(state["params"], part)
-            return jax.tree.map(jnp.add, sums, (loss, count, grads)), None
+        def accumulate(sums: Params, inputs: tuple[TokenBatch, dict[str, TopK]]) -> tuple[Params, dict[str, Mean]]:
+            (_, means), grads = jax.value_and_grad(loss_sum, has_aux=True)(state["params"], *inputs)
+            return jax.tree.map(jnp.add, sums, grads), means
 
         zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), state["params"])
-        start = (jnp.zeros(()), jnp.zeros(()), zeros)
-        (loss, count, grads), _ = jax.lax.scan(accumulate, start, parts)
-        # Divided once, by the targets of all parts: accumulation and uneven rows change nothing.
-        grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1), grads)
+        grads, means = jax.lax.scan(accumulate, zeros, (parts, said))
+        # Divided once, by the weights of all parts: accumulation and uneven rows change nothing.
+        means = {name: Mean(jnp.sum(mean.total), jnp.sum(mean.weight)) for name, mean in means.items()}
+        weights = {name: jnp.where(mean.weight > 0, mean.weight, 1) for name, mean in means.items()}
+        grads = jax.tree.map(lambda g: g / weights["loss"], grads)
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
-        metrics = {
-            "loss": loss / jnp.maximum(count, 1),
-            "targets": count,
+        metrics = {name: mean.total / weights[name] for name, mean in means.items()} | {
+            "weight": means["loss"].weight,
+            "targets": jnp.sum(parts.targets != NO_TARGET),
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": rate(state["step"]),
             "tokens": jnp.sum(parts.segments.example > PADDING),
@@ -154,12 +197,37 @@ def make_step(
 
 
 def _restore_or_init(
-    checkpointer: ocp.training.Checkpointer, model: ModelConfig, config: TrainConfig, mesh: Mesh, batches: Any
+    checkpointer: ocp.training.Checkpointer,
+    model: ModelConfig,
+    config: TrainConfig,
+    mesh: Mesh,
+    batches: Batches,
+    init: Params | None,
 ) -> State:
-    if checkpointer.latest is None:
-        return jax.jit(_initial(config), donate_argnums=0)(init_params(model, mesh, config.seed))
-    restored = checkpointer.load_checkpointables(None, {"state": abstract_state(model, config, mesh), "data": batches})
-    return restored["state"]
+    if checkpointer.latest is not None:
+        abstract = {"state": abstract_state(model, config, mesh), "data": batches}
+        return checkpointer.load_checkpointables(None, abstract)["state"]
+    if config.lora:
+        params = config.lora.init(abstract_params(model, mesh), config.seed)
+    elif init is not None:
+        params = jax.tree.map(jnp.copy, Frozen(model, init).on(mesh))  # steps take the place of what they are given
+    else:
+        params = init_params(model, mesh, config.seed)
+    return jax.jit(_initial(config), donate_argnums=0)(params)
+
+
+def _check_shapes(model: ModelConfig, init: Params, mesh: Mesh) -> None:
+    """ValueError where `init` are not parameters of `model`."""
+    sizes = [
+        {jax.tree_util.keystr(path): (*leaf.shape, leaf.dtype) for path, leaf in jax.tree.leaves_with_path(params)}
+        for params in (abstract_params(model, mesh), init)
+    ]
+    for name in sizes[0] | sizes[1]:
+        expected, found = (of.get(name) for of in sizes)
+        if expected != found:
+            raise ValueError(
+                f"the parameters to start from do not fit model '{model.name}': {name} is {found}, not {expected}"
+            )
 
 
 def _initial(config: TrainConfig) -> Callable[[Params], State]:
@@ -173,12 +241,13 @@ def _initial(config: TrainConfig) -> Callable[[Params], State]:
 
 def abstract_state(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> State:
     """Shapes, dtypes and shardings of what a step takes and gives; to be called with the mesh in context."""
+    params = abstract_params(model, mesh)
     # Every leaf with its place on this mesh: without one it would return to the mesh it was saved from.
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(
             leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, leaf.sharding.spec if leaf.sharding else jax.P())
         ),
-        jax.eval_shape(_initial(config), abstract_params(model, mesh)),
+        jax.eval_shape(_initial(config), config.lora.abstract(params) if config.lora else params),
     )
 
 
@@ -191,7 +260,7 @@ def abstract_batch(config: TrainConfig, mesh: Mesh) -> TokenBatch:
 
 
 def _record(
-    writer: MetricsWriter | None, folder: Path, shards: Path, step: int, batch: TokenBatch, metrics: dict
+    writer: MetricsWriter | None, folder: Path, shards: Shards, step: int, batch: TokenBatch, metrics: dict
 ) -> None:
     row = {name: value.item() for name, value in metrics.items()}
     if not np.isfinite([row["loss"], row["grad_norm"], row["update_norm"]]).all():

@@ -1,32 +1,91 @@
-"""Objectives: pure functions of a decoder and a batch. Each returns (sum of losses, number of targets)."""
+"""What an objective is, what several share, and supervised fine-tuning.
+
+An objective is a pure function of a decoder, a batch and what is `Given` beside them. It returns sums, so that neither
+accumulation nor uneven rows change what they are the means of.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from brewjax.data.loader import TokenBatch
 from brewjax.model.decoder import Decoder
+from brewjax.model.sharding import Sharding
 from pallas_kernels.cross_entropy import linear_cross_entropy
+from pallas_kernels.linear_loss import Tower
 
 
-def supervised(decoder: Decoder, batch: TokenBatch) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Cross-entropy of the label words: -log P(word | everything the question sees), natural log.
+class Mean(NamedTuple):
+    """A mean to be: a sum, and what to divide it by once the sums of all rows are known."""
 
-    A mixture of experts adds its load-balancing loss, once per target.
+    total: Float[Array, ""]
+    weight: Float[Array, ""]
+
+
+class TopK(NamedTuple):
+    """A teacher's k likeliest words where a batch has targets, the likeliest first; -1 and -inf elsewhere."""
+
+    ids: Int[Array, "B T k"]
+    log_probs: Float[Array, "B T k"]
+
+
+BASE = "base"  # the name of the weights that LoRA adapts, among what is given
+Given = Mapping[str, Decoder | TopK]  # frozen models, or what they said of this batch, by name
+Objective = Callable[[Decoder, TokenBatch, Given], tuple[Mean, dict[str, Mean]]]  # the loss, and metrics
+
+
+def supervised(decoder: Decoder, batch: TokenBatch, given: Given) -> tuple[Mean, dict[str, Mean]]:
+    """Cross-entropy of the targets by their weights: -log P(target | everything that its token sees), natural log.
+
+    Pre-training and supervised fine-tuning alike: they differ in their targets. A mixture of experts adds its
+    load-balancing loss.
     """
     hidden, balance = decoder.with_balance(batch.tokens, batch.positions, batch.segments)
-    rows = decoder.sharding.spec("batch", "length")
-    axes = (*decoder.sharding.rules["batch"], *decoder.sharding.rules["length"])
+    loss = cross_entropy(decoder, hidden, batch)
+    return Mean(loss.total + balance * loss.weight, loss.weight), {}
 
-    def local(hidden: Array, head: Array, targets: Array) -> tuple[Array, Array]:
-        sums = linear_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), head, targets.reshape(-1))
-        return jax.lax.psum(sums, axes)
 
-    loss, count = jax.shard_map(
-        local,
-        in_specs=(decoder.sharding.spec("batch", "length", "model"), jax.P(None, None), rows),
-        out_specs=(jax.P(), jax.P()),
-        check_vma=False,
-    )(hidden, decoder.head.astype(hidden.dtype), decoder.sharding.reshard(batch.targets, "batch", "length"))
-    return loss + balance * count, count
+def cross_entropy(decoder: Decoder, hidden: Float[Array, "B T D"], batch: TokenBatch) -> Mean:
+    towers = [(hidden, decoder.head)]
+    return token_sums(decoder.sharding, linear_cross_entropy, towers, batch.targets, batch.weights)
+
+
+def token_sums(
+    sharding: Sharding, loss: Callable[..., tuple[Array, Array]], towers: Sequence[Tower], *fields: Array
+) -> Mean:
+    """The two sums that `loss` returns of each device's tokens, over all devices.
+
+    Args:
+      loss: a fused loss of N tokens in a line: of hidden states [N, D] and head [V, D] of each tower, then the fields.
+      towers: hidden states [B, T, D], each with its head [V, D].
+      fields: [B, T, ..] each.
+    """
+    axes = (*sharding.rules["batch"], *sharding.rules["length"])
+    return Mean(*_by_device(sharding, lambda *line: jax.lax.psum(loss(*line), axes), towers, fields, jax.P()))
+
+
+def per_token(sharding: Sharding, function: Callable[..., Any], towers: Sequence[Tower], *fields: Array) -> Any:
+    """As `token_sums`, for a function that returns arrays [N, ..], which come back as [B, T, ..]."""
+    return _by_device(sharding, function, towers, fields, sharding.spec("batch", "length"))
+
+
+def _by_device(
+    sharding: Sharding, function: Callable, towers: Sequence[Tower], fields: Sequence[Array], out: jax.P
+) -> Any:
+    def local(hidden: list[Array], heads: list[Array], fields: list[Array]) -> Any:
+        shape = hidden[0].shape[:2]
+        of_tokens = [x.reshape(-1, *x.shape[2:]) for x in hidden]
+        each = [x for tower in zip(of_tokens, heads, strict=True) for x in tower]
+        found = function(*each, *(x.reshape(-1, *x.shape[2:]) for x in fields))
+        return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), found) if len(out) else found
+
+    rows = sharding.spec("batch", "length")
+    return jax.shard_map(local, in_specs=(rows, jax.P(None, None), rows), out_specs=out, check_vma=False)(
+        [hidden for hidden, _ in towers],
+        [head.astype(hidden.dtype) for hidden, head in towers],
+        [sharding.reshard(x, "batch", "length", *[None] * (x.ndim - 2)) for x in fields],
+    )

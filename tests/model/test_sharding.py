@@ -62,7 +62,8 @@ def loss_and_gradients(model: ModelConfig, mesh: Mesh) -> dict[str, np.ndarray]:
 
     @functools.partial(jax.value_and_grad, has_aux=True)
     def loss(params, batch):
-        return supervised(bind(model, params), batch)
+        loss, _ = supervised(bind(model, params), batch, {})
+        return loss
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(model, mesh))
     by_rows = NamedSharding(mesh, jax.P(ROWS, None))

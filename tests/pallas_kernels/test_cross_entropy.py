@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.cross_entropy import linear_cross_entropy
+from pallas_kernels.cross_entropy import linear_cross_entropy, linear_log_probs
 
 N, V, D = 13, 21, 8
 SIZES = [(1, 8), (5, 21), (512, 5)]  # tokens and words at a time: one, all, more than there are, not a divisor
@@ -95,3 +95,24 @@ def test_large_logits():
 def test_a_target_that_is_no_word_is_not_passed_over():
     hidden, head = draw(4)
     assert np.isnan(linear_cross_entropy(hidden, head, np.full(N, V))[0])
+
+
+@pytest.mark.parametrize(("chunk", "block"), SIZES)
+def test_log_probs_of_each_token_and_their_gradients(chunk, block):
+    """A loss that no weights known beforehand express: the square of each log-probability."""
+    hidden, head = draw(3)
+    targets = np.random.default_rng(3).integers(-1, V, N)
+    of_all = jax.jit(functools.partial(linear_log_probs, chunk=chunk, block=block))
+    with jax.enable_x64(True):
+        logits = np.float64(hidden) @ np.float64(head).T
+        rows = np.arange(N), np.maximum(targets, 0)
+        expected = np.where(targets >= 0, np.asarray(jax.nn.log_softmax(logits))[rows], 0)
+        expected_grads = jax.grad(
+            lambda hidden, head: jnp.sum(jnp.where(targets >= 0, jax.nn.log_softmax(hidden @ head.T)[rows], 0) ** 2),
+            argnums=(0, 1),
+        )(np.float64(hidden), np.float64(head))
+        expected_grads = [np.asarray(grad) for grad in expected_grads]
+    np.testing.assert_allclose(of_all(hidden, head, targets), expected, rtol=1e-5, atol=1e-5)
+    grads = jax.grad(lambda *student: jnp.sum(of_all(*student, targets) ** 2), argnums=(0, 1))(hidden, head)
+    for grad, one in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(grad, one, rtol=1e-4, atol=1e-4)

@@ -11,7 +11,9 @@ from pallas_kernels.distillation import (
     forward_kl,
     jensen_shannon,
     linear_distillation,
+    linear_top_k,
     reverse_kl,
+    skewed_kl,
     top_k_distillation,
 )
 
@@ -34,6 +36,7 @@ DIVERGENCES = {
     "forward KL": (forward_kl, kl),
     "reverse KL": (reverse_kl, lambda p, q: kl(q, p)),
     "Jensen-Shannon": (jensen_shannon(BETA), js),
+    "skewed KL": (skewed_kl(BETA), lambda p, q: kl(p, BETA * p + (1 - BETA) * q)),
 }
 divergences = pytest.mark.parametrize("name", DIVERGENCES)
 in_pieces = pytest.mark.parametrize(("chunk", "block", "temperature"), SETTINGS)
@@ -178,8 +181,24 @@ def test_nothing_flows_to_the_teacher():
     assert not np.any(grads["teacher_head"])
 
 
+@settings(deadline=None, max_examples=10)
+@given(seeds, st.lists(st.booleans(), min_size=N, max_size=N))
+def test_what_a_teacher_leaves_in_a_cache(seed, counts):
+    inputs, counts = draw(seed), np.array(counts)
+    ids, log_probs = linear_top_k(inputs["teacher_hidden"], inputs["teacher_head"], counts, K, 2.0, chunk=5)
+    expected = top_k(inputs, 2.0, K)
+    np.testing.assert_allclose(log_probs[counts], expected["log_probs"][counts], rtol=1e-5, atol=1e-5)
+    found = np.take_along_axis(np.log(teacher_probs(inputs, 2.0)), np.maximum(ids, 0), -1)[counts]
+    np.testing.assert_allclose(found, log_probs[counts], rtol=1e-5, atol=1e-5)  # ties may change places
+    assert (np.sort(ids, -1)[counts, 1:] != np.sort(ids, -1)[counts, :-1]).all()
+    assert (ids[~counts] == -1).all()
+    assert (log_probs[~counts] == -np.inf).all()
+
+
 def test_what_makes_no_sense_is_refused():
     inputs, ones = draw(5), np.ones(N, np.float32)
+    with pytest.raises(ValueError, match=r"alpha of the skewed KL is 0; it must lie between 0 and 1"):
+        skewed_kl(0)
     with pytest.raises(ValueError, match=r"beta of the Jensen-Shannon divergence is 1; it must lie between 0 and 1"):
         jensen_shannon(1)
     with pytest.raises(ValueError, match="the student's head has 21 words, the teacher's 20"):

@@ -24,7 +24,7 @@ from brewjax.model.params import Params
 from brewjax.model.sharding import MeshConfig
 from brewjax.train.loop import NonFiniteError, TrainConfig, train
 from brewjax.train.metrics import METRICS, MetricsWriter, read_metrics
-from brewjax.train.objectives import supervised
+from brewjax.train.objectives import Given, Mean, supervised
 from brewjax.train.optimizer import OptimizerConfig
 from tests.tiny import MODEL, prompt
 
@@ -165,9 +165,9 @@ def newest_checkpoint(folder: Path) -> tuple[int, Params]:
         return checkpointer.latest.step, state["params"]
 
 
-def poisoned(decoder: Decoder, batch: TokenBatch) -> tuple[jax.Array, jax.Array]:
-    loss, count = supervised(decoder, batch)
-    return loss * jnp.where(jnp.any(batch.tokens == POISON), jnp.nan, 1), count
+def poisoned(decoder: Decoder, batch: TokenBatch, given: Given) -> tuple[Mean, dict[str, Mean]]:
+    loss, metrics = supervised(decoder, batch, given)
+    return loss._replace(total=loss.total * jnp.where(jnp.any(batch.tokens == POISON), jnp.nan, 1)), metrics
 
 
 def test_nan_stops_the_run_and_names_the_examples(tmp_path):

@@ -1,0 +1,98 @@
+"""LoRA: each matrix learns a difference of low rank; the weights that it started from stay as they are."""
+
+from __future__ import annotations
+
+import math
+import string
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import pydantic
+from jax.sharding import NamedSharding
+
+from brewjax.config import Config
+from brewjax.model.params import Params
+
+Target = Literal["query", "key", "value", "output", "gate", "up", "down"]
+# How many axes of each weight are its input's, and its output's; layers and experts come before them.
+AXES: dict[str, tuple[int, int]] = dict.fromkeys(("query", "key", "value"), (1, 2)) | {"output": (2, 1)}
+AXES |= dict.fromkeys(("gate", "up", "down"), (1, 1))
+
+
+class LoraConfig(Config):
+    """Low-rank adaptation (Hu et al. 2021, arXiv 2106.09685): W + (alpha / rank) A B, with A and B float32.
+
+    Attributes:
+      targets: the weights of each layer, or of each of its experts, that are adapted.
+    """
+
+    rank: int = pydantic.Field(default=16, gt=0)
+    alpha: float = pydantic.Field(default=32.0, gt=0)
+    targets: tuple[Target, ...] = pydantic.Field(default=get_args(Target), min_length=1)
+
+    def abstract(self, params: Params) -> Params:
+        """Shapes, dtypes and shardings of the adapters {"a", "b"} of abstract parameters, in their places."""
+
+        def pair(name: str, weight: jax.ShapeDtypeStruct) -> Params:
+            inputs, outputs = AXES[name]
+            before, shape = weight.ndim - inputs - outputs, weight.shape
+            spec = (*weight.sharding.spec, *[None] * (weight.ndim - len(weight.sharding.spec)))
+
+            def matrix(axes: list[int | None]) -> jax.ShapeDtypeStruct:  # None: along the rank
+                sizes = tuple(self.rank if axis is None else shape[axis] for axis in axes)
+                of = jax.P(*(None if axis is None else spec[axis] for axis in axes))
+                return jax.ShapeDtypeStruct(sizes, jnp.float32, sharding=NamedSharding(weight.sharding.mesh, of))
+
+            stack = list(range(before))
+            into, out = range(before, before + inputs), range(before + inputs, weight.ndim)
+            return {"a": matrix([*stack, *into, None]), "b": matrix([*stack, None, *out])}
+
+        return self._each(params, pair)
+
+    def init(self, params: Params, seed: int) -> Params:
+        """Adapters of abstract parameters that change nothing yet: A is random, of variance 1 / inputs, and B zero."""
+        leaves, tree = jax.tree_util.tree_flatten_with_path(self.abstract(params))
+
+        def values() -> Params:
+            made = []
+            for key, (path, leaf) in zip(jax.random.split(jax.random.key(seed), len(leaves)), leaves, strict=True):
+                name, which = path[-2].key, path[-1].key
+                fan_in = math.prod(leaf.shape[-1 - AXES[name][0] : -1])
+                random = jax.random.normal(key, leaf.shape, leaf.dtype) * fan_in**-0.5
+                made.append(random if which == "a" else jnp.zeros(leaf.shape, leaf.dtype))
+            return jax.tree.unflatten(tree, made)
+
+        return jax.jit(values, out_shardings=jax.tree.unflatten(tree, [leaf.sharding for _, leaf in leaves]))()
+
+    def merge(self, params: Params, adapters: Params) -> Params:
+        """The weights with what the adapters learnt: ordinary parameters, in their own dtypes."""
+        merged = {}
+        for name, value in params.items():
+            if name not in adapters:
+                merged[name] = value
+            elif name in self.targets:
+                merged[name] = _sum(name, value, adapters[name], self.alpha / self.rank)
+            else:
+                merged[name] = self.merge(value, adapters[name])
+        return merged
+
+    def _each(self, params: Params, of: Callable[[str, Any], Params]) -> Params:
+        """`of(name, weight)` in the place of each target, and nothing else."""
+        found: Params = {}
+        for name, value in params.items():
+            if name in self.targets:
+                found[name] = of(name, value)
+            elif isinstance(value, dict) and (below := self._each(value, of)):
+                found[name] = below
+        return found
+
+
+def _sum(name: str, weight: jax.Array, adapter: Params, scale: float) -> jax.Array:
+    inputs, outputs = AXES[name]
+    before = weight.ndim - inputs - outputs
+    axes = string.ascii_lowercase[: weight.ndim]
+    stack, into, out = axes[:before], axes[before : before + inputs], axes[before + inputs :]
+    product = jnp.einsum(f"{stack}{into}z,{stack}z{out}->{axes}", adapter["a"], adapter["b"])
+    return (weight.astype(jnp.float32) + scale * product).astype(weight.dtype)

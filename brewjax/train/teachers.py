@@ -1,0 +1,271 @@
+"""Frozen models beside the one that learns: in the step, on a mesh of their own, or in a cache of what they said."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from rich.progress import Progress
+
+from brewjax import hosts
+from brewjax.data.loader import NO_TARGET, Shards, TokenBatch, read_counts
+from brewjax.model.config import ModelConfig
+from brewjax.model.params import Params, abstract_params, bind
+from brewjax.model.sharding import MeshConfig, row_ways
+from brewjax.train.batches import PARTS, Batches
+from brewjax.train.objectives import TopK, per_token
+from pallas_kernels.distillation import linear_top_k
+
+CARD, BEGUN = "cache.json", "begun.json"  # what a cache is of; by the first name once it is complete
+PART_WORDS = 1 << 22  # that the teacher names in a part of the cache, about
+
+
+class CacheError(ValueError):
+    """A cache of a teacher's answers that is not of this data, this teacher or these settings."""
+
+
+class Frozen(NamedTuple):
+    """A model that answers and does not learn."""
+
+    model: ModelConfig
+    params: Params
+
+    def on(self, mesh: Mesh) -> Params:
+        """Its parameters where they belong on a mesh."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(self.model, mesh))
+        return jax.device_put(self.params, shardings)
+
+
+class OnOwnMesh:
+    """A teacher on a mesh other than the student's: its answers are moved over, while the student still learns from
+    those before."""
+
+    def __init__(self, teacher: Frozen, mesh: Mesh, k: int, temperature: float):
+        self._mesh, self._params = mesh, teacher.on(mesh)
+        self._answer = jax.jit(functools.partial(_answers, teacher.model, k, temperature))
+
+    def __call__(self, placed: TokenBatch) -> TopK:
+        """[parts, rows, T, k], on the teacher's mesh, of a batch [parts, rows, T] on any."""
+        if placed.tokens.shape[1] % row_ways(self._mesh):
+            raise ValueError(
+                f"{placed.tokens.shape[1]} rows at a time do not divide over the {row_ways(self._mesh)} devices along "
+                "data, fsdp and expert of the teacher's mesh"
+            )
+        there = jax.device_put(placed, NamedSharding(self._mesh, PARTS))
+        with jax.set_mesh(self._mesh):
+            return self._answer(self._params, there)
+
+
+def _answers(model: ModelConfig, k: int, temperature: float, params: Params, parts: TokenBatch) -> TopK:
+    decoder = bind(model, params)
+
+    def one(batch: TokenBatch) -> TopK:
+        hidden = decoder(batch.tokens, batch.positions, batch.segments)
+        ids, log_probs = per_token(
+            decoder.sharding,
+            functools.partial(linear_top_k, k=k, temperature=temperature),
+            [(hidden, decoder.head)],
+            batch.targets != NO_TARGET,
+        )
+        return TopK(ids, log_probs)
+
+    return jax.lax.map(one, parts)
+
+
+class Cache:
+    """A teacher's answers, written by `write_cache`: of each record of the shards, in the order of its targets."""
+
+    def __init__(self, folder: Path):
+        if not (folder / CARD).exists():
+            raise CacheError(f"{folder}: no complete cache of a teacher's answers there")
+        self.folder, self.card = folder, json.loads((folder / CARD).read_text())
+        self._parts = [_Part.open(path) for path in _parts(folder)]
+        self._place = {record: (part, n) for part in self._parts for n, record in enumerate(part.records.tolist())}
+
+    def look_up(self, batch: TokenBatch) -> TopK:
+        """float32 and int32 [rows, T, k] for a batch of numpy arrays [rows, T]."""
+        shape = (*batch.tokens.shape, self.card["k"])
+        ids, log_probs = np.full(shape, -1, np.int32), np.full(shape, -np.inf, np.float32)
+        for (row, record), places in _targets(batch):
+            if record not in self._place:
+                raise CacheError(f"{self.folder}: the teacher never saw record {record} of these shards")
+            part, n = self._place[record]
+            answers = slice(part.offsets[n], part.offsets[n + 1])
+            if len(places) != answers.stop - answers.start:
+                raise CacheError(
+                    f"{self.folder}: record {record} has {len(places)} targets, the teacher answered "
+                    f"{answers.stop - answers.start}"
+                )
+            ids[row, places], log_probs[row, places] = part.ids[answers], part.log_probs[answers]
+        return TopK(ids, log_probs)  # type: ignore[arg-type]  # numpy until it is placed
+
+
+Beside = Frozen | OnOwnMesh | Cache  # what can stand beside the model that learns
+
+
+class _Part(NamedTuple):
+    """A part of a cache: records, where the answers of each begin (and the last end), and the answers [n, k]."""
+
+    records: np.ndarray
+    offsets: np.ndarray
+    ids: np.ndarray
+    log_probs: np.ndarray
+
+    @classmethod
+    def open(cls, folder: Path) -> _Part:
+        return cls(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in cls._fields))
+
+    @classmethod
+    def of(cls, answers: dict[int, TopK]) -> _Part:
+        counts = [len(of_record.ids) for of_record in answers.values()]
+        ids, log_probs = (np.concatenate(arrays) for arrays in zip(*answers.values(), strict=True))
+        return cls(np.array(list(answers), np.int64), np.cumsum([0, *counts]), ids, log_probs)
+
+    def write(self, folder: Path) -> None:
+        """At once, or not at all."""
+        temporary = folder.with_suffix(".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        for name, array in self._asdict().items():
+            np.save(temporary / f"{name}.npy", array)
+        temporary.rename(folder)
+
+
+def _parts(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("part-*") if not path.suffix)
+
+
+def _targets(batch: TokenBatch) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
+    """(row, record), and where that record's targets stand in the row, in order."""
+    for row in range(len(batch.tokens)):
+        places = np.flatnonzero(batch.targets[row] != NO_TARGET)
+        records = batch.source[row, places]
+        for record in np.unique(records):
+            yield (row, int(record)), places[records == record]
+
+
+def write_cache(
+    folder: Path,
+    shards: Shards,
+    teacher: Frozen,
+    mesh: MeshConfig,
+    rows: int,
+    row_tokens: int,
+    k: int,
+    temperature: float = 1.0,
+) -> None:
+    """Writes the teacher's k likeliest words at every target of the shards, unless that was done.
+
+    A run that was killed goes on where it was. Raises CacheError where `folder` holds answers to other data, of another
+    teacher, or of other settings.
+
+    Args:
+      rows, row_tokens: what the teacher reads at a time, over all devices of the mesh.
+    """
+    devices = mesh.build()
+    card = {"teacher": fingerprint(teacher, devices), "k": k, "temperature": temperature}
+    done = hosts.on_first(functools.partial(_begin, folder, shards, card))
+    if done is None:
+        return
+    seen, answer = set(done), OnOwnMesh(teacher, devices, k, temperature)
+    counts = {one: read_counts(one) for one in ([shards] if isinstance(shards, Path) else shards)}
+    records = sum(of["records"] for of in counts.values())
+    # Each folder by its size, whatever its share in training: the first epochs of all end together.
+    sizes: Shards = shards if isinstance(shards, Path) else {one: of["tokens"] for one, of in counts.items()}
+    batches = Batches(sizes, devices, 1, rows, row_tokens, 1, seed=0)
+    waiting: dict[int, TopK] = {}
+    with Progress(disable=not hosts.is_first()) as progress:
+        bar = progress.add_task("the teacher answers", total=records, completed=len(seen))
+        while len(seen) < records:
+            _, placed, _ = next(batches)
+            batch = _on_host(placed)
+            fresh = {
+                record: (row, np.flatnonzero((batch.source[row] == record) & (batch.targets[row] != NO_TARGET)))
+                for row in range(rows)
+                for record in np.unique(batch.source[row]).tolist()
+                if record >= 0 and record not in seen
+            }
+            if fresh:
+                said = _on_host(answer(placed))
+                waiting |= {
+                    record: TopK(said.ids[row, places], said.log_probs[row, places])
+                    for record, (row, places) in fresh.items()
+                }
+                seen |= set(fresh)
+            if hosts.is_first() and (
+                len(seen) == records or sum(answers.ids.size for answers in waiting.values()) >= PART_WORDS
+            ):
+                _Part.of(waiting).write(folder / f"part-{len(_parts(folder)):05d}")
+                waiting = {}
+            progress.update(bar, completed=len(seen))
+    hosts.on_first(lambda: (folder / BEGUN).replace(folder / CARD) and None)
+
+
+def _begin(folder: Path, shards: Shards, card: dict) -> list[int] | None:
+    """The records that the cache has already; None where it is complete."""
+    card = {"shards": hash_shards(shards), **card}
+    for path in (folder / CARD, folder / BEGUN):
+        if not path.exists():
+            continue
+        of = json.loads(path.read_text())
+        if other := [f"{name} {of[name]}, not {value}" for name, value in card.items() if of[name] != value]:
+            raise CacheError(
+                f"{folder}: holds a teacher's answers for {'; '.join(other)}. Delete it, or name another folder"
+            )
+        return None if path.name == CARD else [n for part in _parts(folder) for n in _Part.open(part).records.tolist()]
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / "begun.tmp"
+    temporary.write_text(json.dumps(card))
+    temporary.replace(folder / BEGUN)
+    return []
+
+
+def _on_host(placed: Any) -> Any:
+    """The arrays of a placed batch, or of the answers to it, without the axis of parts; the same in every process."""
+    if jax.process_count() > 1:
+        placed = multihost_utils.process_allgather(placed, tiled=True)
+    return jax.tree.map(lambda x: x[0], jax.device_get(placed))
+
+
+def hash_shards(shards: Shards) -> str:
+    """SHA-256 of the shards' files, in the order that their records are numbered in."""
+    digest = hashlib.sha256()
+    for folder in [shards] if isinstance(shards, Path) else shards:
+        for path in sorted(folder.glob("part-*.array_record")):
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def fingerprint(model: Frozen, mesh: Mesh) -> str:
+    """Of a model's shape and every bit of its weights, whatever mesh they lie on; summed where they are."""
+    with jax.set_mesh(mesh):
+        sums = jax.device_get(jax.jit(lambda params: jax.tree.map(_bit_sums, params))(model.on(mesh)))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(sums)
+    digest = hashlib.sha256(model.model.model_dump_json().encode())
+    for path, leaf in leaves:
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf}".encode())
+    return digest.hexdigest()
+
+
+def _bit_sums(x: jax.Array) -> jax.Array:
+    """Two sums of the bits by their places, modulo 2^32. The factors are odd: any one changed number changes both."""
+    unsigned = {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+    place = jnp.uint32(0)
+    for axis, size in enumerate(x.shape):
+        along = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis, out_sharding=jax.typeof(x).sharding)
+        place = place * jnp.uint32(size) + along
+    mixed = (place ^ (place >> 16)) * jnp.uint32(0x45D9F3B)
+    factors = 2 * place + 1, 2 * (mixed ^ (mixed >> 16)) + 1
+    return jnp.stack([jnp.sum(bits * factor, dtype=jnp.uint32) for factor in factors])

@@ -1,0 +1,176 @@
+"""A teacher in the step, on a mesh of its own, or in a cache: the same lesson. Frozen models stay as they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from brewjax.data.loader import load_batches, write_shards
+from brewjax.model.sharding import MeshConfig
+from brewjax.train import teachers
+from brewjax.train.align import Align
+from brewjax.train.batches import Batches
+from brewjax.train.distill import Distill
+from brewjax.train.loop import train
+from brewjax.train.metrics import METRICS, read_metrics
+from brewjax.train.objectives import supervised
+from brewjax.train.teachers import Cache, CacheError, Frozen, OnOwnMesh, fingerprint, write_cache
+from tests.tiny import MODEL, params
+from tests.train.test_loop import CONFIG, newest_checkpoint, shards, toy, without_speed
+
+__all__ = ["shards"]  # a fixture
+pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
+BIG = MODEL.model_copy(update={"name": "big", "d_model": 24})
+TEACHER = Frozen(BIG, params(BIG, seed=7))
+SHORT = CONFIG.model_copy(update={"steps": 6, "checkpoint_every": 3})
+ALL_BUT_ONE = MODEL.vocab_size - 1
+
+
+def written(folder, shards, teacher=TEACHER, k=4, temperature=2.0):
+    write_cache(folder, shards, teacher, MeshConfig(), 16, 64, k, temperature)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def same_mesh(shards, tmp_path_factory):
+    """The folder of a run with the teacher in memory."""
+    folder = tmp_path_factory.mktemp("same_mesh")
+    distill = Distill(temperature=2.0)
+    frozen = distill.frozen(TEACHER, SHORT, shards, folder / "cache")
+    train(MODEL, SHORT, shards, folder, distill, init=params(), frozen=frozen)
+    return folder
+
+
+@pytest.mark.parametrize("teacher", ["own_mesh", "cache"])
+def test_all_words_but_one_of_a_teacher_elsewhere_teach_what_it_does_in_memory(shards, same_mesh, tmp_path, teacher):
+    """The one left out is the tail."""
+    distill = Distill(temperature=2.0, teacher=teacher, top_k=1000)
+    config = SHORT.model_copy(update={"accumulate": 2})  # which changes nothing either
+    frozen = distill.frozen(TEACHER, config, shards, tmp_path / "cache")
+    train(MODEL, config, shards, tmp_path, distill, init=params(), frozen=frozen)
+    for name in ("loss", "loss_kd", "loss_sft", "grad_norm"):
+        found, expected = ([row[name] for row in read_metrics(run / METRICS)] for run in (tmp_path, same_mesh))
+        np.testing.assert_allclose(found, expected, rtol=2e-4, err_msg=name)
+
+
+def test_the_student_learns_from_the_teacher_and_the_teacher_learns_nothing(same_mesh):
+    rows = read_metrics(same_mesh / METRICS)
+    assert rows[-1]["loss_kd"] < rows[0]["loss_kd"]
+    np.testing.assert_allclose(
+        [row["loss"] for row in rows], [0.1 * row["loss_sft"] + 0.9 * row["loss_kd"] for row in rows], rtol=1e-5
+    )
+    jax.tree.map(np.testing.assert_array_equal, TEACHER.params, params(BIG, seed=7))
+    _, saved = newest_checkpoint(same_mesh)
+    assert jax.tree.map(jnp.shape, saved) == jax.tree.map(jnp.shape, params())
+
+
+def test_a_run_with_a_frozen_model_goes_on_to_the_bit(shards, same_mesh, tmp_path):
+    shutil.copytree(same_mesh, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "checkpoints" / str(SHORT.steps))  # as if killed after step 3, or later
+    train(MODEL, SHORT, shards, tmp_path, Distill(temperature=2.0), init=params(), frozen={"teacher": TEACHER})
+    assert without_speed(tmp_path) == without_speed(same_mesh)
+    jax.tree.map(np.testing.assert_array_equal, newest_checkpoint(tmp_path)[1], newest_checkpoint(same_mesh)[1])
+
+
+def test_a_cache_has_the_answer_to_every_target(shards, tmp_path):
+    cache = Cache(written(tmp_path / "cache", shards))
+    config = MeshConfig().build()
+    ask = OnOwnMesh(TEACHER, config, 4, 2.0)
+    batches = Batches(shards, config, 1, 4, 64, 1, 3, {"teacher": cache.look_up})
+    for _ in range(3):  # packed otherwise than the cache was
+        batch, placed, beside = next(batches)
+        said, found = jax.tree.map(lambda x: np.asarray(x)[0], (ask(placed), beside["teacher"]))
+        assert (found.ids >= 0).any(-1).tolist() == (batch.targets >= 0).tolist()
+        np.testing.assert_allclose(found.log_probs, said.log_probs, rtol=1e-4, atol=1e-5)
+        assert (found.ids == said.ids).mean() > 0.999  # ties apart
+        assert (np.diff(found.log_probs[batch.targets >= 0], axis=-1) <= 0).all()
+
+
+def test_a_cache_that_was_killed_goes_on_and_one_that_is_done_is_left_alone(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(teachers, "PART_WORDS", 300)
+    answer, calls = OnOwnMesh.__call__, []
+
+    def dies(self, placed):
+        calls.append(None)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return answer(self, placed)
+
+    monkeypatch.setattr(OnOwnMesh, "__call__", dies)
+    with pytest.raises(KeyboardInterrupt):
+        written(tmp_path, shards)
+    with pytest.raises(CacheError, match="no complete cache"):
+        Cache(tmp_path)
+    (tmp_path / "part-00099.tmp").mkdir()  # one that was being written
+    before = len(calls)
+    cache = Cache(written(tmp_path, shards))
+    batch = next(iter(load_batches(shards, 8, 64, seed=0)))
+    assert (cache.look_up(batch).ids[..., 0] >= 0).tolist() == (batch.targets >= 0).tolist()
+    asked = len(calls) - before
+    whole = len(calls) - before + 3
+    written(tmp_path / "again", shards)
+    assert len(calls) == before + asked + whole  # nothing was asked twice
+    written(tmp_path, shards)
+    assert len(calls) == before + asked + whole
+
+
+def test_a_cache_of_something_else_is_refused(shards, tmp_path):
+    written(tmp_path / "cache", shards)
+    other = write_shards(tmp_path / "other", [(toy(number), {}) for number in range(20)], 64)
+    assert other["records"]
+    with pytest.raises(CacheError, match=r"answers for shards [0-9a-f]{64}, not [0-9a-f]{64}\. Delete it"):
+        written(tmp_path / "cache", tmp_path / "other")
+    with pytest.raises(CacheError, match="answers for k 4, not 5; temperature 2.0, not 1.0"):
+        written(tmp_path / "cache", shards, k=5, temperature=1.0)
+    nudged = jax.tree.map(jnp.copy, TEACHER.params)
+    nudged["layers"]["down"] = nudged["layers"]["down"].at[1, 2, 3].add(1e-6)
+    with pytest.raises(CacheError, match="answers for teacher "):
+        written(tmp_path / "cache", shards, teacher=Frozen(BIG, nudged))
+    batch = next(iter(load_batches(tmp_path / "other", 2, 64, seed=0)))
+    batch.source[:] += 10_000
+    with pytest.raises(CacheError, match="the teacher never saw record"):
+        Cache(tmp_path / "cache").look_up(batch)
+    card = tmp_path / "cache" / "cache.json"
+    assert json.loads(card.read_text())["k"] == 4
+
+
+def test_weights_that_change_places_have_another_fingerprint():
+    mesh = MeshConfig().build()
+    swapped = TEACHER.params | {"embedding": TEACHER.params["embedding"][::-1]}
+    assert fingerprint(TEACHER, mesh) == fingerprint(Frozen(BIG, params(BIG, seed=7)), mesh)
+    assert fingerprint(TEACHER, mesh) != fingerprint(Frozen(BIG, swapped), mesh)
+
+
+def test_align_learns_to_prefer_and_the_reference_stays(tmp_path):
+    """Held to what it was when it began; every question is answered by its first token, as in `toy`."""
+    prompts = []
+    for number in range(100):
+        one = toy(number)
+        lists = [1] + [-1] * (len(one.questions) - 1)
+        prompts.append((dataclasses.replace(one, lists=lists), {}))
+    write_shards(tmp_path / "shards", prompts, 64)
+    start = params()
+    config = SHORT.model_copy(update={"steps": 12})
+    frozen = {"reference": Frozen(MODEL, start)}
+    train(MODEL, config, tmp_path / "shards", tmp_path, Align(beta=0.5), init=start, frozen=frozen)
+    rows = read_metrics(tmp_path / METRICS)
+    assert rows[0]["reward_margin"] == 0
+    np.testing.assert_allclose(rows[0]["loss_dpo"], np.log(3), rtol=1e-3)  # two rejected of each list, all alike
+    assert rows[-1]["reward_preferred"] > 0 > rows[-1]["reward_rejected"]
+    assert rows[-1]["preference_accuracy"] > 0.9
+    jax.tree.map(np.testing.assert_array_equal, start, params())
+
+
+def test_training_starts_from_what_it_is_given(shards, tmp_path):
+    start = params(seed=3)
+    none = CONFIG.optimizer.model_copy(update={"learning_rate": 1e-30})
+    config = SHORT.model_copy(update={"steps": 1, "optimizer": none})
+    end = train(MODEL, config, shards, tmp_path, supervised, init=start)
+    jax.tree.map(np.testing.assert_array_equal, end, params(seed=3))
+    jax.tree.map(np.testing.assert_array_equal, start, params(seed=3))
