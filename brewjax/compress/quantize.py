@@ -37,9 +37,7 @@ class QuantizeConfig(Config):
         """The model in 8 bits; ConfigError where it is already."""
         if model.quantized:
             raise model.error("is quantised already; start from the model that it was made from", "quantized")
-        return model.model_copy(
-            update={"quantized": Quantization(dtype=self.dtype, activations=self.activations)}
-        )
+        return model.model_copy(update={"quantized": Quantization(dtype=self.dtype, activations=self.activations)})
 
 
 def quantize(source: Path, target: Path, config: QuantizeConfig) -> Bundle:

@@ -158,13 +158,16 @@ def encode(prompt: Prompt, tokenizer: Tokenizer, layout: HistoryLayout) -> Encod
     )
     ids = iter(tokenizer.encode([text for group in groups for text in group]))
     (center,), heads, tails, asked, said = ([next(ids) for _ in group] for group in groups)
+<<<<<<< HEAD
     center = tokenizer.begin(center)
+=======
+>>>>>>> 3468b99732303e0b7a4d77a2d9fd73f3e22630aa
     empty = next((number for number, question in enumerate(asked, 1) if not question), None)
     if empty is not None:
         raise ValueError(f"question {empty} is empty")
     whole = [answer + tokenizer.eos if answer else [] for answer in said]
     return EncodedPrompt(
-        [center, *(head + tail for head, tail in zip(heads, tails, strict=True))],
+        [tokenizer.begin(center), *(head + tail for head, tail in zip(heads, tails, strict=True))],
         [question + answer[:-1] for question, answer in zip(asked, whole, strict=True)],
         labels,
         [answer or question.label for question, answer in zip(prompt.questions, whole, strict=True)],

@@ -119,6 +119,9 @@ def test_a_note_ranks_what_has_the_same_answer_and_its_opposite_ranks_it_the_oth
             if found["name"] != "Posted":  # said as an age: months and weeks
                 wanted = [satisfies(text, found["what"], found["name"]) for text in preferred[-1]]
                 unwanted = [satisfies(text, found["what"], found["name"]) for text in rejected[-1]]
+                if isinstance(wanted[0], bool):
+                    assert all(wanted)
+                    assert not any(unwanted)
                 assert min(wanted) >= max(unwanted)
         assert not preferred[0] & preferred[1]
         assert not preferred[0] & rejected[0]
