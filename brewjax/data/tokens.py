@@ -158,10 +158,7 @@ def encode(prompt: Prompt, tokenizer: Tokenizer, layout: HistoryLayout) -> Encod
     )
     ids = iter(tokenizer.encode([text for group in groups for text in group]))
     (center,), heads, tails, asked, said = ([next(ids) for _ in group] for group in groups)
-<<<<<<< HEAD
     center = tokenizer.begin(center)
-=======
->>>>>>> 3468b99732303e0b7a4d77a2d9fd73f3e22630aa
     empty = next((number for number, question in enumerate(asked, 1) if not question), None)
     if empty is not None:
         raise ValueError(f"question {empty} is empty")
