@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from brewjax.data.prompt import Prompt
-from brewjax.data.tokenizer import Tokenizer
 from pallas_kernels.segments import ALL, QUESTIONS, SELF
+
+if TYPE_CHECKING:
+    from brewjax.data.tokenizer import Tokenizer  # imports transformers, for seconds, which training does without
 
 HistoryLayout = Literal["dense", "star"]
 NO_TARGET = -1
