@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention_tpu_plan import TILE, Plan, kinds_and_labels
+from pallas_kernels.attention_tpu_plan import TILE, Line, Plan, kinds_and_labels
 from pallas_kernels.segments import MASKED, Segments, sees
 from pallas_kernels.worklist import EVERY, worklist
 
@@ -314,28 +314,31 @@ def _visit(plan: Plan, kind: Array, run: Callable[[list[Job]], None], masks: Any
 
     @pl.when(kind != EVERY)
     def _() -> None:
-        for bit, diagonal in enumerate(plan.diagonals):
-            pl.when((kind >> bit) & 1 == 1)(functools.partial(_along, plan, run, masks, mask, diagonal))
+        for bit, line in enumerate(plan.lines):
+            pl.when((kind >> bit) & 1 == 1)(functools.partial(_along, plan, run, masks, mask, line))
 
 
 def _whole(plan: Plan, run: Callable[[list[Job]], None]) -> None:
-    count = plan.group * plan.chunks
-    together = max(n for n in range(1, UNROLLED + 1) if count % n == 0)
+    size = together(plan)
 
     def step(n: Array, _: None) -> None:
-        run([Job(n * together + m, slice(0, plan.chunk), slice(0, plan.keys)) for m in range(together)])
+        run([Job(n * size + m, slice(0, plan.chunk), slice(0, plan.keys)) for m in range(size)])
 
-    jax.lax.fori_loop(0, count // together, step, None)
+    jax.lax.fori_loop(0, plan.group * plan.chunks // size, step, None)
 
 
-def _along(plan: Plan, run: Callable[[list[Job]], None], masks: Any, mask: Callable, diagonal: int) -> None:
-    tiles = plan.tiles(diagonal)
-    for n, (q_tile, kv_tile) in enumerate(tiles):
+def together(plan: Plan) -> int:
+    """How many of a visit's chunks are in straight-line code; as many times as that goes into all, it runs."""
+    return max(n for n in range(1, UNROLLED + 1) if plan.group * plan.chunks % n == 0)
+
+
+def _along(plan: Plan, run: Callable[[list[Job]], None], masks: Any, mask: Callable, line: Line) -> None:
+    for n, (q_tile, kv_tile) in enumerate(line):
         masks[n] = mask(q_tile, kv_tile)  # once for all heads
 
     def head(g: Array, _: None) -> None:
         jobs = []
-        for n, (q_tile, kv_tile) in enumerate(tiles):
+        for n, (q_tile, kv_tile) in enumerate(line):
             chunk, place = divmod(q_tile * TILE, plan.chunk)
             rows = slice(kv_tile * TILE, (kv_tile + 1) * TILE)
             jobs.append(Job(g * plan.chunks + chunk, slice(place, place + TILE), rows, mask=n))
@@ -381,7 +384,7 @@ _COMPILER_PARAMS = pltpu.CompilerParams(
 
 
 def _masks(plan: Plan) -> Any:
-    return pltpu.VMEM((min(plan.queries, plan.keys) // TILE, TILE, TILE), jnp.float32)
+    return pltpu.VMEM((plan.queries // TILE, TILE, TILE), jnp.float32)
 
 
 def _at_queries(*shape: int) -> pl.BlockSpec:

@@ -12,10 +12,10 @@ from pallas_kernels.segments import ALL, PADDING, QUESTIONS, SELF, Segments
 
 
 class Sight(NamedTuple):
-    """Of each pair of a query tile and a key tile: whether any pair of tokens in it is visible, and whether all are.
+    """Of each pair of a query tile and a key tile: whether a query sees a key, and whether every query sees every key.
 
-    `some` is never false where there is one, `every` never true where there is not; both are tight where examples
-    and segments are contiguous.
+    Padding among the queries does not count: nobody asks what it sees. `some` is never false where there is one,
+    `every` never true where there is not; both are tight where examples and segments are contiguous.
     """
 
     some: Bool[Array, "B NQ NK"]
@@ -66,7 +66,6 @@ def sight(
         q_facts.example.is_one(kv_facts.example)
         & (kv_facts.last <= q_facts.first)
         & (q_facts.segment.is_one(kv_facts.segment) | every)
-        & q_facts.whole
         & kv_facts.whole
     )
     return Sight(some, every)
