@@ -42,7 +42,7 @@ from rich.table import Table
 
 from benchmarks.layouts import LAYOUTS, segments
 from pallas_kernels import attention_tpu
-from pallas_kernels.attention_tpu_plan import TILE, Plan, kinds_and_labels
+from pallas_kernels.attention_tpu_plan import TILE, Line, Plan, kinds_and_labels
 from pallas_kernels.segments import Segments, visible
 from pallas_kernels.worklist import EVERY
 
@@ -101,12 +101,14 @@ class Costs:
     Attributes:
       visit: whatever it does.
       every: where every query sees every key.
+      masked: where that is not so, besides its lines.
       lines: for each of the plan's lines.
     """
 
     plan: Plan
     visit: Slots
     every: Slots
+    masked: Slots
     lines: list[Slots]
 
 
@@ -123,40 +125,50 @@ def costs(chip: Chip, way: str, group: int = 1) -> Costs:
         plan = Plan.of(q, k, False)
 
     def compile_only(visit: Callable) -> Counter:
-        def only(plan, kind, run, masks, mask):
-            visit(plan, run, masks, mask)
+        def only(plan, kind, run, masks):
+            visit(run, masks)
 
         # A kernel that never begins or ends a block, and has no other kind of visit.
         with mock.patch.multiple(attention_tpu, _visit=only, _edges=lambda block, i: (False, False)):
             return Counter(chip.compile(getattr(attention_tpu, way), *inputs))
 
-    def slots(found: Counter, pairs: int) -> Slots:
+    def less(a: Counter, b: Counter) -> Counter:
+        return Counter({slot: a[slot] - b[slot] for slot in a})
+
+    def slots(found: Counter, pairs: int = 0) -> Slots:
         return dict(found) | {"pairs": pairs, "cycles": chip.cycles(way, pairs)}
 
-    empty = compile_only(lambda *_: None)
-    every = compile_only(lambda plan, run, masks, mask: attention_tpu._whole(plan, run))
-    every.subtract(empty)
-    for slot in every:  # chunks that are not in straight-line code are in a loop
-        every[slot] *= group * plan.chunks // attention_tpu.together(plan)
+    def along(line: Line) -> Callable:
+        return lambda run, masks: attention_tpu._along(plan, run, masks, line)
+
+    longest = max(plan.diagonals, key=len)  # all key tiles are in it
+
+    def prepared(run: Callable, masks: attention_tpu.Masks) -> None:
+        masks.prepare()
+        along(longest)(run, masks)
+
+    empty = compile_only(lambda run, masks: None)
+    every = less(compile_only(lambda run, masks: attention_tpu._whole(plan, run)), empty)
+    times = group * plan.chunks // attention_tpu.together(plan)  # the code is in a loop
 
     @functools.cache
-    def along(count: int, is_row: bool) -> Slots:
-        """Of the first line of that form: others are the same code elsewhere."""
+    def of_form(count: int, is_row: bool) -> Counter:
+        """The first line of that form: others are the same code elsewhere."""
         line = next(line for line in plan.lines if len(line) == count and (line in plan.rows) == is_row)
-        total = compile_only(lambda plan, run, masks, mask: attention_tpu._along(plan, run, masks, mask, line))
-        total.subtract(empty)
-        if group > 1:  # a loop over the heads, behind the masks of all
-            masks = compile_only(lambda plan, run, *rest: attention_tpu._along(plan, lambda jobs: None, *rest, line))
-            masks.subtract(empty)
-            for slot in total:
-                total[slot] = masks[slot] + group * (total[slot] - masks[slot])
-        return slots(total, count * TILE**2 * group)
+        whole = less(compile_only(along(line)), empty)
+        if group == 1:
+            return whole
+        with mock.patch.object(attention_tpu.Masks, "make"):
+            head = less(compile_only(along(line)), empty)  # in a loop, behind the masks of all heads
+        return Counter({slot: whole[slot] + (group - 1) * head[slot] for slot in whole})
 
+    lines = [of_form(len(line), line in plan.rows) for line in plan.lines]
     return Costs(
         plan,
-        slots(empty, 0),
-        slots(every, plan.queries * plan.keys * group),
-        [along(len(line), line in plan.rows) for line in plan.lines],
+        slots(empty),
+        slots(Counter({slot: times * every[slot] for slot in every}), plan.queries * plan.keys * group),
+        slots(less(compile_only(prepared), compile_only(along(longest)))),
+        [slots(line, len(tiles) * TILE**2 * group) for line, tiles in zip(lines, plan.lines, strict=True)],
     )
 
 
@@ -164,7 +176,9 @@ def estimate(cost: Costs, kinds: np.ndarray) -> tuple[int, int]:
     """Cycles of all visits of these kinds, and the pairs of tokens they compute, for one head of the group."""
     cycles = visited = 0
     for kind in kinds:
-        parts = [cost.every] if kind == EVERY else [line for bit, line in enumerate(cost.lines) if kind >> bit & 1]
+        parts = [cost.every]
+        if kind != EVERY:
+            parts = [cost.masked, *(line for bit, line in enumerate(cost.lines) if kind >> bit & 1)]
         cycles += cost.visit["bundles"] + sum(max(part["bundles"], part["cycles"]) for part in parts)
         visited += sum(part["pairs"] for part in parts)
     return cycles // cost.plan.group, visited // cost.plan.group

@@ -17,6 +17,9 @@ from pallas_kernels.worklist import EVERY, sight
 CHUNKS = 4  # of a head in a block of queries
 KEYS = 512  # in a block
 TILE = 128
+LABELS = 2  # of a token: example and reach in one
+VISIT_BYTES = 12  # of a visit's scalars
+SMEM_RESERVED = 8 << 10  # what the compiler keeps of the scalar memory
 
 Line = list[tuple[int, int]]
 """Some (query tile, key tile) of a pair of blocks, of which no two have the same queries."""
@@ -49,7 +52,15 @@ class Plan:
         S, K = k.shape[1:3]
         chunk = TILE if interpret else pltpu.get_tpu_info().mxu_column_size
         chunks = min(CHUNKS, pl.cdiv(T, chunk))
-        return cls(B, K, D, T, S, chunk, chunks, H // K, min(KEYS, pl.cdiv(S, TILE) * TILE))
+        plan = cls(B, K, D, T, S, chunk, chunks, H // K, min(KEYS, pl.cdiv(S, TILE) * TILE))
+        size = plan.most_visits * VISIT_BYTES
+        if not interpret and size > (space := pltpu.get_tpu_info().smem_capacity_bytes - SMEM_RESERVED):
+            raise ValueError(
+                f"attention of {B} x {T:,} queries on {S:,} keys takes up to {plan.most_visits:,} visits of blocks of "
+                f"{plan.queries} x {plan.keys}, {size:,} bytes of scalars, and this TPU holds {space:,}: "
+                "shard the sequence, or give fewer rows at a time"
+            )
+        return plan
 
     @property
     def queries(self) -> int:
@@ -63,6 +74,12 @@ class Plan:
     @property
     def kv_blocks(self) -> int:
         return pl.cdiv(self.S, self.keys)
+
+    @property
+    def most_visits(self) -> int:
+        """Of all rows: a block of queries sees no keys behind its last query, which is its row's last at most."""
+        ends = (self.S - self.T + (n + 1) * self.queries for n in range(self.q_blocks))
+        return self.B * sum(min(self.kv_blocks, pl.cdiv(end, self.keys)) for end in ends)
 
     @property
     def diagonals(self) -> list[Line]:
@@ -112,7 +129,7 @@ class Plan:
 def kinds_and_labels(
     plan: Plan, q_segments: Segments, kv_segments: Segments, q_start: Array
 ) -> tuple[Int[Array, "B NQ NK"], tuple[Int[Array, "M 8 T"], Int[Array, "M 8 S"]]]:
-    """The kinds of visits, and the labels as the kernels read them: example, segment, reach, and nothing five times.
+    """The kinds of visits, and the labels as the kernels read them: `LABELS` rows, and nothing behind.
 
     A kind is `EVERY`, or has a bit for each of the plan's lines to go through: diagonals or rows, in which somebody
     sees somebody, whichever are fewer tiles.
@@ -137,8 +154,12 @@ def kinds_and_labels(
     kind = jnp.where(every.all((2, 4)) & some.any((2, 4)), EVERY, kind)
 
     def blocked(segments: Segments, size: int) -> Int[Array, "M 8 N"]:
-        rows = jnp.stack([x.reshape(-1, size) for x in segments], 1)
-        return jnp.pad(rows, ((0, 0), (0, 8 - rows.shape[1]), (0, 0)))
+        packed = segments.example << 2 | segments.reach, segments.segment
+        return jnp.pad(jnp.stack([x.reshape(-1, size) for x in packed], 1), ((0, 0), (0, 8 - LABELS), (0, 0)))
 
     labels = blocked(q_segments, plan.queries), blocked(kv_segments, plan.keys)
     return kind, labels
+
+
+def unpack_labels(example_and_reach: Array, segment: Array) -> Segments:
+    return Segments(example_and_reach >> 2, segment, example_and_reach & 3)

@@ -105,15 +105,18 @@ def _facts(segments: Segments, tile: int, start: Array | int, repeats: int = 1) 
     return _Facts(example, segment, reach, real.all(-1), first, last)
 
 
-def worklist(kind: Int[Array, "B NQ NK"] | Bool[Array, "B NQ NK"], by_key: bool = False) -> Worklist:
-    """The pairs of blocks with a `kind` other than 0, each query block's together, or each key block's."""
+def worklist(kind: Int[Array, "B NQ NK"] | Bool[Array, "B NQ NK"], most: int, by_key: bool = False) -> Worklist:
+    """The pairs of blocks with a `kind` other than 0, of which there are `most` at most.
+
+    Each query block's are together, or each key block's.
+    """
     _, NQ, NK = kind.shape
     if by_key:
         kind = kind.transpose(0, 2, 1)
     across = kind.shape[2]
     flat = kind.reshape(-1)
     # A sort, because a scatter of every pair would be done one by one on a TPU.
-    visits = jax.lax.sort(jnp.where(flat != 0, jnp.arange(flat.size), flat.size))
+    visits = jax.lax.sort(jnp.where(flat != 0, jnp.arange(flat.size), flat.size))[:most]
     visits = jnp.minimum(visits, flat.size - 1)  # beyond `length`: anything that is there
     outer, inner = visits // across, visits // (NQ * NK) * across + visits % across
     q_block, kv_block = (inner, outer) if by_key else (outer, inner)

@@ -140,8 +140,8 @@ def test_meetings_are_the_blocks_seen_whole_and_then_those_seen_in_part(kind):
 @settings(deadline=None, max_examples=30)
 @given(arrays(np.int32, (2, 3, 5), elements=st.integers(0, 2)))
 def test_a_worklist_holds_every_pair_once_and_keeps_a_block_together(kind):
-    for by_key in (False, True):
-        visits = jax.tree.map(np.asarray, worklist(kind, by_key))
+    for by_key, most in ((False, kind.size), (True, max(1, np.count_nonzero(kind)))):
+        visits = jax.tree.map(np.asarray, worklist(kind, most, by_key))
         q_block, kv_block, kinds = (x[: visits.length] for x in visits[:3])
         found = np.zeros_like(kind)
         for q, kv, what in zip(q_block, kv_block, kinds, strict=True):
