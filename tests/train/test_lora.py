@@ -84,6 +84,6 @@ def test_what_cannot_be_adapted_is_refused(shards, tmp_path):
     config = CONFIG.model_copy(update={"lora": LORA})
     with pytest.raises(ValueError, match=r"train\.lora adapts the weights of a model: there is none to start from"):
         train(MODEL, config, shards, tmp_path, Align())
+    wide = params(MODEL.model_copy(update={"head_dim": 10}))
     with pytest.raises(ValueError, match=r"do not fit model 'tiny': .*query.* is \(2, 16, 4, 10, "):
-        wide = MODEL.model_copy(update={"head_dim": 10})
-        train(MODEL, config, shards, tmp_path, Align(), init=params(wide))
+        train(MODEL, config, shards, tmp_path, Align(), init=wide)

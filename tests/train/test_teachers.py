@@ -126,7 +126,7 @@ def test_a_cache_of_something_else_is_refused(shards, tmp_path):
     assert other["records"]
     with pytest.raises(CacheError, match=r"answers for shards [0-9a-f]{64}, not [0-9a-f]{64}\. Delete it"):
         written(tmp_path / "cache", tmp_path / "other")
-    with pytest.raises(CacheError, match="answers for k 4, not 5; temperature 2.0, not 1.0"):
+    with pytest.raises(CacheError, match=r"answers for k 4, not 5; temperature 2\.0, not 1\.0"):
         written(tmp_path / "cache", shards, k=5, temperature=1.0)
     nudged = jax.tree.map(jnp.copy, TEACHER.params)
     nudged["layers"]["down"] = nudged["layers"]["down"].at[1, 2, 3].add(1e-6)
