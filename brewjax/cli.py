@@ -233,6 +233,7 @@ def score(
         Optional[datetime.datetime], typer.Option(help="As of this moment (UTC), not the last event.")
     ] = None,
     items: Annotated[Optional[int], typer.Option(help="Rank only so many of them, drawn at random.", min=1)] = None,
+    note: Annotated[str, typer.Option(help="A wish that the model reads with its instruction.")] = "",
     top: Annotated[int, typer.Option(help="How many items to show.", min=1)] = 10,
 ) -> None:
     """Rank items for a member of a dataset, or answer the questions of a JSON prompt; here, or on a server."""
@@ -269,12 +270,12 @@ def score(
             from brewjax.scoring.bundle import Bundle
 
             bundle = Bundle.load(model)
-            said = bundle.verbalizer(tables, checked).prompt(checked, example, bundle.prompts.score_style)
+            said = bundle.verbalizer(tables, checked).prompt(checked, example, bundle.prompts.score_style, note)
             probabilities = bundle.score(said)
         else:
             from brewjax.serve.members import of_example
 
-            probabilities = _ask(server, of_example(tables, checked, example))
+            probabilities = _ask(server, of_example(tables, checked, example, note))
         names = [tables.item_name(row) for row in example.items]
         _print_ranking(probabilities, checked.words, checked.values, names, top)
     else:
