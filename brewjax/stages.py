@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -42,7 +43,16 @@ from brewjax.evaluate.results import Model, compare
 from brewjax.model.config import ModelConfig
 from brewjax.model.params import MODEL, Params, load_model, size
 from brewjax.pipeline import Step, read_record, run_steps
-from brewjax.recipe import AlignStage, DistillStage, PruneStage, QuantizeStage, Recipe, Stage, TrainedStage
+from brewjax.recipe import (
+    AlignStage,
+    DistillStage,
+    PretrainStage,
+    PruneStage,
+    QuantizeStage,
+    Recipe,
+    Stage,
+    TrainedStage,
+)
 from brewjax.scoring.bundle import PERCENTILES, TOKENIZER, Bundle, PercentileScale
 from brewjax.train.align import REFERENCE
 from brewjax.train.loop import train
@@ -168,7 +178,15 @@ def _train_tokenizer(run: Run, percentiles: Percentiles, vocab_size: int) -> Tok
         for task in run.tasks
         for example in sample_examples(run.dataset, task, "train", TOKENIZER_EXAMPLES)
     ]
+    if _reads_prose(run.recipe):
+        until = run.tasks[0].boundaries(run.dataset)[0]
+        told = domain_texts(verbalizer, until, PretrainConfig())
+        texts += [text for text, _ in itertools.islice(told, len(texts))]
     return Tokenizer.train(texts, words, vocab_size)
+
+
+def _reads_prose(recipe: Recipe) -> bool:
+    return any(isinstance(stage, PretrainStage) for stage in recipe.stages.values())
 
 
 def write_data(run: Run, config: DataConfig, row_tokens: int, folder: Path) -> None:
@@ -186,7 +204,7 @@ def _sources(run: Run, config: DataConfig) -> dict[str, Iterator[tuple[EncodedPr
         case SftConfig():
             return {task.name: sft_records(verbalizer, task, prompts, config) for task in run.tasks}
         case AlignConfig():
-            return {task.name: align_records(verbalizer, task, prompts, config) for task in run.tasks}
+            return {task.name: align_records(verbalizer, task, prompts, config) for task in _aligned(run, config)}
     until = run.tasks[0].boundaries(run.dataset)[0]
     texts = {"domain": domain_texts(verbalizer, until, config)}
     if config.general:
@@ -199,8 +217,17 @@ def shares(run: Run, config: DataConfig, folder: Path) -> dict[Path, float]:
     if isinstance(config, PretrainConfig):
         general = config.general_share if config.general else 0
         return {folder / "domain": 1 - general} | ({folder / "general": general} if general else {})
-    mix = config.mix if isinstance(config, SftConfig) else MixConfig()
-    return mix.shares({task.name: folder / task.name for task in run.tasks})
+    if isinstance(config, AlignConfig):
+        return MixConfig().shares({task.name: folder / task.name for task in _aligned(run, config)})
+    return config.mix.shares({task.name: folder / task.name for task in run.tasks})
+
+
+def _aligned(run: Run, config: AlignConfig) -> list[Task]:
+    known = [task.name for task in run.tasks]
+    for name in config.tasks:
+        if name not in known:
+            raise config.error(f"no task '{name}'; tasks: {', '.join(known)}", "tasks")
+    return [task for task in run.tasks if task.name in (config.tasks or known)]
 
 
 # --- models
@@ -342,7 +369,13 @@ def steps(run: Run) -> list[Step]:
     recipe = run.recipe
     tasks = [Path(path).read_text() for path in run.task_files if Path(path).is_file()]
     plan = [
-        Step("prepare", functools.partial(prepare, run), (), [tasks, _dump(recipe, "tokenizer", "prompts")], ("data",))
+        Step(
+            "prepare",
+            functools.partial(prepare, run),
+            (),
+            [tasks, _dump(recipe, "tokenizer", "prompts"), _reads_prose(recipe)],
+            ("data",),
+        )
     ]
     judged = _dump(recipe, "evaluate")
     data: dict[str, str] = {}  # the steps that write training data, by what they write
