@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 from brewjax.compress.calibrate import calibrate
 from brewjax.compress.prune import PruneConfig, prune
@@ -22,7 +23,7 @@ from brewjax.model.families import config_to_hf
 from brewjax.model.generate import Generator
 from brewjax.model.loading import CheckpointError
 from brewjax.model.params import abstract_params, bind, count, size
-from brewjax.model.sharding import MeshConfig
+from brewjax.model.sharding import ROWS, MeshConfig
 from brewjax.scoring.bundle import Bundle, PromptConfig
 from brewjax.scoring.passes import Bucket
 from brewjax.scoring.scorer import Scorer, among_labels, score_labels
@@ -39,7 +40,6 @@ MATRICES = {
 }
 CONFIGS = [
     QuantizeConfig(),
-    QuantizeConfig(dtype="int8"),
     QuantizeConfig(scales="per_tensor", activations="per_tensor"),
     QuantizeConfig(dtype="int8", activations=None),
 ]
@@ -147,7 +147,7 @@ def test_quantizing_and_loading_never_hold_the_float_model(tmp_path, tokenizer):
         command = [sys.executable, "-m", "tests.compress.test_quantize", what, tmp_path]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
         raised[what] = int(done.stdout.splitlines()[-1])
-    assert raised["load"] < 0.6 * whole
+    assert raised["load"] < 0.8 * whole  # a quarter, and what reading takes
     assert raised["quantize"] < whole
     on_disk = [sum(file.stat().st_size for file in (tmp_path / one).rglob("*")) for one in ("whole", "small")]
     assert on_disk[1] < 0.3 * on_disk[0]
@@ -225,12 +225,15 @@ def test_a_mesh_calibrates_as_one_device(saved, sharded):
 def test_heads_of_less_than_float32_move_scores_and_make_ties(tokenizer):
     """Of states such as the last norm gives, as the `Scorer` scores them."""
     bundle = Bundle(DENSE, spread(DENSE), tokenizer, PromptConfig())
-    asked = jnp.asarray(np.random.default_rng(0).standard_normal((1, 400, 32)), jnp.float32)
-    labels, found = jnp.array([[5, 6]]), {}
+    mesh, found = MeshConfig().build(), {}
+    asked, labels = np.random.default_rng(0).standard_normal((1, 400, 32), np.float32), np.array([[5, 6]])
+    asked, labels = (
+        jax.device_put(x, NamedSharding(mesh, jax.P(ROWS, *[None] * (x.ndim - 1)))) for x in (asked, labels)
+    )
     for product in ("float32", "bfloat16", "e4m3"):
         for logits in ("float32", "bfloat16"):
             model = with_head(bundle, HeadPrecision(product=product, logits=logits)).model
-            with jax.set_mesh(MeshConfig().build()):
+            with jax.set_mesh(mesh):
                 log_probs = jax.jit(score_labels, static_argnums=(0, 4))(model, bundle.params, asked, labels, "labels")
             found[product, logits] = among_labels(np.asarray(log_probs)[0])[:, 0]
     exact = found["float32", "float32"]
