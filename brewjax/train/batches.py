@@ -44,7 +44,7 @@ class Batches:
         readers: dict[int, set[int]] = {}
         for device, index in self._sharding.devices_indices_map(self._shape).items():
             for stream in self._streams_of(index[1]):
-                readers.setdefault(stream, set()).add(device.process_index)
+                readers.setdefault(stream, set()).add(device.process_index)  # type: ignore[attr-defined]
         here = jax.process_index()
         self._iterators = {
             stream: iter(load_batches(shards, rows // streams, row_tokens, seed, stream, streams))
@@ -68,7 +68,7 @@ class Batches:
         def place(*leaves: np.ndarray) -> jax.Array:
             parts = [leaf.reshape(self._shape[0], self._block, *leaf.shape[1:]) for leaf in leaves]
 
-            def of_device(index: tuple[slice, ...]) -> np.ndarray:
+            def of_device(index: Any) -> np.ndarray:  # a slice of each axis
                 streams = self._streams_of(index[1])
                 start, stop, _ = index[1].indices(self._shape[1])
                 whole = (
