@@ -131,9 +131,14 @@ class EncodedPrompt:
         return {name: array.astype(np.int32) for name, array in arrays.items()} | {"weights": weights}
 
     @cached_property
+    def starts(self) -> np.ndarray:
+        """int64 [questions + 1]: where the first token of each question stands, and where the last question ends."""
+        return self.prefix_length + np.cumsum([0, *map(len, self.questions)])
+
+    @property
     def ends(self) -> np.ndarray:
         """int64 [questions]: where the last token of each question stands."""
-        return self.prefix_length + np.cumsum([len(question) for question in self.questions]) - 1
+        return self.starts[1:] - 1
 
 
 def encode(prompt: Prompt, tokenizer: Tokenizer, layout: HistoryLayout) -> EncodedPrompt:
@@ -153,14 +158,12 @@ def encode(prompt: Prompt, tokenizer: Tokenizer, layout: HistoryLayout) -> Encod
     )
     ids = iter(tokenizer.encode([text for group in groups for text in group]))
     (center,), heads, tails, asked, said = ([next(ids) for _ in group] for group in groups)
-    if center[:1] != tokenizer.bos:  # a chat template may begin with it
-        center = tokenizer.bos + center
     empty = next((number for number, question in enumerate(asked, 1) if not question), None)
     if empty is not None:
         raise ValueError(f"question {empty} is empty")
     whole = [answer + tokenizer.eos if answer else [] for answer in said]
     return EncodedPrompt(
-        [center, *(head + tail for head, tail in zip(heads, tails, strict=True))],
+        [tokenizer.begin(center), *(head + tail for head, tail in zip(heads, tails, strict=True))],
         [question + answer[:-1] for question, answer in zip(asked, whole, strict=True)],
         labels,
         [answer or question.label for question, answer in zip(prompt.questions, whole, strict=True)],

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from brewjax.data.examples import build_examples
+from brewjax.data.preferences import AlignConfig, align_records, draw_contrast
+from brewjax.data.styles import PromptConfig
+from brewjax.data.tokens import NO_TARGET, EncodedPrompt
+from tests.data.test_training import EVENTS, MANY, SAMPLED, TASK, make_verbalizer
+
+PROMPTS = PromptConfig(styles={"sectioned": 1.0}, max_tokens=100_000)
+
+
+def candidates(record: EncodedPrompt) -> dict[int, list[tuple[int, int]]]:
+    """By list: of each candidate, its preference and the question's segment, read back from the arrays."""
+    arrays = record.arrays
+    targets, preference = arrays["targets"], arrays["preference"]
+    at = np.flatnonzero(preference)
+    assert at.tolist() == np.flatnonzero(targets != NO_TARGET).tolist() == record.ends.tolist()
+    lists: dict[int, list[tuple[int, int]]] = {}
+    for place in at:
+        lists.setdefault(abs(int(preference[place])), []).append(
+            (int(preference[place]), int(arrays["segment"][place]))
+        )
+    return lists
+
+
+@pytest.mark.parametrize("task", [TASK, SAMPLED], ids=["shown", "sampled"])
+@hypothesis.given(EVENTS, st.integers(2, 5), st.integers(1, 3), st.sampled_from([0.0, 0.5, 1.0]))
+@hypothesis.settings(max_examples=15, deadline=None)
+def test_every_list_prefers_exactly_one(jobs_with, tokenizer, task, events, size, lists, notes):
+    verbalizer = make_verbalizer(jobs_with(events), tokenizer)
+    config = AlignConfig(size=size, lists=lists, notes=notes)
+    for record, _ in align_records(verbalizer, task, PROMPTS, config):
+        found = candidates(record)
+        assert list(found) == list(range(1, len(found) + 1))
+        assert len(found) <= lists
+        for one in found.values():
+            assert 2 <= len(one) <= size
+            assert sum(preference > 0 for preference, _ in one) == 1
+            assert len({segment for _, segment in one}) == len(one), "a candidate is a segment"
+        targets = record.arrays["targets"]
+        assert set(targets[targets != NO_TARGET]) == {tokenizer.word("Yes")}
+
+
+@pytest.mark.parametrize("task", [TASK, SAMPLED], ids=["shown", "sampled"])
+def test_what_was_applied_to_is_preferred_to_what_was_not(jobs_with, tokenizer, task):
+    dataset = jobs_with(MANY)
+    verbalizer = make_verbalizer(dataset, tokenizer, task)
+    examples = {(e.member, e.cut): e for e in build_examples(dataset, task, "train")}
+    records = list(align_records(verbalizer, task, PROMPTS, AlignConfig(size=4, lists=3, notes=0)))
+    assert records
+    for record, note in records:
+        example = examples[int(note["member"][1:]), note["cut"]]
+        said = [question.text for question in verbalizer.prompt(task, example, "sectioned").questions]
+        for preference, question in zip(record.lists, record.questions, strict=True):
+            text = tokenizer.hf.decode(question).removeprefix("## Question")
+            answers = {task.words[label] for one, label in zip(said, example.labels, strict=True) if one == text}
+            assert ("Yes" if preference > 0 else "No") in answers
+
+
+def test_a_list_is_never_split(jobs_with, tokenizer):
+    verbalizer = make_verbalizer(jobs_with(MANY), tokenizer)
+    records = align_records(verbalizer, TASK, PROMPTS, AlignConfig(size=3, lists=4, notes=0))
+    record = max((record for record, _ in records), key=lambda record: len(record.lists))
+    assert len(candidates(record)) == 4
+    longest = 3 * max(map(len, record.questions))
+    parts = record.split(record.prefix_length + longest)
+    assert len(parts) > 1
+    assert [list(map(abs, part.lists)) for part in parts] != [list(map(abs, record.lists))]
+    assert [number for part in parts for number in candidates(part)] == [1, 2, 3, 4]
+    assert [len(one) for part in parts for one in candidates(part).values()] == [3] * 4
+    with pytest.raises(ValueError, match="a list of 3 questions of"):
+        record.split(record.prefix_length + max(map(len, record.questions)))
+
+
+NOTE = re.compile(r"\nNote: (?P<note>(?:focus on|prefer) jobs whose (?P<name>\w+) (?P<what>.*))\n")
+
+
+def satisfies(text: str, what: str, name: str) -> bool | float:
+    """Whether a candidate, as it is said, is what a note focuses on; or its number, as high as the note wants it."""
+    found = re.search(rf"{name}: (.*?)(?:, [A-Z]\w+: |\]|$)", text)
+    said = found[1] if found else ""
+    if what.startswith("include "):
+        return what.removeprefix("include ") in said.split(", ")
+    if what.startswith("is ") and what.removeprefix("is ") not in ("high", "low", "recent", "long ago"):
+        return said == what.removeprefix("is ")
+    number = float(re.search(r"[\d.]+", said)[0])
+    return -number if what == "is low" else number
+
+
+def test_a_note_ranks_what_has_the_same_answer_and_its_opposite_ranks_it_the_other_way(jobs_with, tokenizer):
+    """Read back from the text alone: the preferred one is what the note asks for, the rejected ones are not."""
+    dataset = jobs_with(MANY)
+    verbalizer = make_verbalizer(dataset, tokenizer)
+    examples = {(e.member, e.cut): e for e in build_examples(dataset, TASK, "train")}
+    records = list(align_records(verbalizer, TASK, PROMPTS, AlignConfig(size=4, lists=3, notes=1)))
+    noted = [(record, note) for record, note in records if "note" in note]
+    assert len(noted) > 5
+    assert len(noted) % 2 == 0
+    names = set()
+    for (record, note), (other, counter) in zip(noted[::2], noted[1::2], strict=True):
+        assert (note["member"], note["cut"]) == (counter["member"], counter["cut"])
+        assert note["note"] != counter["note"]
+        preferred, rejected = [], []
+        for one, its in ((record, note), (other, counter)):
+            found = NOTE.search(tokenizer.hf.decode(one.pieces[0]))
+            assert found["note"] == its["note"]
+            names.add(found["name"])
+            texts = [tokenizer.hf.decode(question) for question in one.questions]
+            preferred.append({text for text, p in zip(texts, one.lists, strict=True) if p > 0})
+            rejected.append({text for text, p in zip(texts, one.lists, strict=True) if p < 0})
+            if found["name"] != "Posted":  # said as an age: months and weeks
+                wanted = [satisfies(text, found["what"], found["name"]) for text in preferred[-1]]
+                unwanted = [satisfies(text, found["what"], found["name"]) for text in rejected[-1]]
+                if isinstance(wanted[0], bool):
+                    assert all(wanted)
+                    assert not any(unwanted)
+                assert min(wanted) >= max(unwanted)
+        assert not preferred[0] & preferred[1]
+        assert not preferred[0] & rejected[0]
+        example = examples[int(note["member"][1:]), note["cut"]]
+        said = [question.text for question in verbalizer.prompt(TASK, example, "sectioned").questions]
+        answers = [
+            {int(label) for one, label in zip(said, example.labels, strict=True) if "## Question" + one == text}
+            for text in set.union(*preferred, *rejected)
+        ]
+        assert set.intersection(*answers), "all have the same answer"
+    assert len(names) > 3
+
+
+@hypothesis.given(st.integers(0, 2**32), st.lists(st.integers(0, 39), min_size=1, max_size=12, unique=True))
+@hypothesis.settings(max_examples=40, deadline=None)
+def test_a_contrast_is_of_items_with_one_answer_and_puts_none_on_both_sides(jobs_with, tokenizer, seed, items):
+    dataset = jobs_with(MANY)
+    example = next(build_examples(dataset, TASK, "train"))
+    labels = np.array([item % 2 for item in items], np.int32)
+    example = dataclasses.replace(example, items=np.array(items, np.int32), labels=labels)
+    verbalizer = make_verbalizer(dataset, tokenizer)
+    contrast = draw_contrast(verbalizer, TASK, example, np.random.default_rng(seed))
+    if contrast is None:
+        assert max(np.bincount(labels)) < 2, "no two were posted on one day"
+        return
+    assert len(contrast.one)
+    assert len(contrast.other)
+    assert not set(contrast.one) & set(contrast.other)
+    assert len(set(labels[[*contrast.one, *contrast.other]])) == 1

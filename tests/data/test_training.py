@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from brewjax.data.dataset import Dataset
+from brewjax.data.examples import build_examples, example_now
+from brewjax.data.numbers import Percentiles
+from brewjax.data.preferences import AlignConfig, align_records
+from brewjax.data.prompt import Prompt, Question
+from brewjax.data.prose import PretrainConfig, domain_texts, pretrain_records
+from brewjax.data.styles import PromptConfig
+from brewjax.data.task import Task
+from brewjax.data.tokenizer import Tokenizer
+from brewjax.data.tokens import NO_TARGET, EncodedPrompt, Text, encode
+from brewjax.data.training import SftConfig, draw_choices, sft_records
+from brewjax.data.verbalize import CHOICES, Verbalizer
+from tests.data.conftest import Event, moment
+
+BOUNDARY = 4  # days: validation begins
+APPLIES = """
+name: applies
+instruction: Predict whether the member applies to the job in the "Question".
+history: {actions: [viewed, applied], max_events: 1000}
+questions:
+  ask: Will the member apply to the following job
+  choose: To which of the following jobs will the member apply
+  actions: [viewed, applied]
+labels:
+  - {word: "Yes", value: 1, when: {action: applied}}
+  - {word: "No", value: 0, when: {action: viewed}}
+split: {validation: 2025-01-05, test: 2025-01-07}
+"""
+TASK = Task.parse(APPLIES)
+NEGATIVES = '  sampled_negatives: {label: "No", per_event: 3}\nlabels:'
+SAMPLED = Task.parse(APPLIES.replace("labels:", NEGATIVES).replace(", when: {action: viewed}", ""))
+EVENTS = st.lists(
+    st.builds(
+        Event,
+        st.integers(0, 2),
+        st.integers(0, 9),
+        st.sampled_from(["viewed", "applied"]),
+        st.integers(0, 8),
+        st.none() | st.integers(0, 500),
+    ),
+    min_size=1,
+    max_size=40,
+)
+ASKED = st.lists(st.tuples(st.integers(0, 39), st.integers(0, 1)), min_size=1, max_size=12)  # item, label
+MANY = [Event(n % 3, n * 7 % 40, ("viewed", "applied")[n % 5 < 2], n / 20, float(n)) for n in range(100)]
+ALL_STYLES = PromptConfig(
+    styles={name: 1.0 for name in ("sectioned", "chat", "turns", "compact", "key-value")}, max_tokens=100_000
+)
+
+
+def make_verbalizer(dataset: Dataset, tokenizer: Tokenizer, task: Task = TASK) -> Verbalizer:
+    return Verbalizer(dataset, Percentiles.fit(dataset, task.boundaries(dataset)[0]), tokenizer, ALL_STYLES.max_tokens)
+
+
+SCALE = Percentiles({"items.salary": [], "items.popularity": []})
+Records = Callable[[Verbalizer], Iterator[tuple[EncodedPrompt | Text, dict]]]
+RECORDS: dict[str, Records] = {
+    "pretrain": lambda v: pretrain_records(domain_texts(v, moment(BOUNDARY), PretrainConfig(passes=2)), v.tokenizer),
+    "sft": lambda v: sft_records(v, TASK, ALL_STYLES, SftConfig(passes=2, choices=0.5)),
+    "sft, sampled": lambda v: sft_records(v, SAMPLED, ALL_STYLES, SftConfig(choices=0.5)),
+    "align": lambda v: align_records(v, TASK, ALL_STYLES, AlignConfig(size=3, notes=0.5)),
+    "align, sampled": lambda v: align_records(v, SAMPLED, ALL_STYLES, AlignConfig(size=3, notes=0.5)),
+}
+each_kind = pytest.mark.parametrize("kind", RECORDS)
+
+
+def contents(records: Iterator[tuple[EncodedPrompt | Text, dict]]) -> list:
+    return [(note, {name: array.tolist() for name, array in record.arrays.items()}) for record, note in records]
+
+
+@each_kind
+@hypothesis.given(EVENTS)
+@hypothesis.settings(max_examples=12, deadline=None)
+def test_nothing_from_the_validation_boundary_on_changes_a_record(jobs_with, tokenizer, kind, events):
+    """Neither an event, nor a statistic or percentile, nor which items and members there are events of."""
+    early = [event for event in events if event.day < BOUNDARY]
+    hypothesis.assume(early)
+    whole, before = (contents(RECORDS[kind](make_verbalizer(jobs_with(e), tokenizer))) for e in (events, early))
+    assert whole == before
+
+
+@each_kind
+def test_the_seed_decides_the_records(jobs_with, tokenizer, kind):
+    verbalizer = make_verbalizer(jobs_with(MANY), tokenizer)
+    once = contents(RECORDS[kind](verbalizer))
+    assert once
+    assert once == contents(RECORDS[kind](verbalizer))
+
+
+def test_other_seeds_make_other_records(jobs_with, tokenizer):
+    verbalizer = make_verbalizer(jobs_with(MANY), tokenizer)
+    for records in (
+        lambda seed: pretrain_records(
+            domain_texts(verbalizer, moment(BOUNDARY), PretrainConfig(seed=seed)), verbalizer.tokenizer
+        ),
+        lambda seed: sft_records(verbalizer, TASK, ALL_STYLES, SftConfig(seed=seed)),
+        lambda seed: align_records(verbalizer, TASK, ALL_STYLES, AlignConfig(seed=seed)),
+    ):
+        assert contents(records(0)) != contents(records(1))
+
+
+def learnt(record: EncodedPrompt, tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    """Each run of targets as text, with the text of its own segment that comes before it."""
+    arrays = record.arrays
+    targets, segment = arrays["targets"], arrays["segment"]
+    at = np.flatnonzero(targets != NO_TARGET)
+    assert (arrays["weights"] == np.where(targets == NO_TARGET, 0, np.float32(record.weight))).all()
+    found = []
+    for run in np.split(at, np.flatnonzero(np.diff(at) > 1) + 1):
+        own = np.arange(len(targets))[(segment == segment[run[0]]) & (np.arange(len(targets)) <= run[0])]
+        found.append((tokenizer.hf.decode(arrays["tokens"][own]), tokenizer.hf.decode(targets[run])))
+    return found
+
+
+def test_the_label_of_every_question_is_learnt_and_nothing_else(jobs_with, tokenizer):
+    dataset = jobs_with(MANY)
+    prompts = ALL_STYLES.model_copy(update={"styles": {"sectioned": 1.0}})
+    config = SftConfig(loss_weights={"applies": 0.25})
+    asked = []
+    for record, note in sft_records(make_verbalizer(dataset, tokenizer), TASK, prompts, config):
+        assert (note["task"], note["style"], record.weight) == ("applies", "sectioned", 0.25)
+        assert all(question.startswith("## Question\nWill the member") for question, _ in learnt(record, tokenizer))
+        asked += [answer for _, answer in learnt(record, tokenizer)]
+    early = [event for event in MANY if event.day < BOUNDARY]
+    assert sorted(asked) == sorted("Yes" if event.action == "applied" else "No" for event in early)
+
+
+def test_a_history_told_as_turns_is_learnt_with_the_questions(jobs_with, tokenizer):
+    """Every event before the cut once as a turn, with the answer that is said in its place; then the questions."""
+    verbalizer = make_verbalizer(jobs_with(MANY), tokenizer)
+    prompts = ALL_STYLES.model_copy(update={"styles": {"turns": 1.0}})
+    records = list(sft_records(verbalizer, TASK, prompts, SftConfig()))
+    assert any(len(record.pieces) > 9 for record, _ in records)
+    for record, _ in records:
+        found = learnt(record, tokenizer)
+        assert len(found) == len(record.pieces) - 1 + len(record.questions)
+        for (said, answer), event in zip(found, record.pieces[1:], strict=False):
+            whole = tokenizer.hf.decode(event)
+            assert said.endswith("<|im_start|>assistant\n")
+            assert whole.startswith(said + answer)
+            assert ("has applied to" in whole) == (answer == "Yes")
+            assert "has applied" not in said
+
+
+def test_turns_are_learnt_once_and_only_where_events_have_several_answers(jobs_with, tokenizer):
+    verbalizer = make_verbalizer(jobs_with(MANY), tokenizer, SAMPLED)
+    prompts = ALL_STYLES.model_copy(update={"styles": {"turns": 1.0}})
+    *_, (record, _) = sft_records(verbalizer, TASK, prompts, SftConfig())
+    parts = record.split(record.prefix_length + max(map(len, record.questions)))
+    assert len(parts) > 1
+    assert sum(len(learnt(part, tokenizer)) for part in parts) == len(learnt(record, tokenizer))
+    for record, _ in sft_records(verbalizer, SAMPLED, prompts, SftConfig()):
+        assert len(learnt(record, tokenizer)) == len(record.questions)
+
+
+def test_a_turn_does_not_hold_a_statistic_that_its_own_event_is_part_of(jobs_with, tokenizer):
+    """The mean of seconds of an item is known only from the one event that is told."""
+    dataset = jobs_with([Event(0, 1, "applied", 1, 500.0)])
+    attributes = tuple(a.model_copy(update={"where": ("history", "question")}) for a in dataset.card.items.attributes)
+    items = dataset.card.items.model_copy(update={"attributes": attributes})
+    dataset = dataclasses.replace(dataset, card=dataset.card.model_copy(update={"items": items}))
+    example = dataclasses.replace(example_now(dataset, TASK, 0, moment(2)), items=np.array([1]), labels=np.array([0]))
+    verbalizer = Verbalizer(dataset, SCALE, tokenizer, ALL_STYLES.max_tokens)
+    for style, told in (("chat", True), ("turns", False)):
+        prompt = verbalizer.prompt(TASK, example, style)
+        assert ("Attention: 500" in prompt.events[0]) == told
+        assert "Attention: 500" in prompt.questions[0].text, "which is asked later"
+
+
+def test_choices_are_answered_by_the_name_of_the_one_that_was_applied_to(jobs_with, tokenizer):
+    dataset = jobs_with(MANY)
+    verbalizer = make_verbalizer(dataset, tokenizer)
+    prompts = ALL_STYLES.model_copy(update={"styles": {"sectioned": 1.0}})
+    plain = list(sft_records(verbalizer, TASK, prompts, SftConfig()))
+    both = list(sft_records(verbalizer, TASK, prompts, SftConfig(choices=1.0, candidates=3)))
+    chosen = [record for record, _ in both if isinstance(record.answers[0], list)]
+    assert 0 < len(chosen) == len(both) - len(plain)
+    for record in chosen:
+        for question, answer in learnt(record, tokenizer):
+            listed = re.fullmatch(r"## Question\nTo which of .* apply: \[(.*)\]\n## Answer\n", question)
+            names = listed[1].split(CHOICES)
+            assert len(names) == len(set(names)) in (2, 3)
+            assert answer.removesuffix("<|endoftext|>") in names
+            assert answer.endswith("<|endoftext|>")
+
+
+@hypothesis.given(
+    st.lists(st.tuples(st.integers(0, 39), st.integers(0, 1)), min_size=1, max_size=12), st.integers(2, 5)
+)
+@hypothesis.settings(max_examples=40, deadline=None)
+def test_every_choice_has_one_right_answer(jobs_with, tokenizer, asked, candidates):
+    dataset = jobs_with(MANY)
+    verbalizer = make_verbalizer(dataset, tokenizer)
+    example = next(build_examples(dataset, TASK, "train"))
+    items, labels = (np.array(column, np.int32) for column in zip(*asked, strict=True))
+    example = dataclasses.replace(example, items=items, labels=labels)
+    choices = draw_choices(verbalizer, TASK, example, candidates, np.random.default_rng(0))
+    for choice in choices:
+        names = verbalizer.names(choice.items)
+        assert 2 <= len(names) == len(set(names)) <= candidates
+        right = choice.items[choice.right]
+        assert (right, 0) in asked
+        assert all((item, 1) in asked for place, item in enumerate(choice.items) if place != choice.right)
+    name_of = dict(zip(items.tolist(), verbalizer.names(items), strict=True))
+    worse = {name_of[item] for item, label in asked if label == 1}
+    assert len(choices) == sum(label == 0 and bool(worse - {name_of[item]}) for item, label in asked)
+
+
+def test_a_whole_answer_takes_the_place_of_a_label_word(tokenizer):
+    prompt = Prompt("Jobs.\n", (), (Question("Which?\n", answer="Nurse (senior)"), Question("a?", 1)), ("Yes", "No"))
+    record = encode(prompt, tokenizer, "dense")
+    assert learnt(record, tokenizer) == [("Which?\n", "Nurse (senior)<|endoftext|>"), ("a?", "No")]
+    name = tokenizer.encode(["Nurse (senior)"])[0]
+    assert record.questions[0] == tokenizer.encode(["Which?\n"])[0] + name
+    assert record.arrays["segment"].max() == 2, "the answer is part of its question's segment"
+    assert prompt.render() == "Jobs.\nWhich?\nNurse (senior)\na?No\n"
