@@ -72,7 +72,7 @@ class Batches:
         def place(*leaves: np.ndarray) -> jax.Array:
             parts = [leaf.reshape(self._shape[0], self._block, *leaf.shape[1:]) for leaf in leaves]
 
-            def of_device(index: Any) -> np.ndarray:
+            def of_device(index: Any) -> np.ndarray:  # a slice of each axis
                 streams = self._streams_of(index[1])
                 start, stop, _ = index[1].indices(self._shape[1])
                 whole = (

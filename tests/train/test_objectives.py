@@ -22,9 +22,10 @@ from brewjax.data.tokens import EncodedPrompt
 from brewjax.model.params import Params, bind
 from brewjax.model.sharding import ROWS, MeshConfig
 from brewjax.train.align import Align
+from brewjax.train.batches import PARTS
 from brewjax.train.distill import Distill
 from brewjax.train.objectives import Mean, Objective, TopK, supervised
-from brewjax.train.teachers import Frozen
+from brewjax.train.teachers import Frozen, OnOwnMesh
 from pallas_kernels.distillation import linear_distillation
 from tests.tiny import MODEL, batch_of, params, prompt
 
@@ -355,6 +356,23 @@ def test_a_mesh_changes_nothing(sharded, name):
         )
 
 
+def answers_moved(of_teacher: MeshConfig, of_student: MeshConfig) -> dict[str, np.ndarray]:
+    """What a teacher on one mesh says of a batch on another, moved there."""
+    there = NamedSharding(of_student.build(), PARTS)
+    placed = jax.device_put(jax.tree.map(lambda x: x.reshape(1, 8, LENGTH), batch()), there)
+    with jax.set_mesh(there.mesh):
+        said = jax.device_put(OnOwnMesh(*models("forward KL").values(), of_teacher.build(), K, 2.0)(placed), there)
+    assert said.ids.sharding == there
+    return jax.tree.map(np.asarray, said._asdict())
+
+
+def test_a_teacher_on_another_mesh_says_the_same(sharded):
+    expected = answers_moved(MeshConfig(), MeshConfig())
+    np.testing.assert_array_equal(sharded["ids"], expected["ids"])
+    np.testing.assert_allclose(sharded["log_probs"], expected["log_probs"], rtol=1e-4)
+    assert (expected["ids"][0, ..., 0] >= 0).tolist() == (batch().targets != NO_TARGET).tolist()
+
+
 # --- what makes no sense
 
 
@@ -376,4 +394,5 @@ def test_distill_without_a_teacher_or_with_one_of_another_vocabulary_is_refused(
 
 if __name__ == "__main__":
     found = {f"{name} {key}": value for name in ON_MESH for key, value in run(name, MESH).items()}
+    found |= answers_moved(MESH, MeshConfig())
     np.savez(sys.argv[1], **found)
