@@ -269,7 +269,10 @@ def main() -> None:
     for player in players.values():
         player.communicate()
 
-    title = f"{ROWS} x {LENGTH} tokens, {LAYERS} layers of {WIDTH}, float32, {CORES} cores: median of turns"
+    shape = (
+        f"{ROWS} x {LENGTH} tokens, {LAYERS} layers of {WIDTH}, {' / '.join({f'{n:,}' for n in parameters.values()})}"
+    )
+    title = f"{shape} parameters, float32, {CORES} cores: median of turns"
     table = Table(title=title)
     for column in (
         "",
@@ -282,17 +285,16 @@ def main() -> None:
         "loss",
     ):
         table.add_column(column, justify="right")
-    seconds = {name: np.array([turn["seconds"] for turn in turns[name][WARM:]]) for name in players}
+    seconds, cores = (
+        {name: np.array([turn[what] for turn in turns[name][WARM:]]) for name in players}
+        for what in ("seconds", "busy")
+    )
     for name, times in seconds.items():
-        step = float(np.median(times))
-        faster = float(np.median(times / seconds["ours"]))
-        busy = float(np.median([turn["busy"] for turn in turns[name][WARM:]]))
+        step, busy = float(np.median(times)), float(np.median(cores[name]))
+        ratios = [f"{np.median(mine[name] / mine['ours']):.2f}" for mine in (seconds, cores)]
         memory = f"{turns[name][-1]['gigabytes']:.2f} GB"
         losses = f"{turns[name][0]['loss']:.2f} to {turns[name][-1]['loss']:.2f}"
-        speed = f"{ROWS * LENGTH / step:,.0f}"
-        table.add_row(
-            name, f"{parameters[name]:,}", f"{step:.2f}", f"{busy:.2f}", speed, f"{faster:.2f} x", memory, losses
-        )
+        table.add_row(name, f"{step:.2f}", f"{busy:.2f}", f"{ROWS * LENGTH / step:,.0f}", *ratios, memory, losses)
     Console().print(table)
 
 
