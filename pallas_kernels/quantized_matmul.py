@@ -1,7 +1,7 @@
 """Matrix products with weights in 8 bits: e4m3 or int8, one float32 scale per output channel.
 
 `quantized_matmul` is what models call; `quantize` makes its weights. Every TPU from v5e and v5p on takes every kind
-(v4 is refused by the compiler: "Unsupported matmul RHS type"), as do GPUs and CPUs through XLA. Faster than bfloat16
+(v4's compiler: "Unsupported matmul RHS type"), as do GPUs and CPUs through XLA. Faster than bfloat16
 is e4m3 x e4m3 on TPU7x and H100, int8 x int8 on v5e, v5p, v6e and H100; elsewhere 8 bits save memory traffic only.
 For serving: nothing here promises a gradient.
 """
@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num
 
-from pallas_kernels.platform import platform
+from pallas_kernels.platform import platform, tpu_info
 
 LIMITS = {jnp.dtype(jnp.float8_e4m3fn): 448.0, jnp.dtype(jnp.int8): 127.0}  # the largest values used
 SMALLEST_PEAK = 1e-30  # keeps scales, and so quotients, away from zero and from subnormal numbers
@@ -72,7 +72,10 @@ def quantized_matmul(
         tokens = tokens.astype(jnp.bfloat16)
     else:
         raise ValueError(f'activations is {activations!r}, not None or "per_token"')
-    matmul = matmul_pallas if platform() == "tpu" else matmul_xla
+    matmul = matmul_xla
+    if platform() == "tpu":
+        tpu_info()  # or ValueError
+        matmul = matmul_pallas
     out = matmul(tokens, weight.values, scales, x.dtype)
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
