@@ -281,23 +281,23 @@ class Job:
     """A piece of work within a visit: some queries of a chunk against some keys of the block.
 
     Attributes:
-      chunk: which one; may be traced.
+      chunk: which one; may be traced, as may where the rows begin.
       queries, rows: of the chunk; of the block of keys.
       mask: which of the masks to add to the scores, or None.
     """
 
     chunk: Any
     queries: slice
-    rows: slice
+    rows: pl.Slice
     mask: int | None = None
 
     @property
     def width(self) -> int:
         return self.queries.stop - self.queries.start
 
-    def tiles(self) -> list[slice]:
+    def tiles(self) -> list[pl.Slice]:
         """The rows, a tile at a time: few enough for registers."""
-        return [slice(row, row + TILE) for row in range(self.rows.start, self.rows.stop, TILE)]
+        return [pl.ds(self.rows.start + row, TILE) for row in range(0, self.rows.size, TILE)]
 
 
 def _pipeline(count: int, *stages: Callable[[int], None]) -> None:
@@ -315,15 +315,23 @@ def _visit(plan: Plan, kind: Array, run: Callable[[list[Job]], None], masks: Mas
     @pl.when(kind != EVERY)
     def _() -> None:
         masks.prepare()
-        for bit, line in enumerate(plan.lines):
+        for bit, line in enumerate(plan.diagonals):
             pl.when((kind >> bit) & 1 == 1)(functools.partial(_along, plan, run, masks, line))
+
+        @pl.when((kind >> len(plan.diagonals)) != 0)
+        def _() -> None:
+            def row(n: Array, _: None) -> None:  # one piece of code for all rows: half as much to compile
+                line = [(q_tile, n) for q_tile, _ in plan.rows[0]]
+                pl.when((kind >> len(plan.diagonals) + n) & 1 == 1)(functools.partial(_along, plan, run, masks, line))
+
+            jax.lax.fori_loop(0, len(plan.rows), row, None)
 
 
 def _whole(plan: Plan, run: Callable[[list[Job]], None]) -> None:
     size = together(plan)
 
     def step(n: Array, _: None) -> None:
-        run([Job(n * size + m, slice(0, plan.chunk), slice(0, plan.keys)) for m in range(size)])
+        run([Job(n * size + m, slice(0, plan.chunk), pl.ds(0, plan.keys)) for m in range(size)])
 
     jax.lax.fori_loop(0, plan.group * plan.chunks // size, step, None)
 
@@ -341,11 +349,16 @@ def _along(plan: Plan, run: Callable[[list[Job]], None], masks: Masks, line: Lin
         jobs = []
         for n, (q_tile, kv_tile) in enumerate(line):
             chunk, place = divmod(q_tile * TILE, plan.chunk)
-            rows = slice(kv_tile * TILE, (kv_tile + 1) * TILE)
+            rows = pl.ds(_at(kv_tile), TILE)
             jobs.append(Job(g * plan.chunks + chunk, slice(place, place + TILE), rows, mask=n))
         run(jobs)
 
     jax.lax.fori_loop(0, plan.group, head, None)
+
+
+def _at(tile: Any) -> Any:
+    """Where a tile begins."""
+    return pl.multiple_of(tile * TILE, TILE) if isinstance(tile, jax.Array) else tile * TILE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -376,7 +389,7 @@ class Masks:
     def make(self, n: int, q_tile: int, kv_tile: int) -> None:
         """The `n`th mask, [keys, queries]."""
         shape, plan = (TILE, TILE), self.plan
-        queries, keys = (pl.ds(tile * TILE, TILE) for tile in (q_tile, kv_tile))
+        queries, keys = (pl.ds(_at(tile), TILE) for tile in (q_tile, kv_tile))
         q = unpack_labels(*(jnp.broadcast_to(self.q_labels[m : m + 1, queries], shape) for m in range(LABELS)))
         kv = unpack_labels(*(self.columns[m, keys] for m in range(LABELS)))
         q_index = self.start + self.q_block % plan.q_blocks * plan.queries + q_tile * TILE

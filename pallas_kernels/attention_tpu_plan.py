@@ -8,9 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.platform import tpu_info
 from pallas_kernels.segments import Segments
 from pallas_kernels.worklist import EVERY, sight
 
@@ -50,11 +50,11 @@ class Plan:
     def of(cls, q: Array, k: Array, interpret: Any) -> Plan:
         B, T, H, D = q.shape
         S, K = k.shape[1:3]
-        chunk = TILE if interpret else pltpu.get_tpu_info().mxu_column_size
+        chunk = TILE if interpret else tpu_info().mxu_column_size
         chunks = min(CHUNKS, pl.cdiv(T, chunk))
         plan = cls(B, K, D, T, S, chunk, chunks, H // K, min(KEYS, pl.cdiv(S, TILE) * TILE))
         size = plan.most_visits * VISIT_BYTES
-        if not interpret and size > (space := pltpu.get_tpu_info().smem_capacity_bytes - SMEM_RESERVED):
+        if not interpret and size > (space := tpu_info().smem_capacity_bytes - SMEM_RESERVED):
             raise ValueError(
                 f"attention of {B} x {T:,} queries on {S:,} keys takes up to {plan.most_visits:,} visits of blocks of "
                 f"{plan.queries} x {plan.keys}, {size:,} bytes of scalars, and this TPU holds {space:,}: "

@@ -1,7 +1,7 @@
 """Matrix products with weights in 8 bits: e4m3 or int8, one float32 scale per output channel.
 
 `quantized_matmul` is what models call; `quantize` makes its weights. Every TPU from v5e and v5p on takes every kind
-(v4 is refused by the compiler: "Unsupported matmul RHS type"), as do GPUs and CPUs through XLA. Faster than bfloat16
+(v4's compiler: "Unsupported matmul RHS type"), as do GPUs and CPUs through XLA. Faster than bfloat16
 is e4m3 x e4m3 on TPU7x and H100, int8 x int8 on v5e, v5p, v6e and H100; elsewhere 8 bits save memory traffic only.
 For serving: nothing here promises a gradient.
 """
@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num
 
-from pallas_kernels.platform import platform
+from pallas_kernels.platform import platform, tpu_info
 
 Activations = Literal["per_token", "per_tensor"]
 LIMITS = {jnp.dtype(jnp.float8_e4m3fn): 448.0, jnp.dtype(jnp.int8): 127.0}  # the largest values used
@@ -69,7 +69,10 @@ def quantized_matmul(
         raise ValueError(f"x {x.shape} does not end in the first of two dimensions of weight {weight.values.shape}")
     tokens, token_scales = round_tokens(x.reshape(-1, x.shape[-1]), weight.values.dtype, activations, inputs_over)
     scales = (weight.scale[None, :], *token_scales)
-    matmul = matmul_pallas if platform() == "tpu" else matmul_xla
+    matmul = matmul_xla
+    if platform() == "tpu":
+        tpu_info()  # or ValueError
+        matmul = matmul_pallas
     out = matmul(tokens, weight.values, scales, jnp.float32 if inputs_over else x.dtype)
     if inputs_over:
         out = jax.lax.psum(out, inputs_over).astype(x.dtype)
