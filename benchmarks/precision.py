@@ -1,0 +1,101 @@
+"""What less than float32 does to a model's answers: in its head, and in the weights and activations of its layers.
+
+    python -m benchmarks.precision runs/demo/big/model data/movielens-100k configs/tasks/movielens/liked.yaml
+
+The talk that 360Brew is known from says that the head and the logits must be float32, "otherwise predictions collapse".
+This shows whether they do, and how: pairs of items of one prompt with exactly the same score, which no order can tell
+apart; the AUC, with its paired difference from float32 and a 95% interval over members; log loss and calibration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from rich.console import Console
+from rich.table import Table
+
+from brewjax.compress.quantize import QuantizeConfig, quantize, with_head
+from brewjax.data.dataset import Dataset
+from brewjax.data.examples import sample_examples
+from brewjax.data.task import Task, load_tasks
+from brewjax.evaluate.predict import predict
+from brewjax.evaluate.predictions import scores
+from brewjax.evaluate.results import OVERALL, evaluate
+from brewjax.model.config import HeadPrecision
+from brewjax.scoring.bundle import Bundle
+
+HEADS = {
+    "head bfloat16, logits float32": HeadPrecision(product="bfloat16"),
+    "head bfloat16, logits bfloat16": HeadPrecision(product="bfloat16", logits="bfloat16"),
+    "head e4m3, logits float32": HeadPrecision(product="e4m3"),
+    "head e4m3, logits bfloat16": HeadPrecision(product="e4m3", logits="bfloat16"),
+}
+LAYERS = {
+    "layers e4m3, activations bfloat16": QuantizeConfig(activations=None),
+    "layers e4m3, activations by token": QuantizeConfig(),
+    "layers e4m3 by tensor, activations by token": QuantizeConfig(scales="per_tensor"),
+    "layers e4m3, activations by tensor": QuantizeConfig(activations="per_tensor"),
+    "layers int8, activations by token": QuantizeConfig(dtype="int8"),
+    "layers int8 by tensor, activations by token": QuantizeConfig(dtype="int8", scales="per_tensor"),
+}
+
+
+def ties(predictions: pa.Table, task: Task) -> float:
+    """The share of pairs of questions of one prompt that have the same score to the bit."""
+    score, example = scores(predictions, task), predictions["example"].to_numpy()
+    equal = pairs = 0
+    for one in np.unique(example):
+        _, counts = np.unique(score[example == one], return_counts=True)
+        n = counts.sum()
+        equal += int((counts * (counts - 1)).sum())
+        pairs += int(n * (n - 1))
+    return equal / max(1, pairs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="the folder of a float32 model")
+    parser.add_argument("dataset", type=Path)
+    parser.add_argument("tasks", type=Path, nargs="+")
+    parser.add_argument("--examples", type=int, default=400, help="of each task")
+    arguments = parser.parse_args()
+
+    dataset, whole = Dataset.load(arguments.dataset), Bundle.load(arguments.model)
+    bundles = {"float32": whole} | {name: with_head(whole, head) for name, head in HEADS.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (name, config) in enumerate(LAYERS.items()):
+            bundles[name] = quantize(arguments.model, Path(folder) / str(number), config)
+        bundles["layers e4m3 by token, head bfloat16, logits bfloat16"] = with_head(
+            bundles["layers e4m3, activations by token"], HEADS["head bfloat16, logits bfloat16"]
+        )
+        for task in load_tasks(arguments.tasks, dataset):
+            _compare(task, dataset, bundles, arguments.examples)
+
+
+def _compare(task: Task, dataset: Dataset, bundles: dict[str, Bundle], most: int) -> None:
+    task = task.model_copy(update={"metrics": ("auc", "log_loss", "calibration_error")})
+    examples = sample_examples(dataset, task, "test", most)
+    predictions = {name: predict(bundle, dataset, task, examples)[0] for name, bundle in bundles.items()}
+    found = {name: evaluate(table, task)[OVERALL] for name, table in predictions.items()}
+    table = Table(title=f"{task.name}: {found['float32'].rows:,} questions", title_justify="left")
+    for column in ("", "AUC", "less than float32's by", "log loss", "calibration error", "ties"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, result in found.items():
+        loss = found["float32"].metrics["auc"] - result.metrics["auc"]
+        table.add_row(
+            name,
+            f"{result.metrics['auc'].value:.4f}",
+            f"{loss.value:.4f} ±{loss.error:.4f}" if name != "float32" else "",
+            f"{result.metrics['log_loss'].value:.4f}",
+            f"{result.metrics['calibration_error'].value:.4f}",
+            f"{ties(predictions[name], task):.2%}",
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
