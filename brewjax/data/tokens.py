@@ -75,7 +75,8 @@ class EncodedPrompt:
 
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
-        """int32 [T] each: tokens, positions, segment, reach, and targets (`NO_TARGET` but where a label follows).
+        """[T] each, as in `TokenBatch`: tokens, positions, segment, reach, targets (`NO_TARGET` but where a label
+        follows), preference, int32; and weights, float32: 1 at every target.
 
         Positions of every question restart where the history ends, so that it reads the same alone.
         """
@@ -95,13 +96,20 @@ class EncodedPrompt:
             "segment": np.repeat(np.arange(len(pieces)), lengths),
             "reach": np.repeat(reach, lengths),
             "targets": targets,
+            "preference": np.zeros(len(self)),
         }
-        return {name: array.astype(np.int32) for name, array in arrays.items()}
+        weights = (targets != NO_TARGET).astype(np.float32)
+        return {name: array.astype(np.int32) for name, array in arrays.items()} | {"weights": weights}
 
     @cached_property
+    def starts(self) -> np.ndarray:
+        """int64 [questions + 1]: where the first token of each question stands, and where the last question ends."""
+        return self.prefix_length + np.cumsum([0, *map(len, self.questions)])
+
+    @property
     def ends(self) -> np.ndarray:
         """int64 [questions]: where the last token of each question stands."""
-        return self.prefix_length + np.cumsum([len(question) for question in self.questions]) - 1
+        return self.starts[1:] - 1
 
 
 def encode(prompt: Prompt, tokenizer: Tokenizer, layout: HistoryLayout) -> EncodedPrompt:
@@ -112,8 +120,7 @@ def encode(prompt: Prompt, tokenizer: Tokenizer, layout: HistoryLayout) -> Encod
     labels = [tokenizer.word(word) for word in prompt.labels]
     texts = [prompt.center, *prompt.events, *(question.heading + question.text for question in prompt.questions)]
     ids = tokenizer.encode(texts)
-    if ids[0][:1] != tokenizer.bos:  # a chat template may begin with it
-        ids[0] = tokenizer.bos + ids[0]
+    ids[0] = tokenizer.begin(ids[0])
     split = 1 + len(prompt.events)
     empty = next((number for number, question in enumerate(ids[split:], 1) if not question), None)
     if empty is not None:

@@ -35,7 +35,6 @@ class Job:
         self.hits: int | None = None
         self.computed = self.asked = self.turn = 0
         self.pages: list[int] = []
-        self._starts = np.concatenate([[prompt.prefix_length], prompt.ends + 1])
 
     @property
     def finished(self) -> bool:
@@ -54,12 +53,12 @@ class Job:
         """Places of rows that it still takes."""
         prefix = _pages(self.prompt.prefix_length - self.computed) * PAGE
         answers = len(self.prompt.questions) - self.asked
-        return prefix + max(int(self._starts[-1] - self._starts[self.asked]), TOKENS_PER_QUESTION * answers)
+        return prefix + max(int(self.prompt.starts[-1] - self.prompt.starts[self.asked]), TOKENS_PER_QUESTION * answers)
 
     def least(self) -> int:
         """Places that the smallest step on takes."""
         in_prefix = self.computed < self.prompt.prefix_length
-        return PAGE if in_prefix else int(self._starts[self.asked + 1] - self._starts[self.asked])
+        return PAGE if in_prefix else int(self.prompt.starts[self.asked + 1] - self.prompt.starts[self.asked])
 
     def step(self, tokens: int, answers: int) -> Part | None:
         """As much as there is room for; None where that is nothing."""
@@ -69,7 +68,7 @@ class Job:
         questions = range(self.asked, self.asked)
         if stop == self.prompt.prefix_length:
             room = tokens - len(store) * PAGE
-            fit = int(np.searchsorted(self._starts, self._starts[self.asked] + room, side="right")) - 1
+            fit = int(np.searchsorted(self.prompt.starts, self.prompt.starts[self.asked] + room, side="right")) - 1
             questions = range(self.asked, max(self.asked, min(fit, self.asked + answers, len(self.prompt.questions))))
         if stop == start and not questions:
             return None

@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pydantic
+from jaxtyping import Float
 
 from brewjax import hosts
 from brewjax.config import Config
@@ -123,6 +125,10 @@ class Bundle:
         encoded = encode(prompt, self.tokenizer, self.prompts.layout)
         self.model.check_context(encoded.context, "a prompt with one question")
         return encoded
+
+    def score(self, prompt: Prompt) -> Float[np.ndarray, "Q L"]:
+        """Probability of each label for each question of one prompt, by a scorer made for it."""
+        return self.scorer([self.encode(prompt)]).score(prompt)
 
     def scorer(self, prompts: Sequence[EncodedPrompt]) -> Scorer:
         """A scorer with shapes chosen for prompts like these."""

@@ -61,7 +61,7 @@ class Part:
     @property
     def asked(self) -> range:
         """Where the tokens of its questions stand in the prompt."""
-        starts = np.concatenate([[self.prompt.prefix_length], self.prompt.ends + 1])
+        starts = self.prompt.starts
         return range(int(starts[self.questions.start]), int(starts[self.questions.stop]))
 
 

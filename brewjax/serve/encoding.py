@@ -94,11 +94,11 @@ class Encoder:
         return Encoded(self.bundle.encode(prompt), task.words, task.values, ids, self.model, prompt.dropped)
 
     def _raw(self, request: pb.ScoreRequest) -> Encoded:
-        raw, bos = request.raw, self.bundle.tokenizer.bos
+        raw, tokenizer = request.raw, self.bundle.tokenizer
         prefix, *events = self._tokens({"raw.prefix": raw.prefix} | _places("raw.events", raw.events))
         items = self._tokens(_places("raw.items", raw.items))
-        if raw.prefix.WhichOneof("kind") != "tokens" and prefix[: len(bos)] != bos:
-            prefix = bos + prefix
+        if raw.prefix.WhichOneof("kind") != "tokens":
+            prefix = tokenizer.begin(prefix)
         for place, item in enumerate(items):
             if not item:
                 raise ValueError(f"raw.items[{place}]: empty")
@@ -110,7 +110,7 @@ class Encoder:
         newest_first = np.cumsum([len(event) for event in reversed(events)])
         cut = len(events) - int(np.searchsorted(newest_first, self.context - len(prefix), side="right"))
         excess = max(0, len(prefix) - self.context)
-        start = len(bos) if prefix[: len(bos)] == bos else 0
+        start = len(tokenizer.bos) if tokenizer.begin(prefix) is prefix else 0
         pieces = [prefix[:start] + prefix[start + excess :], *events[cut:]]
         labels = self._labels(raw)
         prompt = EncodedPrompt(pieces, items, labels, [None] * len(items), self.bundle.prompts.layout)

@@ -102,9 +102,8 @@ class BrewTokenizer(tokenizer_api.Tokenizer):
     def encode(self, s: str, **kwargs: Any) -> tuple[np.ndarray, int]:
         """Padded token ids and their true number; `is_bos` (by default) puts the first token in front."""
         ids = self._tokenizer.hf.backend_tokenizer.encode(s, add_special_tokens=False).ids
-        bos = self._tokenizer.bos
-        if kwargs.get("is_bos", True) and ids[: len(bos)] != bos:
-            ids = bos + ids
+        if kwargs.get("is_bos", True):
+            ids = self._tokenizer.begin(ids)
         return self._generator.pad(ids), len(ids)
 
     def decode(self, token_ids: list[int], **kwargs: Any) -> str:
@@ -393,7 +392,7 @@ class Decoding(orchestrator.LLMOrchestrator):
         )
         self.generator.warm_up()
         self._tokenizer = BrewTokenizer(bundle.tokenizer, self.generator)
-        self._bos, self._backend = bundle.tokenizer.bos, bundle.tokenizer.hf.backend_tokenizer
+        self._begin, self._backend = bundle.tokenizer.begin, bundle.tokenizer.hf.backend_tokenizer
         # No token has more bytes than its name has letters: a text of more bytes than this is too long.
         self._most_bytes = config.context * max(map(len, bundle.tokenizer.hf.get_vocab()))
         self._open: set[_Request] = set()
@@ -501,8 +500,7 @@ class Decoding(orchestrator.LLMOrchestrator):
                 raise ValueError(f"token_content.token_ids: no token {wrong[0]}; the model knows {size:,}")
         else:
             raise ValueError("content: give text_content or token_content")
-        if tokens[: len(self._bos)] != self._bos:
-            tokens = self._bos + tokens
+        tokens = self._begin(tokens)
         if not tokens:
             raise ValueError(f"{content}: empty")
         if request.max_tokens < 1:

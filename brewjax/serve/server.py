@@ -108,13 +108,7 @@ class Server:
                 self.port = self._rpc.add_secure_port(address, grpc.ssl_server_credentials([self._tls]))
             else:
                 self.port = self._rpc.add_insecure_port(address)
-            http = (
-                None
-                if config.http_port is None
-                else socket.create_server(
-                    (config.host, config.http_port), family=socket.AF_INET6 if ":" in config.host else socket.AF_INET
-                )
-            )
+            http = None if config.http_port is None else _listen(config.host, config.http_port)
         except (OSError, RuntimeError) as error:
             raise OSError(f"port {config.port} or http_port {config.http_port} of {config.host}: {error}") from None
         self.service.worker.start()
@@ -259,13 +253,16 @@ def _secrets(config: ServeConfig) -> tuple[str | None, tuple[bytes, bytes] | Non
 
 def _check_ports(config: ServeConfig) -> None:
     """Raises ConfigError for a port that is taken: before the model is compiled, not after."""
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     for key in ("port", "http_port"):
         try:
             if port := getattr(config, key):
-                socket.create_server((config.host, port), family=family).close()
+                _listen(config.host, port).close()
         except OSError as error:
             raise config.error(f"cannot listen at {config.host}:{port}: {error.strerror}", key) from None
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
 
 
 def _memory(bundle: Bundle, config: ServeConfig) -> tuple[list[Bucket], int]:

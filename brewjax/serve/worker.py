@@ -255,13 +255,16 @@ class Worker:
         if any(part.owner.against == "vocabulary" for part in one.parts):
             against = "vocabulary"
         try:
-            with self._device:
-                running = self.scorer.start([one], against)
+            running = self._start(one, against)
         except Exception as error:
             self._lose(one, error)
             return None
         self._collect()
         return running, now
+
+    def _start(self, one: Pass, against: Against) -> Running:
+        with self._device:
+            return self.scorer.start([one], against)
 
     def _finish_pass(self, running: Running, began: float) -> None:
         (one,) = running.passes
@@ -301,7 +304,7 @@ class Worker:
 
     def _try(self) -> None:
         """After a pass that failed: whether one without requests does."""
-        self.scorer.finish(self.scorer.start([Pass(min(self.scorer.buckets), [])]))
+        self.scorer.finish(self._start(Pass(min(self.scorer.buckets), []), "labels"))
         self._passes_work = True
 
     def _lose(self, one: Pass, error: Exception) -> None:

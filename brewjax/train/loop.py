@@ -186,7 +186,8 @@ def abstract_batch(config: TrainConfig, mesh: Mesh) -> TokenBatch:
     """Shapes, dtypes and shardings of a step's batch."""
     shape = (config.accumulate, config.rows // config.accumulate, config.row_tokens)
     field: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, PARTS))
-    return TokenBatch(field, field, Segments(field, field, field), field, field)
+    weights: Any = field.update(dtype=jnp.float32)
+    return TokenBatch(field, field, Segments(field, field, field), field, weights, field, field)
 
 
 def _record(

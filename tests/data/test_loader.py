@@ -55,9 +55,10 @@ def pieces(batch: TokenBatch) -> list[tuple[int, dict[str, np.ndarray]]]:
         assert (ids[len(real) :] == PADDING).all(), "padding is at the end"
         assert (batch.source[row, len(real) :] == -1).all()
         assert (batch.targets[row, len(real) :] == NO_TARGET).all()
+        assert (batch.weights[row, len(real) :] == 0).all()
         for number in np.unique(real):
             (source,) = np.unique(batch.source[row, ids == number])
-            names = ("tokens", "positions", "segment", "reach", "targets")
+            names = ("tokens", "positions", "segment", "reach", "targets", "weights", "preference")
             found.append((int(source), {name: arrays[name][row, ids == number] for name in names}))
     return found
 

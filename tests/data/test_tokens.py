@@ -48,8 +48,10 @@ def test_a_small_prompt_by_hand():
         "segment": [0, 0, 1, 2, 2, 3, 3, 3, 4],
         "reach": [ALL, ALL, QUESTIONS, QUESTIONS, QUESTIONS, SELF, SELF, SELF, SELF],
         "targets": [-1, -1, -1, -1, -1, -1, -1, 4, -1],
+        "weights": [0, 0, 0, 0, 0, 0, 0, 1, 0],
+        "preference": [0] * 9,
     }
-    assert {array.dtype for array in arrays.values()} == {np.dtype(np.int32)}
+    assert all(array.dtype == (np.float32 if name == "weights" else np.int32) for name, array in arrays.items())
     assert encoded.ends.tolist() == [7, 8]
     assert (encoded.prefix_length, len(encoded)) == (5, 9)
     dense = dataclasses.replace(encoded, layout="dense").arrays

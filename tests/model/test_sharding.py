@@ -51,8 +51,9 @@ def batch() -> TokenBatch:
         tokens, positions, segments = pack(prompts, LENGTH)
         targets = np.concatenate([one.arrays["targets"] for one in prompts])
         targets = np.pad(targets, (0, LENGTH - len(targets)), constant_values=NO_TARGET)
-        rows.append(TokenBatch(tokens, positions, segments, targets, np.zeros_like(tokens)))
-    rows[-1].targets[:] = NO_TARGET
+        weights, zeros = (targets != NO_TARGET).astype(np.float32), np.zeros_like(tokens)
+        rows.append(TokenBatch(tokens, positions, segments, targets, weights, zeros, zeros))
+    rows[-1].targets[:], rows[-1].weights[:] = NO_TARGET, 0
     return jax.tree.map(lambda *row: np.stack(row), *rows)
 
 
