@@ -11,7 +11,7 @@ demo: .venv/demo.installed
 	$(BIN)/brewjax data fetch movielens-100k
 	$(BIN)/brewjax run configs/recipes/demo.yaml
 	@echo "500 films for a member, over gRPC:"
-	$(BIN)/brewjax serve runs/demo/model --set port=$(PORT) --set http_port=null --set decode=false 2> runs/demo/serve.log & server=$$!; \
+	$(BIN)/brewjax serve runs/demo/turbo/model --set port=$(PORT) --set http_port=null --set decode=false 2> runs/demo/serve.log & server=$$!; \
 	$(BIN)/brewjax score --server localhost:$(PORT) --dataset $(DATASET) --task configs/tasks/movielens/liked.yaml \
 		--member 405 --items 500; answered=$$?; \
 	kill $$server; wait $$server && exit $$answered

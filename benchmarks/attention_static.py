@@ -5,21 +5,21 @@
 A visit's code is compiled by itself, once for each kind of visit, and its instruction bundles are counted in the
 compiler's own dump. A bundle is issued in a cycle at best, so that time is at least the bundles, and at least what the
 matrix unit needs: the estimate is the larger of the two, for every visit of the layout's worklist. It ranks kernels;
-it is not a measurement. One query head of size 128, bfloat16.
+it is not a measurement. Heads of size 128, bfloat16.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import os
-import re
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 # Read when libtpu is first loaded.
@@ -42,7 +42,7 @@ from rich.table import Table
 
 from benchmarks.layouts import LAYOUTS, segments
 from pallas_kernels import attention_tpu
-from pallas_kernels.attention_tpu_plan import TILE, Plan, kinds_and_labels
+from pallas_kernels.attention_tpu_plan import TILE, Line, Plan, kinds_and_labels
 from pallas_kernels.segments import Segments, visible
 from pallas_kernels.worklist import EVERY
 
@@ -52,6 +52,7 @@ CLOCKS = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}  # Hz, nominal
 D = 128
 SLOTS = ("MXU", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "FILL", "VSTORE", "SPILL", "SALU")
 PRODUCTS = {"forward": 2, "backward": 5}  # of queries x keys x D
+GROUPS = (1, 4)  # query heads on one key head
 
 
 class Chip:
@@ -89,56 +90,98 @@ class Chip:
         return {"bundles": len(bundles)} | dict(zip(SLOTS, bundles.astype(int).sum(0).tolist(), strict=True))
 
 
-def costs(chip: Chip, way: str) -> tuple[Plan, dict[object, dict[str, int]]]:
-    """Bundles and slots of each kind of visit: "visit" (what each costs anyway), "every", and a diagonal's number."""
+Slots = dict[str, int]
+"""Bundles, slots by kind, pairs of tokens, and the cycles that the matrix unit needs for these."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """What a visit costs, for all heads of a group.
+
+    Attributes:
+      visit: whatever it does.
+      every: where every query sees every key.
+      masked: where that is not so, besides its lines.
+      lines: for each of the plan's lines.
+    """
+
+    plan: Plan
+    visit: Slots
+    every: Slots
+    masked: Slots
+    lines: list[Slots]
+
+
+def costs(chip: Chip, way: str, group: int = 1) -> Costs:
+    """Compiled with nothing in a visit but what is asked about."""
     length = 4096
     shape = jax.ShapeDtypeStruct
-    q, per_query = shape((1, length, 1, D), jnp.bfloat16), shape((1, length, 1), jnp.float32)
+    q, k = (shape((1, length, heads, D), jnp.bfloat16) for heads in (group, 1))
     labels = Segments(*[shape((1, length), jnp.int32)] * 3)
-    inputs = [q, q, q, labels, labels, shape((), jnp.int32)]
+    inputs = [q, k, k, labels, labels, shape((), jnp.int32)]
     if way == "backward":
-        inputs += [per_query, per_query, q]
+        inputs += [*[shape((1, length, group), jnp.float32)] * 2, q]
     with jax.sharding.use_abstract_mesh(chip.mesh.abstract_mesh):
-        plan = Plan.of(q, q, False)
+        plan = Plan.of(q, k, False)
 
-    def compile_only(visit: Callable | None) -> dict[str, int]:
-        def only(plan, kind, run, masks, mask):
-            if visit is not None:
-                visit(plan, run, masks, mask)
+    def compile_only(visit: Callable) -> Counter:
+        def only(plan, kind, run, masks):
+            visit(run, masks)
 
         # A kernel that never begins or ends a block, and has no other kind of visit.
         with mock.patch.multiple(attention_tpu, _visit=only, _edges=lambda block, i: (False, False)):
-            return chip.compile(getattr(attention_tpu, way), *inputs)
+            return Counter(chip.compile(getattr(attention_tpu, way), *inputs))
 
-    tile = TILE**2
-    kinds: dict[object, tuple[Callable, int]] = {
-        "every": (lambda plan, run, masks, mask: attention_tpu._whole(plan, run), plan.queries * plan.keys)
-    }
-    for diagonal in plan.diagonals:
-        visit = functools.partial(_along, diagonal)
-        kinds[diagonal] = (visit, len(plan.tiles(diagonal)) * tile)
-    empty = compile_only(None)
-    found: dict[object, dict[str, int]] = {"visit": empty | {"pairs": 0, "cycles": 0}}
-    for name, (visit, count) in kinds.items():
-        whole = compile_only(visit)
-        found[name] = {slot: whole[slot] - empty[slot] for slot in whole}
-        found[name] |= {"pairs": count, "cycles": chip.cycles(way, count)}
-    return plan, found
+    def less(a: Counter, b: Counter) -> Counter:
+        return Counter({slot: a[slot] - b[slot] for slot in a})
+
+    def slots(found: Counter, pairs: int = 0) -> Slots:
+        return dict(found) | {"pairs": pairs, "cycles": chip.cycles(way, pairs)}
+
+    def along(line: Line) -> Callable:
+        return lambda run, masks: attention_tpu._along(plan, run, masks, line)
+
+    longest = max(plan.diagonals, key=len)  # all key tiles are in it
+
+    def prepared(run: Callable, masks: attention_tpu.Masks) -> None:
+        masks.prepare()
+        along(longest)(run, masks)
+
+    empty = compile_only(lambda run, masks: None)
+    every = less(compile_only(lambda run, masks: attention_tpu._whole(plan, run)), empty)
+    times = group * plan.chunks // attention_tpu.together(plan)  # the code is in a loop
+
+    @functools.cache
+    def of_form(count: int, is_row: bool) -> Counter:
+        """The first line of that form: others are the same code elsewhere."""
+        line = next(line for line in plan.lines if len(line) == count and (line in plan.rows) == is_row)
+        whole = less(compile_only(along(line)), empty)
+        if group == 1:
+            return whole
+        with mock.patch.object(attention_tpu.Masks, "make"):
+            head = less(compile_only(along(line)), empty)  # in a loop, behind the masks of all heads
+        return Counter({slot: whole[slot] + (group - 1) * head[slot] for slot in whole})
+
+    lines = [of_form(len(line), line in plan.rows) for line in plan.lines]
+    return Costs(
+        plan,
+        slots(empty),
+        slots(Counter({slot: times * every[slot] for slot in every}), plan.queries * plan.keys * group),
+        slots(less(compile_only(prepared), compile_only(along(longest)))),
+        [slots(line, len(tiles) * TILE**2 * group) for line, tiles in zip(lines, plan.lines, strict=True)],
+    )
 
 
-def _along(diagonal: int, *args: Any) -> None:
-    attention_tpu._along(*args, diagonal)
-
-
-def estimate(plan: Plan, cost: dict[object, dict[str, int]], kinds: np.ndarray) -> tuple[int, int]:
-    """Cycles of all visits of these kinds, and the pairs of tokens they compute."""
+def estimate(cost: Costs, kinds: np.ndarray) -> tuple[int, int]:
+    """Cycles of all visits of these kinds, and the pairs of tokens they compute, for one head of the group."""
     cycles = visited = 0
     for kind in kinds:
-        parts = ["every"] if kind == EVERY else [d for bit, d in enumerate(plan.diagonals) if kind >> bit & 1]
-        cycles += cost["visit"]["bundles"]
-        cycles += sum(max(cost[part]["bundles"], cost[part]["cycles"]) for part in parts)
-        visited += sum(cost[part]["pairs"] for part in parts)
-    return cycles, visited
+        parts = [cost.every]
+        if kind != EVERY:
+            parts = [cost.masked, *(line for bit, line in enumerate(cost.lines) if kind >> bit & 1)]
+        cycles += cost.visit["bundles"] + sum(max(part["bundles"], part["cycles"]) for part in parts)
+        visited += sum(part["pairs"] for part in parts)
+    return cycles // cost.plan.group, visited // cost.plan.group
 
 
 def pairs(labels: Segments) -> int:
@@ -160,30 +203,37 @@ def visits(plan: Plan, labels: Segments) -> np.ndarray:
 def main(chips: list[str]) -> None:
     console = Console(width=110)
     ideal = {name: pairs(segments(name)) for name in LAYOUTS}
-    for chip_name in chips:
+    for chip_name, way, group in itertools.product(chips, PRODUCTS, GROUPS):
         chip = Chip(chip_name)
-        for way in PRODUCTS:
-            plan, cost = costs(chip, way)
-            code = _table(
-                f"{chip_name} {way}: a visit of {plan.queries} queries x {plan.keys} keys",
-                ("what", "bundles", "MXU cycles", "MXU slots", "VALU slots", "spills"),
-            )
-            for name, slots in cost.items():
-                label = name if isinstance(name, str) else f"diagonal {name}"
-                code.add_row(label, *(f"{slots[x]:,}" for x in ("bundles", "cycles", "MXU", "VALU", "SPILL")))
-            console.print(code)
-            table = _table(
-                f"{chip_name} {way}: estimate per query head",
-                ("layout", "visits", "partly masked", "pairs over ideal", "MXU floor, ms", "estimate, ms"),
-            )
-            for name in LAYOUTS:
-                kinds = visits(plan, segments(name))
-                cycles, visited = estimate(plan, cost, kinds)
-                floor = chip.milliseconds(chip.cycles(way, ideal[name]))
-                masked = (kinds != EVERY).sum()
-                numbers = (f"{visited / ideal[name]:.3f}", f"{floor:.2f}", f"{chip.milliseconds(cycles):.2f}")
-                table.add_row(name, f"{len(kinds):,}", f"{masked:,}", *numbers)
-            console.print(table)
+        cost = costs(chip, way, group)
+        plan = cost.plan
+        title = f"{chip_name} {way}, {group} query heads on one"
+        code = _table(
+            f"{title}: a visit of {plan.queries} queries x {plan.keys} keys",
+            ("what", "bundles", "MXU cycles", "MXU slots", "VALU slots", "spills"),
+        )
+        forms = {
+            f"{'row' if line in plan.rows else 'diagonal'} of {len(line)} tiles": n for n, line in enumerate(plan.lines)
+        }
+        for name, slots in {
+            "visit": cost.visit,
+            "every": cost.every,
+            **{x: cost.lines[n] for x, n in forms.items()},
+        }.items():
+            code.add_row(name, *(f"{slots[x]:,}" for x in ("bundles", "cycles", "MXU", "VALU", "SPILL")))
+        console.print(code)
+        table = _table(
+            f"{title}: estimate per query head",
+            ("layout", "visits", "partly masked", "pairs over ideal", "MXU floor, ms", "estimate, ms"),
+        )
+        for name in LAYOUTS:
+            kinds = visits(plan, segments(name))
+            cycles, visited = estimate(cost, kinds)
+            floor = chip.milliseconds(chip.cycles(way, ideal[name]))
+            masked = (kinds != EVERY).sum()
+            numbers = (f"{visited / ideal[name]:.3f}", f"{floor:.2f}", f"{chip.milliseconds(cycles):.2f}")
+            table.add_row(name, f"{len(kinds):,}", f"{masked:,}", *numbers)
+        console.print(table)
 
 
 def _table(title: str, columns: tuple[str, ...]) -> Table:
@@ -194,4 +244,4 @@ def _table(title: str, columns: tuple[str, ...]) -> Table:
 
 
 if __name__ == "__main__":
-    main([name for name in sys.argv[1:] if re.fullmatch("|".join(TOPOLOGIES), name)] or list(TOPOLOGIES))
+    main([name for name in sys.argv[1:] if name in TOPOLOGIES] or list(TOPOLOGIES))

@@ -1,7 +1,7 @@
 """A server under load: open-loop Poisson arrivals of members, some of them again and again, with 50 to 500 items each.
 
     brewjax data fetch movielens-100k && brewjax run configs/recipes/demo.yaml
-    python -m benchmarks.serve_load runs/demo/model data/movielens-100k configs/tasks/movielens/liked.yaml
+    python -m benchmarks.serve_load runs/demo/turbo/model data/movielens-100k configs/tasks/movielens/liked.yaml
 
 Starts the server, finds what it sustains with callers who wait for their answers, then sends requests at shares of
 that rate whether answered or not, the last at ten times of it. Every answer is held against the scorer's own. Latency

@@ -28,7 +28,7 @@ data = typer.Typer(no_args_is_help=True, help="Fetch and check datasets.")
 app.add_typer(data, name="data")
 console = Console()
 
-ModelFolder = Annotated[Path, typer.Argument(help="A model folder, e.g. runs/demo/model.")]
+ModelFolder = Annotated[Path, typer.Argument(help="A model folder, e.g. runs/demo/turbo/model.")]
 DatasetFolder = Annotated[Path, typer.Argument(help="A folder with dataset.yaml and its Parquet files.")]
 MICROSECONDS = 1_000_000
 PATIENCE = 300  # seconds for a server that is starting: it compiles its shapes first
@@ -84,6 +84,8 @@ def run(
     recipe: Annotated[Path, typer.Argument(help="A recipe, e.g. configs/recipes/demo.yaml.")],
     out: Annotated[Optional[Path], typer.Option(help="Output folder; runs/NAME by default.")] = None,
     overrides: Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE, e.g. train.steps=100.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan: sizes, memory, time.")] = False,
+    any_code: Annotated[bool, typer.Option("--any-code", help="Take what other versions of the code made.")] = False,
 ) -> None:
     """Run a recipe stage by stage; what is done is skipped, what was killed goes on.
 
@@ -92,12 +94,71 @@ def run(
     """
     _device_per_core()
     from brewjax import hosts
-    from brewjax.pipeline import STAGES, run_recipe
+    from brewjax.dry_run import plan_table
     from brewjax.recipe import Recipe
+    from brewjax.stages import Run, run_recipe
 
     config = Recipe.load(recipe, overrides or ())
+    folder = out or Path("runs") / config.name
+    if dry_run:
+        console.print(plan_table(Run(config, folder)))
+        return
     with hosts.joined():
-        run_recipe(config, out or Path("runs") / config.name, STAGES)
+        run_recipe(config, folder, any_code)
+
+
+def _stage_verb(kind: str, does: str) -> None:
+    """A verb that does one stage of a recipe by itself."""
+
+    def verb(
+        model: Annotated[str, typer.Argument(help="A model folder; or a model's YAML file, for random weights.")],
+        out: Annotated[Path, typer.Argument(help="Output folder; the model will be in OUT/VERB/model.")],
+        dataset: Annotated[Path, typer.Option(help="A dataset folder.")],
+        tasks: Annotated[list[str], typer.Option("--task", help="A task file, or a pattern of several.")],
+        overrides: Annotated[
+            Optional[list[str]],
+            typer.Option("--set", help="KEY=VALUE of the stage, as in a recipe, e.g. train.steps=100."),
+        ] = None,
+    ) -> None:
+        _device_per_core()
+        import yaml
+
+        from brewjax import hosts
+        from brewjax.recipe import Recipe
+        from brewjax.stages import Run, run_recipe
+
+        of_recipe = ("prompts.", "tokenizer.")
+        keys = [key if key.startswith(of_recipe) else f"stages.{kind}.{key}" for key in overrides or ()]
+        values = {"name": kind, "model": model, "dataset": str(dataset), "tasks": tasks, "stages": {kind: {"do": kind}}}
+        recipe = Recipe.parse(yaml.safe_dump(values), f"brewjax {kind}", keys)
+        with hosts.joined():
+            run_recipe(recipe, out, until=kind)
+        console.print(Run(recipe, out).model(kind), soft_wrap=True)
+
+    app.command(kind, help=does)(verb)
+
+
+for _kind, _does in {
+    "pretrain": "Train a model on a dataset's items and histories told as prose, and on general text.",
+    "sft": "Fine-tune a model on the answers of tasks.",
+    "align": "Align a model to what members prefer (DPO over pairs or lists).",
+    "distill": "Train a model on tasks and on what another says of them: --set teacher=FOLDER.",
+    "prune": "Take neurons, heads, layers or experts out of a model: --set d_ff=0.5.",
+}.items():
+    _stage_verb(_kind, _does)
+
+
+@app.command("quantize")
+def quantize_(
+    model: ModelFolder,
+    out: Annotated[Path, typer.Argument(help="The model folder to write.")],
+    overrides: Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE, e.g. weights=int8.")] = None,
+) -> None:
+    """Quantise a model's weights to 8 bits, a tensor at a time."""
+    from brewjax.compress.quantize import QuantizeConfig, quantize
+
+    quantize(model, out, QuantizeConfig.parse("{}", "brewjax quantize", overrides or ()))
+    console.print(f"{out}: {sum(path.stat().st_size for path in out.rglob('*') if path.is_file()) / 1e6:,.1f} MB")
 
 
 @app.command()
@@ -123,7 +184,8 @@ def evaluate(
         examples = sample_examples(tables, task, split, max_examples)
         if not examples:
             raise task.error(f"no question falls into the {split} period", "split")
-        print_results(compare(task, {"model": predict(bundle, tables, task, examples)}), console)
+        predictions, _ = predict(bundle, tables, task, examples)
+        print_results(compare(task, {"model": predictions}), console)
 
 
 @app.command()
@@ -171,6 +233,7 @@ def score(
         Optional[datetime.datetime], typer.Option(help="As of this moment (UTC), not the last event.")
     ] = None,
     items: Annotated[Optional[int], typer.Option(help="Rank only so many of them, drawn at random.", min=1)] = None,
+    note: Annotated[str, typer.Option(help="A wish that the model reads with its instruction.")] = "",
     top: Annotated[int, typer.Option(help="How many items to show.", min=1)] = 10,
 ) -> None:
     """Rank items for a member of a dataset, or answer the questions of a JSON prompt; here, or on a server."""
@@ -207,12 +270,12 @@ def score(
             from brewjax.scoring.bundle import Bundle
 
             bundle = Bundle.load(model)
-            said = bundle.verbalizer(tables, checked).prompt(checked, example, bundle.prompts.score_style)
+            said = bundle.verbalizer(tables, checked).prompt(checked, example, bundle.prompts.score_style, note)
             probabilities = bundle.score(said)
         else:
             from brewjax.serve.members import of_example
 
-            probabilities = _ask(server, of_example(tables, checked, example))
+            probabilities = _ask(server, of_example(tables, checked, example, note))
         names = [tables.item_name(row) for row in example.items]
         _print_ranking(probabilities, checked.words, checked.values, names, top)
     else:

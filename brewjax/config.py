@@ -69,9 +69,15 @@ class Config(pydantic.BaseModel):
         try:
             config = cls.model_validate(values)
         except pydantic.ValidationError as error:
-            raise ConfigError("\n".join(_describe(e, path, lines) for e in error.errors())) from None
+            errors = [{**one, "loc": cls.place(one["loc"])} for one in error.errors()]
+            raise ConfigError("\n".join(_describe(one, path, lines) for one in errors)) from None
         config._path, config._lines = path, lines
         return config
+
+    @classmethod
+    def place(cls, location: Location) -> Location:
+        """Where a file says what pydantic finds at `location`."""
+        return location
 
     def save(self, path: Path) -> None:
         """Writes what `load` reads, every default spelled out."""

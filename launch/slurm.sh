@@ -44,8 +44,9 @@ if ! said=$(sbatch 2>&1 <<<"$script"); then
     case $said in
         *partition*) echo "Name one of \`sinfo -s\`: export SBATCH_PARTITION=..." >&2 ;;
         *ccount* | *QOS* | *olicy*) echo "Your limits: \`sacctmgr show assoc user=$USER\`; export SBATCH_ACCOUNT=..." >&2 ;;
-        *"node configuration"* | *available*) echo "No node has $gpus GPUs, or there are not $nodes: \`sinfo -o '%P %D %G'\`" >&2 ;;
+        *"node configuration"* | *"not available"*) echo "No node has $gpus GPUs, or there are not $nodes: \`sinfo -o '%P %D %G'\`" >&2 ;;
     esac
     exit 2
 fi
-echo "$said; logs/ has a file for each process"
+echo "$said; logs/ has a file for each process
+while it waits, \`squeue --me -o '%i %r'\` says why: Resources or Priority is capacity, Assoc.. or QOS.. is quota"

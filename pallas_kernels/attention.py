@@ -94,6 +94,8 @@ def _forward(*args: Any) -> tuple[tuple[Array, Array], tuple]:
 def _backward(implementation: str | None, residuals: tuple, cotangents: tuple[Array, Array]) -> tuple:
     q, k, v, q_segments, kv_segments, start, out, log_sum = residuals
     d_out, d_log_sum = cotangents
+    # Padding may be taken for seeing keys that it did not see before: its weights must be finite, they meet zeros.
+    log_sum = jnp.where((q_segments.example != PADDING)[..., None], log_sum, 0)
     # FlashAttention-2's D, section 3.1.2; the log-sum-exp's cotangent goes the way of its weights.
     correction = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1) - d_log_sum
     function = _choose(implementation, "backward")

@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention_tpu_plan import TILE, Plan, kinds_and_labels
+from pallas_kernels.attention_tpu_plan import LABELS, TILE, Line, Plan, kinds_and_labels, unpack_labels
 from pallas_kernels.segments import MASKED, Segments, sees
 from pallas_kernels.worklist import EVERY, worklist
 
@@ -46,7 +46,7 @@ def forward(
     """Output in the dtype of `q` and float32 log-sum-exp; what padding gets means nothing."""
     plan = Plan.of(q, k, interpret)
     kind, labels = kinds_and_labels(plan, q_segments, kv_segments, q_start)
-    visits = worklist(kind)
+    visits = worklist(kind, plan.most_visits)
     q, k, v = plan.by_chunks(q), plan.by_keys(k), plan.by_keys(v).mT
     GC, D, C, S = plan.group * plan.chunks, plan.D, plan.chunk, plan.keys
     out, log_sum = pl.pallas_call(
@@ -63,7 +63,7 @@ def forward(
                 pltpu.VMEM((GC, D, C), jnp.float32),  # unnormalised output
                 pltpu.VMEM((2, S, C), jnp.float32),  # scores
                 pltpu.VMEM((2, S, C), q.dtype),  # weights
-                _masks(plan),
+                *_mask_scratch(plan),
             ],
         ),
         out_shape=[
@@ -79,7 +79,7 @@ def forward(
 def _forward_kernel(
     plan: Plan, start, q_block, kv_block, kind, q, k, v, q_labels, kv_labels,  # read
     out, log_sum,  # written
-    highest, total, sums, scores, weights, masks,  # scratch
+    highest, total, sums, scores, weights, masks, columns,  # scratch
 ) -> None:  # fmt: skip
     i = pl.program_id(1)
     first, last = _edges(q_block, i)
@@ -125,7 +125,7 @@ def _forward_kernel(
 
         _pipeline(len(jobs), score, soften, weigh)
 
-    _visit(plan, kind[i], run, masks, _mask(plan, start, q_block[i], kv_block[i], q_labels, kv_labels))
+    _visit(plan, kind[i], run, Masks(plan, start[0], q_block[i], kv_block[i], q_labels, kv_labels, columns, masks))
 
     @pl.when(last)
     def _() -> None:
@@ -153,7 +153,7 @@ def backward(
     """
     plan = Plan.of(q, k, interpret)
     kind, labels = kinds_and_labels(plan, q_segments, kv_segments, q_start)
-    visits = worklist(kind, by_key=True)
+    visits = worklist(kind, plan.most_visits, by_key=True)
     per_query = plan.by_chunks(jnp.stack([log_sum * LOG2E, correction], -1))
     q, d_out, k, v = plan.by_chunks(q), plan.by_chunks(d_out.astype(q.dtype)), plan.by_keys(k), plan.by_keys(v)
     GC, D, C, S = plan.group * plan.chunks, plan.D, plan.chunk, plan.keys
@@ -179,7 +179,7 @@ def backward(
                 pltpu.VMEM((2, GC, D, C), jnp.float32),  # dq so far
                 pltpu.VMEM((2, S, C), q.dtype),  # weights
                 pltpu.VMEM((2, S, C), q.dtype),  # d_scores
-                _masks(plan),
+                *_mask_scratch(plan),
                 pltpu.SemaphoreType.DMA((2,)),
                 pltpu.SemaphoreType.DMA((2,)),
             ],
@@ -203,7 +203,7 @@ def _backward_kernel(
     plan: Plan, start, q_block, kv_block, kind, q, d_out, per_query, k, k_t, v, q_labels, kv_labels,
     zeros,  # read
     dq, dk, dv,  # written
-    dk_sums, dv_sums, dq_here, dq_sums, weights, d_scores, masks, fetched, written,  # scratch
+    dk_sums, dv_sums, dq_here, dq_sums, weights, d_scores, masks, columns, fetched, written,  # scratch
 ) -> None:  # fmt: skip
     h, i = pl.program_id(0), pl.program_id(1)
     first, last = _edges(kv_block, i)
@@ -256,7 +256,7 @@ def _backward_kernel(
 
         _pipeline(len(jobs), score, accumulate)
 
-    _visit(plan, kind[i], run, masks, _mask(plan, start, q_block[i], kv_block[i], q_labels, kv_labels))
+    _visit(plan, kind[i], run, Masks(plan, start[0], q_block[i], kv_block[i], q_labels, kv_labels, columns, masks))
 
     fetch().wait()
     dq_sums[i % 2] += dq_here[...] * plan.scale
@@ -281,23 +281,23 @@ class Job:
     """A piece of work within a visit: some queries of a chunk against some keys of the block.
 
     Attributes:
-      chunk: which one; may be traced.
+      chunk: which one; may be traced, as may where the rows begin.
       queries, rows: of the chunk; of the block of keys.
       mask: which of the masks to add to the scores, or None.
     """
 
     chunk: Any
     queries: slice
-    rows: slice
+    rows: pl.Slice
     mask: int | None = None
 
     @property
     def width(self) -> int:
         return self.queries.stop - self.queries.start
 
-    def tiles(self) -> list[slice]:
+    def tiles(self) -> list[pl.Slice]:
         """The rows, a tile at a time: few enough for registers."""
-        return [slice(row, row + TILE) for row in range(self.rows.start, self.rows.stop, TILE)]
+        return [pl.ds(self.rows.start + row, TILE) for row in range(0, self.rows.size, TILE)]
 
 
 def _pipeline(count: int, *stages: Callable[[int], None]) -> None:
@@ -308,57 +308,94 @@ def _pipeline(count: int, *stages: Callable[[int], None]) -> None:
                 stage(step - lag)
 
 
-def _visit(plan: Plan, kind: Array, run: Callable[[list[Job]], None], masks: Any, mask: Callable) -> None:
-    """Runs the jobs of one visit: whole chunks where every query sees every key, else diagonals of tiles."""
+def _visit(plan: Plan, kind: Array, run: Callable[[list[Job]], None], masks: Masks) -> None:
+    """Runs the jobs of one visit: whole chunks where every query sees every key, else lines of tiles."""
     pl.when(kind == EVERY)(functools.partial(_whole, plan, run))
 
     @pl.when(kind != EVERY)
     def _() -> None:
-        for bit, diagonal in enumerate(plan.diagonals):
-            pl.when((kind >> bit) & 1 == 1)(functools.partial(_along, plan, run, masks, mask, diagonal))
+        masks.prepare()
+        for bit, line in enumerate(plan.diagonals):
+            pl.when((kind >> bit) & 1 == 1)(functools.partial(_along, plan, run, masks, line))
+
+        @pl.when((kind >> len(plan.diagonals)) != 0)
+        def _() -> None:
+            def row(n: Array, _: None) -> None:  # one piece of code for all rows: half as much to compile
+                line = [(q_tile, n) for q_tile, _ in plan.rows[0]]
+                pl.when((kind >> len(plan.diagonals) + n) & 1 == 1)(functools.partial(_along, plan, run, masks, line))
+
+            jax.lax.fori_loop(0, len(plan.rows), row, None)
 
 
 def _whole(plan: Plan, run: Callable[[list[Job]], None]) -> None:
-    count = plan.group * plan.chunks
-    together = max(n for n in range(1, UNROLLED + 1) if count % n == 0)
+    size = together(plan)
 
     def step(n: Array, _: None) -> None:
-        run([Job(n * together + m, slice(0, plan.chunk), slice(0, plan.keys)) for m in range(together)])
+        run([Job(n * size + m, slice(0, plan.chunk), pl.ds(0, plan.keys)) for m in range(size)])
 
-    jax.lax.fori_loop(0, count // together, step, None)
+    jax.lax.fori_loop(0, plan.group * plan.chunks // size, step, None)
 
 
-def _along(plan: Plan, run: Callable[[list[Job]], None], masks: Any, mask: Callable, diagonal: int) -> None:
-    tiles = plan.tiles(diagonal)
-    for n, (q_tile, kv_tile) in enumerate(tiles):
-        masks[n] = mask(q_tile, kv_tile)  # once for all heads
+def together(plan: Plan) -> int:
+    """How many of a visit's chunks are in straight-line code; as many times as that goes into all, it runs."""
+    return max(n for n in range(1, UNROLLED + 1) if plan.group * plan.chunks % n == 0)
+
+
+def _along(plan: Plan, run: Callable[[list[Job]], None], masks: Masks, line: Line) -> None:
+    for n, tiles in enumerate(line):
+        masks.make(n, *tiles)  # once for all heads
 
     def head(g: Array, _: None) -> None:
         jobs = []
-        for n, (q_tile, kv_tile) in enumerate(tiles):
+        for n, (q_tile, kv_tile) in enumerate(line):
             chunk, place = divmod(q_tile * TILE, plan.chunk)
-            rows = slice(kv_tile * TILE, (kv_tile + 1) * TILE)
+            rows = pl.ds(_at(kv_tile), TILE)
             jobs.append(Job(g * plan.chunks + chunk, slice(place, place + TILE), rows, mask=n))
         run(jobs)
 
     jax.lax.fori_loop(0, plan.group, head, None)
 
 
-def _mask(plan: Plan, start: Any, q_block: Array, kv_block: Array, q_labels: Any, kv_labels: Any) -> Callable:
-    """A function of a query tile and a key tile: 0 where the query sees the key, else MASKED; [keys, queries]."""
-    shape = (TILE, TILE)
+def _at(tile: Any) -> Any:
+    """Where a tile begins."""
+    return pl.multiple_of(tile * TILE, TILE) if isinstance(tile, jax.Array) else tile * TILE
 
-    def mask(q_tile: int, kv_tile: int) -> Float[Array, "S T"]:
-        rows = q_labels[:, pl.ds(q_tile * TILE, TILE)]
-        columns = kv_labels[:, pl.ds(kv_tile * TILE, TILE)].T
-        q = Segments(*(jnp.broadcast_to(rows[n : n + 1], shape) for n in range(3)))
-        kv = Segments(*(jnp.broadcast_to(columns[:, n : n + 1], shape) for n in range(3)))
-        q_index = start[0] + q_block % plan.q_blocks * plan.queries + q_tile * TILE
-        kv_index = kv_block % plan.kv_blocks * plan.keys + kv_tile * TILE
+
+@dataclasses.dataclass(frozen=True)
+class Masks:
+    """Of a visit: what is added to the scores of a tile, 0 where the query sees the key, else `MASKED`.
+
+    Attributes:
+      columns: scratch for the labels of the keys, the same on all lanes.
+      masks: scratch for what is made.
+    """
+
+    plan: Plan
+    start: Array
+    q_block: Array
+    kv_block: Array
+    q_labels: Any
+    kv_labels: Any
+    columns: Any
+    masks: Any
+
+    def prepare(self) -> None:
+        """Turns the keys' labels, dear to do and the same for all queries."""
+        for row in range(0, self.plan.keys, TILE):
+            for n in range(LABELS):
+                labels = self.kv_labels[n : n + 1, pl.ds(row, TILE)]
+                self.columns[n, pl.ds(row, TILE)] = jnp.broadcast_to(labels, (TILE, TILE)).T
+
+    def make(self, n: int, q_tile: int, kv_tile: int) -> None:
+        """The `n`th mask, [keys, queries]."""
+        shape, plan = (TILE, TILE), self.plan
+        queries, keys = (pl.ds(_at(tile), TILE) for tile in (q_tile, kv_tile))
+        q = unpack_labels(*(jnp.broadcast_to(self.q_labels[m : m + 1, queries], shape) for m in range(LABELS)))
+        kv = unpack_labels(*(self.columns[m, keys] for m in range(LABELS)))
+        q_index = self.start + self.q_block % plan.q_blocks * plan.queries + q_tile * TILE
+        kv_index = self.kv_block % plan.kv_blocks * plan.keys + kv_tile * TILE
         iota = functools.partial(jax.lax.broadcasted_iota, jnp.int32, shape)
-        return jnp.where(sees(q, kv, q_index + iota(1), kv_index + iota(0)), 0.0, MASKED)
-
-    return mask
+        self.masks[n] = jnp.where(sees(q, kv, q_index + iota(1), kv_index + iota(0)), 0.0, MASKED)
 
 
 def _edges(block: Any, i: Array) -> tuple[Array, Array]:
@@ -380,8 +417,12 @@ _COMPILER_PARAMS = pltpu.CompilerParams(
 )
 
 
-def _masks(plan: Plan) -> Any:
-    return pltpu.VMEM((min(plan.queries, plan.keys) // TILE, TILE, TILE), jnp.float32)
+def _mask_scratch(plan: Plan) -> list[Any]:
+    """For `Masks`: masks of the longest line, and columns."""
+    return [
+        pltpu.VMEM((plan.queries // TILE, TILE, TILE), jnp.float32),
+        pltpu.VMEM((LABELS, plan.keys, TILE), jnp.int32),
+    ]
 
 
 def _at_queries(*shape: int) -> pl.BlockSpec:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.platform import tpu_info
 from pallas_kernels.segments import Segments
 from pallas_kernels.worklist import EVERY, sight
 
 CHUNKS = 4  # of a head in a block of queries
 KEYS = 512  # in a block
 TILE = 128
+LABELS = 2  # of a token: example and reach in one
+VISIT_BYTES = 12  # of a visit's scalars
+SMEM_RESERVED = 8 << 10  # what the compiler keeps of the scalar memory
+
+Line = list[tuple[int, int]]
+"""Some (query tile, key tile) of a pair of blocks, of which no two have the same queries."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +50,17 @@ class Plan:
     def of(cls, q: Array, k: Array, interpret: Any) -> Plan:
         B, T, H, D = q.shape
         S, K = k.shape[1:3]
-        chunk = TILE if interpret else pltpu.get_tpu_info().mxu_column_size
+        chunk = TILE if interpret else tpu_info().mxu_column_size
         chunks = min(CHUNKS, pl.cdiv(T, chunk))
-        return cls(B, K, D, T, S, chunk, chunks, H // K, min(KEYS, pl.cdiv(S, TILE) * TILE))
+        plan = cls(B, K, D, T, S, chunk, chunks, H // K, min(KEYS, pl.cdiv(S, TILE) * TILE))
+        size = plan.most_visits * VISIT_BYTES
+        if not interpret and size > (space := tpu_info().smem_capacity_bytes - SMEM_RESERVED):
+            raise ValueError(
+                f"attention of {B} x {T:,} queries on {S:,} keys takes up to {plan.most_visits:,} visits of blocks of "
+                f"{plan.queries} x {plan.keys}, {size:,} bytes of scalars, and this TPU holds {space:,}: "
+                "shard the sequence, or give fewer rows at a time"
+            )
+        return plan
 
     @property
     def queries(self) -> int:
@@ -62,14 +76,27 @@ class Plan:
         return pl.cdiv(self.S, self.keys)
 
     @property
-    def diagonals(self) -> range:
-        """Key tile minus query tile within a pair of blocks."""
-        return range(1 - self.queries // TILE, self.keys // TILE)
+    def most_visits(self) -> int:
+        """Of all rows: a block of queries sees no keys behind its last query, which is its row's last at most."""
+        ends = (self.S - self.T + (n + 1) * self.queries for n in range(self.q_blocks))
+        return self.B * sum(min(self.kv_blocks, pl.cdiv(end, self.keys)) for end in ends)
 
-    def tiles(self, diagonal: int) -> list[tuple[int, int]]:
-        """The (query tile, key tile) of a diagonal."""
+    @property
+    def diagonals(self) -> list[Line]:
         q_tiles, kv_tiles = range(self.queries // TILE), range(self.keys // TILE)
-        return [(a, a + diagonal) for a in q_tiles if a + diagonal in kv_tiles]
+        return [
+            [(a, a + distance) for a in q_tiles if a + distance in kv_tiles]
+            for distance in range(1 - len(q_tiles), len(kv_tiles))
+        ]
+
+    @property
+    def rows(self) -> list[Line]:
+        """Of each key tile, those with all query tiles."""
+        return [[(a, b) for a in range(self.queries // TILE)] for b in range(self.keys // TILE)]
+
+    @property
+    def lines(self) -> list[Line]:
+        return [*self.diagonals, *self.rows]
 
     @property
     def scale(self) -> float:
@@ -102,9 +129,10 @@ class Plan:
 def kinds_and_labels(
     plan: Plan, q_segments: Segments, kv_segments: Segments, q_start: Array
 ) -> tuple[Int[Array, "B NQ NK"], tuple[Int[Array, "M 8 T"], Int[Array, "M 8 S"]]]:
-    """The kinds of visits, and the labels as the kernels read them: example, segment, reach, and nothing five times.
+    """The kinds of visits, and the labels as the kernels read them: `LABELS` rows, and nothing behind.
 
-    A kind is `EVERY`, or has a bit for each diagonal in which somebody sees somebody.
+    A kind is `EVERY`, or has a bit for each of the plan's lines to go through: diagonals or rows, in which somebody
+    sees somebody, whichever are fewer tiles.
     """
     q_segments, kv_segments = (
         Segments(*(jnp.pad(x, ((0, 0), (0, length - x.shape[1]))) for x in segments))
@@ -117,15 +145,21 @@ def kinds_and_labels(
     some, every = (
         x.reshape(plan.B, plan.q_blocks, plan.queries // TILE, plan.kv_blocks, plan.keys // TILE) for x in tiles
     )
-    kind = jnp.zeros((plan.B, plan.q_blocks, plan.kv_blocks), jnp.int32)
-    for bit, diagonal in enumerate(plan.diagonals):
-        seen = functools.reduce(jnp.logical_or, [some[:, :, a, :, b] for a, b in plan.tiles(diagonal)])
-        kind |= seen.astype(jnp.int32) << bit
-    kind = jnp.where(every.all((2, 4)), EVERY, kind)
+    seen = jnp.stack([sum(some[:, :, a, :, b] for a, b in line) > 0 for line in plan.lines], -1)
+    tiles = seen * np.array([len(line) for line in plan.lines])
+    diagonals = np.arange(len(plan.lines)) < len(plan.diagonals)
+    fewer = jnp.sum(tiles, -1, where=diagonals) <= jnp.sum(tiles, -1, where=~diagonals)
+    kind = jnp.sum((seen & (fewer[..., None] == diagonals)) << np.arange(len(plan.lines)), -1)
+    every |= ~some.any((3, 4), keepdims=True)  # a tile of padding: nobody asks what it sees
+    kind = jnp.where(every.all((2, 4)) & some.any((2, 4)), EVERY, kind)
 
     def blocked(segments: Segments, size: int) -> Int[Array, "M 8 N"]:
-        rows = jnp.stack([x.reshape(-1, size) for x in segments], 1)
-        return jnp.pad(rows, ((0, 0), (0, 8 - rows.shape[1]), (0, 0)))
+        packed = segments.example << 2 | segments.reach, segments.segment
+        return jnp.pad(jnp.stack([x.reshape(-1, size) for x in packed], 1), ((0, 0), (0, 8 - LABELS), (0, 0)))
 
     labels = blocked(q_segments, plan.queries), blocked(kv_segments, plan.keys)
     return kind, labels
+
+
+def unpack_labels(example_and_reach: Array, segment: Array) -> Segments:
+    return Segments(example_and_reach >> 2, segment, example_and_reach & 3)

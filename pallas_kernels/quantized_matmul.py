@@ -1,7 +1,7 @@
 """Matrix products with weights in 8 bits: e4m3 or int8, one float32 scale per output channel.
 
 `quantized_matmul` is what models call; `quantize` makes its weights. Every TPU from v5e and v5p on takes every kind
-(v4 is refused by the compiler: "Unsupported matmul RHS type"), as do GPUs and CPUs through XLA. Faster than bfloat16
+(v4's compiler: "Unsupported matmul RHS type"), as do GPUs and CPUs through XLA. Faster than bfloat16
 is e4m3 x e4m3 on TPU7x and H100, int8 x int8 on v5e, v5p, v6e and H100; elsewhere 8 bits save memory traffic only.
 For serving: nothing here promises a gradient.
 """
@@ -9,7 +9,7 @@ For serving: nothing here promises a gradient.
 from __future__ import annotations
 
 import functools
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num
 
-from pallas_kernels.platform import platform
+from pallas_kernels.platform import platform, tpu_info
 
+Activations = Literal["per_token", "per_tensor"]
 LIMITS = {jnp.dtype(jnp.float8_e4m3fn): 448.0, jnp.dtype(jnp.int8): 127.0}  # the largest values used
 SMALLEST_PEAK = 1e-30  # keeps scales, and so quotients, away from zero and from subnormal numbers
 VMEM_LIMIT = 48 * 2**20  # of 64 MiB on TPU7x, 128 MiB on v5e, v5p, v6e
@@ -41,7 +42,7 @@ def quantize(weight: Float[Array, "*B K N"], dtype: DTypeLike) -> Quantized:
 
     So nothing saturates. A channel of zeros stays zeros; one with NaN or infinity becomes NaN throughout.
     """
-    values, scale = _quantize(weight, dtype, axis=-2)
+    values, scale = to_8_bits(weight, dtype, axis=-2)
     return Quantized(values, scale[..., 0, :])
 
 
@@ -51,30 +52,54 @@ def dequantize(weight: Quantized) -> Float[Array, "*B K N"]:
 
 
 def quantized_matmul(
-    x: Float[Array, "*T K"], weight: Quantized, activations: Literal["per_token"] | None = None
+    x: Float[Array, "*T K"],
+    weight: Quantized,
+    activations: Activations | None = None,
+    inputs_over: tuple[str, ...] = (),
 ) -> Float[Array, "*T N"]:
     """`x @ dequantize(weight)` in the dtype of `x`, accumulated in float32, scales applied once, to the sums.
 
     Args:
       x: rounded to bfloat16 before the product, or to 8 bits, see `activations`.
-      weight: one matrix; `jax.vmap` for several. With the out dimension sharded, call inside `jax.shard_map`.
-      activations: `"per_token"` rounds each row of `x` as `quantize` does a channel, to the dtype of the weight, and
-        multiplies 8 bits by 8 bits (int8 summed in int32). A row with NaN or infinity gives a row of NaN.
+      weight: one matrix; `jax.vmap` for several. With a dimension sharded, call inside `jax.shard_map`.
+      activations: see `round_tokens`; 8 bits are multiplied by 8 bits (int8 summed in int32).
+      inputs_over: the mesh axes that K lies over: token scales and sums, float32, are those of all its parts.
     """
     if weight.values.ndim != 2 or x.shape[-1] != weight.values.shape[0]:
         raise ValueError(f"x {x.shape} does not end in the first of two dimensions of weight {weight.values.shape}")
-    tokens = x.reshape(-1, x.shape[-1])
-    scales: tuple[Array, ...] = (weight.scale[None, :],)
-    if activations == "per_token":
-        tokens, token_scale = _quantize(tokens, weight.values.dtype, axis=-1)
-        scales = (*scales, token_scale)
-    elif activations is None:
-        tokens = tokens.astype(jnp.bfloat16)
-    else:
-        raise ValueError(f'activations is {activations!r}, not None or "per_token"')
-    matmul = matmul_pallas if platform() == "tpu" else matmul_xla
-    out = matmul(tokens, weight.values, scales, x.dtype)
+    tokens, token_scales = round_tokens(x.reshape(-1, x.shape[-1]), weight.values.dtype, activations, inputs_over)
+    scales = (weight.scale[None, :], *token_scales)
+    matmul = matmul_xla
+    if platform() == "tpu":
+        tpu_info()  # or ValueError
+        matmul = matmul_pallas
+    out = matmul(tokens, weight.values, scales, jnp.float32 if inputs_over else x.dtype)
+    if inputs_over:
+        out = jax.lax.psum(out, inputs_over).astype(x.dtype)
     return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
+def round_tokens(
+    x: Float[Array, "T K"], dtype: DTypeLike, activations: Activations | None, inputs_over: tuple[str, ...] = ()
+) -> tuple[Num[Array, "T K"], tuple[Float[Array, "T 1"], ...]]:
+    """What is multiplied with 8-bit weights of this dtype: `x` in bfloat16, or in 8 bits with its scales.
+
+    Args:
+      activations: `"per_token"` rounds each row of `x` as `quantize` does a channel; one with NaN or infinity gives a
+        row of NaN. `"per_tensor"` gives all rows on a device one scale, the largest: what a row becomes then depends
+        on the others, and small rows lose their bits. None: bfloat16.
+      inputs_over: see `quantized_matmul`.
+    """
+    if activations is None:
+        return x.astype(jnp.bfloat16), ()
+    if activations not in get_args(Activations):
+        raise ValueError(f"activations is {activations!r}, not None or one of {', '.join(get_args(Activations))}")
+    scale = _scales(x, dtype, -1)
+    if inputs_over:
+        scale = jax.lax.pmax(scale, inputs_over)
+    if activations == "per_tensor":
+        scale = jnp.full_like(scale, jnp.max(scale))
+    return _rounded(x, scale, dtype), (scale,)
 
 
 def matmul_xla(
@@ -177,17 +202,26 @@ def _scaled(sums: Array, scales: tuple[Array, ...], dtype: DTypeLike) -> Array:
     return sums.astype(dtype)
 
 
-def _quantize(x: Float[Array, " *B"], dtype: DTypeLike, axis: int) -> tuple[Array, Array]:
+def to_8_bits(x: Float[Array, " *B"], dtype: DTypeLike, axis: int | tuple[int, ...]) -> tuple[Array, Array]:
     """8-bit values, and scales of length 1 along `axis`; see `quantize`."""
+    scale = _scales(x, dtype, axis)
+    return _rounded(x, scale, dtype), scale
+
+
+def _scales(x: Float[Array, " *B"], dtype: DTypeLike, axis: int | tuple[int, ...]) -> Array:
     if jnp.dtype(dtype) not in LIMITS:
         raise ValueError(f"cannot quantize to {jnp.dtype(dtype)}, only to {' or '.join(map(str, LIMITS))}")
-    limit = LIMITS[jnp.dtype(dtype)]
     x = x.astype(jnp.float32)
     finite = jnp.all(jnp.isfinite(x), axis, keepdims=True)  # asked of x: on CPU a maximum may overlook a NaN
-    scale = jnp.maximum(jnp.max(jnp.abs(x), axis, keepdims=True), SMALLEST_PEAK) / limit
-    values, scale = jnp.where(finite, x / scale, 0), jnp.where(finite, scale, jnp.nan)
+    scale = jnp.maximum(jnp.max(jnp.abs(x), axis, keepdims=True), SMALLEST_PEAK) / LIMITS[jnp.dtype(dtype)]
+    return jnp.where(finite, scale, jnp.nan)
+
+
+def _rounded(x: Float[Array, " *B"], scale: Array, dtype: DTypeLike) -> Array:
+    values = x.astype(jnp.float32) / scale
+    values = jnp.where(jnp.isfinite(values), values, 0)  # where it is not, the scale is NaN
     values = (jnp.round(values) if dtype == jnp.int8 else values).astype(dtype)
-    return jnp.where(values == 0, jnp.zeros_like(values), values), scale  # -0 to 0
+    return jnp.where(values == 0, jnp.zeros_like(values), values)  # -0 to 0
 
 
 def _even(size: int, most: int, multiple: int) -> int:

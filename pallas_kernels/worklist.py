@@ -12,10 +12,10 @@ from pallas_kernels.segments import ALL, PADDING, QUESTIONS, SELF, Segments
 
 
 class Sight(NamedTuple):
-    """Of each pair of a query tile and a key tile: whether any pair of tokens in it is visible, and whether all are.
+    """Of each pair of a query tile and a key tile: whether a query sees a key, and whether every query sees every key.
 
-    `some` is never false where there is one, `every` never true where there is not; both are tight where examples
-    and segments are contiguous.
+    Padding among the queries does not count: nobody asks what it sees. `some` is never false where there is one,
+    `every` never true where there is not; both are tight where examples and segments are contiguous.
     """
 
     some: Bool[Array, "B NQ NK"]
@@ -66,7 +66,6 @@ def sight(
         q_facts.example.is_one(kv_facts.example)
         & (kv_facts.last <= q_facts.first)
         & (q_facts.segment.is_one(kv_facts.segment) | every)
-        & q_facts.whole
         & kv_facts.whole
     )
     return Sight(some, every)
@@ -106,15 +105,18 @@ def _facts(segments: Segments, tile: int, start: Array | int, repeats: int = 1) 
     return _Facts(example, segment, reach, real.all(-1), first, last)
 
 
-def worklist(kind: Int[Array, "B NQ NK"] | Bool[Array, "B NQ NK"], by_key: bool = False) -> Worklist:
-    """The pairs of blocks with a `kind` other than 0, each query block's together, or each key block's."""
+def worklist(kind: Int[Array, "B NQ NK"] | Bool[Array, "B NQ NK"], most: int, by_key: bool = False) -> Worklist:
+    """The pairs of blocks with a `kind` other than 0, of which there are `most` at most.
+
+    Each query block's are together, or each key block's.
+    """
     _, NQ, NK = kind.shape
     if by_key:
         kind = kind.transpose(0, 2, 1)
     across = kind.shape[2]
     flat = kind.reshape(-1)
     # A sort, because a scatter of every pair would be done one by one on a TPU.
-    visits = jax.lax.sort(jnp.where(flat != 0, jnp.arange(flat.size), flat.size))
+    visits = jax.lax.sort(jnp.where(flat != 0, jnp.arange(flat.size), flat.size))[:most]
     visits = jnp.minimum(visits, flat.size - 1)  # beyond `length`: anything that is there
     outer, inner = visits // across, visits // (NQ * NK) * across + visits % across
     q_block, kv_block = (inner, outer) if by_key else (outer, inner)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -13,13 +14,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from kubeflow_trainer_api.models import JobsetV1alpha2JobSet
 
 from brewjax.train.metrics import METRICS, read_metrics
 from tests.tables import write_dataset
 from tests.test_pipeline import MODEL, RECIPE, TASK
 
 LAUNCH = Path(__file__).parents[1] / "launch"
+SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") or "shellcheck"
 GKE = {"NAME": "brew", "ACCELERATOR": "tpu-v5p-slice", "TOPOLOGY": "4x4x8", "IMAGE": "brewjax:1", "BUCKET": "runs"}
+XPK = {"NAME": "brew", "CLUSTER": "c", "TPU_TYPE": "v5p-128", "IMAGE": "brewjax:1", "STORAGE": "runs"}
 
 
 def launch(script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -27,9 +31,8 @@ def launch(script: str, *arguments: str, **variables: str) -> subprocess.Complet
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck (apt install shellcheck)")
 def test_the_scripts_pass_shellcheck():
-    checked = subprocess.run(["shellcheck", *LAUNCH.glob("*.sh")], capture_output=True, text=True, check=False)
+    checked = subprocess.run([SHELLCHECK, *LAUNCH.glob("*.sh")], capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stdout
 
 
@@ -38,6 +41,7 @@ def test_gke_submits_a_pod_for_each_host_of_the_slice():
     assert said.returncode == 0, said.stderr
     assert "${" not in said.stdout.split("\n", 1)[1]
     jobset = yaml.safe_load(said.stdout)
+    assert JobsetV1alpha2JobSet.from_dict(jobset).to_dict() == jobset  # what the schema does not know would be dropped
     (replicated,) = jobset["spec"]["replicatedJobs"]
     job = replicated["template"]["spec"]
     pod = job["template"]["spec"]
@@ -64,6 +68,37 @@ def test_gcloud_runs_on_every_vm():
     said = launch("tpu_vm.sh", "--dry-run", "pod", "us-east5-a", "r.yaml")
     assert said.stdout.startswith("'gcloud' 'compute' 'tpus' 'tpu-vm' 'ssh' 'pod' '--zone=us-east5-a' '--worker=all'")
     assert "again.sh brewjax run" in said.stdout
+    first, second = launch(
+        "tpu_vm.sh", "--dry-run", "pod", "us-east5-a", "r.yaml", TYPE="v5p-128", VERSION="v2"
+    ).stdout.splitlines()
+    assert "'create' 'pod' '--zone=us-east5-a' '--accelerator-type=v5p-128' '--version=v2'" in first
+    assert second == said.stdout.strip()
+
+
+def test_a_dry_run_is_what_is_submitted(tmp_path):
+    for script, arguments, tool in (
+        ("tpu_vm.sh", ("pod", "z", "r.yaml", "--set", "name=a b"), "gcloud"),
+        ("xpk.sh", ("r.yaml", "--set", "name=a b"), "xpk"),
+    ):
+        path = fake(tmp_path, tool, f"printf '%s\\n' {tool} \"$@\"")
+        submitted = launch(script, *arguments, **XPK, PATH=path).stdout.splitlines()
+        planned = shlex.split(launch(script, "--dry-run", *arguments, **XPK).stdout)
+        assert submitted[: len(planned)] == planned
+    for script, arguments, tool in (
+        ("gke.sh", ("r.yaml", "--set", "name=a b"), "kubectl"),
+        ("slurm.sh", ("2", "8", "r.yaml"), "sbatch"),
+    ):
+        path = fake(tmp_path, tool, "cat")
+        planned = launch(script, "--dry-run", *arguments, **GKE).stdout.strip()
+        assert planned
+        assert planned in launch(script, *arguments, **GKE, PATH=path).stdout
+
+
+def test_xpk_starts_again_on_75_and_passes_sigterm_on():
+    planned = shlex.split(launch("xpk.sh", "--dry-run", "r.yaml", "--set", "name=a b", **XPK).stdout)
+    assert planned[:3] == ["xpk", "workload", "create"]
+    assert {"--restart-on-exit-codes=75", "--max-restarts=10", "--env=BREWJAX_HOSTS=auto"} <= set(planned)
+    assert planned[-1] == "--command=cd /bucket && exec brewjax run 'r.yaml' '--set' 'name=a b'"
 
 
 @pytest.mark.parametrize(
@@ -73,6 +108,7 @@ def test_gcloud_runs_on_every_vm():
         (["slurm.sh", "2", "r.yaml"], {}, "usage: launch/slurm.sh"),
         (["tpu_vm.sh", "pod"], {}, "usage: launch/tpu_vm.sh"),
         (["gke.sh", "r.yaml"], {"NAME": "x"}, "ACCELERATOR is not set"),
+        (["xpk.sh", "r.yaml"], {"CLUSTER": "x"}, "NAME is not set"),
         (["gke.sh", "r.yaml"], GKE | {"TOPOLOGY": "v5p"}, "TOPOLOGY is 'v5p'; it looks like 4x4x4"),
         (["gke.sh", "r.yaml"], GKE | {"TOPOLOGY": "3x3"}, "3x3 has 9 chips, no multiple of the 4 of a host"),
     ],
@@ -97,10 +133,16 @@ def fake(folder: Path, name: str, body: str) -> str:
         (["gke.sh", "r"], "kubectl", 'no matches for kind "JobSet"', "JobSet is not installed"),
         (["gke.sh", "r"], "kubectl", "Error: exceeded quota: tpu", "kubectl describe quota"),
         (["tpu_vm.sh", "pod", "z", "r"], "gcloud", "ERROR: NOT_FOUND: nodes/pod", "No TPU 'pod' in z"),
+        (["tpu_vm.sh", "pod", "z", "r"], "gcloud", "RESOURCE_EXHAUSTED: Quota exceeded", "Quota is used up"),
+        (["tpu_vm.sh", "pod", "z", "r"], "gcloud", "There is no more capacity in the zone", "No capacity in z"),
+        (["tpu_vm.sh", "pod", "z", "r"], "gcloud", "INVALID_ARGUMENT: acceleratorType", "Wrong TYPE"),
+        (["tpu_vm.sh", "pod", "z", "r"], "gcloud", "ls: Transport endpoint is not connected", "bucket is not mounted"),
+        (["xpk.sh", "r"], "xpk", "API exception while getting Storage runs: (404)", "STORAGE is not attached"),
+        (["xpk.sh", "r"], "xpk", "v5p-128 is not present on the cluster c", "TPU_TYPE or SLICES"),
     ],
 )
 def test_a_refusal_comes_with_advice(tmp_path, command, tool, refusal, advice):
-    refused = launch(*command, **GKE, PATH=fake(tmp_path, tool, f"echo '{refusal}' >&2; exit 1"))
+    refused = launch(*command, **GKE | XPK, PATH=fake(tmp_path, tool, f"echo '{refusal}' >&2; exit 1"))
     assert refused.returncode
     assert advice in refused.stderr
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
+from brewjax.model.config import ModelConfig
 from tests.tables import write_dataset
 
 TASK = """\
@@ -22,7 +26,7 @@ labels:
   - {word: "No", value: 0, when: {action: viewed}}
 split: {validation: 60%, test: 80%}
 """
-MODEL = "{name: smallest, d_model: 16, layers: 1, heads: 2, kv_heads: 1, head_dim: 8, d_ff: 16}"
+MODEL = "{name: smallest, d_model: 16, layers: 2, heads: 2, kv_heads: 2, head_dim: 8, d_ff: 16}"
 RECIPE = """\
 name: jobs
 dataset: jobs
@@ -31,7 +35,19 @@ model: model.yaml
 tokenizer: {vocab_size: 600}
 prompts: {styles: {compact: 1, sectioned: 1}, max_tokens: 512}
 train: {steps: 4, rows: 2, row_tokens: 512, checkpoint_every: 2, mesh: {data: 1}}
-evaluate: {bootstrap: 10, baseline_settings: 1}
+stages:
+  text: {do: pretrain}
+  big: {do: sft}
+  aligned: {do: align, train: {lora: {rank: 2}}}
+  ladder:
+    do: ladder
+    start: big
+    rungs:
+      half: {prune: {d_ff: 0.5, examples: 20}}
+      quarter: {prune: {kv_heads: 1, examples: 20}, train: {steps: 2}}
+    compare: [direct]
+  turbo: {do: quantize}
+evaluate: {max_examples: 5, bootstrap: 10, baseline_settings: 1}
 """
 
 
@@ -58,34 +74,123 @@ def folder(tmp_path_factory) -> Path:
 
 def test_a_recipe_leaves_a_model_predictions_and_a_report(folder):
     run = folder / "runs" / "jobs"
-    assert [json.loads(line)["step"] for line in (run / "train" / "metrics.jsonl").open()] == [1, 2, 3, 4]
-    assert (run / "evaluate" / "apply.parquet").exists()
-    assert "LightGBM" in (run / "report" / "report.md").read_text()
+    for stage, steps in {"text": 4, "big": 4, "aligned": 4, "half": 4, "quarter": 2, "direct": 6}.items():
+        assert len((run / stage / "metrics.jsonl").read_text().splitlines()) == steps
+    report = (run / "report" / "report.md").read_text()
+    for name in ("text", "half-pruned", "quarter", "direct-pruned", "turbo"):
+        assert (run / f"evaluate-{name}" / "apply.parquet").exists()
+        assert f"| {name} |" in report
+    assert "LightGBM" in report
     assert (run / "report" / "report.html").exists()
+
+
+def test_the_ladder_goes_down_to_the_sizes_asked(folder):
+    sizes = {
+        name: ModelConfig.load(folder / "runs" / "jobs" / name / "model" / "model.yaml")
+        for name in ("big", "half", "quarter", "direct")
+    }
+    found = {name: (size.d_ff, size.kv_heads, size.heads) for name, size in sizes.items()}
+    assert found == {"big": (16, 2, 2), "half": (8, 2, 2), "quarter": (8, 1, 1), "direct": (8, 1, 1)}
+
+
+def test_a_plan_is_printed_and_nothing_is_done(folder):
+    printed = brewjax(folder, "run", "recipe.yaml", "--out", "runs/other", "--dry-run")
+    assert printed.returncode == 0, printed.stderr
+    for name in ("text", "quarter-pruned", "turbo"):
+        assert name in printed.stdout
+    assert not (folder / "runs" / "other").exists()
 
 
 def test_what_is_done_is_not_done_again(folder):
     again = brewjax(folder, "run", "recipe.yaml")
     assert again.returncode == 0, again.stderr
-    assert again.stdout.count("done before") == 5
+    assert again.stdout.count("done before") == again.stdout.count(": ") == 26
 
 
 def test_other_settings_never_continue_or_overwrite_a_training_run(folder):
-    weights = (folder / "runs/jobs/train/stage.json").read_bytes()
+    weights = (folder / "runs/jobs/big/stage.json").read_bytes()
     refused = brewjax(folder, "run", "recipe.yaml", "--set", "train.seed=1")
     assert refused.returncode == 2
-    assert "runs/jobs/train: made from other data or settings" in refused.stderr
-    assert (folder / "runs/jobs/train/stage.json").read_bytes() == weights
+    assert "runs/jobs/text: made from other data or settings" in refused.stderr
+    assert (folder / "runs/jobs/big/stage.json").read_bytes() == weights
+
+
+KILLED = """\
+  big: {do: sft}
+  aligned: {do: align, data: {max_examples: 20}}
+  ladder: {do: ladder, start: big, rungs: {small: {prune: {d_ff: 0.5, examples: 20}}}}
+  turbo: {do: quantize}
+"""
+
+
+def test_killed_in_the_middle_of_every_stage_it_ends_as_if_nothing_had_happened(folder):
+    before, after = RECIPE.split("stages:\n")[0], RECIPE[RECIPE.index("evaluate:") :]
+    (folder / "killed.yaml").write_text(f"{before}stages:\n{KILLED}{after}")
+    whole = brewjax(folder, "run", "killed.yaml", "--out", "runs/whole")
+    assert whole.returncode == 0, whole.stderr
+    killed = 0
+    for step in ("data-big", "big", "aligned", "small-pruned", "small", "evaluate-small", "turbo"):
+        record = folder / "runs" / "killed" / step / "stage.json"
+        running = subprocess.Popen(
+            [sys.executable, "-m", "brewjax.cli", "run", "killed.yaml", "--out", "runs/killed"],
+            cwd=folder,
+            env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        while not record.exists() and running.poll() is None:
+            time.sleep(0.01)
+        if step in ("big", "small"):  # with a checkpoint
+            while not list((record.parent / "checkpoints").glob("[0-9]*")) and running.poll() is None:
+                time.sleep(0.01)
+        running.kill()
+        assert running.wait() == -signal.SIGKILL, running.stderr.read().decode()
+        killed += "seconds" not in json.loads(record.read_text())
+    assert killed >= 5  # the quickest may have been done by then
+    last = brewjax(folder, "run", "killed.yaml", "--out", "runs/killed")
+    assert last.returncode == 0, last.stderr
+    for name in ("aligned", "turbo"):
+        tables = [
+            pq.read_table(folder / "runs" / run / f"evaluate-{name}" / "apply.parquet") for run in ("whole", "killed")
+        ]
+        assert tables[0].equals(tables[1])
+
+
+def test_a_stage_is_a_verb_too(folder):
+    smaller = brewjax(
+        folder, "prune", "runs/jobs/big/model", "runs/verb", "--dataset", "jobs", "--task", "apply.yaml",
+        "--set", "layers=1", "--set", "examples=20",
+    )  # fmt: skip
+    assert smaller.returncode == 0, smaller.stderr
+    assert ModelConfig.load(folder / "runs/verb/prune/model/model.yaml").layers == 1
+    quantised = brewjax(folder, "quantize", "runs/verb/prune/model", "runs/verb/turbo")
+    assert quantised.returncode == 0, quantised.stderr
+    refused = brewjax(
+        folder, "distill", "runs/verb/prune/model", "runs/verb2", "--dataset", "jobs", "--task", "apply.yaml",
+        "--set", "teacher=big", "--set", "train={steps: 1, rows: 1, row_tokens: 512}",
+    )  # fmt: skip
+    assert refused.returncode == 2
+    assert "stages.distill.teacher: no stage 'big' before it, and no model there" in refused.stderr
 
 
 def test_a_member_is_ranked_and_a_prompt_answered(folder):
     ranked = brewjax(
-        folder, "score", "runs/jobs/model", "--dataset", "jobs", "--task", "apply.yaml", "--member", "m7", "--top", "3"
+        folder,
+        "score",
+        "runs/jobs/turbo/model",
+        "--dataset",
+        "jobs",
+        "--task",
+        "apply.yaml",
+        "--member",
+        "m7",
+        "--top",
+        "3",
     )
     assert ranked.returncode == 0, ranked.stderr
     assert "P(Yes)" in ranked.stdout
     prompt = {"center": "A nurse.\n", "events": [], "questions": ["Nurse\n", "Cook\n"], "labels": ["Yes", "No"]}
-    answered = brewjax(folder, "score", "runs/jobs/model", "--prompt", "-", stdin=json.dumps(prompt))
+    answered = brewjax(folder, "score", "runs/jobs/turbo/model", "--prompt", "-", stdin=json.dumps(prompt))
     assert answered.returncode == 0, answered.stderr
     assert "Nurse" in answered.stdout
     assert "Cook" in answered.stdout
@@ -97,7 +202,7 @@ def test_a_new_task_needs_a_file_and_nothing_else(folder):
         .replace("action: applied}", "seconds: [0]}", 1)
         .replace("when: {seconds: [0]}", "when: {action: applied}")
     )
-    judged = brewjax(folder, "evaluate", "runs/jobs/model", "jobs", "long_look.yaml")
+    judged = brewjax(folder, "evaluate", "runs/jobs/turbo/model", "jobs", "long_look.yaml")
     assert judged.returncode == 0, judged.stderr
     assert "long_look" in judged.stdout
 
@@ -110,9 +215,12 @@ def test_a_new_task_needs_a_file_and_nothing_else(folder):
         (["run", "recipe.yaml", "--set", "dataset=elsewhere"], "elsewhere: no dataset.yaml there"),
         (["run", "recipe.yaml", "--set", "model=elsewhere.yaml"], "elsewhere.yaml: no such config file"),
         (["data", "check", "elsewhere"], "elsewhere/dataset.yaml: no such config file"),
-        (["score", "runs/jobs/model"], "give --prompt, or --dataset, --task and --member"),
+        (["score", "runs/jobs/turbo/model"], "give --prompt, or --dataset, --task and --member"),
         (["score", "elsewhere", "--prompt", "-"], "prompt: not valid JSON"),
-        (["evaluate", "runs/jobs/model", "jobs", "maybe.yaml"], "maybe.yaml:6: labels.0.word: label word 'Perhaps' is"),
+        (
+            ["evaluate", "runs/jobs/turbo/model", "jobs", "maybe.yaml"],
+            "maybe.yaml:6: labels.0.word: label word 'Perhaps' is",
+        ),
         (["prompt", "jobs", "apply.yaml", "--member", "nobody"], "no member 'nobody'; ids look like m0, m1, m2"),
     ],
 )

@@ -108,6 +108,10 @@ def read_counts(folder: Path) -> dict[str, int]:
     return counts
 
 
+def folders_of(shards: Shards) -> list[Path]:
+    return [shards] if isinstance(shards, Path) else list(shards)
+
+
 def load_batches(
     shards: Shards, rows: int, row_tokens: int, seed: int, process: int = 0, processes: int = 1
 ) -> grain.IterDataset:
@@ -152,6 +156,5 @@ def _to_batch(packed: dict[str, np.ndarray]) -> TokenBatch:
 
 def describe_sources(shards: Shards, batch: TokenBatch) -> list[str]:
     """The notes of every example in a batch, for an error message."""
-    folders = [shards] if isinstance(shards, Path) else shards
-    lines = [line for folder in folders for line in (folder / SOURCES).read_text().splitlines()]
+    lines = [line for folder in folders_of(shards) for line in (folder / SOURCES).read_text().splitlines()]
     return [lines[index] for index in np.unique(jax.device_get(batch.source)) if index >= 0]

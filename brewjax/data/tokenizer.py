@@ -86,14 +86,14 @@ class Tokenizer:
         """The tokens that a sequence begins with: one or none."""
         return [] if self.hf.bos_token_id is None else [self.hf.bos_token_id]
 
+    def begin(self, ids: list[int]) -> list[int]:
+        """These ids with what a sequence begins with in front, unless it is there: a chat template may have said it."""
+        return ids if ids[: len(self.bos)] == self.bos else self.bos + ids
+
     @property
     def eos(self) -> list[int]:
         """The tokens that a text ends with: one or none."""
         return [] if self.hf.eos_token_id is None else [self.hf.eos_token_id]
-
-    def begin(self, ids: list[int]) -> list[int]:
-        """These ids with what a sequence begins with in front, unless it is there: a chat template may have said it."""
-        return ids if ids[: len(self.bos)] == self.bos else self.bos + ids
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, not to be changed; special tokens written in a text count as such, none is added.

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from brewjax.data.prompt import Prompt
-from brewjax.data.tokenizer import Tokenizer
 from pallas_kernels.segments import ALL, QUESTIONS, SELF
+
+if TYPE_CHECKING:
+    from brewjax.data.tokenizer import Tokenizer  # imports transformers, for seconds, which training does without
 
 HistoryLayout = Literal["dense", "star"]
 NO_TARGET = -1
@@ -158,6 +160,7 @@ def encode(prompt: Prompt, tokenizer: Tokenizer, layout: HistoryLayout) -> Encod
     )
     ids = iter(tokenizer.encode([text for group in groups for text in group]))
     (center,), heads, tails, asked, said = ([next(ids) for _ in group] for group in groups)
+    center = tokenizer.begin(center)
     empty = next((number for number, question in enumerate(asked, 1) if not question), None)
     if empty is not None:
         raise ValueError(f"question {empty} is empty")

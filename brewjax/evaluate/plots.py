@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from brewjax.data.task import MetricName
 from brewjax.evaluate.metrics import ratio, reliability
 from brewjax.evaluate.predictions import probabilities
-from brewjax.evaluate.results import METRICS, OVERALL, SLICES, Comparison
+from brewjax.evaluate.results import METRICS, OVERALL, SLICES, Comparison, Model
 
 INK = "#010203"  # stands for the page's text colour, which matplotlib cannot know
 COLOURS = ("#3b82c4", "#d9822b", "#3f9c6b", "#a968c9")  # readable on white and on black
@@ -68,17 +68,43 @@ def reliability_plot(comparison: Comparison) -> str:
         return _svg(figure, axes, f"{task.name} reliability")
 
 
-def loss_plot(rows: Sequence[dict[str, float]]) -> str:
-    """The training loss by step, and its mean over the last fiftieth of the run."""
+def size_plot(comparison: Comparison, models: Sequence[Model]) -> str:
+    """A task's first metric against the size of the models, with intervals."""
+    metric = comparison.task.metrics[0]
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure("weights, MB", METRICS[metric].title)
+        for index, model in enumerate(models):
+            estimate = comparison.results[model.name][OVERALL].metrics[metric]
+            axes.errorbar(
+                model.weight_bytes / 1e6, estimate.value, estimate.error, fmt="o", capsize=2,
+                color=COLOURS[index % len(COLOURS)],
+            )  # fmt: skip
+            place = (model.weight_bytes / 1e6, estimate.value)
+            axes.annotate(model.name, place, (5, 4), textcoords="offset points", fontsize=8)
+        axes.set_xscale("log")
+        return _svg(figure, axes, f"{comparison.task.name} sizes")
+
+
+def cost_plot(models: Sequence[Model]) -> str:
+    """Seconds that each model took to make."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure("seconds to make", "")
+        axes.barh([model.name for model in models], [model.seconds for model in models], color=COLOURS[0])
+        axes.invert_yaxis()
+        return _svg(figure, axes, "cost")
+
+
+def loss_plot(name: str, rows: Sequence[dict[str, float]]) -> str:
+    """The training loss of a stage by step, and its mean over the last fiftieth of the stage."""
     step = np.array([row["step"] for row in rows])
     loss = np.array([row["loss"] for row in rows])
     width = max(1, len(rows) // 50)
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure("step", "training loss")
+        figure, axes = _figure("step", f"training loss of {name}")
         axes.plot(step, loss, color=COLOURS[0], alpha=0.35, linewidth=0.8, label="of one step")
         mean = np.convolve(loss, np.ones(width) / width, mode="valid")
         axes.plot(step[width - 1 :], mean, color=COLOURS[0], label=f"mean of {width} steps")
-        return _svg(figure, axes, "loss")
+        return _svg(figure, axes, f"{name} loss")
 
 
 def _figure(x: str, y: str) -> tuple[Figure, Axes]:

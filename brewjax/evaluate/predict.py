@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +18,15 @@ from brewjax.evaluate.predictions import from_examples
 from brewjax.scoring.bundle import Bundle
 
 
-def predict(bundle: Bundle, dataset: Dataset, task: Task, examples: Sequence[Example]) -> pa.Table:
+class Work(NamedTuple):
+    """What scoring took; `seconds` on this machine, packing included and compiling not."""
+
+    questions: int
+    tokens: int
+    seconds: float
+
+
+def predict(bundle: Bundle, dataset: Dataset, task: Task, examples: Sequence[Example]) -> tuple[pa.Table, Work]:
     """Predictions for every question of `examples`, in their order; prints how fast they were scored."""
     verbalizer = bundle.verbalizer(dataset, task)
     style = bundle.prompts.score_style
@@ -33,4 +42,4 @@ def predict(bundle: Bundle, dataset: Dataset, task: Task, examples: Sequence[Exa
     questions, tokens = sum(len(prompt.questions) for prompt in prompts), sum(len(prompt) for prompt in prompts)
     speed = f"{seconds:.1f} s, {tokens / seconds:,.0f} tokens/s"
     Console().print(f"{task.name}: {questions:,} questions scored in {tokens:,} tokens, {speed}")
-    return from_examples(examples, np.concatenate(probabilities))
+    return from_examples(examples, np.concatenate(probabilities)), Work(questions, tokens, seconds)

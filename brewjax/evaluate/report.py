@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from brewjax.data.task import MetricName
-from brewjax.evaluate.plots import loss_plot, reliability_plot, slice_plot
-from brewjax.evaluate.results import METRICS, OVERALL, SLICES, Comparison, Estimate
+from brewjax.evaluate.plots import cost_plot, loss_plot, reliability_plot, size_plot, slice_plot
+from brewjax.evaluate.results import METRICS, OVERALL, SLICES, Comparison, Estimate, Model
 from brewjax.train.metrics import read_metrics
 
 UNDEFINED = "\N{EN DASH}"
@@ -34,22 +34,30 @@ def write_report(
     folder: Path,
     title: str,
     comparisons: Sequence[Comparison],
+    models: Sequence[Model],
+    shown: Sequence[str],
     facts: Mapping[str, str],
-    losses: Path | None = None,
+    losses: Mapping[str, Path],
 ) -> None:
     """Writes `report.md` and `report.html` into the folder; the page refers to nothing outside itself.
 
     Args:
-      facts: of the run, by name: dataset, parameters, date, commit, seconds by phase, ..
-      losses: the training run's metrics.jsonl.
+      comparisons: of all models and baselines, a task each.
+      models: in the order of the table.
+      shown: the names of those that are compared in detail.
+      facts: of the run, by name: dataset, date, commit, seconds by phase, ..
+      losses: the metrics.jsonl of stages that trained, by name.
     """
-    rows = [row for row in read_metrics(losses) if np.isfinite(row["loss"])] if losses else []
+    rows = {name: [row for row in read_metrics(path) if np.isfinite(row["loss"])] for name, path in losses.items()}
     context = {
         "title": title,
         "facts": facts,
         "how_to_read": HOW_TO_READ,
-        "tasks": [_describe(comparison) for comparison in comparisons],
-        "loss_plot": loss_plot(rows) if rows else "",
+        "ladder": describe_models(comparisons, models),
+        "size_plots": [size_plot(comparison, models) for comparison in comparisons] if len(models) > 1 else [],
+        "cost_plot": cost_plot(models) if len(models) > 1 else "",
+        "tasks": [_describe(comparison.only(*shown)) for comparison in comparisons],
+        "loss_plots": [loss_plot(name, of_stage) for name, of_stage in rows.items() if of_stage],
     }
     folder.mkdir(parents=True, exist_ok=True)
     environment = jinja2.Environment(
@@ -61,6 +69,32 @@ def write_report(
     )
     for name in ("report.md", "report.html"):
         (folder / name).write_text(environment.get_template(f"{name}.j2").render(context), encoding="utf-8")
+
+
+def describe_models(comparisons: Sequence[Comparison], models: Sequence[Model]) -> dict[str, Any]:
+    """The table of a run's models: quality by each task's first metric, size, cost and speed, in words."""
+    quality = [f"{comparison.task.name}: {METRICS[comparison.task.metrics[0]].title}" for comparison in comparisons]
+    rows = []
+    for model in models:
+        cells = []
+        for comparison in comparisons:
+            estimate = comparison.results[model.name][OVERALL].metrics[comparison.task.metrics[0]]
+            error = f" ±{_number(estimate.error)}" if np.isfinite(estimate.error) else ""
+            cells.append(_number(estimate.value) + error)
+        size = f"{model.parameters:,}", f"{model.weight_bytes / 1e6:,.1f}"
+        cost = f"{model.item_flops / 1e6:,.1f}", f"{model.speed:,.0f}", f"{model.seconds:,.0f}"
+        rows.append([model.name, model.how, *size, *cells, *cost])
+    columns = ["model", "made", "parameters", "MB", *quality, "MFLOPs an item", "items/s", "seconds to make"]
+    return {"columns": columns, "rows": rows}
+
+
+def print_models(comparisons: Sequence[Comparison], models: Sequence[Model], console: Console) -> None:
+    """The same in the terminal."""
+    described = describe_models(comparisons, models)
+    table = Table(*described["columns"], title="models", title_justify="left")
+    for row in described["rows"]:
+        table.add_row(*row)
+    console.print(table)
 
 
 def print_results(comparison: Comparison, console: Console) -> None:

@@ -128,6 +128,12 @@ class Comparison:
     predictions: dict[str, pa.Table]
     results: dict[str, dict[str, Result]]
 
+    def only(self, *names: str) -> Comparison:
+        """Of these, the first of them in the model's place."""
+        return Comparison(
+            self.task, {name: self.predictions[name] for name in names}, {name: self.results[name] for name in names}
+        )
+
     def best(self, metric: MetricName, slice_: str = OVERALL) -> str | None:
         """Whose value is best; None where nobody's is defined."""
         values = {name: result[slice_].metrics[metric].value for name, result in self.results.items()}
@@ -139,6 +145,26 @@ class Comparison:
         """The model's value minus the baseline's, with the interval of the paired difference."""
         model = next(iter(self.results))
         return self.results[model][OVERALL].metrics[metric] - self.results[baseline][OVERALL].metrics[metric]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model of a run, as one row of its table.
+
+    Attributes:
+      how: what was done to make it, and from which model.
+      seconds: that took, on this machine.
+      item_flops: of the matrix products of a question, with its share of the history; attention is not counted.
+      speed: questions a second, on this machine.
+    """
+
+    name: str
+    how: str
+    parameters: int
+    weight_bytes: int
+    seconds: float
+    item_flops: float
+    speed: float
 
 
 def compare(task: Task, predictions: Mapping[str, pa.Table], bootstrap: int = 200, seed: int = 0) -> Comparison:

@@ -54,6 +54,31 @@ class ExpertsConfig(Config):
         return self
 
 
+class Quantization(Config):
+    """The layers' matrices in 8 bits, with a float32 scale for each output channel; the rest is as it was.
+
+    Attributes:
+      activations: what a matrix is multiplied with is rounded to the same 8 bits, with a scale for each token, or one
+        for all of them (see `pallas_kernels.quantized_matmul`); null: to bfloat16.
+    """
+
+    dtype: Literal["e4m3", "int8"] = "e4m3"
+    activations: Literal["per_token", "per_tensor"] | None = "per_token"
+
+
+class HeadPrecision(Config):
+    """Of the output head. Less than float32 is for measuring what it costs.
+
+    Attributes:
+      product: what hidden states and the head are rounded to (e4m3: with a scale for each token and each word) before
+        a product that is exact in float32.
+      logits: what that is rounded to, before a softmax in float32.
+    """
+
+    product: Literal["float32", "bfloat16", "e4m3"] = "float32"
+    logits: Dtype = "float32"
+
+
 class ModelConfig(Config):
     """The shape of a decoder.
 
@@ -68,6 +93,7 @@ class ModelConfig(Config):
       tie_head: the output head is the embedding.
       param_dtype, compute_dtype: of the weights at rest, and of the matrix products; norms, softmax, router and logits
         are float32 whatever these are.
+      quantized: of a model for serving; it is not trained.
       remat: recompute each layer in the backward pass instead of storing its activations.
     """
 
@@ -89,6 +115,8 @@ class ModelConfig(Config):
     tie_head: bool = True
     param_dtype: Dtype = "float32"
     compute_dtype: Dtype = "float32"
+    quantized: Quantization | None = None
+    head: HeadPrecision = HeadPrecision()
     remat: bool = False
 
     @pydantic.model_validator(mode="after")

@@ -13,8 +13,9 @@ from jaxtyping import Array, Float, Int
 from brewjax.model.config import ModelConfig
 from brewjax.model.experts import Experts
 from brewjax.model.sharding import FSDP_TENSOR, Sharding
-from brewjax.model.weights import Weight, gathered, random_weight
+from brewjax.model.weights import QuantizedWeight, Weight, gathered, matrix, random_weight
 from pallas_kernels.attention import attention
+from pallas_kernels.quantized_matmul import to_8_bits
 from pallas_kernels.segments import PADDING, Segments
 
 KeysValues = tuple[Float[Array, "B T K E"], Float[Array, "B T K E"]]
@@ -55,8 +56,8 @@ class Layer(nnx.Module):
         # The projections into the residual stream start smaller, for the sum over layers to start at scale one.
         into_residual = (2 * config.layers) ** -0.5
 
-        def weight(*shape: int, axes: tuple, fan_in: int = D, scale: float = 1.0) -> Weight:
-            return random_weight(rngs, config, shape, axes, fan_in, scale)
+        def weight(*shape: int, axes: tuple, inputs: int = 1, scale: float = 1.0) -> Weight | QuantizedWeight:
+            return matrix(rngs, config, shape, axes, inputs, scale)
 
         def bias(*shape: int) -> Weight | None:
             return Weight(jnp.zeros(shape, config.param_dtype), axes=("heads", None)) if config.qkv_bias else None
@@ -68,14 +69,14 @@ class Layer(nnx.Module):
         self.query_bias, self.key_bias, self.value_bias = bias(H, E), bias(K, E), bias(K, E)
         self.query_norm = RMSNorm(config, E, None) if config.qk_norm else None
         self.key_norm = RMSNorm(config, E, None) if config.qk_norm else None
-        self.output = weight(H, E, D, axes=("heads", None, "weight"), fan_in=H * E, scale=into_residual)
+        self.output = weight(H, E, D, axes=("heads", None, "weight"), inputs=2, scale=into_residual)
         self.mlp_norm = RMSNorm(config, D)
         if config.experts:
             self.experts = Experts(config, sharding, rngs)
         else:
             self.gate = weight(D, F, axes=("weight", "neurons"))
             self.up = weight(D, F, axes=("weight", "neurons"))
-            self.down = weight(F, D, axes=("neurons", "weight"), fan_in=F, scale=into_residual)
+            self.down = weight(F, D, axes=("neurons", "weight"), scale=into_residual)
 
     def __call__(
         self, x: Float[Array, "B T D"], rotation: Float[Array, "B T 1 E"], segments: Segments, past: KeysValues | None
@@ -84,6 +85,14 @@ class Layer(nnx.Module):
 
         `past` are the keys and values before them.
         """
+        attended, own = self.attended(x, rotation, segments, past)
+        x, balance = self.after_mlp(self.after_attention(x, attended), segments)
+        return x, own, balance
+
+    def attended(
+        self, x: Float[Array, "B T D"], rotation: Float[Array, "B T 1 E"], segments: Segments, past: KeysValues | None
+    ) -> tuple[Float[Array, "B T H E"], KeysValues]:
+        """What the heads attend to, before the output projection; and the keys and values of these T tokens."""
         h = self.attention_norm(x)
         q = self._heads(h, self.query, self.query_bias, self.query_norm)
         k = self._heads(h, self.key, self.key_bias, self.key_norm)
@@ -91,25 +100,40 @@ class Layer(nnx.Module):
         q, k = rotate(q, rotation), rotate(k, rotation)
         k, v = (self.sharding.reshard(x, "batch", None, "heads", None) for x in (k, v))
         all_k, all_v = (k, v) if past is None else (jnp.concatenate(x, 1) for x in zip(past, (k, v), strict=True))
-        x += self._into_residual("bthe,hed->btd", _attend(self.sharding, q, all_k, all_v, segments), self.output)
+        return _attend(self.sharding, q, all_k, all_v, segments), (k, v)
+
+    def after_attention(self, x: Float[Array, "B T D"], attended: Float[Array, "B T H E"]) -> Float[Array, "B T D"]:
+        """The residual stream between attention and MLP."""
+        return x + self._into_residual("bthe,hed->btd", attended, self.output)
+
+    def after_mlp(self, x: Float[Array, "B T D"], segments: Segments) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
+        """The residual stream after the MLP or the experts, and the experts' balance loss."""
         h = self.mlp_norm(x)
         if self.config.experts:
             real = self.sharding.reshard(segments.example[:, -x.shape[1] :] != PADDING, "batch", "length")
             more, balance = self.experts(h, real)
-            return x + more, (k, v), balance
-        gate, up = (self._project("btd,df->btf", h, weight) for weight in (self.gate, self.up))
-        return x + self._into_residual("btf,fd->btd", jax.nn.silu(gate) * up, self.down), (k, v), jnp.zeros(())
+            return x + more, balance
+        return x + self._into_residual("btf,fd->btd", self.neurons(h), self.down), jnp.zeros(())
 
-    def _heads(self, x: Array, weight: Weight, bias: Weight | None, norm: RMSNorm | None) -> Array:
+    def neurons(self, h: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
+        """What the MLP's neurons say, before the down projection; `h` is normed."""
+        gate, up = (self._project("btd,df->btf", h, weight) for weight in (self.gate, self.up))
+        return jax.nn.silu(gate) * up
+
+    def _heads(self, x: Array, weight: Weight | QuantizedWeight, bias: Weight | None, norm: RMSNorm | None) -> Array:
         heads = self._project("btd,dhe->bthe", x, weight)
         if bias is not None:
             heads += gathered(self.sharding, bias, x.dtype)
         return heads if norm is None else norm(heads)
 
-    def _project(self, equation: str, x: Array, weight: Weight) -> Array:
+    def _project(self, equation: str, x: Array, weight: Weight | QuantizedWeight) -> Array:
+        if isinstance(weight, QuantizedWeight):
+            return weight(self.sharding, x)
         return jnp.einsum(equation, x, gathered(self.sharding, weight, x.dtype))
 
-    def _into_residual(self, equation: str, x: Array, weight: Weight) -> Array:
+    def _into_residual(self, equation: str, x: Array, weight: Weight | QuantizedWeight) -> Array:
+        if isinstance(weight, QuantizedWeight):
+            return weight(self.sharding, x)
         # The contracted axis lies over `tensor`: the output sharding asks for the sum over it.
         spec = self.sharding.spec_or_none("batch", "length", "model")
         return jnp.einsum(equation, x, gathered(self.sharding, weight, x.dtype), out_sharding=spec)
@@ -171,8 +195,7 @@ class Decoder(nnx.Module):
     ) -> tuple[Array, KeysValues | None, Array]:
         tokens, positions = (self.sharding.reshard(x, "batch", "length") for x in (tokens, positions))
         segments = Segments(*(self.sharding.reshard(jnp.asarray(x), "batch", None) for x in segments))
-        table = self.sharding.reshard(self.embedding[...], None, None).astype(self.config.compute_dtype)
-        x = table.at[tokens].get(out_sharding=self.sharding.spec_or_none("batch", "length", "model"))
+        x = self.embed(tokens)
         rotation = rotary(positions, self.config)
         graph, weights = nnx.split(self.layers)
 
@@ -186,20 +209,42 @@ class Decoder(nnx.Module):
         x, (own, balance) = jax.lax.scan(jax.checkpoint(body) if self.config.remat else body, x, layers)
         return self.norm(x), own, jnp.mean(balance)
 
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """The residual stream before the first layer, in the compute dtype."""
+        table = self.sharding.reshard(self.embedding[...], None, None).astype(self.config.compute_dtype)
+        return table.at[tokens].get(out_sharding=self.sharding.spec_or_none("batch", "length", "model"))
+
+    def layer(self, number: Int[Array, ""]) -> Layer:
+        """One layer by itself."""
+        graph, weights = nnx.split(self.layers)
+        one = jax.tree.map(lambda stack: jax.lax.dynamic_index_in_dim(stack, number, keepdims=False), weights)
+        return nnx.merge(graph, one)
+
     @property
     def head(self) -> Float[Array, "V D"]:
-        """The output head, gathered, in the parameter dtype."""
+        """The output head, gathered, in the parameter dtype or what `HeadPrecision` makes of it."""
         weight = self.embedding if self.untied_head is None else self.untied_head
-        return self.sharding.reshard(weight[...], None, None)
+        return self.before_head(self.sharding.reshard(weight[...], None, None))
+
+    def before_head(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Hidden states, or words of the head, at the precision of the head's product."""
+        match self.config.head.product:
+            case "e4m3":
+                values, scale = to_8_bits(x, jnp.float8_e4m3fn, -1)
+                return values.astype(jnp.float32) * scale
+            case "bfloat16":
+                return x.astype(jnp.bfloat16)
+        return x
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """float32, by a true float32 product."""
-        return jnp.einsum(
+        logits = jnp.einsum(
             "...d,vd->...v",
-            hidden.astype(jnp.float32),
+            self.before_head(hidden).astype(jnp.float32),
             self.head.astype(jnp.float32),
             precision=jax.lax.Precision.HIGHEST,
         )
+        return logits.astype(self.config.head.logits).astype(jnp.float32)
 
 
 def rotary(positions: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T 1 E"]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from brewjax.model.config import ExpertsConfig, ModelConfig
 from brewjax.model.sharding import Sharding
-from brewjax.model.weights import gathered, random_weight, used_axes
+from brewjax.model.weights import QuantizedWeight, Weight, gathered, matrix, random_weight, used_axes
+from pallas_kernels.quantized_matmul import Activations, Quantized, round_tokens
 
 
 class Experts(nnx.Module):
@@ -21,13 +23,13 @@ class Experts(nnx.Module):
     def __init__(self, config: ModelConfig, sharding: Sharding, rngs: nnx.Rngs):
         assert config.experts is not None
         self.config, self.sharding = config.experts, sharding
+        self.activations = config.quantized.activations if config.quantized else None
         N, D, F = config.experts.count, config.d_model, config.d_ff
         self.router = random_weight(rngs, config, (D, N), ("model", None), fan_in=D)
-        self.gate = random_weight(rngs, config, (N, D, F), ("experts", "weight", "neurons"), fan_in=D)
-        self.up = random_weight(rngs, config, (N, D, F), ("experts", "weight", "neurons"), fan_in=D)
-        self.down = random_weight(
-            rngs, config, (N, F, D), ("experts", "neurons", "weight"), fan_in=F, scale=(2 * config.layers) ** -0.5
-        )
+        self.gate = matrix(rngs, config, (N, D, F), ("experts", "weight", "neurons"))
+        self.up = matrix(rngs, config, (N, D, F), ("experts", "weight", "neurons"))
+        scale = (2 * config.layers) ** -0.5
+        self.down = matrix(rngs, config, (N, F, D), ("experts", "neurons", "weight"), scale=scale)
 
     def __call__(
         self, x: Float[Array, "B T D"], real: Bool[Array, "B T"]
@@ -38,37 +40,55 @@ class Experts(nnx.Module):
         of tokens that chose it) * (mean probability of it): `per_token` when all are chosen alike, and more else.
         """
         matrices = [self.gate, self.up, self.down]
-        weights = [self.router[...].astype(jnp.float32), *(gathered(self.sharding, w, x.dtype) for w in matrices)]
+        weights: list[Any] = [
+            self.router[...].astype(jnp.float32),
+            *(gathered(self.sharding, w, x.dtype) for w in matrices),
+        ]
         if jax.sharding.get_abstract_mesh().empty:
-            return _mix(self.config, {"batch": (), "length": (), "neurons": (), "experts": ()}, x, real, *weights)
+            rules: dict[str, tuple[str, ...]] = {"batch": (), "length": (), "neurons": (), "experts": ()}
+            return _mix(self.config, self.activations, rules, x, real, *weights)
         tokens, labels = self.sharding.spec("batch", "length", "model"), self.sharding.spec("batch", "length")
-        specs = [self.sharding.spec(*used_axes(w)) for w in (self.router, *matrices)]
         return jax.shard_map(
-            functools.partial(_mix, self.config, self.sharding.rules),
-            in_specs=(tokens, labels, *specs),
+            functools.partial(_mix, self.config, self.activations, self.sharding.rules),
+            in_specs=(tokens, labels, *(self._spec(w) for w in (self.router, *matrices))),
             out_specs=(tokens, jax.P()),
             check_vma=False,  # which ragged_dot has no rule for
         )(x, real, *weights)
 
+    def _spec(self, weight: Weight | QuantizedWeight) -> Any:
+        if isinstance(weight, QuantizedWeight):
+            specs: list[Any] = [self.sharding.spec(*used_axes(part)) for part in (weight.values, weight.scale)]
+            return Quantized(*specs)
+        return self.sharding.spec(*used_axes(weight))
+
+
+def route(
+    config: ExpertsConfig, x: Float[Array, "*S D"], router: Float[Array, "D N"]
+) -> tuple[Float[Array, "*S K"], Int[Array, "*S K"], Float[Array, "*S N"]]:
+    """Weights and numbers of the experts that each token goes through, and the probabilities of all; float32."""
+    logits = jnp.einsum("...d,dn->...n", x.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST)
+    probabilities = jax.nn.softmax(logits)
+    weights, chosen = jax.lax.top_k(probabilities, config.per_token)
+    if config.normalize:
+        weights /= jnp.sum(weights, -1, keepdims=True)
+    return weights, chosen, probabilities
+
 
 def _mix(
     config: ExpertsConfig,
+    activations: Activations | None,
     rules: Mapping[str, tuple[str, ...]],
     x_BTD: Array,
     real_BT: Array,
     router_DN: Array,
-    gate_MDF: Array,
-    up_MDF: Array,
-    down_MFD: Array,
+    gate_MDF: Array | Quantized,
+    up_MDF: Array | Quantized,
+    down_MFD: Array | Quantized,
 ) -> tuple[Array, Array]:
     """A device's own tokens [B, T] through all N experts; it has M of them, and its part of their neurons."""
     x_SD, real_S1 = x_BTD.reshape(-1, x_BTD.shape[-1]), real_BT.reshape(-1, 1)
-    N, M, K = config.count, len(gate_MDF), config.per_token
-    logits_SN = jnp.einsum("sd,dn->sn", x_SD.astype(jnp.float32), router_DN, precision=jax.lax.Precision.HIGHEST)
-    probabilities_SN = jax.nn.softmax(logits_SN)
-    weights_SK, chosen_SK = jax.lax.top_k(probabilities_SN, K)
-    if config.normalize:
-        weights_SK /= jnp.sum(weights_SK, -1, keepdims=True)
+    N, M, K = config.count, len(jax.tree.leaves(gate_MDF)[0]), config.per_token
+    weights_SK, chosen_SK, probabilities_SN = route(config, x_SD, router_DN)
     took_SN = jnp.sum(jax.nn.one_hot(chosen_SK, N), 1)
     sums = [jnp.sum(jnp.where(real_S1, each, 0), 0) for each in (took_SN, probabilities_SN, jnp.ones_like(took_SN))]
     tokens = (*rules["batch"], *rules["length"])
@@ -83,8 +103,9 @@ def _mix(
     chosen = jnp.where((chosen_SK >= 0) & (chosen_SK < M), chosen_SK, M).reshape(-1)
     order, sizes_M = jnp.argsort(chosen, stable=True), jnp.bincount(chosen, length=M + 1)[:M]
     rows = x_SD[order // K]
-    gate, up = jax.lax.ragged_dot(rows, gate_MDF, sizes_M), jax.lax.ragged_dot(rows, up_MDF, sizes_M)
-    rows = jax.lax.ragged_dot(jax.nn.silu(gate) * up, down_MFD, sizes_M)
+    grouped = functools.partial(_grouped, activations, sizes_M, jnp.minimum(chosen[order], M - 1))
+    gate, up = grouped(rows, gate_MDF), grouped(rows, up_MDF)
+    rows = grouped(jax.nn.silu(gate) * up, down_MFD, rules["neurons"])
     rows = jnp.where(jnp.arange(len(rows))[:, None] < jnp.sum(sizes_M), rows, 0)
     said_SKD = rows[jnp.argsort(order)].reshape(*chosen_SK.shape, -1)
     out_SD = jnp.einsum("skd,sk->sd", said_SKD.astype(jnp.float32), weights_SK)
@@ -93,3 +114,31 @@ def _mix(
     if M < N:
         out_SD = jax.lax.psum_scatter(out_SD, rules["experts"], tiled=True)
     return out_SD.astype(x_BTD.dtype).reshape(x_BTD.shape), balance
+
+
+def _grouped(
+    activations: Activations | None,
+    sizes_M: Array,
+    expert_R: Array,
+    rows_RK: Array,
+    weight: Array | Quantized,
+    inputs_over: tuple[str, ...] = (),
+) -> Array:
+    """Each expert's block of rows times its matrix. 8 bits are multiplied as bfloat16, which holds them all exactly.
+
+    Args:
+      expert_R: the expert of each row.
+      inputs_over: the mesh axes that K lies over; the token scales are those of all its parts, not the sums.
+    """
+    if not isinstance(weight, Quantized):
+        return jax.lax.ragged_dot(rows_RK, weight, sizes_M)
+    tokens, scales = round_tokens(rows_RK, weight.values.dtype, activations, inputs_over)
+    out = jax.lax.ragged_dot(
+        tokens.astype(jnp.bfloat16),
+        weight.values.astype(jnp.bfloat16),
+        sizes_M,
+        preferred_element_type=jnp.float32,
+    )
+    for scale in (weight.scale[expert_R], *scales):
+        out *= scale
+    return out.astype(rows_RK.dtype)

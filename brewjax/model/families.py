@@ -160,6 +160,8 @@ def family_of(config: ModelConfig) -> str:
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """The content of config.json, in the keys that every release of transformers reads."""
+    if config.quantized:
+        raise CheckpointError(f"model '{config.name}' is quantised; export the model that it was made from")
     model_type = family_of(config)
     family = FAMILIES[model_type]
     values: dict[str, Any] = {

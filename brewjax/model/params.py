@@ -34,9 +34,14 @@ def bind(config: ModelConfig, params: Params) -> Decoder:
     return nnx.merge(graph, state)
 
 
+def abstract_decoder(config: ModelConfig) -> Decoder:
+    """A decoder of shapes, without weights."""
+    return nnx.merge(*_abstract(config))
+
+
 def abstract_params(config: ModelConfig, mesh: Mesh) -> Params:
     """Shapes, dtypes and shardings of the parameters; ValueError names the axis that the mesh does not divide."""
-    decoder = nnx.merge(*_abstract(config))
+    decoder = abstract_decoder(config)
 
     def leaf(weight: Any) -> jax.ShapeDtypeStruct:
         shape = weight.shape
@@ -75,7 +80,8 @@ def size(config: ModelConfig) -> Size:
     """Without making any of it; ValueError where the config leaves the vocabulary to a tokenizer."""
     if not config.vocab_size:
         raise config.error("a tokenizer's; give it, with --set vocab_size=N on the command line", "vocab_size")
-    state = nnx.to_pure_dict(_abstract(config)[1])
+    weights = jax.tree.leaves(_abstract(config)[1])
+    state = nnx.to_pure_dict(_abstract(config.model_copy(update={"quantized": None}))[1])  # scales are no parameters
     parameters, idle = count(state), 0
     if config.experts:
         matrices = {name: leaf for name, leaf in state["layers"]["experts"].items() if name != "router"}
@@ -83,8 +89,8 @@ def size(config: ModelConfig) -> Size:
     if not config.tie_head:
         idle += state["embedding"].size  # looked up, not multiplied with
     cache = 2 * config.layers * config.kv_heads * config.head_dim * jnp.dtype(config.compute_dtype).itemsize
-    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    return Size(parameters, parameters - idle, weights, cache)
+    at_rest = sum(leaf.size * leaf.dtype.itemsize for leaf in weights)
+    return Size(parameters, parameters - idle, at_rest, cache)
 
 
 def save_model(folder: Path, config: ModelConfig, params: Params) -> None:
@@ -98,8 +104,13 @@ def save_model(folder: Path, config: ModelConfig, params: Params) -> None:
 def load_model(folder: Path, mesh: Mesh) -> tuple[ModelConfig, Params]:
     """Reads what `save_model` wrote, sharded over `mesh`."""
     config = ModelConfig.load(folder / MODEL)
+    return config, read_params(folder, abstract_params(config, mesh))
+
+
+def read_params(folder: Path, wanted: Params) -> Params:
+    """The weights that `save_model` wrote into a folder; where `wanted` has `...` for a leaf, it is not read."""
     if not ocp.is_orbax_checkpoint(folder.absolute() / WEIGHTS):
         raise ValueError(f"{folder / WEIGHTS}: no complete weights there")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return config, ocp.load(folder.absolute() / WEIGHTS, abstract_params(config, mesh))
+        return ocp.load(folder.absolute() / WEIGHTS, wanted)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
 import pydantic
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -20,6 +21,11 @@ class MeshConfig(Config):
     """Devices along each mesh axis; -1 for `data` takes all that are left.
 
     `data`, `fsdp` and `expert` share the rows of a batch, `context` the tokens of each row, `tensor` the heads.
+
+    Attributes:
+      slices: groups of chips that a slower network joins. Found by default where the devices tell; where they do not,
+        so many groups of equal size, in the order of the devices. `data` lies across slices, and `fsdp` where `data`
+        is too small for that; the other axes never do.
     """
 
     data: int = -1
@@ -27,26 +33,56 @@ class MeshConfig(Config):
     expert: int = pydantic.Field(default=1, gt=0)
     context: int = pydantic.Field(default=1, gt=0)
     tensor: int = pydantic.Field(default=1, gt=0)
+    slices: int | None = pydantic.Field(default=None, gt=0)
 
     def build(self, over: Sequence[jax.Device] | None = None) -> Mesh:
         """The mesh, with explicit axis types; ValueError where the devices do not divide.
 
         `over` are the devices, all that there are by default.
         """
-        devices = jax.device_count() if over is None else len(over)
+        devices = jax.devices() if over is None else over
         rest = self.fsdp * self.expert * self.context * self.tensor
-        data = devices // rest if self.data == -1 else self.data
-        shape = (data, self.fsdp, self.expert, self.context, self.tensor)
-        sizes = " ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, shape, strict=True))
-        if data * rest != devices:
+        data = len(devices) // rest if self.data == -1 else self.data
+        sizes = (data, self.fsdp, self.expert, self.context, self.tensor)
+        mesh = "mesh " + " ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
+        if data * rest != len(devices):
             raise ValueError(
-                f"mesh {sizes} does not make use of {devices} devices: their product must be the number of devices"
+                f"{mesh} does not make use of {len(devices)} devices: their product must be the number of devices"
             )
+        slices = self._slices(devices)
+        across = (math.gcd(data, len(slices)), len(slices) // math.gcd(data, len(slices)))
+        if self.fsdp % across[1]:
+            raise ValueError(
+                f"{mesh} cannot be laid over {len(slices)} slices of {len(slices[0])} devices: data x fsdp must be a "
+                f"multiple of {len(slices)}, for only these axes lie across slices"
+            )
+        within = (data // across[0], self.fsdp // across[1], *sizes[2:])
+        types = (AxisType.Explicit,) * len(sizes)
         try:
-            return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Explicit,) * len(shape), devices=over)
+            grids = np.stack([jax.make_mesh(within, MESH_AXES, types, devices=one).devices for one in slices])
         except NotImplementedError as error:  # an axis that is no product of the chips' own axes
             sides = "the size of an axis must be a product of sides of the chips' own grid"
-            raise ValueError(f"mesh {sizes} cannot be laid over these chips: {sides} ({error})") from None
+            raise ValueError(f"{mesh} cannot be laid over these chips: {sides} ({error})") from None
+        grid = grids.reshape(*across, *within).swapaxes(1, 2).reshape(sizes)  # an axis: first slices, then within them
+        return Mesh(grid, MESH_AXES, axis_types=types)
+
+    def _slices(self, devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
+        """The devices of each slice."""
+        told: dict[int, list[jax.Device]] = {}
+        for device in devices:
+            told.setdefault(getattr(device, "slice_index", 0), []).append(device)
+        if len(told) == 1:  # or they do not tell
+            count = self.slices or 1
+            if len(devices) % count:
+                raise ValueError(f"{len(devices)} devices cannot be {count} slices of equal size")
+            size = len(devices) // count
+            return [list(devices[at : at + size]) for at in range(0, len(devices), size)]
+        if self.slices not in (None, len(told)):
+            raise ValueError(f"slices is {self.slices}, but the devices lie on {len(told)} slices")
+        if len({len(one) for one in told.values()}) > 1:
+            lengths = ", ".join(str(len(told[index])) for index in sorted(told))
+            raise ValueError(f"slices must have as many devices each, and have {lengths}")
+        return [told[index] for index in sorted(told)]
 
 
 def row_ways(mesh: Mesh) -> int:

@@ -25,6 +25,8 @@ def upcycle(
     """
     if config.experts:
         raise config.error("it has experts already; only a dense model is upcycled", "experts")
+    if config.quantized:
+        raise config.error("a quantised model is for serving; upcycle the one that it was made from", "quantized")
     if not experts.normalize:
         raise ValueError("experts.normalize: must be true, for the copies of an MLP to say together what it said")
     new = config.model_copy(update={"experts": experts})

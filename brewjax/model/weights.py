@@ -1,14 +1,20 @@
-"""One weight: how it starts, how its axes are called, and how it is laid out to be computed with."""
+"""One weight: how it starts, how its axes are called, how it is laid out, and what is multiplied with it."""
 
 from __future__ import annotations
+
+import math
+from typing import overload
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, Float, Num
 
-from brewjax.model.config import ModelConfig
+from brewjax.model.config import ModelConfig, Quantization
 from brewjax.model.sharding import Sharding
+from pallas_kernels.quantized_matmul import Quantized, quantized_matmul, to_8_bits
+
+DTYPES = {"e4m3": jnp.dtype(jnp.float8_e4m3fn), "int8": jnp.dtype(jnp.int8)}
 
 
 class Weight(nnx.Param):
@@ -23,8 +29,73 @@ def random_weight(
     return Weight(values, axes=axes)
 
 
-def gathered(sharding: Sharding, weight: Weight, dtype: jnp.dtype) -> Array:
-    """A weight in the compute dtype, whole along the axis that is only split at rest."""
+class QuantizedWeight(nnx.Module):
+    """A matrix in 8 bits, for serving.
+
+    Attributes:
+      values: of the shape and axes of the matrix: maybe experts, then `inputs` axes that are summed over, then those
+        that are not.
+      scale: float32, without the axes that are summed over.
+    """
+
+    def __init__(self, weight: Weight, inputs: int, config: Quantization):
+        self.inputs, self.config = inputs, config
+        batch = 1 if weight.axes[0] == "experts" else 0
+        self.summed = tuple(range(batch, batch + inputs))
+        values, scale = self.of(weight[...])
+        self.values = Weight(values, axes=weight.axes)
+        self.scale = Weight(scale, axes=tuple(axis for at, axis in enumerate(weight.axes) if at not in self.summed))
+
+    def of(
+        self, weight: Float[Array, " *B"], per_tensor: bool = False
+    ) -> tuple[Num[Array, " *B"], Float[Array, " *N"]]:
+        """Values and scale of a float matrix of this shape; `per_tensor` gives all its channels the largest scale."""
+        values, scale = to_8_bits(weight, DTYPES[self.config.dtype], self.summed)
+        if per_tensor:
+            everything = tuple(range(self.summed[0], weight.ndim))
+            values, one = to_8_bits(weight, DTYPES[self.config.dtype], everything)
+            scale = one + jnp.zeros_like(scale)
+        return values, jnp.squeeze(scale, self.summed)
+
+    def __call__(self, sharding: Sharding, x: Float[Array, "B T *K"]) -> Float[Array, "B T *N"]:
+        """`x` times the matrix, in the dtype of `x`."""
+        values, scale = gathered(sharding, self, x.dtype)
+        axes = used_axes(self.values)
+        over: tuple[str, ...] = ()
+
+        def multiply(x: Array, values: Array, scale: Array) -> Array:
+            matrix = Quantized(values.reshape(math.prod(values.shape[: self.inputs]), -1), scale.reshape(-1))
+            out = quantized_matmul(x.reshape(*x.shape[:2], -1), matrix, self.config.activations, over)
+            return out.reshape(*x.shape[:2], *scale.shape)
+
+        if jax.sharding.get_abstract_mesh().empty:
+            return multiply(x, values, scale)
+        taken, given = axes[: self.inputs], axes[self.inputs :]
+        over = tuple(mesh_axis for axis in taken if axis for mesh_axis in sharding.rules[axis])
+        specs = (sharding.spec("batch", "length", *taken), sharding.spec(*axes), sharding.spec(*given))
+        out_spec = sharding.spec("batch", "length", *given)
+        # check_vma: as for attention, the kernel's loop starts from plain zeros.
+        return jax.shard_map(multiply, in_specs=specs, out_specs=out_spec, check_vma=False)(x, values, scale)
+
+
+def matrix(
+    rngs: nnx.Rngs, config: ModelConfig, shape: tuple[int, ...], axes: tuple, inputs: int = 1, scale: float = 1.0
+) -> Weight | QuantizedWeight:
+    """Random: maybe experts, then `inputs` axes that are summed over, then those that are not."""
+    batch = 1 if axes[0] == "experts" else 0
+    weight = random_weight(rngs, config, shape, axes, math.prod(shape[batch : batch + inputs]), scale)
+    return QuantizedWeight(weight, inputs, config.quantized) if config.quantized else weight
+
+
+@overload
+def gathered(sharding: Sharding, weight: Weight, dtype: jnp.dtype) -> Array: ...
+@overload
+def gathered(sharding: Sharding, weight: QuantizedWeight, dtype: jnp.dtype) -> Quantized: ...
+def gathered(sharding: Sharding, weight: Weight | QuantizedWeight, dtype: jnp.dtype) -> Array | Quantized:
+    """A weight in the compute dtype, or as 8 bits, whole along the axis that is only split at rest."""
+    if isinstance(weight, QuantizedWeight):
+        parts = (weight.values, weight.scale)
+        return Quantized(*(sharding.reshard(part[...], *used_axes(part)) for part in parts))
     return sharding.reshard(weight[...].astype(dtype), *used_axes(weight))
 
 

@@ -42,6 +42,7 @@ class Bundle:
     Attributes:
       scale, card, tasks: of the dataset it was trained on, and what it was trained to answer; an imported model was
         trained on none.
+      mesh: where the parameters lie.
     """
 
     model: ModelConfig
@@ -51,6 +52,7 @@ class Bundle:
     scale: PercentileScale | None = None
     card: Card | None = None
     tasks: tuple[Task, ...] = ()
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def save(self, folder: Path) -> None:
         """Writes the folder; weights last, so that a folder with weights is complete."""
@@ -70,7 +72,12 @@ class Bundle:
     @classmethod
     def load(cls, folder: Path, mesh: MeshConfig | None = None) -> Bundle:
         """Reads a folder; ValueError names what is missing."""
-        model, params = load_model(folder, (mesh or MeshConfig()).build())
+        mesh = mesh or MeshConfig()
+        return cls.around(*load_model(folder, mesh.build()), folder, mesh)
+
+    @classmethod
+    def around(cls, model: ModelConfig, params: Params, folder: Path, mesh: MeshConfig) -> Bundle:
+        """A model, on a mesh, with all that a bundle's folder holds beside its weights."""
         return cls(
             model,
             params,
@@ -79,6 +86,7 @@ class Bundle:
             PercentileScale.load(folder / PERCENTILES) if (folder / PERCENTILES).exists() else None,
             Card.load(folder / CARD) if (folder / CARD).exists() else None,
             tuple(Task.load(path) for path in sorted((folder / TASKS).glob("*.yaml"))),
+            mesh,
         )
 
     def verbalizer(self, dataset: Dataset, task: Task) -> Verbalizer:
@@ -103,4 +111,4 @@ class Bundle:
     def scorer(self, prompts: Sequence[EncodedPrompt]) -> Scorer:
         """A scorer with shapes chosen for prompts like these."""
         buckets = choose_buckets([len(prompt) for prompt in prompts])
-        return Scorer(self.model, self.params, self.tokenizer, self.prompts.layout, buckets)
+        return Scorer(self.model, self.params, self.tokenizer, self.prompts.layout, buckets, self.mesh.build())

@@ -207,10 +207,13 @@ def score_labels(
 ) -> Float[Array, "R Q L"]:
     """float32 log-probabilities of each row's label tokens."""
     decoder = bind(model, params)
-    of_rows = jax.vmap(functools.partial(label_log_probs, against=against), (0, None, 0))
+    score = functools.partial(label_log_probs, against=against, logits_dtype=model.head.logits)
+    of_rows = jax.vmap(score, (0, None, 0))
     batch, whole = decoder.sharding.spec("batch", None, None), jax.P(None, None)
     specs = (batch, whole, decoder.sharding.spec("batch", None))
-    return jax.shard_map(of_rows, in_specs=specs, out_specs=batch, check_vma=False)(asked, decoder.head, labels)
+    return jax.shard_map(of_rows, in_specs=specs, out_specs=batch, check_vma=False)(
+        decoder.before_head(asked), decoder.head, labels
+    )
 
 
 def among_labels(log_probs: Float[np.ndarray, "Q L"]) -> Float[np.ndarray, "Q L"]:

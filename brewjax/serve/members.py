@@ -65,12 +65,13 @@ def say(bundle: Bundle, task: Task, member: pb.Member) -> Prompt:
     asked = np.arange(count, len(items), dtype=np.int32)
     example = Example(task.name, 0, now, history, past, asked, np.full(len(asked), -1, np.int32))
     try:
-        return bundle.verbalizer(tables, task).prompt(task, example, bundle.prompts.score_style)
+        note = bundle.tokenizer.clean(member.note)
+        return bundle.verbalizer(tables, task).prompt(task, example, bundle.prompts.score_style, note)
     except ValueError as error:
         raise ValueError(f"member: {error}") from None
 
 
-def of_example(dataset: Dataset, task: Task, example: Example) -> pb.Member:
+def of_example(dataset: Dataset, task: Task, example: Example, note: str = "") -> pb.Member:
     """An example of a dataset as a request: what `say` says of it is what a `Verbalizer` of the dataset says."""
     card, rows, cut = dataset.card, example.history, example.cut
     attributes = _attributes(card.members.attributes, dataset.members, np.array([example.member]))
@@ -90,7 +91,7 @@ def of_example(dataset: Dataset, task: Task, example: Example) -> pb.Member:
     }
     moment = Timestamp()
     moment.FromMicroseconds(cut)
-    request = pb.Member(task=task.name, now=moment, attributes=attributes[0])
+    request = pb.Member(task=task.name, now=moment, attributes=attributes[0], note=note)
     for row, of_event, of_item in zip(rows, of_events, of_items["history"], strict=True):
         event = request.history.add(action=str(dataset.event_action[row]), attributes=of_event, item=of_item)
         event.time.FromMicroseconds(int(dataset.event_time[row]))

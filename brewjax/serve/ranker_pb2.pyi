@@ -35,7 +35,7 @@ class ScoreRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., member: _Optional[_Union[Member, _Mapping]] = ..., raw: _Optional[_Union[Raw, _Mapping]] = ..., top_k: _Optional[int] = ..., too_long: _Optional[_Union[ScoreRequest.TooLong, str]] = ..., over_vocabulary: _Optional[bool] = ...) -> None: ...
 
 class Member(_message.Message):
-    __slots__ = ("task", "now", "attributes", "history", "items")
+    __slots__ = ("task", "now", "attributes", "history", "items", "note")
     class AttributesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -48,12 +48,14 @@ class Member(_message.Message):
     ATTRIBUTES_FIELD_NUMBER: _ClassVar[int]
     HISTORY_FIELD_NUMBER: _ClassVar[int]
     ITEMS_FIELD_NUMBER: _ClassVar[int]
+    NOTE_FIELD_NUMBER: _ClassVar[int]
     task: str
     now: _timestamp_pb2.Timestamp
     attributes: _containers.MessageMap[str, Value]
     history: _containers.RepeatedCompositeFieldContainer[Event]
     items: _containers.RepeatedCompositeFieldContainer[Item]
-    def __init__(self, task: _Optional[str] = ..., now: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., attributes: _Optional[_Mapping[str, Value]] = ..., history: _Optional[_Iterable[_Union[Event, _Mapping]]] = ..., items: _Optional[_Iterable[_Union[Item, _Mapping]]] = ...) -> None: ...
+    note: str
+    def __init__(self, task: _Optional[str] = ..., now: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., attributes: _Optional[_Mapping[str, Value]] = ..., history: _Optional[_Iterable[_Union[Event, _Mapping]]] = ..., items: _Optional[_Iterable[_Union[Item, _Mapping]]] = ..., note: _Optional[str] = ...) -> None: ...
 
 class Event(_message.Message):
     __slots__ = ("action", "time", "attributes", "item")

@@ -25,6 +25,9 @@ class Batches:
     Stream s of `streams` fills the s-th block of each part's rows, whatever the mesh. A process reads the streams that
     its devices have rows of. Saved with a checkpoint, stream by stream, it goes on exactly on another mesh or on
     another number of processes.
+
+    Attributes:
+      reads: the streams of this process.
     """
 
     def __init__(
@@ -42,16 +45,17 @@ class Batches:
         self._shape, self._block, self._streams = (parts, rows // parts, row_tokens), rows // parts // streams, streams
         self._sharding = NamedSharding(mesh, PARTS)
         readers: dict[int, set[int]] = {}
-        for device, index in self._sharding.devices_indices_map(self._shape).items():
+        places: Any = self._sharding.devices_indices_map(self._shape)
+        for device, index in places.items():
             for stream in self._streams_of(index[1]):
-                readers.setdefault(stream, set()).add(device.process_index)  # type: ignore[attr-defined]
+                readers.setdefault(stream, set()).add(device.process_index)
         here = jax.process_index()
+        self.reads = [stream for stream in sorted(readers) if here in readers[stream]]
         self._iterators = {
             stream: iter(load_batches(shards, rows // streams, row_tokens, seed, stream, streams))
-            for stream in sorted(readers)
-            if here in readers[stream]
+            for stream in self.reads
         }
-        self._saves = [stream for stream in self._iterators if min(readers[stream]) == here]
+        self._saves = [stream for stream in self.reads if min(readers[stream]) == here]
 
     def _streams_of(self, rows: slice) -> range:
         start, stop, _ = rows.indices(self._shape[1])

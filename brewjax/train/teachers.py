@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from rich.progress import Progress
 
 from brewjax import hosts
-from brewjax.data.loader import NO_TARGET, Shards, TokenBatch, read_counts
+from brewjax.data.loader import NO_TARGET, Shards, TokenBatch, folders_of, read_counts
 from brewjax.model.config import ModelConfig
 from brewjax.model.params import Params, abstract_params, bind
 from brewjax.model.sharding import MeshConfig, row_ways
@@ -183,11 +183,10 @@ def write_cache(
     if done is None:
         return
     seen, answer = set(done), OnOwnMesh(teacher, devices, k, temperature)
-    counts = {one: read_counts(one) for one in ([shards] if isinstance(shards, Path) else shards)}
+    counts = {one: read_counts(one) for one in folders_of(shards)}
     records = sum(of["records"] for of in counts.values())
     # Each folder by its size, whatever its share in training: the first epochs of all end together.
-    sizes: Shards = shards if isinstance(shards, Path) else {one: of["tokens"] for one, of in counts.items()}
-    batches = Batches(sizes, devices, 1, rows, row_tokens, 1, seed=0)
+    batches = Batches({one: of["tokens"] for one, of in counts.items()}, devices, 1, rows, row_tokens, 1, seed=0)
     waiting: dict[int, TopK] = {}
     with Progress(disable=not hosts.is_first()) as progress:
         bar = progress.add_task("the teacher answers", total=records, completed=len(seen))
@@ -245,7 +244,7 @@ def _on_host(placed: Any) -> Any:
 def hash_shards(shards: Shards) -> str:
     """SHA-256 of the shards' files, in the order that their records are numbered in."""
     digest = hashlib.sha256()
-    for folder in [shards] if isinstance(shards, Path) else shards:
+    for folder in folders_of(shards):
         for path in sorted(folder.glob("part-*.array_record")):
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from brewjax.evaluate.predictions import from_examples
 from brewjax.evaluate.report import print_results, write_report
-from brewjax.evaluate.results import compare
+from brewjax.evaluate.results import Model, compare
 from tests.evaluate.conftest import informed_predictions, make_examples
 
 
@@ -28,8 +28,18 @@ def comparisons(task, three_label_task):
             },
             bootstrap=20,
         ),
-        compare(three_label_task, {"brewjax": from_examples(three, np.full((200, 3), 1 / 3))}, bootstrap=20),
+        compare(
+            three_label_task,
+            {name: from_examples(three, np.full((200, 3), 1 / 3)) for name in ("brewjax", "LightGBM", "popularity")},
+            bootstrap=20,
+        ),
     ]
+
+
+MODELS = [
+    Model("brewjax", "sft", 1_234_567, 4_938_268, 61.0, 2.5e6, 700.0),
+    Model("LightGBM", "distilled from brewjax", 123_456, 123_456, 30.0, 5e5, 2_000.0),
+]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +49,9 @@ def report(comparisons, tmp_path_factory):
     losses.write_text(
         "".join(json.dumps({"step": step, "loss": 1 / step, "tokens": 64}) + "\n" for step in range(1, 99))
     )
-    write_report(folder / "report", "Jobs & <more>", comparisons, {"dataset": "jobs", "commit": "b1ab86c"}, losses)
+    facts = {"dataset": "jobs", "commit": "b1ab86c"}
+    shown = ["brewjax", "LightGBM", "popularity"]
+    write_report(folder / "report", "Jobs & <more>", comparisons, MODELS, shown, facts, {"sft": losses})
     return folder / "report"
 
 
@@ -56,12 +68,19 @@ def test_the_page_says_everything(report):
     page = (report / "report.html").read_text()
     for text in ("<h2>apply</h2>", "<h2>three</h2>", "Jobs &amp; &lt;more&gt;", "b1ab86c", "training loss", "over 100"):
         assert text in page
-    assert page.count("<svg") == 5
+    assert page.count("<svg") == 2 * 3 + 1 + 1  # of each task three; cost; losses
+
+
+def test_every_model_has_a_row(report):
+    text = (report / "report.md").read_text()
+    for model in MODELS:
+        (row,) = (line for line in text.splitlines() if line.startswith(f"| {model.name} | {model.how} |"))
+        assert f"{model.parameters:,} | {model.weight_bytes / 1e6:,.1f}" in row
 
 
 def test_the_best_is_bold_in_markdown(report):
     text = (report / "report.md").read_text()
-    row = next(line for line in text.splitlines() if line.startswith("| brewjax"))
+    row = next(line for line in text.splitlines() if line.startswith("| brewjax | **"))
     assert re.fullmatch(r"\| brewjax \|( \*\*\d\.\d{3}\*\* \(\d\.\d{3} to \d\.\d{3}\) \|){2}.*", row)
     assert "## three" in text
     assert "- brewjax against LightGBM: AUC +0." in text
@@ -77,5 +96,5 @@ def test_a_table_for_the_terminal(comparisons):
 
 def test_no_questions_no_loss_curve_no_crash(task, tmp_path):
     empty = compare(task, {"brewjax": from_examples([], np.zeros((0, 2)))})
-    write_report(tmp_path, "Nothing", [empty], {}, tmp_path / "none.jsonl")
+    write_report(tmp_path, "Nothing", [empty], MODELS[:1], ["brewjax"], {}, {"sft": tmp_path / "none.jsonl"})
     assert "| brewjax | – | – | – | – |" in (tmp_path / "report.md").read_text()  # noqa: RUF001

@@ -9,8 +9,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.experimental import topologies
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
+from brewjax.ahead.topology import topology
 from brewjax.data.loader import TokenBatch
 from brewjax.data.tokens import NO_TARGET
 from brewjax.model.config import ExpertsConfig, ModelConfig
@@ -29,6 +32,8 @@ MESHES = {
     "fsdp=8": MeshConfig(fsdp=8),
     "fsdp=2 context=2 tensor=2": MeshConfig(fsdp=2, context=2, tensor=2),
     "context=8": MeshConfig(context=8),
+    "two slices, data=4 tensor=2": MeshConfig(tensor=2, slices=2),
+    "four slices, data=2 fsdp=4": MeshConfig(fsdp=4, slices=4),
 }
 EXPERTS = MODEL.model_copy(
     update={"layers": 1, "d_ff": 12, "qkv_bias": True, "qk_norm": True, "experts": ExpertsConfig(count=4, balance=0.1)}
@@ -138,7 +143,43 @@ def test_a_mesh_uses_every_device():
         MeshConfig(data=3).build()
 
 
-@pytest.mark.parametrize("axis", ["fsdp", "expert", "context", "tensor"])
+@pytest.fixture(scope="module")
+def two_slices() -> list[jax.Device]:
+    """Two slices of 2x2 chips, to lay meshes over."""
+    topology("v5e-2x2")  # sets what libtpu reads when it is loaded
+    return list(topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2", num_slices=2).devices)
+
+
+@pytest.mark.parametrize(
+    ("config", "within", "across"),
+    [
+        (MeshConfig(tensor=4), (1, 1, 1, 1, 4), (2, 1, 1, 1, 1)),
+        (MeshConfig(fsdp=2, tensor=2), (1, 2, 1, 1, 2), (2, 1, 1, 1, 1)),
+        (MeshConfig(fsdp=4, tensor=2), (1, 2, 1, 1, 2), (1, 2, 1, 1, 1)),
+        (MeshConfig(slices=2), (4, 1, 1, 1, 1), (2, 1, 1, 1, 1)),
+    ],
+)
+def test_only_data_or_else_fsdp_lies_across_slices(config, within, across, two_slices):
+    expected = create_hybrid_device_mesh(within, across, two_slices, allow_split_physical_axes=True)
+    assert (config.build(two_slices).devices == expected).all()
+    assert (config.build(two_slices[::-1]).devices == expected).all()
+
+
+@pytest.mark.parametrize(
+    ("config", "devices", "said"),
+    [
+        (MeshConfig(tensor=8), 8, "over 2 slices of 4 devices: data x fsdp must be a multiple of 2"),
+        (MeshConfig(slices=4), 8, "slices is 4, but the devices lie on 2 slices"),
+        (MeshConfig(), 7, "slices must have as many devices each, and have 4, 3"),
+        (MeshConfig(slices=3), 4, "4 devices cannot be 3 slices of equal size"),
+    ],
+)
+def test_slices_that_do_not_divide_are_an_error(config, devices, said, two_slices):
+    with pytest.raises(ValueError, match=said):
+        config.build(two_slices[:devices])
+
+
+@pytest.mark.parametrize("axis", ["fsdp", "expert", "context", "tensor", "slices"])
 def test_a_mesh_axis_is_at_least_one(axis):
     with pytest.raises(ValueError, match=axis):
         MeshConfig(**{axis: 0})

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import attention_tpu
 from pallas_kernels.attention import attention
 from pallas_kernels.segments import Segments
+from pallas_kernels.worklist import Worklist
 from tests.pallas_kernels.tpu import devices
 
 
@@ -60,3 +62,22 @@ def test_items_behind_a_cached_prefix_compile(chip):
 def test_rows_and_heads_over_a_mesh_compile():
     text = compiled("v5e", (2, 1024, 4, 128), (2, 1024, 2, 128), jnp.bfloat16, gradients=True, side=2).as_text()
     assert "all-gather" not in text
+
+
+def test_older_chips_are_refused():
+    with pytest.raises(ValueError, match=r"made for TPU v5e, v5p, v6e and TPU7x, not for .*4"):
+        compiled("v4", (1, 128, 1, 128), (1, 128, 1, 128), jnp.bfloat16, gradients=False)
+
+
+# Blocks of 512 x 512, and of 1024 x 512: their worklist nearly fills the scalar memory.
+@pytest.mark.parametrize(("chip", "fits"), [("v5e", 415 * 512), ("v6e", 293 * 1024)])
+def test_the_longest_rows_compile_and_longer_ones_are_refused(chip, fits, monkeypatch):
+    def unsorted(kind, most, by_key=False):  # a sort of so many pairs takes half a minute to compile
+        some = jnp.minimum(kind.reshape(-1)[:most], 0)
+        return Worklist(some, some + 1, some - 1, jnp.sum(kind != 0))
+
+    monkeypatch.setattr(attention_tpu, "worklist", unsorted)
+    long, longer = ((1, length, 1, 128) for length in (fits, fits + 1024))
+    compiled(chip, long, long, jnp.bfloat16, gradients=True)
+    with pytest.raises(ValueError, match="bytes of scalars, and this TPU holds 1,040,384: shard the sequence"):
+        compiled(chip, longer, longer, jnp.bfloat16, gradients=False)

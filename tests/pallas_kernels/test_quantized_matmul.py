@@ -261,6 +261,11 @@ def test_compiles_for_every_chip(chip, shape, dtype, activations):
     assert_kernel_on_8_bits(compile_for(chip, function, *arguments(*shape, dtype)), *shape[1:])
 
 
+def test_older_chips_are_refused():
+    with pytest.raises(ValueError, match=r"made for TPU v5e, v5p, v6e and TPU7x, not for .*4"):
+        compile_for("v4", quantized_matmul, *arguments(8, 128, 128, E4M3))
+
+
 # The longest contraction of an 8B decoder; one that is cut in two and divides by no tile.
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("shape", [(4096, 14336, 4096), (5, 5001, 999)], ids=str)

@@ -42,11 +42,19 @@ def brute_force(row: Segments) -> np.ndarray:
     return np.array([[sees(row, i, j) for j in tokens] for i in tokens])
 
 
-def tiled(row: Segments, tile: int) -> np.ndarray:
-    """bool [N, N, tile^2]: the visible pairs of each pair of tiles."""
-    count = len(row.example) // tile
-    pairs = brute_force(row).reshape(count, tile, count, tile)
-    return pairs.transpose(0, 2, 1, 3).reshape(count, count, -1)
+def tiled(pairs: np.ndarray, q_tile: int, kv_tile: int) -> np.ndarray:
+    """bool [NQ, NK, q_tile * kv_tile] of bool [T, S]: the visible pairs of each pair of tiles."""
+    T, S = pairs.shape
+    pairs = pairs.reshape(T // q_tile, q_tile, S // kv_tile, kv_tile)
+    return pairs.transpose(0, 2, 1, 3).reshape(T // q_tile, S // kv_tile, -1)
+
+
+def assert_sight(found: Sight, pairs: np.ndarray, queries: Segments, q_tile: int, kv_tile: int) -> None:
+    """`found` misses no visible pair, and does not promise one that is not; nobody asks what padding sees."""
+    some, every = map(np.asarray, found)
+    assert not (tiled(pairs, q_tile, kv_tile).any(-1) & ~some).any()
+    unasked = (queries.example == PADDING)[:, None]
+    assert not (every & ~tiled(pairs | unasked, q_tile, kv_tile).all(-1)).any()
 
 
 @settings(deadline=None, max_examples=30)
@@ -67,30 +75,28 @@ def test_visible_between_parts_of_a_row():
 @given(rows(LENGTH))
 def test_sight_of_tiles_misses_nobody_and_promises_nobody_too_much(row):
     for tile in (8, 32):
-        some, every = seen(row, tile)
-        assert not (tiled(row, tile).any(-1) & ~np.asarray(some)).any()
-        assert not (np.asarray(every) & ~tiled(row, tile).all(-1)).any()
+        assert_sight(seen(row, tile), brute_force(row), row, tile, tile)
 
 
 def test_sight_is_exact_where_pieces_are_tiles():
     for star in (False, True):
         row = pack([Example(16, [16, 16], [16, 16, 16], star)], LENGTH)
         some, every = seen(row, 16)
-        np.testing.assert_array_equal(some, tiled(row, 16).any(-1))
-        np.testing.assert_array_equal(every, tiled(row, 16).all(-1))
+        np.testing.assert_array_equal(some, tiled(brute_force(row), 16, 16).any(-1))
+        np.testing.assert_array_equal(every, tiled(brute_force(row), 16, 16).all(-1))
 
 
 def test_items_do_not_meet_each_other():
     row = pack([Example(64, [], [5] * 192)], 1024)
     some, causal = np.asarray(seen(row, 16).some), np.tri(64, dtype=bool)
-    np.testing.assert_array_equal(some, tiled(row, 16).any(-1))
+    np.testing.assert_array_equal(some, tiled(brute_force(row), 16, 16).any(-1))
     assert some.sum() < 0.2 * causal.sum()
 
 
 def test_star_history_is_met_by_its_questions_only():
     row = pack([Example(32, [16] * 60, [16, 16], star=True)], 1024)
     some = np.asarray(seen(row, 16).some)
-    np.testing.assert_array_equal(some, tiled(row, 16).any(-1))
+    np.testing.assert_array_equal(some, tiled(brute_force(row), 16, 16).any(-1))
     assert some[2:62].sum() == 60 * (2 + 1)  # an event: the center and itself
     assert some[62:].sum() == 2 * (2 + 60 + 1)
 
@@ -104,11 +110,9 @@ def test_padding_is_never_met():
 @given(rows(LENGTH))
 def test_queries_in_the_middle_of_a_row_see_what_they_see_there(row):
     start = 30
-    queries = Segments(*(labels[None, start : start + 32] for labels in row))
-    some, every = sight(queries, Segments(*(labels[None] for labels in row)), start, 16, 8)
-    pairs = brute_force(row)[start : start + 32].reshape(2, 16, LENGTH // 8, 8)
-    assert not (pairs.any((1, 3)) & ~np.asarray(some[0])).any()
-    assert not (np.asarray(every[0]) & ~pairs.all((1, 3))).any()
+    queries, keys = (Segments(*(x[None, at] for x in row)) for at in (slice(start, start + 32), slice(None)))
+    found = Sight(*(x[0] for x in sight(queries, keys, start, 16, 8)))
+    assert_sight(found, brute_force(row)[start : start + 32], Segments(*(x[0] for x in queries)), 16, 8)
 
 
 @settings(deadline=None, max_examples=10)
@@ -116,10 +120,9 @@ def test_queries_in_the_middle_of_a_row_see_what_they_see_there(row):
 def test_sight_of_queries_that_stand_several_times_in_a_row(row, repeats):
     start, tile = 30, 16  # which `repeats` need not divide
     queries = Segments(*(labels[None, start : start + 32].repeat(repeats, 1) for labels in row))
-    some, every = sight(queries, Segments(*(labels[None] for labels in row)), start, tile, 8, repeats)
-    pairs = brute_force(row)[start : start + 32].repeat(repeats, 0).reshape(-1, tile, LENGTH // 8, 8)
-    assert not (pairs.any((1, 3)) & ~np.asarray(some[0])).any()
-    assert not (np.asarray(every[0]) & ~pairs.all((1, 3))).any()
+    found = Sight(*(x[0] for x in sight(queries, Segments(*(x[None] for x in row)), start, tile, 8, repeats)))
+    pairs = brute_force(row)[start : start + 32].repeat(repeats, 0)
+    assert_sight(found, pairs, Segments(*(x[0] for x in queries)), tile, 8)
 
 
 @settings(deadline=None, max_examples=10)
@@ -137,8 +140,8 @@ def test_meetings_are_the_blocks_seen_whole_and_then_those_seen_in_part(kind):
 @settings(deadline=None, max_examples=30)
 @given(arrays(np.int32, (2, 3, 5), elements=st.integers(0, 2)))
 def test_a_worklist_holds_every_pair_once_and_keeps_a_block_together(kind):
-    for by_key in (False, True):
-        visits = jax.tree.map(np.asarray, worklist(kind, by_key))
+    for by_key, most in ((False, kind.size), (True, max(1, np.count_nonzero(kind)))):
+        visits = jax.tree.map(np.asarray, worklist(kind, most, by_key))
         q_block, kv_block, kinds = (x[: visits.length] for x in visits[:3])
         found = np.zeros_like(kind)
         for q, kv, what in zip(q_block, kv_block, kinds, strict=True):

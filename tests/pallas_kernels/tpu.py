@@ -23,7 +23,7 @@ def devices(chip: str, side: int = 1) -> list[jax.Device]:
 
     One per chip, but two on tpu7x.
     """
-    shape = f"{side}x{side}" + ("x1" if chip in ("v5p", "tpu7x") else "")
+    shape = f"{side}x{side}" + ("x1" if chip in ("v4", "v5p", "tpu7x") else "")
     topology = topologies.get_topology_desc(
         platform="tpu", topology_name=f"{chip}:{shape}", chips_per_host_bounds=(side, side, 1)
     )

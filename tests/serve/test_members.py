@@ -21,7 +21,9 @@ def test_a_request_is_said_as_in_training(bundle, dataset, tasks, style):
         assert any(len(example.history) for example in examples)
         for example in examples:
             unlabelled = dataclasses.replace(example, labels=np.full(len(example.items), -1, np.int32))
-            assert say(bundle, task, of_example(dataset, task, example)) == verbalizer.prompt(task, unlabelled, style)
+            for note in ("", "focus on location"):
+                said = verbalizer.prompt(task, unlabelled, style, note)
+                assert say(bundle, task, of_example(dataset, task, example, note)) == said
 
 
 def test_events_come_in_any_order_and_later_ones_are_not_told(bundle, dataset, tasks):

@@ -22,14 +22,13 @@ from brewjax.data.tokens import EncodedPrompt
 from brewjax.model.decoder import Decoder
 from brewjax.model.params import Params
 from brewjax.model.sharding import MeshConfig
-from brewjax.train.loop import NonFiniteError, TrainConfig, train
+from brewjax.train.loop import NonFiniteError, TrainConfig, abstract_state, train
 from brewjax.train.metrics import METRICS, MetricsWriter, read_metrics
 from brewjax.train.objectives import Given, Mean, supervised
 from brewjax.train.optimizer import OptimizerConfig
 from tests.tiny import MODEL, prompt
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")  # checkpoints read for a look
 POISON = 2  # a token that no prompt has but the poisoned one
 ADAM = OptimizerConfig(learning_rate=0.02, warmup=5, schedule="constant")
 CONFIG = TrainConfig(steps=40, rows=4, row_tokens=64, optimizer=ADAM, checkpoint_every=5)
@@ -160,8 +159,10 @@ def test_a_last_line_cut_short_is_dropped(tmp_path):
 
 
 def newest_checkpoint(folder: Path) -> tuple[int, Params]:
-    with ocp.training.Checkpointer((folder / "checkpoints").absolute()) as checkpointer:
-        state = checkpointer.load_checkpointables(None, {"state": None})["state"]
+    """Its step and parameters, on one device, however many wrote it."""
+    mesh = MeshConfig().build(jax.devices()[:1])
+    with jax.set_mesh(mesh), ocp.training.Checkpointer((folder / "checkpoints").absolute()) as checkpointer:
+        state = checkpointer.load_checkpointables(None, {"state": abstract_state(MODEL, CONFIG, mesh)})["state"]
         return checkpointer.latest.step, state["params"]
 
 

@@ -1,0 +1,138 @@
+"""What a model's matrices are multiplied with, on real prompts: one pass, a layer at a time."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Bool, Float, Int
+
+from brewjax.data.tokens import EncodedPrompt
+from brewjax.model.config import ModelConfig
+from brewjax.model.decoder import Layer, rotary
+from brewjax.model.experts import route
+from brewjax.model.params import Params, bind
+from brewjax.model.sharding import ROWS, Sharding, row_ways
+from brewjax.scoring.buckets import STEP, plan_passes
+from brewjax.scoring.passes import Bucket, lay_out
+from pallas_kernels.segments import PADDING, Segments
+
+ROW_TOKENS = 1024  # at least; a row holds the longest prompt
+BATCH_TOKENS = 8192  # on each device
+
+
+class Statistics(NamedTuple):
+    """Sums over the tokens of all prompts, of one layer; made in float32, on the host.
+
+    Attributes:
+      heads: X^T X of what the attention's output projection takes.
+      neurons: X^T X of what the down projection takes, for each expert: only one where there is no mixture. A
+        token's weight for an expert multiplies what that expert's neurons say to it.
+      load: the tokens' weights for each expert.
+      cosine: of the residual stream before and after the layer.
+      tokens: how many there were.
+    """
+
+    heads: Float[np.ndarray, "H*E H*E"]
+    neurons: Float[np.ndarray, "N F F"]
+    load: Float[np.ndarray, " N"]
+    cosine: Float[np.ndarray, ""]
+    tokens: Float[np.ndarray, ""]
+
+
+def calibrate(model: ModelConfig, params: Params, prompts: Sequence[EncodedPrompt], mesh: Mesh) -> Iterator[Statistics]:
+    """Of each layer in turn. Besides a layer's sums, only its input is held, for all the tokens, over the devices."""
+    longest = max(ROW_TOKENS, *(len(prompt) for prompt in prompts))
+    bucket = Bucket(-(-longest // STEP) * STEP)
+    passes = plan_passes(prompts, [bucket])
+    count = row_ways(mesh) * min(max(BATCH_TOKENS // bucket.tokens, 1), -(-len(passes) // row_ways(mesh)))
+    groups = [passes[start : start + count] for start in range(0, len(passes), count)]
+    laid_out = [lay_out(group, count) for group in groups]
+    by_rows = NamedSharding(mesh, jax.P(ROWS, None))
+    batches = [jax.device_put((rows.positions, rows.segments), by_rows) for rows in laid_out]
+    with jax.set_mesh(mesh):
+        streams = [_embed(model, params, jax.device_put(rows.tokens, by_rows)) for rows in laid_out]
+    for number in range(model.layers):
+        total: tuple[Array, ...] | None = None
+        with jax.set_mesh(mesh):
+            for at, batch in enumerate(batches):
+                streams[at], found = _through(model, params, number, streams[at], *batch)
+                total = found if total is None else jax.tree.map(jnp.add, total, found)
+        assert total is not None
+        yield Statistics(*(np.asarray(sums, np.float64) for sums in total))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(model: ModelConfig, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    return bind(model, params).embed(tokens)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _through(
+    model: ModelConfig,
+    params: Params,
+    number: Int[Array, ""],
+    x: Float[Array, "B T D"],
+    positions: Int[Array, "B T"],
+    segments: Segments,
+) -> tuple[Float[Array, "B T D"], tuple[Array, ...]]:
+    """A layer: the residual stream after it, and the sums of `Statistics`."""
+    decoder = bind(model, params)
+    sharding, layer = decoder.sharding, decoder.layer(number)
+    positions = sharding.reshard(positions, "batch", "length")
+    segments = Segments(*(sharding.reshard(jnp.asarray(part), "batch", None) for part in segments))
+    real = sharding.reshard(segments.example != PADDING, "batch", "length")
+    rotation = rotary(positions, model)
+    attended, _ = layer.attended(x, rotation, segments, None)
+    between = layer.after_attention(x, attended)
+    after, _ = layer.after_mlp(between, segments)
+    h = layer.mlp_norm(between)
+    if model.experts:
+        neurons, load = _of_experts(sharding, layer, h, real)
+    else:
+        neurons, load = _gram(sharding, layer.neurons(h), real)[None], jnp.ones(1)
+    return after, (
+        _gram(sharding, attended, real),
+        neurons,
+        load,
+        jnp.sum(_cosine(x, after) * real),
+        jnp.sum(real, dtype=jnp.float32),
+    )
+
+
+def _gram(sharding: Sharding, x: Float[Array, "B T *K"], weights: Array) -> Float[Array, "K K"]:
+    """X^T X; `weights` [B, T] multiply the tokens."""
+    x = sharding.reshard(x.astype(jnp.float32), "batch", "length", *[None] * (x.ndim - 2))
+    x = x.reshape(*x.shape[:2], -1) * weights[..., None]
+    spec = sharding.spec_or_none(None, None)
+    return jnp.einsum("btk,btl->kl", x, x, precision=jax.lax.Precision.HIGHEST, out_sharding=spec)
+
+
+def _of_experts(
+    sharding: Sharding, layer: Layer, h: Float[Array, "B T D"], real: Bool[Array, "B T"]
+) -> tuple[Float[Array, "N F F"], Float[Array, " N"]]:
+    """`Statistics.neurons` and `load`. Every token goes through every expert: weights of zero leave no trace."""
+    experts = layer.experts
+    weights, chosen, _ = route(experts.config, h, experts.router[...].astype(jnp.float32))
+    weights_BTN = jnp.einsum("btk,btkn->btn", weights, jax.nn.one_hot(chosen, experts.config.count)) * real[..., None]
+
+    def one(matrices: tuple[Array, Array, Array]) -> Array:
+        gate, up, weights = matrices
+        neurons = jax.nn.silu(h @ gate) * (h @ up)
+        return _gram(sharding, neurons, weights)
+
+    matrices: list[Any] = [experts.gate, experts.up]
+    gate, up = (sharding.reshard(w[...].astype(h.dtype), None, None, "neurons") for w in matrices)
+    grams = jax.lax.map(one, (gate, up, jnp.moveaxis(weights_BTN, -1, 0)))
+    return grams, jnp.sum(weights_BTN, (0, 1))
+
+
+def _cosine(a: Float[Array, "B T D"], b: Float[Array, "B T D"]) -> Float[Array, "B T"]:
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    squares = jnp.sum(a**2, -1) * jnp.sum(b**2, -1)
+    return jnp.sum(a * b, -1) * jax.lax.rsqrt(jnp.maximum(squares, 1e-30))

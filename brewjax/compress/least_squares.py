@@ -1,0 +1,121 @@
+"""Which rows of a matrix can go, and what the others become, for its products to change least: OSSCAR.
+
+Meng et al. 2024 (arXiv 2403.12983): with calibration inputs X, keep a set S of the rows of W, and re-solve them:
+
+    min over S, U of ||X W - X_S U||^2,  that is  tr((W - U)^T H (W - U)) with H = X^T X and U zero outside of S.
+
+Rows come in groups that stay or go together: one neuron, or the outputs of a KV head's query heads. H is damped: a
+share of its mean diagonal is added to it, which pulls U towards W. On the host, in float64.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import scipy.linalg
+from jaxtyping import Bool, Float, Int
+
+ROUNDS = 256  # of removals at most: where more groups than this must go, several go at once
+
+
+def damped(gram: Float[np.ndarray, "N N"], damping: float) -> Float[np.ndarray, "N N"]:
+    """H, float64: positive definite."""
+    H = np.array(gram, np.float64)
+    H[np.diag_indices_from(H)] += damping * (np.mean(np.diag(H)) or 1.0)
+    return H
+
+
+def rows_of(groups: Int[np.ndarray, " S"], size: int) -> Int[np.ndarray, " S*size"]:
+    """The rows of groups of `size` rows each."""
+    return (groups[:, None] * size + np.arange(size)).reshape(-1)
+
+
+def choose(
+    H: Float[np.ndarray, "N N"], weight: Float[np.ndarray, "N D"], size: int, keep: int, swaps: int
+) -> Int[np.ndarray, " keep"]:
+    """The groups to keep, in order: by greedy removals, and then exchanges.
+
+    A group that went is taken back, first the one that brings most, and the one that then costs least goes: the
+    objective never rises. So many `swaps` are tried at most.
+    """
+    subset = Subset(H, weight, size)
+    excess = len(subset.kept) - keep
+    at_once = -(-excess // ROUNDS)
+    while (left := int(subset.kept.sum()) - keep) > 0:
+        costs = np.where(subset.kept, subset.scores(), np.inf)
+        subset.move(np.argsort(costs, kind="stable")[: min(at_once, left)])
+    gone = _by_gain(subset)
+    for _ in range(swaps):
+        if not gone:
+            break
+        back = gone.pop(0)
+        subset.move(np.array([back]))
+        out = int(np.argmin(np.where(subset.kept, subset.scores(), np.inf)))
+        subset.move(np.array([out]))
+        if out != back:
+            gone = _by_gain(subset)
+    return np.flatnonzero(subset.kept)
+
+
+def _by_gain(subset: Subset) -> list[int]:
+    """The groups that are not kept, first those that would bring most."""
+    gains = np.where(subset.kept, -np.inf, subset.scores())
+    return np.argsort(-gains, kind="stable")[: int(np.sum(~subset.kept))].tolist()
+
+
+def resolve(
+    H: Float[np.ndarray, "N N"], weight: Float[np.ndarray, "N D"], rows: Int[np.ndarray, " S"]
+) -> Float[np.ndarray, "S D"]:
+    """The remaining rows, such that the products change least."""
+    return scipy.linalg.solve(H[np.ix_(rows, rows)], H[rows] @ weight, assume_a="pos")
+
+
+def lost(
+    H: Float[np.ndarray, "N N"],
+    weight: Float[np.ndarray, "N D"],
+    rows: Int[np.ndarray, " S"],
+    remaining: Float[np.ndarray, "S D"],
+) -> float:
+    """tr((W - U)^T H (W - U)) / tr(W^T H W): the share of the products' squares that is wrong."""
+    change = np.array(weight, np.float64)
+    change[rows] -= remaining
+    total = np.vdot(weight, H @ weight)
+    return float(np.vdot(change, H @ change) / total) if total else 0.0
+
+
+class Subset:
+    """Groups of rows that are kept, all at first, and what each would cost or bring if it changed sides.
+
+    The state is H swept on the kept rows S (Goodnight 1979), and H W beside it, R being the rows that were removed:
+
+        pivots = [[-P, P H_SR], [H_RS P, H_RR - H_RS P H_SR]] with P the inverse of H_SS,  rest = [U, H_R (W - U)].
+
+    Moving a group is then one update of low rank, to either side.
+    """
+
+    def __init__(self, H: Float[np.ndarray, "N N"], weight: Float[np.ndarray, "N D"], size: int):
+        self.size = size
+        self.kept: Bool[np.ndarray, " G"] = np.ones(len(H) // size, bool)
+        self.pivots = -scipy.linalg.cho_solve(scipy.linalg.cho_factor(H), np.eye(len(H)))
+        self.rest = np.array(weight, np.float64)
+
+    def scores(self) -> Float[np.ndarray, " G"]:
+        """By how much the objective would rise without each group that is kept, or fall with each that is not."""
+        G, b = len(self.kept), self.size
+        each = np.arange(G)
+        blocks = self.pivots.reshape(G, b, G, b)[each, :, each] * np.where(self.kept, -1, 1)[:, None, None]
+        rest = self.rest.reshape(G, b, -1)
+        solved = rest / blocks if b == 1 else np.linalg.solve(blocks, rest)
+        return np.einsum("gbd,gbd->g", rest, solved)
+
+    def move(self, groups: Int[np.ndarray, " M"]) -> None:
+        """Removes groups that are kept, or takes back groups that are not; all of one kind."""
+        rows, sign = rows_of(groups, self.size), -1 if self.kept[groups[0]] else 1
+        inverse = np.linalg.inv(self.pivots[np.ix_(rows, rows)])
+        across = self.pivots[rows]
+        solved, solved_rest = inverse @ across, inverse @ self.rest[rows]
+        self.pivots -= across.T @ solved
+        self.rest -= across.T @ solved_rest
+        self.pivots[rows], self.pivots[:, rows] = sign * solved, sign * solved.T
+        self.pivots[np.ix_(rows, rows)] = -inverse
+        self.rest[rows] = sign * solved_rest
+        self.kept[groups] = sign > 0

@@ -1,0 +1,285 @@
+"""A smaller model from a trained one: neurons, KV heads with their query heads, experts and layers are taken out."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+import pydantic
+from jaxtyping import Float, Int
+from scipy.optimize import linear_sum_assignment
+
+from brewjax.compress.calibrate import Statistics, calibrate
+from brewjax.compress.least_squares import choose, damped, lost, resolve, rows_of
+from brewjax.config import Config
+from brewjax.data.tokens import EncodedPrompt
+from brewjax.model.config import ModelConfig
+from brewjax.model.params import Params, abstract_params
+from brewjax.model.sharding import MeshConfig
+from brewjax.scoring.bundle import Bundle
+
+Arrays = dict[str, Any]  # one layer's weights, nested as in `Params`, on the host
+
+
+def _size(value: float) -> float:
+    if value <= 0 or (value >= 1 and value != int(value)):
+        raise ValueError("give the size to keep (1, 2, ..), or the share of it, between 0 and 1")
+    return value
+
+
+Size = Annotated[int | float, pydantic.AfterValidator(_size)]
+
+
+class PruneConfig(Config):
+    """What is left of a model, and how that is chosen. A size is exact, or a share between 0 and 1 of what there is.
+
+    Attributes:
+      layers, kv_heads, d_ff, experts: what the smaller model has of each; None: all. A KV head goes with its query
+        heads, a neuron with its column of all three matrices.
+      method: of choosing heads and neurons: least_squares (OSSCAR), which also re-solves what remains; activation: the
+        squares of what each adds to the residual stream; magnitude: the squares of its weights. Layers go by block
+        influence (ShortGPT, Men et al. 2024, arXiv 2403.03853: 1 - the cosine of the residual stream before and
+        after), or by magnitude. Experts go by their load, the least used first.
+      fold_experts: an expert that goes is first averaged into the one that stays with the nearest router column, by
+        load, their neurons matched (after M-SMoE, Li et al. 2024, arXiv 2310.01334); else it is dropped.
+      swaps: exchanges of what is kept for what is not that are tried, in each matrix, after greedy removal.
+      damping: what is added to the diagonal of X^T X, as a share of its mean.
+      examples: prompts to gather X^T X from, at most.
+    """
+
+    layers: Size | None = None
+    kv_heads: Size | None = None
+    d_ff: Size | None = None
+    experts: Size | None = None
+    method: Literal["least_squares", "activation", "magnitude"] = "least_squares"
+    fold_experts: bool = False
+    swaps: int = pydantic.Field(default=64, ge=0)
+    damping: float = pydantic.Field(default=0.01, gt=0)
+    examples: int = pydantic.Field(default=1024, gt=0)
+    mesh: MeshConfig = MeshConfig()
+
+    @pydantic.model_validator(mode="after")
+    def _prunes(self) -> PruneConfig:
+        if not self.has_target():
+            raise ValueError("give at least one of layers, kv_heads, d_ff and experts")
+        return self
+
+    def has_target(self) -> bool:
+        return any((self.layers, self.kv_heads, self.d_ff, self.experts))
+
+    def target(self, model: ModelConfig) -> ModelConfig:
+        """The smaller model; ConfigError where this one has less."""
+
+        if model.quantized:
+            raise model.error("a quantised model is for serving; prune the one that it was made from", "quantized")
+
+        def left(key: str, has: int) -> int:
+            size = getattr(self, key)
+            if size is None:
+                return has
+            if size > has:
+                raise self.error(f"{size:g} are more than the {has} that model '{model.name}' has", key)
+            return int(size) if size >= 1 else max(round(size * has), 1)
+
+        if self.experts and not model.experts:
+            raise self.error(f"model '{model.name}' is no mixture of experts", "experts")
+        kv_heads = left("kv_heads", model.kv_heads)
+        sizes: dict[str, Any] = {
+            "layers": left("layers", model.layers),
+            "kv_heads": kv_heads,
+            "heads": kv_heads * (model.heads // model.kv_heads),
+            "d_ff": left("d_ff", model.d_ff),
+        }
+        if mixture := model.experts:
+            count = left("experts", mixture.count)
+            per_token = min(mixture.per_token, count)
+            sizes["experts"] = mixture.model_copy(update={"count": count, "per_token": per_token})
+        return model.model_copy(update=sizes)
+
+
+class LayerReport(NamedTuple):
+    """What pruning did to a layer of the big model.
+
+    Attributes:
+      attention, mlp: the share of the squares of what heads and neurons add to the residual stream that is lost, on
+        the calibration prompts (see `least_squares.lost`); of a mixture the mean over the experts that stay.
+      influence: the score by which layers are chosen, the least goes first.
+    """
+
+    layer: int
+    attention: float
+    mlp: float
+    influence: float
+
+
+def prune(
+    bundle: Bundle,
+    prompts: Iterable[EncodedPrompt],
+    config: PruneConfig,
+    on_layer: Callable[[LayerReport], None] = lambda report: None,
+) -> Bundle:
+    """The bundle with a smaller model, an ordinary one.
+
+    Every matrix is re-solved for the inputs that it has in the model as it was: one pass over the prompts serves all.
+
+    Raises ConfigError where the model has less than a target, ValueError without prompts or in several processes.
+    """
+    if jax.process_count() > 1:
+        raise ValueError("pruning runs in one process")
+    examples = list(itertools.islice(prompts, config.examples))
+    if not examples:
+        raise ValueError("no prompts to calibrate on")
+    big, small, mesh = bundle.model, config.target(bundle.model), config.mesh.build()
+    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(big, mesh))
+    params = jax.device_put(bundle.params, placed)
+    layers, influences = [], []
+    for number, statistics in enumerate(calibrate(big, params, examples, mesh)):
+        weights: Arrays = _layer(params, number)
+        influences.append(_influence(weights, statistics, config))
+        weights, attention = _with_heads(weights, statistics, small.kv_heads, big, config)
+        weights, mlp = _with_neurons(weights, statistics, small, config)
+        layers.append(weights)
+        on_layer(LayerReport(number, attention, mlp, influences[-1]))
+    kept = np.sort(np.argsort(-np.array(influences), kind="stable")[: small.layers])
+    stacked = jax.tree.map(lambda *one: np.stack(one), *(layers[number] for number in kept))
+    leaves = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(small, mesh))
+    smaller: Params = jax.device_put({**params, "layers": stacked}, leaves)
+    return dataclasses.replace(bundle, model=small, params=smaller)
+
+
+def _layer(params: Params, number: int) -> Arrays:
+    return jax.tree.map(lambda stack: np.asarray(stack[number]), params["layers"])
+
+
+def _influence(weights: Arrays, statistics: Statistics, config: PruneConfig) -> float:
+    if config.method == "magnitude":
+        return float(sum(_square(leaf) for leaf in jax.tree.leaves(weights)))
+    return float(1 - statistics.cosine / statistics.tokens)
+
+
+def _square(x: np.ndarray) -> float:
+    return float(np.sum(np.square(x, dtype=np.float64)))
+
+
+def _with_heads(
+    weights: Arrays, statistics: Statistics, keep: int, model: ModelConfig, config: PruneConfig
+) -> tuple[Arrays, float]:
+    """The layer with `keep` KV heads, and what share of its attention's output is lost."""
+    D, K, H = model.d_model, model.kv_heads, model.heads
+    if keep == K:
+        return weights, 0.0
+    output = weights["output"].reshape(-1, D).astype(np.float64)
+    by_group = {
+        name: np.moveaxis(weights[name].astype(np.float64), 1, 0).reshape(K, -1) for name in ("query", "key", "value")
+    }
+    squares = sum(np.sum(w**2, 1) for w in by_group.values()) + np.sum(output.reshape(K, -1) ** 2, 1)
+    kept, remaining, share = _keep(output, statistics.heads, squares, keep, config)
+    query_heads = rows_of(kept, H // K)
+    smaller = dict(weights, output=remaining.reshape(-1, model.head_dim, D).astype(weights["output"].dtype))
+    for name, heads in (("query", query_heads), ("key", kept), ("value", kept)):
+        smaller[name] = weights[name][:, heads]
+        if (bias := f"{name}_bias") in weights:
+            smaller[bias] = weights[bias][heads]
+    return smaller, share
+
+
+def _with_neurons(
+    weights: Arrays, statistics: Statistics, small: ModelConfig, config: PruneConfig
+) -> tuple[Arrays, float]:
+    """The layer with fewer experts and neurons, and what share of the output of those that stay is lost."""
+    if not small.experts:
+        smaller, share = _fewer_neurons(weights, statistics.neurons[0], small.d_ff, config)
+        return smaller, share
+    experts, grams = _fewer_experts(weights["experts"], statistics, small.experts.count, config.fold_experts)
+    pairs = [
+        _fewer_neurons({name: experts[name][number] for name in ("gate", "up", "down")}, gram, small.d_ff, config)
+        for number, gram in enumerate(grams)
+    ]
+    stacked = jax.tree.map(lambda *one: np.stack(one), *(one for one, _ in pairs))
+    return dict(weights, experts=experts | stacked), float(np.mean([share for _, share in pairs]))
+
+
+def _fewer_neurons(mlp: Arrays, gram: Float[np.ndarray, "F F"], keep: int, config: PruneConfig) -> tuple[Arrays, float]:
+    """An MLP's three matrices with `keep` neurons, other entries as they were; what share of its output is lost."""
+    gate, up, down = (mlp[name].astype(np.float64) for name in ("gate", "up", "down"))
+    if keep == len(down):
+        return mlp, 0.0
+    squares = np.sum(gate**2, 0) + np.sum(up**2, 0) + np.sum(down**2, 1)
+    kept, remaining, share = _keep(down, gram, squares, keep, config)
+    down = remaining.astype(mlp["down"].dtype)
+    return dict(mlp, gate=mlp["gate"][:, kept], up=mlp["up"][:, kept], down=down), share
+
+
+def _keep(
+    weight: Float[np.ndarray, "N D"],
+    gram: Float[np.ndarray, "N N"],
+    squares: Float[np.ndarray, " G"],
+    keep: int,
+    config: PruneConfig,
+) -> tuple[Int[np.ndarray, " keep"], Float[np.ndarray, "S D"], float]:
+    """By the config's method: which groups of a matrix's rows stay, what the rows become, what share is lost.
+
+    Args:
+      squares: of all the weights that belong to each group.
+    """
+    H, size = damped(gram, config.damping), len(weight) // len(squares)
+    if config.method == "least_squares":
+        kept = choose(H, weight, size, keep, config.swaps)
+        rows = rows_of(kept, size)
+        remaining = resolve(H, weight, rows)
+    else:
+        scores = squares if config.method == "magnitude" else _added(gram, weight, size)
+        kept = np.sort(np.argsort(-scores, kind="stable")[:keep])
+        rows = rows_of(kept, size)
+        remaining = weight[rows]
+    return kept, remaining, lost(gram, weight, rows, remaining)
+
+
+def _added(gram: Float[np.ndarray, "N N"], weight: Float[np.ndarray, "N D"], size: int) -> Float[np.ndarray, " G"]:
+    """The squares of what each group of rows adds to the output, over all the tokens."""
+    groups = np.arange(len(weight) // size)
+    blocks = gram.reshape(len(groups), size, len(groups), size)[groups, :, groups]
+    rows = weight.reshape(len(groups), size, -1)
+    return np.einsum("gid,gij,gjd->g", rows, blocks, rows)
+
+
+def _fewer_experts(
+    experts: Arrays, statistics: Statistics, keep: int, fold: bool
+) -> tuple[Arrays, Float[np.ndarray, "keep F F"]]:
+    """The `keep` experts with the most load, and X^T X of each."""
+    load, grams = statistics.load, statistics.neurons
+    order = np.argsort(-load, kind="stable")
+    kept = np.sort(order[:keep])
+    fewer = {name: (w[:, kept] if name == "router" else w[kept]) for name, w in experts.items()}
+    if not fold or keep == len(load):
+        return fewer, grams[kept]
+    router = experts["router"].astype(np.float64)
+    router /= np.maximum(np.linalg.norm(router, axis=0), 1e-30)
+    members: dict[int, list[int]] = {int(one): [int(one)] for one in kept}
+    for gone in order[keep:]:
+        nearest = kept[np.argmax(router[:, gone] @ router[:, kept])]
+        members[int(nearest)].append(int(gone))
+    folded = []
+    for place, group in enumerate(members.values()):
+        shares = (load[group] + 1e-30) / np.sum(load[group] + 1e-30)
+        neurons = [_matched(experts, one, group[0]) for one in group]
+        for name, axis in (("gate", 1), ("up", 1), ("down", 0)):
+            aligned = [np.take(experts[name][one], order, axis) for one, order in zip(group, neurons, strict=True)]
+            fewer[name][place] = np.einsum("n,nij->ij", shares, np.asarray(aligned, np.float64))
+        fewer["router"][:, place] = experts["router"][:, group].astype(np.float64) @ shares
+        folded.append(sum(grams[one][np.ix_(order, order)] for one, order in zip(group, neurons, strict=True)))
+    return fewer, np.stack(folded)
+
+
+def _matched(experts: Arrays, one: int, other: int) -> Int[np.ndarray, " F"]:
+    """The neurons of an expert in the order in which they are most like those of another."""
+    alike = sum(
+        (w[other].T if name != "down" else w[other]).astype(np.float64)
+        @ (w[one] if name != "down" else w[one].T).astype(np.float64)
+        for name, w in ((name, experts[name]) for name in ("gate", "up", "down"))
+    )
+    return linear_sum_assignment(alike, maximize=True)[1]

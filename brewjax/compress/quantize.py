@@ -1,0 +1,89 @@
+"""A bundle's matrices in 8 bits, for serving: read, rounded and dropped one after the other."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from brewjax.config import Config
+from brewjax.model.config import HeadPrecision, ModelConfig, Quantization
+from brewjax.model.params import MODEL, Params, abstract_decoder, abstract_params, read_params
+from brewjax.model.sharding import MeshConfig
+from brewjax.model.weights import QuantizedWeight
+from brewjax.paths import whole_folder
+from brewjax.scoring.bundle import Bundle
+
+
+class QuantizeConfig(Config):
+    """How a model is rounded for serving. Embedding, head, norms, biases and router stay as they are.
+
+    Attributes:
+      dtype: of the matrices of attention and MLP.
+      scales: of a matrix, one for each output channel, or the largest of them for all.
+      activations: see `Quantization`.
+      mesh: the devices that share the work; a bundle is loaded onto any.
+    """
+
+    dtype: Literal["e4m3", "int8"] = "e4m3"
+    scales: Literal["per_channel", "per_tensor"] = "per_channel"
+    activations: Literal["per_token", "per_tensor"] | None = "per_token"
+    mesh: MeshConfig = MeshConfig()
+
+    def target(self, model: ModelConfig) -> ModelConfig:
+        """The model in 8 bits; ConfigError where it is already."""
+        if model.quantized:
+            raise model.error("is quantised already; start from the model that it was made from", "quantized")
+        return model.model_copy(update={"quantized": Quantization(dtype=self.dtype, activations=self.activations)})
+
+
+def quantize(source: Path, target: Path, config: QuantizeConfig) -> Bundle:
+    """Writes the bundle at `source` in 8 bits at `target`, which appears only when it is complete.
+
+    Of the weights as they were, one stacked parameter is in memory at a time.
+
+    Raises ConfigError where the source is quantised already, ValueError where it has no weights or `target` exists.
+    """
+    model = ModelConfig.load(source / MODEL)
+    smaller = config.target(model)
+    with whole_folder(target) as folder:
+        bundle = Bundle.around(smaller, _rounded(source, model, smaller, config), source, config.mesh)
+        bundle.save(folder)
+    return bundle
+
+
+def with_head(bundle: Bundle, head: HeadPrecision) -> Bundle:
+    """The bundle with another precision of its head, to measure what less than float32 costs."""
+    return dataclasses.replace(bundle, model=bundle.model.model_copy(update={"head": head}))
+
+
+def _rounded(source: Path, model: ModelConfig, smaller: ModelConfig, config: QuantizeConfig) -> Params:
+    mesh = config.mesh.build()
+    leaves, tree = jax.tree_util.tree_flatten_with_path(abstract_params(model, mesh))
+    wanted, decoder = abstract_params(smaller, mesh), abstract_decoder(smaller)
+    found = []
+    for at, (path, leaf) in enumerate(leaves):
+        only = jax.tree.unflatten(tree, [leaf if other == at else ... for other in range(len(leaves))])
+        keys = [key.key for key in path]
+        array = functools.reduce(dict.__getitem__, keys, read_params(source, only))
+        weight = functools.reduce(getattr, keys, decoder)
+        if isinstance(weight, QuantizedWeight):
+            placed = jax.tree.map(lambda part: part.sharding, functools.reduce(dict.__getitem__, keys, wanted))
+            array = _round(weight, config.scales == "per_tensor", placed, array)
+        found.append(jax.block_until_ready(array))
+    return jax.tree.unflatten(tree, found)
+
+
+def _round(
+    weight: QuantizedWeight, per_tensor: bool, shardings: dict[str, Any], stack: jax.Array
+) -> dict[str, jax.Array]:
+    """Layer by layer, so that no float32 copy of the stack is made."""
+
+    def of_stack(stack: jax.Array) -> dict[str, jax.Array]:
+        values, scale = jax.lax.map(functools.partial(weight.of, per_tensor=per_tensor), stack)
+        return {"values": values, "scale": scale}
+
+    return jax.jit(of_stack, out_shardings=shardings)(stack)

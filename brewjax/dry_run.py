@@ -1,0 +1,87 @@
+"""What a recipe will do: its stages with sizes, memory and time, before any of it is done."""
+
+from __future__ import annotations
+
+import time
+
+import jax
+import jax.numpy as jnp
+from rich.table import Table
+
+from brewjax.ahead.program import model_flops
+from brewjax.data.tokenizer import Tokenizer
+from brewjax.model.config import ModelConfig
+from brewjax.model.params import MODEL, size
+from brewjax.recipe import DistillStage, PruneStage, QuantizeStage, TrainedStage
+from brewjax.stages import Run, how, steps
+
+UTILISATION = 0.4  # of what this machine's matrix product does: a small model's training on a quiet machine
+TRAINED_BYTES = 16  # of a parameter in training: the weight, its gradient and AdamW's two means, float32
+
+
+def plan_table(run: Run) -> Table:
+    """A row for each stage that makes a model. Memory is that of weights, gradients and optimiser, over all devices;
+    time is of the matrix products of training, data and evaluation not counted."""
+    shapes: dict[str, ModelConfig] = {}
+    rate, seconds = UTILISATION * _measure_flops(), 0.0
+    table = Table(title=f"{run.recipe.name}: {len(steps(run))} steps into {run.folder}", title_justify="left")
+    for column in ("stage", "does", "parameters", "MB", "memory, GB", "tokens", "PFLOPs", "about, s"):
+        table.add_column(column, justify="left" if column in ("stage", "does") else "right")
+    for name, stage in run.recipe.stages.items():
+        shape = shapes[name] = _shape(run, shapes, name)
+        of = size(shape)
+        cells = [f"{of.parameters:,}", f"{of.weight_bytes / 1e6:,.1f}"]
+        if isinstance(stage, TrainedStage):
+            config, memory = stage.train, TRAINED_BYTES * of.parameters
+            flops = 3 * sum(model_flops(shape, config.rows, config.row_tokens)) * config.steps
+            if isinstance(stage, DistillStage):
+                teacher = _known(run, shapes, stage.teacher)
+                memory += size(teacher).weight_bytes
+                flops += sum(model_flops(teacher, config.rows, config.row_tokens)) * config.steps
+            seconds += flops / rate
+            tokens = config.steps * config.rows * config.row_tokens
+            cells += [f"{memory / 1e9:.2f}", f"{tokens:,}", f"{flops / 1e15:.3f}", f"{flops / rate:,.0f}"]
+        table.add_row(name, how(stage), *cells)
+    table.caption = (
+        f"training about {seconds / 60:,.0f} min in all, at {rate / 1e9:,.0f} GFLOPs/s: "
+        f"{UTILISATION:.0%} of what this machine's matrix product does now"
+    )
+    return table
+
+
+def _shape(run: Run, shapes: dict[str, ModelConfig], name: str) -> ModelConfig:
+    stage = run.recipe.stages[name]
+    if not stage.start:
+        return _first(run)
+    start = _known(run, shapes, stage.start)
+    if isinstance(stage, PruneStage):
+        return stage.config(shapes[stage.like] if stage.like else None).target(start)
+    if isinstance(stage, QuantizeStage):
+        return stage.target(start)
+    return start
+
+
+def _known(run: Run, shapes: dict[str, ModelConfig], name: str) -> ModelConfig:
+    return shapes[name] if name in shapes else ModelConfig.load(run.model(name) / MODEL)
+
+
+def _first(run: Run) -> ModelConfig:
+    """The recipe's model with the vocabulary that its tokenizer has or will have."""
+    model, tokenizer = ModelConfig.load(run.recipe.model), run.recipe.tokenizer
+    if model.vocab_size or not tokenizer:
+        return model
+    words = Tokenizer.load(tokenizer.path).vocab_size if tokenizer.path else tokenizer.vocab_size
+    return model.model_copy(update={"vocab_size": words})
+
+
+def _measure_flops() -> float:
+    """Of this machine's float32 matrix product, a second."""
+    n, times = 1024, []
+    product = jax.jit(jnp.dot)
+    x = jnp.ones((n, n))
+    product(x, x).block_until_ready()
+    for _ in range(5):
+        began = time.perf_counter()
+        product(x, x).block_until_ready()
+        times.append(time.perf_counter() - began)
+    return 2 * n**3 / min(times)

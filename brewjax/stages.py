@@ -1,0 +1,433 @@
+"""What each stage of a recipe does, as steps of a pipeline: data, models, their evaluation, baselines, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from jax.sharding import Mesh
+from rich.console import Console
+
+from brewjax import hosts
+from brewjax.ahead.program import model_flops
+from brewjax.compress.prune import prune
+from brewjax.compress.quantize import quantize
+from brewjax.config import ConfigError
+from brewjax.data.dataset import CARD, Dataset
+from brewjax.data.examples import Example, build_examples, sample_examples
+from brewjax.data.loader import MixConfig, write_shards
+from brewjax.data.numbers import Percentiles
+from brewjax.data.preferences import AlignConfig, align_records
+from brewjax.data.prose import PretrainConfig, domain_texts, general_texts, pretrain_records
+from brewjax.data.task import Task, load_tasks
+from brewjax.data.tokenizer import Tokenizer
+from brewjax.data.tokens import EncodedPrompt, Text
+from brewjax.data.training import Note, SftConfig, sft_records
+from brewjax.data.verbalize import Verbalizer
+from brewjax.evaluate.baselines import LightGBM, popularity
+from brewjax.evaluate.predict import Work, predict
+from brewjax.evaluate.predictions import from_examples
+from brewjax.evaluate.report import print_models, print_results, write_report
+from brewjax.evaluate.results import Model, compare
+from brewjax.model.config import ModelConfig
+from brewjax.model.params import MODEL, Params, load_model, size
+from brewjax.pipeline import Step, read_record, run_steps
+from brewjax.recipe import (
+    AlignStage,
+    DistillStage,
+    PretrainStage,
+    PruneStage,
+    QuantizeStage,
+    Recipe,
+    Stage,
+    TrainedStage,
+)
+from brewjax.scoring.bundle import PERCENTILES, TOKENIZER, Bundle, PercentileScale
+from brewjax.train.align import REFERENCE
+from brewjax.train.loop import train
+from brewjax.train.metrics import METRICS, read_metrics
+from brewjax.train.objectives import Objective, supervised
+from brewjax.train.teachers import Beside, Frozen
+
+EVALUATE, WORK = "evaluate-", "work.json"
+BASELINES = ("popularity", "LightGBM")
+# The folders whose code makes what a step leaves.
+TRAIN = ("train", "model", "../pallas_kernels")
+COMPRESS = ("compress", "model", "../pallas_kernels")
+SCORE = ("evaluate", "scoring", "model", "../pallas_kernels")
+DataConfig = SftConfig | AlignConfig | PretrainConfig
+TOKENIZER_EXAMPLES = 400  # prompts of each task that a tokenizer is trained on
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A recipe and the folder of its outputs; what several steps need is read once."""
+
+    recipe: Recipe
+    folder: Path
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        return Dataset.load(self.recipe.dataset)
+
+    @property
+    def task_files(self) -> list[str]:
+        """The recipe's patterns filled in; one that fits no file is left as it is, to be refused by its name."""
+        return [path for pattern in self.recipe.tasks for path in sorted(glob(pattern)) or [pattern]]
+
+    @cached_property
+    def tasks(self) -> list[Task]:
+        """The recipe's tasks, checked; all must split time alike, or one's test would be another's training."""
+        tasks = load_tasks(self.task_files, self.dataset)
+        for task in tasks[1:]:
+            if task.boundaries(self.dataset) != tasks[0].boundaries(self.dataset):
+                raise task.error(f"not the split of task '{tasks[0].name}'; tasks trained together share one", "split")
+        return tasks
+
+    @property
+    def base(self) -> Path | None:
+        """The folder of the model whose tokenizer is used, where the recipe goes on from one."""
+        return Path(self.recipe.model) if Path(self.recipe.model).is_dir() else None
+
+    def asked(self, task: Task) -> list[Example]:
+        """The examples of the test period that models and baselines answer."""
+        return sample_examples(self.dataset, task, "test", self.recipe.evaluate.max_examples)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.load(self.folder / "prepare" / TOKENIZER)
+
+    @cached_property
+    def scale(self) -> PercentileScale:
+        return PercentileScale.load(self.folder / "prepare" / PERCENTILES)
+
+    @cached_property
+    def verbalizer(self) -> Verbalizer:
+        return Verbalizer(
+            self.dataset, Percentiles(self.scale.quantiles), self.tokenizer, self.recipe.prompts.max_tokens
+        )
+
+    def model(self, name: str | None) -> Path:
+        """Where the stage of that name leaves its model; or a folder that is named itself."""
+        if name is None:
+            raise ConfigError("there is no model to start from: put this stage after another")
+        return self.folder / name / "model" if name in self.recipe.stages else Path(name)
+
+    def calibration(self, bundle: Bundle, count: int) -> list[EncodedPrompt]:
+        """About `count` prompts of the training period, as they are scored, of all tasks in equal parts."""
+        style, each = self.recipe.prompts.score_style, -(-count // len(self.tasks))
+        return [
+            bundle.encode(self.verbalizer.prompt(task, example, style))
+            for task in self.tasks
+            for example in sample_examples(self.dataset, task, "train", each)
+        ]
+
+    def first_model(self) -> ModelConfig:
+        """The recipe's model, with the tokenizer's vocabulary where it names none."""
+        config = ModelConfig.load(self.recipe.model)
+        size = self.tokenizer.vocab_size
+        config.check_context(self.recipe.prompts.max_tokens, "prompts.max_tokens of the recipe")
+        if not config.vocab_size:
+            return config.model_copy(update={"vocab_size": size})
+        if config.vocab_size < size:
+            raise config.error(f"{config.vocab_size} is too small for the tokenizer's {size} tokens", "vocab_size")
+        return config
+
+    def save(self, folder: Path, model: ModelConfig, params: Params) -> None:
+        prompts, card, tasks = self.recipe.prompts, self.dataset.card, tuple(self.tasks)
+        Bundle(model, params, self.tokenizer, prompts, self.scale, card, tasks).save(folder)
+
+
+# --- data
+
+
+def prepare(run: Run, folder: Path) -> None:
+    """The tokenizer, and the scale that numbers are said on."""
+    if run.base:
+        Tokenizer.load(run.base / TOKENIZER).save(folder / TOKENIZER)
+    percentiles = Percentiles.fit(run.dataset, run.tasks[0].boundaries(run.dataset)[0])
+    PercentileScale(dataset=run.dataset.card.name, quantiles=percentiles.quantiles).save(folder / PERCENTILES)
+    config = run.recipe.tokenizer
+    if config and config.path:
+        Tokenizer.load(config.path).save(folder / TOKENIZER)
+    elif config:
+        _train_tokenizer(run, percentiles, config.vocab_size or 0).save(folder / TOKENIZER)
+    for task in run.tasks:
+        task.check_words(run.tokenizer)
+
+
+def _train_tokenizer(run: Run, percentiles: Percentiles, vocab_size: int) -> Tokenizer:
+    """Trained on prompts of the training period, which a tokenizer of single bytes says first."""
+    prompts = run.recipe.prompts
+    words = sorted({word for task in run.tasks for word in task.words})
+    verbalizer = Verbalizer(run.dataset, percentiles, Tokenizer.of_bytes(), max_tokens=1_000_000)
+    rng = np.random.default_rng(0)
+    texts = [
+        verbalizer.prompt(task, example, prompts.draw(rng)).render()
+        for task in run.tasks
+        for example in sample_examples(run.dataset, task, "train", TOKENIZER_EXAMPLES)
+    ]
+    if _reads_prose(run.recipe):
+        until = run.tasks[0].boundaries(run.dataset)[0]
+        told = domain_texts(verbalizer, until, PretrainConfig())
+        texts += [text for text, _ in itertools.islice(told, len(texts))]
+    return Tokenizer.train(texts, words, vocab_size)
+
+
+def _reads_prose(recipe: Recipe) -> bool:
+    return any(isinstance(stage, PretrainStage) for stage in recipe.stages.values())
+
+
+def write_data(run: Run, config: DataConfig, row_tokens: int, folder: Path) -> None:
+    """What stages train on: a folder of shards for each source."""
+    for name, records in _sources(run, config).items():
+        counts = write_shards(folder / name, records, row_tokens)
+        each = f"{counts['tokens'] / max(1, counts['targets']):.0f} tokens a target"
+        Console().print(f"{name}: {counts['records']:,} records, {counts['targets']:,} targets, {each}")
+
+
+def _sources(run: Run, config: DataConfig) -> dict[str, Iterator[tuple[EncodedPrompt | Text, Note]]]:
+    """Records by the name of what they come from: a task, or a kind of text."""
+    verbalizer, prompts = run.verbalizer, run.recipe.prompts
+    match config:
+        case SftConfig():
+            return {task.name: sft_records(verbalizer, task, prompts, config) for task in run.tasks}
+        case AlignConfig():
+            return {task.name: align_records(verbalizer, task, prompts, config) for task in _aligned(run, config)}
+    until = run.tasks[0].boundaries(run.dataset)[0]
+    texts = {"domain": domain_texts(verbalizer, until, config)}
+    if config.general:
+        texts["general"] = general_texts(Path(config.general))
+    return {name: pretrain_records(of, run.tokenizer) for name, of in texts.items()}
+
+
+def shares(run: Run, config: DataConfig, folder: Path) -> dict[Path, float]:
+    """The folders that `write_data` left, with their shares of all tokens."""
+    if isinstance(config, PretrainConfig):
+        general = config.general_share if config.general else 0
+        return {folder / "domain": 1 - general} | ({folder / "general": general} if general else {})
+    if isinstance(config, AlignConfig):
+        return MixConfig().shares({task.name: folder / task.name for task in _aligned(run, config)})
+    return config.mix.shares({task.name: folder / task.name for task in run.tasks})
+
+
+def _aligned(run: Run, config: AlignConfig) -> list[Task]:
+    known = [task.name for task in run.tasks]
+    for name in config.tasks:
+        if name not in known:
+            raise config.error(f"no task '{name}'; tasks: {', '.join(known)}", "tasks")
+    return [task for task in run.tasks if task.name in (config.tasks or known)]
+
+
+# --- models
+
+
+def train_stage(run: Run, stage: TrainedStage, data: Path, folder: Path) -> None:
+    """Trains on what is in the folder `data`, and leaves the model in `folder/model`."""
+    mesh, shards = stage.train.mesh.build(), shares(run, stage.data, data)
+    model, params = _beginning(run, stage, mesh)
+    frozen: dict[str, Beside] = {}
+    objective: Objective = supervised
+    if isinstance(stage, DistillStage):
+        objective = stage.loss
+        teacher = Frozen(*load_model(run.model(stage.teacher), mesh))
+        frozen = stage.loss.frozen(teacher, stage.train, shards, folder / "teacher")
+    elif isinstance(stage, AlignStage):
+        objective = stage.loss
+        if not stage.train.lora:
+            frozen = {REFERENCE: Frozen(*load_model(run.model(stage.start), mesh))}
+    run.save(folder / "model", model, train(model, stage.train, shards, folder, objective, params, frozen))
+
+
+def _beginning(run: Run, stage: TrainedStage, mesh: Mesh) -> tuple[ModelConfig, Params | None]:
+    """What a stage starts from; no parameters: random ones."""
+    if not stage.start:
+        return run.first_model(), None
+    if stage.fresh:
+        return ModelConfig.load(run.model(stage.start) / MODEL), None
+    return load_model(run.model(stage.start), mesh)
+
+
+def prune_stage(run: Run, stage: PruneStage, folder: Path) -> None:
+    bundle = Bundle.load(run.model(stage.start))
+    like = ModelConfig.load(run.model(stage.like) / MODEL) if stage.like else None
+    prompts = run.calibration(bundle, stage.examples)
+    prune(bundle, prompts, stage.config(like)).save(folder / "model")
+
+
+def quantize_stage(run: Run, stage: QuantizeStage, folder: Path) -> None:
+    quantize(run.model(stage.start), folder / "model", stage)
+
+
+# --- judgement
+
+
+def evaluate_stage(run: Run, name: str, folder: Path) -> None:
+    """The model's predictions on the test period of every task, and what they cost."""
+    bundle = Bundle.load(run.model(name), run.recipe.evaluate.mesh)
+    took = []
+    for task in run.tasks:
+        predictions, work = predict(bundle, run.dataset, task, run.asked(task))
+        took.append(work)
+        if hosts.is_first():
+            pq.write_table(predictions, folder / f"{task.name}.parquet")
+    if hosts.is_first():
+        (folder / WORK).write_text(json.dumps([sum(column) for column in zip(*took, strict=True)]))
+
+
+def baselines_stage(run: Run, folder: Path) -> None:
+    """Popularity's and LightGBM's predictions on the same questions."""
+    for task in run.tasks:
+        train, validation = (list(build_examples(run.dataset, task, split)) for split in ("train", "validation"))
+        examples = run.asked(task)
+        trees = LightGBM.fit(run.dataset, task, train, validation, run.recipe.evaluate.baseline_settings)
+        for name, probabilities in {
+            "popularity": popularity(run.dataset, task, train, examples),
+            "LightGBM": trees.predict(run.dataset, task, examples),
+        }.items():
+            pq.write_table(from_examples(examples, probabilities), folder / f"{task.name}.{name}.parquet")
+        Console().print(f"{task.name}: LightGBM chose {trees.settings}, {trees.rounds} rounds")
+
+
+def report_stage(run: Run, folder: Path) -> None:
+    """All models, and the last of them against the first that was tuned and the baselines: tables in the terminal,
+    report.md and report.html."""
+    console, comparisons, stages = Console(), [], run.recipe.stages
+    for task in run.tasks:
+        files = {name: run.folder / f"{EVALUATE}{name}" / f"{task.name}.parquet" for name in stages}
+        for name in BASELINES:
+            files[name] = run.folder / "baselines" / f"{task.name}.{name}.parquet"
+        predictions = {name: pq.read_table(path) for name, path in files.items()}
+        comparisons.append(compare(task, predictions, run.recipe.evaluate.bootstrap))
+    models = [_describe(run, name) for name in stages]
+    largest = max(reversed(models), key=lambda model: model.parameters).name
+    shown = list(dict.fromkeys([[*stages][-1], largest, *BASELINES]))
+    for comparison in comparisons:
+        print_results(comparison.only(*shown), console)
+    print_models(comparisons, models, console)
+    trained = {name: run.folder / name / METRICS for name, stage in stages.items() if hasattr(stage, "train")}
+    write_report(folder, run.recipe.name, comparisons, models, shown, _facts(run), trained)
+    console.print(f"report: {folder / 'report.html'}")
+
+
+def _describe(run: Run, name: str) -> Model:
+    """A stage's model, as the report's table has it."""
+    stage, config = run.recipe.stages[name], ModelConfig.load(run.model(name) / MODEL)
+    of = size(config)
+    work = Work(*json.loads((run.folder / f"{EVALUATE}{name}" / WORK).read_text()))
+    of_token, _ = model_flops(config, 1, 1)
+    flops = of_token * work.tokens / work.questions
+    seconds = read_record(run.folder / name)["seconds"]
+    return Model(name, how(stage), of.parameters, of.weight_bytes, seconds, flops, work.questions / work.seconds)
+
+
+def how(stage: Stage) -> str:
+    """What a stage does, in a few words."""
+    words: list[str] = [stage.do]
+    if isinstance(stage, PruneStage):
+        words.append(f"by {stage.method}")
+    if isinstance(stage, DistillStage):
+        words.append(f"by {stage.teacher}")
+    if isinstance(stage, TrainedStage):
+        words.append(f"{stage.train.steps} steps")
+        words += ["from random weights"] if stage.fresh else []
+    return " ".join(words + ([f"after {stage.start}"] if stage.start else []))
+
+
+def _facts(run: Run) -> dict[str, str]:
+    """What a reader needs to know of how the numbers came about."""
+    names = [step.name for step in steps(run)]
+    seconds = {name: read_record(run.folder / name).get("seconds") for name in names}
+    rows = [row for name in names for row in read_metrics(run.folder / name / METRICS)]
+    commits = {read_record(run.folder / name).get("commit") or "unknown" for name in names}
+    return {
+        "dataset": f"{run.dataset.card.name}: {len(run.dataset.members):,} members, {len(run.dataset.items):,} items, "
+        f"{len(run.dataset.events):,} events",
+        "training": f"{len(rows):,} steps, {sum(row['tokens'] for row in rows):,.0f} tokens",
+        "seconds": ", ".join(f"{name} {value:.0f}" for name, value in seconds.items() if value is not None),
+        "date": datetime.date.today().isoformat(),
+        "commit": ", ".join(sorted(commits)),
+    }
+
+
+# --- the plan
+
+
+def steps(run: Run) -> list[Step]:
+    """Everything that a recipe asks for, in order."""
+    recipe = run.recipe
+    tasks = [Path(path).read_text() for path in run.task_files if Path(path).is_file()]
+    plan = [
+        Step(
+            "prepare",
+            functools.partial(prepare, run),
+            (),
+            [tasks, _dump(recipe, "tokenizer", "prompts"), _reads_prose(recipe)],
+            ("data",),
+        )
+    ]
+    judged = _dump(recipe, "evaluate")
+    data: dict[str, str] = {}  # the steps that write training data, by what they write
+    for name, stage in recipe.stages.items():
+        settings = stage.model_dump(mode="json")
+        others = [other for key in ("start", "teacher", "like") if (other := getattr(stage, key, None))]
+        models = tuple(other for other in others if other in recipe.stages)
+        outside: list[Any] = [_hash_model(Path(other)) for other in others if other not in recipe.stages]
+        outside += [] if stage.start else [ModelConfig.load(recipe.model).model_dump(mode="json")]
+        if isinstance(stage, TrainedStage):
+            wanted = json.dumps([type(stage.data).__name__, settings.pop("data"), stage.train.row_tokens])
+            if wanted not in data:
+                data[wanted] = f"data-{name}"
+                work = functools.partial(write_data, run, stage.data, stage.train.row_tokens)
+                plan.append(Step(data[wanted], work, ("prepare",), wanted, ("data",)))
+            work = functools.partial(train_stage, run, stage, run.folder / data[wanted])
+            plan.append(Step(name, work, (data[wanted], *models), [settings, outside], TRAIN, keep=True, together=True))
+        else:
+            does: Any = prune_stage if isinstance(stage, PruneStage) else quantize_stage
+            work = functools.partial(does, run, stage)
+            plan.append(Step(name, work, ("prepare", *models), [settings, outside], COMPRESS))
+        work = functools.partial(evaluate_stage, run, name)
+        plan.append(Step(f"{EVALUATE}{name}", work, (name,), judged, SCORE, together=True))
+    plan.append(Step("baselines", functools.partial(baselines_stage, run), ("prepare",), judged, ("evaluate",)))
+    everything = tuple(step.name for step in plan)
+    plan.append(Step("report", functools.partial(report_stage, run), everything, [], ("evaluate",)))
+    return plan
+
+
+def run_recipe(recipe: Recipe, folder: Path, any_code: bool = False, until: str = "report") -> None:
+    """Runs a recipe's stages into `folder/<stage>`, each followed by its evaluation; see `run_steps`."""
+    plan = steps(Run(recipe, folder))
+    last = [step.name for step in plan].index(until)
+    run_steps(plan[: last + 1], folder, hosts.on_first(lambda: _hash_dataset(Path(recipe.dataset))), any_code)
+
+
+def _dump(recipe: Recipe, *keys: str) -> list[Any]:
+    values = recipe.model_dump(mode="json")
+    return [values[key] for key in keys]
+
+
+def _hash_model(folder: Path) -> str:
+    return _hash_files(sorted(path for path in folder.rglob("*") if path.is_file()))
+
+
+def _hash_dataset(folder: Path) -> str:
+    if not (folder / CARD).is_file():
+        raise ConfigError(f"{folder}: no {CARD} there; fetch a dataset with `brewjax data fetch` or make one")
+    return _hash_files([folder / CARD, *sorted(folder.rglob("*.parquet"))])
+
+
+def _hash_files(paths: Iterable[Path]) -> str:
+    """Sizes and times of change: cheap, and different whenever the files are."""
+    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()

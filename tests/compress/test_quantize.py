@@ -1,0 +1,326 @@
+import dataclasses
+import functools
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from brewjax.compress.calibrate import calibrate
+from brewjax.compress.prune import PruneConfig, prune
+from brewjax.compress.quantize import QuantizeConfig, quantize, with_head
+from brewjax.config import ConfigError
+from brewjax.data.prompt import Prompt, Question
+from brewjax.model.config import ExpertsConfig, HeadPrecision, ModelConfig, Quantization
+from brewjax.model.families import config_to_hf
+from brewjax.model.generate import Generator
+from brewjax.model.loading import CheckpointError
+from brewjax.model.params import abstract_params, bind, count, size
+from brewjax.model.sharding import ROWS, MeshConfig
+from brewjax.scoring.bundle import Bundle, PromptConfig
+from brewjax.scoring.passes import Bucket
+from brewjax.scoring.scorer import Scorer, among_labels, score_labels
+from tests.tiny import MODEL, params
+
+ROOT = Path(__file__).parents[2]
+LETTERS = list("abcdefghijklmnopqrstuvwxyz")
+DENSE = MODEL.model_copy(update={"d_model": 32, "d_ff": 64, "vocab_size": 300, "qkv_bias": True, "qk_norm": True})
+MIXTURE = DENSE.model_copy(update={"experts": ExpertsConfig(count=4)})
+MODELS = {"dense": DENSE, "mixture": MIXTURE}
+MATRICES = {
+    "dense": ["query", "key", "value", "output", "gate", "up", "down"],
+    "mixture": ["query", "key", "value", "output"],
+}
+CONFIGS = [
+    QuantizeConfig(),
+    QuantizeConfig(scales="per_tensor", activations="per_tensor"),
+    QuantizeConfig(dtype="int8", activations=None),
+]
+configs = pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.dtype}-{c.scales}-{c.activations}")
+
+
+def make_prompt(seed: int, questions: int) -> Prompt:
+    random = np.random.default_rng(seed)
+    text = lambda letters: "".join(random.choice(LETTERS, letters))  # noqa: E731
+    asked = tuple(Question(text(count)) for count in random.integers(1, 6, questions))
+    return Prompt(text(6), tuple(text(count) for count in random.integers(1, 6, 4)), asked, ("Yes", "No"))
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def saved(request, tokenizer, tmp_path_factory) -> Path:
+    """A float bundle."""
+    folder = tmp_path_factory.mktemp("bundles") / request.param
+    Bundle(MODELS[request.param], spread(MODELS[request.param]), tokenizer, PromptConfig()).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(saved, tmp_path_factory) -> Callable[[QuantizeConfig], Bundle]:
+    """It quantised, written and loaded."""
+    folder = tmp_path_factory.mktemp("small")
+
+    @functools.cache
+    def make(config: QuantizeConfig) -> Bundle:
+        out = folder / str(len(list(folder.iterdir())))
+        quantize(saved, out, config)
+        return Bundle.load(out)
+
+    return make
+
+
+def spread(model: ModelConfig) -> dict:
+    """Random weights that add up to states of size one, for scores that differ and do not saturate."""
+    weights = jax.tree.map(lambda leaf: np.array(leaf, np.float32), params(model))
+    for layer in (weights["layers"], weights["layers"].get("experts", {})):
+        for name in ("output", "down"):
+            if name in layer:
+                layer[name] /= 3
+    return jax.tree.map(jnp.asarray, weights)
+
+
+def score(bundle: Bundle, prompts: list[Prompt], mesh: MeshConfig | None = None) -> np.ndarray:
+    return np.concatenate(scorer(bundle, mesh).score_many(prompts))[:, 0]
+
+
+def scorer(bundle: Bundle, mesh: MeshConfig | None = None) -> Scorer:
+    built = (mesh or MeshConfig()).build()
+    return Scorer(bundle.model, bundle.params, bundle.tokenizer, "dense", (Bucket(256),), built)
+
+
+PROMPTS = [make_prompt(seed, 12) for seed in range(6)]
+
+
+# --- what is written
+
+
+@configs
+def test_every_value_is_within_half_a_step_of_what_it_was(saved, small, config):
+    before, after = (jax.tree.map(np.asarray, bundle.params) for bundle in (Bundle.load(saved), small(config)))
+    matrices = [(name, before["layers"], after["layers"]) for name in MATRICES[saved.name]]
+    if saved.name == "mixture":
+        pair = (before["layers"]["experts"], after["layers"]["experts"])
+        matrices += [(name, *pair) for name in ("gate", "up", "down")]
+    for name, whole, small in matrices:
+        # The axes that are summed over, behind those of layers and experts.
+        behind = 2 if "router" in whole else 1
+        axes = (behind, behind + 1) if name == "output" else (behind,)
+        weight, values = np.asarray(whole[name]), np.asarray(small[name]["values"]).astype(np.float32)
+        scale = np.expand_dims(np.asarray(small[name]["scale"]), axes)
+        most = np.abs(weight).max(axes, keepdims=True)
+        if config.scales == "per_tensor":
+            most = np.broadcast_to(np.abs(weight).max(tuple(range(behind, weight.ndim)), keepdims=True), most.shape)
+        np.testing.assert_allclose(scale, most / (448 if config.dtype == "e4m3" else 127), rtol=1e-6)
+        step = np.broadcast_to(scale, weight.shape) / 2
+        if config.dtype == "e4m3":  # 3 bits of fraction; below 2^-6 a fixed step
+            step = np.maximum(np.abs(weight) * 2**-4, scale * 2**-10)
+        assert np.all(np.abs(values * scale - weight) <= step * (1 + 1e-5))
+        del whole[name], small[name]
+    jax.tree.map(np.testing.assert_array_equal, before, after)  # the rest is as it was
+
+
+def test_sizes_are_those_of_the_same_model_in_fewer_bytes(saved, small):
+    bundle, model = small(QuantizeConfig()), MODELS[saved.name]
+    before, after = size(model), size(bundle.model)
+    assert (after.parameters, after.active) == (before.parameters, before.active)
+    assert after.weight_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(bundle.params))
+    large = model.model_copy(update={"d_model": 1024, "d_ff": 4096, "layers": 8})
+    quantized = large.model_copy(update={"quantized": Quantization()})
+    assert size(quantized).weight_bytes / size(large).weight_bytes == pytest.approx(0.25, abs=0.01)
+
+
+def test_quantizing_and_loading_never_hold_the_float_model(tmp_path, tokenizer):
+    """Each in a process of its own, whose memory is measured. The model is 120 MB, its largest parameter 34 MB."""
+    model = DENSE.model_copy(update={"d_model": 512, "d_ff": 2048, "layers": 8, "heads": 8, "head_dim": 64})
+    bundle = Bundle(model, params(model), tokenizer, PromptConfig())
+    bundle.save(tmp_path / "whole")
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(bundle.params))
+    assert whole > 120e6
+    raised = {}
+    for what in ("quantize", "load"):
+        command = [sys.executable, "-m", "tests.compress.test_quantize", what, tmp_path]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        raised[what] = int(done.stdout.splitlines()[-1])
+    assert raised["load"] < 0.8 * whole  # a quarter, and what reading takes
+    assert raised["quantize"] < whole
+    on_disk = [sum(file.stat().st_size for file in (tmp_path / one).rglob("*")) for one in ("whole", "small")]
+    assert on_disk[1] < 0.3 * on_disk[0]
+
+
+# --- what it says
+
+
+@configs
+def test_scores_are_near_those_of_the_float_model(saved, small, config):
+    exact, near = (score(bundle, PROMPTS) for bundle in (Bundle.load(saved), small(config)))
+    assert exact.std() > 0.05
+    assert 0 < np.abs(near - exact).mean() < (0.01 if config.dtype == "int8" else 0.03)
+    assert np.corrcoef(near, exact)[0, 1] > (0.99 if config.dtype == "int8" else 0.95)
+
+
+def apart(bundle: Bundle) -> float:
+    """How far scores of questions asked together are from those asked one by one."""
+    one, prompt = scorer(bundle), make_prompt(0, 12)
+    alone = [dataclasses.replace(prompt, questions=(question,)) for question in prompt.questions]
+    return np.abs(one.score(prompt) - np.concatenate([one.score(single) for single in alone])).max()
+
+
+@pytest.mark.parametrize("dtype", ["e4m3", "int8"])
+def test_questions_score_together_as_one_by_one(small, dtype):
+    assert apart(small(QuantizeConfig(dtype=dtype))) < 1e-6
+
+
+def test_with_one_scale_for_all_tokens_they_do_not(small):
+    assert apart(small(QuantizeConfig(scales="per_tensor", activations="per_tensor"))) > 1e-4
+
+
+def test_text_is_generated(small):
+    bundle = small(QuantizeConfig())
+    generator = Generator(bundle.model, bundle.params, slots=2, context=64)
+    said = generator.generate([[3, 4, 5], [6, 7, 8, 9]], 5)
+    assert [len(one) for one in said] == [5, 5]
+
+
+# --- on a mesh
+
+
+@pytest.fixture(scope="module")
+def sharded(saved, tmp_path_factory) -> dict[str, np.ndarray]:
+    """What 8 devices find."""
+    out = tmp_path_factory.mktemp("sharded") / "out.npz"
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    command = [sys.executable, "-m", "tests.compress.test_quantize", "mesh", saved, out]
+    subprocess.run(command, cwd=ROOT, env=os.environ | flags, check=True)
+    with np.load(out) as stored:
+        return dict(stored)
+
+
+def test_a_mesh_quantises_loads_and_scores_as_one_device(saved, small, sharded):
+    bundle = small(QuantizeConfig())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(bundle.params):
+        np.testing.assert_array_equal(sharded[jax.tree_util.keystr(path)], np.asarray(leaf, np.float32))
+    # A sum in another order may round an activation the other way.
+    np.testing.assert_allclose(sharded["scores"], score(bundle, PROMPTS), atol=2e-3)
+
+
+def test_a_mesh_calibrates_as_one_device(saved, sharded):
+    bundle = Bundle.load(saved)
+    encoded = [bundle.encode(prompt) for prompt in PROMPTS]
+    for number, statistics in enumerate(calibrate(bundle.model, bundle.params, encoded, MeshConfig().build())):
+        for name, sums in statistics._asdict().items():
+            found = sharded[f"{number}/{name}"]
+            np.testing.assert_allclose(found, sums, rtol=1e-4, atol=1e-5 * np.abs(sums).max())
+    assert sharded["pruned d_ff"] == 40
+
+
+# --- the head
+
+
+def test_heads_of_less_than_float32_move_scores_and_make_ties(tokenizer):
+    """Of states such as the last norm gives, as the `Scorer` scores them."""
+    bundle = Bundle(DENSE, spread(DENSE), tokenizer, PromptConfig())
+    mesh, found = MeshConfig().build(), {}
+    asked, labels = np.random.default_rng(0).standard_normal((1, 400, 32), np.float32), np.array([[5, 6]])
+    asked, labels = (
+        jax.device_put(x, NamedSharding(mesh, jax.P(ROWS, *[None] * (x.ndim - 1)))) for x in (asked, labels)
+    )
+    for product in ("float32", "bfloat16", "e4m3"):
+        for logits in ("float32", "bfloat16"):
+            model = with_head(bundle, HeadPrecision(product=product, logits=logits)).model
+            with jax.set_mesh(mesh):
+                log_probs = jax.jit(score_labels, static_argnums=(0, 4))(model, bundle.params, asked, labels, "labels")
+            found[product, logits] = among_labels(np.asarray(log_probs)[0])[:, 0]
+    exact = found["float32", "float32"]
+    moved = {name: np.abs(scores - exact).mean() for name, scores in found.items()}
+    different = {name: len(np.unique(scores)) for name, scores in found.items()}
+    assert 0 < moved["bfloat16", "float32"] < moved["e4m3", "float32"] < 0.1
+    # The rounding of the logits makes the ties, not that of the product.
+    for product in ("float32", "bfloat16", "e4m3"):
+        assert different[product, "float32"] > 0.95 * len(exact)
+        assert different[product, "bfloat16"] < 0.85 * len(exact)
+
+
+def test_all_that_reads_logits_has_the_precision_of_the_head():
+    hidden = np.random.default_rng(0).standard_normal((3, 32)).astype(np.float32)
+    model = DENSE.model_copy(update={"head": HeadPrecision(product="bfloat16", logits="bfloat16")})
+    weights = spread(DENSE)
+    logits = np.asarray(bind(model, weights).logits(hidden))
+    rounded = lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)  # noqa: E731
+    expected = rounded(hidden) @ rounded(weights["embedding"]).T
+    np.testing.assert_array_equal(logits, rounded(logits))
+    np.testing.assert_allclose(logits, expected, rtol=2**-8, atol=1e-6)
+
+
+# --- what is refused
+
+
+def test_what_is_quantised_is_not_quantised_pruned_or_exported(saved, tmp_path):
+    bundle = quantize(saved, tmp_path / "out", QuantizeConfig())
+    assert count(bundle.params) > count(Bundle.load(saved).params)  # the scales
+    with pytest.raises(ConfigError, match="quantized: is quantised already"):
+        quantize(tmp_path / "out", tmp_path / "again", QuantizeConfig())
+    with pytest.raises(ConfigError, match="quantized: a quantised model is for serving; prune"):
+        PruneConfig(d_ff=16).target(bundle.model)
+    with pytest.raises(CheckpointError, match="model 'tiny' is quantised; export the model that it was made from"):
+        config_to_hf(bundle.model)
+    with pytest.raises(ValueError, match="out exists"):
+        quantize(saved, tmp_path / "out", QuantizeConfig())
+
+
+def test_a_bundle_without_weights_leaves_nothing_behind(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "source")
+    shutil.rmtree(tmp_path / "source" / "params")
+    with pytest.raises(ValueError, match="no complete weights there"):
+        quantize(tmp_path / "source", tmp_path / "out", QuantizeConfig())
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def peak() -> int:
+    """The most bytes that were ever resident."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+
+
+def measure(what: str, folder: Path) -> None:
+    """Prints by how many bytes it raised the most that was ever resident."""
+    jnp.zeros(1).block_until_ready()
+    before = peak()
+    if what == "quantize":
+        quantize(folder / "whole", folder / "small", QuantizeConfig())
+    else:
+        Bundle.load(folder / "small")
+    print(peak() - before)
+
+
+def on_mesh(source: Path, out: Path) -> None:
+    assert jax.device_count() == 8
+    mesh = MeshConfig(fsdp=2, tensor=2) if source.name == "dense" else MeshConfig(fsdp=2, expert=2, tensor=2)
+    found: dict = {}
+    whole = Bundle.load(source, mesh)
+    encoded = [whole.encode(prompt) for prompt in PROMPTS]
+    for number, statistics in enumerate(calibrate(whole.model, whole.params, encoded, mesh.build())):
+        found |= {f"{number}/{name}": sums for name, sums in statistics._asdict().items()}
+    found["pruned d_ff"] = prune(whole, encoded, PruneConfig(d_ff=40, mesh=mesh)).model.d_ff
+    quantize(source, out.with_suffix(""), QuantizeConfig(mesh=mesh))
+    bundle = Bundle.load(out.with_suffix(""), mesh)
+    for (path, leaf), wanted in zip(
+        jax.tree_util.tree_leaves_with_path(bundle.params),
+        jax.tree.leaves(abstract_params(bundle.model, mesh.build())),
+        strict=True,
+    ):
+        assert leaf.sharding == wanted.sharding
+        found[jax.tree_util.keystr(path)] = np.asarray(leaf, np.float32)
+    found["scores"] = score(bundle, PROMPTS, mesh)
+    np.savez(out, **found)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "mesh":
+        on_mesh(Path(sys.argv[2]), Path(sys.argv[3]))
+    else:
+        measure(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,123 @@
+"""Recipes: who goes on from whom, what stages share, and ladders spelled out."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from brewjax.config import ConfigError
+from brewjax.model.config import ModelConfig
+from brewjax.recipe import Recipe, load_plan
+
+BASE = {
+    "name": "jobs",
+    "dataset": "jobs",
+    "tasks": ["apply.yaml"],
+    "model": "model.yaml",
+    "tokenizer": {"vocab_size": 600},
+    "prompts": {"max_tokens": 256},
+    "train": {"steps": 100, "rows": 2, "row_tokens": 512, "optimizer": {"learning_rate": 0.01, "warmup": 5}},
+}
+SFT = {"do": "sft", "data": {"max_examples": 7}}
+
+
+def recipe(stages: dict, **changed: object) -> Recipe:
+    return Recipe.parse(yaml.safe_dump(BASE | changed | {"stages": stages}, sort_keys=False))
+
+
+def test_a_stage_goes_on_from_the_one_before_and_says_what_differs():
+    stages = recipe(
+        {
+            "big": SFT | {"train": {"steps": 7, "optimizer": {"warmup": 1}}},
+            "aligned": {"do": "align"},
+            "other": {"do": "sft", "start": "big"},
+            "random": {"do": "sft", "fresh": True},
+        }
+    ).stages
+    assert [stage.start for stage in stages.values()] == [None, "big", "big", None]
+    assert (stages["big"].train.steps, stages["aligned"].train.steps) == (7, 100)
+    assert (stages["big"].train.optimizer.learning_rate, stages["big"].train.optimizer.warmup) == (0.01, 1)
+
+
+LADDER = {
+    "do": "ladder",
+    "rungs": {
+        "half": {"prune": {"d_ff": 0.5}},
+        "quarter": {"prune": {"d_ff": 0.5, "method": "magnitude"}, "train": {"steps": 50}},
+    },
+    "distill": {"loss": {"ratio": 0.5}},
+}
+
+
+def test_a_ladder_stands_for_its_stages():
+    stages = recipe({"big": SFT, "ladder": LADDER, "turbo": {"do": "quantize"}}).stages
+    assert {name: (stage.do, stage.start) for name, stage in stages.items()} == {
+        "big": ("sft", None),
+        "half-pruned": ("prune", "big"),
+        "half": ("distill", "half-pruned"),
+        "quarter-pruned": ("prune", "half"),
+        "quarter": ("distill", "quarter-pruned"),
+        "turbo": ("quantize", "quarter"),
+    }
+    for name, steps in {"half": 100, "quarter": 50}.items():
+        assert (stages[name].teacher, stages[name].loss.ratio, stages[name].train.steps) == ("big", 0.5, steps)
+        assert stages[name].data == stages["big"].data
+
+
+def test_a_ladder_is_compared_with_other_ways_to_its_last_size():
+    compare = LADDER | {"compare": ["direct", "sft", "fresh"]}
+    stages = recipe({"big": SFT, "ladder": compare, "turbo": {"do": "quantize"}}).stages
+    assert stages["turbo"].start == "quarter"
+    assert (stages["direct-pruned"].start, stages["direct-pruned"].like) == ("big", "quarter")
+    assert stages["direct-pruned"].method == "magnitude"
+    assert (stages["direct"].do, stages["direct"].teacher, stages["direct"].train.steps) == ("distill", "big", 150)
+    assert [stages[name].start for name in ("sft-half-pruned", "sft-half", "sft-quarter-pruned", "sft-quarter")] == [
+        "big",
+        "sft-half-pruned",
+        "sft-half",
+        "sft-quarter-pruned",
+    ]
+    fresh = stages["fresh"]
+    assert (fresh.do, fresh.start, fresh.fresh, fresh.train.steps) == ("sft", "quarter", True, 250)
+
+
+def test_pruning_like_another_stage_takes_its_sizes():
+    stage = recipe({"big": SFT, "ladder": LADDER | {"compare": ["direct"]}}).stages["direct-pruned"]
+    like = ModelConfig(name="q", d_model=16, layers=1, heads=2, kv_heads=1, head_dim=8, d_ff=10)
+    big = like.model_copy(update={"layers": 3, "heads": 4, "kv_heads": 2, "d_ff": 40})
+    assert stage.config(like).target(big) == like
+
+
+def test_a_plan_is_that_of_the_first_stage_that_trains(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(BASE | {"stages": {"big": SFT | {"train": {"steps": 7}}}}, sort_keys=False))
+    assert load_plan(path, ["stages.big.train.rows=4"]).train.model_dump()["steps"] == 7
+    assert load_plan(path, ["stages.big.train.rows=4"]).train.rows == 4
+
+
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [
+        ({"a": SFT | {"start": "b"}}, "stages.a.start: no stage 'b' before it, and no model there"),
+        ({"a": SFT, "b": {"do": "distill", "teacher": "c"}}, "stages.b.teacher: no stage 'c' before it"),
+        ({"a": SFT, "b": {"do": "distill"}}, "stages.b.teacher: field required"),
+        ({"a": {"do": "sfd"}}, "'pretrain', 'sft', 'align'"),
+        ({"a": SFT, "b": {"do": "prune"}}, "give at least one of layers, kv_heads, d_ff and experts"),
+        ({"a": {"do": "align"}}, "stages.a: there is no model to go on from"),
+        ({"report": SFT}, "the name 'report' is taken"),
+        ({"half": SFT, "ladder": LADDER}, "the name 'half' is taken"),
+        ({"a": SFT | {"train": {"row_tokens": 100}}}, "a prompt must fit in a row"),
+        ({"a": SFT | {"trane": {}}}, "unknown key 'trane'; did you mean 'train'?"),
+        ({}, "at least 1"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_by_name(stages, said):
+    with pytest.raises(ConfigError, match=said.replace("(", r"\(").replace("?", r"\?")):
+        recipe(stages)
+
+
+def test_a_tokenizer_belongs_to_a_config_and_not_to_a_folder(tmp_path):
+    with pytest.raises(ConfigError, match="give 'tokenizer' where 'model' is a file"):
+        recipe({"a": SFT}, tokenizer=None)
+    with pytest.raises(ConfigError, match="none where it is a folder"):
+        recipe({"a": SFT}, model=str(tmp_path))

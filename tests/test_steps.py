@@ -1,0 +1,88 @@
+"""The runner: what is done is skipped, what was killed goes on, and nothing is mixed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from brewjax import pipeline
+from brewjax.config import ConfigError
+from brewjax.pipeline import Step, run_steps
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """`run(settings=.., code=..)` runs three steps and returns which of them did something."""
+    (tmp_path / "src").mkdir()
+    monkeypatch.setattr(pipeline, "HERE", tmp_path / "src")
+    did: list[str] = []
+
+    def once(settings: str = "a", code: str = "x = 1", keep: bool = True, fails: str = "", **arguments: object):
+        did.clear()
+        for package in ("data", "train"):
+            (tmp_path / "src" / package).mkdir(exist_ok=True)
+        (tmp_path / "src" / "train" / "loop.py").write_text(code)
+        pipeline._hash_code.cache_clear()
+
+        def work(name: str, folder: Path) -> None:
+            did.append(name)
+            (folder / "begun").touch()
+            if name == fails:
+                raise KeyboardInterrupt
+
+        steps = [
+            Step("data", lambda folder: work("data", folder), (), [], ("data",)),
+            Step("train", lambda folder: work("train", folder), ("data",), [settings], ("train",), keep=keep),
+            Step("report", lambda folder: work("report", folder), ("train",), [], ()),
+        ]
+        run_steps(steps, tmp_path / "out", "hash of the data", **arguments)
+        return list(did)
+
+    once.folder = tmp_path / "out"
+    return once
+
+
+def test_what_is_done_is_skipped(run):
+    assert run() == ["data", "train", "report"]
+    assert run() == []
+    assert json.loads((run.folder / "train" / "stage.json").read_text())["seconds"] >= 0
+
+
+def test_a_change_redoes_what_depends_on_it(run):
+    run(keep=False)
+    assert run(settings="b", keep=False) == ["train", "report"]
+
+
+def test_what_is_dear_is_not_overwritten(run):
+    run()
+    with pytest.raises(ConfigError, match="made from other data or settings"):
+        run(settings="b")
+    assert (run.folder / "train" / "begun").exists()
+
+
+def test_other_code_is_said_and_can_be_taken(run):
+    run()
+    assert run(code="# a comment\nx = 1") == []
+    with pytest.raises(ConfigError, match=r"made from other code .* --any-code"):
+        run(code="x = 2")
+    assert run(code="x = 2", any_code=True) == []
+
+
+def test_cheap_steps_are_done_anew_by_other_code(run):
+    run(keep=False)
+    assert run(keep=False, code="x = 2") == ["train", "report"]
+
+
+def test_what_was_killed_goes_on_or_starts_over(run):
+    with pytest.raises(KeyboardInterrupt):
+        run(fails="train")
+    (run.folder / "train" / "half").touch()
+    assert run() == ["train", "report"]
+    assert (run.folder / "train" / "half").exists()  # it goes on
+    with pytest.raises(KeyboardInterrupt):
+        run(settings="b", keep=False, fails="train")
+    (run.folder / "train" / "half").touch()
+    run(settings="b", keep=False)
+    assert not (run.folder / "train" / "half").exists()
