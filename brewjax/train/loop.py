@@ -153,16 +153,18 @@ def train(
     return state["params"]
 
 
-Step = Callable[[State, TokenBatch, dict[str, TopK], dict[str, Params]], tuple[State, dict[str, Array]]]
+Step = Callable[..., tuple[State, dict[str, Array]]]
 
 
-def make_step(model: ModelConfig, config: TrainConfig, objective: Objective, models: Mapping[str, ModelConfig]) -> Step:
+def make_step(
+    model: ModelConfig, config: TrainConfig, objective: Objective, models: Mapping[str, ModelConfig] = {}
+) -> Step:
     """One step, to be compiled: a state, a batch in `accumulate` parts, what frozen models elsewhere said of it, and
     the parameters of those here, whose shapes are `models`; to the state after it and metrics."""
     optimizer, rate = config.optimizer.build(config.steps), config.optimizer.rate(config.steps)
 
     def step(
-        state: State, parts: TokenBatch, said: dict[str, TopK], frozen: dict[str, Params]
+        state: State, parts: TokenBatch, said: dict[str, TopK] = {}, frozen: dict[str, Params] = {}
     ) -> tuple[State, dict[str, Array]]:
         def loss_sum(params: Params, part: TokenBatch, said: dict[str, TopK]) -> tuple[Array, dict[str, Mean]]:
             if config.lora:

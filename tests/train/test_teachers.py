@@ -26,7 +26,6 @@ from tests.tiny import MODEL, params
 from tests.train.test_loop import CONFIG, newest_checkpoint, shards, toy, without_speed
 
 __all__ = ["shards"]  # a fixture
-pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
 BIG = MODEL.model_copy(update={"name": "big", "d_model": 24})
 TEACHER = Frozen(BIG, params(BIG, seed=7))
 SHORT = CONFIG.model_copy(update={"steps": 6, "checkpoint_every": 3})
