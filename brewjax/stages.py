@@ -242,7 +242,7 @@ def train_stage(run: Run, stage: TrainedStage, data: Path, folder: Path) -> None
     if isinstance(stage, DistillStage):
         objective = stage.loss
         teacher = Frozen(*load_model(run.model(stage.teacher), mesh))
-        frozen = stage.loss.frozen(teacher, stage.train, shards, folder / "teacher")
+        frozen = stage.loss.frozen(teacher, model, stage.train, shards, folder / "teacher")
     elif isinstance(stage, AlignStage):
         objective = stage.loss
         if not stage.train.lora:

@@ -12,6 +12,7 @@ import pydantic
 
 from brewjax.config import Config
 from brewjax.data.loader import NO_TARGET, Shards, TokenBatch
+from brewjax.model.config import ModelConfig
 from brewjax.model.decoder import Decoder
 from brewjax.model.sharding import MeshConfig
 from brewjax.train.loop import TrainConfig
@@ -51,11 +52,15 @@ class Distill(Config):
     mesh: MeshConfig = MeshConfig()
     top_k: int = pydantic.Field(default=64, gt=0)
 
-    def frozen(self, teacher: Frozen, config: TrainConfig, shards: Shards, cache: Path) -> dict[str, Beside]:
+    def frozen(
+        self, teacher: Frozen, student: ModelConfig, config: TrainConfig, shards: Shards, cache: Path
+    ) -> dict[str, Beside]:
         """What `train` is to be given as `frozen`. Writes the teacher's answers into the folder `cache` if need be.
 
-        Raises CacheError where answers are there to other data, of another teacher or by other settings.
+        Raises ValueError where teacher and student differ in their words, and CacheError where the cache holds answers
+        to other data, of another teacher or by other settings.
         """
+        _check_words(teacher.model.vocab_size, student.vocab_size)
         if self.teacher == "same_mesh":
             return {TEACHER: teacher}
         k = min(self.top_k, teacher.model.vocab_size - 1)  # all words but one tell the last one, too
@@ -80,11 +85,7 @@ class Distill(Config):
         if isinstance(teacher, TopK):
             loss = functools.partial(top_k_distillation, divergence=divergence, temperature=self.temperature)
             return token_sums(decoder.sharding, loss, [student], *teacher, weights)
-        if len(teacher.head) != len(decoder.head):
-            raise ValueError(
-                f"the teacher's vocabulary has {len(teacher.head)} words, the student's {len(decoder.head)}: "
-                "a student shares its teacher's tokenizer"
-            )
+        _check_words(teacher.config.vocab_size, decoder.config.vocab_size)
         said = jax.lax.stop_gradient(teacher(batch.tokens, batch.positions, batch.segments))
         loss = functools.partial(linear_distillation, divergence=divergence, temperature=self.temperature)
         return token_sums(decoder.sharding, loss, [student, (said, teacher.head)], weights)
@@ -99,3 +100,11 @@ class Distill(Config):
                 return jensen_shannon(self.beta)
             case "skewed_kl":
                 return skewed_kl(self.alpha)
+
+
+def _check_words(teacher: int, student: int) -> None:
+    if teacher != student:
+        raise ValueError(
+            f"the teacher's vocabulary has {teacher} words, the student's {student}: "
+            "a student shares its teacher's tokenizer"
+        )

@@ -153,25 +153,27 @@ def train(
     return state["params"]
 
 
-Step = Callable[[State, TokenBatch, dict[str, TopK], dict[str, Params]], tuple[State, dict[str, Array]]]
+Step = Callable[..., tuple[State, dict[str, Array]]]
 
 
-def make_step(model: ModelConfig, config: TrainConfig, objective: Objective, models: Mapping[str, ModelConfig]) -> Step:
+def make_step(
+    model: ModelConfig, config: TrainConfig, objective: Objective, models: Mapping[str, ModelConfig] = {}
+) -> Step:
     """One step, to be compiled: a state, a batch in `accumulate` parts, what frozen models elsewhere said of it, and
     the parameters of those here, whose shapes are `models`; to the state after it and metrics."""
     optimizer, rate = config.optimizer.build(config.steps), config.optimizer.rate(config.steps)
 
     def step(
-        state: State, parts: TokenBatch, said: dict[str, TopK], frozen: dict[str, Params]
+        state: State, parts: TokenBatch, said: Mapping[str, TopK] = {}, frozen: Mapping[str, Params] = {}
     ) -> tuple[State, dict[str, Array]]:
-        def loss_sum(params: Params, part: TokenBatch, said: dict[str, TopK]) -> tuple[Array, dict[str, Mean]]:
+        def loss_sum(params: Params, part: TokenBatch, said: Mapping[str, TopK]) -> tuple[Array, dict[str, Mean]]:
             if config.lora:
                 params = config.lora.merge(frozen[BASE], params)
-            given = said | {name: bind(models[name], weights) for name, weights in frozen.items()}
+            given = dict(said) | {name: bind(models[name], weights) for name, weights in frozen.items()}
             loss, metrics = objective(bind(model, params), part, given)
             return loss.total, {"loss": loss} | metrics
 
-        def accumulate(sums: Params, inputs: tuple[TokenBatch, dict[str, TopK]]) -> tuple[Params, dict[str, Mean]]:
+        def accumulate(sums: Params, inputs: tuple[TokenBatch, Mapping[str, TopK]]) -> tuple[Params, dict[str, Mean]]:
             (_, means), grads = jax.value_and_grad(loss_sum, has_aux=True)(state["params"], *inputs)
             return jax.tree.map(jnp.add, sums, grads), means
 

@@ -56,14 +56,18 @@ class OnOwnMesh:
 
     def __call__(self, placed: TokenBatch) -> TopK:
         """[parts, rows, T, k], on the teacher's mesh, of a batch [parts, rows, T] on any."""
-        if placed.tokens.shape[1] % row_ways(self._mesh):
-            raise ValueError(
-                f"{placed.tokens.shape[1]} rows at a time do not divide over the {row_ways(self._mesh)} devices along "
-                "data, fsdp and expert of the teacher's mesh"
-            )
+        _check_rows(placed.tokens.shape[1], self._mesh)
         there = jax.device_put(placed, NamedSharding(self._mesh, PARTS))
         with jax.set_mesh(self._mesh):
             return self._answer(self._params, there)
+
+
+def _check_rows(rows: int, mesh: Mesh) -> None:
+    if rows % row_ways(mesh):
+        raise ValueError(
+            f"{rows} rows at a time do not divide over the {row_ways(mesh)} devices along data, fsdp and expert of the "
+            "teacher's mesh"
+        )
 
 
 def _answers(model: ModelConfig, k: int, temperature: float, params: Params, parts: TokenBatch) -> TopK:
@@ -173,6 +177,7 @@ def write_cache(
       rows, row_tokens: what the teacher reads at a time, over all devices of the mesh.
     """
     devices = mesh.build()
+    _check_rows(rows, devices)
     card = {"teacher": fingerprint(teacher, devices), "k": k, "temperature": temperature}
     done = hosts.on_first(functools.partial(_begin, folder, shards, card))
     if done is None:

@@ -158,11 +158,11 @@ def test_a_last_line_cut_short_is_dropped(tmp_path):
 # --- NaN
 
 
-def newest_checkpoint(folder: Path) -> tuple[int, Params]:
+def newest_checkpoint(folder: Path, config: TrainConfig = CONFIG) -> tuple[int, Params]:
     """Its step and parameters, on one device, however many wrote it."""
     mesh = MeshConfig().build(jax.devices()[:1])
     with jax.set_mesh(mesh), ocp.training.Checkpointer((folder / "checkpoints").absolute()) as checkpointer:
-        state = checkpointer.load_checkpointables(None, {"state": abstract_state(MODEL, CONFIG, mesh)})["state"]
+        state = checkpointer.load_checkpointables(None, {"state": abstract_state(MODEL, config, mesh)})["state"]
         return checkpointer.latest.step, state["params"]
 
 

@@ -18,6 +18,7 @@ from brewjax.train.align import Align
 from brewjax.train.batches import Batches
 from brewjax.train.distill import Distill
 from brewjax.train.loop import train
+from brewjax.train.lora import LoraConfig
 from brewjax.train.metrics import METRICS, read_metrics
 from brewjax.train.objectives import supervised
 from brewjax.train.teachers import Cache, CacheError, Frozen, OnOwnMesh, fingerprint, write_cache
@@ -25,7 +26,6 @@ from tests.tiny import MODEL, params
 from tests.train.test_loop import CONFIG, newest_checkpoint, shards, toy, without_speed
 
 __all__ = ["shards"]  # a fixture
-pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
 BIG = MODEL.model_copy(update={"name": "big", "d_model": 24})
 TEACHER = Frozen(BIG, params(BIG, seed=7))
 SHORT = CONFIG.model_copy(update={"steps": 6, "checkpoint_every": 3})
@@ -41,7 +41,7 @@ def same_mesh(shards, tmp_path_factory):
     """The folder of a run with the teacher in memory."""
     folder = tmp_path_factory.mktemp("same_mesh")
     distill = Distill(temperature=2.0)
-    frozen = distill.frozen(TEACHER, SHORT, shards, folder / "cache")
+    frozen = distill.frozen(TEACHER, MODEL, SHORT, shards, folder / "cache")
     train(MODEL, SHORT, shards, folder, distill, init=params(), frozen=frozen)
     return folder
 
@@ -51,7 +51,7 @@ def test_all_words_but_one_of_a_teacher_elsewhere_teach_what_it_does_in_memory(s
     """The one left out is the tail."""
     distill = Distill(temperature=2.0, teacher=teacher, top_k=1000)
     config = SHORT.model_copy(update={"accumulate": 2})  # which changes nothing either
-    frozen = distill.frozen(TEACHER, config, shards, tmp_path / "cache")
+    frozen = distill.frozen(TEACHER, MODEL, config, shards, tmp_path / "cache")
     train(MODEL, config, shards, tmp_path, distill, init=params(), frozen=frozen)
     for name in ("loss", "loss_kd", "loss_sft", "grad_norm"):
         found, expected = ([row[name] for row in read_metrics(run / METRICS)] for run in (tmp_path, same_mesh))
@@ -147,7 +147,8 @@ def test_weights_that_change_places_have_another_fingerprint():
     assert fingerprint(TEACHER, mesh) != fingerprint(Frozen(BIG, swapped), mesh)
 
 
-def test_align_learns_to_prefer_and_the_reference_stays(tmp_path):
+@pytest.mark.parametrize("lora", [None, LoraConfig()], ids=["held to a copy", "held to the policy without LoRA"])
+def test_align_learns_to_prefer_and_the_reference_stays(tmp_path, lora):
     """Of each list's questions, all answered alike, the one that begins with token 3 is preferred to those with 4."""
     prompts = []
     for number in range(100):
@@ -157,8 +158,8 @@ def test_align_learns_to_prefer_and_the_reference_stays(tmp_path):
         ]
         prompts.append((dataclasses.replace(one, questions=questions, answers=[0] * 3, lists=[1, -1, -1]), {}))
     write_shards(tmp_path / "shards", prompts, 64)
-    start, config = params(), CONFIG.model_copy(update={"checkpoint_every": 40})
-    frozen = {"reference": Frozen(MODEL, start)}
+    start, config = params(), CONFIG.model_copy(update={"checkpoint_every": 40, "lora": lora})
+    frozen = {} if lora else {"reference": Frozen(MODEL, start)}
     train(MODEL, config, tmp_path / "shards", tmp_path, Align(beta=0.5), init=start, frozen=frozen)
     rows = read_metrics(tmp_path / METRICS)
     assert rows[0]["reward_margin"] == 0
