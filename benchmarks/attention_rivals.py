@@ -95,20 +95,21 @@ def main(chips: list[str]) -> None:
     for name in chips:
         chip = Chip(name)
         for way in PRODUCTS:
-            plan, cost = costs(chip, way)
-            ours, _ = estimate(plan, cost, visits(plan, labels))
+            cost = costs(chip, way)
+            plan = cost.plan
+            ours, _ = estimate(cost, visits(plan, labels))
             theirs = rival(chip, way)
             blocks = dataclasses.replace(plan, chunk=128, chunks=BLOCK // 128, keys=BLOCK)
             kinds = np.where(visits(blocks, labels) == EVERY, "every", "some")
             other = sum(theirs["visit"]["bundles"] + max(theirs[x]["bundles"], theirs[x]["cycles"]) for x in kinds)
-            scale = BLOCK**2 / cost["every"]["pairs"]
+            scale = BLOCK**2 / cost.every["pairs"]
             table.add_row(
                 name,
                 way,
                 *(f"{chip.milliseconds(x):.2f}" for x in (ours, other)),
                 f"{ours / other:.2f}",
                 f"{chip.milliseconds(chip.cycles(way, ideal)):.2f}",
-                f"{cost['every']['bundles'] * scale:,.0f}",
+                f"{cost.every['bundles'] * scale:,.0f}",
                 f"{theirs['every']['bundles']:,} ({theirs['some']['bundles']:,} masked)",
             )
     Console(width=120).print(table)

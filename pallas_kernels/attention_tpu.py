@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention_tpu_plan import LABELS, TILE, Line, Plan, kinds_and_labels, unpack_labels
+from pallas_kernels.attention_tpu_plan import LABELS, TILE, Plan, kinds_and_labels, unpack_labels
 from pallas_kernels.segments import MASKED, Segments, sees
 from pallas_kernels.worklist import EVERY, worklist
 
@@ -297,7 +297,7 @@ class Job:
 
     def tiles(self) -> list[pl.Slice]:
         """The rows, a tile at a time: few enough for registers."""
-        return [pl.ds(self.rows.start + row, TILE) for row in range(0, self.rows.size, TILE)]
+        return [pl.Slice(self.rows.start + row, TILE) for row in range(0, self.rows.size, TILE)]
 
 
 def _pipeline(count: int, *stages: Callable[[int], None]) -> None:
@@ -331,7 +331,7 @@ def _whole(plan: Plan, run: Callable[[list[Job]], None]) -> None:
     size = together(plan)
 
     def step(n: Array, _: None) -> None:
-        run([Job(n * size + m, slice(0, plan.chunk), pl.ds(0, plan.keys)) for m in range(size)])
+        run([Job(n * size + m, slice(0, plan.chunk), pl.Slice(0, plan.keys)) for m in range(size)])
 
     jax.lax.fori_loop(0, plan.group * plan.chunks // size, step, None)
 
@@ -341,7 +341,7 @@ def together(plan: Plan) -> int:
     return max(n for n in range(1, UNROLLED + 1) if plan.group * plan.chunks % n == 0)
 
 
-def _along(plan: Plan, run: Callable[[list[Job]], None], masks: Masks, line: Line) -> None:
+def _along(plan: Plan, run: Callable[[list[Job]], None], masks: Masks, line: Sequence[tuple[int, Any]]) -> None:
     for n, tiles in enumerate(line):
         masks.make(n, *tiles)  # once for all heads
 
@@ -349,7 +349,7 @@ def _along(plan: Plan, run: Callable[[list[Job]], None], masks: Masks, line: Lin
         jobs = []
         for n, (q_tile, kv_tile) in enumerate(line):
             chunk, place = divmod(q_tile * TILE, plan.chunk)
-            rows = pl.ds(_at(kv_tile), TILE)
+            rows = pl.Slice(_at(kv_tile), TILE)
             jobs.append(Job(g * plan.chunks + chunk, slice(place, place + TILE), rows, mask=n))
         run(jobs)
 

@@ -146,9 +146,9 @@ def kinds_and_labels(
         x.reshape(plan.B, plan.q_blocks, plan.queries // TILE, plan.kv_blocks, plan.keys // TILE) for x in tiles
     )
     seen = jnp.stack([sum(some[:, :, a, :, b] for a, b in line) > 0 for line in plan.lines], -1)
-    tiles = seen * np.array([len(line) for line in plan.lines])
+    count = seen * np.array([len(line) for line in plan.lines])
     diagonals = np.arange(len(plan.lines)) < len(plan.diagonals)
-    fewer = jnp.sum(tiles, -1, where=diagonals) <= jnp.sum(tiles, -1, where=~diagonals)
+    fewer = jnp.sum(count, -1, where=diagonals) <= jnp.sum(count, -1, where=~diagonals)
     kind = jnp.sum((seen & (fewer[..., None] == diagonals)) << np.arange(len(plan.lines)), -1)
     every |= ~some.any((3, 4), keepdims=True)  # a tile of padding: nobody asks what it sees
     kind = jnp.where(every.all((2, 4)) & some.any((2, 4)), EVERY, kind)

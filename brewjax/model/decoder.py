@@ -206,7 +206,11 @@ class Decoder(nnx.Module):
             return x, (None if past is None else own, balance)
 
         layers = (weights, jnp.arange(self.config.layers))
-        x, (own, balance) = jax.lax.scan(jax.checkpoint(body) if self.config.remat else body, x, layers)
+        if self.config.remat:
+            # A scan needs no guard against common subexpressions, and what guards them would keep what no layer
+            # changes, such as the attention's worklist, inside the backward loop: made once for every layer.
+            body = jax.checkpoint(body, prevent_cse=False)
+        x, (own, balance) = jax.lax.scan(body, x, layers)
         return self.norm(x), own, jnp.mean(balance)
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:

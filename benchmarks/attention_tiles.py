@@ -1,0 +1,31 @@
+"""How few pairs of tokens could be computed with tiles of a size, each skipped by itself: over those that must be.
+
+python -m benchmarks.attention_tiles
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+from benchmarks.attention_static import LAYOUTS, pairs, segments, table
+from pallas_kernels.segments import Segments
+from pallas_kernels.worklist import sight
+
+TILES = [(128, 128), (128, 64), (128, 32), (128, 8), (64, 64), (32, 128), (32, 32)]  # queries x keys
+
+
+def main() -> None:
+    shown = table("pairs over ideal, tiles of queries x keys", ("layout", *(f"{q} x {k}" for q, k in TILES)))
+    for name in LAYOUTS:
+        labels = segments(name)
+        ideal, length = pairs(labels), labels.example.shape[1]
+        whole = Segments(*(jnp.pad(x, ((0, 0), (0, -length % 128))) for x in labels))
+        count = jax.jit(lambda row, q, k: sight(row, row, 0, q, k).some.sum(), static_argnums=(1, 2))
+        shown.add_row(name, *(f"{int(count(whole, q, k)) * q * k / ideal:.3f}" for q, k in TILES))
+    Console(width=120).print(shown)
+
+
+if __name__ == "__main__":
+    main()
