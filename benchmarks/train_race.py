@@ -274,16 +274,8 @@ def main() -> None:
     )
     title = f"{shape} parameters, float32, {CORES} cores: median of turns"
     table = Table(title=title)
-    for column in (
-        "",
-        "parameters",
-        "step, s",
-        "of all cores, s",
-        "tokens/s",
-        "ours is faster by",
-        "peak memory",
-        "loss",
-    ):
+    columns = ("", "step, s", "on all cores, s", "tokens/s", "x ours, time", "x ours, cores", "peak memory", "loss")
+    for column in columns:
         table.add_column(column, justify="right")
     seconds, cores = (
         {name: np.array([turn[what] for turn in turns[name][WARM:]]) for name in players}
@@ -295,7 +287,7 @@ def main() -> None:
         memory = f"{turns[name][-1]['gigabytes']:.2f} GB"
         losses = f"{turns[name][0]['loss']:.2f} to {turns[name][-1]['loss']:.2f}"
         table.add_row(name, f"{step:.2f}", f"{busy:.2f}", f"{ROWS * LENGTH / step:,.0f}", *ratios, memory, losses)
-    Console().print(table)
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":
