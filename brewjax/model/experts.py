@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 from brewjax.model.config import ExpertsConfig, ModelConfig
 from brewjax.model.sharding import Sharding
 from brewjax.model.weights import gathered, random_weight, used_axes
+from pallas_kernels.grouped_matmul import grouped_matmul
 
 
 class Experts(nnx.Module):
@@ -83,13 +84,12 @@ def _mix(
     chosen = jnp.where((chosen_SK >= 0) & (chosen_SK < M), chosen_SK, M).reshape(-1)
     order, sizes_M = jnp.argsort(chosen, stable=True), jnp.bincount(chosen, length=M + 1)[:M]
     rows = x_SD[order // K]
-    gate, up = jax.lax.ragged_dot(rows, gate_MDF, sizes_M), jax.lax.ragged_dot(rows, up_MDF, sizes_M)
-    rows = jax.lax.ragged_dot(jax.nn.silu(gate) * up, down_MFD, sizes_M)
-    rows = jnp.where(jnp.arange(len(rows))[:, None] < jnp.sum(sizes_M), rows, 0)
+    gate, up = grouped_matmul(rows, gate_MDF, sizes_M), grouped_matmul(rows, up_MDF, sizes_M)
+    rows = grouped_matmul(jax.nn.silu(gate) * up, down_MFD, sizes_M)
     said_SKD = rows[jnp.argsort(order)].reshape(*chosen_SK.shape, -1)
-    out_SD = jnp.einsum("skd,sk->sd", said_SKD.astype(jnp.float32), weights_SK)
+    out_SD = jnp.einsum("skd,sk->sd", said_SKD.astype(jnp.float32), weights_SK).astype(x_BTD.dtype)
     if rules["neurons"]:
         out_SD = jax.lax.psum(out_SD, rules["neurons"])
     if M < N:
         out_SD = jax.lax.psum_scatter(out_SD, rules["experts"], tiled=True)
-    return out_SD.astype(x_BTD.dtype).reshape(x_BTD.shape), balance
+    return out_SD.reshape(x_BTD.shape), balance
