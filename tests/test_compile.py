@@ -12,7 +12,7 @@ from brewjax.ahead.program import Work, model_flops
 from brewjax.ahead.report import Memory, advice, compile_work
 from brewjax.ahead.topology import GIB, topology
 from brewjax.cli import app
-from brewjax.model.config import ModelConfig
+from brewjax.model.config import ExpertsConfig, ModelConfig
 from brewjax.model.params import size
 from brewjax.model.sharding import MeshConfig
 from brewjax.train.loop import TrainConfig
@@ -150,6 +150,9 @@ def test_flops_are_two_for_each_parameter_of_a_layer():
     matrices = size(model).parameters - (2 * model.layers + 1) * model.d_model - 2 * model.vocab_size * model.d_model
     assert products == 2 * matrices
     assert model_flops(model, 2, 10, 5)[1] / attention == 2 * 10 * (10 / 2 + 5) * 2
+    model = model.model_copy(update={"experts": ExpertsConfig(count=8, per_token=2)})
+    mlps = 2 * model.layers * 3 * model.d_model * model.d_ff
+    assert model_flops(model, 1, 1) == (products - mlps, attention + 2 * mlps)  # experts are kernels
 
 
 def test_advice_begins_with_what_costs_least():

@@ -23,7 +23,7 @@ class Work(NamedTuple):
     Attributes:
       arguments: shapes with shardings.
       flops: of the model, over all devices (see `model_flops`).
-      in_kernels: those of them that are attention's, of which the compiler has no estimate.
+      in_kernels: those of them that kernels do, of which the compiler has no estimate.
     """
 
     name: str
@@ -34,17 +34,18 @@ class Work(NamedTuple):
 
 
 def model_flops(model: ModelConfig, rows: int, tokens: int, past: int = 0) -> tuple[float, float]:
-    """Of one forward pass: two for each parameter that a token is multiplied with, and those of attention.
+    """Of one forward pass, outside kernels and in them: two for each parameter that a token is multiplied with.
 
-    Attention as if every token saw all before it: an upper limit. The head is left out: only tokens with a target,
-    or an answer, go through it.
+    In kernels are attention, as if every token saw all before it (an upper limit), and a mixture's experts. The head
+    is left out: only tokens with a target, or an answer, go through it.
     """
     D, H, K, E, F = model.d_model, model.heads, model.kv_heads, model.head_dim, model.d_ff
-    experts = model.experts.per_token if model.experts else 1
-    per_token = D * E * (H + 2 * K) + H * E * D + 3 * D * F * experts
-    pairs = tokens * (tokens / 2 + past)
+    projections, mlp = D * E * (H + 2 * K) + H * E * D, 3 * D * F
+    attention = 2 * H * E * tokens * (tokens / 2 + past)
     layers = 2 * model.layers * rows
-    return layers * per_token * tokens, layers * 2 * H * E * pairs
+    if model.experts:
+        return layers * projections * tokens, layers * (attention + model.experts.per_token * mlp * tokens)
+    return layers * (projections + mlp) * tokens, layers * attention
 
 
 def training_step(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> Work:
@@ -54,8 +55,8 @@ def training_step(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> Work:
     step = jax.jit(make_step(model, config, supervised, base), donate_argnums=0)
     frozen = {name: abstract_params(one, mesh) for name, one in base.items()}
     arguments: Any = abstract_state(model, config, mesh), abstract_batch(config, mesh), {}, frozen
-    products, attention = (3 * flops for flops in model_flops(model, config.rows, config.row_tokens))
-    return Work("training step", step.trace(*arguments), arguments, products + attention, attention)
+    outside, in_kernels = (3 * flops for flops in model_flops(model, config.rows, config.row_tokens))
+    return Work("training step", step.trace(*arguments), arguments, outside + in_kernels, in_kernels)
 
 
 def scoring_pass(model: ModelConfig, bucket: Bucket, mesh: Mesh) -> list[Work]:
@@ -83,9 +84,9 @@ def scoring_pass(model: ModelConfig, bucket: Bucket, mesh: Mesh) -> list[Work]:
     batch = NamedSharding(mesh, FSDP_TENSOR.spec("batch", None, None))
     asked = jax.ShapeDtypeStruct(asked_shape, model.compute_dtype, sharding=batch)
     head = jax.jit(functools.partial(score_labels, model), static_argnums=3)
-    products, attention = model_flops(model, ways, bucket.tokens, bucket.past * PAGE)
+    outside, in_kernels = model_flops(model, ways, bucket.tokens, bucket.past * PAGE)
     of_run, of_head = (params, pool, *inputs), (params, asked, labels)
     return [
-        Work("scoring pass", run.trace(*of_run), of_run, products + attention, attention),
+        Work("scoring pass", run.trace(*of_run), of_run, outside + in_kernels, in_kernels),
         Work("its label scores", head.trace(*of_head, "labels"), of_head, 0.0, 0.0),
     ]

@@ -43,7 +43,7 @@ class Bound(NamedTuple):
 
     Attributes:
       compute: the model's FLOPs at the chip's peak.
-      operations: the compiler's estimate of its own operations, and attention at the chip's peak.
+      operations: the compiler's estimate of its own operations, and kernels (attention, experts) at the chip's peak.
       sent: what collectives send, over all links at once.
     """
 
@@ -132,7 +132,7 @@ def show(compiled: Compiled, where: Topology, suggestion: str, console: Console,
     table.add_row("model FLOPs, over all devices", f"{compiled.work.flops:.4g}")
     table.add_row("model FLOPs of a device at its peak", f"{limits.compute * 1000:,.2f} ms")
     table.add_row("estimated cycles", f"{program.cycles:,}")
-    table.add_row("these, and attention at the peak", f"{limits.operations * 1000:,.2f} ms")
+    table.add_row("these, and kernels at the peak", f"{limits.operations * 1000:,.2f} ms")
     table.add_row("collectives, over all links at once", f"{limits.sent * 1000:,.2f} ms")
     if limits.compute:
         all_at_once, in_turn = f"{limits.overlapped:.1%}", f"{limits.serial:.1%}"

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from brewjax.model.config import ExpertsConfig, ModelConfig
 from brewjax.model.sharding import Sharding
 from brewjax.model.weights import QuantizedWeight, Weight, gathered, matrix, random_weight, used_axes
+from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.quantized_matmul import Activations, Quantized, round_tokens
 
 
@@ -108,12 +109,12 @@ def _mix(
     rows = grouped(jax.nn.silu(gate) * up, down_MFD, rules["neurons"])
     rows = jnp.where(jnp.arange(len(rows))[:, None] < jnp.sum(sizes_M), rows, 0)
     said_SKD = rows[jnp.argsort(order)].reshape(*chosen_SK.shape, -1)
-    out_SD = jnp.einsum("skd,sk->sd", said_SKD.astype(jnp.float32), weights_SK)
+    out_SD = jnp.einsum("skd,sk->sd", said_SKD.astype(jnp.float32), weights_SK).astype(x_BTD.dtype)
     if rules["neurons"]:
         out_SD = jax.lax.psum(out_SD, rules["neurons"])
     if M < N:
         out_SD = jax.lax.psum_scatter(out_SD, rules["experts"], tiled=True)
-    return out_SD.astype(x_BTD.dtype).reshape(x_BTD.shape), balance
+    return out_SD.reshape(x_BTD.shape), balance
 
 
 def _grouped(
@@ -131,7 +132,7 @@ def _grouped(
       inputs_over: the mesh axes that K lies over; the token scales are those of all its parts, not the sums.
     """
     if not isinstance(weight, Quantized):
-        return jax.lax.ragged_dot(rows_RK, weight, sizes_M)
+        return grouped_matmul(rows_RK, weight, sizes_M)
     tokens, scales = round_tokens(rows_RK, weight.values.dtype, activations, inputs_over)
     out = jax.lax.ragged_dot(
         tokens.astype(jnp.bfloat16),

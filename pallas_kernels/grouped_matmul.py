@@ -1,0 +1,50 @@
+"""Grouped matrix products, for a mixture of experts: each block of rows with a matrix of its own."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.platform import platform
+
+TILES = (512, 1024, 1024)  # rows, and both sides of a matrix, that a step of `tgmm` works on
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def grouped_matmul(
+    rows: Float[Array, "R D"],
+    matrices: Float[Array, "M D F"],
+    sizes: Int[Array, " M"],
+    implementation: str | None = None,
+) -> Float[Array, "R F"]:
+    """The first sizes[0] rows by the first matrix, and so on; the rows behind the last block give zeros.
+
+    Differentiable in `rows` and `matrices`. `implementation` is how the gradient of the matrices is computed: "xla",
+    "tpu" or "tpu-interpreted"; the platform's own unless it is given.
+    """
+    return jax.lax.ragged_dot(rows, matrices, sizes)
+
+
+def _forward(rows: Array, matrices: Array, sizes: Array, implementation: str | None) -> tuple[Array, tuple]:
+    return jax.lax.ragged_dot(rows, matrices, sizes), (rows, matrices, sizes)
+
+
+def _backward(implementation: str | None, saved: tuple[Array, Array, Array], d_out: Array) -> tuple:
+    rows, matrices, sizes = saved
+    (d_rows,) = jax.vjp(lambda rows: jax.lax.ragged_dot(rows, matrices, sizes), rows)[1](d_out)
+    implementation = implementation or ("tpu" if platform() == "tpu" else "xla")
+    if implementation == "xla":
+        (d_matrices,) = jax.vjp(lambda matrices: jax.lax.ragged_dot(rows, matrices, sizes), matrices)[1](d_out)
+        return d_rows, d_matrices, None
+    # The TPU's compiler would multiply all rows with all of d_out once for each matrix, and mask.
+    whole = ((0, -len(rows) % TILES[0]), (0, 0))
+    rows, d_out = jnp.pad(rows, whole), jnp.pad(d_out, whole)
+    interpret = implementation == "tpu-interpreted"
+    return d_rows, tgmm(rows.T, d_out, sizes, matrices.dtype, TILES, interpret=interpret), None
+
+
+grouped_matmul.defvjp(_forward, _backward)
