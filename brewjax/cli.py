@@ -94,9 +94,10 @@ def run(
     """
     _device_per_core()
     from brewjax import hosts
-    from brewjax.dry_run import plan_table
-    from brewjax.recipe import Recipe
-    from brewjax.stages import Run, run_recipe
+    from brewjax.pipeline.dry_run import plan_table
+    from brewjax.pipeline.recipe import Recipe
+    from brewjax.pipeline.run import Run
+    from brewjax.pipeline.stages import run_recipe
 
     config = Recipe.load(recipe, overrides or ())
     folder = out or Path("runs") / config.name
@@ -124,8 +125,9 @@ def _stage_verb(kind: str, does: str) -> None:
         import yaml
 
         from brewjax import hosts
-        from brewjax.recipe import Recipe
-        from brewjax.stages import Run, run_recipe
+        from brewjax.pipeline.recipe import Recipe
+        from brewjax.pipeline.run import Run
+        from brewjax.pipeline.stages import run_recipe
 
         of_recipe = ("prompts.", "tokenizer.")
         keys = [key if key.startswith(of_recipe) else f"stages.{kind}.{key}" for key in overrides or ()]
@@ -449,7 +451,7 @@ def compile_(
     from brewjax.ahead.topology import topology as find
     from brewjax.model.config import ModelConfig
     from brewjax.model.params import size
-    from brewjax.recipe import load_plan
+    from brewjax.pipeline.recipe import load_plan
     from brewjax.scoring.passes import Bucket
 
     plan = load_plan(recipe, overrides or ())

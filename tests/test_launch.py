@@ -17,8 +17,8 @@ import yaml
 from kubeflow_trainer_api.models import JobsetV1alpha2JobSet
 
 from brewjax.train.metrics import METRICS, read_metrics
+from tests.pipeline.test_run import MODEL, RECIPE, TASK
 from tests.tables import write_dataset
-from tests.test_pipeline import MODEL, RECIPE, TASK
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") or "shellcheck"

@@ -1,152 +1,60 @@
-"""What each stage of a recipe does, as steps of a pipeline: data, models, their evaluation, baselines, report."""
+"""What each stage of a recipe does, and all of them as steps, each model followed by its evaluation."""
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
 import functools
 import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator
-from functools import cached_property
-from glob import glob
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from jax.sharding import Mesh
 from rich.console import Console
 
 from brewjax import hosts
-from brewjax.ahead.program import model_flops
 from brewjax.compress.prune import prune
 from brewjax.compress.quantize import quantize
 from brewjax.config import ConfigError
-from brewjax.data.dataset import CARD, Dataset
-from brewjax.data.examples import Example, build_examples, sample_examples
+from brewjax.data.dataset import CARD
+from brewjax.data.examples import sample_examples
 from brewjax.data.loader import MixConfig, write_shards
 from brewjax.data.numbers import Percentiles
 from brewjax.data.preferences import AlignConfig, align_records
 from brewjax.data.prose import PretrainConfig, domain_texts, general_texts, pretrain_records
-from brewjax.data.task import Task, load_tasks
+from brewjax.data.task import Task
 from brewjax.data.tokenizer import Tokenizer
 from brewjax.data.tokens import EncodedPrompt, Text
 from brewjax.data.training import Note, SftConfig, sft_records
 from brewjax.data.verbalize import Verbalizer
-from brewjax.evaluate.baselines import LightGBM, popularity
-from brewjax.evaluate.predict import Work, predict
-from brewjax.evaluate.predictions import from_examples
-from brewjax.evaluate.report import print_models, print_results, write_report
-from brewjax.evaluate.results import Model, compare
 from brewjax.model.config import ModelConfig
-from brewjax.model.params import MODEL, Params, load_model, size
-from brewjax.pipeline import Step, read_record, run_steps
-from brewjax.recipe import (
+from brewjax.model.params import MODEL, Params, load_model
+from brewjax.pipeline.judgement import EVALUATE, baselines_stage, evaluate_stage, report_stage
+from brewjax.pipeline.recipe import (
     AlignStage,
     DistillStage,
     PretrainStage,
     PruneStage,
     QuantizeStage,
     Recipe,
-    Stage,
     TrainedStage,
 )
+from brewjax.pipeline.run import Run
+from brewjax.pipeline.steps import Step, run_steps
 from brewjax.scoring.bundle import PERCENTILES, TOKENIZER, Bundle, PercentileScale
 from brewjax.train.align import REFERENCE
 from brewjax.train.loop import train
-from brewjax.train.metrics import METRICS, read_metrics
 from brewjax.train.objectives import Objective, supervised
 from brewjax.train.teachers import Beside, Frozen
 
-EVALUATE, WORK = "evaluate-", "work.json"
-BASELINES = ("popularity", "LightGBM")
 # The folders whose code makes what a step leaves.
 TRAIN = ("train", "model", "../pallas_kernels")
 COMPRESS = ("compress", "model", "../pallas_kernels")
 SCORE = ("evaluate", "scoring", "model", "../pallas_kernels")
 DataConfig = SftConfig | AlignConfig | PretrainConfig
 TOKENIZER_EXAMPLES = 400  # prompts of each task that a tokenizer is trained on
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """A recipe and the folder of its outputs; what several steps need is read once."""
-
-    recipe: Recipe
-    folder: Path
-
-    @cached_property
-    def dataset(self) -> Dataset:
-        return Dataset.load(self.recipe.dataset)
-
-    @property
-    def task_files(self) -> list[str]:
-        """The recipe's patterns filled in; one that fits no file is left as it is, to be refused by its name."""
-        return [path for pattern in self.recipe.tasks for path in sorted(glob(pattern)) or [pattern]]
-
-    @cached_property
-    def tasks(self) -> list[Task]:
-        """The recipe's tasks, checked; all must split time alike, or one's test would be another's training."""
-        tasks = load_tasks(self.task_files, self.dataset)
-        for task in tasks[1:]:
-            if task.boundaries(self.dataset) != tasks[0].boundaries(self.dataset):
-                raise task.error(f"not the split of task '{tasks[0].name}'; tasks trained together share one", "split")
-        return tasks
-
-    @property
-    def base(self) -> Path | None:
-        """The folder of the model whose tokenizer is used, where the recipe goes on from one."""
-        return Path(self.recipe.model) if Path(self.recipe.model).is_dir() else None
-
-    def asked(self, task: Task) -> list[Example]:
-        """The examples of the test period that models and baselines answer."""
-        return sample_examples(self.dataset, task, "test", self.recipe.evaluate.max_examples)
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        return Tokenizer.load(self.folder / "prepare" / TOKENIZER)
-
-    @cached_property
-    def scale(self) -> PercentileScale:
-        return PercentileScale.load(self.folder / "prepare" / PERCENTILES)
-
-    @cached_property
-    def verbalizer(self) -> Verbalizer:
-        return Verbalizer(
-            self.dataset, Percentiles(self.scale.quantiles), self.tokenizer, self.recipe.prompts.max_tokens
-        )
-
-    def model(self, name: str | None) -> Path:
-        """Where the stage of that name leaves its model; or a folder that is named itself."""
-        if name is None:
-            raise ConfigError("there is no model to start from: put this stage after another")
-        return self.folder / name / "model" if name in self.recipe.stages else Path(name)
-
-    def calibration(self, bundle: Bundle, count: int) -> list[EncodedPrompt]:
-        """About `count` prompts of the training period, as they are scored, of all tasks in equal parts."""
-        style, each = self.recipe.prompts.score_style, -(-count // len(self.tasks))
-        return [
-            bundle.encode(self.verbalizer.prompt(task, example, style))
-            for task in self.tasks
-            for example in sample_examples(self.dataset, task, "train", each)
-        ]
-
-    def first_model(self) -> ModelConfig:
-        """The recipe's model, with the tokenizer's vocabulary where it names none."""
-        config = ModelConfig.load(self.recipe.model)
-        size = self.tokenizer.vocab_size
-        config.check_context(self.recipe.prompts.max_tokens, "prompts.max_tokens of the recipe")
-        if not config.vocab_size:
-            return config.model_copy(update={"vocab_size": size})
-        if config.vocab_size < size:
-            raise config.error(f"{config.vocab_size} is too small for the tokenizer's {size} tokens", "vocab_size")
-        return config
-
-    def save(self, folder: Path, model: ModelConfig, params: Params) -> None:
-        prompts, card, tasks = self.recipe.prompts, self.dataset.card, tuple(self.tasks)
-        Bundle(model, params, self.tokenizer, prompts, self.scale, card, tasks).save(folder)
 
 
 # --- data
@@ -270,97 +178,6 @@ def quantize_stage(run: Run, stage: QuantizeStage, folder: Path) -> None:
     quantize(run.model(stage.start), folder / "model", stage)
 
 
-# --- judgement
-
-
-def evaluate_stage(run: Run, name: str, folder: Path) -> None:
-    """The model's predictions on the test period of every task, and what they cost."""
-    bundle = Bundle.load(run.model(name), run.recipe.evaluate.mesh)
-    took = []
-    for task in run.tasks:
-        predictions, work = predict(bundle, run.dataset, task, run.asked(task))
-        took.append(work)
-        if hosts.is_first():
-            pq.write_table(predictions, folder / f"{task.name}.parquet")
-    if hosts.is_first():
-        (folder / WORK).write_text(json.dumps([sum(column) for column in zip(*took, strict=True)]))
-
-
-def baselines_stage(run: Run, folder: Path) -> None:
-    """Popularity's and LightGBM's predictions on the same questions."""
-    for task in run.tasks:
-        train, validation = (list(build_examples(run.dataset, task, split)) for split in ("train", "validation"))
-        examples = run.asked(task)
-        trees = LightGBM.fit(run.dataset, task, train, validation, run.recipe.evaluate.baseline_settings)
-        for name, probabilities in {
-            "popularity": popularity(run.dataset, task, train, examples),
-            "LightGBM": trees.predict(run.dataset, task, examples),
-        }.items():
-            pq.write_table(from_examples(examples, probabilities), folder / f"{task.name}.{name}.parquet")
-        Console().print(f"{task.name}: LightGBM chose {trees.settings}, {trees.rounds} rounds")
-
-
-def report_stage(run: Run, folder: Path) -> None:
-    """All models, and the last of them against the first that was tuned and the baselines: tables in the terminal,
-    report.md and report.html."""
-    console, comparisons, stages = Console(), [], run.recipe.stages
-    for task in run.tasks:
-        files = {name: run.folder / f"{EVALUATE}{name}" / f"{task.name}.parquet" for name in stages}
-        for name in BASELINES:
-            files[name] = run.folder / "baselines" / f"{task.name}.{name}.parquet"
-        predictions = {name: pq.read_table(path) for name, path in files.items()}
-        comparisons.append(compare(task, predictions, run.recipe.evaluate.bootstrap))
-    models = [_describe(run, name) for name in stages]
-    largest = max(reversed(models), key=lambda model: model.parameters).name
-    shown = list(dict.fromkeys([[*stages][-1], largest, *BASELINES]))
-    for comparison in comparisons:
-        print_results(comparison.only(*shown), console)
-    print_models(comparisons, models, console)
-    trained = {name: run.folder / name / METRICS for name, stage in stages.items() if hasattr(stage, "train")}
-    write_report(folder, run.recipe.name, comparisons, models, shown, _facts(run), trained)
-    console.print(f"report: {folder / 'report.html'}")
-
-
-def _describe(run: Run, name: str) -> Model:
-    """A stage's model, as the report's table has it."""
-    stage, config = run.recipe.stages[name], ModelConfig.load(run.model(name) / MODEL)
-    of = size(config)
-    work = Work(*json.loads((run.folder / f"{EVALUATE}{name}" / WORK).read_text()))
-    of_token, _ = model_flops(config, 1, 1)
-    flops = of_token * work.tokens / work.questions
-    seconds = read_record(run.folder / name)["seconds"]
-    return Model(name, how(stage), of.parameters, of.weight_bytes, seconds, flops, work.questions / work.seconds)
-
-
-def how(stage: Stage) -> str:
-    """What a stage does, in a few words."""
-    words: list[str] = [stage.do]
-    if isinstance(stage, PruneStage):
-        words.append(f"by {stage.method}")
-    if isinstance(stage, DistillStage):
-        words.append(f"by {stage.teacher}")
-    if isinstance(stage, TrainedStage):
-        words.append(f"{stage.train.steps} steps")
-        words += ["from random weights"] if stage.fresh else []
-    return " ".join(words + ([f"after {stage.start}"] if stage.start else []))
-
-
-def _facts(run: Run) -> dict[str, str]:
-    """What a reader needs to know of how the numbers came about."""
-    names = [step.name for step in steps(run)]
-    seconds = {name: read_record(run.folder / name).get("seconds") for name in names}
-    rows = [row for name in names for row in read_metrics(run.folder / name / METRICS)]
-    commits = {read_record(run.folder / name).get("commit") or "unknown" for name in names}
-    return {
-        "dataset": f"{run.dataset.card.name}: {len(run.dataset.members):,} members, {len(run.dataset.items):,} items, "
-        f"{len(run.dataset.events):,} events",
-        "training": f"{len(rows):,} steps, {sum(row['tokens'] for row in rows):,.0f} tokens",
-        "seconds": ", ".join(f"{name} {value:.0f}" for name, value in seconds.items() if value is not None),
-        "date": datetime.date.today().isoformat(),
-        "commit": ", ".join(sorted(commits)),
-    }
-
-
 # --- the plan
 
 
@@ -401,7 +218,7 @@ def steps(run: Run) -> list[Step]:
         plan.append(Step(f"{EVALUATE}{name}", work, (name,), judged, SCORE, together=True))
     plan.append(Step("baselines", functools.partial(baselines_stage, run), ("prepare",), judged, ("evaluate",)))
     everything = tuple(step.name for step in plan)
-    plan.append(Step("report", functools.partial(report_stage, run), everything, [], ("evaluate",)))
+    plan.append(Step("report", functools.partial(report_stage, run, everything), everything, [], ("evaluate",)))
     return plan
 
 

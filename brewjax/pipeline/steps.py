@@ -23,7 +23,7 @@ from brewjax.config import ConfigError
 
 RECORD = "stage.json"
 KILOBYTE = 1 if sys.platform == "darwin" else 1024  # what the system counts a process's memory in, in bytes
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 
 @dataclasses.dataclass(frozen=True)

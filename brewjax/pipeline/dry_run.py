@@ -12,8 +12,10 @@ from brewjax.ahead.program import model_flops
 from brewjax.data.tokenizer import Tokenizer
 from brewjax.model.config import ModelConfig
 from brewjax.model.params import MODEL, size
-from brewjax.recipe import DistillStage, PruneStage, QuantizeStage, TrainedStage
-from brewjax.stages import Run, how, steps
+from brewjax.pipeline.judgement import how
+from brewjax.pipeline.recipe import DistillStage, PruneStage, QuantizeStage, TrainedStage
+from brewjax.pipeline.run import Run
+from brewjax.pipeline.stages import steps
 
 UTILISATION = 0.4  # of what this machine's matrix product does: a small model's training on a quiet machine
 TRAINED_BYTES = 16  # of a parameter in training: the weight, its gradient and AdamW's two means, float32

@@ -7,7 +7,7 @@ import yaml
 
 from brewjax.config import ConfigError
 from brewjax.model.config import ModelConfig
-from brewjax.recipe import Recipe, load_plan
+from brewjax.pipeline.recipe import Recipe, load_plan
 
 BASE = {
     "name": "jobs",

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from brewjax import pipeline
 from brewjax.config import ConfigError
-from brewjax.pipeline import Step, run_steps
+from brewjax.pipeline import steps
+from brewjax.pipeline.steps import Step, run_steps
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """`run(settings=.., code=..)` runs three steps and returns which of them did something."""
     (tmp_path / "src").mkdir()
-    monkeypatch.setattr(pipeline, "HERE", tmp_path / "src")
+    monkeypatch.setattr(steps, "HERE", tmp_path / "src")
     did: list[str] = []
 
     def once(settings: str = "a", code: str = "x = 1", keep: bool = True, fails: str = "", **arguments: object):
@@ -24,7 +24,7 @@ def run(tmp_path, monkeypatch):
         for package in ("data", "train"):
             (tmp_path / "src" / package).mkdir(exist_ok=True)
         (tmp_path / "src" / "train" / "loop.py").write_text(code)
-        pipeline._hash_code.cache_clear()
+        steps._hash_code.cache_clear()
 
         def work(name: str, folder: Path) -> None:
             did.append(name)
@@ -32,12 +32,12 @@ def run(tmp_path, monkeypatch):
             if name == fails:
                 raise KeyboardInterrupt
 
-        steps = [
+        all_steps = [
             Step("data", lambda folder: work("data", folder), (), [], ("data",)),
             Step("train", lambda folder: work("train", folder), ("data",), [settings], ("train",), keep=keep),
             Step("report", lambda folder: work("report", folder), ("train",), [], ()),
         ]
-        run_steps(steps, tmp_path / "out", "hash of the data", **arguments)
+        run_steps(all_steps, tmp_path / "out", "hash of the data", **arguments)
         return list(did)
 
     once.folder = tmp_path / "out"

@@ -1,0 +1,122 @@
+"""How good the models of a run are: predictions, baselines, and the report of all of them."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from rich.console import Console
+
+from brewjax import hosts
+from brewjax.ahead.program import model_flops
+from brewjax.data.examples import build_examples
+from brewjax.evaluate.baselines import LightGBM, popularity
+from brewjax.evaluate.predict import Work, predict
+from brewjax.evaluate.predictions import from_examples
+from brewjax.evaluate.report import print_models, print_results, write_report
+from brewjax.evaluate.results import Model, compare
+from brewjax.model.config import ModelConfig
+from brewjax.model.params import MODEL, size
+from brewjax.pipeline.recipe import (
+    DistillStage,
+    PruneStage,
+    Stage,
+    TrainedStage,
+)
+from brewjax.pipeline.run import Run
+from brewjax.pipeline.steps import read_record
+from brewjax.scoring.bundle import Bundle
+from brewjax.train.metrics import METRICS, read_metrics
+
+EVALUATE, WORK = "evaluate-", "work.json"
+BASELINES = ("popularity", "LightGBM")
+
+
+def evaluate_stage(run: Run, name: str, folder: Path) -> None:
+    """The model's predictions on the test period of every task, and what they cost."""
+    bundle = Bundle.load(run.model(name), run.recipe.evaluate.mesh)
+    took = []
+    for task in run.tasks:
+        predictions, work = predict(bundle, run.dataset, task, run.asked(task))
+        took.append(work)
+        if hosts.is_first():
+            pq.write_table(predictions, folder / f"{task.name}.parquet")
+    if hosts.is_first():
+        (folder / WORK).write_text(json.dumps([sum(column) for column in zip(*took, strict=True)]))
+
+
+def baselines_stage(run: Run, folder: Path) -> None:
+    """Popularity's and LightGBM's predictions on the same questions."""
+    for task in run.tasks:
+        train, validation = (list(build_examples(run.dataset, task, split)) for split in ("train", "validation"))
+        examples = run.asked(task)
+        trees = LightGBM.fit(run.dataset, task, train, validation, run.recipe.evaluate.baseline_settings)
+        for name, probabilities in {
+            "popularity": popularity(run.dataset, task, train, examples),
+            "LightGBM": trees.predict(run.dataset, task, examples),
+        }.items():
+            pq.write_table(from_examples(examples, probabilities), folder / f"{task.name}.{name}.parquet")
+        Console().print(f"{task.name}: LightGBM chose {trees.settings}, {trees.rounds} rounds")
+
+
+def report_stage(run: Run, before: Sequence[str], folder: Path) -> None:
+    """All models, and the last of them against the largest and the baselines: tables in the terminal, report.md and
+    report.html. `before` are the names of all steps before it."""
+    console, comparisons, stages = Console(), [], run.recipe.stages
+    for task in run.tasks:
+        files = {name: run.folder / f"{EVALUATE}{name}" / f"{task.name}.parquet" for name in stages}
+        for name in BASELINES:
+            files[name] = run.folder / "baselines" / f"{task.name}.{name}.parquet"
+        predictions = {name: pq.read_table(path) for name, path in files.items()}
+        comparisons.append(compare(task, predictions, run.recipe.evaluate.bootstrap))
+    models = [_describe(run, name) for name in stages]
+    largest = max(reversed(models), key=lambda model: model.parameters).name
+    shown = list(dict.fromkeys([[*stages][-1], largest, *BASELINES]))
+    for comparison in comparisons:
+        print_results(comparison.only(*shown), console)
+    print_models(comparisons, models, console)
+    trained = {name: run.folder / name / METRICS for name, stage in stages.items() if hasattr(stage, "train")}
+    write_report(folder, run.recipe.name, comparisons, models, shown, _facts(run, before), trained)
+    console.print(f"report: {folder / 'report.html'}")
+
+
+def _describe(run: Run, name: str) -> Model:
+    """A stage's model, as the report's table has it."""
+    stage, config = run.recipe.stages[name], ModelConfig.load(run.model(name) / MODEL)
+    of = size(config)
+    work = Work(*json.loads((run.folder / f"{EVALUATE}{name}" / WORK).read_text()))
+    of_token, _ = model_flops(config, 1, 1)
+    flops = of_token * work.tokens / work.questions
+    seconds = read_record(run.folder / name)["seconds"]
+    return Model(name, how(stage), of.parameters, of.weight_bytes, seconds, flops, work.questions / work.seconds)
+
+
+def how(stage: Stage) -> str:
+    """What a stage does, in a few words."""
+    words: list[str] = [stage.do]
+    if isinstance(stage, PruneStage):
+        words.append(f"by {stage.method}")
+    if isinstance(stage, DistillStage):
+        words.append(f"by {stage.teacher}")
+    if isinstance(stage, TrainedStage):
+        words.append(f"{stage.train.steps} steps")
+        words += ["from random weights"] if stage.fresh else []
+    return " ".join(words + ([f"after {stage.start}"] if stage.start else []))
+
+
+def _facts(run: Run, names: Sequence[str]) -> dict[str, str]:
+    """What a reader needs to know of how the numbers came about."""
+    seconds = {name: read_record(run.folder / name).get("seconds") for name in names}
+    rows = [row for name in names for row in read_metrics(run.folder / name / METRICS)]
+    commits = {read_record(run.folder / name).get("commit") or "unknown" for name in names}
+    return {
+        "dataset": f"{run.dataset.card.name}: {len(run.dataset.members):,} members, {len(run.dataset.items):,} items, "
+        f"{len(run.dataset.events):,} events",
+        "training": f"{len(rows):,} steps, {sum(row['tokens'] for row in rows):,.0f} tokens",
+        "seconds": ", ".join(f"{name} {value:.0f}" for name, value in seconds.items() if value is not None),
+        "date": datetime.date.today().isoformat(),
+        "commit": ", ".join(sorted(commits)),
+    }

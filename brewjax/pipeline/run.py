@@ -1,0 +1,102 @@
+"""`Run`: a recipe and the folder of its outputs, with what several of its stages need."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cached_property
+from glob import glob
+from pathlib import Path
+
+from brewjax.config import ConfigError
+from brewjax.data.dataset import Dataset
+from brewjax.data.examples import Example, sample_examples
+from brewjax.data.numbers import Percentiles
+from brewjax.data.task import Task, load_tasks
+from brewjax.data.tokenizer import Tokenizer
+from brewjax.data.tokens import EncodedPrompt
+from brewjax.data.verbalize import Verbalizer
+from brewjax.model.config import ModelConfig
+from brewjax.model.params import Params
+from brewjax.pipeline.recipe import (
+    Recipe,
+)
+from brewjax.scoring.bundle import PERCENTILES, TOKENIZER, Bundle, PercentileScale
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A recipe and the folder of its outputs; what several steps need is read once."""
+
+    recipe: Recipe
+    folder: Path
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        return Dataset.load(self.recipe.dataset)
+
+    @property
+    def task_files(self) -> list[str]:
+        """The recipe's patterns filled in; one that fits no file is left as it is, to be refused by its name."""
+        return [path for pattern in self.recipe.tasks for path in sorted(glob(pattern)) or [pattern]]
+
+    @cached_property
+    def tasks(self) -> list[Task]:
+        """The recipe's tasks, checked; all must split time alike, or one's test would be another's training."""
+        tasks = load_tasks(self.task_files, self.dataset)
+        for task in tasks[1:]:
+            if task.boundaries(self.dataset) != tasks[0].boundaries(self.dataset):
+                raise task.error(f"not the split of task '{tasks[0].name}'; tasks trained together share one", "split")
+        return tasks
+
+    @property
+    def base(self) -> Path | None:
+        """The folder of the model whose tokenizer is used, where the recipe goes on from one."""
+        return Path(self.recipe.model) if Path(self.recipe.model).is_dir() else None
+
+    def asked(self, task: Task) -> list[Example]:
+        """The examples of the test period that models and baselines answer."""
+        return sample_examples(self.dataset, task, "test", self.recipe.evaluate.max_examples)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.load(self.folder / "prepare" / TOKENIZER)
+
+    @cached_property
+    def scale(self) -> PercentileScale:
+        return PercentileScale.load(self.folder / "prepare" / PERCENTILES)
+
+    @cached_property
+    def verbalizer(self) -> Verbalizer:
+        return Verbalizer(
+            self.dataset, Percentiles(self.scale.quantiles), self.tokenizer, self.recipe.prompts.max_tokens
+        )
+
+    def model(self, name: str | None) -> Path:
+        """Where the stage of that name leaves its model; or a folder that is named itself."""
+        if name is None:
+            raise ConfigError("there is no model to start from: put this stage after another")
+        return self.folder / name / "model" if name in self.recipe.stages else Path(name)
+
+    def calibration(self, bundle: Bundle, count: int) -> list[EncodedPrompt]:
+        """About `count` prompts of the training period, as they are scored, of all tasks in equal parts."""
+        style, each = self.recipe.prompts.score_style, -(-count // len(self.tasks))
+        return [
+            bundle.encode(self.verbalizer.prompt(task, example, style))
+            for task in self.tasks
+            for example in sample_examples(self.dataset, task, "train", each)
+        ]
+
+    def first_model(self) -> ModelConfig:
+        """The recipe's model, with the tokenizer's vocabulary where it names none."""
+        config = ModelConfig.load(self.recipe.model)
+        size = self.tokenizer.vocab_size
+        config.check_context(self.recipe.prompts.max_tokens, "prompts.max_tokens of the recipe")
+        if not config.vocab_size:
+            return config.model_copy(update={"vocab_size": size})
+        if config.vocab_size < size:
+            raise config.error(f"{config.vocab_size} is too small for the tokenizer's {size} tokens", "vocab_size")
+        return config
+
+    def save(self, folder: Path, model: ModelConfig, params: Params) -> None:
+        prompts, card, tasks = self.recipe.prompts, self.dataset.card, tuple(self.tasks)
+        Bundle(model, params, self.tokenizer, prompts, self.scale, card, tasks).save(folder)
