@@ -17,7 +17,7 @@ import yaml
 from kubeflow_trainer_api.models import JobsetV1alpha2JobSet
 
 from brewjax.train.metrics import METRICS, read_metrics
-from tests.pipeline.test_run import MODEL, RECIPE, TASK
+from tests.pipeline.test_run import BASE, MODEL, TASK
 from tests.tables import write_dataset
 
 LAUNCH = Path(__file__).parents[1] / "launch"
@@ -156,7 +156,8 @@ def test_again_restarts_what_asks_for_it(tmp_path, code, runs):
 
 def test_a_recipe_on_two_local_processes_survives_the_loss_of_one(tmp_path):
     write_dataset(tmp_path / "jobs")
-    recipe = RECIPE.replace("mesh: {data: 1}", "streams: 2").replace("steps: 4", "steps: 60")
+    recipe = BASE.replace("mesh: {data: 1}", "streams: 2").replace("steps: 4", "steps: 60")
+    recipe += "stages: {big: {do: sft}}\n"
     for name, text in {"apply": TASK, "model": MODEL, "recipe": recipe}.items():
         (tmp_path / f"{name}.yaml").write_text(text)
     with socket.socket() as free:
@@ -171,7 +172,7 @@ def test_a_recipe_on_two_local_processes_survives_the_loss_of_one(tmp_path):
         "PORT": str(port),
     }
     launched = subprocess.Popen([LAUNCH / "local.sh", "2", "recipe.yaml"], cwd=tmp_path, env=environment)
-    metrics = tmp_path / "runs/jobs/train" / METRICS
+    metrics = tmp_path / "runs/jobs/big" / METRICS
     while len(read_metrics(metrics)) < 10:
         assert launched.poll() is None, (tmp_path / "logs/process-0.log").read_text()
         time.sleep(0.01)
