@@ -22,7 +22,7 @@ long: .venv/demo.installed
 	$(BIN)/brewjax run configs/recipes/movielens.yaml
 
 test: lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/test.installed
 	$(BIN)/ruff check .
