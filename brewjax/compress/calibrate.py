@@ -62,6 +62,7 @@ def calibrate(model: ModelConfig, params: Params, prompts: Sequence[EncodedPromp
         with jax.set_mesh(mesh):
             for at, batch in enumerate(batches):
                 streams[at], found = _through(model, params, number, streams[at], *batch)
+                jax.block_until_ready(found)  # two programs at once on a CPU's devices may wait for each other for ever
                 total = found if total is None else jax.tree.map(jnp.add, total, found)
         assert total is not None
         yield Statistics(*(np.asarray(sums, np.float64) for sums in total))
