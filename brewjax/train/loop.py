@@ -132,6 +132,8 @@ def train(
             pending = None  # the step whose metrics are still being computed while the next one is dispatched
             for number in range(start + 1, config.steps + 1):
                 batch, placed, said = next(batches)
+                if elsewhere:  # two programs at once on a CPU's devices may wait for each other for ever
+                    jax.block_until_ready(state)
                 for name, teacher in elsewhere.items():
                     said[name] = jax.device_put(teacher(placed), NamedSharding(mesh, PARTS))
                 state, metrics = step(state, placed, said, beside)

@@ -47,8 +47,7 @@ class Frozen(NamedTuple):
 
 
 class OnOwnMesh:
-    """A teacher on a mesh other than the student's: its answers are moved over, while the student still learns from
-    those before."""
+    """A teacher on a mesh other than the student's, over the same devices: its answers are moved over."""
 
     def __init__(self, teacher: Frozen, mesh: Mesh, k: int, temperature: float):
         self._mesh, self._params = mesh, teacher.on(mesh)
