@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from brewjax.evaluate.predictions import from_examples
-from brewjax.evaluate.report import print_results, write_report
+from brewjax.evaluate.report import print_models, print_results, write_report
 from brewjax.evaluate.results import Model, compare
 from tests.evaluate.conftest import informed_predictions, make_examples
 
@@ -92,6 +92,16 @@ def test_a_table_for_the_terminal(comparisons):
     text = console.file.getvalue()
     for part in ("apply: 800 questions to 20 members", "NDCG@10", "popularity", "11-100", "0.500 ±0.000"):
         assert part in text
+
+
+def test_all_models_fit_a_narrow_terminal(comparisons):
+    console = Console(file=io.StringIO(), width=80)
+    print_models(comparisons, MODELS, console)
+    text = console.file.getvalue()
+    for model in MODELS:
+        (row,) = (line for line in text.splitlines() if model.name in line)
+        assert f"{model.parameters:,}" in row
+    assert "…" not in text
 
 
 def test_no_questions_no_loss_curve_no_crash(task, tmp_path):
