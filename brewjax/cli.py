@@ -154,7 +154,7 @@ for _kind, _does in {
 def quantize_(
     model: ModelFolder,
     out: Annotated[Path, typer.Argument(help="The model folder to write.")],
-    overrides: Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE, e.g. weights=int8.")] = None,
+    overrides: Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE, e.g. dtype=int8.")] = None,
 ) -> None:
     """Quantise a model's weights to 8 bits, a tensor at a time."""
     from brewjax.compress.quantize import QuantizeConfig, quantize

@@ -53,7 +53,7 @@ def write_report(
         "title": title,
         "facts": facts,
         "how_to_read": HOW_TO_READ,
-        "ladder": describe_models(comparisons, models),
+        "models": describe_models(comparisons, models),
         "size_plots": [size_plot(comparison, models) for comparison in comparisons] if len(models) > 1 else [],
         "cost_plot": cost_plot(models) if len(models) > 1 else "",
         "tasks": [_describe(comparison.only(*shown)) for comparison in comparisons],

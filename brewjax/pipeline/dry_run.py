@@ -57,7 +57,7 @@ def _shape(run: Run, shapes: dict[str, ModelConfig], name: str) -> ModelConfig:
         return _first(run)
     start = _known(run, shapes, stage.start)
     if isinstance(stage, PruneStage):
-        return stage.config(shapes[stage.like] if stage.like else None).target(start)
+        return stage.config(_known(run, shapes, stage.like) if stage.like else None).target(start)
     if isinstance(stage, QuantizeStage):
         return stage.target(start)
     return start

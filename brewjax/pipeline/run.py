@@ -17,9 +17,7 @@ from brewjax.data.tokens import EncodedPrompt
 from brewjax.data.verbalize import Verbalizer
 from brewjax.model.config import ModelConfig
 from brewjax.model.params import Params
-from brewjax.pipeline.recipe import (
-    Recipe,
-)
+from brewjax.pipeline.recipe import Recipe
 from brewjax.scoring.bundle import PERCENTILES, TOKENIZER, Bundle, PercentileScale
 
 

@@ -34,7 +34,7 @@ class Step:
       run: does it, in the folder that it is given.
       after: the steps whose results it needs.
       settings: what else it depends on, as JSON has it.
-      code: the folders, beside this file, whose code makes its result.
+      code: the folders of the package whose code makes its result.
       keep: what it leaves is too dear to be replaced unasked; begun, it goes on.
       together: all processes run it, each on its devices; else the first one does, and the others wait.
     """
