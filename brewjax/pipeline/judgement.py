@@ -40,7 +40,7 @@ def evaluate_stage(run: Run, name: str, folder: Path) -> None:
     bundle = Bundle.load(run.model(name), run.recipe.evaluate.mesh)
     took = []
     for task in run.tasks:
-        predictions, work = predict(bundle, run.dataset, task, run.asked(task))
+        predictions, work = predict(bundle, run.dataset, task, run.asked[task.name])
         took.append(work)
         if hosts.is_first():
             pq.write_table(predictions, folder / f"{task.name}.parquet")
@@ -52,7 +52,7 @@ def baselines_stage(run: Run, folder: Path) -> None:
     """Popularity's and LightGBM's predictions on the same questions."""
     for task in run.tasks:
         train, validation = (list(build_examples(run.dataset, task, split)) for split in ("train", "validation"))
-        examples = run.asked(task)
+        examples = run.asked[task.name]
         trees = LightGBM.fit(run.dataset, task, train, validation, run.recipe.evaluate.baseline_settings)
         for name, probabilities in {
             "popularity": popularity(run.dataset, task, train, examples),

@@ -51,9 +51,11 @@ class Run:
         """The folder of the model whose tokenizer is used, where the recipe goes on from one."""
         return Path(self.recipe.model) if Path(self.recipe.model).is_dir() else None
 
-    def asked(self, task: Task) -> list[Example]:
-        """The examples of the test period that models and baselines answer."""
-        return sample_examples(self.dataset, task, "test", self.recipe.evaluate.max_examples)
+    @cached_property
+    def asked(self) -> dict[str, list[Example]]:
+        """The examples of the test period that models and baselines answer, by the name of their task."""
+        most = self.recipe.evaluate.max_examples
+        return {task.name: sample_examples(self.dataset, task, "test", most) for task in self.tasks}
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -185,12 +185,13 @@ def steps(run: Run) -> list[Step]:
     """Everything that a recipe asks for, in order."""
     recipe = run.recipe
     tasks = [Path(path).read_text() for path in run.task_files if Path(path).is_file()]
+    tokenizer = _hash_model(run.base / TOKENIZER) if run.base else None
     plan = [
         Step(
             "prepare",
             functools.partial(prepare, run),
             (),
-            [tasks, _dump(recipe, "tokenizer", "prompts"), _reads_prose(recipe)],
+            [tasks, _dump(recipe, "tokenizer", "prompts"), _reads_prose(recipe), tokenizer],
             ("data",),
         )
     ]

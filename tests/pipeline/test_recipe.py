@@ -8,6 +8,8 @@ import yaml
 from brewjax.config import ConfigError
 from brewjax.model.config import ModelConfig
 from brewjax.pipeline.recipe import Recipe, load_plan
+from brewjax.pipeline.run import Run
+from brewjax.pipeline.stages import steps
 
 BASE = {
     "name": "jobs",
@@ -59,8 +61,8 @@ def test_a_ladder_stands_for_its_stages():
         "quarter": ("distill", "quarter-pruned"),
         "turbo": ("quantize", "quarter"),
     }
-    for name, steps in {"half": 100, "quarter": 50}.items():
-        assert (stages[name].teacher, stages[name].loss.ratio, stages[name].train.steps) == ("big", 0.5, steps)
+    for name, count in {"half": 100, "quarter": 50}.items():
+        assert (stages[name].teacher, stages[name].loss.ratio, stages[name].train.steps) == ("big", 0.5, count)
         assert stages[name].data == stages["big"].data
 
 
@@ -114,6 +116,17 @@ def test_a_plan_is_that_of_the_first_stage_that_trains(tmp_path):
 def test_what_cannot_be_run_is_refused_by_name(stages, said):
     with pytest.raises(ConfigError, match=said.replace("(", r"\(").replace("?", r"\?")):
         recipe(stages)
+
+
+def test_preparing_depends_on_the_tokenizer_of_the_model_gone_on_from(tmp_path):
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "model.yaml").touch()
+    made_of = []
+    for text in ("{}", "{ }"):
+        (tmp_path / "tokenizer" / "tokenizer.json").write_text(text)
+        made = recipe({"a": SFT}, model=str(tmp_path), tokenizer=None)
+        made_of.append(steps(Run(made, tmp_path / "out"))[0].settings)
+    assert made_of[0] != made_of[1]
 
 
 def test_a_tokenizer_belongs_to_a_config_and_not_to_a_folder(tmp_path):
