@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from brewjax.model.config import ModelConfig
 from brewjax.model.experts import Experts
 from brewjax.model.sharding import FSDP_TENSOR, Sharding
-from brewjax.model.weights import QuantizedWeight, Weight, gathered, matrix, random_weight
+from brewjax.model.weights import QuantizedWeight, Weight, gathered, matrix, product, random_weight
 from pallas_kernels.attention import attention
 from pallas_kernels.quantized_matmul import to_8_bits
 from pallas_kernels.segments import PADDING, Segments
@@ -104,7 +105,7 @@ class Layer(nnx.Module):
 
     def after_attention(self, x: Float[Array, "B T D"], attended: Float[Array, "B T H E"]) -> Float[Array, "B T D"]:
         """The residual stream between attention and MLP."""
-        return x + self._into_residual("bthe,hed->btd", attended, self.output)
+        return x + product(self.sharding, attended, self.output, inputs=2)
 
     def after_mlp(self, x: Float[Array, "B T D"], segments: Segments) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
         """The residual stream after the MLP or the experts, and the experts' balance loss."""
@@ -113,30 +114,22 @@ class Layer(nnx.Module):
             real = self.sharding.reshard(segments.example[:, -x.shape[1] :] != PADDING, "batch", "length")
             more, balance = self.experts(h, real)
             return x + more, balance
-        return x + self._into_residual("btf,fd->btd", self.neurons(h), self.down), jnp.zeros(())
+        return x + product(self.sharding, self.neurons(h), self.down), jnp.zeros(())
 
     def neurons(self, h: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
         """What the MLP's neurons say, before the down projection; `h` is normed."""
-        gate, up = (self._project("btd,df->btf", h, weight) for weight in (self.gate, self.up))
-        return jax.nn.silu(gate) * up
+        return swiglu(product(self.sharding, h, self.gate), product(self.sharding, h, self.up))
 
     def _heads(self, x: Array, weight: Weight | QuantizedWeight, bias: Weight | None, norm: RMSNorm | None) -> Array:
-        heads = self._project("btd,dhe->bthe", x, weight)
+        heads = product(self.sharding, x, weight)
         if bias is not None:
             heads += gathered(self.sharding, bias, x.dtype)
         return heads if norm is None else norm(heads)
 
-    def _project(self, equation: str, x: Array, weight: Weight | QuantizedWeight) -> Array:
-        if isinstance(weight, QuantizedWeight):
-            return weight(self.sharding, x)
-        return jnp.einsum(equation, x, gathered(self.sharding, weight, x.dtype))
 
-    def _into_residual(self, equation: str, x: Array, weight: Weight | QuantizedWeight) -> Array:
-        if isinstance(weight, QuantizedWeight):
-            return weight(self.sharding, x)
-        # The contracted axis lies over `tensor`: the output sharding asks for the sum over it.
-        spec = self.sharding.spec_or_none("batch", "length", "model")
-        return jnp.einsum(equation, x, gathered(self.sharding, weight, x.dtype), out_sharding=spec)
+@functools.partial(jax.checkpoint, prevent_cse=False)  # else its backward pass would store five arrays, not two
+def swiglu(gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
+    return jax.nn.silu(gate) * up
 
 
 class Decoder(nnx.Module):
