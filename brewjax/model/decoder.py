@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -160,14 +161,24 @@ class Decoder(nnx.Module):
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segments: Segments
     ) -> Float[Array, "B T D"]:
         """Hidden states after the last norm, in the compute dtype. Those of padding mean nothing."""
-        return self._run(tokens, positions, segments, None)[0]
+        return self._run(tokens, positions, segments)[0]
 
     def with_balance(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segments: Segments
     ) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
         """As a call; and the experts' load-balancing loss, the mean over layers, weighed for the training loss."""
-        hidden, _, balance = self._run(tokens, positions, segments, None)
-        return hidden, balance * (self.config.experts.balance if self.config.experts else 0.0)
+        hidden, balance, _ = self._run(tokens, positions, segments)
+        return hidden, self._weighed(balance)
+
+    def with_layers(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segments: Segments
+    ) -> tuple[Float[Array, "B T D"], Float[Array, ""], Float[Array, "L B T D"]]:
+        """As `with_balance`; and the residual stream after each layer, in the compute dtype."""
+        hidden, balance, streams = self._run(tokens, positions, segments, gives=lambda x, own: x)
+        return hidden, self._weighed(balance), streams
+
+    def _weighed(self, balance: Array) -> Array:
+        return balance * (self.config.experts.balance if self.config.experts else 0.0)
 
     def extend(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segments: Segments, past: Past
@@ -179,32 +190,38 @@ class Decoder(nnx.Module):
 
         Returns hidden states, and the keys and values [L, B, T, K, E] of these tokens.
         """
-        hidden, own, _ = self._run(tokens, positions, segments, past)
-        assert own is not None
+        hidden, _, own = self._run(tokens, positions, segments, past, gives=lambda x, own: own)
         return hidden, own
 
     def _run(
-        self, tokens: Array, positions: Array, segments: Segments, past: Past | None
-    ) -> tuple[Array, KeysValues | None, Array]:
+        self,
+        tokens: Array,
+        positions: Array,
+        segments: Segments,
+        past: Past | None = None,
+        gives: Callable[[Array, KeysValues], Any] = lambda x, own: None,
+    ) -> tuple[Array, Array, Any]:
+        """Hidden states, the experts' balance loss, and what each layer `gives` of its residual stream and its keys and
+        values, stacked."""
         tokens, positions = (self.sharding.reshard(x, "batch", "length") for x in (tokens, positions))
         segments = Segments(*(self.sharding.reshard(jnp.asarray(x), "batch", None) for x in segments))
         x = self.embed(tokens)
         rotation = rotary(positions, self.config)
         graph, weights = nnx.split(self.layers)
 
-        def body(x: Array, layer: tuple[nnx.State, Array]) -> tuple[Array, tuple[KeysValues | None, Array]]:
+        def body(x: Array, layer: tuple[nnx.State, Array]) -> tuple[Array, tuple[Array, Any]]:
             weights, number = layer
             before = None if past is None else _read(self.sharding, past, number)
             x, own, balance = nnx.merge(graph, weights)(x, rotation, segments, before)
-            return x, (None if past is None else own, balance)
+            return x, (balance, gives(x, own))
 
         layers = (weights, jnp.arange(self.config.layers))
         if self.config.remat:
             # A scan needs no guard against common subexpressions, and what guards them would keep what no layer
             # changes, such as the attention's worklist, inside the backward loop: made once for every layer.
             body = jax.checkpoint(body, prevent_cse=False)
-        x, (own, balance) = jax.lax.scan(body, x, layers)
-        return self.norm(x), own, jnp.mean(balance)
+        x, (balance, given) = jax.lax.scan(body, x, layers)
+        return self.norm(x), jnp.mean(balance), given
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The residual stream before the first layer, in the compute dtype."""

@@ -109,11 +109,9 @@ def product(
     if isinstance(weight, QuantizedWeight):
         return weight(sharding, x)
     axes = used_axes(weight)
-    taken, given = axes[:inputs], axes[inputs:]
-    specs = (("batch", "length", *taken), axes, ("batch", "length", *given))
-    return _product(
-        inputs, tuple(sharding.spec_or_none(*each) for each in specs), x, gathered(sharding, weight, x.dtype)
-    )
+    of_x, of_product = (sharding.spec_or_none("batch", "length", *each) for each in (axes[:inputs], axes[inputs:]))
+    specs = (of_x, sharding.spec_or_none(*axes), of_product)
+    return _product(inputs, specs, x, gathered(sharding, weight, x.dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -17,6 +17,7 @@ from brewjax.model.decoder import Decoder
 from brewjax.model.sharding import MeshConfig
 from brewjax.train.loop import TrainConfig
 from brewjax.train.objectives import Given, Mean, TopK, cross_entropy, token_sums
+from brewjax.train.on_policy import with_own_answers
 from brewjax.train.teachers import Beside, Cache, Frozen, OnOwnMesh, write_cache
 from pallas_kernels.distillation import (
     Divergence,
@@ -27,6 +28,8 @@ from pallas_kernels.distillation import (
     skewed_kl,
     top_k_distillation,
 )
+from pallas_kernels.linear_loss import Tower
+from pallas_kernels.segments import PADDING
 
 TEACHER = "teacher"
 
@@ -41,6 +44,10 @@ class Distill(Config):
       teacher: same_mesh: in memory, laid out by its own rules on the student's mesh; own_mesh: on the same devices laid
         out as `mesh`, its answers moved over; cache: its answers were written once, on `mesh`.
       top_k: of how many words the probabilities are moved over or written; all others are one.
+      on_policy: the share of whole answers that are the student's own, drawn from its `top_k` likeliest words, which
+        the teacher alone judges (see `with_own_answers`).
+      layers: weight of the mean, over layers and tokens, of 1 - cos(residual stream after a layer of the student, after
+        the teacher's layer at the same share of its depth).
     """
 
     ratio: float = pydantic.Field(default=0.9, ge=0, le=1)
@@ -51,6 +58,15 @@ class Distill(Config):
     teacher: Literal["same_mesh", "own_mesh", "cache"] = "same_mesh"
     mesh: MeshConfig = MeshConfig()
     top_k: int = pydantic.Field(default=64, gt=0)
+    on_policy: float = pydantic.Field(default=0.0, ge=0, le=1)
+    layers: float = pydantic.Field(default=0.0, ge=0)
+
+    @pydantic.model_validator(mode="after")
+    def _teacher_is_there(self) -> Distill:
+        for name in ("on_policy", "layers"):
+            if getattr(self, name) and self.teacher != "same_mesh":
+                raise ValueError(f"{name} asks the teacher in the step: it needs teacher same_mesh, not {self.teacher}")
+        return self
 
     def frozen(
         self, teacher: Frozen, student: ModelConfig, config: TrainConfig, shards: Shards, cache: Path
@@ -73,22 +89,35 @@ class Distill(Config):
         teacher = given.get(TEACHER)
         if teacher is None:
             raise ValueError("distill needs a teacher: give train() what Distill.frozen returns")
-        hidden, balance = decoder.with_balance(batch.tokens, batch.positions, batch.segments)
-        sft = cross_entropy(decoder, hidden, batch)
-        kd = self._divergence(decoder, hidden, batch, teacher)
-        loss = (1 - self.ratio) * sft.total + self.ratio * kd.total + balance * sft.weight
-        return Mean(loss, sft.weight), {"loss_sft": sft, "loss_kd": kd}
-
-    def _divergence(self, decoder: Decoder, hidden: jax.Array, batch: TokenBatch, teacher: Decoder | TopK) -> Mean:
-        divergence, weights = self.how(), jnp.where(batch.targets != NO_TARGET, batch.weights, 0)
-        student = (hidden, decoder.head)
+        learnt = batch.weights  # from the targets themselves
+        if self.on_policy:
+            batch, own = with_own_answers(decoder, batch, self.on_policy, min(self.top_k, decoder.config.vocab_size))
+            learnt = jnp.where(own, 0, learnt)
+        inputs = (batch.tokens, batch.positions, batch.segments)
         if isinstance(teacher, TopK):
-            loss = functools.partial(top_k_distillation, divergence=divergence, temperature=self.temperature)
-            return token_sums(decoder.sharding, loss, [student], *teacher, weights)
-        _check_words(teacher.config.vocab_size, decoder.config.vocab_size)
-        said = jax.lax.stop_gradient(teacher(batch.tokens, batch.positions, batch.segments))
-        loss = functools.partial(linear_distillation, divergence=divergence, temperature=self.temperature)
-        return token_sums(decoder.sharding, loss, [student, (said, teacher.head)], weights)
+            hidden, balance = decoder.with_balance(*inputs)
+            kd, match = self._from_top_k(decoder, hidden, batch, teacher), None
+        else:
+            _check_words(teacher.config.vocab_size, decoder.config.vocab_size)
+            hidden, balance, streams = decoder.with_layers(*inputs)
+            said, _, shown = jax.lax.stop_gradient(teacher.with_layers(*inputs))
+            kd = self._from_teacher(decoder, hidden, batch, (said, teacher.head))
+            match = _distance(streams, shown, batch) if self.layers else None
+        sft = cross_entropy(decoder, hidden, batch._replace(weights=learnt))
+        loss = (1 - self.ratio) * sft.total + self.ratio * kd.total + balance * kd.weight
+        metrics = {"loss_sft": sft, "loss_kd": kd}
+        if match:
+            loss += self.layers * match.total / match.weight * kd.weight
+            metrics["loss_layers"] = match
+        return Mean(loss, kd.weight), metrics
+
+    def _from_top_k(self, decoder: Decoder, hidden: jax.Array, batch: TokenBatch, teacher: TopK) -> Mean:
+        loss = functools.partial(top_k_distillation, divergence=self.how(), temperature=self.temperature)
+        return token_sums(decoder.sharding, loss, [(hidden, decoder.head)], *teacher, _weights(batch))
+
+    def _from_teacher(self, decoder: Decoder, hidden: jax.Array, batch: TokenBatch, teacher: Tower) -> Mean:
+        loss = functools.partial(linear_distillation, divergence=self.how(), temperature=self.temperature)
+        return token_sums(decoder.sharding, loss, [(hidden, decoder.head), teacher], _weights(batch))
 
     def how(self) -> Divergence:
         match self.divergence:
@@ -100,6 +129,26 @@ class Distill(Config):
                 return jensen_shannon(self.beta)
             case "skewed_kl":
                 return skewed_kl(self.alpha)
+
+
+def _weights(batch: TokenBatch) -> jax.Array:
+    return jnp.where(batch.targets != NO_TARGET, batch.weights, 0)
+
+
+def _distance(student: jax.Array, teacher: jax.Array, batch: TokenBatch) -> Mean:
+    """1 - cos of the residual streams [L, B, T, D], a mean over the student's layers, summed over tokens."""
+    if student.shape[-1] != teacher.shape[-1]:
+        raise ValueError(
+            f"distill.layers compares residual streams of one width: the teacher's is {teacher.shape[-1]} wide, the "
+            f"student's {student.shape[-1]}"
+        )
+    layers, of_teacher = len(student), len(teacher)
+    like = jnp.stack([teacher[round((n + 1) * of_teacher / layers) - 1] for n in range(layers)])
+    a, b = (x.astype(jnp.float32) for x in (student, like))
+    lengths = jnp.sum(a * a, -1) * jnp.sum(b * b, -1)
+    cosines = jnp.mean(jnp.sum(a * b, -1) * jax.lax.rsqrt(lengths + 1e-12), 0)
+    real = batch.segments.example != PADDING
+    return Mean(jnp.sum(jnp.where(real, 1 - cosines, 0)), jnp.sum(real, dtype=jnp.float32))
 
 
 def _check_words(teacher: int, student: int) -> None:

@@ -1,0 +1,86 @@
+"""A student's own answers in place of the true ones, for a teacher to judge (GKD, Agarwal et al., arXiv 2306.13649)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from brewjax.data.loader import NO_TARGET, TokenBatch
+from brewjax.model.decoder import Decoder
+from brewjax.train.objectives import per_token
+from pallas_kernels.distillation import linear_top_k
+from pallas_kernels.segments import SELF
+
+
+class _Answers(NamedTuple):
+    """The answers of several tokens, all of them growing, a token at a time."""
+
+    tokens: Int[Array, "B T"]
+    targets: Int[Array, "B T"]
+    weights: Float[Array, "B T"]
+
+
+def with_own_answers(
+    decoder: Decoder, batch: TokenBatch, share: float, top_k: int
+) -> tuple[TokenBatch, Bool[Array, "B T"]]:
+    """The batch with this share of its whole answers as the decoder says them, and which of its targets are theirs.
+
+    Every token is drawn from the `top_k` likeliest, at temperature 1, after those drawn before it. Where the decoder
+    ends its answer, the targets behind weigh nothing; one that is longer than the true one is cut off. Label words are
+    no part of what is read, and nor is what a decoder would say in their place: they stay. The draws depend on
+    the batch alone, so a run that resumes draws the same.
+
+    It costs a forward pass for each token of the longest answer but the last.
+    """
+    sharding = decoder.sharding
+    fields = (batch.tokens, batch.targets, batch.weights, *map(jnp.asarray, batch.segments))
+    tokens, targets, weights, example, segment, reach = (sharding.reshard(x, "batch", None) for x in fields)
+    T = tokens.shape[1]
+    key = jax.random.key(jnp.sum(tokens * jnp.arange(1, T + 1)))  # of other batches another
+
+    def draws(number: int | Array) -> Float[Array, "B T"]:
+        return sharding.reshard(jax.random.uniform(jax.random.fold_in(key, number), tokens.shape), "batch", None)
+
+    # A target whose answer goes on: the token behind it is that answer's.
+    asked = (targets != NO_TARGET) & (reach == SELF)
+    goes_on = asked & _before((example[:, 1:] == example[:, :-1]) & (segment[:, 1:] == segment[:, :-1]))
+    first = jax.lax.cummax(jnp.where(goes_on & ~_behind(goes_on), jnp.arange(T), 0), axis=1)
+    goes_on &= jnp.take_along_axis(draws(0), first, 1) < share
+    own = goes_on | (asked & _behind(goes_on))
+    number = jnp.arange(T) - first  # of the token within its answer
+    end = jnp.max(jnp.where(own & ~goes_on, targets, NO_TARGET))  # the token that every answer ends with
+
+    def draw(hidden: Array, head: Array, here: Array, at: Array) -> Int[Array, " n"]:
+        words, log_probs = linear_top_k(hidden, head, here, top_k)
+        up_to = jnp.cumsum(jnp.exp(log_probs), -1)
+        chosen = jnp.sum(up_to < at[:, None] * up_to[:, -1:], -1, keepdims=True)
+        return jnp.take_along_axis(words, jnp.minimum(chosen, top_k - 1), 1)[:, 0]
+
+    def say(n: Array, answers: _Answers) -> _Answers:
+        here = goes_on & (number == n)
+        hidden = decoder(answers.tokens, batch.positions, batch.segments)
+        said = per_token(sharding, draw, [(hidden, decoder.head)], here, draws(n + 1))
+        said = sharding.reshard(said, "batch", None)
+        over = here & ((said == end) | (answers.weights == 0))
+        return _Answers(
+            jnp.where(_behind(here), _behind(said), answers.tokens),
+            jnp.where(here, said, answers.targets),
+            jnp.where(_behind(over), 0, answers.weights),
+        )
+
+    longest = jnp.max(jnp.where(goes_on, number + 1, 0))
+    answers = jax.lax.fori_loop(0, longest, say, _Answers(tokens, targets, weights))
+    return batch._replace(**answers._asdict()), own
+
+
+def _behind(x: Array) -> Array:
+    """At each token, what was at the one before it."""
+    return jnp.pad(x[:, :-1], ((0, 0), (1, 0)))
+
+
+def _before(x: Array) -> Array:
+    """[B, T - 1] between tokens, at the first of each two."""
+    return jnp.pad(x, ((0, 0), (0, 1)))
