@@ -231,6 +231,11 @@ class Recipe(Config):
                 raise ValueError(
                     f"stages.{name}: there is no model to go on from; put it after another, or give 'start'"
                 )
+            if stage.start and self._is_quantised(stage.start):
+                raise ValueError(
+                    f"stages.{name}.start: '{stage.start}' is quantised, for serving; go on from the model that it was "
+                    "made from"
+                )
             seen.append(name)
             train = getattr(stage, "train", None)
             if train and not isinstance(stage, PretrainStage) and self.prompts.max_tokens > train.row_tokens:
@@ -239,6 +244,12 @@ class Recipe(Config):
                     f"'{name}': a prompt must fit in a row"
                 )
         return self
+
+    def _is_quantised(self, model: str) -> bool:
+        """Of a stage, or of a folder."""
+        if model in self.stages:
+            return isinstance(self.stages[model], QuantizeStage)
+        return ModelConfig.load(Path(model) / MODEL).quantized is not None
 
 
 def load_plan(path: str | Path, overrides: Sequence[str] = ()) -> Plan:

@@ -102,6 +102,7 @@ def test_a_plan_is_that_of_the_first_stage_that_trains(tmp_path):
     [
         ({"a": SFT | {"start": "b"}}, "stages.a.start: no stage 'b' before it, and no model there"),
         ({"a": SFT, "b": {"do": "distill", "teacher": "c"}}, "stages.b.teacher: no stage 'c' before it"),
+        ({"a": SFT, "b": {"do": "quantize"}, "c": SFT}, "stages.c.start: 'b' is quantised, for serving; go on from"),
         ({"a": SFT, "b": {"do": "distill"}}, "stages.b.teacher: field required"),
         ({"a": {"do": "sfd"}}, "'pretrain', 'sft', 'align'"),
         ({"a": SFT, "b": {"do": "prune"}}, "give at least one of layers, kv_heads, d_ff and experts"),
@@ -120,7 +121,9 @@ def test_what_cannot_be_run_is_refused_by_name(stages, said):
 
 def test_preparing_depends_on_the_tokenizer_of_the_model_gone_on_from(tmp_path):
     (tmp_path / "tokenizer").mkdir()
-    (tmp_path / "model.yaml").touch()
+    (tmp_path / "model.yaml").write_text(
+        "{name: m, d_model: 8, layers: 1, heads: 1, kv_heads: 1, head_dim: 8, d_ff: 8}"
+    )
     made_of = []
     for text in ("{}", "{ }"):
         (tmp_path / "tokenizer" / "tokenizer.json").write_text(text)
