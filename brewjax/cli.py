@@ -434,7 +434,7 @@ def describe(
 @app.command("compile")
 def compile_(
     recipe: Annotated[Path, typer.Argument(help="A recipe; its name, model and train are enough.")],
-    topology: Annotated[str, typer.Option(help="CHIP-SHAPE, e.g. v5p-8x8x8, v6e-16x16, v5e-1x1.")],
+    topology: Annotated[str, typer.Option(help="CHIP-SHAPE, e.g. v5p-8x8x8, v5e-1x1, or slices of it: 2xv5p-8x8x8.")],
     score: Annotated[
         Optional[str], typer.Option(help="TOKENS or TOKENS,PAST: a scoring pass, behind PAST cached pages.")
     ] = None,

@@ -48,10 +48,21 @@ def test_a_training_step_compiles_for_chips_that_are_not_there(plan):
     assert re.search(r"estimated cycles +│ [1-9]", result.output)
 
 
+SLICES = ["--topology", "2xv5e-2x2", "--set", "train.mesh.fsdp=4", "--set", "train.rows=16"]
+
+
+def test_slices_send_each_other_gradients_and_no_more(plan):
+    result = CliRunner().invoke(app, ["compile", str(plan), *SLICES], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    assert "2xv5e-2x2: data=2 fsdp=4" in result.output
+    assert re.search(r"a device sends between slices, in no estimate here +│ 0\.\d+ GiB", result.output)
+    assert set(re.findall(r"│ ([\w-]+) between slices", result.output)) == {"all-reduce"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--topology", "v9-2x2"], "topology 'v9-2x2': expected CHIP-SHAPE; known: v5e-16x16, v5p-8x8x8"),
+        (["--topology", "v9-2x2"], "topology 'v9-2x2': expected CHIP-SHAPE, or SLICESxCHIP-SHAPE; known: v5e-16x16"),
         (["--topology", "v5e-2x2x2"], "chips of v5e lie in shapes such as v5e-16x16"),
         (["--topology", "v5e-3x3"], "the compiler refuses it"),
         (["--topology", "v5e-4x4"], "mesh data=2 fsdp=2 .*does not make use of 16 devices"),
@@ -113,6 +124,7 @@ ENTRY %main (p: bf16[8,4]) -> f32[8] {
   %g = bf16[16,4] fusion(%s), kind=kCustom, calls=%goes_on
   %r = bf16[32,8] fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
   %w = (s32[], f32[8]) while(%t), condition=%seven, body=%inner, metadata={op_name="jit(step)/jvp()/while"}
+  %send.1 = (f32[8], u32[], token[]) send(%y), megascale_target="{1:4}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"
   ROOT %u = (s32[], f32[8]) while(%w), condition=%who_knows, body=%inner
 }
 """
@@ -125,12 +137,18 @@ def test_loops_are_multiplied_in_and_what_runs_beside_others_is_counted_once():
         ("all-gather", "bf16[16,4]", 2): 1,
         ("reduce-scatter", "bf16[64,8]", 2): 1,
         ("all-reduce", "f32[8] + f32[4]", 2): 7 + 1,
+        ("all-reduce between slices", "f32[8]", 4): 1,
     }
     assert program.cycles == 80
     assert program.kernels == {"kernel": 8}
     assert sum(program.unknown_loops.values()) == 1
     sizes = {one.kind: (one.size, one.sent) for one in program.collectives}
-    assert sizes == {"all-gather": (128, 64), "reduce-scatter": (1024, 512), "all-reduce": (48, 48)}
+    assert sizes == {
+        "all-gather": (128, 64),
+        "reduce-scatter": (1024, 512),
+        "all-reduce": (48, 48),
+        "all-reduce between slices": (32, 48),
+    }
 
 
 def test_what_does_not_fit_is_no_error():

@@ -11,6 +11,7 @@ from typing import NamedTuple
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 # What a device sends of `size` bytes among n, where every byte takes the shortest way.
 SENT = {"all-reduce": lambda size, n: 2 * size * (n - 1) / n, "collective-permute": lambda size, n: size}
+BETWEEN_SLICES = " between slices"  # of a kind: over the slower network, device by device
 BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "f8e4m3fn": 8, "f8e5m2": 8}
 
 
@@ -18,7 +19,7 @@ class Collective(NamedTuple):
     """Collectives that are alike.
 
     Attributes:
-      kind: one of `KINDS`.
+      kind: one of `KINDS`; `BETWEEN_SLICES` where it takes that network.
       shape: the whole array: gathered, reduced, or before it is scattered.
       devices: how many take part in one.
       source: where in the model it comes from, as JAX names operations.
@@ -37,7 +38,9 @@ class Collective(NamedTuple):
     @property
     def sent(self) -> float:
         """Bytes that each device sends."""
-        return SENT.get(self.kind, lambda size, n: size * (n - 1) / n)(self.size, self.devices)
+        return SENT.get(self.kind.removesuffix(BETWEEN_SLICES), lambda size, n: size * (n - 1) / n)(
+            self.size, self.devices
+        )
 
 
 @dataclasses.dataclass
@@ -98,6 +101,9 @@ def _walk(program: Program, computations: dict[str, list[_Instruction]], name: s
             if name.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"
             program.collectives[Collective(kind, _plain(shape), devices, _source(one.rest))] += times
+        if one.op == "send" and (between := re.search(r'megascale_transfer_type="(\w+)"', one.rest)):
+            kind, shape = between[1].lower().replace("_", "-"), _plain(one.shape.partition(", u32[]")[0])
+            program.collectives[Collective(kind + BETWEEN_SLICES, shape, _slices(one.rest), _source(one.rest))] += times
         if one.op == "while":
             body, condition = (_called(key, one.rest)[0] for key in ("body", "condition"))
             trips = _trips(computations[condition])
@@ -140,6 +146,13 @@ def _group(rest: str) -> int:
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
         return len(listed[1].split(","))
     return 2  # a permutation: from one device to another
+
+
+def _slices(rest: str) -> int:
+    """How many slices share one collective between them: `{1,2}x{0:3}` or `{1:4}x{0:3}`, slices and then devices."""
+    listed = re.search(r'megascale_target="\{([^}]*)\}', rest)
+    ranges = [part.split(":") for part in listed[1].split(",")] if listed else []
+    return sum(int(ends[-1]) - int(ends[0]) + 1 for ends in ranges) or 2
 
 
 def _source(rest: str) -> str:

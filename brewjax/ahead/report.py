@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-from brewjax.ahead.hlo import Program, read
+from brewjax.ahead.hlo import BETWEEN_SLICES, Program, read
 from brewjax.ahead.program import Work
 from brewjax.ahead.topology import GIB, Topology
 from brewjax.model.config import ModelConfig
@@ -44,7 +44,7 @@ class Bound(NamedTuple):
     Attributes:
       compute: the model's FLOPs at the chip's peak.
       operations: the compiler's estimate of its own operations, and kernels (attention, experts) at the chip's peak.
-      sent: what collectives send, over all links at once.
+      sent: what collectives send, over all links of a slice at once.
     """
 
     compute: float
@@ -92,7 +92,9 @@ def bound(compiled: Compiled, where: Topology) -> Bound:
     assert compiled.program is not None
     chip, work = where.chip, compiled.work
     peak = len(where.devices) * chip.flops
-    sent = sum(times * one.sent for one, times in compiled.program.collectives.items())
+    sent = sum(
+        times * one.sent for one, times in compiled.program.collectives.items() if BETWEEN_SLICES not in one.kind
+    )
     operations = compiled.program.cycles / chip.clock + work.in_kernels / peak
     return Bound(work.flops / peak, operations, sent / chip.ici)
 
@@ -134,6 +136,9 @@ def show(compiled: Compiled, where: Topology, suggestion: str, console: Console,
     table.add_row("estimated cycles", f"{program.cycles:,}")
     table.add_row("these, and kernels at the peak", f"{limits.operations * 1000:,.2f} ms")
     table.add_row("collectives, over all links at once", f"{limits.sent * 1000:,.2f} ms")
+    between = [times * one.sent for one, times in program.collectives.items() if BETWEEN_SLICES in one.kind]
+    if between:
+        table.add_row("a device sends between slices, in no estimate here", _gib(sum(between)))
     if limits.compute:
         all_at_once, in_turn = f"{limits.overlapped:.1%}", f"{limits.serial:.1%}"
         table.add_row("utilisation is at most", f"{all_at_once} (all at once), {in_turn} (one after the other)")

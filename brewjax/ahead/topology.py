@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
@@ -47,20 +47,23 @@ class Topology(NamedTuple):
 
 
 def topology(name: str) -> Topology:
-    """The topology called CHIP-SHAPE or CHIP:SHAPE; ValueError says which there are."""
+    """The topology called CHIP-SHAPE or CHIP:SHAPE, or several such slices, Nx in front; ValueError says which there
+    are."""
     # Read when libtpu is first loaded: let several processes load it, and do not look for a cloud machine.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     known = f"known: {', '.join(chip.example for chip in CHIPS.values())}, and other shapes of these chips"
-    match = re.fullmatch(r"(\w+)[-:](\d+(?:x\d+){1,2})", name)
-    if not match or match[1] not in CHIPS:
-        raise ValueError(f"topology '{name}': expected CHIP-SHAPE; {known}")
-    chip, shape = match.groups()
+    match = re.fullmatch(r"(?:([1-9]\d*)x)?(\w+)[-:](\d+(?:x\d+){1,2})", name)
+    if not match or match[2] not in CHIPS:
+        raise ValueError(f"topology '{name}': expected CHIP-SHAPE, or SLICESxCHIP-SHAPE; {known}")
+    chip, shape = match[2], match[3]
     if shape.count("x") != CHIPS[chip].example.partition("-")[2].count("x"):
         raise ValueError(f"topology '{name}': chips of {chip} lie in shapes such as {CHIPS[chip].example}")
-    one = {"chips_per_host_bounds": (1, 1, 1)} if set(shape) <= {"1", "x"} else {}
+    options: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if set(shape) <= {"1", "x"} else {}
+    if match[1]:
+        options["num_slices"] = int(match[1])
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:{shape}", **one)
+        found = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:{shape}", **options)
     except (RuntimeError, ValueError) as error:
         if "libtpu" in str(error).lower():
             raise ValueError(f"topology '{name}' needs the TPU compiler: pip install libtpu ({error})") from None
@@ -68,4 +71,4 @@ def topology(name: str) -> Topology:
             f"topology '{name}': the compiler refuses it ({str(error).splitlines()[0]}); hosts have 2x2 chips, so "
             f"sides are even, or all of them 1; {known}"
         ) from None
-    return Topology(f"{chip}-{shape}", CHIPS[chip], list(found.devices))
+    return Topology(name.replace(":", "-"), CHIPS[chip], list(found.devices))
