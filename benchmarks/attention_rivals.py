@@ -6,8 +6,8 @@
 a mask function of numbers that are stored with each query: here the beginning of its item and its own place.
 
     stock    JAX's own: a grid of query blocks x the most visits of any; always masked; dq, then dk and dv
-    tokamax  a worklist, masked where a block is seen in part; one backward pass. What its sums over dq's parts cost after
-             its kernel is not counted
+    tokamax  a worklist, masked where a block is seen in part; one backward pass. What its sums over dq's parts
+             cost after its kernel is not counted
 """
 
 from __future__ import annotations
