@@ -94,19 +94,20 @@ class Distill(Config):
             batch, own = with_own_answers(decoder, batch, self.on_policy, min(self.top_k, decoder.config.vocab_size))
             learnt = jnp.where(own, 0, learnt)
         inputs = (batch.tokens, batch.positions, batch.segments)
+        read = Decoder.with_layers if self.layers else Decoder.with_balance
+        hidden, balance, *streams = read(decoder, *inputs)
         if isinstance(teacher, TopK):
-            hidden, balance = decoder.with_balance(*inputs)
-            kd, match = self._from_top_k(decoder, hidden, batch, teacher), None
+            kd = self._from_top_k(decoder, hidden, batch, teacher)
         else:
             _check_words(teacher.config.vocab_size, decoder.config.vocab_size)
-            hidden, balance, streams = decoder.with_layers(*inputs)
-            said, _, shown = jax.lax.stop_gradient(teacher.with_layers(*inputs))
+            said, _, *shown = jax.lax.stop_gradient(read(teacher, *inputs))
             kd = self._from_teacher(decoder, hidden, batch, (said, teacher.head))
-            match = _distance(streams, shown, batch) if self.layers else None
+            streams += shown
         sft = cross_entropy(decoder, hidden, batch._replace(weights=learnt))
         loss = (1 - self.ratio) * sft.total + self.ratio * kd.total + balance * kd.weight
         metrics = {"loss_sft": sft, "loss_kd": kd}
-        if match:
+        if self.layers:
+            match = _distance(streams, batch)
             loss += self.layers * match.total / match.weight * kd.weight
             metrics["loss_layers"] = match
         return Mean(loss, kd.weight), metrics
@@ -135,8 +136,9 @@ def _weights(batch: TokenBatch) -> jax.Array:
     return jnp.where(batch.targets != NO_TARGET, batch.weights, 0)
 
 
-def _distance(student: jax.Array, teacher: jax.Array, batch: TokenBatch) -> Mean:
-    """1 - cos of the residual streams [L, B, T, D], a mean over the student's layers, summed over tokens."""
+def _distance(streams: list[jax.Array], batch: TokenBatch) -> Mean:
+    """1 - cos of the residual streams [L, B, T, D] of student and teacher: mean over the student's layers, sum over tokens."""
+    student, teacher = streams
     if student.shape[-1] != teacher.shape[-1]:
         raise ValueError(
             f"distill.layers compares residual streams of one width: the teacher's is {teacher.shape[-1]} wide, the "
