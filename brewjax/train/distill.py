@@ -137,7 +137,7 @@ def _weights(batch: TokenBatch) -> jax.Array:
 
 
 def _distance(streams: list[jax.Array], batch: TokenBatch) -> Mean:
-    """1 - cos of the residual streams [L, B, T, D] of student and teacher: mean over the student's layers, sum over tokens."""
+    """1 - cos of the residual streams [L, B, T, D] of student and teacher, averaged over layers, summed over tokens."""
     student, teacher = streams
     if student.shape[-1] != teacher.shape[-1]:
         raise ValueError(
