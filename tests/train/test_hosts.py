@@ -34,8 +34,6 @@ def start(shards: Path, folder: Path, processes: int) -> list[subprocess.Popen]:
         "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
         "JAX_NUM_PROCESSES": str(processes),
         "JAX_NUM_CPU_DEVICES": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(shards / "compiled"),  # the same programs again and again
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     started = []
     for number in range(processes):

@@ -104,8 +104,6 @@ def start(shards: Path, folder: Path, devices: int = 1) -> subprocess.Popen:
     """Trains in a process of its own, on virtual devices over which the weights are split."""
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_COMPILATION_CACHE_DIR": str(shards / "compiled"),  # the same programs again and again
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     arguments = [sys.executable, "-m", "tests.train.test_loop", shards, folder, str(devices)]
     with open(folder / "log.txt", "a") as log:
