@@ -91,9 +91,10 @@ def dense(name, temperature):
 
 
 def assert_close(found, expected):
-    """(sum, gradients) to the precision of float32 logits of about 30, sums of which cancel in the gradients."""
+    """(sum, gradients) to the precision of float32 logits of up to 60, which the reverse KL multiplies probabilities with
+    before sums of them cancel."""
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, atol=5e-5 * max(1, np.abs(b).max()))
+        np.testing.assert_allclose(a, b, atol=3e-4 * max(1, np.abs(b).max()))
 
 
 def assert_is_the_definition(inputs, teacher, p, ids, weights, loss, name, chunk, block, temperature):
