@@ -91,8 +91,8 @@ def dense(name, temperature):
 
 
 def assert_close(found, expected):
-    """(sum, gradients) to the precision of float32 logits of up to 60, which the reverse KL multiplies probabilities with
-    before sums of them cancel."""
+    """(sum, gradients) to the precision of float32 logits of up to 60, which in the reverse KL are factors of what then
+    cancels in sums."""
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=3e-4 * max(1, np.abs(b).max()))
 
