@@ -20,7 +20,7 @@ from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
 
-from benchmarks.attention_static import CLOCKS, PRODUCTS, Chip, costs, estimate, pairs, visits  # isort: skip  # sets up libtpu
+from benchmarks.attention_static import CLOCKS, PRODUCTS, Chip, costs, estimate, kinds_of, pairs, visits  # isort: skip  # sets up libtpu
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,6 @@ from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_
 from tokamax._src.ops.experimental.tpu.splash_attention.splash_attention_mask_info import MaskInfo as TokamaxMaskInfo
 
 from benchmarks.layouts import segments
-from pallas_kernels.attention_tpu_plan import kinds_and_labels
 from pallas_kernels.worklist import EVERY
 
 LAYOUT, PREFIX, D, BLOCK = "4096 + 500 x 64", 4096, 128, 512
@@ -55,7 +54,7 @@ class Steps(NamedTuple):
 
 
 def compile_parts(
-    chip: Chip, way: str, module: ModuleType, call: Callable, inputs: list, parts: dict[str, int | None]
+    chip: Chip, module: ModuleType, call: Callable, inputs: list, parts: dict[str, int]
 ) -> dict[str, dict[str, int]]:
     """Bundles of a kernel's parts: of those under its nth `pl.when`, beside what each step costs anyway ("step")."""
 
@@ -112,7 +111,7 @@ def of_tokamax(chip: Chip, way: str, kinds: np.ndarray) -> tuple[int, str]:
         inputs += [per_query, q, per_query]
     # At the beginning, without a mask, with one, at the end.
     call = forward if way == "forward" else backward
-    parts = compile_parts(chip, way, tokamax, call, inputs, {"every": 1, "some": 2})
+    parts = compile_parts(chip, tokamax, call, inputs, {"every": 1, "some": 2})
     every, met = int(np.sum(kinds == EVERY)), int(np.sum(kinds != 0))
     found = cycles(chip, PRODUCTS[way], parts, Steps(met, every, met - every))
     return found, f"{parts['every']['bundles']:,} ({parts['some']['bundles']:,})"
@@ -160,7 +159,7 @@ def of_stock(chip: Chip, way: str, kinds: np.ndarray) -> tuple[int, str]:
     total, bundles = 0, []
     for call, visits_of, more, products, width in kernels:
         inputs = [visits_of, shape((LENGTH,), jnp.int32), q, kv, kv, *more]
-        parts = compile_parts(chip, way, stock, call, inputs, {"some": 1})  # the beginning, a block, the end
+        parts = compile_parts(chip, stock, call, inputs, {"some": 1})  # the beginning, a block, the end
         parts["every"] = parts["some"]
         total += cycles(chip, products, parts, Steps(blocks * width, 0, computed))
         bundles.append(f"{parts['some']['bundles']:,}")
@@ -182,10 +181,8 @@ def main(chips: list[str]) -> None:
             cost = costs(chip, way)
             plan = cost.plan
             ours, _ = estimate(cost, visits(plan, labels))
-            blocks = dataclasses.replace(
-                plan, chunk=128, chunks=BLOCK // 128, keys=BLOCK, T=labels.example.shape[1], S=labels.example.shape[1]
-            )
-            kinds = np.asarray(jax.jit(lambda labels, of=blocks: kinds_and_labels(of, labels, labels, 0)[0])(labels)[0])
+            blocks = dataclasses.replace(plan, chunk=128, chunks=BLOCK // 128, keys=BLOCK)
+            kinds = kinds_of(blocks, labels)[0]
             theirs = [of_tokamax(chip, way, kinds), of_stock(chip, way, kinds)]
             scale = BLOCK**2 / cost.every["pairs"]
             table.add_row(

@@ -193,12 +193,17 @@ def pairs(labels: Segments) -> int:
     return sum(int(count(np.arange(start, min(start + step, length)))) for start in range(0, length, step))
 
 
-def visits(plan: Plan, labels: Segments) -> np.ndarray:
-    """The kinds of a layout's visits, by kernels of that plan's blocks."""
+def kinds_of(plan: Plan, labels: Segments) -> np.ndarray:
+    """The kinds [1, query blocks, key blocks] of a layout's pairs of blocks, by kernels of that plan's blocks."""
     length = labels.example.shape[1]
     plan = dataclasses.replace(plan, T=length, S=length)
-    kind = jax.jit(lambda labels: kinds_and_labels(plan, labels, labels, 0)[0])(labels)
-    return np.asarray(kind)[np.asarray(kind) != 0]
+    return np.asarray(jax.jit(lambda labels: kinds_and_labels(plan, labels, labels, 0)[0])(labels))
+
+
+def visits(plan: Plan, labels: Segments) -> np.ndarray:
+    """The kinds of a layout's visits."""
+    kinds = kinds_of(plan, labels)
+    return kinds[kinds != 0]
 
 
 def main(chips: list[str]) -> None:
