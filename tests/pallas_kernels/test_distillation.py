@@ -90,11 +90,10 @@ def dense(name, temperature):
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
 
 
-def assert_close(found, expected):
-    """(sum, gradients) to the precision of float32 logits of up to 60, which in the reverse KL are factors of what then
-    cancels in sums."""
+def assert_close(found, expected, atol=5e-5):
+    """(sum, gradients) to the precision of float32 logits of about 30, sums of which cancel in the gradients."""
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, atol=3e-4 * max(1, np.abs(b).max()))
+        np.testing.assert_allclose(a, b, atol=atol * max(1, np.abs(b).max()))
 
 
 def assert_is_the_definition(inputs, teacher, p, ids, weights, loss, name, chunk, block, temperature):
@@ -103,7 +102,9 @@ def assert_is_the_definition(inputs, teacher, p, ids, weights, loss, name, chunk
     assert count == weights.sum()
     with jax.enable_x64(True):
         expected = dense(name, temperature)(*map(np.float64, student), p, ids, np.float64(weights))
-        assert_close((total, grads), jax.tree.map(np.asarray, expected))
+        # Logits are up to 60 at a low temperature, and factors in the reverse KL.
+        atol = 3e-4 if name == "reverse KL" and temperature < 1 else 5e-5
+        assert_close((total, grads), jax.tree.map(np.asarray, expected), atol)
 
 
 seeds = st.integers(0, 2**32 - 1)
