@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from brewjax.model.config import ModelConfig
 from brewjax.model.experts import Experts
 from brewjax.model.sharding import FSDP_TENSOR, Sharding
-from brewjax.model.weights import QuantizedWeight, Weight, gathered, matrix, product, random_weight
+from brewjax.model.weights import Matrix, Weight, gathered, matrix, product, random_weight
 from pallas_kernels.attention import attention
 from pallas_kernels.quantized_matmul import to_8_bits
 from pallas_kernels.segments import PADDING, Segments
@@ -58,7 +58,7 @@ class Layer(nnx.Module):
         # The projections into the residual stream start smaller, for the sum over layers to start at scale one.
         into_residual = (2 * config.layers) ** -0.5
 
-        def weight(*shape: int, axes: tuple, inputs: int = 1, scale: float = 1.0) -> Weight | QuantizedWeight:
+        def weight(*shape: int, axes: tuple, inputs: int = 1, scale: float = 1.0) -> Matrix:
             return matrix(rngs, config, shape, axes, inputs, scale)
 
         def bias(*shape: int) -> Weight | None:
@@ -121,7 +121,7 @@ class Layer(nnx.Module):
         """What the MLP's neurons say, before the down projection; `h` is normed."""
         return swiglu(product(self.sharding, h, self.gate), product(self.sharding, h, self.up))
 
-    def _heads(self, x: Array, weight: Weight | QuantizedWeight, bias: Weight | None, norm: RMSNorm | None) -> Array:
+    def _heads(self, x: Array, weight: Matrix, bias: Weight | None, norm: RMSNorm | None) -> Array:
         heads = product(self.sharding, x, weight)
         if bias is not None:
             heads += gathered(self.sharding, bias, x.dtype)

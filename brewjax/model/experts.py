@@ -13,7 +13,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from brewjax.model.config import ExpertsConfig, ModelConfig
 from brewjax.model.sharding import Sharding
-from brewjax.model.weights import QuantizedWeight, Weight, gathered, matrix, random_weight, used_axes
+from brewjax.model.weights import (
+    Adapted,
+    AdaptedWeight,
+    Matrix,
+    QuantizedWeight,
+    gathered,
+    matrix,
+    random_weight,
+    used_axes,
+)
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.quantized_matmul import Activations, Quantized, round_tokens
 
@@ -41,10 +50,7 @@ class Experts(nnx.Module):
         of tokens that chose it) * (mean probability of it): `per_token` when all are chosen alike, and more else.
         """
         matrices = [self.gate, self.up, self.down]
-        weights: list[Any] = [
-            self.router[...].astype(jnp.float32),
-            *(gathered(self.sharding, w, x.dtype) for w in matrices),
-        ]
+        weights = [self.router[...].astype(jnp.float32), *(gathered(self.sharding, w, x.dtype) for w in matrices)]
         if jax.sharding.get_abstract_mesh().empty:
             rules: dict[str, tuple[str, ...]] = {"batch": (), "length": (), "neurons": (), "experts": ()}
             return _mix(self.config, self.activations, rules, x, real, *weights)
@@ -56,7 +62,9 @@ class Experts(nnx.Module):
             check_vma=False,  # which ragged_dot has no rule for
         )(x, real, *weights)
 
-    def _spec(self, weight: Weight | QuantizedWeight) -> Any:
+    def _spec(self, weight: Matrix) -> Any:
+        if isinstance(weight, AdaptedWeight):
+            return Adapted(*(self._spec(part) for part in (weight.base, weight.a, weight.b)))
         if isinstance(weight, QuantizedWeight):
             specs: list[Any] = [self.sharding.spec(*used_axes(part)) for part in (weight.values, weight.scale)]
             return Quantized(*specs)
@@ -82,9 +90,9 @@ def _mix(
     x_BTD: Array,
     real_BT: Array,
     router_DN: Array,
-    gate_MDF: Array | Quantized,
-    up_MDF: Array | Quantized,
-    down_MFD: Array | Quantized,
+    gate_MDF: Array | Quantized | Adapted,
+    up_MDF: Array | Quantized | Adapted,
+    down_MFD: Array | Quantized | Adapted,
 ) -> tuple[Array, Array]:
     """A device's own tokens [B, T] through all N experts; it has M of them, and its part of their neurons."""
     x_SD, real_S1 = x_BTD.reshape(-1, x_BTD.shape[-1]), real_BT.reshape(-1, 1)
@@ -122,7 +130,7 @@ def _grouped(
     sizes_M: Array,
     expert_R: Array,
     rows_RK: Array,
-    weight: Array | Quantized,
+    weight: Array | Quantized | Adapted,
     inputs_over: tuple[str, ...] = (),
 ) -> Array:
     """Each expert's block of rows times its matrix. 8 bits are multiplied as bfloat16, which holds them all exactly.
@@ -131,6 +139,9 @@ def _grouped(
       expert_R: the expert of each row.
       inputs_over: the mesh axes that K lies over; the token scales are those of all its parts, not the sums.
     """
+    if isinstance(weight, Adapted):
+        grouped = functools.partial(_grouped, activations, sizes_M, expert_R)
+        return grouped(rows_RK, weight.base, inputs_over) + grouped(grouped(rows_RK, weight.a), weight.b)
     if not isinstance(weight, Quantized):
         return grouped_matmul(rows_RK, weight, sizes_M)
     tokens, scales = round_tokens(rows_RK, weight.values.dtype, activations, inputs_over)

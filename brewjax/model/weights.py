@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import overload
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +81,30 @@ class QuantizedWeight(nnx.Module):
         return jax.shard_map(multiply, in_specs=specs, out_specs=out_spec, check_vma=False)(x, values, scale)
 
 
+class Adapted(NamedTuple):
+    """The matrix `base + a b`, which nobody makes: `x` is multiplied with each."""
+
+    base: Array | Quantized
+    a: Float[Array, "*B *K R"]
+    b: Float[Array, "*B R *N"]
+
+
+class AdaptedWeight(nnx.Module):
+    """A matrix W, and beside it one of low rank, A B (see `brewjax.train.lora`): `x W + (x A) B` for `x (W + A B)`.
+
+    Attributes:
+      a, b: of the axes of W that are summed over, and then the rank; of the rank, and then the others.
+    """
+
+    def __init__(self, base: Weight, a: Float[Array, " *A"], b: Float[Array, " *B"], inputs: int):
+        batch = 1 if base.axes[0] == "experts" else 0
+        stack, into, out = base.axes[:batch], base.axes[batch : batch + inputs], base.axes[batch + inputs :]
+        self.base, self.a, self.b = base, Weight(a, axes=(*stack, *into, None)), Weight(b, axes=(*stack, None, *out))
+
+
+Matrix = Weight | QuantizedWeight | AdaptedWeight
+
+
 def matrix(
     rngs: nnx.Rngs, config: ModelConfig, shape: tuple[int, ...], axes: tuple, inputs: int = 1, scale: float = 1.0
 ) -> Weight | QuantizedWeight:
@@ -90,22 +114,21 @@ def matrix(
     return QuantizedWeight(weight, inputs, config.quantized) if config.quantized else weight
 
 
-@overload
-def gathered(sharding: Sharding, weight: Weight, dtype: jnp.dtype) -> Array: ...
-@overload
-def gathered(sharding: Sharding, weight: QuantizedWeight, dtype: jnp.dtype) -> Quantized: ...
-def gathered(sharding: Sharding, weight: Weight | QuantizedWeight, dtype: jnp.dtype) -> Array | Quantized:
-    """A weight in the compute dtype, or as 8 bits, whole along the axis that is only split at rest."""
+def gathered(sharding: Sharding, weight: Matrix, dtype: jnp.dtype) -> Any:
+    """A weight in the compute dtype, `Quantized` or `Adapted`, whole along the axis that is only split at rest."""
+    if isinstance(weight, AdaptedWeight):
+        return Adapted(*(gathered(sharding, part, dtype) for part in (weight.base, weight.a, weight.b)))
     if isinstance(weight, QuantizedWeight):
         parts = (weight.values, weight.scale)
         return Quantized(*(sharding.reshard(part[...], *used_axes(part)) for part in parts))
     return sharding.reshard(weight[...].astype(dtype), *used_axes(weight))
 
 
-def product(
-    sharding: Sharding, x: Float[Array, "B T *K"], weight: Weight | QuantizedWeight, inputs: int = 1
-) -> Float[Array, "B T *N"]:
+def product(sharding: Sharding, x: Float[Array, "B T *K"], weight: Matrix, inputs: int = 1) -> Float[Array, "B T *N"]:
     """`x` times a matrix whose first `inputs` axes are summed over, in the dtype of `x`."""
+    if isinstance(weight, AdaptedWeight):
+        low_rank = product(sharding, product(sharding, x, weight.a, inputs), weight.b)
+        return product(sharding, x, weight.base, inputs) + low_rank
     if isinstance(weight, QuantizedWeight):
         return weight(sharding, x)
     axes = used_axes(weight)

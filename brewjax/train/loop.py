@@ -169,10 +169,9 @@ def make_step(
         state: State, parts: TokenBatch, said: Mapping[str, TopK] = {}, frozen: Mapping[str, Params] = {}
     ) -> tuple[State, dict[str, Array]]:
         def loss_sum(params: Params, part: TokenBatch, said: Mapping[str, TopK]) -> tuple[Array, dict[str, Mean]]:
-            if config.lora:
-                params = config.lora.merge(frozen[BASE], params)
+            decoder = config.lora.bind(model, frozen[BASE], params) if config.lora else bind(model, params)
             given = dict(said) | {name: bind(models[name], weights) for name, weights in frozen.items()}
-            loss, metrics = objective(bind(model, params), part, given)
+            loss, metrics = objective(decoder, part, given)
             return loss.total, {"loss": loss} | metrics
 
         def accumulate(sums: Params, inputs: tuple[TokenBatch, Mapping[str, TopK]]) -> tuple[Params, dict[str, Mean]]:

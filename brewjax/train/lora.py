@@ -1,4 +1,7 @@
-"""LoRA: each matrix learns a difference of low rank; the weights that it started from stay as they are."""
+"""LoRA: each matrix learns a difference of low rank; the weights that it started from stay as they are.
+
+In training the two are multiplied one beside the other, so that a step makes neither their sum nor its gradient.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,14 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import pydantic
+from flax import nnx
 from jax.sharding import NamedSharding
 
 from brewjax.config import Config
-from brewjax.model.params import Params
+from brewjax.model.config import ModelConfig
+from brewjax.model.decoder import Decoder
+from brewjax.model.params import Params, bind
+from brewjax.model.weights import AdaptedWeight
 
 Target = Literal["query", "key", "value", "output", "gate", "up", "down"]
 # How many axes of each weight are its input's, and its output's; layers and experts come before them.
@@ -65,6 +72,22 @@ class LoraConfig(Config):
             return jax.tree.unflatten(tree, made)
 
         return jax.jit(values, out_shardings=jax.tree.unflatten(tree, [leaf.sharding for _, leaf in leaves]))()
+
+    def bind(self, model: ModelConfig, params: Params, adapters: Params) -> Decoder:
+        """A decoder that computes as with the `merge` of both, and makes none of it."""
+        decoder = bind(model, params)
+
+        def adapt(module: nnx.Module, adapters: Params) -> None:
+            for name, below in adapters.items():
+                weight = getattr(module, name)
+                if name in self.targets:
+                    scaled = self.alpha / self.rank * below["a"]
+                    setattr(module, name, AdaptedWeight(weight, scaled, below["b"], AXES[name][0]))
+                else:
+                    adapt(weight, below)
+
+        adapt(decoder, adapters)
+        return decoder
 
     def merge(self, params: Params, adapters: Params) -> Params:
         """The weights with what the adapters learnt: ordinary parameters, in their own dtypes."""
