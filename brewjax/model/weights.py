@@ -134,7 +134,12 @@ def product(sharding: Sharding, x: Float[Array, "B T *K"], weight: Matrix, input
     axes = used_axes(weight)
     of_x, of_product = (sharding.spec_or_none("batch", "length", *each) for each in (axes[:inputs], axes[inputs:]))
     specs = (of_x, sharding.spec_or_none(*axes), of_product)
-    return _product(inputs, specs, x, gathered(sharding, weight, x.dtype))
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # else all layers' gathered matrices wait for the backward pass
+    def of_gathered(x: Array, matrix: Array) -> Array:
+        return _product(inputs, specs, x, sharding.reshard(matrix.astype(x.dtype), *axes))
+
+    return of_gathered(x, weight[...])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
