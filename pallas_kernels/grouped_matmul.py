@@ -43,8 +43,9 @@ def _backward(implementation: str | None, saved: tuple[Array, Array, Array], d_o
     # The TPU's compiler would multiply all rows with all of d_out once for each matrix, and mask.
     whole = ((0, -len(rows) % TILES[0]), (0, 0))
     rows, d_out = jnp.pad(rows, whole), jnp.pad(d_out, whole)
+    D, F = (min(tile, side + -side % 128) for tile, side in zip(TILES[1:], matrices.shape[1:], strict=True))
     interpret = implementation == "tpu-interpreted"
-    return d_rows, tgmm(rows.T, d_out, sizes, matrices.dtype, TILES, interpret=interpret), None
+    return d_rows, tgmm(rows.T, d_out, sizes, matrices.dtype, (TILES[0], D, F), interpret=interpret), None
 
 
 grouped_matmul.defvjp(_forward, _backward)

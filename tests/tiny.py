@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from brewjax.data.tokens import NO_TARGET, EncodedPrompt, HistoryLayout
 from brewjax.model.config import ModelConfig
 from brewjax.model.params import Params, abstract_params
 from brewjax.model.sharding import MeshConfig
+from brewjax.train.lora import LoraConfig
 from pallas_kernels.segments import PADDING, Segments
 
 MODEL = ModelConfig(name="tiny", vocab_size=64, d_model=16, layers=2, heads=4, kv_heads=2, head_dim=8, d_ff=32)
@@ -20,12 +22,18 @@ YES, NO = 1, 2  # the label words; other tokens are from 3
 
 
 def params(model: ModelConfig = MODEL, seed: int = 0) -> Params:
-    """Random parameters by NumPy: JAX takes seconds to compile their random numbers."""
+    return _random(abstract_params(model, MeshConfig().build()), seed)
+
+
+def adapters(lora: LoraConfig, model: ModelConfig = MODEL) -> Params:
+    """Random, B too."""
+    return _random(lora.abstract(abstract_params(model, MeshConfig().build())), seed=5)
+
+
+def _random(abstract: Any, seed: int) -> Params:
+    """By NumPy: JAX takes seconds to compile its random numbers."""
     random = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(0.3 * random.standard_normal(leaf.shape), leaf.dtype),
-        abstract_params(model, MeshConfig().build()),
-    )
+    return jax.tree.map(lambda leaf: jnp.asarray(0.3 * random.standard_normal(leaf.shape), leaf.dtype), abstract)
 
 
 def prompt(

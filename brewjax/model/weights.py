@@ -135,7 +135,7 @@ def product(sharding: Sharding, x: Float[Array, "B T *K"], weight: Matrix, input
     of_x, of_product = (sharding.spec_or_none("batch", "length", *each) for each in (axes[:inputs], axes[inputs:]))
     specs = (of_x, sharding.spec_or_none(*axes), of_product)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)  # else all layers' gathered matrices wait for the backward pass
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # or the gathered matrices of all layers would be kept
     def of_gathered(x: Array, matrix: Array) -> Array:
         return _product(inputs, specs, x, sharding.reshard(matrix.astype(x.dtype), *axes))
 

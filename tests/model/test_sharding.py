@@ -21,8 +21,9 @@ from brewjax.model.huggingface import read_config, read_params
 from brewjax.model.params import Params, abstract_params, bind
 from brewjax.model.sharding import FSDP_TENSOR, MESH_AXES, ROWS, MeshConfig, Sharding
 from brewjax.model.upcycle import upcycle
+from brewjax.train.lora import LoraConfig
 from brewjax.train.objectives import supervised
-from tests.tiny import MODEL, pack, params, prompt
+from tests.tiny import MODEL, adapters, pack, params, prompt
 
 ROOT = Path(__file__).parents[2]
 LENGTH = 64
@@ -43,8 +44,15 @@ EXPERT_MESHES = {
     "experts, data=2 expert=4": MeshConfig(expert=4),
     "experts, expert=4 context=2": MeshConfig(expert=4, context=2),
 }
-RUNS = {name: (MODEL, mesh) for name, mesh in MESHES.items()}
-RUNS |= {name: (EXPERTS, mesh) for name, mesh in EXPERT_MESHES.items()}
+LORA = LoraConfig(rank=3)
+LORA_MESHES = {
+    "adapters, data=2 fsdp=2 tensor=2": (MODEL, MeshConfig(fsdp=2, tensor=2)),
+    "adapters, data=2 context=2 tensor=2": (MODEL, MeshConfig(context=2, tensor=2)),
+    "adapters of experts, fsdp=2 expert=2 tensor=2": (EXPERTS, MeshConfig(fsdp=2, expert=2, tensor=2)),
+}
+RUNS = {name: (MODEL, None, mesh) for name, mesh in MESHES.items()}
+RUNS |= {name: (EXPERTS, None, mesh) for name, mesh in EXPERT_MESHES.items()}
+RUNS |= {name: (model, LORA, mesh) for name, (model, mesh) in LORA_MESHES.items()}
 
 
 def batch() -> TokenBatch:
@@ -62,19 +70,24 @@ def batch() -> TokenBatch:
     return jax.tree.map(lambda *row: np.stack(row), *rows)
 
 
-def loss_and_gradients(model: ModelConfig, mesh: Mesh) -> dict[str, np.ndarray]:
-    """By path of the parameter, gathered."""
+def loss_and_gradients(model: ModelConfig, lora: LoraConfig | None, mesh: Mesh) -> dict[str, np.ndarray]:
+    """By path of the parameter, or of the adapter; gathered."""
 
     @functools.partial(jax.value_and_grad, has_aux=True)
-    def loss(params, batch):
-        loss, _ = supervised(bind(model, params), batch, {})
+    def loss(learnt, base, batch):
+        decoder = lora.bind(model, base, learnt) if lora else bind(model, learnt)
+        loss, _ = supervised(decoder, batch, {})
         return loss
 
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(model, mesh))
+    abstract, weights = abstract_params(model, mesh), params(model)
+    of_base = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, lora.abstract(abstract)) if lora else of_base
     by_rows = NamedSharding(mesh, jax.P(ROWS, None))
     with jax.set_mesh(mesh):
         (loss, count), gradients = jax.jit(loss)(
-            jax.device_put(params(model), shardings), jax.device_put(batch(), by_rows)
+            jax.device_put(adapters(lora, model) if lora else weights, shardings),
+            jax.device_put(weights, of_base) if lora else None,
+            jax.device_put(batch(), by_rows),
         )
     for shard, gradient in zip(jax.tree.leaves(shardings), jax.tree.leaves(gradients), strict=True):
         assert gradient.sharding.is_equivalent_to(shard, gradient.ndim)
@@ -95,8 +108,8 @@ def sharded(tmp_path_factory) -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def expected(model: ModelConfig) -> dict[str, np.ndarray]:
-    return loss_and_gradients(model, one_device())
+def expected(model: ModelConfig, lora: LoraConfig | None) -> dict[str, np.ndarray]:
+    return loss_and_gradients(model, lora, one_device())
 
 
 def one_device() -> Mesh:
@@ -106,7 +119,7 @@ def one_device() -> Mesh:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_loss_and_gradients_are_those_of_one_device(name, sharded):
-    alone = expected(RUNS[name][0])
+    alone = expected(*RUNS[name][:2])
     assert alone["count"] > 10
     for path, values in alone.items():
         np.testing.assert_allclose(sharded[f"{name}/{path}"], values, rtol=1e-5, atol=1e-5, err_msg=path)
@@ -204,7 +217,7 @@ def test_an_axis_that_does_not_divide_is_named():
 
 def main(out: str) -> None:
     assert jax.device_count() == 8
-    found = {name: loss_and_gradients(model, config.build()) for name, (model, config) in RUNS.items()}
+    found = {name: loss_and_gradients(model, lora, config.build()) for name, (model, lora, config) in RUNS.items()}
     mesh = EXPERT_MESHES["experts, fsdp=2 expert=2 tensor=2"].build()
     found |= {made.__name__: made(mesh) for made in (read_golden, upcycled)}
     np.savez(out, **{f"{name}/{path}": values for name, one in found.items() for path, values in one.items()})

@@ -2,42 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import Jaxpr, jaxprs_in_params
 
+from brewjax.ahead.program import training_step
 from brewjax.model.config import ExpertsConfig
-from brewjax.model.params import abstract_params
+from brewjax.model.params import abstract_params, bind
 from brewjax.model.sharding import MeshConfig
 from brewjax.train.align import Align
-from brewjax.train.loop import train
+from brewjax.train.loop import TrainConfig, train
 from brewjax.train.lora import AXES, LoraConfig
 from brewjax.train.objectives import supervised
-from tests.tiny import MODEL, params
+from tests.tiny import MODEL, adapters, batch_of, params, prompt
 from tests.train.test_loop import CONFIG, losses, newest_checkpoint, shards
 
 __all__ = ["shards"]  # a fixture
 EXPERTS = MODEL.model_copy(update={"experts": ExpertsConfig(count=4)})
+REMAT = MODEL.model_copy(update={"remat": True})
 LORA = LoraConfig(rank=3, alpha=6.0)
 
 
-def random_adapters(lora: LoraConfig, model) -> dict:
-    random = np.random.default_rng(5)
-    shapes = lora.abstract(abstract_params(model, MeshConfig().build()))
-    return jax.tree.map(lambda leaf: jnp.asarray(random.standard_normal(leaf.shape), leaf.dtype), shapes)
+def shapes(tree) -> dict[str, tuple[int, ...]]:
+    return {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def outputs(jaxpr: Jaxpr) -> Iterator[tuple[int, ...]]:
+    """The shapes of all that a program computes, loops and functions within it included."""
+    for equation in jaxpr.eqns:
+        yield from (getattr(out.aval, "shape", ()) for out in equation.outvars)
+        for inner in jaxprs_in_params(equation.params):
+            yield from outputs(inner)
 
 
 @pytest.mark.parametrize("model", [MODEL, EXPERTS], ids=["dense", "experts"])
 def test_merged_weights_are_the_definition(model):
     """W + (alpha / rank) A B of each layer, and of each of its experts, as plain matrices."""
-    base, adapters = params(model), random_adapters(LORA, model)
-    merged = jax.jit(LORA.merge)(base, adapters)
+    base, learnt = params(model), adapters(LORA, model)
+    merged = jax.jit(LORA.merge)(base, learnt)
     assert jax.tree.map(jnp.shape, merged) == jax.tree.map(jnp.shape, base)
     below = (lambda tree: tree["layers"]["experts"]) if model is EXPERTS else (lambda tree: tree["layers"])
     for name, (inputs, outputs) in AXES.items():
         at = below if name in below(base) else (lambda tree: tree["layers"])
-        before, after, pair = (at(tree)[name] for tree in (base, merged, adapters))
+        before, after, pair = (at(tree)[name] for tree in (base, merged, learnt))
         stack = before.ndim - inputs - outputs
         for index in np.ndindex(before.shape[:stack]):
             rows = int(np.prod(before.shape[stack : stack + inputs]))
@@ -48,18 +59,60 @@ def test_merged_weights_are_the_definition(model):
         jax.tree.map(np.testing.assert_array_equal, merged[name], base[name])
 
 
+@pytest.mark.parametrize("model", [MODEL, REMAT, EXPERTS], ids=["dense", "remat", "experts"])
+def test_loss_and_gradients_are_those_through_merged_weights(model):
+    random = np.random.default_rng(0)
+    batch = batch_of([[prompt(random), prompt(random, layout="star")] for _ in range(2)], 64)
+    base, learnt = params(model), adapters(LORA, model)
+
+    def loss_and_gradients(decoder):
+        with jax.set_mesh(MeshConfig().build()):
+            return jax.jit(jax.value_and_grad(lambda learnt: supervised(decoder(learnt), batch, {})[0].total))(learnt)
+
+    loss, found = loss_and_gradients(lambda learnt: LORA.bind(model, base, learnt))
+    expected_loss, expected = loss_and_gradients(lambda learnt: bind(model, LORA.merge(base, learnt)))
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
+    assert shapes(found) == shapes(expected)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert np.abs(other).max() > 0.01
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5 * np.abs(other).max())
+
+
+@pytest.mark.parametrize("model", [MODEL, EXPERTS], ids=["dense", "experts"])
+def test_a_step_makes_neither_merged_weights_nor_their_gradient(model):
+    """Nothing in the whole program has the shape of a stack of matrices; those of the base are given."""
+    model = model.model_copy(update={"layers": 5, "remat": True})
+    config, mesh = TrainConfig(steps=10, rows=3, row_tokens=32, accumulate=3, lora=LORA), MeshConfig().build()
+    with jax.set_mesh(mesh):
+        step = training_step(model, config, mesh).traced.jaxpr.jaxpr
+        full = training_step(model, config.model_copy(update={"lora": None}), mesh).traced.jaxpr.jaxpr
+    stacks = shapes(LORA._each(abstract_params(model, mesh), lambda name, weight: weight))
+    assert len(stacks) == len(AXES)
+    assert not set(stacks.values()) & set(outputs(step))
+    assert set(stacks.values()) <= set(outputs(full))  # they would be seen
+
+
+def test_a_compiled_step_has_no_room_for_them():
+    wide = MODEL.model_copy(update={"layers": 8, "d_model": 64, "d_ff": 512, "remat": True})
+    config, mesh = TrainConfig(steps=10, rows=1, row_tokens=32, lora=LORA), MeshConfig().build()
+    with jax.set_mesh(mesh):
+        memory = training_step(wide, config, mesh).traced.lower().compile().memory_analysis()
+    base = sum(4 * leaf.size for leaf in jax.tree.leaves(abstract_params(wide, mesh)["layers"]))
+    assert memory.temp_size_in_bytes < base / 2
+
+
 def test_new_adapters_change_nothing():
-    adapters = LORA.init(abstract_params(MODEL, MeshConfig().build()), seed=0)
-    merged = LORA.merge(params(), adapters)
+    new = LORA.init(abstract_params(MODEL, MeshConfig().build()), seed=0)
+    merged = LORA.merge(params(), new)
     jax.tree.map(np.testing.assert_array_equal, merged, params())
-    a = adapters["layers"]["output"]["a"]
+    a = new["layers"]["output"]["a"]
     assert a.shape == (MODEL.layers, MODEL.heads, MODEL.head_dim, 3)
     np.testing.assert_allclose(jnp.std(a), (MODEL.heads * MODEL.head_dim) ** -0.5, rtol=0.2)
 
 
 def test_only_what_is_named_is_adapted():
-    adapters = random_adapters(LoraConfig(targets=("query", "down")), MODEL)
-    assert {name: set(pair) for name, pair in adapters["layers"].items()} == {"query": {"a", "b"}, "down": {"a", "b"}}
+    named = adapters(LoraConfig(targets=("query", "down")))
+    assert {name: set(pair) for name, pair in named["layers"].items()} == {"query": {"a", "b"}, "down": {"a", "b"}}
 
 
 def test_training_leaves_the_base_alone_and_saves_the_adapters_only(shards, tmp_path):
@@ -69,8 +122,8 @@ def test_training_leaves_the_base_alone_and_saves_the_adapters_only(shards, tmp_
     jax.tree.map(np.testing.assert_array_equal, base, before)
     found = losses(tmp_path)
     assert np.mean([found[step] for step in range(31, 41)]) < 0.9 * found[1]
-    _, adapters = newest_checkpoint(tmp_path, config)
-    jax.tree.map(np.testing.assert_array_equal, trained, jax.jit(LORA.merge)(base, adapters))
+    _, learnt = newest_checkpoint(tmp_path, config)
+    jax.tree.map(np.testing.assert_array_equal, trained, jax.jit(LORA.merge)(base, learnt))
     changed = jax.tree.map(lambda a, b: bool((a != b).any()), trained, before)
     assert {name for name, is_so in changed["layers"].items() if is_so is True} == set(AXES)
     assert not changed["embedding"]
