@@ -22,6 +22,7 @@ from pallas_kernels.platform import platform, tpu_info
 
 Activations = Literal["per_token", "per_tensor"]
 LIMITS = {jnp.dtype(jnp.float8_e4m3fn): 448.0, jnp.dtype(jnp.int8): 127.0}  # the largest values used
+ROUNDS_TO_0 = {jnp.dtype(jnp.float8_e4m3fn): 2**-10, jnp.dtype(jnp.int8): 0.5}  # the largest values that do
 SMALLEST_PEAK = 1e-30  # keeps scales, and so quotients, away from zero and from subnormal numbers
 VMEM_LIMIT = 48 * 2**20  # of 64 MiB on TPU7x, 128 MiB on v5e, v5p, v6e
 
@@ -124,15 +125,17 @@ class Blocks(NamedTuple):
     chunk: int
 
 
-def choose_blocks(T: int, K: int, N: int, itemsize: int) -> Blocks:
-    """For x [T, K] of `itemsize` bytes and a weight [K, N].
+def choose_blocks(T: int, K: int, N: int, itemsize: int, unit: int) -> Blocks:
+    """For x [T, K] of `itemsize` bytes and a weight [K, N], on a chip whose matrix unit is `unit` columns wide.
 
     A step of the grid takes all of K, so that `x` is read once and unfinished sums never leave the chip. Each weight
-    meets up to 512 tokens while it is there, which is work enough to hide its way from memory.
+    meets up to 1024 tokens (512 on v5) while it is there, which is work enough to hide its way from memory.
     """
-    tokens = _even(T, min(max(8 * 2**20 // (K * itemsize), 32), 512), 32)
-    # 2 MiB of weights hide the start of a step; sums of 512 x 256 keep the unrolled code, and its compiling, small.
-    channels = min(max(2 * 2**20 // K, 256), 2**17 // tokens, 1024)
+    wide = unit // 128
+    tokens = _even(T, min(max(8 * 2**20 // (K * itemsize), 32), 512 * wide), 32)
+    # 2 MiB of weights hide the start of a step. Sums of 512 x 256, of 1024 x 512 where the unit is 256 wide, keep the
+    # unrolled code, and its compiling, small. Half of each, and what follows a step's products takes a fifth of it.
+    channels = min(max(2 * 2**20 // K, 256), wide**2 * 2**17 // tokens, 1024)
     return Blocks(tokens, _even(N, channels, 128), _even(K, 4096, 128))
 
 
@@ -146,7 +149,7 @@ def matmul_pallas(
 ) -> Float[Array, "T N"]:
     """`matmul_xla` for TPU. What the last blocks hold beyond the arrays stays in rows and columns nobody keeps."""
     (T, K), N = x.shape, weight.shape[1]
-    blocks = blocks or choose_blocks(T, K, N, x.dtype.itemsize)
+    blocks = blocks or choose_blocks(T, K, N, x.dtype.itemsize, tpu_info().mxu_column_size)
     out = jax.eval_shape(functools.partial(matmul_xla, dtype=dtype), x, weight, scales)  # varies over a mesh as that
     return pl.pallas_call(
         functools.partial(_kernel, chunk=blocks.chunk),
@@ -211,17 +214,18 @@ def to_8_bits(x: Float[Array, " *B"], dtype: DTypeLike, axis: int | tuple[int, .
 def _scales(x: Float[Array, " *B"], dtype: DTypeLike, axis: int | tuple[int, ...]) -> Array:
     if jnp.dtype(dtype) not in LIMITS:
         raise ValueError(f"cannot quantize to {jnp.dtype(dtype)}, only to {' or '.join(map(str, LIMITS))}")
-    x = x.astype(jnp.float32)
-    finite = jnp.all(jnp.isfinite(x), axis, keepdims=True)  # asked of x: on CPU a maximum may overlook a NaN
-    scale = jnp.maximum(jnp.max(jnp.abs(x), axis, keepdims=True), SMALLEST_PEAK) / LIMITS[jnp.dtype(dtype)]
-    return jnp.where(finite, scale, jnp.nan)
+    # Of their bits, infinity and NaN are the largest: one pass finds them and the peak. (On CPU a maximum of floats may
+    # overlook a NaN.)
+    bits = jax.lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.int32)
+    peak = jax.lax.bitcast_convert_type(jnp.max(bits, axis, keepdims=True), jnp.float32)
+    return jnp.where(jnp.isfinite(peak), jnp.maximum(peak, SMALLEST_PEAK) / LIMITS[jnp.dtype(dtype)], jnp.nan)
 
 
 def _rounded(x: Float[Array, " *B"], scale: Array, dtype: DTypeLike) -> Array:
     values = x.astype(jnp.float32) / scale
-    values = jnp.where(jnp.isfinite(values), values, 0)  # where it is not, the scale is NaN
-    values = (jnp.round(values) if dtype == jnp.int8 else values).astype(dtype)
-    return jnp.where(values == 0, jnp.zeros_like(values), values)  # -0 to 0
+    # What rounds to 0 becomes 0 and not -0; so does NaN, for then the scale is NaN.
+    values = jnp.where(jnp.abs(values) > ROUNDS_TO_0[jnp.dtype(dtype)], values, 0)
+    return (jnp.round(values) if dtype == jnp.int8 else values).astype(dtype)
 
 
 def _even(size: int, most: int, multiple: int) -> int:

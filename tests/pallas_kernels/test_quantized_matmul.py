@@ -230,13 +230,19 @@ def test_errors_name_what_is_wrong(call, message):
         call(*draw("random", 9))
 
 
-@given(T=st.integers(1, 10**5), K=st.integers(1, 2**15), N=st.integers(1, 10**5), itemsize=st.sampled_from([1, 2]))
-def test_blocks_fit_and_are_tiles(T, K, N, itemsize):
-    tokens, out, chunk = qm.choose_blocks(T, K, N, itemsize)
+@given(
+    T=st.integers(1, 10**5),
+    K=st.integers(1, 2**15),
+    N=st.integers(1, 10**5),
+    itemsize=st.sampled_from([1, 2]),
+    unit=st.sampled_from([128, 256]),
+)
+def test_blocks_fit_and_are_tiles(T, K, N, itemsize, unit):
+    tokens, out, chunk = qm.choose_blocks(T, K, N, itemsize, unit)
     for size, block, tile in ((T, tokens, 32), (N, out, 128), (K, chunk, 128)):
         assert block == size or (block < size and block % tile == 0)
     assert chunk <= 4096
-    assert tokens * out <= 2**17
+    assert tokens * out <= 2**17 * (unit // 128) ** 2
     two_of_each = 2 * (tokens * K * itemsize + K * out + tokens * out * 4)
     assert two_of_each < 0.9 * qm.VMEM_LIMIT
 
