@@ -1,9 +1,10 @@
 """Products of 8-bit weights: ours beside qwix and XLA's own dot, with a bfloat16 dot as the yardstick.
 
-    pip install qwix, then: python -m benchmarks.quantized_rivals [v5e v6e ..] [up down q] [8192 512] [int8 e4m3 ..]
+    pip install qwix, then: python -m benchmarks.quantized_rivals [v5e v6e ..] [up ..] [8192 512] [int8 e4m3 ..] [scan]
                             python -m benchmarks.quantized_rivals cpu
 
 `up`, `down` and `q` are products of a layer of configs/models/brew-mini-turbo.yaml; `q` is `o` too, and `up` is `gate`.
+`scan` has the weights of four layers stacked and scanned over, as the model has them; the figures are of one turn.
 
     ours          `quantized_matmul`: tokens rounded by XLA, then a Pallas kernel
     XLA           the same, with `matmul_xla` for the kernel
@@ -33,6 +34,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 from unittest import mock
 
 from benchmarks.attention_static import DUMP, table  # isort: skip  # sets up libtpu
@@ -140,48 +142,60 @@ class Chip:
         peaks = {"int8": info.int8_ops_per_second, "e4m3": info.fp8_ops_per_second}
         self.peaks = {kind: max(peaks.get(kind or "", 0), bf16) for kind in (None, *KINDS)}
 
-    def cost(self, who: str, kind: str | None, T: int, K: int, N: int) -> Cost:
-        call, shapes = rivals(kind, T, K, N)[who]
+    def cost(self, who: str, kind: str | None, T: int, K: int, N: int, layers: int) -> Cost:
+        """Of one product; with `layers`, of one turn of a scan over so many, stacked, as in the model."""
+        call, (x, *weights) = rivals(kind, T, K, N)[who]
+        if layers:
+            weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct((layers, *x.shape), x.dtype), weights)
+        program = partial(scanned, call) if layers else call
         place = jax.NamedSharding(self.mesh, jax.P())
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), (x, *weights))
         shutil.rmtree(DUMP, ignore_errors=True)
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-            text = jax.jit(call).lower(*shapes).compile().as_text()
-        entry = re.findall(r"\n +(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)", text[text.index("\nENTRY") :])
-        results = {name: result for name, result, _, _ in entry}
-        weights = [name for name, result, op, _ in entry if op == "parameter" and f"[{K},{N}]" in result]
-        found = Cost()
-        for name, result, op, rest in entry:
-            if op in ("parameter", "bitcast") or op.endswith("-done"):
+            text = jax.jit(program).lower(*shapes).compile().as_text()
+        (around,) = [
+            part for part in text.split("\n\n") if re.search("tpu_custom_call|convolution_algorithm_conf", part)
+        ]
+        found, operations = Cost(), re.findall(r"\n +(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)", around)
+        results = {name: re.sub(rf"\[{layers},", "[", result) for name, result, _, _ in operations}
+        given = [name for name, _, op, _ in operations if op in ("parameter", "get-tuple-element")]
+        matrices = [name for name in given if f"[{K},{N}]" in results[name]]
+        for name, _, op, rest in operations:
+            if name in given or op in ("bitcast", "tuple", "constant") or op.endswith("-done"):
                 continue
             taken = re.findall(r"%([\w.\-]+)", rest.split(")")[0])
-            grid = Grid.of(who, kind, T, K, N, self.unit) if op == "custom-call" else Grid(bounds(rest))
+            is_kernel = "tpu_custom_call" in rest
+            if op == "custom-call" and not is_kernel:  # a name for memory
+                continue
+            grid = Grid.of(who, kind, T, K, N, self.unit) if is_kernel else Grid(bounds(rest))
             found.bytes += sum(in_hbm(results[each]) * grid.fetched.get(at, 1) for at, each in enumerate(taken))
             if op.endswith("-start"):  # on its way to the chip's own memory
                 continue
-            found.bytes += in_hbm(result)
+            found.bytes += in_hbm(results[name])
             once, again = bundles(name)
             cycles = grid.steps * (once + grid.trips * again)
-            if op == "custom-call" or "convolution_algorithm_config" in rest:
+            if is_kernel or "convolution_algorithm_config" in rest:
                 found.product += max(cycles, round(2 * T * K * N / self.peaks[kind] * self.clock))
                 found.estimate += int((re.search(r'"estimated_cycles":"(\d+)"', rest) or (0, 0))[1])
             else:
                 found.rest += cycles
-                found.copies += any(each in weights for each in taken)
+                found.copies += any(each in matrices for each in taken)
         return found
 
-    def row(self, who: str, kind: str | None, T: int, K: int, N: int, yardstick: float) -> tuple[float, list[str]]:
-        """Milliseconds, and the numbers to show."""
-        cost = self.cost(who, kind, T, K, N)
+    def row(self, yardstick: float, *what: Any) -> tuple[float, list[str]]:
+        """Milliseconds of `cost(*what)`, and the numbers to show."""
+        cost = self.cost(*what)
         product, rest, estimate = (cycles / self.clock * 1e3 for cycles in (cost.product, cost.rest, cost.estimate))
         times = product, rest, (product + rest) / (yardstick or product + rest)
         shown = [f"{times[0]:.3f}", f"{times[1]:.3f}", f"{times[2]:.2f}", f"{cost.bytes / self.bandwidth * 1e3:.3f}"]
-        return product + rest, [
-            *shown,
-            f"{cost.bytes / 1e6:,.0f}",
-            f"{estimate:.3f}" * bool(estimate),
-            str(cost.copies),
-        ]
+        shown += [f"{cost.bytes / 1e6:,.0f}", f"{estimate:.3f}" * bool(estimate), str(cost.copies)]
+        return product + rest, shown
+
+
+def scanned(call: Callable, x: jax.Array, *weights: Any) -> jax.Array:
+    total = jax.eval_shape(call, x, *jax.tree.map(lambda each: each[0], weights))
+    zeros = jnp.zeros(total.shape, total.dtype)
+    return jax.lax.scan(lambda total, layer: (total + call(x, *layer), None), zeros, weights)[0]
 
 
 def bounds(rest: str) -> int:
@@ -206,13 +220,13 @@ def bundles(name: str) -> tuple[int, int]:
     return sum(depth < 2 for depth in depths), sum(depth > 1 for depth in depths)
 
 
-def on_chips(chips: list[str], products: list[str], tokens: list[int], kinds: list[str]) -> None:
+def on_chips(chips: list[str], products: list[str], tokens: list[int], kinds: list[str], layers: int) -> None:
     shown = table("estimates", ("chip", "what", "who", *COLUMNS))
     for chip in map(Chip, chips):
         for product, T in [(product, T) for product in products for T in tokens]:
             yardstick = 0.0
             for kind, who in [(each, who) for each in (None, *kinds) for who in rivals(each, T, 128, 128)]:
-                ms, numbers = chip.row(who, kind, T, *PRODUCTS[product], yardstick)
+                ms, numbers = chip.row(yardstick, who, kind, T, *PRODUCTS[product], layers)
                 yardstick = yardstick or ms
                 shown.add_row(chip.name, f"{product}, {T:,} tokens, {kind or ''}", who, *numbers)
                 print(chip.name, product, T, kind, who, *numbers, file=sys.stderr, flush=True)  # compiling takes long
@@ -257,4 +271,5 @@ if __name__ == "__main__":
         on_cpu()
     else:
         chosen = [[name for name in asked if name in known] or list(known) for known in (CHIPS, PRODUCTS, KINDS)]
-        on_chips(*chosen[:2], [int(name) for name in asked if name.isdigit()] or [8192, 512], chosen[2])
+        tokens = [int(name) for name in asked if name.isdigit()] or [8192, 512]
+        on_chips(*chosen[:2], tokens, chosen[2], 4 if "scan" in asked else 0)
