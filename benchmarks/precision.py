@@ -10,7 +10,6 @@ apart; the AUC, with its paired difference from float32 and a 95% interval over 
 from __future__ import annotations
 
 import argparse
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -66,20 +65,19 @@ def main() -> None:
 
     dataset, whole = Dataset.load(arguments.dataset), Bundle.load(arguments.model)
     bundles = {"float32": whole} | {name: with_head(whole, head) for name, head in HEADS.items()}
-    with tempfile.TemporaryDirectory() as folder:
-        for number, (name, config) in enumerate(LAYERS.items()):
-            bundles[name] = quantize(arguments.model, Path(folder) / str(number), config)
-        bundles["layers e4m3 by token, head bfloat16, logits bfloat16"] = with_head(
-            bundles["layers e4m3, activations by token"], HEADS["head bfloat16, logits bfloat16"]
-        )
-        for task in load_tasks(arguments.tasks, dataset):
-            _compare(task, dataset, bundles, arguments.examples)
+    bundles |= {name: quantize(arguments.model, config) for name, config in LAYERS.items()}
+    bundles["layers e4m3 by token, head bfloat16, logits bfloat16"] = with_head(
+        bundles["layers e4m3, activations by token"], HEADS["head bfloat16, logits bfloat16"]
+    )
+    metrics = {"metrics": ("auc", "log_loss", "calibration_error")}
+    tasks = [task.model_copy(update=metrics) for task in load_tasks(arguments.tasks, dataset)]
+    asked = [(task, sample_examples(dataset, task, "test", arguments.examples)) for task in tasks]
+    found = {name: predict(bundle, dataset, asked) for name, bundle in bundles.items()}
+    for number, task in enumerate(tasks):
+        _show(task, {name: predictions[number].table for name, predictions in found.items()})
 
 
-def _compare(task: Task, dataset: Dataset, bundles: dict[str, Bundle], most: int) -> None:
-    task = task.model_copy(update={"metrics": ("auc", "log_loss", "calibration_error")})
-    examples = sample_examples(dataset, task, "test", most)
-    predictions = {name: predict(bundle, dataset, task, examples)[0] for name, bundle in bundles.items()}
+def _show(task: Task, predictions: dict[str, pa.Table]) -> None:
     found = {name: evaluate(table, task)[OVERALL] for name, table in predictions.items()}
     table = Table(title=f"{task.name}: {found['float32'].rows:,} questions", title_justify="left")
     for column in ("", "AUC", "less than float32's by", "log loss", "calibration error", "ties"):

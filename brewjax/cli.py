@@ -158,8 +158,11 @@ def quantize_(
 ) -> None:
     """Quantise a model's weights to 8 bits, a tensor at a time."""
     from brewjax.compress.quantize import QuantizeConfig, quantize
+    from brewjax.paths import whole_folder
 
-    quantize(model, out, QuantizeConfig.parse("{}", "brewjax quantize", overrides or ()))
+    config = QuantizeConfig.parse("{}", "brewjax quantize", overrides or ())
+    with whole_folder(out) as folder:
+        quantize(model, config).save(folder)
     console.print(f"{out}: {sum(path.stat().st_size for path in out.rglob('*') if path.is_file()) / 1e6:,.1f} MB")
 
 
@@ -181,13 +184,14 @@ def evaluate(
     from brewjax.evaluate.results import compare
     from brewjax.scoring.bundle import Bundle
 
-    tables, bundle = Dataset.load(dataset), Bundle.load(model)
+    tables, bundle, asked = Dataset.load(dataset), Bundle.load(model), []
     for task in load_tasks(tasks, tables):
         examples = sample_examples(tables, task, split, max_examples)
         if not examples:
             raise task.error(f"no question falls into the {split} period", "split")
-        predictions, _ = predict(bundle, tables, task, examples)
-        print_results(compare(task, {"model": predictions}), console)
+        asked.append((task, examples))
+    for (task, _), predictions in zip(asked, predict(bundle, tables, asked), strict=True):
+        print_results(compare(task, {"model": predictions.table}), console)
 
 
 @app.command()

@@ -8,8 +8,11 @@ from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pydantic
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
 from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 
@@ -125,34 +128,68 @@ def prune(
     """The bundle with a smaller model, an ordinary one.
 
     Every matrix is re-solved for the inputs that it has in the model as it was: one pass over the prompts serves all.
+    Of several processes each solves a layer, while the others solve others.
 
-    Raises ConfigError where the model has less than a target, ValueError without prompts or in several processes.
+    Raises ConfigError where the model has less than a target, ValueError without prompts.
     """
-    if jax.process_count() > 1:
-        raise ValueError("pruning runs in one process")
     examples = list(itertools.islice(prompts, config.examples))
     if not examples:
         raise ValueError("no prompts to calibrate on")
     big, small, mesh = bundle.model, config.target(bundle.model), config.mesh.build()
-    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(big, mesh))
-    params = jax.device_put(bundle.params, placed)
-    layers, influences = [], []
-    for number, statistics in enumerate(calibrate(big, params, examples, mesh)):
-        weights: Arrays = _layer(params, number)
-        influences.append(_influence(weights, statistics, config))
-        weights, attention = _with_heads(weights, statistics, small.kv_heads, big, config)
-        weights, mlp = _with_neurons(weights, statistics, small, config)
-        layers.append(weights)
-        on_layer(LayerReport(number, attention, mlp, influences[-1]))
+    params = jax.device_put(bundle.params, jax.tree.map(lambda leaf: leaf.sharding, abstract_params(big, mesh)))
+    wanted, turns = abstract_params(small, mesh), jax.process_count()
+    calibrated, layers, influences = calibrate(big, params, examples, mesh), [], []
+    for first in range(0, big.layers, turns):
+        numbers, mine = range(first, min(first + turns, big.layers)), first + jax.process_index()
+        for number, statistics in zip(numbers, calibrated, strict=False):
+            weights = _layer(params, number)  # by all processes together
+            if number == mine:
+                own = weights, statistics
+        solved = _pruned(mine, *own, big, small, config) if mine in numbers else _unsolved(wanted)
+        for number in numbers:
+            weights, report = multihost_utils.broadcast_one_to_all(solved, number == mine)
+            layers.append(_placed(weights, wanted))
+            influences.append(report.influence)
+            on_layer(report)
     kept = np.sort(np.argsort(-np.array(influences), kind="stable")[: small.layers])
-    stacked = jax.tree.map(lambda *one: np.stack(one), *(layers[number] for number in kept))
-    leaves = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(small, mesh))
-    smaller: Params = jax.device_put({**params, "layers": stacked}, leaves)
-    return dataclasses.replace(bundle, model=small, params=smaller)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted["layers"])
+    with jax.set_mesh(mesh):
+        stacked = jax.jit(_stack, out_shardings=shardings)([layers[number] for number in kept])
+    return dataclasses.replace(bundle, model=small, params={**params, "layers": stacked}, mesh=config.mesh)
 
 
 def _layer(params: Params, number: int) -> Arrays:
-    return jax.tree.map(lambda stack: np.asarray(stack[number]), params["layers"])
+    layer = jax.tree.map(lambda stack: stack[number], params["layers"])
+    return multihost_utils.process_allgather(layer, tiled=True)
+
+
+def _unsolved(wanted: Params) -> tuple[Arrays, LayerReport]:
+    """What a process has to show in place of a layer that it did not solve."""
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape[1:], leaf.dtype), wanted["layers"])
+    return zeros, LayerReport(0, 0.0, 0.0, 0.0)
+
+
+def _placed(weights: Arrays, wanted: Params) -> Params:
+    """A layer over the devices, as it will lie in the smaller model."""
+
+    def place(array: np.ndarray, stack: jax.ShapeDtypeStruct) -> jax.Array:
+        sharding = NamedSharding(stack.sharding.mesh, jax.P(*stack.sharding.spec[1:]))
+        return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+
+    return jax.tree.map(place, weights, wanted["layers"])
+
+
+def _stack(layers: list[Params]) -> Params:
+    return jax.tree.map(lambda *one: jnp.stack(one), *layers)
+
+
+def _pruned(
+    number: int, weights: Arrays, statistics: Statistics, big: ModelConfig, small: ModelConfig, config: PruneConfig
+) -> tuple[Arrays, LayerReport]:
+    influence = _influence(weights, statistics, config)
+    weights, attention = _with_heads(weights, statistics, small.kv_heads, big, config)
+    weights, mlp = _with_neurons(weights, statistics, small, config)
+    return weights, LayerReport(number, attention, mlp, influence)
 
 
 def _influence(weights: Arrays, statistics: Statistics, config: PruneConfig) -> float:

@@ -14,7 +14,6 @@ from brewjax.model.config import HeadPrecision, ModelConfig, Quantization
 from brewjax.model.params import MODEL, Params, abstract_decoder, abstract_params, read_params
 from brewjax.model.sharding import MeshConfig
 from brewjax.model.weights import QuantizedWeight
-from brewjax.paths import whole_folder
 from brewjax.scoring.bundle import Bundle
 
 
@@ -40,19 +39,14 @@ class QuantizeConfig(Config):
         return model.model_copy(update={"quantized": Quantization(dtype=self.dtype, activations=self.activations)})
 
 
-def quantize(source: Path, target: Path, config: QuantizeConfig) -> Bundle:
-    """Writes the bundle at `source` in 8 bits at `target`, which appears only when it is complete.
+def quantize(source: Path, config: QuantizeConfig) -> Bundle:
+    """The bundle at `source` in 8 bits; of the weights as they were, one stacked parameter is in memory at a time.
 
-    Of the weights as they were, one stacked parameter is in memory at a time.
-
-    Raises ConfigError where the source is quantised already, ValueError where it has no weights or `target` exists.
+    Raises ConfigError where the source is quantised already, ValueError where it has no weights.
     """
     model = ModelConfig.load(source / MODEL)
     smaller = config.target(model)
-    with whole_folder(target) as folder:
-        bundle = Bundle.around(smaller, _rounded(source, model, smaller, config), source, config.mesh)
-        bundle.save(folder)
-    return bundle
+    return Bundle.around(smaller, _rounded(source, model, smaller, config), source, config.mesh)
 
 
 def with_head(bundle: Bundle, head: HeadPrecision) -> Bundle:

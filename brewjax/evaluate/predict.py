@@ -1,7 +1,8 @@
-"""A model's predictions on a task: examples said, scored and laid out as the baselines' are."""
+"""A model's predictions on tasks: examples said, scored and laid out as the baselines' are."""
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,8 +15,10 @@ from rich.progress import track
 from brewjax.data.dataset import Dataset
 from brewjax.data.examples import Example
 from brewjax.data.task import Task
+from brewjax.data.tokens import EncodedPrompt
 from brewjax.evaluate.predictions import from_examples
 from brewjax.scoring.bundle import Bundle
+from brewjax.scoring.scorer import Scorer
 
 
 class Work(NamedTuple):
@@ -26,20 +29,30 @@ class Work(NamedTuple):
     seconds: float
 
 
-def predict(bundle: Bundle, dataset: Dataset, task: Task, examples: Sequence[Example]) -> tuple[pa.Table, Work]:
-    """Predictions for every question of `examples`, in their order; prints how fast they were scored."""
-    verbalizer = bundle.verbalizer(dataset, task)
-    style = bundle.prompts.score_style
-    prompts = [
-        bundle.encode(verbalizer.prompt(task, example, style))
-        for example in track(examples, f"{task.name}: say", transient=True)
-    ]
-    scorer = bundle.scorer(prompts)
+class Predictions(NamedTuple):
+    """Of one task, as `evaluate.predictions` has them, and what they took."""
+
+    table: pa.Table
+    work: Work
+
+
+def predict(bundle: Bundle, dataset: Dataset, asked: Sequence[tuple[Task, Sequence[Example]]]) -> list[Predictions]:
+    """Predictions for every question of each task's examples, in their order; prints how fast they were scored."""
+    style, encoded = bundle.prompts.score_style, []
+    for task, examples in asked:
+        verbalizer = bundle.verbalizer(dataset, task)
+        said = track(examples, f"{task.name}: say", transient=True)
+        encoded.append([bundle.encode(verbalizer.prompt(task, example, style)) for example in said])
+    scorer = bundle.scorer(list(itertools.chain(*encoded)))
     scorer.warm_up()
+    return [_score(scorer, task, examples, prompts) for (task, examples), prompts in zip(asked, encoded, strict=True)]
+
+
+def _score(scorer: Scorer, task: Task, examples: Sequence[Example], prompts: Sequence[EncodedPrompt]) -> Predictions:
     began = time.perf_counter()
     probabilities = scorer.score_encoded(prompts)
     seconds = time.perf_counter() - began
     questions, tokens = sum(len(prompt.questions) for prompt in prompts), sum(len(prompt) for prompt in prompts)
     speed = f"{seconds:.1f} s, {tokens / seconds:,.0f} tokens/s"
     Console().print(f"{task.name}: {questions:,} questions scored in {tokens:,} tokens, {speed}")
-    return from_examples(examples, np.concatenate(probabilities)), Work(questions, tokens, seconds)
+    return Predictions(from_examples(examples, np.concatenate(probabilities)), Work(questions, tokens, seconds))

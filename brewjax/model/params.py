@@ -94,11 +94,10 @@ def size(config: ModelConfig) -> Size:
 
 
 def save_model(folder: Path, config: ModelConfig, params: Params) -> None:
-    """Writes model.yaml and the weights into a folder; every process its own part of them."""
+    """Writes model.yaml and the weights into a folder, every process its own part; then all find it complete."""
     folder.mkdir(parents=True, exist_ok=True)
     ocp.save(folder.absolute() / WEIGHTS, params, overwrite=True)
-    if hosts.is_first():
-        config.save(folder / MODEL)
+    hosts.on_first(lambda: config.save(folder / MODEL))
 
 
 def load_model(folder: Path, mesh: Mesh) -> tuple[ModelConfig, Params]:

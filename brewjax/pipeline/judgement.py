@@ -38,14 +38,12 @@ BASELINES = ("popularity", "LightGBM")
 def evaluate_stage(run: Run, name: str, folder: Path) -> None:
     """The model's predictions on the test period of every task, and what they cost."""
     bundle = Bundle.load(run.model(name), run.recipe.evaluate.mesh)
-    took = []
-    for task in run.tasks:
-        predictions, work = predict(bundle, run.dataset, task, run.asked[task.name])
-        took.append(work)
-        if hosts.is_first():
-            pq.write_table(predictions, folder / f"{task.name}.parquet")
+    found = predict(bundle, run.dataset, [(task, run.asked[task.name]) for task in run.tasks])
     if hosts.is_first():
-        (folder / WORK).write_text(json.dumps([sum(column) for column in zip(*took, strict=True)]))
+        for task, predictions in zip(run.tasks, found, strict=True):
+            pq.write_table(predictions.table, folder / f"{task.name}.parquet")
+        took = [sum(column) for column in zip(*(predictions.work for predictions in found), strict=True)]
+        (folder / WORK).write_text(json.dumps(took))
 
 
 def baselines_stage(run: Run, folder: Path) -> None:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from brewjax import hosts
-from brewjax.compress.prune import prune
+from brewjax.compress.prune import LayerReport, prune
 from brewjax.compress.quantize import quantize
 from brewjax.config import ConfigError
 from brewjax.data.dataset import CARD
@@ -73,6 +73,21 @@ def prepare(run: Run, folder: Path) -> None:
         _train_tokenizer(run, percentiles, config.vocab_size or 0).save(folder / TOKENIZER)
     for task in run.tasks:
         task.check_words(run.tokenizer)
+    for name, stage in run.recipe.stages.items():
+        for key in ("start", "teacher"):
+            model = getattr(stage, key, None)
+            if model and model not in run.recipe.stages:
+                _check_tokenizer(run, Path(model), name, key)
+
+
+def _check_tokenizer(run: Run, model: Path, *key: str) -> None:
+    """A model in another folder must read the tokens that this recipe writes."""
+    if Tokenizer.load(model / TOKENIZER).hf.get_vocab() != run.tokenizer.hf.get_vocab():
+        raise run.recipe.error(
+            f"the tokenizer of {model} is not this recipe's; make it the recipe's `model`, or its tokenizer's `path`",
+            "stages",
+            *key,
+        )
 
 
 def _train_tokenizer(run: Run, percentiles: Percentiles, vocab_size: int) -> Tokenizer:
@@ -168,14 +183,20 @@ def _beginning(run: Run, stage: TrainedStage, mesh: Mesh) -> tuple[ModelConfig, 
 
 
 def prune_stage(run: Run, stage: PruneStage, folder: Path) -> None:
-    bundle = Bundle.load(run.model(stage.start))
     like = ModelConfig.load(run.model(stage.like) / MODEL) if stage.like else None
-    prompts = run.calibration(bundle, stage.examples)
-    prune(bundle, prompts, stage.config(like)).save(folder / "model")
+    config = stage.config(like)
+    bundle = Bundle.load(run.model(stage.start), config.mesh)
+    prune(bundle, run.calibration(bundle, stage.examples), config, _say).save(folder / "model")
+
+
+def _say(layer: LayerReport) -> None:
+    if hosts.is_first():
+        said = f"{layer.attention:.2%} of what attention says is lost, {layer.mlp:.2%} of what the MLP says"
+        Console().print(f"layer {layer.layer}: {said}", highlight=False)
 
 
 def quantize_stage(run: Run, stage: QuantizeStage, folder: Path) -> None:
-    quantize(run.model(stage.start), folder / "model", stage)
+    quantize(run.model(stage.start), stage).save(folder / "model")
 
 
 # --- the plan
@@ -214,7 +235,7 @@ def steps(run: Run) -> list[Step]:
         else:
             does: Any = prune_stage if isinstance(stage, PruneStage) else quantize_stage
             work = functools.partial(does, run, stage)
-            plan.append(Step(name, work, ("prepare", *models), [settings, outside], COMPRESS))
+            plan.append(Step(name, work, ("prepare", *models), [settings, outside], COMPRESS, together=True))
         work = functools.partial(evaluate_stage, run, name)
         plan.append(Step(f"{EVALUATE}{name}", work, (name,), judged, SCORE, together=True))
     plan.append(Step("baselines", functools.partial(baselines_stage, run), ("prepare",), judged, ("evaluate",)))

@@ -1,6 +1,5 @@
 import dataclasses
 import functools
-import os
 import shutil
 import subprocess
 import sys
@@ -11,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
+from brewjax import hosts
 from brewjax.compress.calibrate import calibrate
 from brewjax.compress.prune import PruneConfig, prune
 from brewjax.compress.quantize import QuantizeConfig, quantize, with_head
@@ -27,9 +28,9 @@ from brewjax.model.sharding import ROWS, MeshConfig
 from brewjax.scoring.bundle import Bundle, PromptConfig
 from brewjax.scoring.passes import Bucket
 from brewjax.scoring.scorer import Scorer, among_labels, score_labels
+from tests.processes import ROOT, finish, start
 from tests.tiny import MODEL, params
 
-ROOT = Path(__file__).parents[2]
 LETTERS = list("abcdefghijklmnopqrstuvwxyz")
 DENSE = MODEL.model_copy(update={"d_model": 32, "d_ff": 64, "vocab_size": 300, "qkv_bias": True, "qk_norm": True})
 MIXTURE = DENSE.model_copy(update={"experts": ExpertsConfig(count=4)})
@@ -69,7 +70,7 @@ def small(saved, tmp_path_factory) -> Callable[[QuantizeConfig], Bundle]:
     @functools.cache
     def make(config: QuantizeConfig) -> Bundle:
         out = folder / str(len(list(folder.iterdir())))
-        quantize(saved, out, config)
+        quantize(saved, config).save(out)
         return Bundle.load(out)
 
     return make
@@ -135,7 +136,7 @@ def test_sizes_are_those_of_the_same_model_in_fewer_bytes(saved, small):
     assert size(quantized).weight_bytes / size(large).weight_bytes == pytest.approx(0.25, abs=0.01)
 
 
-def test_quantizing_holds_one_float_parameter_at_a_time(saved, tmp_path, monkeypatch):
+def test_quantizing_holds_one_float_parameter_at_a_time(saved, monkeypatch):
     held = []
 
     def live() -> int:
@@ -148,7 +149,7 @@ def test_quantizing_holds_one_float_parameter_at_a_time(saved, tmp_path, monkeyp
 
     monkeypatch.setattr("brewjax.compress.quantize.read_params", reading)
     before = live()
-    bundle = quantize(saved, tmp_path / "out", QuantizeConfig())
+    bundle = quantize(saved, QuantizeConfig())
     assert len(held) == len(jax.tree.leaves(abstract_params(MODELS[saved.name], MeshConfig().build())))
     assert all(bytes_now <= of_leaf + size(bundle.model).weight_bytes for bytes_now, of_leaf in held)
 
@@ -158,7 +159,7 @@ def test_loading_never_holds_the_float_model(tmp_path, tokenizer):
     model = DENSE.model_copy(update={"d_model": 512, "d_ff": 2048, "layers": 8, "heads": 8, "head_dim": 64})
     bundle = Bundle(model, params(model), tokenizer, PromptConfig())
     bundle.save(tmp_path / "whole")
-    quantize(tmp_path / "whole", tmp_path / "small", QuantizeConfig())
+    quantize(tmp_path / "whole", QuantizeConfig()).save(tmp_path / "small")
     on_disk = [sum(file.stat().st_size for file in (tmp_path / one).rglob("*")) for one in ("whole", "small")]
     assert on_disk[1] < 0.3 * on_disk[0]
     command = [sys.executable, "-m", "tests.compress.test_quantize", "load", tmp_path / "small"]
@@ -206,11 +207,10 @@ def test_text_is_generated(small):
 
 @pytest.fixture(scope="module")
 def sharded(saved, tmp_path_factory) -> dict[str, np.ndarray]:
-    """What 8 devices find."""
-    out = tmp_path_factory.mktemp("sharded") / "out.npz"
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    command = [sys.executable, "-m", "tests.compress.test_quantize", "mesh", saved, out]
-    subprocess.run(command, cwd=ROOT, env=os.environ | flags, check=True)
+    """What 8 devices of two processes find."""
+    folder = tmp_path_factory.mktemp("sharded")
+    out = folder / "out.npz"
+    finish(folder, start("tests.compress.test_quantize", "mesh", saved, out, folder=folder, processes=2, devices=4))
     with np.load(out) as stored:
         return dict(stored)
 
@@ -230,7 +230,9 @@ def test_a_mesh_calibrates_as_one_device(saved, sharded):
         for name, sums in statistics._asdict().items():
             found = sharded[f"{number}/{name}"]
             np.testing.assert_allclose(found, sums, rtol=1e-4, atol=1e-5 * np.abs(sums).max())
-    assert sharded["pruned d_ff"] == 40
+    pruned = prune(bundle, encoded, PruneConfig(d_ff=40))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(pruned.params):
+        np.testing.assert_allclose(sharded[f"pruned {jax.tree_util.keystr(path)}"], leaf, rtol=1e-3, atol=1e-4)
 
 
 # --- the head
@@ -275,24 +277,21 @@ def test_all_that_reads_logits_has_the_precision_of_the_head():
 
 
 def test_what_is_quantised_is_not_quantised_pruned_or_exported(saved, tmp_path):
-    bundle = quantize(saved, tmp_path / "out", QuantizeConfig())
+    bundle = quantize(saved, QuantizeConfig())
+    bundle.save(tmp_path / "out")
     assert count(bundle.params) > count(Bundle.load(saved).params)  # the scales
     with pytest.raises(ConfigError, match="quantized: is quantised already"):
-        quantize(tmp_path / "out", tmp_path / "again", QuantizeConfig())
+        quantize(tmp_path / "out", QuantizeConfig())
     with pytest.raises(ConfigError, match="quantized: a quantised model is for serving; prune"):
         PruneConfig(d_ff=16).target(bundle.model)
     with pytest.raises(CheckpointError, match="model 'tiny' is quantised; export the model that it was made from"):
         config_to_hf(bundle.model)
-    with pytest.raises(ValueError, match="out exists"):
-        quantize(saved, tmp_path / "out", QuantizeConfig())
 
 
-def test_a_bundle_without_weights_leaves_nothing_behind(saved, tmp_path):
-    shutil.copytree(saved, tmp_path / "source")
-    shutil.rmtree(tmp_path / "source" / "params")
-    with pytest.raises(ValueError, match="no complete weights there"):
-        quantize(tmp_path / "source", tmp_path / "out", QuantizeConfig())
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+def test_a_bundle_without_weights(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "source", ignore=shutil.ignore_patterns("params"))
+    with pytest.raises(ValueError, match="source/params: no complete weights there"):
+        quantize(tmp_path / "source", QuantizeConfig())
 
 
 def peak() -> int:
@@ -316,22 +315,33 @@ def on_mesh(source: Path, out: Path) -> None:
     encoded = [whole.encode(prompt) for prompt in PROMPTS]
     for number, statistics in enumerate(calibrate(whole.model, whole.params, encoded, mesh.build())):
         found |= {f"{number}/{name}": sums for name, sums in statistics._asdict().items()}
-    found["pruned d_ff"] = prune(whole, encoded, PruneConfig(d_ff=40, mesh=mesh)).model.d_ff
-    quantize(source, out.with_suffix(""), QuantizeConfig(mesh=mesh))
+    pruned = prune(whole, encoded, PruneConfig(d_ff=40, mesh=mesh))
+    found |= {f"pruned {path}": values for path, values in gathered(pruned).items()}
+    quantize(source, QuantizeConfig(mesh=mesh)).save(out.with_suffix(""))
     bundle = Bundle.load(out.with_suffix(""), mesh)
+    found |= gathered(bundle)
+    found["scores"] = score(bundle, PROMPTS, mesh)
+    if hosts.is_first():
+        np.savez(out, **found)
+
+
+def gathered(bundle: Bundle) -> dict[str, np.ndarray]:
+    """Parameters by their paths; they lie as they should."""
+    found = {}
+    mesh = bundle.mesh.build()
     for (path, leaf), wanted in zip(
         jax.tree_util.tree_leaves_with_path(bundle.params),
-        jax.tree.leaves(abstract_params(bundle.model, mesh.build())),
+        jax.tree.leaves(abstract_params(bundle.model, mesh)),
         strict=True,
     ):
         assert leaf.sharding == wanted.sharding
-        found[jax.tree_util.keystr(path)] = np.asarray(leaf, np.float32)
-    found["scores"] = score(bundle, PROMPTS, mesh)
-    np.savez(out, **found)
+        found[jax.tree_util.keystr(path)] = np.float32(multihost_utils.process_allgather(leaf, tiled=True))
+    return found
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "mesh":
-        on_mesh(Path(sys.argv[2]), Path(sys.argv[3]))
+        with hosts.joined():
+            on_mesh(Path(sys.argv[2]), Path(sys.argv[3]))
     else:
         measure(Path(sys.argv[2]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from brewjax.data.tokenizer import Tokenizer
 from brewjax.model.config import ModelConfig
 from tests.tables import write_dataset
 
@@ -160,6 +162,17 @@ def test_a_stage_is_a_verb_too(folder):
     )  # fmt: skip
     assert refused.returncode == 2
     assert "stages.distill.teacher: no stage 'big' before it, and no model there" in refused.stderr
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(folder):
+    shutil.copytree(folder / "runs/jobs/big/model", folder / "foreign")
+    Tokenizer.of_bytes().save(folder / "foreign" / "tokenizer")
+    refused = brewjax(
+        folder, "distill", "runs/jobs/half/model", "runs/verb3", "--dataset", "jobs", "--task", "apply.yaml",
+        "--set", "teacher=foreign", "--set", "train={steps: 1, rows: 1, row_tokens: 512}",
+    )  # fmt: skip
+    assert refused.returncode == 2
+    assert "stages.distill.teacher: the tokenizer of foreign is not this recipe's" in refused.stderr
 
 
 def test_a_member_is_ranked_and_a_prompt_answered(folder):

@@ -138,7 +138,7 @@ def test_an_imported_model_evaluates_and_scores_zero_shot(tmp_path):
     tokenizer.save(tmp_path / "open")
     import_model(str(tmp_path / "open"), tmp_path / "model")
     bundle = Bundle.load(tmp_path / "model")
-    table, _ = predict(bundle, dataset, task, sample_examples(dataset, task, "test", 3))
+    [(table, _)] = predict(bundle, dataset, [(task, sample_examples(dataset, task, "test", 3))])
     assert table.num_rows > 3
 
 

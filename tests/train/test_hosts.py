@@ -1,8 +1,6 @@
 """Two real processes are one run: same numbers, one log, an end together, exact restarts. As a script, it trains."""
 
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,45 +15,23 @@ from brewjax.train.batches import Batches
 from brewjax.train.loop import train
 from brewjax.train.metrics import METRICS, read_metrics
 from brewjax.train.objectives import supervised
+from tests import processes
+from tests.processes import finish, log
 from tests.tiny import MODEL
-from tests.train.test_loop import CONFIG, ROOT, assert_same_numbers, newest_checkpoint, shards, without_speed
+from tests.train.test_loop import CONFIG, assert_same_numbers, newest_checkpoint, shards, without_speed
 
 __all__ = ["shards"]  # a fixture
 CONFIG = CONFIG.model_copy(update={"streams": 2, "accumulate": 2})
 LIMIT = 60  # seconds in which a process must notice that another is gone
 
 
-def start(shards: Path, folder: Path, processes: int) -> list[subprocess.Popen]:
-    folder.mkdir(exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {
-        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-        "JAX_NUM_PROCESSES": str(processes),
-        "JAX_NUM_CPU_DEVICES": "1",
-    }
-    started = []
-    for number in range(processes):
-        with open(folder / f"log-{number}.txt", "w") as log:
-            command = [sys.executable, "-m", "tests.train.test_hosts", shards, folder]
-            alone = environment | {"JAX_PROCESS_ID": str(number)}
-            started.append(subprocess.Popen(command, cwd=ROOT, env=alone, stdout=log, stderr=log))
-    return started
+def start(shards: Path, folder: Path, count: int) -> list[subprocess.Popen]:
+    return processes.start("tests.train.test_hosts", shards, folder, folder=folder, processes=count)
 
 
-def log(folder: Path, number: int) -> str:
-    return (folder / f"log-{number}.txt").read_text()
-
-
-def finish(folder: Path, processes: list[subprocess.Popen]) -> None:
-    for number, process in enumerate(processes):
-        assert process.wait() == 0, log(folder, number)
-
-
-def wait_for(step: int, folder: Path, processes: list[subprocess.Popen]) -> None:
+def wait_for(step: int, folder: Path, started: list[subprocess.Popen]) -> None:
     while len(read_metrics(folder / METRICS)) < step:
-        assert all(process.poll() is None for process in processes), log(folder, 0)
+        assert all(process.poll() is None for process in started), log(folder, 0)
         time.sleep(0.003)
 
 
@@ -94,10 +70,10 @@ def test_two_processes_match_one(together, alone):
 
 def test_one_killed_ends_the_other_and_a_restart_goes_on(shards, together, tmp_path):
     for killed, step in ((1, 8), (0, 20)):  # the second holds the run together
-        processes = start(shards, tmp_path, 2)
-        wait_for(step, tmp_path, processes)
-        processes[killed].kill()
-        code = processes[1 - killed].wait(LIMIT)
+        started = start(shards, tmp_path, 2)
+        wait_for(step, tmp_path, started)
+        started[killed].kill()
+        code = started[1 - killed].wait(LIMIT)
         said = log(tmp_path, 1 - killed)
         assert code in (hosts.RESTART, -signal.SIGABRT), said
         assert "one of them ended" in said or "another task died" in said, said
@@ -107,10 +83,10 @@ def test_one_killed_ends_the_other_and_a_restart_goes_on(shards, together, tmp_p
 
 
 def test_sigterm_to_one_saves_and_one_process_goes_on_from_two(shards, alone, tmp_path):
-    processes = start(shards, tmp_path, 2)
-    wait_for(12, tmp_path, processes)
-    processes[1].terminate()
-    assert [process.wait(LIMIT) for process in processes] == [hosts.RESTART] * 2, log(tmp_path, 0)
+    started = start(shards, tmp_path, 2)
+    wait_for(12, tmp_path, started)
+    started[1].terminate()
+    assert [process.wait(LIMIT) for process in started] == [hosts.RESTART] * 2, log(tmp_path, 0)
     step, _ = newest_checkpoint(tmp_path)
     assert len(read_metrics(tmp_path / METRICS)) == step < CONFIG.steps
     assert f"step {step} of 40 is saved" in log(tmp_path, 0)
@@ -120,8 +96,8 @@ def test_sigterm_to_one_saves_and_one_process_goes_on_from_two(shards, alone, tm
 
 
 def test_a_failure_of_the_first_ends_the_others(tmp_path):
-    processes = start(tmp_path / "nowhere", tmp_path, 2)
-    assert [process.wait(LIMIT) for process in processes] == [1, 1]
+    started = start(tmp_path / "nowhere", tmp_path, 2)
+    assert [process.wait(LIMIT) for process in started] == [1, 1]
     assert "no training shards there" in log(tmp_path, 0)
     assert "process 0 failed: " in log(tmp_path, 1)
 
