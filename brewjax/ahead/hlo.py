@@ -49,13 +49,14 @@ class Program:
 
     Attributes:
       collectives: how often each is done.
-      cycles: the compiler's estimate for its own operations; kernels and collectives have none.
+      cycles: the compiler's estimate for its own operations, by where in the model they come from; kernels and
+        collectives have none.
       kernels: how often each kernel runs.
       unknown_loops: loops whose length is only known when they run; what is in them is counted once.
     """
 
     collectives: Counter[Collective] = dataclasses.field(default_factory=Counter)
-    cycles: int = 0
+    cycles: Counter[str] = dataclasses.field(default_factory=Counter)
     kernels: Counter[str] = dataclasses.field(default_factory=Counter)
     unknown_loops: Counter[str] = dataclasses.field(default_factory=Counter)
 
@@ -87,7 +88,7 @@ def _walk(program: Program, computations: dict[str, list[_Instruction]], name: s
     starts = any('"AsyncCollectiveStart"' in one.rest for one in instructions)
     for one in instructions:
         if not fused and (cycles := re.search(r'"estimated_cycles":"(\d+)"', one.rest)):
-            program.cycles += times * int(cycles[1])
+            program.cycles[_source(one.rest)] += times * int(cycles[1])
         kind = one.op.removesuffix("-start")
         # A collective that runs beside other operations is written down in each of their fusions; it is counted where
         # it starts.

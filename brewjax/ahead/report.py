@@ -95,7 +95,7 @@ def bound(compiled: Compiled, where: Topology) -> Bound:
     sent = sum(
         times * one.sent for one, times in compiled.program.collectives.items() if BETWEEN_SLICES not in one.kind
     )
-    operations = compiled.program.cycles / chip.clock + work.in_kernels / peak
+    operations = compiled.program.cycles.total() / chip.clock + work.in_kernels / peak
     return Bound(work.flops / peak, operations, sent / chip.ici)
 
 
@@ -133,7 +133,7 @@ def show(compiled: Compiled, where: Topology, suggestion: str, console: Console,
     devices, limits = len(where.devices), bound(compiled, where)
     table.add_row("model FLOPs, over all devices", f"{compiled.work.flops:.4g}")
     table.add_row("model FLOPs of a device at its peak", f"{limits.compute * 1000:,.2f} ms")
-    table.add_row("estimated cycles", f"{program.cycles:,}")
+    table.add_row("estimated cycles", f"{program.cycles.total():,}")
     table.add_row("these, and kernels at the peak", f"{limits.operations * 1000:,.2f} ms")
     table.add_row("collectives, over all links at once", f"{limits.sent * 1000:,.2f} ms")
     between = [times * one.sent for one, times in program.collectives.items() if BETWEEN_SLICES in one.kind]
@@ -147,8 +147,18 @@ def show(compiled: Compiled, where: Topology, suggestion: str, console: Console,
     for loop, times in sorted(program.unknown_loops.items()):
         table.add_row(f"loop of unknown length in {loop}", f"{times:,} times, its body counted once")
     console.print(table)
+    _show_cycles(program, console, longest)
     if devices > 1:
         _show_collectives(program, console, longest)
+
+
+def _show_cycles(program: Program, console: Console, longest: int) -> None:
+    table = Table(title="estimated cycles of a device", caption=f"the {longest} that take most")
+    table.add_column("share", justify="right")
+    table.add_column("where")
+    for source, cycles in program.cycles.most_common(longest):
+        table.add_row(f"{cycles / program.cycles.total():.1%}", source)
+    console.print(table)
 
 
 def _show_collectives(program: Program, console: Console, longest: int) -> None:

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from rich.table import Table
 
 from brewjax.ahead.program import model_flops
-from brewjax.data.tokenizer import Tokenizer
 from brewjax.model.config import ModelConfig
 from brewjax.model.params import MODEL, size
 from brewjax.pipeline.judgement import how
@@ -54,7 +53,7 @@ def plan_table(run: Run) -> Table:
 def _shape(run: Run, shapes: dict[str, ModelConfig], name: str) -> ModelConfig:
     stage = run.recipe.stages[name]
     if not stage.start:
-        return _first(run)
+        return run.first_model()
     start = _known(run, shapes, stage.start)
     if isinstance(stage, PruneStage):
         return stage.config(_known(run, shapes, stage.like) if stage.like else None).target(start)
@@ -65,15 +64,6 @@ def _shape(run: Run, shapes: dict[str, ModelConfig], name: str) -> ModelConfig:
 
 def _known(run: Run, shapes: dict[str, ModelConfig], name: str) -> ModelConfig:
     return shapes[name] if name in shapes else ModelConfig.load(run.model(name) / MODEL)
-
-
-def _first(run: Run) -> ModelConfig:
-    """The recipe's model with the vocabulary that its tokenizer has or will have."""
-    model, tokenizer = ModelConfig.load(run.recipe.model), run.recipe.tokenizer
-    if model.vocab_size or not tokenizer:
-        return model
-    words = Tokenizer.load(tokenizer.path).vocab_size if tokenizer.path else tokenizer.vocab_size
-    return model.model_copy(update={"vocab_size": words})
 
 
 def _measure_flops() -> float:

@@ -16,7 +16,7 @@ from brewjax.data.tokenizer import Tokenizer
 from brewjax.data.tokens import EncodedPrompt
 from brewjax.data.verbalize import Verbalizer
 from brewjax.model.config import ModelConfig
-from brewjax.model.params import Params
+from brewjax.model.params import MODEL, Params
 from brewjax.pipeline.recipe import Recipe
 from brewjax.scoring.bundle import PERCENTILES, TOKENIZER, Bundle, PercentileScale
 
@@ -88,14 +88,23 @@ class Run:
 
     def first_model(self) -> ModelConfig:
         """The recipe's model, with the tokenizer's vocabulary where it names none."""
-        config = ModelConfig.load(self.recipe.model)
-        size = self.tokenizer.vocab_size
+        config, size = ModelConfig.load(self.base / MODEL if self.base else self.recipe.model), self._vocab_size()
         config.check_context(self.recipe.prompts.max_tokens, "prompts.max_tokens of the recipe")
         if not config.vocab_size:
             return config.model_copy(update={"vocab_size": size})
         if config.vocab_size < size:
             raise config.error(f"{config.vocab_size} is too small for the tokenizer's {size} tokens", "vocab_size")
         return config
+
+    def _vocab_size(self) -> int:
+        """Of the tokenizer; of one that is still to be trained, what was asked for."""
+        wanted = self.recipe.tokenizer
+        if (self.folder / "prepare" / TOKENIZER).exists():
+            return self.tokenizer.vocab_size
+        if wanted and wanted.vocab_size:
+            return wanted.vocab_size
+        given = wanted.path if wanted and wanted.path else Path(self.recipe.model) / TOKENIZER
+        return Tokenizer.load(given).vocab_size
 
     def save(self, folder: Path, model: ModelConfig, params: Params) -> None:
         prompts, card, tasks = self.recipe.prompts, self.dataset.card, tuple(self.tasks)
