@@ -107,9 +107,13 @@ def _mix(
     if M < N:  # the devices that share the experts show each other their tokens
         x_SD, weights_SK, chosen_SK = jax.lax.all_gather((x_SD, weights_SK, chosen_SK), rules["experts"], tiled=True)
         chosen_SK -= M * jax.lax.axis_index(rules["experts"])
+        chosen_SK = jnp.where((chosen_SK >= 0) & (chosen_SK < M), chosen_SK, M)  # M: another device's
+        K = min(K, M)  # of a token's experts, no more are here
+        here_SK = jnp.argsort(chosen_SK, 1)[:, :K]
+        weights_SK, chosen_SK = (jnp.take_along_axis(each, here_SK, 1) for each in (weights_SK, chosen_SK))
     # Each token K times, sorted by expert: the rows of one expert are then one block of a grouped product. Those of
     # other devices' experts are behind, in no block.
-    chosen = jnp.where((chosen_SK >= 0) & (chosen_SK < M), chosen_SK, M).reshape(-1)
+    chosen = chosen_SK.reshape(-1)
     order, sizes_M = jnp.argsort(chosen, stable=True), jnp.bincount(chosen, length=M + 1)[:M]
     rows = x_SD[order // K]
     grouped = functools.partial(_grouped, activations, sizes_M, jnp.minimum(chosen[order], M - 1))
