@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -115,13 +115,16 @@ def _mix(
     # other devices' experts are behind, in no block.
     chosen = chosen_SK.reshape(-1)
     order, sizes_M = jnp.argsort(chosen, stable=True), jnp.bincount(chosen, length=M + 1)[:M]
-    rows = x_SD[order // K]
-    grouped = functools.partial(_grouped, activations, sizes_M, jnp.minimum(chosen[order], M - 1))
-    gate, up = grouped(rows, gate_MDF), grouped(rows, up_MDF)
-    rows = grouped(jax.nn.silu(gate) * up, down_MFD, rules["neurons"])
-    rows = jnp.where(jnp.arange(len(rows))[:, None] < jnp.sum(sizes_M), rows, 0)
-    said_SKD = rows[jnp.argsort(order)].reshape(*chosen_SK.shape, -1)
-    out_SD = jnp.einsum("skd,sk->sd", said_SKD.astype(jnp.float32), weights_SK).astype(x_BTD.dtype)
+    token_R, weight_R, matrices = order // K, weights_SK.reshape(-1)[order], (gate_MDF, up_MDF, down_MFD)
+    said = functools.partial(_said, activations, rules["neurons"])
+    # Scales of 8 bits are those of several devices, which must not wait for each other in loops of unknown length.
+    if M == N or isinstance(gate_MDF, Quantized):
+        rows = said(x_SD[token_R], weight_R, matrices, sizes_M, jnp.minimum(chosen[order], M - 1))
+        out_SD = jnp.zeros(x_SD.shape, jnp.float32).at[token_R].add(rows)
+    else:
+        mean = len(x_SD) * config.per_token * M // N
+        out_SD = _in_turns(said, min(mean + mean // 4 + 1, len(token_R)), x_SD, weight_R, matrices, token_R, sizes_M)
+    out_SD = out_SD.astype(x_BTD.dtype)
     if rules["neurons"]:
         out_SD = jax.lax.psum(out_SD, rules["neurons"])
     if M < N:
@@ -129,10 +132,82 @@ def _mix(
     return out_SD.reshape(x_BTD.shape), balance
 
 
+def _said(
+    activations: Activations | None,
+    neurons_over: tuple[str, ...],
+    rows_RD: Array,
+    weight_R: Array,
+    matrices: tuple[Any, Any, Any],
+    sizes_M: Array,
+    expert_R: Array | None = None,
+) -> Float[Array, "R D"]:
+    """What experts say to their blocks of rows, times the rows' weights, float32; zeros behind the last block."""
+    gate_MDF, up_MDF, down_MFD = matrices
+    grouped = functools.partial(_grouped, activations, sizes_M, expert_R)
+    neurons = jax.nn.silu(grouped(rows_RD, gate_MDF)) * grouped(rows_RD, up_MDF)
+    said = grouped(neurons, down_MFD, neurons_over).astype(jnp.float32) * weight_R[:, None]
+    return jnp.where(jnp.arange(len(said))[:, None] < jnp.sum(sizes_M), said, 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _in_turns(
+    said: Callable, count: int, x_SD: Array, weight_R: Array, matrices: Any, token_R: Array, sizes_M: Array
+) -> Float[Array, "S D"]:
+    """`said` of `count` rows at a time, added up by token, for as long as there are rows: all R of them would have to
+    be made, though on average most are of other devices' experts."""
+
+    def turn(number: Array, out_SD: Array) -> Array:
+        token, weight, sizes = _of_turn(count, number, token_R, weight_R, sizes_M)
+        return out_SD.at[token].add(said(x_SD[token], weight, matrices, sizes))
+
+    return jax.lax.fori_loop(0, _turns(count, sizes_M), turn, jnp.zeros(x_SD.shape, jnp.float32))
+
+
+def _turns(count: int, sizes_M: Array) -> Int[Array, ""]:
+    return -(-jnp.sum(sizes_M) // count)
+
+
+def _of_turn(count: int, number: Array, token_R: Array, weight_R: Array, sizes_M: Array) -> tuple[Array, Array, Array]:
+    """A turn's rows, and how many each expert has among them."""
+    rest = -len(token_R) % count
+    token, weight = (
+        jax.lax.dynamic_slice_in_dim(jnp.pad(each, (0, rest)), number * count, count) for each in (token_R, weight_R)
+    )
+    ends_M = jnp.clip(jnp.cumsum(sizes_M) - number * count, 0, count)
+    return token, weight, jnp.diff(ends_M, prepend=0)
+
+
+def _in_turns_forward(said: Callable, count: int, *inputs: Any) -> tuple[Array, tuple]:
+    return _in_turns(said, count, *inputs), inputs
+
+
+def _in_turns_backward(said: Callable, count: int, inputs: tuple, d_out_SD: Array) -> tuple:
+    x_SD, weight_R, matrices, token_R, sizes_M = inputs
+
+    def turn(number: Array, sums: tuple) -> tuple:
+        token, weight, sizes = _of_turn(count, number, token_R, weight_R, sizes_M)
+        _, pull = jax.vjp(lambda *taken: said(*taken, sizes), x_SD[token], weight, matrices)
+        d_rows, d_weight, d_matrices = pull(d_out_SD[token])
+        d_x_SD, d_weight_R, before = sums
+        return (
+            d_x_SD.at[token].add(d_rows.astype(jnp.float32)),
+            jax.lax.dynamic_update_slice_in_dim(d_weight_R, d_weight, number * count, 0),
+            jax.tree.map(jnp.add, before, d_matrices),
+        )
+
+    R = len(weight_R)
+    zeros = jnp.zeros(x_SD.shape, jnp.float32), jnp.zeros(R + -R % count), jax.tree.map(jnp.zeros_like, matrices)
+    d_x_SD, d_weight_R, d_matrices = jax.lax.fori_loop(0, _turns(count, sizes_M), turn, zeros)
+    return d_x_SD.astype(x_SD.dtype), d_weight_R[:R], d_matrices, None, None
+
+
+_in_turns.defvjp(_in_turns_forward, _in_turns_backward)
+
+
 def _grouped(
     activations: Activations | None,
     sizes_M: Array,
-    expert_R: Array,
+    expert_R: Array | None,
     rows_RK: Array,
     weight: Array | Quantized | Adapted,
     inputs_over: tuple[str, ...] = (),
@@ -140,7 +215,7 @@ def _grouped(
     """Each expert's block of rows times its matrix. 8 bits are multiplied as bfloat16, which holds them all exactly.
 
     Args:
-      expert_R: the expert of each row.
+      expert_R: the expert of each row, needed for 8 bits.
       inputs_over: the mesh axes that K lies over; the token scales are those of all its parts, not the sums.
     """
     if isinstance(weight, Adapted):

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pydantic
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from brewjax.model.config import ExpertsConfig, ModelConfig
-from brewjax.model.experts import Experts
+from brewjax.model.experts import Experts, _in_turns, _said
 from brewjax.model.params import bind
 from pallas_kernels.segments import ALL, PADDING, Segments
 from tests.tiny import MODEL, params
@@ -51,6 +53,35 @@ def test_a_token_gets_the_same_whatever_stands_beside_it():
     other[1, 3] = x[1, 3]
     first, second = (experts()(states, REAL)[0] for states in (x, other))
     np.testing.assert_allclose(first[1, 3], second[1, 3], atol=1e-6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(sizes=st.lists(st.integers(0, 9), min_size=2, max_size=3), others=st.integers(0, 5), count=st.integers(1, 12))
+def test_in_turns_is_as_at_once(sizes, others, count):
+    """Values and gradients, for more, fewer or no rows at all than fit into a turn."""
+    random = np.random.default_rng(0)
+    R, D, F = sum(sizes) + others + 1, 4, 6
+    x, weight = random.standard_normal((7, D), np.float32), random.standard_normal(R, np.float32)
+    shapes = [(len(sizes), D, F)] * 2 + [(len(sizes), F, D)]
+    matrices = tuple(random.standard_normal(shape, np.float32) for shape in shapes)
+    token, direction = random.integers(0, 7, R), random.standard_normal((7, D), np.float32)
+    said, sizes = functools.partial(_said, None, ()), np.array(sizes)
+
+    def at_once(x, weight, matrices):
+        return jnp.zeros((7, D)).at[token].add(said(x[token], weight, matrices, sizes))
+
+    def in_turns(x, weight, matrices):
+        return _in_turns(said, min(count, R), x, weight, matrices, token, sizes)
+
+    expected, found = (
+        jax.jit(jax.value_and_grad(lambda *taken, add=add: jnp.sum(add(*taken) * direction), (0, 1, 2)))
+        for add in (at_once, in_turns)
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+        found(x, weight, matrices),
+        expected(x, weight, matrices),
+    )
 
 
 def test_balance_is_of_the_real_tokens():
