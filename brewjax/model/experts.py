@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,6 +26,9 @@ from brewjax.model.weights import (
 )
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.quantized_matmul import Activations, Quantized, round_tokens
+
+SPARE = 1.25  # of a turn's rows to those that come where all experts are liked alike
+TURN = 512  # what a turn's rows are a multiple of: others the TPU's compiler multiplies with every matrix
 
 
 class Experts(nnx.Module):
@@ -122,8 +126,8 @@ def _mix(
         rows = said(x_SD[token_R], weight_R, matrices, sizes_M, jnp.minimum(chosen[order], M - 1))
         out_SD = jnp.zeros(x_SD.shape, jnp.float32).at[token_R].add(rows)
     else:
-        mean = len(x_SD) * config.per_token * M // N
-        out_SD = _in_turns(said, min(mean + mean // 4 + 1, len(token_R)), x_SD, weight_R, matrices, token_R, sizes_M)
+        count = math.ceil(SPARE * len(x_SD) * config.per_token * M / N / TURN) * TURN
+        out_SD = _in_turns(said, min(count, len(token_R)), x_SD, weight_R, matrices, token_R, sizes_M)
     out_SD = out_SD.astype(x_BTD.dtype)
     if rules["neurons"]:
         out_SD = jax.lax.psum(out_SD, rules["neurons"])

@@ -10,7 +10,8 @@ from rich.table import Table
 
 from brewjax.ahead.program import model_flops
 from brewjax.model.config import ModelConfig
-from brewjax.model.params import MODEL, size
+from brewjax.model.params import MODEL, abstract_params, count, size
+from brewjax.model.sharding import MeshConfig
 from brewjax.pipeline.judgement import how
 from brewjax.pipeline.recipe import DistillStage, PruneStage, QuantizeStage, TrainedStage
 from brewjax.pipeline.run import Run
@@ -33,8 +34,11 @@ def plan_table(run: Run) -> Table:
         of = size(shape)
         cells = [f"{of.parameters:,}", f"{of.weight_bytes / 1e6:,.1f}"]
         if isinstance(stage, TrainedStage):
-            config, memory = stage.train, TRAINED_BYTES * of.parameters
-            flops = 3 * sum(model_flops(shape, config.rows, config.row_tokens)) * config.steps
+            config, memory, passes = stage.train, TRAINED_BYTES * of.parameters, 3
+            if config.lora:  # of the weights no gradient is made
+                adapters = config.lora.abstract(abstract_params(shape, MeshConfig().build(jax.devices()[:1])))
+                memory, passes = of.weight_bytes + TRAINED_BYTES * count(adapters), 2
+            flops = passes * sum(model_flops(shape, config.rows, config.row_tokens)) * config.steps
             if isinstance(stage, DistillStage):
                 teacher = _known(run, shapes, stage.teacher)
                 memory += size(teacher).weight_bytes

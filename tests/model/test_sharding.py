@@ -122,7 +122,8 @@ def test_loss_and_gradients_are_those_of_one_device(name, sharded):
     alone = expected(*RUNS[name][:2])
     assert alone["count"] > 10
     for path, values in alone.items():
-        np.testing.assert_allclose(sharded[f"{name}/{path}"], values, rtol=1e-5, atol=1e-5, err_msg=path)
+        largest = max(1, np.abs(values).max())  # gradients of adapters are larger than 1, and so is their rounding
+        np.testing.assert_allclose(sharded[f"{name}/{path}"], values, rtol=1e-5, atol=1e-5 * largest, err_msg=path)
 
 
 def read_golden(mesh: Mesh) -> dict[str, np.ndarray]:
