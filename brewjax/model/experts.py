@@ -28,7 +28,7 @@ from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.quantized_matmul import Activations, Quantized, round_tokens
 
 SPARE = 1.25  # of a turn's rows to those that come where all experts are liked alike
-TURN = 512  # what a turn's rows are a multiple of: others the TPU's compiler multiplies with every matrix
+TURN = 512  # a turn's rows are a multiple: 20,481 of them the TPU's compiler multiplied in full, 20,480 by its kernel
 
 
 class Experts(nnx.Module):
