@@ -127,7 +127,9 @@ def _mix(
         out_SD = jnp.zeros(x_SD.shape, jnp.float32).at[token_R].add(rows)
     else:
         count = math.ceil(SPARE * len(x_SD) * config.per_token * M / N / TURN) * TURN
-        out_SD = _in_turns(said, min(count, len(token_R)), x_SD, weight_R, matrices, token_R, sizes_M)
+        count = min(count, len(token_R))
+        token_R, weight_R = (jnp.pad(each, (0, -len(each) % count)) for each in (token_R, weight_R))
+        out_SD = _in_turns(said, count, x_SD, weight_R, matrices, token_R, sizes_M)
     out_SD = out_SD.astype(x_BTD.dtype)
     if rules["neurons"]:
         out_SD = jax.lax.psum(out_SD, rules["neurons"])
@@ -158,7 +160,7 @@ def _in_turns(
     said: Callable, count: int, x_SD: Array, weight_R: Array, matrices: Any, token_R: Array, sizes_M: Array
 ) -> Float[Array, "S D"]:
     """`said` of `count` rows at a time, added up by token, for as long as there are rows: all R of them would have to
-    be made, though on average most are of other devices' experts."""
+    be made, though on average most are of other devices' experts. R is a multiple of `count`."""
 
     def turn(number: Array, out_SD: Array) -> Array:
         token, weight, sizes = _of_turn(count, number, token_R, weight_R, sizes_M)
@@ -172,11 +174,8 @@ def _turns(count: int, sizes_M: Array) -> Int[Array, ""]:
 
 
 def _of_turn(count: int, number: Array, token_R: Array, weight_R: Array, sizes_M: Array) -> tuple[Array, Array, Array]:
-    """A turn's rows, and how many each expert has among them."""
-    rest = -len(token_R) % count
-    token, weight = (
-        jax.lax.dynamic_slice_in_dim(jnp.pad(each, (0, rest)), number * count, count) for each in (token_R, weight_R)
-    )
+    """A turn's rows, of whole turns of them, and how many each expert has among them."""
+    token, weight = (jax.lax.dynamic_slice_in_dim(each, number * count, count) for each in (token_R, weight_R))
     ends_M = jnp.clip(jnp.cumsum(sizes_M) - number * count, 0, count)
     return token, weight, jnp.diff(ends_M, prepend=0)
 
@@ -199,10 +198,9 @@ def _in_turns_backward(said: Callable, count: int, inputs: tuple, d_out_SD: Arra
             jax.tree.map(jnp.add, before, d_matrices),
         )
 
-    R = len(weight_R)
-    zeros = jnp.zeros(x_SD.shape, jnp.float32), jnp.zeros(R + -R % count), jax.tree.map(jnp.zeros_like, matrices)
+    zeros = jnp.zeros(x_SD.shape, jnp.float32), *jax.tree.map(jnp.zeros_like, (weight_R, matrices))
     d_x_SD, d_weight_R, d_matrices = jax.lax.fori_loop(0, _turns(count, sizes_M), turn, zeros)
-    return d_x_SD.astype(x_SD.dtype), d_weight_R[:R], d_matrices, None, None
+    return d_x_SD.astype(x_SD.dtype), d_weight_R, d_matrices, None, None
 
 
 _in_turns.defvjp(_in_turns_forward, _in_turns_backward)

@@ -73,21 +73,19 @@ def prepare(run: Run, folder: Path) -> None:
         _train_tokenizer(run, percentiles, config.vocab_size or 0).save(folder / TOKENIZER)
     for task in run.tasks:
         task.check_words(run.tokenizer)
-    for name, stage in run.recipe.stages.items():
-        for key in ("start", "teacher"):
-            model = getattr(stage, key, None)
-            if model and model not in run.recipe.stages:
-                _check_tokenizer(run, Path(model), name, key)
+    for name in run.recipe.stages:
+        _check_tokenizers(run, name)
 
 
-def _check_tokenizer(run: Run, model: Path, *key: str) -> None:
-    """A model in another folder must read the tokens that this recipe writes."""
-    if Tokenizer.load(model / TOKENIZER).hf.get_vocab() != run.tokenizer.hf.get_vocab():
-        raise run.recipe.error(
-            f"the tokenizer of {model} is not this recipe's; make it the recipe's `model`, or its tokenizer's `path`",
-            "stages",
-            *key,
-        )
+def _check_tokenizers(run: Run, name: str) -> None:
+    """What a stage takes from another folder must read the tokens that this recipe writes."""
+    for key in ("start", "teacher"):
+        model = getattr(run.recipe.stages[name], key, None)
+        if not model or model in run.recipe.stages:
+            continue
+        if Tokenizer.load(Path(model) / TOKENIZER).hf.get_vocab() != run.tokenizer.hf.get_vocab():
+            hint = "make it the recipe's `model`, or its tokenizer's `path`"
+            raise run.recipe.error(f"the tokenizer of {model} is not this recipe's; {hint}", "stages", name, key)
 
 
 def _train_tokenizer(run: Run, percentiles: Percentiles, vocab_size: int) -> Tokenizer:
@@ -158,6 +156,7 @@ def _aligned(run: Run, config: AlignConfig) -> list[Task]:
 
 def train_stage(run: Run, stage: TrainedStage, data: Path, folder: Path) -> None:
     """Trains on what is in the folder `data`, and leaves the model in `folder/model`."""
+    _check_tokenizers(run, folder.name)  # again: a stage may be new, and `prepare` done long ago
     mesh, shards = stage.train.mesh.build(), shares(run, stage.data, data)
     model, params = _beginning(run, stage, mesh)
     frozen: dict[str, Beside] = {}

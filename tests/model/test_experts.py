@@ -71,7 +71,8 @@ def test_in_turns_is_as_at_once(sizes, others, count):
         return jnp.zeros((7, D)).at[token].add(said(x[token], weight, matrices, sizes))
 
     def in_turns(x, weight, matrices):
-        return _in_turns(said, min(count, R), x, weight, matrices, token, sizes)
+        whole = (0, -R % count)
+        return _in_turns(said, count, x, jnp.pad(weight, whole), matrices, jnp.pad(token, whole), sizes)
 
     expected, found = (
         jax.jit(jax.value_and_grad(lambda *taken, add=add: jnp.sum(add(*taken) * direction), (0, 1, 2)))

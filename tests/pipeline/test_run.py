@@ -62,6 +62,14 @@ def brewjax(folder: Path, *arguments: str, stdin: str = "") -> subprocess.Comple
     )
 
 
+def distill(folder: Path, model: str, out: str, teacher: str) -> subprocess.CompletedProcess[str]:
+    """The verb, for a step."""
+    return brewjax(
+        folder, "distill", model, out, "--dataset", "jobs", "--task", "apply.yaml",
+        "--set", f"teacher={teacher}", "--set", "train={steps: 1, rows: 1, row_tokens: 512}",
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A user's folder after `brewjax run recipe.yaml`."""
@@ -156,10 +164,7 @@ def test_a_stage_is_a_verb_too(folder):
     assert ModelConfig.load(folder / "runs/verb/prune/model/model.yaml").layers == 1
     quantised = brewjax(folder, "quantize", "runs/verb/prune/model", "runs/verb/turbo")
     assert quantised.returncode == 0, quantised.stderr
-    refused = brewjax(
-        folder, "distill", "runs/verb/prune/model", "runs/verb2", "--dataset", "jobs", "--task", "apply.yaml",
-        "--set", "teacher=big", "--set", "train={steps: 1, rows: 1, row_tokens: 512}",
-    )  # fmt: skip
+    refused = distill(folder, "runs/verb/prune/model", "runs/verb2", teacher="big")
     assert refused.returncode == 2
     assert "stages.distill.teacher: no stage 'big' before it, and no model there" in refused.stderr
 
@@ -167,10 +172,14 @@ def test_a_stage_is_a_verb_too(folder):
 def test_a_teacher_with_another_tokenizer_is_refused(folder):
     shutil.copytree(folder / "runs/jobs/big/model", folder / "foreign")
     Tokenizer.of_bytes().save(folder / "foreign" / "tokenizer")
-    refused = brewjax(
-        folder, "distill", "runs/jobs/half/model", "runs/verb3", "--dataset", "jobs", "--task", "apply.yaml",
-        "--set", "teacher=foreign", "--set", "train={steps: 1, rows: 1, row_tokens: 512}",
-    )  # fmt: skip
+    refused = distill(folder, "runs/jobs/half/model", "runs/verb3", teacher="foreign")
+    assert refused.returncode == 2
+    assert "stages.distill.teacher: the tokenizer of foreign is not this recipe's" in refused.stderr
+    # Nor where all that comes before was done with another.
+    done = distill(folder, "runs/jobs/half/model", "runs/verb3", teacher="runs/jobs/big/model")
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(folder / "runs/verb3/distill")
+    refused = distill(folder, "runs/jobs/half/model", "runs/verb3", teacher="foreign")
     assert refused.returncode == 2
     assert "stages.distill.teacher: the tokenizer of foreign is not this recipe's" in refused.stderr
 
