@@ -26,13 +26,15 @@ def plan_table(run: Run) -> Table:
     time is of the matrix products of training, data and evaluation not counted."""
     shapes: dict[str, ModelConfig] = {}
     rate, seconds = UTILISATION * _measure_flops(), 0.0
-    table = Table(title=f"{run.recipe.name}: {len(steps(run))} steps into {run.folder}", title_justify="left")
-    for column in ("stage", "does", "parameters", "MB", "memory, GB", "tokens", "PFLOPs", "about, s"):
-        table.add_column(column, justify="left" if column in ("stage", "does") else "right")
+    title = f"{run.recipe.name}: {len(steps(run))} steps into {run.folder}"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for column in ("stage", "does", "params", "MB", "memory, GB", "tokens", "PFLOPs", "about, s"):
+        left = column in ("stage", "does")
+        table.add_column(column, justify="left" if left else "right", no_wrap=column == "stage", overflow="fold")
     for name, stage in run.recipe.stages.items():
         shape = shapes[name] = _shape(run, shapes, name)
         of = size(shape)
-        cells = [f"{of.parameters:,}", f"{of.weight_bytes / 1e6:,.1f}"]
+        cells = [f"{of.parameters / 1e6:,.1f}M", f"{of.weight_bytes / 1e6:,.1f}"]
         if isinstance(stage, TrainedStage):
             config, memory, passes = stage.train, TRAINED_BYTES * of.parameters, 3
             if config.lora:  # of the weights no gradient is made
@@ -45,7 +47,7 @@ def plan_table(run: Run) -> Table:
                 flops += sum(model_flops(teacher, config.rows, config.row_tokens)) * config.steps
             seconds += flops / rate
             tokens = config.steps * config.rows * config.row_tokens
-            cells += [f"{memory / 1e9:.2f}", f"{tokens:,}", f"{flops / 1e15:.3f}", f"{flops / rate:,.0f}"]
+            cells += [f"{memory / 1e9:.2f}", f"{tokens / 1e6:,.2f}M", f"{flops / 1e15:.3f}", f"{flops / rate:,.0f}"]
         table.add_row(name, how(stage), *cells)
     table.caption = (
         f"training about {seconds / 60:,.0f} min in all, at {rate / 1e9:,.0f} GFLOPs/s: "
