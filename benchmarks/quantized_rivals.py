@@ -1,4 +1,4 @@
-"""Products of 8-bit weights: ours beside qwix and XLA's own dot, with a bfloat16 dot as the yardstick.
+"""Products of 8-bit weights: ours beside qwix's, with a bfloat16 dot as the yardstick.
 
     pip install qwix, then: python -m benchmarks.quantized_rivals [v5e v6e ..] [up ..] [8192 512] [int8 e4m3 ..] [scan]
                             python -m benchmarks.quantized_rivals cpu
@@ -6,9 +6,8 @@
 `up`, `down` and `q` are products of a layer of configs/models/brew-mini-turbo.yaml; `q` is `o` too, and `up` is `gate`.
 `scan` has the weights of four layers stacked and scanned over, as the model has them; the figures are of one turn.
 
-    ours          `quantized_matmul`: tokens rounded by XLA, then a Pallas kernel
-    XLA           the same, with `matmul_xla` for the kernel
-    qwix          `quantize_model` of an `nnx.Linear`, as its README recommends for serving: XLA too
+    ours          `quantized_matmul`: XLA's dot
+    qwix          `quantize_model` of an `nnx.Linear`, as its README recommends for serving: XLA's dot too
     qwix's kernel `qwix.contrib.kernels.quantized_matmul`: int8, a scale for 128 x 128, coarser than the others'; its
                   rounding is not counted
 
@@ -35,7 +34,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
-from unittest import mock
 
 from benchmarks.attention_static import DUMP, table  # isort: skip  # sets up libtpu
 
@@ -54,8 +52,7 @@ from brewjax.ahead.hlo import size_of
 from brewjax.ahead.topology import topology
 from brewjax.model.config import ModelConfig
 from brewjax.model.weights import DTYPES
-from pallas_kernels import quantized_matmul as ours
-from pallas_kernels.quantized_matmul import Quantized, choose_blocks, quantize, quantized_matmul
+from pallas_kernels.quantized_matmul import Quantized, quantize, quantized_matmul
 
 MODEL = ModelConfig.load("configs/models/brew-mini-turbo.yaml")
 PRODUCTS = {"up": (MODEL.d_model, MODEL.d_ff), "down": (MODEL.d_ff, MODEL.d_model), "q": (MODEL.d_model,) * 2}
@@ -76,7 +73,6 @@ def rivals(kind: str | None, T: int, K: int, N: int) -> dict[str, tuple[Callable
     graph, state = nnx.split(nnx.eval_shape(partial(of_qwix, kind, K, N)))
     found: dict[str, tuple[Callable, tuple]] = {
         "ours": (partial(quantized_matmul, activations=activations), (x, weight)),
-        "XLA": (partial(by_xla, activations=activations), (x, weight)),
         "qwix": (lambda x, state: nnx.merge(graph, state)(x), (x, state)),
     }
     if kind == "int8":
@@ -84,11 +80,6 @@ def rivals(kind: str | None, T: int, K: int, N: int) -> dict[str, tuple[Callable
         call = partial(qwix_kernel.quantized_matmul, **BLOCKS_OF_QWIX, dtype=jnp.bfloat16)
         found["qwix's kernel"] = call, (shape((T, K), jnp.int8), scales[0], weight.values, scales[1])
     return found
-
-
-def by_xla(x: jax.Array, weight: Quantized, activations: ours.Activations | None) -> jax.Array:
-    with mock.patch.object(ours, "platform", return_value="cpu"):
-        return quantized_matmul(x, weight, activations)
 
 
 def of_qwix(kind: str, K: int, N: int, weight: jax.Array | None = None) -> nnx.Module:
@@ -100,24 +91,6 @@ def of_qwix(kind: str, K: int, N: int, weight: jax.Array | None = None) -> nnx.M
     dtype = DTYPES[name]
     rule = qwix.QuantizationRule(module_path=".*", weight_qtype=dtype, act_qtype=dtype if activations else None)
     return qwix.quantize_model(linear, qwix.PtqProvider([rule]), jnp.zeros((8, K), jnp.bfloat16))
-
-
-@dataclasses.dataclass
-class Grid:
-    """A kernel's steps, the times that a loop within one runs, and how often each operand is fetched."""
-
-    steps: int = 1
-    trips: int = 1
-    fetched: dict[int, int] = dataclasses.field(default_factory=dict)
-
-    @staticmethod
-    def of(who: str, kind: str | None, T: int, K: int, N: int, unit: int) -> Grid:
-        if who == "ours":
-            blocks = choose_blocks(T, K, N, 2 if kind == "weights" else 1, unit)
-            of_tokens = math.ceil(T / blocks.tokens)
-            return Grid(of_tokens * math.ceil(N / blocks.out), K // blocks.chunk, {1: of_tokens})
-        m, k, n = (math.ceil(size / block) for size, block in zip((T, K, N), BLOCKS_OF_QWIX.values(), strict=True))
-        return Grid(m * k * n, 1, {0: n, 2: m})
 
 
 @dataclasses.dataclass
@@ -138,7 +111,7 @@ class Chip:
         self.mesh = jax.sharding.Mesh(np.array(found.devices[:1]), ("chip",))
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
             info = pltpu.get_tpu_info()
-        self.unit, self.bandwidth, bf16 = info.mxu_column_size, info.mem_bw_bytes_per_second, info.bf16_ops_per_second
+        self.bandwidth, bf16 = info.mem_bw_bytes_per_second, info.bf16_ops_per_second
         peaks = {"int8": info.int8_ops_per_second, "e4m3": info.fp8_ops_per_second}
         self.peaks = {kind: max(peaks.get(kind or "", 0), bf16) for kind in (None, *KINDS)}
 
@@ -167,13 +140,12 @@ class Chip:
             is_kernel = "tpu_custom_call" in rest
             if op == "custom-call" and not is_kernel:  # a name for memory
                 continue
-            grid = Grid.of(who, kind, T, K, N, self.unit) if is_kernel else Grid(bounds(rest))
-            found.bytes += sum(in_hbm(results[each]) * grid.fetched.get(at, 1) for at, each in enumerate(taken))
+            steps, fetched = grid_of_qwix(T, K, N) if is_kernel else (bounds(rest), {})
+            found.bytes += sum(in_hbm(results[each]) * fetched.get(at, 1) for at, each in enumerate(taken))
             if op.endswith("-start"):  # on its way to the chip's own memory
                 continue
             found.bytes += in_hbm(results[name])
-            once, again = bundles(name)
-            cycles = grid.steps * (once + grid.trips * again)
+            cycles = steps * bundles(name)
             if is_kernel or "convolution_algorithm_config" in rest:
                 found.product += max(cycles, round(2 * T * K * N / self.peaks[kind] * self.clock))
                 found.estimate += int((re.search(r'"estimated_cycles":"(\d+)"', rest) or (0, 0))[1])
@@ -198,6 +170,12 @@ def scanned(call: Callable, x: jax.Array, *weights: Any) -> jax.Array:
     return jax.lax.scan(lambda total, layer: (total + call(x, *layer), None), zeros, weights)[0]
 
 
+def grid_of_qwix(T: int, K: int, N: int) -> tuple[int, dict[int, int]]:
+    """Steps of its kernel, and how often it fetches each operand."""
+    m, k, n = (math.ceil(size / block) for size, block in zip((T, K, N), BLOCKS_OF_QWIX.values(), strict=True))
+    return m * k * n, {0: n, 2: m}
+
+
 def bounds(rest: str) -> int:
     """Steps of one of XLA's own operations."""
     found = re.search(r'"iteration_bounds":\[([^\]]*)\]', rest)
@@ -209,15 +187,12 @@ def in_hbm(shape: str) -> float:
     return size_of(re.sub(r"\w+\[[\d,]*\]\{[^}]*S\(1\)[^}]*\}", "", shape))
 
 
-def bundles(name: str) -> tuple[int, int]:
-    """Of an operation: in a step, and in the loop within a step."""
+def bundles(name: str) -> int:
+    """Of a step of an operation."""
     files = [
         file for file in DUMP.iterdir() if re.fullmatch(rf"\d+-{re.escape(name)}-\d+-final_bundles\.txt", file.name)
     ]
-    depths = [
-        line.split("{")[0].count(">") for file in files for line in file.read_text().splitlines() if "0x" in line[:8]
-    ]
-    return sum(depth < 2 for depth in depths), sum(depth > 1 for depth in depths)
+    return sum("0x" in line[:8] for file in files for line in file.read_text().splitlines())
 
 
 def on_chips(chips: list[str], products: list[str], tokens: list[int], kinds: list[str], layers: int) -> None:

@@ -77,8 +77,7 @@ class QuantizedWeight(nnx.Module):
         over = tuple(mesh_axis for axis in taken if axis for mesh_axis in sharding.rules[axis])
         specs = (sharding.spec("batch", "length", *taken), sharding.spec(*axes), sharding.spec(*given))
         out_spec = sharding.spec("batch", "length", *given)
-        # check_vma: as for attention, the kernel's loop starts from plain zeros.
-        return jax.shard_map(multiply, in_specs=specs, out_specs=out_spec, check_vma=False)(x, values, scale)
+        return jax.shard_map(multiply, in_specs=specs, out_specs=out_spec)(x, values, scale)
 
 
 class Adapted(NamedTuple):

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from pallas_kernels import attention as attention_module
-from pallas_kernels import quantized_matmul
 from pallas_kernels.attention import attention
 from pallas_kernels.segments import Segments
 
@@ -27,8 +26,7 @@ def shapes(q: tuple, k: tuple, dtype) -> tuple:
 
 @pytest.fixture(autouse=True)
 def _on_a_gpu(monkeypatch):
-    for module in (attention_module, quantized_matmul):
-        monkeypatch.setattr(module, "platform", lambda: "gpu")
+    monkeypatch.setattr(attention_module, "platform", lambda: "gpu")
 
 
 def lowered(function, *arguments) -> str:
@@ -63,10 +61,3 @@ def test_products_of_float32_are_float32_and_not_tf32():
 
     assert precisions(jnp.float32) == {"(Precision.HIGHEST,"}
     assert precisions(jnp.bfloat16) <= {"None"}
-
-
-def test_quantized_products_are_left_to_xla():
-    weight = quantized_matmul.Quantized(jnp.ones((64, 64), jnp.int8), jnp.ones(64))
-    text = lowered(quantized_matmul.quantized_matmul, jnp.ones((8, 64)), weight)
-    assert "dot_general" in text
-    assert "custom_call" not in text
