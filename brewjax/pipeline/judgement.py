@@ -61,8 +61,8 @@ def baselines_stage(run: Run, folder: Path) -> None:
 
 
 def report_stage(run: Run, before: Sequence[str], folder: Path) -> None:
-    """All models, and the last of them against the largest and the baselines: tables in the terminal, report.md and
-    report.html. `before` are the names of all steps before it."""
+    """All models, and the last of them against the largest that it came from and the baselines: tables in the terminal,
+    report.md and report.html. `before` are the names of all steps before it."""
     console, comparisons, stages = Console(), [], run.recipe.stages
     for task in run.tasks:
         files = {name: run.folder / f"{EVALUATE}{name}" / f"{task.name}.parquet" for name in stages}
@@ -70,14 +70,17 @@ def report_stage(run: Run, before: Sequence[str], folder: Path) -> None:
             files[name] = run.folder / "baselines" / f"{task.name}.{name}.parquet"
         predictions = {name: pq.read_table(path) for name, path in files.items()}
         comparisons.append(compare(task, predictions, run.recipe.evaluate.bootstrap))
-    models = [_describe(run, name) for name in stages]
-    largest = max(reversed(models), key=lambda model: model.parameters).name
-    shown = list(dict.fromkeys([[*stages][-1], largest, *BASELINES]))
+    models = {name: _describe(run, name) for name in stages}
+    line = [last := [*stages][-1]]
+    while (start := stages[line[-1]].start) in stages:
+        line.append(start)
+    largest = max(line, key=lambda name: models[name].parameters)
+    shown = list(dict.fromkeys([last, largest, *BASELINES]))
     for comparison in comparisons:
         print_results(comparison.only(*shown), console)
-    print_models(comparisons, models, console)
+    print_models(comparisons, [*models.values()], console)
     trained = {name: run.folder / name / METRICS for name, stage in stages.items() if hasattr(stage, "train")}
-    write_report(folder, run.recipe.name, comparisons, models, shown, _facts(run, before), trained)
+    write_report(folder, run.recipe.name, comparisons, [*models.values()], shown, _facts(run, before), trained)
     console.print(f"report: {folder / 'report.html'}")
 
 
