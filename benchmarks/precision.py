@@ -92,7 +92,7 @@ def _show(task: Task, predictions: dict[str, pa.Table]) -> None:
             f"{result.metrics['calibration_error'].value:.4f}",
             f"{ties(predictions[name], task):.2%}",
         )
-    Console().print(table)
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":
