@@ -6,7 +6,7 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +158,7 @@ def train_stage(run: Run, stage: TrainedStage, data: Path, folder: Path) -> None
     """Trains on what is in the folder `data`, and leaves the model in `folder/model`."""
     _check_tokenizers(run, folder.name)  # again: a stage may be new, and `prepare` done long ago
     mesh, shards = stage.train.mesh.build(), shares(run, stage.data, data)
-    model, params = _beginning(run, stage, mesh)
+    model, init = _beginning(run, stage, mesh)
     frozen: dict[str, Beside] = {}
     objective: Objective = supervised
     if isinstance(stage, DistillStage):
@@ -169,16 +169,15 @@ def train_stage(run: Run, stage: TrainedStage, data: Path, folder: Path) -> None
         objective = stage.loss
         if not stage.train.lora:
             frozen = {REFERENCE: Frozen(*load_model(run.model(stage.start), mesh))}
-    run.save(folder / "model", model, train(model, stage.train, shards, folder, objective, params, frozen))
+    run.save(folder / "model", model, train(model, stage.train, shards, folder, objective, init, frozen))
 
 
-def _beginning(run: Run, stage: TrainedStage, mesh: Mesh) -> tuple[ModelConfig, Params | None]:
-    """What a stage starts from; no parameters: random ones."""
+def _beginning(run: Run, stage: TrainedStage, mesh: Mesh) -> tuple[ModelConfig, Callable[[], Params] | None]:
+    """What a stage starts from; nothing that makes parameters: random ones."""
     if not stage.start:
         return run.first_model(), None
-    if stage.fresh:
-        return ModelConfig.load(run.model(stage.start) / MODEL), None
-    return load_model(run.model(stage.start), mesh)
+    start = run.model(stage.start)
+    return ModelConfig.load(start / MODEL), None if stage.fresh else lambda: load_model(start, mesh)[1]
 
 
 def prune_stage(run: Run, stage: PruneStage, folder: Path) -> None:

@@ -89,15 +89,16 @@ def train(
     shards: Shards,
     folder: Path,
     objective: Objective,
-    init: Params | None = None,
+    init: Callable[[], Params] | None = None,
     frozen: Mapping[str, Beside] = {},
 ) -> Params:
     """Trains from the newest checkpoint in `folder`, or from the start, to the last step; returns the parameters.
 
-    The start is `init`, which is left as it is, or random. `frozen` are the models that stand beside the one that
-    learns, by the names that the objective knows them by ("teacher", "reference"); with LoRA also "base", the weights
-    without it. Neither they nor `init` are in a checkpoint: a restart gives them again. With LoRA checkpoints hold the
-    adapters, and what is returned are ordinary parameters.
+    The start is random, or what `init` makes: it is asked where there is no checkpoint, or for LoRA's base, and steps
+    take the place of what it gives. `frozen` are the models that stand beside the one that learns, by the names that
+    the objective knows them by ("teacher", "reference"); with LoRA also "base", the weights without it. None of them
+    are in a checkpoint: a restart gives them again. With LoRA checkpoints hold the adapters, and what is returned are
+    ordinary parameters.
 
     Writes `folder/checkpoints`, `folder/metrics.jsonl` and `folder/tensorboard`. A run that is killed and started
     again with the same arguments has the losses of one that was not, to the bit. Raises NonFiniteError with the
@@ -109,12 +110,10 @@ def train(
     caches = {name: one.look_up for name, one in frozen.items() if isinstance(one, Cache)}
     elsewhere = {name: one for name, one in frozen.items() if isinstance(one, OnOwnMesh)}
     inside = {name: one for name, one in frozen.items() if isinstance(one, Frozen)}
-    if init is not None:
-        _check_shapes(model, init, mesh)
     if config.lora:
         if init is None:
             raise ValueError("train.lora adapts the weights of a model: there is none to start from")
-        inside[BASE] = Frozen(model, init)
+        inside[BASE] = _start(model, init, mesh)
     models = {name: one.model for name, one in inside.items()}
     batches = Batches(
         shards, mesh, config.accumulate, config.rows, config.row_tokens, config.streams, config.seed, caches
@@ -205,7 +204,7 @@ def _restore_or_init(
     config: TrainConfig,
     mesh: Mesh,
     batches: Batches,
-    init: Params | None,
+    init: Callable[[], Params] | None,
 ) -> State:
     if checkpointer.latest is not None:
         abstract = {"state": abstract_state(model, config, mesh), "data": batches}
@@ -213,17 +212,18 @@ def _restore_or_init(
     if config.lora:
         params = config.lora.init(abstract_params(model, mesh), config.seed)
     elif init is not None:
-        params = jax.tree.map(jnp.copy, Frozen(model, init).on(mesh))  # steps take the place of what they are given
+        params = _start(model, init, mesh).on(mesh)
     else:
         params = init_params(model, mesh, config.seed)
     return jax.jit(_initial(config), donate_argnums=0)(params)
 
 
-def _check_shapes(model: ModelConfig, init: Params, mesh: Mesh) -> None:
-    """ValueError where `init` are not parameters of `model`."""
+def _start(model: ModelConfig, init: Callable[[], Params], mesh: Mesh) -> Frozen:
+    """What `init` makes; ValueError where it is not parameters of `model`."""
+    params = init()
     sizes = [
-        {jax.tree_util.keystr(path): (*leaf.shape, leaf.dtype) for path, leaf in jax.tree.leaves_with_path(params)}
-        for params in (abstract_params(model, mesh), init)
+        {jax.tree_util.keystr(path): (*leaf.shape, leaf.dtype) for path, leaf in jax.tree.leaves_with_path(each)}
+        for each in (abstract_params(model, mesh), params)
     ]
     for name in sizes[0] | sizes[1]:
         expected, found = (of.get(name) for of in sizes)
@@ -231,6 +231,7 @@ def _check_shapes(model: ModelConfig, init: Params, mesh: Mesh) -> None:
             raise ValueError(
                 f"the parameters to start from do not fit model '{model.name}': {name} is {found}, not {expected}"
             )
+    return Frozen(model, params)
 
 
 def _initial(config: TrainConfig) -> Callable[[Params], State]:

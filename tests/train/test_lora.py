@@ -118,7 +118,7 @@ def test_only_what_is_named_is_adapted():
 def test_training_leaves_the_base_alone_and_saves_the_adapters_only(shards, tmp_path):
     base, before = params(), jax.tree.map(np.asarray, params())
     config = CONFIG.model_copy(update={"lora": LORA})
-    trained = train(MODEL, config, shards, tmp_path, supervised, init=base)
+    trained = train(MODEL, config, shards, tmp_path, supervised, init=lambda: base)
     jax.tree.map(np.testing.assert_array_equal, base, before)
     found = losses(tmp_path)
     assert np.mean([found[step] for step in range(31, 41)]) < 0.9 * found[1]
@@ -127,7 +127,7 @@ def test_training_leaves_the_base_alone_and_saves_the_adapters_only(shards, tmp_
     changed = jax.tree.map(lambda a, b: bool((a != b).any()), trained, before)
     assert {name for name, is_so in changed["layers"].items() if is_so is True} == set(AXES)
     assert not changed["embedding"]
-    again = train(MODEL, config, shards, tmp_path, supervised, init=base)  # from its last checkpoint
+    again = train(MODEL, config, shards, tmp_path, supervised, init=lambda: base)  # from its last checkpoint
     jax.tree.map(np.testing.assert_array_equal, again, trained)
 
 
@@ -137,4 +137,4 @@ def test_what_cannot_be_adapted_is_refused(shards, tmp_path):
         train(MODEL, config, shards, tmp_path, Align())
     wide = params(MODEL.model_copy(update={"head_dim": 10}))
     with pytest.raises(ValueError, match=r"do not fit model 'tiny': .*key.* is \(2, 16, 2, 10, .* not \(2, 16, 2, 8, "):
-        train(MODEL, config, shards, tmp_path, Align(), init=wide)
+        train(MODEL, config, shards, tmp_path, Align(), init=lambda: wide)

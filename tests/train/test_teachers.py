@@ -42,7 +42,7 @@ def same_mesh(shards, tmp_path_factory):
     folder = tmp_path_factory.mktemp("same_mesh")
     distill = Distill(temperature=2.0)
     frozen = distill.frozen(TEACHER, MODEL, SHORT, shards, folder / "cache")
-    train(MODEL, SHORT, shards, folder, distill, init=params(), frozen=frozen)
+    train(MODEL, SHORT, shards, folder, distill, init=params, frozen=frozen)
     return folder
 
 
@@ -52,7 +52,7 @@ def test_all_words_but_one_of_a_teacher_elsewhere_teach_what_it_does_in_memory(s
     distill = Distill(temperature=2.0, teacher=teacher, top_k=1000)
     config = SHORT.model_copy(update={"accumulate": 2})  # which changes nothing either
     frozen = distill.frozen(TEACHER, MODEL, config, shards, tmp_path / "cache")
-    train(MODEL, config, shards, tmp_path, distill, init=params(), frozen=frozen)
+    train(MODEL, config, shards, tmp_path, distill, init=params, frozen=frozen)
     for name in ("loss", "loss_kd", "loss_sft", "grad_norm"):
         found, expected = ([row[name] for row in read_metrics(run / METRICS)] for run in (tmp_path, same_mesh))
         np.testing.assert_allclose(found, expected, rtol=2e-4, err_msg=name)
@@ -72,7 +72,7 @@ def test_the_student_learns_from_the_teacher_and_the_teacher_learns_nothing(same
 def test_a_run_with_a_frozen_model_goes_on_to_the_bit(shards, same_mesh, tmp_path):
     shutil.copytree(same_mesh, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "checkpoints" / str(SHORT.steps))  # as if killed after step 3, or later
-    train(MODEL, SHORT, shards, tmp_path, Distill(temperature=2.0), init=params(), frozen={"teacher": TEACHER})
+    train(MODEL, SHORT, shards, tmp_path, Distill(temperature=2.0), init=params, frozen={"teacher": TEACHER})
     assert without_speed(tmp_path) == without_speed(same_mesh)
     jax.tree.map(np.testing.assert_array_equal, newest_checkpoint(tmp_path)[1], newest_checkpoint(same_mesh)[1])
 
@@ -158,15 +158,15 @@ def test_align_learns_to_prefer_and_the_reference_stays(tmp_path, lora):
         ]
         prompts.append((dataclasses.replace(one, questions=questions, answers=[0] * 3, lists=[1, -1, -1]), {}))
     write_shards(tmp_path / "shards", prompts, 64)
-    start, config = params(), CONFIG.model_copy(update={"checkpoint_every": 40, "lora": lora})
-    frozen = {} if lora else {"reference": Frozen(MODEL, start)}
-    train(MODEL, config, tmp_path / "shards", tmp_path, Align(beta=0.5), init=start, frozen=frozen)
+    reference, config = params(), CONFIG.model_copy(update={"checkpoint_every": 40, "lora": lora})
+    frozen = {} if lora else {"reference": Frozen(MODEL, reference)}
+    train(MODEL, config, tmp_path / "shards", tmp_path, Align(beta=0.5), init=params, frozen=frozen)
     rows = read_metrics(tmp_path / METRICS)
     assert rows[0]["reward_margin"] == 0
     np.testing.assert_allclose(rows[0]["loss_dpo"], np.log(3), rtol=1e-5)  # two rejected, all alike yet
     assert rows[-1]["reward_preferred"] > 0 > rows[-1]["reward_rejected"]
     assert rows[-1]["preference_accuracy"] > 0.9
-    jax.tree.map(np.testing.assert_array_equal, start, params())
+    jax.tree.map(np.testing.assert_array_equal, reference, params())
 
 
 def test_training_starts_from_what_it_is_given(shards, same_mesh):
