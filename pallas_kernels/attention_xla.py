@@ -29,6 +29,8 @@ def forward(
     q_start: Int[Array, ""],
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
     """Output in the dtype of `q` and float32 log-sum-exp; what padding gets means nothing."""
+    if q.shape[1] == 1:
+        return _of_one_query(q, k, v, q_segments, kv_segments, q_start)
     blocks = _Blocks(q.shape, k.shape, q_segments, kv_segments, q_start)
     met = meetings(blocks.sight)  # not in the loop, where XLA would make it for every block anew
     q_blocks, k, v = blocks.queries(q), blocks.keys(k), blocks.keys(v)
@@ -52,6 +54,20 @@ def forward(
 
     out, log_sum = jax.lax.map(of_queries, jnp.arange(len(q_blocks)))
     return blocks.from_queries(out), blocks.from_queries(log_sum[..., None])[..., 0]
+
+
+def _of_one_query(
+    q: Array, k: Array, v: Array, q_segments: Segments, kv_segments: Segments, q_start: Array
+) -> tuple[Array, Array]:
+    """Decoding. Dense: scores are no more than the keys, and a block would be nearly all padding."""
+    B, _, H, D = q.shape
+    S, K = k.shape[1:3]
+    mask = visible(q_segments, kv_segments, q_start[None], jnp.arange(S))[:, None]
+    scores = jnp.einsum("bkgd,bskd->bkgs", q.reshape(B, K, H // K, D), k, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask, scores * D**-0.5, MASKED)
+    log_sum = jax.nn.logsumexp(scores, -1, keepdims=True)
+    out = jnp.einsum("bkgs,bskd->bkgd", jnp.exp(scores - log_sum), v, preferred_element_type=jnp.float32)
+    return out.reshape(q.shape).astype(q.dtype), log_sum.reshape(B, 1, H)
 
 
 def backward(
