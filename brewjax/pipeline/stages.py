@@ -156,7 +156,6 @@ def _aligned(run: Run, config: AlignConfig) -> list[Task]:
 
 def train_stage(run: Run, stage: TrainedStage, data: Path, folder: Path) -> None:
     """Trains on what is in the folder `data`, and leaves the model in `folder/model`."""
-    _check_tokenizers(run, folder.name)  # again: a stage may be new, and `prepare` done long ago
     mesh, shards = stage.train.mesh.build(), shares(run, stage.data, data)
     model, init = _beginning(run, stage, mesh)
     frozen: dict[str, Beside] = {}
@@ -197,6 +196,12 @@ def quantize_stage(run: Run, stage: QuantizeStage, folder: Path) -> None:
     quantize(run.model(stage.start), stage).save(folder / "model")
 
 
+def make_model(run: Run, name: str, work: Callable[[Path], None], folder: Path) -> None:
+    """A stage's own work, of models that read the recipe's tokens."""
+    _check_tokenizers(run, name)  # again: a stage may be new, and `prepare` done long ago
+    work(folder)
+
+
 # --- the plan
 
 
@@ -229,10 +234,11 @@ def steps(run: Run) -> list[Step]:
                 work = functools.partial(write_data, run, stage.data, stage.train.row_tokens)
                 plan.append(Step(data[wanted], work, ("prepare",), wanted, ("data",)))
             work = functools.partial(train_stage, run, stage, run.folder / data[wanted])
+            work = functools.partial(make_model, run, name, work)
             plan.append(Step(name, work, (data[wanted], *models), [settings, outside], TRAIN, keep=True, together=True))
         else:
             does: Any = prune_stage if isinstance(stage, PruneStage) else quantize_stage
-            work = functools.partial(does, run, stage)
+            work = functools.partial(make_model, run, name, functools.partial(does, run, stage))
             plan.append(Step(name, work, ("prepare", *models), [settings, outside], COMPRESS, together=True))
         work = functools.partial(evaluate_stage, run, name)
         plan.append(Step(f"{EVALUATE}{name}", work, (name,), judged, SCORE, together=True))
