@@ -5,11 +5,16 @@ over lanes, the running maximum and sum of a query are one number on its lane, a
 needs to know of it. Hence queries and outputs are handed over transposed, [D, T].
 
 A *chunk* is one head's queries as wide as the matrix unit; a block of queries is `CHUNKS` of them for every head of a
-group. A visit goes through its chunks in straight-line code, three of them under way at a time: the scores of one,
-the softmax of the one before, the weighted sum of the one before that; so the matrix and the vector unit work at once.
+group. A visit goes through its chunks in straight-line code, several of them under way at a time: the weights of one,
+the weighted sum of the one before; so the matrix and the vector unit work at once.
 
 Where not every query sees every key, a visit goes through the diagonals of its 128 x 128 tiles, and skips those in
 which nobody sees anybody. The tiles of a diagonal have different queries and different keys: independent work again.
+
+Where every query does, the forward pass neither waits for the maximum of the scores nor stores them: weights are
+taken against a *reference* that is there before, the maximum of earlier visits or 0. It cancels in the quotient of two
+sums, and any will do that neither overflows nor loses weights; the sum of the weights tells, of each query by itself.
+Those of which it was far off are run again, against their maximum.
 """
 
 from __future__ import annotations
@@ -30,8 +35,11 @@ from pallas_kernels.attention_tpu_plan import LABELS, TILE, Plan, kinds_and_labe
 from pallas_kernels.segments import MASKED, Segments, sees
 from pallas_kernels.worklist import EVERY, worklist
 
+NONE = MASKED / 2  # reference of a query that saw nothing: above MASKED, whose weight is then 2^(MASKED / 2) = 0
 UNROLLED = 8  # chunks of straight-line code
 LOG2E = math.log2(math.e)
+# A sum of weights between these: in float32, no weight of account is 0, and no value times it overflows.
+LEAST, MOST = 2.0**-64, 2.0**100
 
 
 def forward(
@@ -58,11 +66,12 @@ def forward(
             in_specs=[_at_queries(GC, D, C), _at_keys(S, D), _at_keys(D, S), *_at_labels(plan)],
             out_specs=[_at_queries(GC, D, C), _at_queries(GC, 1, C)],
             scratch_shapes=[
-                pltpu.VMEM((GC, 1, C), jnp.float32),  # running maximum
+                pltpu.VMEM((GC, 1, C), jnp.float32),  # reference: what is taken off scores
                 pltpu.VMEM((GC, 1, C), jnp.float32),  # running sum
                 pltpu.VMEM((GC, D, C), jnp.float32),  # unnormalised output
                 pltpu.VMEM((2, S, C), jnp.float32),  # scores
                 pltpu.VMEM((2, S, C), q.dtype),  # weights
+                pltpu.VMEM((GC, 1, C), jnp.float32),  # hides queries that need not run again
                 *_mask_scratch(plan),
             ],
         ),
@@ -79,7 +88,7 @@ def forward(
 def _forward_kernel(
     plan: Plan, start, q_block, kv_block, kind, q, k, v, q_labels, kv_labels,  # read
     out, log_sum,  # written
-    highest, total, sums, scores, weights, masks, columns,  # scratch
+    reference, total, sums, scores, weights, done, masks, columns,  # scratch
 ) -> None:  # fmt: skip
     i = pl.program_id(1)
     first, last = _edges(q_block, i)
@@ -87,51 +96,73 @@ def _forward_kernel(
 
     @pl.when(first)
     def _() -> None:
-        highest[...] = jnp.full_like(highest, MASKED / 2)  # above MASKED, whose weight is then 2^(MASKED / 2) = 0
+        reference[...] = jnp.full_like(reference, NONE)
         total[...] = jnp.zeros_like(total)
         sums[...] = jnp.zeros_like(sums)
 
-    def run(jobs: list[Job]) -> None:
+    def whole(jobs: list[Job]) -> None:
+        """Against the reference so far, or 0; queries of which that is far off are left as they were, and run again."""
+        kept: dict[int, Array] = {}
+
+        def soften(n: int) -> None:
+            job, here = jobs[n], jobs[n].here
+            before = reference[here]
+            against = jnp.where(before == NONE, 0.0, before)
+            added = jnp.zeros((8, job.width), jnp.float32)
+            for rows in job.tiles(plan.chunk):
+                p = jnp.exp2(_dot(k[rows], q[here]) * scale - against)
+                weights[n % 2, rows] = p.astype(weights.dtype)
+                added += p.reshape(-1, 8, job.width).sum(0)
+            new = total[here] + added.sum(0, keepdims=True)
+            kept[n] = (new > LEAST) & (new < MOST)
+            total[here] = jnp.where(kept[n], new, total[here])
+            reference[here] = jnp.where(kept[n], against, before)
+            done[here] = jnp.where(kept[n], MASKED, 0.0)
+
+        def weigh(n: int) -> None:
+            added = _dot(v[:, jobs[n].rows], weights[n % 2, jobs[n].rows])
+            sums[jobs[n].here] = jnp.where(kept.pop(n), sums[jobs[n].here] + added, sums[jobs[n].here])
+
+        _pipeline(len(jobs), soften, weigh)
+        left = functools.reduce(jnp.maximum, [done[job.here] for job in jobs]).max() == 0
+        pl.when(left)(functools.partial(_again, masked, jobs, done))
+
+    def masked(jobs: list[Job]) -> None:
+        """Against the maximum so far, of these jobs too."""
         tops: dict[int, Array] = {}
         shrinks: dict[int, Array] = {}
 
         def score(n: int) -> None:
-            job, queries = jobs[n], jobs[n].queries
-            for rows in job.tiles():
-                s = _dot(k[rows], q[job.chunk, :, queries]) * scale
-                if job.mask is not None:
-                    s += masks[job.mask]
-                scores[n % 2, rows, : job.width] = s
-                top = s.reshape(-1, 8, job.width).max(0)
-                tops[n] = jnp.maximum(tops[n], top) if n in tops else top
+            job = jobs[n]
+            s = _dot(k[job.rows], q[job.here]) * scale + job.mask[...]
+            scores[n % 2, *job.scratch] = s
+            tops[n] = s.reshape(-1, 8, job.width).max(0)
 
         def soften(n: int) -> None:
-            job, here = jobs[n], (jobs[n].chunk, slice(None), jobs[n].queries)
-            before = highest[here]
+            job, here = jobs[n], jobs[n].here
+            before = reference[here]
             top = jnp.maximum(before, tops.pop(n).max(0, keepdims=True))
-            added = jnp.zeros((8, job.width), jnp.float32)
-            for rows in job.tiles():
-                p = jnp.exp2(scores[n % 2, rows, : job.width] - top)
-                weights[n % 2, rows, : job.width] = p.astype(weights.dtype)
-                added += p.reshape(-1, 8, job.width).sum(0)
+            p = jnp.exp2(scores[n % 2, *job.scratch] - top)
+            weights[n % 2, *job.scratch] = p.astype(weights.dtype)
             shrinks[n] = jnp.exp2(before - top)
-            total[here] = total[here] * shrinks[n] + added.sum(0, keepdims=True)
-            highest[here] = top
+            total[here] = total[here] * shrinks[n] + p.reshape(-1, 8, job.width).sum(0).sum(0, keepdims=True)
+            reference[here] = top
 
         def weigh(n: int) -> None:
-            job, here = jobs[n], (jobs[n].chunk, slice(None), jobs[n].queries)
-            added = _dot(v[:, job.rows], weights[n % 2, job.rows, : job.width])
+            job, here = jobs[n], jobs[n].here
+            added = _dot(v[:, job.rows], weights[n % 2, *job.scratch])
             sums[here] = sums[here] * shrinks.pop(n) + added
 
         _pipeline(len(jobs), score, soften, weigh)
 
-    _visit(plan, kind[i], run, Masks(plan, start[0], q_block[i], kv_block[i], q_labels, kv_labels, columns, masks))
+    read = Masks(plan, start[0], q_block[i], kv_block[i], q_labels, kv_labels, columns, masks)
+    _visit(plan, kind[i], whole, masked, read)
 
     @pl.when(last)
     def _() -> None:
-        safe = jnp.maximum(total[...], 1e-30)
+        safe = jnp.maximum(total[...], LEAST)
         out[...] = (sums[...] / safe).astype(out.dtype)
-        log_sum[...] = highest[...] / LOG2E + jnp.log(safe)
+        log_sum[...] = reference[...] / LOG2E + jnp.log(safe)
 
 
 def backward(
@@ -171,10 +202,10 @@ def backward(
                 *_at_labels(plan),
                 anywhere,
             ],
-            out_specs=[anywhere, _at_keys(S, D), _at_keys(S, D)],
+            out_specs=[anywhere, _at_keys(D, S), _at_keys(D, S)],
             scratch_shapes=[
-                pltpu.VMEM((S, D), jnp.float32),  # dk
-                pltpu.VMEM((S, D), jnp.float32),  # dv
+                pltpu.VMEM((D, S), jnp.float32),  # dk
+                pltpu.VMEM((D, S), jnp.float32),  # dv
                 pltpu.VMEM((GC, D, C), jnp.float32),  # this visit's part of dq
                 pltpu.VMEM((2, GC, D, C), jnp.float32),  # dq so far
                 pltpu.VMEM((2, S, C), q.dtype),  # weights
@@ -186,8 +217,7 @@ def backward(
         ),
         out_shape=[
             jax.ShapeDtypeStruct(q.shape, jnp.float32),
-            jax.ShapeDtypeStruct(k.shape, jnp.float32),
-            jax.ShapeDtypeStruct(k.shape, jnp.float32),
+            *[jax.ShapeDtypeStruct(k.mT.shape, jnp.float32)] * 2,
         ],
         input_output_aliases={12: 0},
         compiler_params=_COMPILER_PARAMS,
@@ -196,7 +226,7 @@ def backward(
     # A block of keys that nobody looks at was never written.
     seen = (kind != 0).any(1).reshape(-1)
     dk, dv = (jnp.where(seen[:, None, None], x, 0) for x in (dk, dv))
-    return plan.from_chunks(dq), plan.from_keys(dk), plan.from_keys(dv)
+    return plan.from_chunks(dq), plan.from_keys(dk.mT), plan.from_keys(dv.mT)
 
 
 def _backward_kernel(
@@ -235,28 +265,28 @@ def _backward_kernel(
 
     def run(jobs: list[Job]) -> None:
         def score(n: int) -> None:
-            job, here = jobs[n], (jobs[n].chunk, slice(None), jobs[n].queries)
+            job, here = jobs[n], jobs[n].here
             log_sum, correction = (per_query[job.chunk, slice(m, m + 1), job.queries] for m in range(2))
-            for rows in job.tiles():
-                s = _dot(k[rows], q[here]) * scale
-                if job.mask is not None:
-                    s += masks[job.mask]
-                p = jnp.exp2(s - log_sum)
-                weights[n % 2, rows, : job.width] = p.astype(weights.dtype)
-                d_p = _dot(v[rows], d_out[here])
-                d_scores[n % 2, rows, : job.width] = (p * (d_p - correction)).astype(d_scores.dtype)
+            s = _dot(k[job.rows], q[here]) * scale
+            if job.mask is not None:
+                s += job.mask[...]
+            p = jnp.exp2(s - log_sum)
+            weights[n % 2, *job.scratch] = p.astype(weights.dtype)
+            d_p = _dot(v[job.rows], d_out[here])
+            d_scores[n % 2, *job.scratch] = (p * (d_p - correction)).astype(d_scores.dtype)
 
         def accumulate(n: int) -> None:
-            job, here = jobs[n], (jobs[n].chunk, slice(None), jobs[n].queries)
-            d_s = d_scores[n % 2, job.rows, : job.width]
+            job, here = jobs[n], jobs[n].here
+            d_s = d_scores[n % 2, *job.scratch]
             added = _dot(k_t[:, job.rows], d_s)
             dq_here[here] = added if job.mask is None else dq_here[here] + added
-            dv_sums[job.rows] += _dot(weights[n % 2, job.rows, : job.width], d_out[here], over_queries=True)
-            dk_sums[job.rows] += _dot(d_s, q[here], over_queries=True)
+            dv_sums[:, job.rows] += _dot(d_out[here], weights[n % 2, *job.scratch], over_queries=True)
+            dk_sums[:, job.rows] += _dot(q[here], d_s, over_queries=True)
 
         _pipeline(len(jobs), score, accumulate)
 
-    _visit(plan, kind[i], run, Masks(plan, start[0], q_block[i], kv_block[i], q_labels, kv_labels, columns, masks))
+    read = Masks(plan, start[0], q_block[i], kv_block[i], q_labels, kv_labels, columns, masks)
+    _visit(plan, kind[i], run, run, read)
 
     fetch().wait()
     dq_sums[i % 2] += dq_here[...] * plan.scale
@@ -283,21 +313,32 @@ class Job:
     Attributes:
       chunk: which one; may be traced, as may where the rows begin.
       queries, rows: of the chunk; of the block of keys.
-      mask: which of the masks to add to the scores, or None.
+      mask: a reference to what is added to the scores, 0 or `MASKED`; or None.
     """
 
     chunk: Any
     queries: slice
     rows: pl.Slice
-    mask: int | None = None
+    mask: Any = None
+
+    @property
+    def here(self) -> tuple[Any, slice, slice]:
+        """Where its queries are in what is kept by chunks."""
+        return self.chunk, slice(None), self.queries
 
     @property
     def width(self) -> int:
         return self.queries.stop - self.queries.start
 
-    def tiles(self) -> list[pl.Slice]:
-        """The rows, a tile at a time: few enough for registers."""
-        return [pl.Slice(self.rows.start + row, TILE) for row in range(0, self.rows.size, TILE)]
+    @property
+    def scratch(self) -> tuple[slice, slice]:
+        """Where its scores and weights are in scratch for a whole chunk's."""
+        return slice(0, self.rows.size), slice(0, self.width)
+
+    def tiles(self, size: int) -> list[pl.Slice]:
+        """The rows, so many at a time."""
+        rows = range(0, self.rows.size, size)
+        return [pl.Slice(self.rows.start + row, min(size, self.rows.size - row)) for row in rows]
 
 
 def _pipeline(count: int, *stages: Callable[[int], None]) -> None:
@@ -308,26 +349,30 @@ def _pipeline(count: int, *stages: Callable[[int], None]) -> None:
                 stage(step - lag)
 
 
-def _visit(plan: Plan, kind: Array, run: Callable[[list[Job]], None], masks: Masks) -> None:
+Run = Callable[[list[Job]], None]
+
+
+def _visit(plan: Plan, kind: Array, whole: Run, masked: Run, masks: Masks) -> None:
     """Runs the jobs of one visit: whole chunks where every query sees every key, else lines of tiles."""
-    pl.when(kind == EVERY)(functools.partial(_whole, plan, run))
+    pl.when(kind == EVERY)(functools.partial(_whole, plan, whole))
 
     @pl.when(kind != EVERY)
     def _() -> None:
         masks.prepare()
         for bit, line in enumerate(plan.diagonals):
-            pl.when((kind >> bit) & 1 == 1)(functools.partial(_along, plan, run, masks, line))
+            pl.when((kind >> bit) & 1 == 1)(functools.partial(_along, plan, masked, masks, line))
 
         @pl.when((kind >> len(plan.diagonals)) != 0)
         def _() -> None:
             def row(n: Array, _: None) -> None:  # one piece of code for all rows: half as much to compile
                 line = [(q_tile, n) for q_tile, _ in plan.rows[0]]
-                pl.when((kind >> len(plan.diagonals) + n) & 1 == 1)(functools.partial(_along, plan, run, masks, line))
+                seen = (kind >> len(plan.diagonals) + n) & 1 == 1
+                pl.when(seen)(functools.partial(_along, plan, masked, masks, line))
 
             jax.lax.fori_loop(0, len(plan.rows), row, None)
 
 
-def _whole(plan: Plan, run: Callable[[list[Job]], None]) -> None:
+def _whole(plan: Plan, run: Run) -> None:
     size = together(plan)
 
     def step(n: Array, _: None) -> None:
@@ -341,7 +386,17 @@ def together(plan: Plan) -> int:
     return max(n for n in range(1, UNROLLED + 1) if plan.group * plan.chunks % n == 0)
 
 
-def _along(plan: Plan, run: Callable[[list[Job]], None], masks: Masks, line: Sequence[tuple[int, Any]]) -> None:
+def _again(run: Run, jobs: list[Job], mask: Any) -> None:
+    """Chunks one by one, for those of their queries that the mask does not hide."""
+
+    def one(n: Array, _: None) -> None:
+        chunk = jobs[0].chunk + n
+        run([dataclasses.replace(jobs[0], chunk=chunk, mask=mask.at[chunk])])
+
+    jax.lax.fori_loop(0, len(jobs), one, None)
+
+
+def _along(plan: Plan, run: Run, masks: Masks, line: Sequence[tuple[int, Any]]) -> None:
     for n, tiles in enumerate(line):
         masks.make(n, *tiles)  # once for all heads
 
@@ -350,7 +405,7 @@ def _along(plan: Plan, run: Callable[[list[Job]], None], masks: Masks, line: Seq
         for n, (q_tile, kv_tile) in enumerate(line):
             chunk, place = divmod(q_tile * TILE, plan.chunk)
             rows = pl.Slice(_at(kv_tile), TILE)
-            jobs.append(Job(g * plan.chunks + chunk, slice(place, place + TILE), rows, mask=n))
+            jobs.append(Job(g * plan.chunks + chunk, slice(place, place + TILE), rows, masks.masks.at[n]))
         run(jobs)
 
     jax.lax.fori_loop(0, plan.group, head, None)

@@ -153,6 +153,23 @@ def test_a_question_changes_no_bit_of_another(implementation, data, seed):
     np.testing.assert_array_equal(np.where(changed, 0, before), np.where(changed, 0, after))
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_scores_may_be_of_any_size(implementation):
+    """Those of some queries leap from block to block by 100 nats, up or down, or are all 100 below zero, or above; it
+    changes no bit of the other queries' outputs."""
+    length, random = 700, np.random.default_rng(0)
+    segments = stack([pack([Example(length)], length)] * 2)
+    q, k, v, d = (x * spread for x, spread in zip(draw_qkvd(0, length), (0.1, 0.1, 1, 1), strict=True))
+    k[..., 0] = D**0.5 * np.repeat([[-100, 0, 100], [-100, -100, -100]], 256, 1)[:, :length, None]
+    q[..., 0] = 0.1
+    calm = results(implementation)(q, k, v, d, segments)[0]
+    wild = random.random(length) < 0.1
+    q[:, wild, :, 0] = random.choice([-1, 1], (wild.sum(), 1, H))
+    found = results(implementation)(q, k, v, d, segments)
+    assert_close(found, reference([q, k, v, d], segments), 1e-4)
+    np.testing.assert_array_equal(found[0][:, ~wild], calm[:, ~wild])
+
+
 def test_a_row_may_be_cut_anywhere():
     """A shard of the queries, wherever it begins, against all of the keys: what context parallelism does."""
     segments = stack([pack([Example(30, [9] * 4, [7] * 3), Example(11, [5], [3, 3], star=True)], 104)])
