@@ -154,18 +154,20 @@ def costs(chip: Chip, way: str, group: int = 1) -> Costs:
 
     empty = compile_only(lambda *_: None)
     every = less(compile_only(lambda run, *_: attention_tpu._whole(plan, run)), empty)
-    times = group * plan.chunks // attention_tpu.together(plan)  # the code is in a loop
+    chunks = group * plan.chunks
+    times = chunks // attention_tpu.together(chunks, attention_tpu.CHUNKS_TOGETHER)  # the code is in a loop
 
     @functools.cache
     def of_form(count: int, is_row: bool) -> Counter:
         """The first line of that form: others are the same code elsewhere."""
         line = next(line for line in plan.lines if len(line) == count and (line in plan.rows) == is_row)
         whole = less(compile_only(along(line)), empty)
-        if group == 1:
+        times = group // attention_tpu.together(group, attention_tpu.TILES_TOGETHER // len(line))
+        if times == 1:
             return whole
         with mock.patch.object(attention_tpu.Masks, "make"):
-            head = less(compile_only(along(line)), empty)  # in a loop, behind the masks of all heads
-        return Counter({slot: whole[slot] + (group - 1) * head[slot] for slot in whole})
+            heads = less(compile_only(along(line)), empty)  # in a loop, behind the masks of all heads
+        return Counter({slot: whole[slot] + (times - 1) * heads[slot] for slot in whole})
 
     lines = [of_form(len(line), line in plan.rows) for line in plan.lines]
     return Costs(

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -36,7 +37,7 @@ from pallas_kernels.segments import MASKED, Segments, sees
 from pallas_kernels.worklist import EVERY, worklist
 
 NONE = MASKED / 2  # reference of a query that saw nothing: above MASKED, whose weight is then 2^(MASKED / 2) = 0
-UNROLLED = 8  # chunks of straight-line code
+CHUNKS_TOGETHER, TILES_TOGETHER = 8, 16  # in straight-line code
 LOG2E = math.log2(math.e)
 # A sum of weights between these: in float32, no weight of account is 0, and no value times it overflows.
 LEAST, MOST = 2.0**-64, 2.0**100
@@ -373,17 +374,20 @@ def _visit(plan: Plan, kind: Array, whole: Run, masked: Run, masks: Masks) -> No
 
 
 def _whole(plan: Plan, run: Run) -> None:
-    size = together(plan)
-
-    def step(n: Array, _: None) -> None:
+    def some(n: Array, size: int) -> None:
         run([Job(n * size + m, slice(0, plan.chunk), pl.Slice(0, plan.keys)) for m in range(size)])
 
-    jax.lax.fori_loop(0, plan.group * plan.chunks // size, step, None)
+    _together(plan.group * plan.chunks, CHUNKS_TOGETHER, some)
 
 
-def together(plan: Plan) -> int:
-    """How many of a visit's chunks are in straight-line code; as many times as that goes into all, it runs."""
-    return max(n for n in range(1, UNROLLED + 1) if plan.group * plan.chunks % n == 0)
+def _together(count: int, most: int, some: Callable[[Array, int], None]) -> None:
+    """A loop over `count` pieces of work, as many of them at a time in straight-line code as divide it."""
+    size = together(count, most)
+    jax.lax.fori_loop(0, count // size, lambda n, _: some(n, size), None)
+
+
+def together(count: int, most: int) -> int:
+    return max(n for n in range(1, max(1, most) + 1) if count % n == 0)
 
 
 def _again(run: Run, jobs: list[Job], mask: Any) -> None:
@@ -400,15 +404,15 @@ def _along(plan: Plan, run: Run, masks: Masks, line: Sequence[tuple[int, Any]]) 
     for n, tiles in enumerate(line):
         masks.make(n, *tiles)  # once for all heads
 
-    def head(g: Array, _: None) -> None:
+    def heads(g: Array, size: int) -> None:
         jobs = []
-        for n, (q_tile, kv_tile) in enumerate(line):
+        for head, (n, (q_tile, kv_tile)) in itertools.product(range(size), enumerate(line)):
             chunk, place = divmod(q_tile * TILE, plan.chunk)
-            rows = pl.Slice(_at(kv_tile), TILE)
-            jobs.append(Job(g * plan.chunks + chunk, slice(place, place + TILE), rows, masks.masks.at[n]))
+            chunk += (g * size + head) * plan.chunks
+            jobs.append(Job(chunk, slice(place, place + TILE), pl.Slice(_at(kv_tile), TILE), masks.masks.at[n]))
         run(jobs)
 
-    jax.lax.fori_loop(0, plan.group, head, None)
+    _together(plan.group, TILES_TOGETHER // len(line), heads)
 
 
 def _at(tile: Any) -> Any:
