@@ -64,7 +64,7 @@ runtime_version { major: 12 minor: 9 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 HEADS, KEY_HEADS = 8, 2
-CASES = {"training": (4096, 4096), "serving": (32000, 36096), "decoding": (1, 36096)}  # queries, keys
+CASES = {"training": (4096, 4096), "serving": (32000, 36096)}  # queries, keys
 console = Console(width=160)
 
 

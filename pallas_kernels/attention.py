@@ -38,7 +38,7 @@ def attention(
       k, v: keys and values, say those of a cached prefix and then of the items behind it.
       segments: labels of the S keys.
       q_start: the place of the first query among the keys; the last T keys are the queries' own unless it is given.
-      implementation: "xla", "tpu" or "gpu", or one of these two "-interpreted"; the platform's own unless it is given.
+      implementation: "xla", "tpu" or "gpu", or one of these two "-interpreted"; the platform's best unless it is given.
     """
     T, S = q.shape[1], k.shape[1]
     start = jnp.asarray(S - T if q_start is None else q_start, jnp.int32)
@@ -47,7 +47,7 @@ def attention(
     # Whatever padding holds, a weight of zero times NaN included, reaches neither an output nor a gradient.
     q_real, kv_real = ((x.example != PADDING)[..., None, None] for x in (q_segments, kv_segments))
     q, k, v = jnp.where(q_real, q, 0), jnp.where(kv_real, k, 0), jnp.where(kv_real, v, 0)
-    out, log_sum = _attend(q, k, v, q_segments, kv_segments, start, implementation)
+    out, log_sum = _attend(q, k, v, q_segments, kv_segments, start, implementation or _default(T))
     return jnp.where(q_real, out, 0), log_sum
 
 
@@ -70,18 +70,21 @@ def attention_reference(
     return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(q.shape), log_sum
 
 
-def _choose(implementation: str | None, way: str) -> Callable:
+def _default(queries: int) -> str:
+    """The platform's own. Not for one query on a GPU: our kernel would go through all keys of a head in one program."""
+    return platform() if (platform(), queries) != ("gpu", 1) and platform() != "cpu" else "xla"
+
+
+def _choose(implementation: str, way: str) -> Callable:
     """The `forward` or `backward` of an implementation."""
-    pallas = {"tpu": attention_tpu, "gpu": attention_gpu}
-    implementation = implementation or (platform() if platform() in pallas else "xla")
     name, _, interpreted = implementation.partition("-")
-    function = getattr({"xla": attention_xla, **pallas}[name], way)
+    function = getattr({"xla": attention_xla, "tpu": attention_tpu, "gpu": attention_gpu}[name], way)
     return functools.partial(function, interpret=True) if interpreted else function
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _attend(
-    q: Array, k: Array, v: Array, q_segments: Segments, kv_segments: Segments, start: Array, implementation: str | None
+    q: Array, k: Array, v: Array, q_segments: Segments, kv_segments: Segments, start: Array, implementation: str
 ) -> tuple[Array, Array]:
     return _choose(implementation, "forward")(q, k, v, q_segments, kv_segments, start)
 
@@ -91,7 +94,7 @@ def _forward(*args: Any) -> tuple[tuple[Array, Array], tuple]:
     return (out, log_sum), (*args[:6], out, log_sum)
 
 
-def _backward(implementation: str | None, residuals: tuple, cotangents: tuple[Array, Array]) -> tuple:
+def _backward(implementation: str, residuals: tuple, cotangents: tuple[Array, Array]) -> tuple:
     q, k, v, q_segments, kv_segments, start, out, log_sum = residuals
     d_out, d_log_sum = cotangents
     # Padding may be taken for seeing keys that it did not see before: its weights must be finite, they meet zeros.

@@ -4,8 +4,8 @@ A program takes a block of queries and goes through the blocks of keys that it m
 which every query sees every key, then the others. The backward pass goes through them twice: for dq by block of
 queries, for dk and dv by block of keys. So no two programs add to one place, and no run differs from another.
 
-The heads of a group are rows of one matrix, [T x G, D]: its keys are read once for all of them, one query (decoding)
-is still a matrix, and a block spans fewer places, so that fewer hidden pairs are computed.
+The heads of a group are rows of one matrix, [T x G, D]: its keys are read once for all of them, and a block spans fewer
+places, so that fewer hidden pairs are computed.
 """
 
 from __future__ import annotations

@@ -2,11 +2,12 @@
 
 Each block of queries goes through the blocks of keys that it meets, so nothing of size T x S exists, and the sums of
 one block stay in the processor's cache. Masks are made only where a block is seen in part: on a CPU they cost more
-than the products.
+than the products. One query, on a GPU as well, is a dense product.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -62,11 +63,16 @@ def _of_one_query(
     """Decoding. Dense: scores are no more than the keys, and a block would be nearly all padding."""
     B, _, H, D = q.shape
     S, K = k.shape[1:3]
+    product = functools.partial(
+        jnp.einsum,
+        preferred_element_type=jnp.float32,
+        precision=jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None,  # a GPU would round to TF32
+    )
     mask = visible(q_segments, kv_segments, q_start[None], jnp.arange(S))[:, None]
-    scores = jnp.einsum("bkgd,bskd->bkgs", q.reshape(B, K, H // K, D), k, preferred_element_type=jnp.float32)
+    scores = product("bkgd,bskd->bkgs", q.reshape(B, K, H // K, D), k)
     scores = jnp.where(mask, scores * D**-0.5, MASKED)
     log_sum = jax.nn.logsumexp(scores, -1, keepdims=True)
-    out = jnp.einsum("bkgs,bskd->bkgd", jnp.exp(scores - log_sum), v, preferred_element_type=jnp.float32)
+    out = product("bkgs,bskd->bkgd", jnp.exp(scores - log_sum).astype(v.dtype), v)
     return out.reshape(q.shape).astype(q.dtype), log_sum.reshape(B, 1, H)
 
 

@@ -43,20 +43,25 @@ def test_training_shapes_lower(head_dim, dtype):
     assert text.count("__gpu$xla.gpu.triton") == 3  # forward, dq, dk and dv
 
 
-@pytest.mark.parametrize("queries", [32000, 1])
-def test_items_and_one_query_behind_a_cached_prefix_lower(queries):
+@pytest.mark.parametrize(("queries", "kernels"), [(32000, 1), (1, 0)])
+def test_items_and_one_query_behind_a_cached_prefix_lower(queries, kernels):
     text = lowered(attention, *shapes((1, queries, 8, 128), (1, 36096, 2, 128), jnp.bfloat16))
-    assert text.count("__gpu$xla.gpu.triton") == 1
+    assert text.count("__gpu$xla.gpu.triton") == kernels
     sizes = [np.prod([int(n) for n in shape.split("x")]) for shape in re.findall(r"tensor<([\dx]+)x\w+>", text)]
     assert 36096 * 2 * 128 in sizes  # the expression does find arrays
     assert max(sizes) < 36096**2 / 16
 
 
-def test_products_of_float32_are_float32_and_not_tf32():
+@pytest.mark.parametrize(
+    ("function", "queries", "products"),
+    [(gradients, 256, 2 * (2 + 3 + 4)), (attention, 1, 2)],  # in the loop without a mask and in that with one; dense
+    ids=["three kernels", "one query"],
+)
+def test_products_of_float32_are_float32_and_not_tf32(function, queries, products):
     def precisions(dtype) -> set[str]:
-        text = str(jax.make_jaxpr(gradients)(*shapes((1, 256, 2, 64), (1, 256, 2, 64), dtype)))
+        text = str(jax.make_jaxpr(function)(*shapes((1, queries, 2, 64), (1, 256, 2, 64), dtype)))
         dots = re.findall(r"dot_general\[.*?\n\s*\]", text, re.DOTALL)
-        assert len(dots) == 2 * (2 + 3 + 4)  # in the loop without a mask and in that with one
+        assert len(dots) == products
         return {found for dot in dots for found in re.findall(r"precision=(\S+)", dot)}
 
     assert precisions(jnp.float32) == {"(Precision.HIGHEST,"}
