@@ -91,14 +91,17 @@ def describe_models(comparisons: Sequence[Comparison], models: Sequence[Model]) 
 def print_models(comparisons: Sequence[Comparison], models: Sequence[Model], console: Console) -> None:
     """The same in the terminal, as far as there is room: neither how a model was made nor intervals."""
     quality = [f"{comparison.task.name}\n{METRICS[comparison.task.metrics[0]].title}" for comparison in comparisons]
-    table = Table("model", "parameters", "MB", *quality, "items/s", "seconds", title="models", title_justify="left")
+    table = Table(title="models", title_justify="left", box=None, padding=(0, 1, 0, 0))
+    table.add_column("model", no_wrap=True)
+    for column in ("params", "MB", *quality, "items/s", "seconds"):
+        table.add_column(column, justify="right", overflow="fold")
     for model in models:
         of = [comparison.results[model.name][OVERALL].metrics[comparison.task.metrics[0]] for comparison in comparisons]
         values = [_number(estimate.value) for estimate in of]
         table.add_row(
             model.name,
-            f"{model.parameters:,}",
-            f"{model.weight_bytes / 1e6:.1f}",
+            f"{model.parameters / 1e6:,.1f}M",
+            f"{model.weight_bytes / 1e6:,.1f}",
             *values,
             f"{model.speed:,.0f}",
             f"{model.seconds:,.0f}",
