@@ -4,8 +4,8 @@
 
 A visit's code is compiled by itself, once for each kind of visit, and its instruction bundles are counted in the
 compiler's own dump. A bundle is issued in a cycle at best, so that time is at least the bundles, and at least what the
-matrix unit needs: the estimate is the larger of the two, for every visit of the layout's worklist. It ranks kernels;
-it is not a measurement. Heads of size 128, bfloat16.
+matrix unit needs: the estimate is the larger of the two, for every visit of the layout's worklist, none of which runs
+again. It ranks kernels; it is not a measurement. Heads of size 128, bfloat16.
 """
 
 from __future__ import annotations
@@ -129,12 +129,11 @@ def costs(chip: Chip, way: str, group: int = 1) -> Costs:
         def only(plan, kind, whole, masked, masks):
             visit(whole, masked, masks)
 
-        def seldom(run, jobs, mask):  # some code, or the compiler would leave out the question
+        def nothing(run, jobs, mask):  # but some code, or the compiler would leave out the question
             mask[0] = jnp.zeros_like(mask[0])
 
         # A kernel that never begins or ends a block, has no other kind of visit, and runs nothing again.
-        edges = lambda block, i: (False, False)  # noqa: E731
-        with mock.patch.multiple(attention_tpu, _visit=only, _edges=edges, _again=seldom):
+        with mock.patch.multiple(attention_tpu, _visit=only, _edges=lambda block, i: (False, False), _again=nothing):
             return Counter(chip.compile(getattr(attention_tpu, way), *inputs))
 
     def less(a: Counter, b: Counter) -> Counter:
@@ -148,26 +147,26 @@ def costs(chip: Chip, way: str, group: int = 1) -> Costs:
 
     longest = max(plan.diagonals, key=len)  # all key tiles are in it
 
-    def prepared(whole: Callable, run: Callable, masks: attention_tpu.Masks) -> None:
+    def prepared(_: Callable, run: Callable, masks: attention_tpu.Masks) -> None:
         masks.prepare()
-        pl.when(masks.start >= 0)(lambda: along(longest)(whole, run, masks))  # apart from it, as in the kernel
+        pl.when(masks.start >= 0)(lambda: along(longest)(_, run, masks))  # apart from it, as in the kernel
 
     empty = compile_only(lambda *_: None)
     every = less(compile_only(lambda run, *_: attention_tpu._whole(plan, run)), empty)
     chunks = group * plan.chunks
-    times = chunks // attention_tpu.together(chunks, attention_tpu.CHUNKS_TOGETHER)  # the code is in a loop
+    times = chunks // attention_tpu.largest_divisor(chunks, attention_tpu.CHUNKS_TOGETHER)  # the code is in a loop
 
     @functools.cache
     def of_form(count: int, is_row: bool) -> Counter:
         """The first line of that form: others are the same code elsewhere."""
         line = next(line for line in plan.lines if len(line) == count and (line in plan.rows) == is_row)
         whole = less(compile_only(along(line)), empty)
-        times = group // attention_tpu.together(group, attention_tpu.TILES_TOGETHER // len(line))
-        if times == 1:
+        more = group // attention_tpu.largest_divisor(group, attention_tpu.TILES_TOGETHER // len(line)) - 1
+        if not more:
             return whole
         with mock.patch.object(attention_tpu.Masks, "make"):
             heads = less(compile_only(along(line)), empty)  # in a loop, behind the masks of all heads
-        return Counter({slot: whole[slot] + (times - 1) * heads[slot] for slot in whole})
+        return Counter({slot: whole[slot] + more * heads[slot] for slot in whole})
 
     lines = [of_form(len(line), line in plan.rows) for line in plan.lines]
     return Costs(

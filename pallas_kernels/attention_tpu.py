@@ -1,20 +1,20 @@
 """Attention by `Segments` on a TPU: FlashAttention-2 (Dao 2023, arXiv 2307.08691) over a worklist, in Pallas.
 
-Scores are kept keys by queries, [S, T]: the softmax then reduces over sublanes (cheap vector maxima and sums) and not
+Scores are good keys by queries, [S, T]: the softmax then reduces over sublanes (cheap vector maxima and sums) and not
 over lanes, the running maximum and sum of a query are one number on its lane, and so is all that the backward pass
 needs to know of it. Hence queries and outputs are handed over transposed, [D, T].
 
 A *chunk* is one head's queries as wide as the matrix unit; a block of queries is `CHUNKS` of them for every head of a
-group. A visit goes through its chunks in straight-line code, several of them under way at a time: the weights of one,
-the weighted sum of the one before; so the matrix and the vector unit work at once.
+group. A visit goes through its chunks in straight-line code, two of them under way at a time: the weights of one, the
+weighted sum of the one before; so the matrix and the vector unit work at once.
 
 Where not every query sees every key, a visit goes through the diagonals of its 128 x 128 tiles, and skips those in
 which nobody sees anybody. The tiles of a diagonal have different queries and different keys: independent work again.
 
 Where every query does, the forward pass neither waits for the maximum of the scores nor stores them: weights are
-taken against a *reference* that is there before, the maximum of earlier visits or 0. It cancels in the quotient of two
-sums, and any will do that neither overflows nor loses weights; the sum of the weights tells, of each query by itself.
-Those of which it was far off are run again, against their maximum.
+taken against the *reference* that earlier visits left, 0 at first. It cancels in the quotient of two sums, and any does
+that neither overflows nor loses weights; the sum of the weights tells, of each query by itself. Those of which it was
+far off are run again, against their maximum, which then is the reference.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ from pallas_kernels.attention_tpu_plan import LABELS, TILE, Plan, kinds_and_labe
 from pallas_kernels.segments import MASKED, Segments, sees
 from pallas_kernels.worklist import EVERY, worklist
 
-NONE = MASKED / 2  # reference of a query that saw nothing: above MASKED, whose weight is then 2^(MASKED / 2) = 0
+UNSEEN = MASKED / 2  # reference of a query that saw nothing: above MASKED, whose weight is then 2^(MASKED / 2) = 0
 CHUNKS_TOGETHER, TILES_TOGETHER = 8, 16  # in straight-line code
 LOG2E = math.log2(math.e)
-# A sum of weights between these: in float32, no weight of account is 0, and no value times it overflows.
+# While a sum of weights is between these, no weight that matters to it underflows in float32, and its weighted sum of
+# values below 2^28 does not overflow.
 LEAST, MOST = 2.0**-64, 2.0**100
 
 
@@ -72,7 +73,7 @@ def forward(
                 pltpu.VMEM((GC, D, C), jnp.float32),  # unnormalised output
                 pltpu.VMEM((2, S, C), jnp.float32),  # scores
                 pltpu.VMEM((2, S, C), q.dtype),  # weights
-                pltpu.VMEM((GC, 1, C), jnp.float32),  # hides queries that need not run again
+                pltpu.VMEM((GC, 1, C), jnp.float32),  # MASKED for queries that need not run again, else 0
                 *_mask_scratch(plan),
             ],
         ),
@@ -89,7 +90,7 @@ def forward(
 def _forward_kernel(
     plan: Plan, start, q_block, kv_block, kind, q, k, v, q_labels, kv_labels,  # read
     out, log_sum,  # written
-    reference, total, sums, scores, weights, done, masks, columns,  # scratch
+    reference, total, sums, scores, weights, hidden, masks, columns,  # scratch
 ) -> None:  # fmt: skip
     i = pl.program_id(1)
     first, last = _edges(q_block, i)
@@ -97,36 +98,37 @@ def _forward_kernel(
 
     @pl.when(first)
     def _() -> None:
-        reference[...] = jnp.full_like(reference, NONE)
+        reference[...] = jnp.full_like(reference, UNSEEN)
         total[...] = jnp.zeros_like(total)
         sums[...] = jnp.zeros_like(sums)
 
     def whole(jobs: list[Job]) -> None:
         """Against the reference so far, or 0; queries of which that is far off are left as they were, and run again."""
-        kept: dict[int, Array] = {}
+        good: dict[int, Array] = {}
 
         def soften(n: int) -> None:
             job, here = jobs[n], jobs[n].here
             before = reference[here]
-            against = jnp.where(before == NONE, 0.0, before)
+            against = jnp.where(before == UNSEEN, 0.0, before)
             added = jnp.zeros((8, job.width), jnp.float32)
-            for rows in job.tiles(plan.chunk):
+            for row in range(0, plan.keys, plan.chunk):  # spills least, of 32 to 512 keys at a time
+                rows = pl.Slice(row, min(plan.chunk, plan.keys - row))
                 p = jnp.exp2(_dot(k[rows], q[here]) * scale - against)
                 weights[n % 2, rows] = p.astype(weights.dtype)
                 added += p.reshape(-1, 8, job.width).sum(0)
             new = total[here] + added.sum(0, keepdims=True)
-            kept[n] = (new > LEAST) & (new < MOST)
-            total[here] = jnp.where(kept[n], new, total[here])
-            reference[here] = jnp.where(kept[n], against, before)
-            done[here] = jnp.where(kept[n], MASKED, 0.0)
+            good[n] = (new > LEAST) & (new < MOST)
+            total[here] = jnp.where(good[n], new, total[here])
+            reference[here] = jnp.where(good[n], against, before)
+            hidden[here] = jnp.where(good[n], MASKED, 0.0)
 
         def weigh(n: int) -> None:
             added = _dot(v[:, jobs[n].rows], weights[n % 2, jobs[n].rows])
-            sums[jobs[n].here] = jnp.where(kept.pop(n), sums[jobs[n].here] + added, sums[jobs[n].here])
+            sums[jobs[n].here] += jnp.where(good.pop(n), added, 0)
 
         _pipeline(len(jobs), soften, weigh)
-        left = functools.reduce(jnp.maximum, [done[job.here] for job in jobs]).max() == 0
-        pl.when(left)(functools.partial(_again, masked, jobs, done))
+        some_left = functools.reduce(jnp.maximum, [hidden[job.here] for job in jobs]).max() == 0
+        pl.when(some_left)(functools.partial(_again, masked, jobs, hidden))
 
     def masked(jobs: list[Job]) -> None:
         """Against the maximum so far, of these jobs too."""
@@ -146,7 +148,7 @@ def _forward_kernel(
             p = jnp.exp2(scores[n % 2, *job.scratch] - top)
             weights[n % 2, *job.scratch] = p.astype(weights.dtype)
             shrinks[n] = jnp.exp2(before - top)
-            total[here] = total[here] * shrinks[n] + p.reshape(-1, 8, job.width).sum(0).sum(0, keepdims=True)
+            total[here] = total[here] * shrinks[n] + p.sum(0, keepdims=True)
             reference[here] = top
 
         def weigh(n: int) -> None:
@@ -156,12 +158,12 @@ def _forward_kernel(
 
         _pipeline(len(jobs), score, soften, weigh)
 
-    read = Masks(plan, start[0], q_block[i], kv_block[i], q_labels, kv_labels, columns, masks)
-    _visit(plan, kind[i], whole, masked, read)
+    tile_masks = Masks(plan, start[0], q_block[i], kv_block[i], q_labels, kv_labels, columns, masks)
+    _visit(plan, kind[i], whole, masked, tile_masks)
 
     @pl.when(last)
     def _() -> None:
-        safe = jnp.maximum(total[...], LEAST)
+        safe = jnp.maximum(total[...], LEAST)  # 0 for a query that saw nothing
         out[...] = (sums[...] / safe).astype(out.dtype)
         log_sum[...] = reference[...] / LOG2E + jnp.log(safe)
 
@@ -286,8 +288,8 @@ def _backward_kernel(
 
         _pipeline(len(jobs), score, accumulate)
 
-    read = Masks(plan, start[0], q_block[i], kv_block[i], q_labels, kv_labels, columns, masks)
-    _visit(plan, kind[i], run, run, read)
+    tile_masks = Masks(plan, start[0], q_block[i], kv_block[i], q_labels, kv_labels, columns, masks)
+    _visit(plan, kind[i], run, run, tile_masks)
 
     fetch().wait()
     dq_sums[i % 2] += dq_here[...] * plan.scale
@@ -314,7 +316,7 @@ class Job:
     Attributes:
       chunk: which one; may be traced, as may where the rows begin.
       queries, rows: of the chunk; of the block of keys.
-      mask: a reference to what is added to the scores, 0 or `MASKED`; or None.
+      mask: a Ref of what is added to the scores, 0 or `MASKED`; or None.
     """
 
     chunk: Any
@@ -324,7 +326,7 @@ class Job:
 
     @property
     def here(self) -> tuple[Any, slice, slice]:
-        """Where its queries are in what is kept by chunks."""
+        """Where its queries are in what is good by chunks."""
         return self.chunk, slice(None), self.queries
 
     @property
@@ -333,13 +335,8 @@ class Job:
 
     @property
     def scratch(self) -> tuple[slice, slice]:
-        """Where its scores and weights are in scratch for a whole chunk's."""
+        """Where its scores and weights are in buffers for those of a whole chunk."""
         return slice(0, self.rows.size), slice(0, self.width)
-
-    def tiles(self, size: int) -> list[pl.Slice]:
-        """The rows, so many at a time."""
-        rows = range(0, self.rows.size, size)
-        return [pl.Slice(self.rows.start + row, min(size, self.rows.size - row)) for row in rows]
 
 
 def _pipeline(count: int, *stages: Callable[[int], None]) -> None:
@@ -374,24 +371,24 @@ def _visit(plan: Plan, kind: Array, whole: Run, masked: Run, masks: Masks) -> No
 
 
 def _whole(plan: Plan, run: Run) -> None:
-    def some(n: Array, size: int) -> None:
+    def piece(n: Array, size: int) -> None:
         run([Job(n * size + m, slice(0, plan.chunk), pl.Slice(0, plan.keys)) for m in range(size)])
 
-    _together(plan.group * plan.chunks, CHUNKS_TOGETHER, some)
+    _in_pieces(plan.group * plan.chunks, CHUNKS_TOGETHER, piece)
 
 
-def _together(count: int, most: int, some: Callable[[Array, int], None]) -> None:
-    """A loop over `count` pieces of work, as many of them at a time in straight-line code as divide it."""
-    size = together(count, most)
-    jax.lax.fori_loop(0, count // size, lambda n, _: some(n, size), None)
+def _in_pieces(count: int, most: int, piece: Callable[[Array, int], None]) -> None:
+    """A loop over `count` things, in pieces of straight-line code with as many as divide it, `most` at most."""
+    size = largest_divisor(count, most)
+    jax.lax.fori_loop(0, count // size, lambda n, _: piece(n, size), None)
 
 
-def together(count: int, most: int) -> int:
-    return max(n for n in range(1, max(1, most) + 1) if count % n == 0)
+def largest_divisor(count: int, most: int) -> int:
+    return max(n for n in range(1, most + 1) if count % n == 0)
 
 
 def _again(run: Run, jobs: list[Job], mask: Any) -> None:
-    """Chunks one by one, for those of their queries that the mask does not hide."""
+    """Jobs of consecutive chunks once more, one by one, for the queries that the mask does not hide."""
 
     def one(n: Array, _: None) -> None:
         chunk = jobs[0].chunk + n
@@ -412,7 +409,7 @@ def _along(plan: Plan, run: Run, masks: Masks, line: Sequence[tuple[int, Any]]) 
             jobs.append(Job(chunk, slice(place, place + TILE), pl.Slice(_at(kv_tile), TILE), masks.masks.at[n]))
         run(jobs)
 
-    _together(plan.group, TILES_TOGETHER // len(line), heads)
+    _in_pieces(plan.group, TILES_TOGETHER // len(line), heads)
 
 
 def _at(tile: Any) -> Any:

@@ -154,20 +154,26 @@ def test_a_question_changes_no_bit_of_another(implementation, data, seed):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_scores_may_be_of_any_size(implementation):
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(np.float32, 1e-4), (jnp.bfloat16, 2**-6)], ids=["float32", "bfloat16"]
+)
+def test_scores_may_be_of_any_size(implementation, dtype, tolerance):
     """Those of some queries leap from block to block by 100 nats, up or down, or are all 100 below zero, or above; it
     changes no bit of the other queries' outputs."""
     length, random = 700, np.random.default_rng(0)
-    segments = stack([pack([Example(length)], length)] * 2)
+    segments = stack([pack(examples, length) for examples in ([Example(100), Example(600)], [Example(length)])])
     q, k, v, d = (x * spread for x, spread in zip(draw_qkvd(0, length), (0.1, 0.1, 1, 1), strict=True))
     k[..., 0] = D**0.5 * np.repeat([[-100, 0, 100], [-100, -100, -100]], 256, 1)[:, :length, None]
     q[..., 0] = 0.1
-    calm = results(implementation)(q, k, v, d, segments)[0]
+    k, v, d = (x.astype(dtype) for x in (k, v, d))
+    calm = results(implementation)(q.astype(dtype), k, v, d, segments)
     wild = random.random(length) < 0.1
     q[:, wild, :, 0] = random.choice([-1, 1], (wild.sum(), 1, H))
+    q = q.astype(dtype)
     found = results(implementation)(q, k, v, d, segments)
-    assert_close(found, reference([q, k, v, d], segments), 1e-4)
-    np.testing.assert_array_equal(found[0][:, ~wild], calm[:, ~wild])
+    assert_close(found, reference([q, k, v, d], segments), tolerance)
+    for a, b in zip(found[:2], calm[:2], strict=True):
+        np.testing.assert_array_equal(a[:, ~wild], b[:, ~wild])
 
 
 def test_a_row_may_be_cut_anywhere():
