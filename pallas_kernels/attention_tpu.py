@@ -1,6 +1,6 @@
 """Attention by `Segments` on a TPU: FlashAttention-2 (Dao 2023, arXiv 2307.08691) over a worklist, in Pallas.
 
-Scores are good keys by queries, [S, T]: the softmax then reduces over sublanes (cheap vector maxima and sums) and not
+Scores are kept keys by queries, [S, T]: the softmax then reduces over sublanes (cheap vector maxima and sums) and not
 over lanes, the running maximum and sum of a query are one number on its lane, and so is all that the backward pass
 needs to know of it. Hence queries and outputs are handed over transposed, [D, T].
 
@@ -326,7 +326,7 @@ class Job:
 
     @property
     def here(self) -> tuple[Any, slice, slice]:
-        """Where its queries are in what is good by chunks."""
+        """Where its queries are in what is kept by chunks."""
         return self.chunk, slice(None), self.queries
 
     @property
