@@ -154,14 +154,14 @@ def costs(chip: Chip, way: str, group: int = 1) -> Costs:
     empty = compile_only(lambda *_: None)
     every = less(compile_only(lambda run, *_: attention_tpu._whole(plan, run)), empty)
     chunks = group * plan.chunks
-    times = chunks // attention_tpu.largest_divisor(chunks, attention_tpu.CHUNKS_TOGETHER)  # the code is in a loop
+    times = chunks // attention_tpu.largest_divisor(chunks, attention_tpu.TOGETHER)  # the code is in a loop
 
     @functools.cache
     def of_form(count: int, is_row: bool) -> Counter:
         """The first line of that form: others are the same code elsewhere."""
         line = next(line for line in plan.lines if len(line) == count and (line in plan.rows) == is_row)
         whole = less(compile_only(along(line)), empty)
-        more = group // attention_tpu.largest_divisor(group, attention_tpu.TILES_TOGETHER // len(line)) - 1
+        more = group // attention_tpu.largest_divisor(group, attention_tpu.TOGETHER // len(line)) - 1
         if not more:
             return whole
         with mock.patch.object(attention_tpu.Masks, "make"):

@@ -37,7 +37,7 @@ from pallas_kernels.segments import MASKED, Segments, sees
 from pallas_kernels.worklist import EVERY, worklist
 
 UNSEEN = MASKED / 2  # reference of a query that saw nothing: above MASKED, whose weight is then 2^(MASKED / 2) = 0
-CHUNKS_TOGETHER, TILES_TOGETHER = 8, 16  # in straight-line code
+TOGETHER = 16  # chunks, or tiles, in straight-line code
 LOG2E = math.log2(math.e)
 # While a sum of weights is between these, no weight that matters to it underflows in float32, and its weighted sum of
 # values below 2^28 does not overflow.
@@ -374,7 +374,7 @@ def _whole(plan: Plan, run: Run) -> None:
     def piece(n: Array, size: int) -> None:
         run([Job(n * size + m, slice(0, plan.chunk), pl.Slice(0, plan.keys)) for m in range(size)])
 
-    _in_pieces(plan.group * plan.chunks, CHUNKS_TOGETHER, piece)
+    _in_pieces(plan.group * plan.chunks, TOGETHER, piece)
 
 
 def _in_pieces(count: int, most: int, piece: Callable[[Array, int], None]) -> None:
@@ -409,7 +409,7 @@ def _along(plan: Plan, run: Run, masks: Masks, line: Sequence[tuple[int, Any]]) 
             jobs.append(Job(chunk, slice(place, place + TILE), pl.Slice(_at(kv_tile), TILE), masks.masks.at[n]))
         run(jobs)
 
-    _in_pieces(plan.group, TILES_TOGETHER // len(line), heads)
+    _in_pieces(plan.group, TOGETHER // len(line), heads)
 
 
 def _at(tile: Any) -> Any:
