@@ -14,7 +14,7 @@ from pallas_kernels.platform import tpu_info
 from pallas_kernels.segments import Segments
 from pallas_kernels.worklist import EVERY, sight
 
-CHUNKS = 4  # of a head in a block of queries
+CHUNKS = 4  # of a head in a block of queries, at most
 KEYS = 512  # in a block
 TILE = 128
 LABELS = 2  # of a token: example and reach in one
@@ -51,7 +51,8 @@ class Plan:
         B, T, H, D = q.shape
         S, K = k.shape[1:3]
         chunk = TILE if interpret else tpu_info().mxu_column_size
-        chunks = min(CHUNKS, pl.cdiv(T, chunk))
+        chunks = pl.cdiv(T, chunk)
+        chunks = pl.cdiv(chunks, pl.cdiv(chunks, CHUNKS))  # in as few blocks, with little of the last one empty
         plan = cls(B, K, D, T, S, chunk, chunks, H // K, min(KEYS, pl.cdiv(S, TILE) * TILE))
         size = plan.most_visits * VISIT_BYTES
         if not interpret and size > (space := tpu_info().smem_capacity_bytes - SMEM_RESERVED):

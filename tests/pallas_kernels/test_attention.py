@@ -176,6 +176,17 @@ def test_scores_may_be_of_any_size(implementation, dtype, tolerance):
         np.testing.assert_array_equal(a[:, ~wild], b[:, ~wild])
 
 
+def test_blocks_of_queries_share_a_row_evenly(monkeypatch):
+    """On a TPU, five chunks in blocks of up to four: three and two, and not four and one."""
+    monkeypatch.setattr(attention_tpu_plan, "CHUNKS", 4)
+    segments = stack([pack([Example(200, [], [40] * 10)], 600)] * 2)
+    qkvd = draw_qkvd(0, 600)
+    assert attention_tpu_plan.Plan.of(*qkvd[:2], interpret=True).chunks == 3
+    run = jax.jit(functools.partial(attention, implementation="tpu-interpreted"))
+    for a, b in zip(run(*qkvd[:3], segments), reference(qkvd, segments)[:2], strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
 def test_a_row_may_be_cut_anywhere():
     """A shard of the queries, wherever it begins, against all of the keys: what context parallelism does."""
     segments = stack([pack([Example(30, [9] * 4, [7] * 3), Example(11, [5], [3, 3], star=True)], 104)])
