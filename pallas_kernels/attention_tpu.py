@@ -4,9 +4,9 @@ Scores are kept keys by queries, [S, T]: the softmax then reduces over sublanes 
 over lanes, the running maximum and sum of a query are one number on its lane, and so is all that the backward pass
 needs to know of it. Hence queries and outputs are handed over transposed, [D, T].
 
-A *chunk* is one head's queries as wide as the matrix unit; a block of queries is up to `CHUNKS` of them for every head of a
-group. A visit goes through its chunks in straight-line code, two of them under way at a time: the weights of one, the
-weighted sum of the one before; so the matrix and the vector unit work at once.
+A *chunk* is one head's queries as wide as the matrix unit; a block of queries is up to `CHUNKS` of them for every head
+of a group. A visit goes through its chunks in straight-line code, two of them under way at a time: the weights of one,
+the weighted sum of the one before; so the matrix and the vector unit work at once.
 
 Where not every query sees every key, a visit goes through the diagonals of its 128 x 128 tiles, and skips those in
 which nobody sees anybody. The tiles of a diagonal have different queries and different keys: independent work again.
