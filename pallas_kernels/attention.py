@@ -72,7 +72,8 @@ def attention_reference(
 
 def _default(queries: int) -> str:
     """The platform's own. Not for one query on a GPU: our kernel would go through all keys of a head in one program."""
-    return platform() if (platform(), queries) != ("gpu", 1) and platform() != "cpu" else "xla"
+    own = platform()
+    return own if own == "tpu" or (own == "gpu" and queries > 1) else "xla"
 
 
 def _choose(implementation: str, way: str) -> Callable:
