@@ -143,16 +143,16 @@ def costs(chip: Chip, way: str, group: int = 1) -> Costs:
         return dict(found) | {"pairs": pairs, "cycles": chip.cycles(way, pairs)}
 
     def along(line: Line) -> Callable:
-        return lambda _, run, masks: attention_tpu._along(plan, run, masks, line)
+        return lambda whole, masked, masks: attention_tpu._along(plan, masked, masks, line)
 
     longest = max(plan.diagonals, key=len)  # all key tiles are in it
 
-    def prepared(_: Callable, run: Callable, masks: attention_tpu.Masks) -> None:
+    def prepared(whole: Callable, masked: Callable, masks: attention_tpu.Masks) -> None:
         masks.prepare()
-        pl.when(masks.start >= 0)(lambda: along(longest)(_, run, masks))  # apart from it, as in the kernel
+        pl.when(masks.start >= 0)(lambda: along(longest)(whole, masked, masks))  # apart from it, as in the kernel
 
     empty = compile_only(lambda *_: None)
-    every = less(compile_only(lambda run, *_: attention_tpu._whole(plan, run)), empty)
+    every = less(compile_only(lambda whole, *_: attention_tpu._whole(plan, whole)), empty)
     chunks = group * plan.chunks
     times = chunks // attention_tpu.largest_divisor(chunks, attention_tpu.TOGETHER)  # the code is in a loop
 

@@ -22,7 +22,8 @@ from jax.experimental.pallas import triton
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.segments import MASKED, Segments, sees
+from pallas_kernels.platform import precision
+from pallas_kernels.segments import MASKED, UNSEEN, Segments, sees
 from pallas_kernels.worklist import Meetings, meetings, sight
 
 LOG2E = math.log2(math.e)
@@ -91,9 +92,8 @@ def _forward_kernel(
         sums = sums * shrink[:, None] + _dot(weights.astype(v.dtype), v[here, :])
         return sums, new_top, total * shrink + weights.sum(1)
 
-    # The running maximum starts above MASKED, so that a masked score has the weight 2^(MASKED - top) = 0.
     rows = q.shape[:1]
-    start = (jnp.zeros(q.shape, jnp.float32), jnp.full(rows, MASKED / 2, jnp.float32), jnp.zeros(rows, jnp.float32))
+    start = (jnp.zeros(q.shape, jnp.float32), jnp.full(rows, UNSEEN, jnp.float32), jnp.zeros(rows, jnp.float32))
     sums, top, total = _visit_all(met, visit, start)
     total = jnp.maximum(total, 1e-30)
     out[...] = (sums / total[:, None]).astype(out.dtype)
@@ -181,9 +181,8 @@ def _mask(q_labels: Any, rows: Any, kv_labels: Any, keys: Any, rows_axis: int) -
 
 
 def _dot(a: Array, b: Array) -> Array:
-    """float32 sums, and of float32 a true float32 product: the default would round to TF32."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
+    """float32 sums, and of float32 a true float32 product."""
+    return jnp.dot(a, b, precision=precision(a.dtype), preferred_element_type=jnp.float32)
 
 
 class _Call:

@@ -33,10 +33,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention_tpu_plan import LABELS, TILE, Plan, kinds_and_labels, unpack_labels
-from pallas_kernels.segments import MASKED, Segments, sees
+from pallas_kernels.platform import precision
+from pallas_kernels.segments import MASKED, UNSEEN, Segments, sees
 from pallas_kernels.worklist import EVERY, worklist
 
-UNSEEN = MASKED / 2  # reference of a query that saw nothing: above MASKED, whose weight is then 2^(MASKED / 2) = 0
 TOGETHER = 16  # chunks, or tiles, in straight-line code
 LOG2E = math.log2(math.e)
 # While a sum of weights is between these, no weight that matters to it underflows in float32, and its weighted sum of
@@ -111,7 +111,7 @@ def _forward_kernel(
             before = reference[here]
             against = jnp.where(before == UNSEEN, 0.0, before)
             added = jnp.zeros((8, job.width), jnp.float32)
-            for row in range(0, plan.keys, plan.chunk):  # spills least, of 32 to 512 keys at a time
+            for row in range(0, plan.keys, plan.chunk):  # fewest bundles, of 32 to 512 keys at a time
                 rows = pl.Slice(row, min(plan.chunk, plan.keys - row))
                 p = jnp.exp2(_dot(k[rows], q[here]) * scale - against)
                 weights[n % 2, rows] = p.astype(weights.dtype)
@@ -463,9 +463,10 @@ def _edges(block: Any, i: Array) -> tuple[Array, Array]:
 
 def _dot(a: Array, b: Array, over_queries: bool = False) -> Array:
     """a @ b, or a @ b.T where both have the queries last; float32 sums, and of float32 a true float32 product."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     contract = ((1,), (1,)) if over_queries else ((1,), (0,))
-    return jax.lax.dot_general(a, b, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(
+        a, b, (contract, ((), ())), precision=precision(a.dtype), preferred_element_type=jnp.float32
+    )
 
 
 _COMPILER_PARAMS = pltpu.CompilerParams(

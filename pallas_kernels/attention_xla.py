@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.segments import MASKED, Segments, visible
+from pallas_kernels.platform import precision
+from pallas_kernels.segments import MASKED, UNSEEN, Segments, visible
 from pallas_kernels.worklist import Meetings, meetings, sight
 
 BLOCK = 64
@@ -46,9 +47,8 @@ def forward(
             added = jnp.einsum("ksd,ksq->kdq", v[b], weights, preferred_element_type=jnp.float32)
             return out * shrink[:, None] + added, new_top, total * shrink + weights.sum(1)
 
-        # The running maximum starts above MASKED, so that a masked score has the weight exp(MASKED - top) = 0.
         K, GQ, D = q_blocks.shape[1:]
-        start = (jnp.zeros((K, D, GQ)), jnp.full((K, GQ), MASKED / 2), jnp.zeros((K, GQ)))
+        start = (jnp.zeros((K, D, GQ)), jnp.full((K, GQ), UNSEEN), jnp.zeros((K, GQ)))
         out, top, total = blocks.visit(met, a, visit, start)
         total = jnp.maximum(total, 1e-30)
         return (out / total[:, None]).mT.astype(q.dtype), top + jnp.log(total)
@@ -63,11 +63,7 @@ def _of_one_query(
     """Decoding. Dense: scores are no more than the keys, and a block would be nearly all padding."""
     B, _, H, D = q.shape
     S, K = k.shape[1:3]
-    product = functools.partial(
-        jnp.einsum,
-        preferred_element_type=jnp.float32,
-        precision=jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None,  # a GPU would round to TF32
-    )
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32, precision=precision(q.dtype))
     mask = visible(q_segments, kv_segments, q_start[None], jnp.arange(S))[:, None]
     scores = product("bkgd,bskd->bkgs", q.reshape(B, K, H // K, D), k)
     scores = jnp.where(mask, scores * D**-0.5, MASKED)

@@ -1,9 +1,11 @@
-"""Which platform a function is being traced for."""
+"""Which platform a function is being traced for, and what makes its products exact."""
 
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 
 def platform() -> str:
@@ -13,6 +15,11 @@ def platform() -> str:
     that is how a program is compiled for a chip that is not there.
     """
     return (jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]).platform
+
+
+def precision(dtype: DTypeLike) -> jax.lax.Precision | None:
+    """Of products of `dtype`: of float32 a true one. The default is one bfloat16 pass on a TPU and TF32 on a GPU."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def tpu_info() -> pltpu.TpuInfo:

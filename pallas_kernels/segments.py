@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Int
 SELF, QUESTIONS, ALL = 0, 1, 2
 PADDING = 0  # the `example` of a token that is not there
 MASKED = -1e30  # the score of a key that is not seen; finite, for a query that sees none gives zeros and not NaN
+UNSEEN = MASKED / 2  # where a query's running maximum begins: above MASKED, whose weight is then exp(MASKED / 2) = 0
 
 
 class Segments(NamedTuple):
