@@ -94,6 +94,7 @@ def run(
     """
     _device_per_core()
     from brewjax import hosts
+    from brewjax.pipeline.check import check_run
     from brewjax.pipeline.dry_run import plan_table
     from brewjax.pipeline.recipe import Recipe
     from brewjax.pipeline.run import Run
@@ -102,7 +103,9 @@ def run(
     config = Recipe.load(recipe, overrides or ())
     folder = out or Path("runs") / config.name
     if dry_run:
-        console.print(plan_table(Run(config, folder)))
+        planned = Run(config, folder)
+        console.print(plan_table(planned))
+        check_run(planned)
         return
     with hosts.joined():
         run_recipe(config, folder, any_code)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import pydantic
 import yaml
 from pydantic_core import PydanticCustomError
+
+from brewjax.paths import write_text
 
 C = TypeVar("C", bound="Config")
 Location = tuple[str | int, ...]
@@ -24,8 +26,8 @@ class Config(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
-    _path: str = pydantic.PrivateAttr(default="<config>")
-    _lines: dict[Location, int] = pydantic.PrivateAttr(default_factory=dict)
+    _file: _File | None = pydantic.PrivateAttr(default=None)
+    _location: Location = pydantic.PrivateAttr(default=())
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -69,23 +71,57 @@ class Config(pydantic.BaseModel):
         try:
             config = cls.model_validate(values)
         except pydantic.ValidationError as error:
-            errors = [{**one, "loc": cls.place(one["loc"])} for one in error.errors()]
-            raise ConfigError("\n".join(_describe(one, path, lines) for one in errors)) from None
-        config._path, config._lines = path, lines
+            errors = [{**detail, "loc": cls.place(_location(detail), values)} for detail in error.errors()]
+            messages = [_describe(detail, path, lines) for detail in errors]
+            raise ConfigError("\n".join(dict.fromkeys(messages))) from None
+        config._anchor(_File(path, lines, values, cls), ())
         return config
 
+    def _anchor(self, file: _File, location: Location) -> None:
+        """Lets `error` of this config, and of all configs in it, name the file and their own lines."""
+        self._file, self._location = file, location
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, Config):
+                if name not in self.model_fields_set:  # a default is shared by all configs
+                    value = self.__dict__[name] = value.model_copy()
+                value._anchor(file, (*location, name))
+                continue
+            entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, tuple) else ()
+            for key, entry in entries:
+                if isinstance(entry, Config):
+                    entry._anchor(file, (*location, name, key))
+
     @classmethod
-    def place(cls, location: Location) -> Location:
-        """Where a file says what pydantic finds at `location`."""
+    def place(cls, location: Location, source: dict[str, Any]) -> Location:
+        """The keys in the file `source` that led to the field at `location` of the config; they are the same unless a
+        config is derived from shorter keys."""
         return location
 
     def save(self, path: Path) -> None:
         """Writes what `load` reads, every default spelled out."""
-        path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+        write_text(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
     def error(self, message: str, *location: str | int) -> ConfigError:
         """A ConfigError about the key at `location`, e.g. `task.error("no such action", "history", "actions", 0)`."""
-        return ConfigError(f"{_place(self._path, self._lines, location)}: {message}")
+        if self._file is None:
+            return ConfigError(f"{_place('<config>', {}, location)}: {message}")
+        path, lines, values, root = self._file
+        return ConfigError(f"{_place(path, lines, root.place((*self._location, *location), values))}: {message}")
+
+
+class _File(NamedTuple):
+    """The file that a config and all configs in it were read from, and the class of the outermost."""
+
+    path: str
+    lines: dict[Location, int]
+    values: dict[str, Any]
+    root: type[Config]
+
+
+def located_error(message: str, *location: str | int) -> PydanticCustomError:
+    """What a validator raises to blame the key at `location` below it, so that the message has that key's line."""
+    return PydanticCustomError("located", "{message}", {"message": message, "location": location})
 
 
 class _Loader(yaml.SafeLoader):
@@ -138,10 +174,25 @@ def _place(path: str, lines: dict[Location, int], location: Location) -> str:
     return f"{path}{line}: {name}" if name else f"{path}{line}"
 
 
+def first_error(error: pydantic.ValidationError, *location: str | int) -> PydanticCustomError:
+    """The first mistake in a config that a validator makes itself, blamed on its key below `location`."""
+    detail = error.errors()[0]
+    return located_error(_message(detail), *location, *_location(detail))
+
+
+def _location(error: Any) -> Location:
+    """Of a pydantic error, with what `located_error` adds."""
+    context = error.get("ctx", {})
+    return (*error["loc"], *context.get("location", ()), *((context["key"],) if error["type"] == "unknown_key" else ()))
+
+
 def _describe(error: Any, path: str, lines: dict[Location, int]) -> str:
-    if error["type"] == "unknown_key":
-        return f"{_place(path, lines, (*error['loc'], error['ctx']['key']))}: {error['msg']}"
+    return f"{_place(path, lines, error['loc'])}: {_message(error)}"
+
+
+def _message(error: Any) -> str:
+    if error["type"] in ("unknown_key", "located"):
+        return error["msg"]
     message = error["msg"][0].lower() + error["msg"][1:]
     message = message.replace("valid tuple", "list in [brackets]")
-    found = "" if error["type"] == "missing" else f", found {error['input']!r}"
-    return f"{_place(path, lines, error['loc'])}: {message}{found}"
+    return message if error["type"] == "missing" else f"{message}, found {error['input']!r}"

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pydantic
 
-from brewjax.config import Config
+from brewjax.config import Config, located_error
 
 Values = dict[str, Any]  # as YAML has them
 
@@ -25,6 +25,13 @@ class Rung(Config):
 
     prune: Values
     train: Values = {}
+
+    @pydantic.field_validator("train")
+    @classmethod
+    def _whole_steps(cls, train: Values) -> Values:
+        if not isinstance(train.get("steps", 1), int):  # they are added up before the stages are read
+            raise located_error(f"expected a whole number, found {train['steps']!r}", "steps")
+        return train
 
 
 class Ladder(Config):

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from brewjax.config import Config
 from brewjax.data.tokens import NO_TARGET, EncodedPrompt, Text
+from brewjax.paths import write_text
 from pallas_kernels.segments import Segments
 
 FIELDS = ("tokens", "positions", "segment", "reach", "targets", "weights", "preference", "source")
@@ -72,7 +73,7 @@ def write_shards(
                 counts["tokens"] += len(encoded)
     for writer in writers:
         writer.close()
-    (folder / COUNTS).write_text(json.dumps(counts))
+    write_text(folder / COUNTS, json.dumps(counts))
     return counts
 
 
@@ -88,22 +89,26 @@ class MixConfig(Config):
     temperature: float = pydantic.Field(default=1.0, gt=0)
     weights: dict[str, pydantic.NonNegativeFloat] = {}
 
+    def check_names(self, names: Iterable[str]) -> None:
+        """ConfigError for a weight of a source that is not among `names`, and where all of these have weight 0."""
+        for name in self.weights:
+            if name not in names:
+                raise self.error(f"no source '{name}'; sources: {', '.join(names)}", "weights", name)
+        if not any(self.weights.get(name, 1.0) for name in names):
+            raise self.error("every source has weight 0", "weights")
+
     def shares(self, folders: Mapping[str, Path]) -> dict[Path, float]:
         """The share of each named folder of shards, 1 in all. ConfigError for a weight of a name that is not there."""
-        for name in self.weights:
-            if name not in folders:
-                raise self.error(f"no source '{name}'; sources: {', '.join(folders)}", "weights", name)
+        self.check_names(folders)
         sizes = {folder: read_counts(folder)["tokens"] ** (1 / self.temperature) for folder in folders.values()}
         weighed = {folder: self.weights.get(name, 1.0) * sizes[folder] for name, folder in folders.items()}
-        if not any(weighed.values()):
-            raise self.error("every source has weight 0", "weights")
         return {folder: weight / sum(weighed.values()) for folder, weight in weighed.items() if weight}
 
 
 def read_counts(folder: Path) -> dict[str, int]:
     """What `write_shards` counted; ValueError where it has not finished."""
     if not (folder / COUNTS).is_file():
-        raise ValueError(f"{folder}: no training shards there, or not all; run `brewjax prepare` first")
+        raise ValueError(f"{folder}: no training shards there, or not all of them; run the recipe again")
     counts: dict[str, int] = json.loads((folder / COUNTS).read_text())
     return counts
 

@@ -78,12 +78,14 @@ def _sentences(subject: str, facts: list[str], rng: np.random.Generator) -> str:
     return ". ".join([subject, *rng.permutation(facts).tolist()]) + ".\n"
 
 
+def general_files(folder: Path) -> list[Path]:
+    """The files of general text in a folder, in the order of their names."""
+    return sorted(path for path in folder.rglob("*") if path.suffix in (".txt", ".jsonl"))
+
+
 def general_texts(folder: Path) -> Iterator[tuple[str, Note]]:
     """The texts of a folder (see `PretrainConfig`), in the order of their names. ValueError naming file and line."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix in (".txt", ".jsonl"))
-    if not files:
-        raise ValueError(f"{folder}: no .txt or .jsonl files there")
-    for path in files:
+    for path in general_files(folder):
         if path.suffix == ".txt":
             yield path.read_text(encoding="utf-8"), {"file": str(path)}
             continue

@@ -6,16 +6,15 @@ import time
 
 import jax
 import jax.numpy as jnp
+from rich.markup import escape
 from rich.table import Table
 
 from brewjax.ahead.program import model_flops
-from brewjax.model.config import ModelConfig
-from brewjax.model.params import MODEL, abstract_params, count, size
+from brewjax.model.params import abstract_params, count, size
 from brewjax.model.sharding import MeshConfig
 from brewjax.pipeline.judgement import how
-from brewjax.pipeline.recipe import DistillStage, PruneStage, QuantizeStage, TrainedStage
+from brewjax.pipeline.recipe import DistillStage, TrainedStage
 from brewjax.pipeline.run import Run
-from brewjax.pipeline.stages import steps
 
 UTILISATION = 0.4  # of what this machine's matrix product does: a small model's training on a quiet machine
 TRAINED_BYTES = 16  # of a parameter in training: the weight, its gradient and AdamW's two means, float32
@@ -24,15 +23,14 @@ TRAINED_BYTES = 16  # of a parameter in training: the weight, its gradient and A
 def plan_table(run: Run) -> Table:
     """A row for each stage that makes a model. Memory is that of weights, gradients and optimiser, over all devices;
     time is of the matrix products of training, data and evaluation not counted."""
-    shapes: dict[str, ModelConfig] = {}
     rate, seconds = UTILISATION * _measure_flops(), 0.0
-    title = f"{run.recipe.name}: {len(steps(run))} steps into {run.folder}"
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    title = f"{run.recipe.name}: {len(run.recipe.stages)} stages into {run.folder}"
+    table = Table(title=escape(title), title_justify="left", box=None, pad_edge=False)
     for column in ("stage", "does", "params", "MB", "memory, GB", "tokens", "PFLOPs", "about, s"):
         left = column in ("stage", "does")
         table.add_column(column, justify="left" if left else "right", no_wrap=column == "stage", overflow="fold")
     for name, stage in run.recipe.stages.items():
-        shape = shapes[name] = _shape(run, shapes, name)
+        shape = run.shape(name)
         of = size(shape)
         cells = [f"{of.parameters / 1e6:,.1f}M", f"{of.weight_bytes / 1e6:,.1f}"]
         if isinstance(stage, TrainedStage):
@@ -42,7 +40,7 @@ def plan_table(run: Run) -> Table:
                 memory, passes = of.weight_bytes + TRAINED_BYTES * count(adapters), 2
             flops = passes * sum(model_flops(shape, config.rows, config.row_tokens)) * config.steps
             if isinstance(stage, DistillStage):
-                teacher = _known(run, shapes, stage.teacher)
+                teacher = run.shape(stage.teacher)
                 memory += size(teacher).weight_bytes
                 flops += sum(model_flops(teacher, config.rows, config.row_tokens)) * config.steps
             seconds += flops / rate
@@ -54,22 +52,6 @@ def plan_table(run: Run) -> Table:
         f"{UTILISATION:.0%} of what this machine's matrix product does now"
     )
     return table
-
-
-def _shape(run: Run, shapes: dict[str, ModelConfig], name: str) -> ModelConfig:
-    stage = run.recipe.stages[name]
-    if not stage.start:
-        return run.first_model()
-    start = _known(run, shapes, stage.start)
-    if isinstance(stage, PruneStage):
-        return stage.config(_known(run, shapes, stage.like) if stage.like else None).target(start)
-    if isinstance(stage, QuantizeStage):
-        return stage.target(start)
-    return start
-
-
-def _known(run: Run, shapes: dict[str, ModelConfig], name: str) -> ModelConfig:
-    return shapes[name] if name in shapes else ModelConfig.load(run.model(name) / MODEL)
 
 
 def _measure_flops() -> float:

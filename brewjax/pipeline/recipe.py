@@ -12,7 +12,7 @@ import yaml
 from brewjax.compress.ladder import Ladder, expand
 from brewjax.compress.prune import PruneConfig
 from brewjax.compress.quantize import QuantizeConfig
-from brewjax.config import Config
+from brewjax.config import Config, Location, first_error, located_error
 from brewjax.data.preferences import AlignConfig
 from brewjax.data.prose import PretrainConfig
 from brewjax.data.styles import PromptConfig
@@ -139,6 +139,30 @@ class QuantizeStage(_Stage, QuantizeConfig):
 TrainedStage = PretrainStage | SftStage | AlignStage | DistillStage
 Stage = TrainedStage | PruneStage | QuantizeStage
 OTHER_FOLDERS = ("prepare", "baselines", "report")  # of a run, beside its stages'
+TRAINING = ("pretrain", "sft", "align", "distill")
+KINDS = (*TRAINING, "prune", "quantize")
+Name = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # of a folder
+
+
+def _in_ladder(name: str, stages: dict[str, Any]) -> Location:
+    """The keys that a stage of this name comes from: its own, or those of a ladder's rung."""
+    for ladder, values in stages.items() if name not in stages else ():
+        rungs = values.get("rungs") if isinstance(values, dict) else None
+        for rung in rungs if isinstance(rungs, dict) else ():
+            if name in (rung, f"sft-{rung}"):
+                return "stages", ladder, "rungs", rung
+            if name in (f"{rung}-pruned", f"sft-{rung}-pruned"):
+                return "stages", ladder, "rungs", rung, "prune"
+    return "stages", name
+
+
+def _depth(values: Any, keys: Location) -> int:
+    """How many of `keys`, each in the value of the one before, are there."""
+    for depth, key in enumerate(keys):
+        if not isinstance(values, dict) or key not in values:
+            return depth
+        values = values[key]
+    return len(keys)
 
 
 def _over(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
@@ -166,84 +190,100 @@ class Recipe(Config):
       stages: by name, in order. A `ladder` stands for many.
     """
 
-    name: str
+    name: Name
     dataset: str
-    tasks: tuple[str, ...]
+    tasks: tuple[str, ...] = pydantic.Field(min_length=1)
     model: str
     tokenizer: TokenizerConfig | None = None
     prompts: PromptConfig = PromptConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     train: dict[str, Any] = {}
-    stages: dict[str, Annotated[Stage, pydantic.Field(discriminator="do")]] = pydantic.Field(min_length=1)
+    stages: dict[Name, Annotated[Stage, pydantic.Field(discriminator="do")]] = pydantic.Field(min_length=1)
 
     @classmethod
-    def place(cls, location: tuple[str | int, ...]) -> tuple[str | int, ...]:
-        """Without what a stage is, which pydantic puts behind its name."""
-        return location[:2] + location[3:] if location[:1] == ("stages",) else location
+    def place(cls, location: Location, source: dict[str, Any]) -> Location:
+        """Without the stage's kind, which pydantic puts behind its name; of a ladder's stage, the rung; and the
+        recipe's own `train` where that has the key and the stage has not."""
+        if location[:1] != ("stages",) or len(location) < 2:
+            return location
+        name, keys = location[1], location[2:]
+        if keys and keys[0] in (*KINDS, "[key]"):
+            keys = keys[1:]
+        place = (*_in_ladder(str(name), source["stages"]), *keys)
+        if keys[:1] == ("train",) and _depth(source, keys) > max(1, _depth(source, place) - len(place) + len(keys)):
+            return keys
+        return place
 
     @pydantic.model_validator(mode="before")
     @classmethod
     def _spell_out(cls, values: Any) -> Any:
         """Ladders as stages, what all training shares in each, and who goes on from whom."""
-        if not isinstance(values, dict) or not isinstance(values.get("stages"), dict):
+        shared = values.get("train") or {} if isinstance(values, dict) else None
+        if not isinstance(shared, dict) or not isinstance(values.get("stages"), dict):
             return values
-        shared = values.get("train") or {}
         stages: dict[str, Any] = {}
         model = values.get("model")
         before = model if isinstance(model, str) and Path(model).is_dir() else None
         for name, stage in values["stages"].items():
             new, last = {name: stage}, name
             if isinstance(stage, dict) and stage.get("do") == "ladder":
-                ladder = Ladder.model_validate({"start": before, **stage})
+                try:
+                    ladder = Ladder.model_validate({"start": before, **stage})
+                except pydantic.ValidationError as error:
+                    raise first_error(error, "stages", name) from None
                 new, last = expand(ladder, stages.get(ladder.start, {}), shared.get("steps", 0)), [*ladder.rungs][-1]
-            for key, one in new.items():
-                if key in stages or key in OTHER_FOLDERS:
-                    raise ValueError(f"stages.{name}: the name '{key}' is taken; choose another")
-                if isinstance(one, dict):
-                    if one.get("do") in ("pretrain", "sft", "align", "distill"):
-                        one = one | {"train": _over(shared, one.get("train") or {})}
-                    if not one.get("fresh"):
-                        one = {"start": before} | one
-                stages[key] = one
+            for key, keys in new.items():
+                if key in stages or key in OTHER_FOLDERS or key.startswith(("data-", "evaluate-")):
+                    raise located_error(f"the name '{key}' is taken; choose another", "stages", name)
+                if isinstance(keys, dict):
+                    own = keys.get("train") or {}
+                    if keys.get("do") in TRAINING and isinstance(own, dict):
+                        keys = keys | {"train": _over(shared, own)}
+                    if not keys.get("fresh"):
+                        keys = {"start": before} | keys
+                stages[key] = keys
             before = last
-        said = Path(str(model)) / PROMPTS
-        prompts = {} if "prompts" in values or not said.is_file() else {"prompts": yaml.safe_load(said.read_text())}
+        file = Path(str(model)) / PROMPTS
+        prompts = {} if "prompts" in values or not file.is_file() else {"prompts": yaml.safe_load(file.read_text())}
         return values | {"stages": stages} | prompts
 
     @pydantic.model_validator(mode="after")
     def _one_tokenizer(self) -> Recipe:
         if (self.tokenizer is None) != Path(self.model).is_dir():
-            raise ValueError("give 'tokenizer' where 'model' is a file, and none where it is a folder")
+            raise located_error("give 'tokenizer' where 'model' is a file, and none where it is a folder", "model")
         return self
 
     @pydantic.model_validator(mode="after")
     def _stages_follow(self) -> Recipe:
-        seen: list[str] = []
+        earlier: list[str] = []
         for name, stage in self.stages.items():
             for key in ("start", "teacher", "like"):
                 other = getattr(stage, key, None)
-                if other is not None and other not in seen:
-                    if (Path(other) / MODEL).is_file():
-                        continue
-                    near = f"; before it there are: {', '.join(seen)}" if seen else ""
-                    raise ValueError(f"stages.{name}.{key}: no stage '{other}' before it, and no model there{near}")
+                if other is not None and other not in earlier and not (Path(other) / MODEL).is_file():
+                    near = f"; before it there are: {', '.join(earlier)}" if earlier else ""
+                    raise located_error(f"no stage '{other}' before it, and no model there{near}", "stages", name, key)
             if stage.start is None and isinstance(stage, (AlignStage, PruneStage, QuantizeStage)):
-                raise ValueError(
-                    f"stages.{name}: there is no model to go on from; put it after another, or give 'start'"
-                )
+                message = "there is no model to go on from; put it after another, or give 'start'"
+                raise located_error(message, "stages", name)
             if stage.start and self._is_quantised(stage.start):
-                raise ValueError(
-                    f"stages.{name}.start: '{stage.start}' is quantised, for serving; go on from the model that it was "
-                    "made from"
-                )
-            seen.append(name)
-            train = getattr(stage, "train", None)
-            if train and not isinstance(stage, PretrainStage) and self.prompts.max_tokens > train.row_tokens:
-                raise ValueError(
-                    f"prompts.max_tokens ({self.prompts.max_tokens}) is over row_tokens ({train.row_tokens}) of stage "
-                    f"'{name}': a prompt must fit in a row"
-                )
+                message = f"'{stage.start}' is quantised, for serving; go on from the model that it was made from"
+                raise located_error(message, "stages", name, "start")
+            if isinstance(stage, TrainedStage):
+                self._check_training(name, stage)
+            earlier.append(name)
         return self
+
+    def _check_training(self, name: str, stage: TrainedStage) -> None:
+        train = stage.train
+        if not isinstance(stage, PretrainStage) and self.prompts.max_tokens > train.row_tokens:
+            message = (
+                f"row_tokens ({train.row_tokens}) is less than prompts.max_tokens ({self.prompts.max_tokens}): "
+                "a prompt must fit in a row"
+            )
+            raise located_error(message, "stages", name, "train", "row_tokens")
+        if train.lora and (stage.fresh or not stage.start):
+            message = "adapters of a model that is there: give 'start', or put the stage after another"
+            raise located_error(message, "stages", name, "train", "lora")
 
     def _is_quantised(self, model: str) -> bool:
         """Of a stage, or of a folder."""

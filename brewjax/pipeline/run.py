@@ -17,7 +17,7 @@ from brewjax.data.tokens import EncodedPrompt
 from brewjax.data.verbalize import Verbalizer
 from brewjax.model.config import ModelConfig
 from brewjax.model.params import MODEL, Params
-from brewjax.pipeline.recipe import Recipe
+from brewjax.pipeline.recipe import PruneStage, QuantizeStage, Recipe
 from brewjax.scoring.bundle import PERCENTILES, TOKENIZER, Bundle, PercentileScale
 
 
@@ -61,6 +61,13 @@ class Run:
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self.folder / "prepare" / TOKENIZER)
 
+    def known_tokenizer(self) -> Tokenizer | None:
+        """The recipe's tokenizer, before anything is run; None where it is still to be trained."""
+        trained = self.recipe.tokenizer
+        if trained and not trained.path:
+            return None
+        return Tokenizer.load(trained.path if trained and trained.path else Path(self.recipe.model) / TOKENIZER)
+
     @cached_property
     def scale(self) -> PercentileScale:
         return PercentileScale.load(self.folder / "prepare" / PERCENTILES)
@@ -98,13 +105,22 @@ class Run:
 
     def _vocab_size(self) -> int:
         """Of the tokenizer; of one that is still to be trained, what was asked for."""
-        wanted = self.recipe.tokenizer
         if (self.folder / "prepare" / TOKENIZER).exists():
             return self.tokenizer.vocab_size
-        if wanted and wanted.vocab_size:
-            return wanted.vocab_size
-        given = wanted.path if wanted and wanted.path else Path(self.recipe.model) / TOKENIZER
-        return Tokenizer.load(given).vocab_size
+        tokenizer = self.known_tokenizer()
+        return tokenizer.vocab_size if tokenizer else self.recipe.tokenizer.vocab_size  # type: ignore[union-attr,return-value]
+
+    def shape(self, name: str) -> ModelConfig:
+        """The model that a stage makes, or of a folder; nothing needs to have been run."""
+        if name not in self.recipe.stages:
+            return ModelConfig.load(Path(name) / MODEL)
+        stage = self.recipe.stages[name]
+        if not stage.start:
+            return self.first_model()
+        start = self.shape(stage.start)
+        if isinstance(stage, PruneStage):
+            return stage.config(self.shape(stage.like) if stage.like else None).target(start)
+        return stage.target(start) if isinstance(stage, QuantizeStage) else start
 
     def save(self, folder: Path, model: ModelConfig, params: Params) -> None:
         prompts, card, tasks = self.recipe.prompts, self.dataset.card, tuple(self.tasks)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from rich.console import Console
 from brewjax import hosts
 from brewjax.compress.prune import LayerReport, prune
 from brewjax.compress.quantize import quantize
-from brewjax.config import ConfigError
 from brewjax.data.dataset import CARD
 from brewjax.data.examples import sample_examples
 from brewjax.data.loader import MixConfig, write_shards
@@ -29,8 +28,11 @@ from brewjax.data.tokenizer import Tokenizer
 from brewjax.data.tokens import EncodedPrompt, Text
 from brewjax.data.training import Note, SftConfig, sft_records
 from brewjax.data.verbalize import Verbalizer
+from brewjax.fingerprint import hash_files, hash_folder
 from brewjax.model.config import ModelConfig
 from brewjax.model.params import MODEL, Params, load_model
+from brewjax.paths import locked
+from brewjax.pipeline.check import check_foreign_tokenizers, check_run
 from brewjax.pipeline.judgement import EVALUATE, baselines_stage, evaluate_stage, report_stage
 from brewjax.pipeline.recipe import (
     AlignStage,
@@ -74,18 +76,7 @@ def prepare(run: Run, folder: Path) -> None:
     for task in run.tasks:
         task.check_words(run.tokenizer)
     for name in run.recipe.stages:
-        _check_tokenizers(run, name)
-
-
-def _check_tokenizers(run: Run, name: str) -> None:
-    """What a stage takes from another folder must read the tokens that this recipe writes."""
-    for key in ("start", "teacher"):
-        model = getattr(run.recipe.stages[name], key, None)
-        if not model or model in run.recipe.stages:
-            continue
-        if Tokenizer.load(Path(model) / TOKENIZER).hf.get_vocab() != run.tokenizer.hf.get_vocab():
-            hint = "make it the recipe's `model`, or its tokenizer's `path`"
-            raise run.recipe.error(f"the tokenizer of {model} is not this recipe's; {hint}", "stages", name, key)
+        check_foreign_tokenizers(run, name, run.tokenizer)
 
 
 def _train_tokenizer(run: Run, percentiles: Percentiles, vocab_size: int) -> Tokenizer:
@@ -144,11 +135,7 @@ def shares(run: Run, config: DataConfig, folder: Path) -> dict[Path, float]:
 
 
 def _aligned(run: Run, config: AlignConfig) -> list[Task]:
-    known = [task.name for task in run.tasks]
-    for name in config.tasks:
-        if name not in known:
-            raise config.error(f"no task '{name}'; tasks: {', '.join(known)}", "tasks")
-    return [task for task in run.tasks if task.name in (config.tasks or known)]
+    return [task for task in run.tasks if not config.tasks or task.name in config.tasks]
 
 
 # --- models
@@ -198,7 +185,7 @@ def quantize_stage(run: Run, stage: QuantizeStage, folder: Path) -> None:
 
 def make_model(run: Run, name: str, work: Callable[[Path], None], folder: Path) -> None:
     """A stage's own work, of models that read the recipe's tokens."""
-    _check_tokenizers(run, name)  # again: a stage may be new, and `prepare` done long ago
+    check_foreign_tokenizers(run, name, run.tokenizer)  # again: a stage may be new, and `prepare` done long ago
     work(folder)
 
 
@@ -208,38 +195,40 @@ def make_model(run: Run, name: str, work: Callable[[Path], None], folder: Path) 
 def steps(run: Run) -> list[Step]:
     """Everything that a recipe asks for, in order."""
     recipe = run.recipe
-    tasks = [Path(path).read_text() for path in run.task_files if Path(path).is_file()]
-    tokenizer = _hash_model(run.base / TOKENIZER) if run.base else None
-    plan = [
-        Step(
-            "prepare",
-            functools.partial(prepare, run),
-            (),
-            [tasks, _dump(recipe, "tokenizer", "prompts"), _reads_prose(recipe), tokenizer],
-            ("data",),
-        )
-    ]
-    judged = _dump(recipe, "evaluate")
+    tasks = [Path(path).read_text() for path in run.task_files]
+    own = recipe.tokenizer.path if recipe.tokenizer else run.base and run.base / TOKENIZER
+    tokenizer = hash_folder(Path(own)) if own else recipe.model_dump(mode="json")["tokenizer"]
+    prompts, judged = (recipe.model_dump(mode="json")[key] for key in ("prompts", "evaluate"))
+    settings: Any = [tasks, tokenizer, prompts, _reads_prose(recipe)]
+    plan = [Step("prepare", functools.partial(prepare, run), (), settings, ("data",))]
     data: dict[str, str] = {}  # the steps that write training data, by what they write
     for name, stage in recipe.stages.items():
         settings = stage.model_dump(mode="json")
-        others = [other for key in ("start", "teacher", "like") if (other := getattr(stage, key, None))]
-        models = tuple(other for other in others if other in recipe.stages)
-        outside: list[Any] = [_hash_model(Path(other)) for other in others if other not in recipe.stages]
-        outside += [] if stage.start else [ModelConfig.load(recipe.model).model_dump(mode="json")]
+        models = []
+        for key in ("start", "teacher", "like"):
+            other = settings.get(key)
+            if other in recipe.stages:
+                models.append(other)
+            elif other:  # by its content, wherever it lies
+                settings[key] = hash_folder(Path(other))
+        if not stage.start:
+            settings["model"] = ModelConfig.load(recipe.model).model_dump(mode="json")
         if isinstance(stage, TrainedStage):
-            wanted = json.dumps([type(stage.data).__name__, settings.pop("data"), stage.train.row_tokens])
+            own_data = settings.pop("data")
+            if own_data.get("general"):
+                own_data["general"] = hash_folder(Path(own_data["general"]))
+            wanted = json.dumps([type(stage.data).__name__, own_data, stage.train.row_tokens])
             if wanted not in data:
                 data[wanted] = f"data-{name}"
                 work = functools.partial(write_data, run, stage.data, stage.train.row_tokens)
                 plan.append(Step(data[wanted], work, ("prepare",), wanted, ("data",)))
             work = functools.partial(train_stage, run, stage, run.folder / data[wanted])
             work = functools.partial(make_model, run, name, work)
-            plan.append(Step(name, work, (data[wanted], *models), [settings, outside], TRAIN, keep=True, together=True))
+            plan.append(Step(name, work, (data[wanted], *models), settings, TRAIN, keep=True, together=True))
         else:
             does: Any = prune_stage if isinstance(stage, PruneStage) else quantize_stage
             work = functools.partial(make_model, run, name, functools.partial(does, run, stage))
-            plan.append(Step(name, work, ("prepare", *models), [settings, outside], COMPRESS, together=True))
+            plan.append(Step(name, work, ("prepare", *models), settings, COMPRESS, together=True))
         work = functools.partial(evaluate_stage, run, name)
         plan.append(Step(f"{EVALUATE}{name}", work, (name,), judged, SCORE, together=True))
     plan.append(Step("baselines", functools.partial(baselines_stage, run), ("prepare",), judged, ("evaluate",)))
@@ -249,28 +238,18 @@ def steps(run: Run) -> list[Step]:
 
 
 def run_recipe(recipe: Recipe, folder: Path, any_code: bool = False, until: str = "report") -> None:
-    """Runs a recipe's stages into `folder/<stage>`, each followed by its evaluation; see `run_steps`."""
-    plan = steps(Run(recipe, folder))
+    """Runs a recipe's stages into `folder/<stage>`, each followed by its evaluation; see `run_steps`.
+
+    Raises ConfigError before anything is written where the run cannot be done (see `check_run`), and LockedError where
+    another process runs into `folder`.
+    """
+    run = Run(recipe, folder)
+    check_run(run)
+    plan = steps(run)
     last = [step.name for step in plan].index(until)
-    run_steps(plan[: last + 1], folder, hosts.on_first(lambda: _hash_dataset(Path(recipe.dataset))), any_code)
-
-
-def _dump(recipe: Recipe, *keys: str) -> list[Any]:
-    values = recipe.model_dump(mode="json")
-    return [values[key] for key in keys]
-
-
-def _hash_model(folder: Path) -> str:
-    return _hash_files(sorted(path for path in folder.rglob("*") if path.is_file()))
+    with locked(folder) if hosts.is_first() else contextlib.nullcontext():
+        run_steps(plan[: last + 1], folder, hosts.on_first(lambda: _hash_dataset(Path(recipe.dataset))), any_code)
 
 
 def _hash_dataset(folder: Path) -> str:
-    if not (folder / CARD).is_file():
-        raise ConfigError(f"{folder}: no {CARD} there; fetch a dataset with `brewjax data fetch` or make one")
-    return _hash_files([folder / CARD, *sorted(folder.rglob("*.parquet"))])
-
-
-def _hash_files(paths: Iterable[Path]) -> str:
-    """Sizes and times of change: cheap, and different whenever the files are."""
-    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+    return hash_files(folder, [folder / CARD, *folder.rglob("*.parquet")])

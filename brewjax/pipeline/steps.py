@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
+import errno
 import functools
-import hashlib
 import json
 import resource
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,14 @@ from rich.console import Console
 
 from brewjax import hosts
 from brewjax.config import ConfigError
+from brewjax.fingerprint import hash_code, hash_json
+from brewjax.paths import write_text
+from brewjax.train.metrics import METRICS, read_metrics
 
 RECORD = "stage.json"
 KILOBYTE = 1 if sys.platform == "darwin" else 1024  # what the system counts a process's memory in, in bytes
 HERE = Path(__file__).parents[1]
+Record = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,87 +52,152 @@ class Step:
     together: bool = False
 
 
+class StorageError(RuntimeError):
+    """A folder that cannot be written to: full, read-only or not allowed."""
+
+
 def run_steps(steps: Sequence[Step], folder: Path, data: str, any_code: bool = False) -> None:
     """Runs steps into `folder/<name>`; what is done from the same data, settings and code is skipped.
 
-    Raises ConfigError instead of mixing outputs: what is dear, made otherwise, is neither continued nor overwritten.
+    Raises ConfigError instead of mixing outputs, before anything is written: what is dear, made otherwise, is neither
+    continued nor overwritten.
 
     Args:
       data: a hash of what all steps read.
       any_code: takes what other code made for good.
     """
     console = Console()
+    made = _fingerprints(steps, data)
+    records = hosts.on_first(
+        lambda: {step.name: _usable_record(folder / step.name, step.keep, made[step.name], any_code) for step in steps}
+    )
+    for step in steps:
+        output, record = folder / step.name, records[step.name]
+        if record and "seconds" in record:
+            console.print(f"{step.name}: done before, in {record['seconds']:.0f} s", markup=False, style="bold")
+            continue
+        console.print(step.name, markup=False, style="bold")
+        with _storage_errors(output):
+            record = hosts.on_first(functools.partial(_begin, output, step.keep, record, made[step.name]))
+            seconds = _seconds_before(output)
+            start_time = time.perf_counter()
+            if step.together:
+                step.run(output)
+            else:
+                hosts.on_first(functools.partial(step.run, output))
+            record["seconds"] = seconds + time.perf_counter() - start_time
+            hosts.on_first(functools.partial(_write_record, output, record))
+        gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KILOBYTE / 1e9
+        done = f"{step.name}: {record['seconds']:.0f} s, {gigabytes:.1f} GB of memory at most so far"
+        console.print(done, markup=False, style="bold")
+
+
+def _fingerprints(steps: Sequence[Step], data: str) -> dict[str, dict[str, str]]:
+    """What each step's result depends on, with the steps before: `made_of`, data and settings; and `code`."""
     made: dict[str, dict[str, str]] = {}
     for step in steps:
         before = [made[name] for name in step.after]
-        output = folder / step.name
-        now = made[step.name] = {
-            "made_of": _hash([data, step.settings, [one["made_of"] for one in before]]),
-            "code": _hash([_hash_code(step.code), [one["code"] for one in before]]),
+        made[step.name] = {
+            "made_of": hash_json([data, step.settings, [fingerprint["made_of"] for fingerprint in before]]),
+            "code": hash_json([_hash_code(step.code), [fingerprint["code"] for fingerprint in before]]),
         }
-        record = hosts.on_first(functools.partial(_begin, output, step.keep, now, any_code))
-        if "seconds" in record:
-            console.print(f"[bold]{step.name}[/]: done before, in {record['seconds']:.0f} s")
-            continue
-        console.print(f"[bold]{step.name}[/]")
-        began = time.perf_counter()
-        if step.together:
-            step.run(output)
-        else:
-            hosts.on_first(functools.partial(step.run, output))
-        record["seconds"] = time.perf_counter() - began
-        hosts.on_first(functools.partial(_write_record, output, record))
-        gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KILOBYTE / 1e9
-        console.print(f"[bold]{step.name}[/]: {record['seconds']:.0f} s, {gigabytes:.1f} GB of memory at most so far")
+    return made
 
 
-def _begin(output: Path, keep: bool, now: dict[str, str], any_code: bool) -> dict[str, Any]:
-    """The record of a step that is done, or that of one to run, in a folder made ready for it."""
-    before = read_record(output)
+def _usable_record(output: Path, keep: bool, now: dict[str, str], any_code: bool) -> Record | None:
+    """The record of a step that is done, or that can go on; None where it begins anew. Writes nothing.
+
+    Raises ConfigError where what is there is too dear to be replaced.
+    """
+    try:
+        before = read_record(output)
+    except ValueError as error:
+        if not keep:
+            return None
+        raise ConfigError(
+            f"{error}, so it cannot be told what {output} was made of; delete that folder to train it again, or give "
+            "another --out"
+        ) from None
     same_settings = before.get("made_of") == now["made_of"]
-    same = same_settings and (any_code or before.get("code") == now["code"])
-    if same and "seconds" in before:
-        return before
-    if before and not same and keep:
-        what = (
-            f"other code ({before.get('commit') or 'of an unknown commit'})"
-            if same_settings
-            else "other data or settings"
-        )
+    if same_settings and (any_code or before.get("code") == now["code"]):
+        return before if keep or "seconds" in before else None
+    if before and keep:
+        code = f"other code ({before.get('commit') or 'of an unknown commit'})"
         hint = ", or take it as it is with --any-code" if same_settings else ""
         raise ConfigError(
-            f"{output}: made from {what}, so it is neither continued nor replaced; "
-            f"give another --out, or delete that folder{hint}"
+            f"{output}: made from {code if same_settings else 'other data or settings'}, so it is neither continued "
+            f"nor replaced; give another --out, or delete that folder{hint}"
         )
-    if output.exists() and not (same and keep):
-        shutil.rmtree(output)
-    output.mkdir(parents=True, exist_ok=True)
-    record = now | {"commit": before.get("commit") if same else _commit()}
+    return None
+
+
+def _begin(output: Path, keep: bool, record: Record | None, now: dict[str, str]) -> Record:
+    """The record of a step that goes on, or begins in an empty folder."""
+    if record is None:
+        if output.exists():
+            shutil.rmtree(output)
+        output.mkdir(parents=True)
+    record = now | {"commit": record.get("commit") if record else _commit()}
     _write_record(output, record)
     return record
 
 
-def read_record(output: Path) -> dict[str, Any]:
-    """What a step was made of, its commit, and its seconds once it is done; nothing where it was never begun."""
-    record = output / RECORD
-    return json.loads(record.read_text()) if record.exists() else {}
+def _seconds_before(output: Path) -> float:
+    """What earlier, interrupted attempts at a training stage took."""
+    rows = read_metrics(output / METRICS)
+    return rows[-1]["seconds"] if rows else 0.0
 
 
-def _write_record(output: Path, record: dict[str, Any]) -> None:
-    temporary = output / f"{RECORD}.tmp"
-    temporary.write_text(json.dumps(record))
-    temporary.replace(output / RECORD)
+@contextmanager
+def _storage_errors(output: Path) -> Iterator[None]:
+    """A disk that is full or may not be written to, in one line, wherever below it was found out."""
+    try:
+        yield
+    except Exception as error:
+        reason = _storage_reason(error)
+        if reason is None:
+            raise
+        raise StorageError(
+            f"{output}: cannot write there: {reason}; what is complete is kept, and the same command goes on from it"
+        ) from None
 
 
-def _hash(what: Any) -> str:
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+def _storage_reason(error: BaseException | None) -> str | None:
+    """What the file system said, if that is what an error, or one behind it, comes of."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            return error.strerror
+        for text in ("No space left on device", "Disk quota exceeded", "Read-only file system"):
+            if text in str(error):  # of libraries that raise an error of their own
+                return text
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def read_record(output: Path) -> Record:
+    """What a step was made of, its commit, and its seconds once it is done; nothing where it was never begun.
+
+    Raises ValueError where the file is damaged.
+    """
+    path = output / RECORD
+    if not path.exists():
+        return {}
+    try:
+        record = json.loads(path.read_text())
+    except ValueError:
+        record = None
+    if not isinstance(record, dict):
+        raise ValueError(f"{path}: damaged, no JSON object")
+    return record
+
+
+def _write_record(output: Path, record: Record) -> None:
+    write_text(output / RECORD, json.dumps(record))
 
 
 @functools.cache
 def _hash_code(packages: tuple[str, ...]) -> str:
-    files = [path for package in packages for path in sorted((HERE / package).rglob("*.py"))]
-    # Parsed, so that comments and line breaks do not count.
-    return _hash([(path.name, ast.dump(ast.parse(path.read_text()))) for path in files])
+    return hash_code(path for package in packages for path in sorted((HERE / package).rglob("*.py")))
 
 
 def _commit() -> str:

@@ -76,7 +76,7 @@ class Distill(Config):
         Raises ValueError where teacher and student differ in their words, and CacheError where the cache holds answers
         to other data, of another teacher or by other settings.
         """
-        _check_words(teacher.model.vocab_size, student.vocab_size)
+        self.check_models(teacher.model, student)
         if self.teacher == "same_mesh":
             return {TEACHER: teacher}
         k = min(self.top_k, teacher.model.vocab_size - 1)  # all words but one tell the last one, too
@@ -84,6 +84,15 @@ class Distill(Config):
             return {TEACHER: OnOwnMesh(teacher, self.mesh.build(), k, self.temperature)}
         write_cache(cache, shards, teacher, self.mesh, config.rows, config.row_tokens, k, self.temperature)
         return {TEACHER: Cache(cache)}
+
+    def check_models(self, teacher: ModelConfig, student: ModelConfig) -> None:
+        """ValueError where the teacher's vocabulary, or with `layers` its width, is not the student's."""
+        _check_words(teacher.vocab_size, student.vocab_size)
+        if self.layers and teacher.d_model != student.d_model:
+            raise ValueError(
+                f"layers compares residual streams of one width: the teacher's is {teacher.d_model} wide, the "
+                f"student's {student.d_model}"
+            )
 
     def __call__(self, decoder: Decoder, batch: TokenBatch, given: Given) -> tuple[Mean, dict[str, Mean]]:
         teacher = given.get(TEACHER)
@@ -99,7 +108,7 @@ class Distill(Config):
         if isinstance(teacher, TopK):
             kd = self._from_top_k(decoder, hidden, batch, teacher)
         else:
-            _check_words(teacher.config.vocab_size, decoder.config.vocab_size)
+            self.check_models(teacher.config, decoder.config)
             said, _, *shown = jax.lax.stop_gradient(read(teacher, *inputs))
             kd = self._from_teacher(decoder, hidden, batch, (said, teacher.head))
             streams += shown
@@ -139,11 +148,6 @@ def _weights(batch: TokenBatch) -> jax.Array:
 def _distance(streams: list[jax.Array], batch: TokenBatch) -> Mean:
     """1 - cos of the residual streams [L, B, T, D] of student and teacher, averaged over layers, summed over tokens."""
     student, teacher = streams
-    if student.shape[-1] != teacher.shape[-1]:
-        raise ValueError(
-            f"distill.layers compares residual streams of one width: the teacher's is {teacher.shape[-1]} wide, the "
-            f"student's {student.shape[-1]}"
-        )
     layers, of_teacher = len(student), len(teacher)
     like = jnp.stack([teacher[round((n + 1) * of_teacher / layers) - 1] for n in range(layers)])
     a, b = (x.astype(jnp.float32) for x in (student, like))

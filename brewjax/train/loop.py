@@ -23,6 +23,7 @@ from brewjax.model.config import ModelConfig
 from brewjax.model.params import Params, abstract_params, bind, init_params
 from brewjax.model.sharding import MeshConfig, row_ways
 from brewjax.train.batches import PARTS, Batches
+from brewjax.train.checkpoints import open_checkpoints, restore
 from brewjax.train.lora import LoraConfig
 from brewjax.train.metrics import MetricsWriter
 from brewjax.train.objectives import BASE, Mean, Objective, TopK
@@ -31,7 +32,6 @@ from brewjax.train.teachers import Beside, Cache, Frozen, OnOwnMesh
 from pallas_kernels.segments import PADDING, Segments
 
 State = dict[str, Any]
-KEEP = ocp.training.preservation_policies.LatestN
 
 
 class TrainConfig(Config):
@@ -49,7 +49,7 @@ class TrainConfig(Config):
 
     steps: int = pydantic.Field(gt=0)
     rows: int = pydantic.Field(gt=0)
-    row_tokens: int = pydantic.Field(gt=0)
+    row_tokens: int = pydantic.Field(gt=1)  # a token and the one that follows
     accumulate: int = pydantic.Field(default=1, gt=0)
     streams: int = pydantic.Field(default=1, gt=0)
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -118,10 +118,7 @@ def train(
     batches = Batches(
         shards, mesh, config.accumulate, config.rows, config.row_tokens, config.streams, config.seed, caches
     )
-    checkpointer = ocp.training.Checkpointer(
-        (folder / "checkpoints").absolute(), preservation_policy=KEEP(config.keep), cleanup_tmp_directories=True
-    )
-    with jax.set_mesh(mesh), hosts.patience(), checkpointer:
+    with jax.set_mesh(mesh), hosts.patience(), open_checkpoints(folder, config.keep) as checkpointer:
         beside = {name: one.on(mesh) for name, one in inside.items()}
         state = _restore_or_init(checkpointer, model, config, mesh, batches, init)
         step = jax.jit(make_step(model, config, objective, models), donate_argnums=0)
@@ -206,9 +203,9 @@ def _restore_or_init(
     batches: Batches,
     init: Callable[[], Params] | None,
 ) -> State:
-    if checkpointer.latest is not None:
-        abstract = {"state": abstract_state(model, config, mesh), "data": batches}
-        return checkpointer.load_checkpointables(None, abstract)["state"]
+    restored = restore(checkpointer, {"state": abstract_state(model, config, mesh), "data": batches})
+    if restored is not None:
+        return restored["state"]
     if config.lora:
         params = config.lora.init(abstract_params(model, mesh), config.seed)
     elif init is not None:

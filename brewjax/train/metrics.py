@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from brewjax.paths import write_text
+
 METRICS = "metrics.jsonl"
 
 
@@ -19,10 +21,9 @@ class MetricsWriter:
     def __init__(self, folder: Path, resumed_step: int, steps: int):
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / METRICS
-        kept = [row for row in read_metrics(path) if row["step"] <= resumed_step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        temporary.replace(path)
+        rows = read_metrics(path)
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= resumed_step))
+        self._seconds_before = rows[-1]["seconds"] if rows else 0.0
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed in __exit__)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
         self._console = Console()
@@ -36,7 +37,7 @@ class MetricsWriter:
         )
         self._bar = self._progress.add_task("train", total=steps, completed=resumed_step, loss=float("nan"), speed=0.0)
         self._steps = steps
-        self._written = time.perf_counter()
+        self._start_time = self._written = time.perf_counter()
 
     def __enter__(self) -> MetricsWriter:
         self._progress.start()
@@ -48,9 +49,13 @@ class MetricsWriter:
         self._board.close()
 
     def write(self, step: int, row: dict[str, float]) -> None:
-        """Records the metrics of one step, `loss` and `tokens` among them, and tokens per second since the last."""
+        """Records the metrics of one step, `loss` and `tokens` among them, tokens per second since the last, and the
+        seconds of training so far, over all restarts."""
         now = time.perf_counter()
-        row = row | {"tokens_per_second": row["tokens"] / (now - self._written)}
+        row = row | {
+            "tokens_per_second": row["tokens"] / (now - self._written),
+            "seconds": self._seconds_before + now - self._start_time,
+        }
         self._written = now
         self._file.write(json.dumps({"step": step, **row}) + "\n")
         for name, value in row.items():

@@ -120,16 +120,79 @@ def test_what_cannot_be_run_is_refused_by_name(stages, said):
 
 
 def test_preparing_depends_on_the_tokenizer_of_the_model_gone_on_from(tmp_path):
-    (tmp_path / "tokenizer").mkdir()
-    (tmp_path / "model.yaml").write_text(
-        "{name: m, d_model: 8, layers: 1, heads: 1, kv_heads: 1, head_dim: 8, d_ff: 8}"
-    )
+    (tmp_path / "apply.yaml").touch()
     made_of = []
-    for text in ("{}", "{ }"):
-        (tmp_path / "tokenizer" / "tokenizer.json").write_text(text)
-        made = recipe({"a": SFT}, model=str(tmp_path), tokenizer=None)
-        made_of.append(steps(Run(made, tmp_path / "out"))[0].settings)
-    assert made_of[0] != made_of[1]
+    for name, text in (("one", "{}"), ("same", "{}"), ("other", "{ }")):
+        folder = tmp_path / name
+        (folder / "tokenizer").mkdir(parents=True)
+        (folder / "tokenizer" / "tokenizer.json").write_text(text)
+        (folder / "model.yaml").write_text(
+            "{name: m, d_model: 8, layers: 1, heads: 1, kv_heads: 1, head_dim: 8, d_ff: 8}"
+        )
+        made = recipe({"a": SFT}, model=str(folder), tokenizer=None, tasks=[str(tmp_path / "apply.yaml")])
+        plan = steps(Run(made, tmp_path / "out"))
+        made_of.append([step.settings for step in plan])
+    assert made_of[0] == made_of[1]  # wherever the same model lies
+    assert made_of[0][0] != made_of[2][0]
+
+
+LINES = """\
+name: jobs
+dataset: jobs
+tasks: [apply.yaml]
+model: model.yaml
+tokenizer: {vocab_size: 600}
+train: {steps: 10, rows: 2, row_tokens: 1024}
+stages:
+  big:
+    do: sft
+  ladder:
+    do: ladder
+    rungs:
+      half: {prune: {d_ff: 0.5}}
+      quarter:
+        prune: {d_ff: 0.5}
+        train:
+          steps: 5
+  turbo:
+    do: quantize
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("do: quantize", "do: sft\n    start: nowhere", "r.yaml:20: stages.turbo.start: no stage 'nowhere' before it"),
+        ("half: {prune: {d_ff:", "half: {prune: {d_fff:", "r.yaml:13: stages.ladder.rungs.half.prune.d_fff"),
+        ("steps: 5", "steps: many", "r.yaml:17: stages.ladder.rungs.quarter.train.steps: expected a whole number"),
+        ("steps: 5", "step: 5", "r.yaml:17: stages.ladder.rungs.quarter.train.step: unknown key 'step'"),
+        ("do: sft", "do: sft\n    train: {lora: {rank: 2}}", "r.yaml:10: stages.big.train.lora: adapters of a model"),
+        ("row_tokens: 1024", "row_tokens: 1", "r.yaml:6: train.row_tokens: input should be greater than 1, found 1"),
+        ("[apply.yaml]", "[]", "r.yaml:3: tasks: "),
+        ("turbo:", "../turbo:", "stages.../turbo: "),
+        ("turbo:", "evaluate-big:", "r.yaml:18: stages.evaluate-big: the name 'evaluate-big' is taken"),
+        ("name: jobs", "name: ../jobs", "r.yaml:1: name: string should match pattern"),
+        ("train: {", "train: [", "train"),
+        ("rungs:", "rung:", "r.yaml:12: stages.ladder.rung: unknown key 'rung'; did you mean 'rungs'?"),
+    ],
+)
+def test_a_mistake_is_blamed_on_its_line(old, new, message):
+    assert old in LINES
+    with pytest.raises(ConfigError) as error:
+        Recipe.parse(LINES.replace(old, new, 1), "r.yaml")
+    assert message in str(error.value)
+
+
+def test_a_config_inside_a_recipe_knows_its_line():
+    read = Recipe.parse(LINES, "r.yaml")
+    model = ModelConfig(name="m", d_model=16, layers=3, heads=4, kv_heads=2, head_dim=8, d_ff=40)
+    wide = read.stages["half-pruned"].model_copy(update={"d_ff": 50.0})
+    with pytest.raises(ConfigError, match=r"r\.yaml:13: stages\.ladder\.rungs\.half\.prune\.d_ff: 50 are more than"):
+        wide.target(model)
+    assert "r.yaml:8: stages.big.data.mix.weights: no" in str(read.stages["big"].data.mix.error("no", "weights"))
+    assert "r.yaml:13: stages.ladder.rungs.half.data.mix.weights: no" in str(
+        read.stages["half"].data.mix.error("no", "weights")
+    )
 
 
 def test_a_tokenizer_belongs_to_a_config_and_not_to_a_folder(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,9 +14,13 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from click.testing import Result
+from typer.testing import CliRunner
 
+from brewjax.cli import app
 from brewjax.data.tokenizer import Tokenizer
 from brewjax.model.config import ModelConfig
+from brewjax.paths import locked
 from tests.tables import write_dataset
 
 TASK = """\
@@ -60,6 +65,12 @@ def brewjax(folder: Path, *arguments: str, stdin: str = "") -> subprocess.Comple
     return subprocess.run(
         command, cwd=folder, env=environment, input=stdin, capture_output=True, text=True, check=False
     )
+
+
+def in_process(folder: Path, *arguments: str) -> Result:
+    """As `brewjax`, without starting Python and JAX again: for what ends at once. The error is not yet a message."""
+    with contextlib.chdir(folder):
+        return CliRunner().invoke(app, arguments)
 
 
 def distill(folder: Path, model: str, out: str, teacher: str) -> subprocess.CompletedProcess[str]:
@@ -110,6 +121,38 @@ def test_a_plan_is_printed_and_nothing_is_done(folder):
     for name in ("text", "quarter-pruned", "turbo"):
         assert name in printed.stdout
     assert not (folder / "runs" / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["dataset=elsewhere"], "elsewhere/dataset.yaml: no such"),
+        (["tasks=[nowhere.yaml]"], "nowhere.yaml: no such config file"),
+        (["tasks=[apply.yaml, apply.yaml]"], "two tasks are named 'apply'"),
+        (["train.mesh={data: 3}"], "recipe.yaml:7: train.mesh: mesh data=3"),
+        (["stages.big.train.rows=3", "stages.big.train.mesh={data: 2}"], "stages.big.train.mesh: mesh data=2"),
+        (["evaluate.mesh={data: 5}"], "recipe.yaml:8: evaluate.mesh: mesh data=5"),
+        (["stages.big.data={mix: {weights: {apple: 2}}}"], "stages.big.data.mix.weights.apple: no source 'apple'"),
+        (["stages.aligned.data={tasks: [b]}"], "stages.aligned.data.tasks.0: no task 'b'"),
+        (["stages.text.data={general: nowhere}"], "stages.text.data.general: nowhere: no .txt or .jsonl files"),
+        (["stages.ladder.rungs.half.prune.d_ff=17"], "stages.ladder.rungs.half.prune.d_ff: 17 are more than the 16"),
+    ],
+)
+@pytest.mark.parametrize("dry", [True, False], ids=["dry", "run"])
+def test_what_would_stop_a_run_is_found_before_anything_is_written(folder, settings, message, dry):
+    sets = [word for setting in settings for word in ("--set", setting)]
+    refused = in_process(folder, "run", "recipe.yaml", "--out", "runs/refused", *sets, *["--dry-run"] * dry)
+    assert refused.exit_code != 0
+    assert message in str(refused.exception)
+    assert not (folder / "runs" / "refused").exists()
+
+
+def test_two_runs_into_one_folder_are_refused(folder):
+    with locked(folder / "runs" / "jobs"):
+        refused = brewjax(folder, "run", "recipe.yaml")
+    assert refused.returncode == 2
+    assert "runs/jobs: process" in refused.stderr
+    assert "Traceback" not in refused.stderr
 
 
 def test_what_is_done_is_not_done_again(folder):
@@ -223,7 +266,7 @@ def test_a_new_task_needs_a_file_and_nothing_else(folder):
     [
         (["run", "nowhere.yaml"], "nowhere.yaml: no such config file"),
         (["run", "recipe.yaml", "--set", "train.stepz=3"], "unknown key 'stepz'; did you mean 'steps'?"),
-        (["run", "recipe.yaml", "--set", "dataset=elsewhere"], "elsewhere: no dataset.yaml there"),
+        (["run", "recipe.yaml", "--set", "dataset=elsewhere"], "elsewhere/dataset.yaml: no such config file"),
         (["run", "recipe.yaml", "--set", "model=elsewhere.yaml"], "elsewhere.yaml: no such config file"),
         (["data", "check", "elsewhere"], "elsewhere/dataset.yaml: no such config file"),
         (["score", "runs/jobs/turbo/model"], "give --prompt, or --dataset, --task and --member"),

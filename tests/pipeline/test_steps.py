@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import pytest
 
 from brewjax.config import ConfigError
 from brewjax.pipeline import steps
-from brewjax.pipeline.steps import Step, run_steps
+from brewjax.pipeline.steps import Step, StorageError, run_steps
+
+KILLED = KeyboardInterrupt()
 
 
 @pytest.fixture
@@ -19,7 +22,15 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(steps, "HERE", tmp_path / "src")
     did: list[str] = []
 
-    def once(settings: str = "a", code: str = "x = 1", keep: bool = True, fails: str = "", **arguments: object):
+    def once(
+        settings: str = "a",
+        code: str = "x = 1",
+        keep: bool = True,
+        fails: str = "",
+        error: BaseException = KILLED,
+        data: str = "hash of the data",
+        **arguments: object,
+    ):
         did.clear()
         for package in ("data", "train"):
             (tmp_path / "src" / package).mkdir(exist_ok=True)
@@ -30,14 +41,14 @@ def run(tmp_path, monkeypatch):
             did.append(name)
             (folder / "begun").touch()
             if name == fails:
-                raise KeyboardInterrupt
+                raise error
 
         all_steps = [
             Step("data", lambda folder: work("data", folder), (), [], ("data",)),
             Step("train", lambda folder: work("train", folder), ("data",), [settings], ("train",), keep=keep),
             Step("report", lambda folder: work("report", folder), ("train",), [], ()),
         ]
-        run_steps(all_steps, tmp_path / "out", "hash of the data", **arguments)
+        run_steps(all_steps, tmp_path / "out", data, **arguments)
         return list(did)
 
     once.folder = tmp_path / "out"
@@ -62,9 +73,51 @@ def test_what_is_dear_is_not_overwritten(run):
     assert (run.folder / "train" / "begun").exists()
 
 
+def test_a_refused_run_writes_nothing(run):
+    run()
+    before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match="made from other data or settings"):
+        run(settings="b", data="other data")  # of which `data`, before `train`, could be made anew
+    assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_damaged_record_of_what_is_dear_is_refused(run):
+    run()
+    (run.folder / "train" / "stage.json").write_text("")
+    with pytest.raises(ConfigError, match=r"train/stage\.json: damaged.*delete that folder"):
+        run()
+    assert (run.folder / "train" / "begun").exists()
+    assert run(keep=False) == ["train"]  # what is cheap is done again
+
+
+def test_seconds_are_those_of_all_attempts(run):
+    with pytest.raises(KeyboardInterrupt):
+        run(fails="train")
+    row = {"step": 1, "seconds": 1000.0}
+    (run.folder / "train" / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    run()
+    assert 1000 < json.loads((run.folder / "train" / "stage.json").read_text())["seconds"] < 1100
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        PermissionError(errno.EACCES, "Permission denied"),
+        ValueError("RESOURCE_EXHAUSTED: Failed writing: No space left on device [os_error_code='28']"),
+    ],
+)
+def test_a_disk_that_cannot_be_written_to_is_one_line(run, error):
+    with pytest.raises(StorageError, match=r"out/train: cannot write there: (No space|Permission)") as raised:
+        run(fails="train", error=error)
+    assert raised.value.__suppress_context__
+    assert "\n" not in str(raised.value)
+    assert run() == ["train", "report"]
+
+
 def test_other_code_is_said_and_can_be_taken(run):
     run()
-    assert run(code="# a comment\nx = 1") == []
+    assert run(code='"""A docstring."""\n# a comment\nx = 1') == []
     with pytest.raises(ConfigError, match=r"made from other code .* --any-code"):
         run(code="x = 2")
     assert run(code="x = 2", any_code=True) == []

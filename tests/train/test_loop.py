@@ -22,6 +22,7 @@ from brewjax.data.tokens import EncodedPrompt
 from brewjax.model.decoder import Decoder
 from brewjax.model.params import Params
 from brewjax.model.sharding import MeshConfig
+from brewjax.train.checkpoints import CheckpointError
 from brewjax.train.loop import NonFiniteError, TrainConfig, abstract_state, train
 from brewjax.train.metrics import METRICS, MetricsWriter, read_metrics
 from brewjax.train.objectives import Given, Mean, supervised
@@ -120,7 +121,7 @@ def kill_at(step: int, process: subprocess.Popen, folder: Path) -> None:
 
 def without_speed(folder: Path) -> list[dict[str, float]]:
     rows = read_metrics(folder / METRICS)
-    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
+    return [{name: row[name] for name in row.keys() - {"tokens_per_second", "seconds"}} for row in rows]
 
 
 def test_a_run_killed_twice_has_the_losses_of_one_that_was_not(shards, finished, tmp_path):
@@ -145,12 +146,39 @@ def test_a_checkpoint_continues_on_another_mesh(shards, finished, tmp_path):
 
 def test_a_last_line_cut_short_is_dropped(tmp_path):
     (tmp_path / METRICS).write_text(
-        "".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3)) + '{"step": 4, "lo'
+        "".join(json.dumps({"step": step, "seconds": 9.0}) + "\n" for step in (1, 2, 3)) + '{"step": 4, "lo'
     )
     assert [row["step"] for row in read_metrics(tmp_path / METRICS)] == [1, 2, 3]
     with MetricsWriter(tmp_path, resumed_step=2, steps=5) as writer:
         writer.write(3, {"loss": 0.5, "tokens": 10})
     assert without_speed(tmp_path)[1:] == [{"step": 2}, {"step": 3, "loss": 0.5, "tokens": 10}]
+    assert 9 < read_metrics(tmp_path / METRICS)[-1]["seconds"] < 10  # what the killed attempt took counts
+
+
+def cut_in_half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("file", ["state/manifest.ocdbt", "state/_METADATA", "data/*", "state/ocdbt.process_0/d/*"])
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(shards, finished, tmp_path, capfd, file):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    for path in (tmp_path / "checkpoints" / str(CONFIG.steps)).glob(file):
+        cut_in_half(path)
+    train(MODEL, CONFIG, shards, tmp_path, supervised)
+    assert without_speed(tmp_path) == without_speed(finished)  # to the bit
+    assert newest_checkpoint(tmp_path)[0] == CONFIG.steps
+    assert (tmp_path / f"damaged-{CONFIG.steps}").is_dir()
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "cannot be read" in line]
+    assert f"going on from step {CONFIG.steps - 5}" in line
+
+
+def test_where_every_checkpoint_is_damaged_nothing_is_touched(shards, finished, tmp_path):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    for path in tmp_path.glob("checkpoints/*/state/manifest.ocdbt"):
+        cut_in_half(path)
+    with pytest.raises(CheckpointError, match=r"step 40: .*; step 35: .*Delete the stage's folder"):
+        train(MODEL, CONFIG, shards, tmp_path, supervised)
+    assert len(list(tmp_path.glob("checkpoints/*/state/manifest.ocdbt"))) == 2
 
 
 # --- NaN

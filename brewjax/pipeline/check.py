@@ -1,0 +1,117 @@
+"""What would stop a run, found before its first byte is written."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from brewjax.config import Config, ConfigError
+from brewjax.data.preferences import AlignConfig
+from brewjax.data.prose import PretrainConfig, general_files
+from brewjax.data.tokenizer import Tokenizer
+from brewjax.data.training import SftConfig
+from brewjax.model.config import ModelConfig
+from brewjax.model.params import abstract_params
+from brewjax.model.sharding import MeshConfig
+from brewjax.pipeline.recipe import DistillStage, Stage, TrainedStage
+from brewjax.pipeline.run import Run
+from brewjax.scoring.bundle import TOKENIZER
+
+
+def check_run(run: Run) -> None:
+    """Raises ConfigError with all that is wrong with a run: its tables, tasks, models, meshes, and how they fit."""
+    problems: list[str] = []
+    with _collect(problems):
+        _ = run.tasks  # which reads the dataset
+    if not problems:
+        with _collect(problems):
+            _check_tokens(run)
+        for name, stage in run.recipe.stages.items():
+            with _collect(problems):
+                _check_stage(run, name, stage)
+    with _collect(problems), _blame(run.recipe, "evaluate", "mesh"):
+        run.recipe.evaluate.mesh.build()
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+
+
+@contextlib.contextmanager
+def _collect(problems: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        problems.append(str(error))
+
+
+def _check_tokens(run: Run) -> None:
+    """The vocabulary, the label words, and the tokenizers of models from elsewhere."""
+    run.first_model()
+    tokenizer = run.known_tokenizer()
+    if tokenizer:
+        for task in run.tasks:
+            task.check_words(tokenizer)
+    for name in run.recipe.stages:
+        check_foreign_tokenizers(run, name, tokenizer)
+
+
+def check_foreign_tokenizers(run: Run, name: str, tokenizer: Tokenizer | None) -> None:
+    """What a stage takes from another folder must read the tokens of the recipe's tokenizer; one that is still to be
+    trained (None) is nobody else's."""
+    for key in ("start", "teacher"):
+        model = getattr(run.recipe.stages[name], key, None)
+        if not model or model in run.recipe.stages:
+            continue
+        if tokenizer is None or Tokenizer.load(Path(model) / TOKENIZER).hf.get_vocab() != tokenizer.hf.get_vocab():
+            hint = "make it the recipe's `model`, or its tokenizer's `path`"
+            raise run.recipe.error(f"the tokenizer of {model} is not this recipe's; {hint}", "stages", name, key)
+
+
+def _check_stage(run: Run, name: str, stage: Stage) -> None:
+    recipe, model = run.recipe, run.shape(name)
+    if not isinstance(stage, TrainedStage):
+        _check_mesh(recipe, model, stage.mesh, "stages", name, "mesh")
+        return
+    with _blame(recipe, "stages", name, "data"):
+        _check_data(run, stage.data)
+    _check_mesh(recipe, model, stage.train.mesh, "stages", name, "train", "mesh")
+    with _blame(recipe, "stages", name, "train"):
+        stage.train.check_rows(stage.train.mesh.build())
+    if isinstance(stage, DistillStage):
+        teacher = run.shape(stage.teacher)
+        if stage.loss.teacher != "same_mesh":
+            _check_mesh(recipe, teacher, stage.loss.mesh, "stages", name, "loss", "mesh")
+        with _blame(recipe, "stages", name, "teacher"):
+            stage.loss.check_models(teacher, model)
+
+
+def _check_mesh(config: Config, model: ModelConfig, mesh: MeshConfig, *location: str) -> None:
+    """That the devices of this machine make the mesh, and the mesh divides the model."""
+    with _blame(config, *location):
+        abstract_params(model, mesh.build())
+
+
+@contextlib.contextmanager
+def _blame(config: Config, *location: str) -> Iterator[None]:
+    """Gives an error that names no key the one at `location`."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise config.error(str(error), *location) from None
+
+
+def _check_data(run: Run, data: SftConfig | AlignConfig | PretrainConfig) -> None:
+    names = [task.name for task in run.tasks]
+    if isinstance(data, SftConfig):
+        data.mix.check_names(names)
+        for name in data.loss_weights:
+            if name not in names:
+                raise data.error(f"no task '{name}'; tasks: {', '.join(names)}", "loss_weights", name)
+    elif isinstance(data, AlignConfig):
+        for index, name in enumerate(data.tasks):
+            if name not in names:
+                raise data.error(f"no task '{name}'; tasks: {', '.join(names)}", "tasks", index)
+    elif data.general and not general_files(Path(data.general)):
+        raise data.error(f"{data.general}: no .txt or .jsonl files there", "general")
