@@ -4,8 +4,10 @@ written: whole or not at all."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
+import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ from pathlib import Path
 
 INSTALLED = Path(__file__).parent / "configs"
 CONFIGS = INSTALLED if INSTALLED.is_dir() else Path(__file__).parent.parent / "configs"
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @contextlib.contextmanager
@@ -23,12 +26,13 @@ def whole_folder(out: Path) -> Iterator[Path]:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists; move it away or write elsewhere")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
-        building = Path(beside) / out.name
-        building.mkdir()
-        yield building
-        building.rename(out)  # one step on one file system: the folder is complete or absent
+    with storage_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
+            building = Path(temporary) / out.name
+            building.mkdir()
+            yield building
+            building.rename(out)  # one step on one file system: the folder is complete or absent
 
 
 def write_text(path: Path, text: str) -> None:
@@ -44,6 +48,54 @@ def write_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+class StorageError(RuntimeError):
+    """A folder that cannot be written to: full, read-only, not allowed, or no folder."""
+
+
+@contextlib.contextmanager
+def storage_errors(folder: Path) -> Iterator[None]:
+    """Raises StorageError, one line, for a failed write into `folder` in this block, whichever library met it."""
+    try:
+        yield
+    except Exception as error:
+        reason = None if isinstance(error, StorageError) else _storage_reason(error)
+        if reason is None:
+            raise
+        raise StorageError(f"{folder}: cannot write there: {reason}; what is complete is kept") from None
+
+
+def _storage_reason(error: BaseException | None) -> str | None:
+    """What the file system said, if that is what an error, or one behind it, comes of."""
+    while error is not None:
+        if isinstance(error, (FileExistsError, NotADirectoryError)):
+            return "a file is in the way"
+        if isinstance(error, OSError) and error.errno in WRITE_ERRORS:
+            return error.strerror
+        for text in ("No space left on device", "Disk quota exceeded", "Read-only file system"):
+            if text in str(error):  # of libraries that raise an error of their own
+                return text
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def check_renames(folder: Path) -> None:
+    """Raises StorageError where a folder with a file in it cannot be renamed below `folder`: Orbax completes a
+    checkpoint that way, and a bucket with a flat namespace, mounted by gcsfuse, has no such thing."""
+    before, after = folder / f".rename-{os.getpid()}", folder / f".renamed-{os.getpid()}"
+    try:
+        before.mkdir()
+        (before / "file").touch()
+        before.rename(after)
+    except OSError as error:
+        raise StorageError(
+            f"{folder}: folders cannot be renamed there ({error.strerror}), as checkpoints need; of a bucket mounted "
+            "by gcsfuse, take one with a hierarchical namespace (launch/README.md)"
+        ) from None
+    finally:
+        shutil.rmtree(before, ignore_errors=True)
+        shutil.rmtree(after, ignore_errors=True)
+
+
 class LockedError(RuntimeError):
     """Another process writes into the folder."""
 
@@ -52,8 +104,10 @@ class LockedError(RuntimeError):
 def locked(folder: Path) -> Iterator[None]:
     """Makes `folder` and keeps other processes out of this block for it. The system drops the lock of a process that
     ends, however it ends. Raises LockedError, which names the process that holds the lock."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+", encoding="utf-8") as file:
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (closed below)
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

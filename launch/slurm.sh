@@ -3,6 +3,8 @@
 # To be run where the recipe's paths are right, on a file system that all nodes share, with brewjax on the PATH.
 # SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT and the like are sbatch's own variables. Logs: logs/.
 set -euo pipefail
+# shellcheck source=launch/common.sh
+source "$(dirname "$0")/common.sh"
 dry=no
 [[ ${1:-} != --dry-run ]] || { dry=yes && shift; }
 if [[ ! ${1:-} =~ ^[1-9][0-9]*$ || ! ${2:-} =~ ^[1-9][0-9]*$ || -z ${3:-} ]]; then
@@ -37,16 +39,16 @@ if [[ $dry == yes ]]; then
     echo "$script"
     exit
 fi
-command -v sbatch >/dev/null || { echo "slurm.sh: no sbatch here; run this on a login node, or add --dry-run" >&2 && exit 2; }
+command -v sbatch >/dev/null || fail "no sbatch here; run this on a login node, or add --dry-run"
 mkdir -p logs
-if ! said=$(sbatch 2>&1 <<<"$script"); then
-    echo "slurm.sh: sbatch refused: $said" >&2
-    case $said in
+if ! reply=$(sbatch 2>&1 <<<"$script"); then
+    echo "slurm.sh: sbatch refused: $reply" >&2
+    case $reply in
         *partition*) echo "Name one of \`sinfo -s\`: export SBATCH_PARTITION=..." >&2 ;;
         *ccount* | *QOS* | *olicy*) echo "Your limits: \`sacctmgr show assoc user=$USER\`; export SBATCH_ACCOUNT=..." >&2 ;;
         *"node configuration"* | *"not available"*) echo "No node has $gpus GPUs, or there are not $nodes: \`sinfo -o '%P %D %G'\`" >&2 ;;
     esac
     exit 2
 fi
-echo "$said; logs/ has a file for each process
+echo "$reply; logs/ has a file for each process
 while it waits, \`squeue --me -o '%i %r'\` says why: Resources or Priority is capacity, Assoc.. or QOS.. is quota"

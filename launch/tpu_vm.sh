@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
 # A slice of TPU VMs by gcloud: tpu_vm.sh [--dry-run] NAME ZONE RECIPE [OPTION OF brewjax run ...]
-# Every VM has brewjax in ~/brewjax/.venv and the bucket with data and runs mounted at the same path (gcsfuse). With
+# Every VM has brewjax in ~/brewjax/.venv and a bucket with data and runs mounted at the same path, one with a hierarchical
+# namespace (BUCKET=its name: checked): `gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 BUCKET FOLDER`. With
 # TYPE=v5p-128 VERSION=v2-alpha-tpuv5 the slice is created first. Each VM's log: ~/brewjax/run.log there; all come back.
 set -euo pipefail
+# shellcheck source=launch/common.sh
+source "$(dirname "$0")/common.sh"
 dry=no
 [[ ${1:-} != --dry-run ]] || { dry=yes && shift; }
 if [[ -z ${1:-} || -z ${2:-} || -z ${3:-} ]]; then
@@ -23,7 +26,8 @@ if [[ $dry == yes ]]; then
     echo "${ssh[@]@Q}"
     exit
 fi
-command -v gcloud >/dev/null || { echo "tpu_vm.sh: no gcloud here: https://cloud.google.com/sdk, or add --dry-run" >&2 && exit 2; }
+command -v gcloud >/dev/null || fail "no gcloud here: https://cloud.google.com/sdk, or add --dry-run"
+[[ -z ${BUCKET:-} ]] || check_bucket "$BUCKET"
 log=$(mktemp)
 code=0
 { ((${#create[@]} == 0)) || "${create[@]}"; } 2>&1 | tee "$log" || code=$?

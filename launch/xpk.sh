@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
 # TPU slices on a GKE cluster that xpk made: xpk.sh [--dry-run] RECIPE [OPTION OF brewjax run ...]
 # From the environment, e.g.: CLUSTER=my-cluster NAME=brew-mini TPU_TYPE=v5p-128 IMAGE=... STORAGE=my-storage; SLICES (1)
-# and RESTARTS (10) have defaults. STORAGE: of `xpk storage attach`, with --mount-point=/bucket. Paths in the recipe are
-# relative to it. Project and zone are gcloud's own (`gcloud config set ...`).
+# and RESTARTS (10) have defaults. STORAGE: of `xpk storage attach`, with --mount-point=/bucket and
+# --mount-options=implicit-dirs,metadata-cache:ttl-secs:0, a bucket with a hierarchical namespace (BUCKET=its name: checked).
+# Paths in the recipe are relative to it. Project and zone are gcloud's own (`gcloud config set ...`).
 set -euo pipefail
+# shellcheck source=launch/common.sh
+source "$(dirname "$0")/common.sh"
 dry=no
 [[ ${1:-} != --dry-run ]] || { dry=yes && shift; }
 if [[ -z ${1:-} ]]; then
@@ -11,8 +14,9 @@ if [[ -z ${1:-} ]]; then
     exit 2
 fi
 for word in CLUSTER NAME TPU_TYPE IMAGE STORAGE; do
-    [[ -n ${!word:-} ]] || { echo "xpk.sh: $word is not set; the top of launch/xpk.sh has an example" >&2 && exit 2; }
+    [[ -n ${!word:-} ]] || fail "$word is not set; the top of launch/xpk.sh has an example"
 done
+check_name "$NAME"
 # By itself xpk starts again after 42 and 127-255 only, and gives 30 seconds after SIGTERM. `exec`: for SIGTERM to come.
 create=(
     xpk workload create "--cluster=$CLUSTER" "--workload=$NAME" "--tpu-type=$TPU_TYPE" "--num-slices=${SLICES:-1}"
@@ -23,7 +27,8 @@ if [[ $dry == yes ]]; then
     echo "${create[@]@Q}"
     exit
 fi
-command -v xpk >/dev/null || { echo "xpk.sh: no xpk here: pip install xpk, or add --dry-run" >&2 && exit 2; }
+command -v xpk >/dev/null || fail "no xpk here: pip install xpk, or add --dry-run"
+[[ -z ${BUCKET:-} ]] || check_bucket "$BUCKET"
 log=$(mktemp)
 code=0
 "${create[@]}" 2>&1 | tee "$log" || code=$?

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,13 @@ from tests.pipeline.test_run import BASE, MODEL, TASK
 from tests.tables import write_dataset
 
 LAUNCH = Path(__file__).parents[1] / "launch"
-SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") or "shellcheck"
 GKE = {"NAME": "brew", "ACCELERATOR": "tpu-v5p-slice", "TOPOLOGY": "4x4x8", "IMAGE": "brewjax:1", "BUCKET": "runs"}
 XPK = {"NAME": "brew", "CLUSTER": "c", "TPU_TYPE": "v5p-128", "IMAGE": "brewjax:1", "STORAGE": "runs"}
+
+
+def tool(name: str) -> str:
+    """Where a program is that a test needs: beside this Python, where pip puts it, or on the PATH."""
+    return shutil.which(name, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") or name
 
 
 def launch(script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -32,8 +37,31 @@ def launch(script: str, *arguments: str, **variables: str) -> subprocess.Complet
 
 
 def test_the_scripts_pass_shellcheck():
-    checked = subprocess.run([SHELLCHECK, *LAUNCH.glob("*.sh")], capture_output=True, text=True, check=False)
+    command = [tool("shellcheck"), "-x", *LAUNCH.glob("*.sh")]
+    checked = subprocess.run(command, cwd=LAUNCH.parent, capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stdout
+
+
+def test_the_image_is_linted_and_has_all_that_it_installs(tmp_path):
+    linted = subprocess.run([tool("hadolint"), LAUNCH / "Dockerfile"], capture_output=True, text=True, check=False)
+    assert linted.returncode == 0, linted.stdout
+    lines = (LAUNCH / "Dockerfile").read_text().splitlines()
+    for line in lines:
+        if line.startswith("COPY"):
+            *sources, target = line.split()[1:]
+            for source in sources:
+                assert f"!{source}" in (LAUNCH.parent / ".dockerignore").read_text().splitlines()
+                path = LAUNCH.parent / source
+                shutil.copytree(path, tmp_path / target) if path.is_dir() else shutil.copy(path, tmp_path / target)
+    wheel = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path / "wheels", tmp_path]
+    built = subprocess.run(wheel, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    (file,) = (tmp_path / "wheels").glob("brewjax-*.whl")
+    inside = zipfile.ZipFile(file).namelist()
+    assert {"brewjax/cli.py", "brewjax/configs/recipes/demo.yaml", "pallas_kernels/attention.py"} <= set(inside)
+    assert {path.name for path in (LAUNCH.parent / "brewjax").iterdir() if path.is_dir()} - {"__pycache__"} <= {
+        name.split("/")[1] for name in inside if name.startswith("brewjax/")
+    }
 
 
 def test_gke_submits_a_pod_for_each_host_of_the_slice():
@@ -54,6 +82,47 @@ def test_gke_submits_a_pod_for_each_host_of_the_slice():
     assert container["command"] + container["args"] == ["brewjax", "run", "r.yaml", "--set", 'name="a b"']
     assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [1, 2]  # and so 75 starts again
     assert jobset["spec"]["failurePolicy"]["maxRestarts"] == 10
+    assert pod["serviceAccountName"] == "default"
+    assert "queue" not in str(jobset)
+    (volume,) = pod["volumes"]
+    assert "implicit-dirs" in volume["csi"]["volumeAttributes"]["mountOptions"].split(",")
+
+
+def test_gke_takes_a_service_account_a_queue_and_ephemeral_storage():
+    settings = {"SERVICE_ACCOUNT": "trainer", "QUEUE": "tpus", "EPHEMERAL_STORAGE": "9Gi"}
+    jobset = yaml.safe_load(launch("gke.sh", "--dry-run", "r.yaml", **GKE | settings).stdout)
+    assert JobsetV1alpha2JobSet.from_dict(jobset).to_dict() == jobset
+    assert jobset["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "tpus"}
+    template = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+    assert template["spec"]["serviceAccountName"] == "trainer"
+    assert template["metadata"]["annotations"]["gke-gcsfuse/ephemeral-storage-limit"] == "9Gi"
+    assert template["spec"]["containers"][0]["resources"]["limits"]["ephemeral-storage"] == "9Gi"
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "topology", "chips", "hosts"),
+    [
+        ("tpu-v6e-slice", "1x1", 1, 1),
+        ("tpu-v6e-slice", "2x2", 4, 1),
+        ("tpu-v6e-slice", "2x4", 8, 1),
+        ("tpu-v5-lite-podslice", "16x16", 4, 64),
+        ("tpu-v5p-slice", "2x2x1", 4, 1),
+        ("tpu7x", "4x4x4", 4, 16),
+    ],
+)
+def test_gke_knows_the_chips_of_a_host(accelerator, topology, chips, hosts):
+    planned = launch("gke.sh", "--dry-run", "r.yaml", **GKE | {"ACCELERATOR": accelerator, "TOPOLOGY": topology})
+    job = yaml.safe_load(planned.stdout)["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert job["completions"] == hosts
+    assert job["template"]["spec"]["containers"][0]["resources"]["limits"]["google.com/tpu"] == chips
+
+
+@pytest.mark.parametrize(("namespace", "code"), [("True", 0), ("", 2)])
+def test_a_bucket_in_which_folders_cannot_be_renamed_is_refused(tmp_path, namespace, code):
+    fake(tmp_path, "gcloud", f"echo {namespace}")
+    launched = launch("gke.sh", "r.yaml", **GKE, PATH=fake(tmp_path, "kubectl", "cat"))
+    assert launched.returncode == code
+    assert ("gs://runs has a flat namespace" in launched.stderr) == bool(code)
 
 
 def test_slurm_submits_a_process_for_each_gpu_and_queues_again_on_75():
@@ -89,6 +158,7 @@ def test_a_dry_run_is_what_is_submitted(tmp_path):
         ("slurm.sh", ("2", "8", "r.yaml"), "sbatch"),
     ):
         path = fake(tmp_path, tool, "cat")
+        fake(tmp_path, "gcloud", "exit 1")
         planned = launch(script, "--dry-run", *arguments, **GKE).stdout.strip()
         assert planned
         assert planned in launch(script, *arguments, **GKE, PATH=path).stdout
@@ -110,7 +180,11 @@ def test_xpk_starts_again_on_75_and_passes_sigterm_on():
         (["gke.sh", "r.yaml"], {"NAME": "x"}, "ACCELERATOR is not set"),
         (["xpk.sh", "r.yaml"], {"CLUSTER": "x"}, "NAME is not set"),
         (["gke.sh", "r.yaml"], GKE | {"TOPOLOGY": "v5p"}, "TOPOLOGY is 'v5p'; it looks like 4x4x4"),
-        (["gke.sh", "r.yaml"], GKE | {"TOPOLOGY": "3x3"}, "3x3 has 9 chips, no multiple of the 4 of a host"),
+        (["gke.sh", "r.yaml"], GKE | {"TOPOLOGY": "3x3x3"}, "3x3x3 has 27 chips, no multiple of the 4 of a host"),
+        (["gke.sh", "r.yaml"], GKE | {"TOPOLOGY": "16x16"}, "chips of tpu-v5p-slice lie in shapes of 3 sides"),
+        (["gke.sh", "r.yaml"], GKE | {"ACCELERATOR": "v5p"}, "ACCELERATOR is 'v5p'; known: tpu-v4-podslice"),
+        (["gke.sh", "r.yaml"], GKE | {"NAME": "Brew_1"}, "NAME is 'Brew_1'; Kubernetes takes"),
+        (["xpk.sh", "r.yaml"], XPK | {"NAME": "x" * 41}, "Kubernetes takes at most 40"),
     ],
 )
 def test_what_is_missing_is_said(command, variables, said):
@@ -142,6 +216,7 @@ def fake(folder: Path, name: str, body: str) -> str:
     ],
 )
 def test_a_refusal_comes_with_advice(tmp_path, command, tool, refusal, advice):
+    fake(tmp_path, "gcloud", "exit 1")  # not one that this machine may have
     refused = launch(*command, **GKE | XPK, PATH=fake(tmp_path, tool, f"echo '{refusal}' >&2; exit 1"))
     assert refused.returncode
     assert advice in refused.stderr

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from brewjax.paths import LockedError, locked, write_text
+from brewjax.paths import LockedError, StorageError, check_renames, locked, whole_folder, write_text
 
 ROOT = Path(__file__).parents[1]
 HOLD = "import sys, time; from pathlib import Path; from brewjax.paths import locked\n"
@@ -22,6 +23,26 @@ def test_a_failed_write_leaves_the_old_text(tmp_path):
         write_text(path, "new \ud800")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    for block in (locked(tmp_path / "file" / "deep"), whole_folder(tmp_path / "file" / "deep")):
+        with pytest.raises(StorageError, match="cannot write there: a file is in the way"), block:
+            pass
+
+
+def test_a_file_system_that_renames_no_folders_is_refused(tmp_path, monkeypatch):
+    check_renames(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+    def refuse(self: Path, target: Path) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")  # what gcsfuse says of a flat bucket
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(StorageError, match=r"Function not implemented.*hierarchical namespace"):
+        check_renames(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_is_locked_by_one_process_until_it_ends_however_it_ends(tmp_path):

@@ -31,7 +31,7 @@ from brewjax.data.verbalize import Verbalizer
 from brewjax.fingerprint import hash_files, hash_folder
 from brewjax.model.config import ModelConfig
 from brewjax.model.params import MODEL, Params, load_model
-from brewjax.paths import locked
+from brewjax.paths import check_renames, locked
 from brewjax.pipeline.check import check_foreign_tokenizers, check_run
 from brewjax.pipeline.judgement import EVALUATE, baselines_stage, evaluate_stage, report_stage
 from brewjax.pipeline.recipe import (
@@ -248,6 +248,7 @@ def run_recipe(recipe: Recipe, folder: Path, any_code: bool = False, until: str 
     plan = steps(run)
     last = [step.name for step in plan].index(until)
     with locked(folder) if hosts.is_first() else contextlib.nullcontext():
+        hosts.on_first(lambda: check_renames(folder))
         run_steps(plan[: last + 1], folder, hosts.on_first(lambda: _hash_dataset(Path(recipe.dataset))), any_code)
 
 

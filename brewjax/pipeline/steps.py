@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import functools
 import json
 import resource
@@ -11,8 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from rich.console import Console
 from brewjax import hosts
 from brewjax.config import ConfigError
 from brewjax.fingerprint import hash_code, hash_json
-from brewjax.paths import write_text
+from brewjax.paths import storage_errors, write_text
 from brewjax.train.metrics import METRICS, read_metrics
 
 RECORD = "stage.json"
@@ -52,10 +50,6 @@ class Step:
     together: bool = False
 
 
-class StorageError(RuntimeError):
-    """A folder that cannot be written to: full, read-only or not allowed."""
-
-
 def run_steps(steps: Sequence[Step], folder: Path, data: str, any_code: bool = False) -> None:
     """Runs steps into `folder/<name>`; what is done from the same data, settings and code is skipped.
 
@@ -77,7 +71,7 @@ def run_steps(steps: Sequence[Step], folder: Path, data: str, any_code: bool = F
             console.print(f"{step.name}: done before, in {record['seconds']:.0f} s", markup=False, style="bold")
             continue
         console.print(step.name, markup=False, style="bold")
-        with _storage_errors(output):
+        with storage_errors(output):
             record = hosts.on_first(functools.partial(_begin, output, step.keep, record, made[step.name]))
             seconds = _seconds_before(output)
             start_time = time.perf_counter()
@@ -146,32 +140,6 @@ def _seconds_before(output: Path) -> float:
     """What earlier, interrupted attempts at a training stage took."""
     rows = read_metrics(output / METRICS)
     return rows[-1]["seconds"] if rows else 0.0
-
-
-@contextmanager
-def _storage_errors(output: Path) -> Iterator[None]:
-    """A disk that is full or may not be written to, in one line, wherever below it was found out."""
-    try:
-        yield
-    except Exception as error:
-        reason = _storage_reason(error)
-        if reason is None:
-            raise
-        raise StorageError(
-            f"{output}: cannot write there: {reason}; what is complete is kept, and the same command goes on from it"
-        ) from None
-
-
-def _storage_reason(error: BaseException | None) -> str | None:
-    """What the file system said, if that is what an error, or one behind it, comes of."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            return error.strerror
-        for text in ("No space left on device", "Disk quota exceeded", "Read-only file system"):
-            if text in str(error):  # of libraries that raise an error of their own
-                return text
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def read_record(output: Path) -> Record:

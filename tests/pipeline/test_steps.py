@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from brewjax.config import ConfigError
+from brewjax.paths import StorageError
 from brewjax.pipeline import steps
-from brewjax.pipeline.steps import Step, StorageError, run_steps
+from brewjax.pipeline.steps import Step, run_steps
 
 KILLED = KeyboardInterrupt()
 
