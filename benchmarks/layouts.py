@@ -28,11 +28,12 @@ def packed(length: int) -> np.ndarray:
     return np.concatenate(rows)[:length]
 
 
+STAR, PACKED = "star: 16k in events of 40, 100 x 40", "packed training row of 16k"
 LAYOUTS = {
     "4096 + 500 x 64": lambda: example(4096, [], [64] * 500),
     "12288 + 50 x 150": lambda: example(12288, [], [150] * 50),
-    "star: 16k in events of 40, 100 x 40": lambda: example(64, [40] * 408, [40] * 100, star=True),
-    "packed training row of 16k": lambda: packed(16384),
+    STAR: lambda: example(64, [40] * 408, [40] * 100, star=True),
+    PACKED: lambda: packed(16384),
     "plain causal 16k": lambda: example(16384, [], []),
 }
 
