@@ -1,10 +1,10 @@
-# `make demo` and `make test` do all their own set-up, in .venv.
+# `make demo`, `make test` and the others do all their own set-up, in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 DATASET := data/movielens-100k
 PORT ?= 9000
 
-.PHONY: demo long test lint proto clean
+.PHONY: demo long test test-long docs lint proto clean
 
 demo: .venv/demo.installed
 	@date +%s > .venv/demo.began
@@ -22,7 +22,15 @@ long: .venv/demo.installed
 	$(BIN)/brewjax run configs/recipes/movielens.yaml
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long" --durations 20
+
+# What takes minutes each: kill -9 in every stage, several processes, soaks; what the TPU compiler says; the site.
+test-long: .venv/test.installed docs
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m long --durations 20
+	$(BIN)/python -m benchmarks.attention_static v5e
+
+docs: .venv/docs.installed
+	$(BIN)/mkdocs build --quiet
 
 lint: .venv/test.installed
 	$(BIN)/ruff check .
@@ -37,6 +45,7 @@ clean:
 
 .venv/demo.installed: EXTRA = baselines,rank
 .venv/test.installed: EXTRA = test
+.venv/docs.installed: EXTRA = docs,rank
 .venv/%.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "brewjax needs Python 3.11 or newer: make PYTHON=python3.11 ..")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -229,6 +229,7 @@ def test_again_restarts_what_asks_for_it(tmp_path, code, runs):
     assert len((tmp_path / "runs").read_text().splitlines()) == runs
 
 
+@pytest.mark.long
 def test_a_recipe_on_two_local_processes_survives_the_loss_of_one(tmp_path):
     write_dataset(tmp_path / "jobs")
     recipe = BASE.replace("mesh: {data: 1}", "streams: 2").replace("steps: 4", "steps: 60")

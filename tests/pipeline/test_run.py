@@ -169,6 +169,7 @@ def test_other_settings_never_continue_or_overwrite_a_training_run(folder):
     assert (folder / "runs/jobs/big/stage.json").read_bytes() == weights
 
 
+@pytest.mark.long
 def test_killed_in_the_middle_of_every_stage_it_ends_as_if_nothing_had_happened(folder):
     killed = 0
     for step in ("data-text", "text", "big", "aligned", "half-pruned", "half", "evaluate-half", "turbo"):

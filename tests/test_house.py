@@ -1,0 +1,133 @@
+"""What a check can hold of the house's language and structure."""
+
+from __future__ import annotations
+
+import ast
+import functools
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Lowest first: a floor imports from itself and from floors below it. Floors of one line do not see each other.
+FLOORS = (
+    {"pallas_kernels"},
+    {"brewjax.paths", "brewjax.config", "brewjax.fingerprint", "brewjax.download", "brewjax.distributed"},
+    {"brewjax.data"},
+    {"brewjax.model"},
+    {"brewjax.scoring"},
+    {"brewjax.bundle"},
+    {"brewjax.train"},
+    {"brewjax.compress"},
+    {"brewjax.evaluate", "brewjax.aot"},
+    {"brewjax.serve"},
+    {"brewjax.pipeline"},
+    {"brewjax.schemas"},
+    {"brewjax.cli"},
+    {"brewjax"},
+)
+# Words that are no names: a reader from JAX, search or recommender systems would have to guess what they hold.
+NO_NAMES = (
+    "said told asked found given taken met kept drawn wanted one other another own mine others those here there who what "
+    "most least at_most began beside way ways whoever nobody"
+).split()
+
+
+@functools.cache
+def modules() -> dict[str, ast.Module]:
+    files = [path for package in ("brewjax", "pallas_kernels") for path in (ROOT / package).rglob("*.py")]
+    return {name(path): ast.parse(path.read_text()) for path in files if "_pb2" not in path.name}
+
+
+def name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(tree: ast.Module) -> Iterator[str]:
+    """Modules of this project that a module imports, inside functions too, but for type annotations alone."""
+    typing_only = {
+        node
+        for guard in ast.walk(tree)
+        if isinstance(guard, ast.If) and ast.unparse(guard.test) == "TYPE_CHECKING"
+        for node in ast.walk(guard)
+    }
+    for node in ast.walk(tree):
+        if node in typing_only:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in modules() else node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def graph() -> dict[str, set[str]]:
+    return {module: {other for other in imports(tree) if other in modules()} for module, tree in modules().items()}
+
+
+def floor(module: str) -> int:
+    for level, rooms in enumerate(FLOORS):
+        if any(module == room or module.startswith(f"{room}.") and room != "brewjax" for room in rooms):
+            return level
+    raise AssertionError(f"{module} is on no floor: add it to FLOORS")
+
+
+def test_no_module_imports_from_a_floor_above_it():
+    upward = [
+        f"{module} -> {other}"
+        for module, others in graph().items()
+        for other in others
+        if floor(other) > floor(module)
+    ]
+    assert not upward
+
+
+def test_no_two_modules_import_each_other_however_far_round():
+    edges, done, path = graph(), set(), []
+
+    def visit(module: str) -> None:
+        assert module not in path, " -> ".join([*path[path.index(module) :], module])
+        if module not in done:
+            path.append(module)
+            for other in edges[module]:
+                visit(other)
+            path.pop()
+            done.add(module)
+
+    for module in edges:
+        visit(module)
+
+
+def test_no_two_classes_have_one_name():
+    places = defaultdict(list)
+    for module, tree in modules().items():
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef):
+                places[node.name].append(module)
+    assert not {class_name: where for class_name, where in places.items() if len(where) > 1}
+
+
+def bindings(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id, node.lineno
+        elif isinstance(node, ast.arg):
+            yield node.arg, node.lineno
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield node.name, node.lineno
+
+
+@pytest.mark.parametrize("package", ["brewjax", "pallas_kernels"])
+def test_names_are_words_of_the_field(package):
+    bad = [
+        f"{module}:{line} {bound}"
+        for module, tree in modules().items()
+        if module.startswith(package)
+        for bound, line in bindings(tree)
+        if bound.strip("_") in NO_NAMES
+    ]
+    assert not bad
