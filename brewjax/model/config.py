@@ -106,10 +106,10 @@ class ModelConfig(Config):
     head_dim: int = pydantic.Field(gt=0, multiple_of=2)
     d_ff: int = pydantic.Field(gt=0)
     experts: ExpertsConfig | None = None
-    rope_base: float = 10_000.0
+    rope_base: float = pydantic.Field(default=10_000.0, gt=1)
     rope_scaling: RopeScaling | None = None
     max_context: int | None = pydantic.Field(default=None, gt=0)
-    norm_eps: float = 1e-5
+    norm_eps: float = pydantic.Field(default=1e-5, gt=0, lt=1)
     qkv_bias: bool = False
     qk_norm: bool = False
     tie_head: bool = True
