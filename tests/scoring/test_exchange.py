@@ -40,6 +40,8 @@ from tests.tiny import MODEL, params
 
 GOLDENS = Path(__file__).parents[1] / "model" / "goldens"
 WORDS = ["<s>", "</s>", "Yes", "No", *(f"w{number}" for number in range(36))]  # as many as the goldens have tokens
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0] * 4}
+LONGROPE |= {"original_max_position_embeddings": 64}
 CHAT = "{% for message in messages %}<s>{{ message.content }}</s>{% endfor %}"
 
 
@@ -170,27 +172,89 @@ def test_a_wrong_tensor_is_named_with_its_file_and_nothing_is_left(folder, tmp_p
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_a_head_that_is_tied_and_saved_is_left_out(folder, tmp_path):
-    change(folder, "model-00005-of-00005.safetensors", lm_head__weight=np.zeros((40, 24), "f4"))
-    assert "untied_head" not in import_model(str(folder), tmp_path / "model").params
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_head_that_is_tied_and_saved_is_left_out_unless_it_is_another(folder, tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(huggingface, "ROWS", 7)
+    for file in folder.glob("*.safetensors"):
+        save_file({name: x.astype(dtype) for name, x in load_file(file).items()}, file)
+    [embedding] = [x for file in folder.glob("*.safetensors") for name, x in load_file(file).items() if "embed" in name]
+    last, index = "model-00005-of-00005.safetensors", folder / huggingface.INDEX
+    edit(index, weight_map=json.loads(index.read_text())["weight_map"] | {"lm_head.weight": last})
+    change(folder, last, lm_head__weight=embedding)
+    bundle = import_model(str(folder), tmp_path / "tied")
+    assert bundle.model.tie_head
+    assert "untied_head" not in bundle.params
+    other = np.array(embedding)
+    other[39, 23] += 1
+    change(folder, last, lm_head__weight=other)
+    bundle = import_model(str(folder), tmp_path / "untied")
+    assert not bundle.model.tie_head
+    np.testing.assert_array_equal(bundle.params["untied_head"], other)
+
+
+def test_an_index_that_is_not_of_these_files_is_refused(folder, tmp_path):
+    def refused(message: str) -> None:
+        with pytest.raises(CheckpointError, match=message):
+            import_model(str(folder), tmp_path / "model")
+
+    index = folder / huggingface.INDEX
+    weight_map = json.loads(index.read_text())["weight_map"]
+    edit(index, weight_map=weight_map | {"model.norm.weight": "model-00001-of-00005.safetensors"})
+    refused(
+        "json: is stale: tensor model.norm.weight is in model-00001-of-00005.safetensors by it, and is in model-00005"
+    )
+    change(folder, "model-00001-of-00005.safetensors", model__norm__weight=np.ones(24, "f4"))
+    refused("model-00005-of-00005.safetensors: tensor model.norm.weight is in model-00001-of-00005.safetensors too")
+    edit(index, weight_map=None)
+    refused("no weight_map, of a file for each tensor, there")
+    edit(index, weight_map=weight_map)
+    save_file({"model.norm.weight": np.ones(24, "f4")}, folder / huggingface.WEIGHTS)  # as a later training writes it
+    refused("index.json: names other files than model.safetensors, which is there too; delete the stale one")
+    index.write_text("[]")
+    refused("index.json: expected keys and values, found list")
+
+
+def test_an_adapter_beside_the_weights_is_refused(folder, tmp_path):
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"adapter_config.json: an adapter beside the weights is not read; merge"):
+        import_model(str(folder), tmp_path / "model")
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         ({"model_type": "gpt2"}, "config.json: model_type 'gpt2' is none of those known: llama, mistral"),
         ({"hidden_act": "gelu"}, "config.json: hidden_act is 'gelu'; only 'silu' can be computed"),
         ({"attention_bias": True}, "attention_bias is True; only False"),
-        ({"rope_parameters": None, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "RoPE as .*yarn"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, "RoPE of type 'dynamic' cannot be computed"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 0.5}},
+            "rope_scaling.*factor: .* greater than or equal to 1",
+        ),
+        ({"rope_parameters": {"rope_type": "default", "mrope_section": [2, 2]}}, "'default' with mrope_section cannot"),
+        ({"rope_parameters": LONGROPE | {"long_factor": [1.0, 1.0, 1.0, 8.0]}}, "RoPE of type 'longrope' cannot be"),
+        (
+            {"rope_parameters": LONGROPE | {"factor": 8.0}},
+            r"attention_factor of 1.2\d+ with longrope cannot be computed",
+        ),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: heads are turned in full, or not at all"),
+        ({"head_dim": 3}, "head_dim: input should be a multiple of 2, found 3"),
+        ({"rms_norm_eps": 0.0}, "norm_eps: input should be greater than 0, found 0.0"),
+        (
+            {"attention_multiplier": 0.5},
+            "attention_multiplier is 0.5; transformers computes nothing of the kind in a llama",
+        ),
+        ({"sliding_window": 32}, "sliding_window is 32; transformers computes nothing of the kind in a llama"),
+        ({"rope_interleaved": True}, "rope_interleaved is True; only False can be computed"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is .*gptq"),
         ({"hidden_size": 23}, r"config.json: (.|\n)*hidden size \(23\) is not a multiple"),
         ({"hidden_size": 30}, r"embed_tokens.weight is \[40, 24\], its config makes it \[40, 30\](.|\n)*and \d+ more"),
         ({"num_hidden_layers": 1}, r"tensor model.layers.1.input_layernorm.weight \[24\] has no place"),
     ],
 )
-def test_a_config_that_no_family_matches_is_refused(folder, tmp_path, values, said):
+def test_a_config_that_no_family_matches_is_refused(folder, tmp_path, values, message):
     edit(folder / "config.json", **values)
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=f"(?i){message}"):
         import_model(str(folder), tmp_path / "model")
     assert list(tmp_path.iterdir()) == [folder]
 
@@ -362,7 +426,8 @@ def brewjax(*arguments: object) -> str:
 
 
 def test_the_verbs_take_a_model_in_change_it_and_give_it_back(folder, tmp_path):
-    assert "tiny, 11,256 parameters, float32" in brewjax("import", folder, tmp_path / "model", "--name", "tiny")
+    imported = brewjax("import", folder, tmp_path / "model", "--name", "tiny")
+    assert "tiny, 11,256 parameters, float32" in " ".join(imported.split())
     for described in (tmp_path / "model", folder):
         assert "11,256" in brewjax("describe", described)
     brewjax("upcycle", tmp_path / "model", tmp_path / "mixed", "--experts", 3)
