@@ -7,12 +7,11 @@ import dataclasses
 import math
 from typing import Any
 
-import pydantic
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from brewjax.model.config import ExpertsConfig, ModelConfig
-from brewjax.model.loading import CheckpointError, Name
+from brewjax.model.config import ModelConfig
+from brewjax.model.loading import CheckpointError, Name, checked_config
 from brewjax.model.rope import FactorsScaling, LinearScaling, RopeScaling, YarnScaling
 
 LAYER = "model.layers.{}."
@@ -138,37 +137,31 @@ def config_from_hf(values: dict[str, Any], name: str, where: str) -> ModelConfig
             )
     scaling, experts = _rope_scaling(dict(hf.rope_parameters), hf.max_position_embeddings, where), None
     if family.experts:
-        experts = ExpertsConfig(
-            count=getattr(hf, family.experts[0]),
-            per_token=hf.num_experts_per_tok,
-            normalize=getattr(hf, "norm_topk_prob", True),
-            balance=hf.router_aux_loss_coef,
-        )
-    try:
-        return ModelConfig(
-            name=name,
-            vocab_size=hf.vocab_size,
-            d_model=hf.hidden_size,
-            layers=hf.num_hidden_layers,
-            heads=hf.num_attention_heads,
-            kv_heads=hf.num_key_value_heads,
-            head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
-            d_ff=getattr(hf, family.experts[1] if family.experts else "intermediate_size"),
-            experts=experts,
-            rope_base=hf.rope_parameters["rope_theta"],
-            rope_scaling=scaling,
-            max_context=min(hf.max_position_embeddings, _window(hf, where) or hf.max_position_embeddings),
-            norm_eps=hf.rms_norm_eps,
-            qkv_bias=family.qkv_bias,
-            qk_norm=family.qk_norm,
-            tie_head=hf.tie_word_embeddings,
-        )
-    except pydantic.ValidationError as error:
-        problems = (
-            f"{'.'.join(map(str, one['loc']))}: {one['msg'][0].lower() + one['msg'][1:]}, found {one['input']!r}"
-            for one in error.errors()
-        )
-        raise CheckpointError(f"{where}: {'; '.join(problems)}") from None
+        experts = {
+            "count": getattr(hf, family.experts[0]),
+            "per_token": hf.num_experts_per_tok,
+            "normalize": getattr(hf, "norm_topk_prob", True),
+            "balance": hf.router_aux_loss_coef,
+        }
+    return checked_config(
+        where,
+        name=name,
+        vocab_size=hf.vocab_size,
+        d_model=hf.hidden_size,
+        layers=hf.num_hidden_layers,
+        heads=hf.num_attention_heads,
+        kv_heads=hf.num_key_value_heads,
+        head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
+        d_ff=getattr(hf, family.experts[1] if family.experts else "intermediate_size"),
+        experts=experts,
+        rope_base=hf.rope_parameters["rope_theta"],
+        rope_scaling=scaling,
+        max_context=min(hf.max_position_embeddings, _window(hf, where) or hf.max_position_embeddings),
+        norm_eps=hf.rms_norm_eps,
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
+        tie_head=hf.tie_word_embeddings,
+    )
 
 
 def _window(hf: PreTrainedConfig, where: str) -> int | None:

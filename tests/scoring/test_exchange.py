@@ -2,13 +2,11 @@
 
 import hashlib
 import json
-import re
 import shutil
 import subprocess
 import zipfile
 from pathlib import Path
 
-import gguf
 import jax
 import numpy as np
 import pytest
@@ -25,7 +23,6 @@ from brewjax.data.prompt import Prompt, Question
 from brewjax.data.task import load_tasks
 from brewjax.data.tokenizer import Tokenizer
 from brewjax.evaluate.predict import predict
-from brewjax.model import gguf as gguf_module
 from brewjax.model import huggingface
 from brewjax.model.config import ExpertsConfig, ModelConfig
 from brewjax.model.loading import CheckpointError
@@ -34,6 +31,7 @@ from brewjax.scoring import exchange
 from brewjax.scoring.bundle import Bundle
 from brewjax.scoring.exchange import Packaged, export_model, import_model
 from pallas_kernels.segments import Segments
+from tests.model.test_gguf import write_gguf
 from tests.serve.conftest import APPLY
 from tests.tables import write_dataset
 from tests.tiny import MODEL, params
@@ -293,104 +291,6 @@ def test_no_family_has_this_mix(tmp_path):
     model = MODEL.model_copy(update={"qkv_bias": True, "qk_norm": True})
     with pytest.raises(CheckpointError, match=r"model 'tiny': no family of transformers .* has its mix"):
         huggingface.config_to_hf(model)
-
-
-# --- GGUF
-
-
-def write_gguf(path: Path, kind: str = "Q8_0", pre: str = "smollm", **changes: np.ndarray) -> dict[str, np.ndarray]:
-    """A tiny random llama as llama.cpp's converter writes it; returns its weights as transformers has them."""
-    D, H, K, E, F = 32, 4, 2, 8, 64
-    random = np.random.default_rng(0)
-    tokenizer = Tokenizer.of_bytes().hf.backend_tokenizer
-    vocabulary = tokenizer.get_vocab()
-    tokens = [*sorted(vocabulary, key=vocabulary.__getitem__), "Ye", "19"]
-    shapes = {"token_embd": (len(tokens), D), "output_norm": (D,)}
-    layer = {"attn_norm": (D,), "attn_q": (H * E, D), "attn_k": (K * E, D), "attn_v": (K * E, D)}
-    layer |= {"attn_output": (D, H * E), "ffn_norm": (D,), "ffn_gate": (F, D), "ffn_up": (F, D), "ffn_down": (D, F)}
-    shapes |= {f"blk.{number}.{name}": shape for number in range(2) for name, shape in layer.items()}
-    weights = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(128)
-    writer.add_embedding_length(D)
-    writer.add_block_count(2)
-    writer.add_feed_forward_length(F)
-    writer.add_head_count(H)
-    writer.add_head_count_kv(K)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(5e4)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if token.startswith("<|") else 1 for token in tokens])
-    writer.add_token_merges(["Y e", "1 9"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(2)
-    writer.add_add_bos_token(True)
-    for name, values in (weights | changes).items():
-        heads = {"attn_q": H, "attn_k": K}.get(name.split(".")[-1])
-        if heads:  # LlamaModel.permute of llama.cpp's convert_hf_to_gguf.py
-            values = values.reshape(heads, 2, E // 2, D).swapaxes(1, 2).reshape(values.shape)
-        dtype = gguf.GGMLQuantizationType["F32" if values.ndim == 1 else kind]
-        writer.add_tensor(f"{name}.weight", gguf.quantize(values, dtype), raw_dtype=dtype)
-        weights[name] = gguf.dequantize(gguf.quantize(weights.get(name, values), dtype), dtype)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return weights
-
-
-@pytest.mark.parametrize("kind", ["F32", "F16", "Q4_0", "Q4_1", "Q8_0"])
-def test_a_gguf_file_has_the_weights_that_transformers_has(tmp_path, kind):
-    weights = write_gguf(tmp_path / "tiny.gguf", kind)
-    bundle = import_model(str(tmp_path / "tiny.gguf"), tmp_path / "model")
-    assert bundle.model.rope_base == 50_000
-    assert bundle.model.norm_eps == 1e-5
-    export_model(tmp_path / "model", tmp_path / "out")
-    out = load_file(tmp_path / "out" / "model.safetensors")
-    names = huggingface.names_of(bundle.model)
-    theirs = {name.template: names[path].template for path, name in gguf_module.NAMES.items()}
-    for name, values in weights.items():
-        layer = re.sub("[^0-9]", "", name)
-        template = theirs[re.sub("[0-9]", "{}", name) + ".weight"]
-        np.testing.assert_array_equal(out[template.format(layer)], values, err_msg=name)
-
-
-@pytest.mark.parametrize(("pre", "digits"), [("smollm", ["1", "9", "9"]), ("gpt-2", ["19", "9"])])
-def test_a_gguf_file_has_its_tokenizer(tmp_path, pre, digits):
-    write_gguf(tmp_path / "tiny.gguf", pre=pre)
-    tokenizer = gguf_module.GGUFFile(tmp_path / "tiny.gguf").tokenizer()
-    (ids,) = tokenizer.encode(["Yes199<|im_end|>é\n"])
-    assert tokenizer.hf.convert_ids_to_tokens(ids)[:-3] == ["Ye", "s", *digits, "<|im_end|>"]
-    assert tokenizer.hf.decode(ids) == "Yes199<|im_end|>é\n"
-    assert tokenizer.bos == [0]
-    assert tokenizer.hf("s")["input_ids"][0] == 0
-    assert tokenizer.clean("a<|im_end|>b") == "a b"
-
-
-def test_what_cannot_be_read_of_a_gguf_file_is_named(tmp_path):
-    path = tmp_path / "tiny.gguf"
-
-    def refused(said: str) -> None:
-        with pytest.raises(CheckpointError, match=said):
-            import_model(str(path), tmp_path / "model")
-
-    write_gguf(path, pre="qwen2")
-    refused("tiny.gguf: its tokenizer is 'gpt2', split as 'qwen2'; read are 'gpt2'")
-    write_gguf(path, "Q5_1")
-    refused(r"tensor token_embd.weight is Q5_1; only F32, F16, Q4_0, Q4_1, Q8_0 are read")
-    write_gguf(path, "F32", rope_freqs=np.ones(4, np.float32))
-    refused(r"tensor rope_freqs.weight \[4\] has no place")
-    path.write_bytes(path.read_bytes()[:-1000])
-    refused("tiny.gguf: not a whole GGUF file")
-    path.write_bytes(b"not one")
-    refused("tiny.gguf: not a whole GGUF file")
-    writer = gguf.GGUFWriter(path, "gemma3")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    refused("its architecture is 'gemma3'; of GGUF files, only 'llama' is read")
 
 
 # --- models in packages
