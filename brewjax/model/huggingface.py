@@ -145,9 +145,20 @@ def write(folder: Path, config: ModelConfig, params: Params, tokens: dict[str, i
     weight_map: dict[str, str] = {}
     for number, tensors in enumerate(files, 1):
         file = WEIGHTS if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
-        arrays = {tensor: name.to_theirs(np.asarray(leaf[index])) for tensor, (name, leaf, index) in tensors.items()}
+        arrays = {tensor: name.to_theirs(_entry(leaf, index)) for tensor, (name, leaf, index) in tensors.items()}
         save_file(arrays, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(arrays, file)
     if len(files) > 1:
         index_file = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index_file, indent=2) + "\n")
+
+
+def _entry(stack: jax.Array, index: tuple[int, ...]) -> np.ndarray:
+    """One tensor of a parameter, from the devices that hold its parts: the host never holds the whole stack."""
+    depth, entry = len(index), np.empty(stack.shape[len(index) :], stack.dtype)
+    for shard in stack.addressable_shards:
+        ranges = [range(size)[place] for size, place in zip(stack.shape, shard.index, strict=True)]
+        if shard.replica_id == 0 and all(at in of for at, of in zip(index, ranges[:depth], strict=True)):
+            own = tuple(of.index(at) for at, of in zip(index, ranges[:depth], strict=True))
+            entry[shard.index[depth:]] = np.asarray(shard.data[own])
+    return entry
