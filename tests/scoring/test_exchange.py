@@ -47,7 +47,7 @@ def hf_tokenizer(words: list[str] = WORDS) -> transformers.PreTrainedTokenizerFa
     model = tokenizers.Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="w0"))
     model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=model, bos_token="<s>", eos_token="</s>", chat_template=CHAT
+        tokenizer_object=model, bos_token="<s>", eos_token="</s>", chat_template=CHAT, add_bos_token=True
     )
 
 
@@ -118,7 +118,7 @@ def test_a_tokenizer_is_read_as_its_file_says_and_where_transformers_would_not_i
     export_model(tmp_path / "model", tmp_path / "out")
     assert "open the tokenizer with PreTrainedTokenizerFast.from_pretrained" in capsys.readouterr().out
     again = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
-    assert again("w1 w2")["input_ids"] == [5, 6]
+    assert again("w1 w2")["input_ids"] == [0, 5, 6]
 
 
 def test_a_dtype_is_chosen(folder, tmp_path):
