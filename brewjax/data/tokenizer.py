@@ -23,6 +23,7 @@ CHAT_TEMPLATE = (
 )
 REMEMBERED = 1 << 17  # texts,
 LONGEST_REMEMBERED = 1_000  # of at most so many characters
+BEGINS = "begins_with_bos"  # in a tokenizer_config.json: transformers drops its own add_bos_token
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -92,8 +93,13 @@ class Tokenizer:
     @property
     def bos(self) -> list[int]:
         """The tokens that a sequence begins with: one or none."""
-        none = self.hf.bos_token_id is None or self.hf.init_kwargs.get("add_bos_token") is False
+        none = self.hf.bos_token_id is None or not self.hf.init_kwargs.get(BEGINS, True)
         return [] if none else [self.hf.bos_token_id]
+
+    def follow_own_bos(self) -> None:
+        """From now on, and when it is saved, sequences begin with that token only if the tokenizer of a model of others
+        puts it there itself; many only have it."""
+        self.hf.init_kwargs[BEGINS] = self.hf.bos_token_id in self.hf("")["input_ids"]
 
     def begin(self, ids: list[int]) -> list[int]:
         """These ids with what a sequence begins with in front, unless it is there: a chat template may have said it."""

@@ -148,8 +148,7 @@ def _read(path: Path, name: str, dtype: Dtype | None) -> Bundle:
         tokenizer.check_pieces(pieces)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    if tokenizer.hf.bos_token_id not in tokenizer.hf("")["input_ids"]:
-        tokenizer.hf.init_kwargs["add_bos_token"] = False  # which is saved: it has one, but begins nothing with it
+    tokenizer.follow_own_bos()
     return Bundle(config, read_params(config, _mesh(config).build()), tokenizer, prompts)
 
 

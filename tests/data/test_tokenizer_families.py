@@ -9,6 +9,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from brewjax.data.chat import ChatTemplate, chat_parts
 from brewjax.data.prompt import Prompt, Question
 from brewjax.data.tokenizer import Tokenizer
 from brewjax.data.tokens import encode, encode_text
@@ -89,8 +90,7 @@ def folder(request, tmp_path) -> Path:
 
 def test_pieces_joined_are_the_tokens_of_the_whole_text(folder):
     ours, theirs = Tokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
-    if ours.hf.bos_token_id not in ours.hf("")["input_ids"]:
-        ours.hf.init_kwargs["add_bos_token"] = False  # as an import has it
+    ours.follow_own_bos()
     encoded = encode(PROMPT, ours, "dense")
     for number, question in enumerate(PROMPT.questions):
         whole = "".join([PROMPT.center, *PROMPT.events, question.text, PROMPT.labels[question.label]])
@@ -98,6 +98,26 @@ def test_pieces_joined_are_the_tokens_of_the_whole_text(folder):
         assert list(itertools.chain(*pieces)) == theirs(whole)["input_ids"]
     assert [ours.hf.convert_ids_to_tokens(label) for label in encoded.labels] == ["Yes", "No"]
     assert encode_text("Nurse Yes", ours).tokens == [*theirs("Nurse Yes")["input_ids"], *ours.eos]
+
+
+LLAMA2 = """\
+{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]\
+{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}{% else %}{{ raise_exception('no system') }}{% endif %}\
+{% endfor %}"""
+
+
+@pytest.mark.parametrize("family", ["Llama 2", "Mistral", "Mixtral"])
+def test_an_answer_in_a_chat_is_the_token_that_the_assistant_says_there(family):
+    backend, _ = FAMILIES[family]
+    hf = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", chat_template=LLAMA2)
+    chat = chat_parts(Tokenizer(hf), ChatTemplate())
+    labels = (f"{chat.answer}Yes", f"{chat.answer}No")
+    prompt = Prompt(f"{chat.begin}Predict.{chat.user}", (), (Question(f"Nurse{chat.assistant}"),), labels)
+    encoded = encode(prompt, Tokenizer(hf), "dense")
+    turns = [{"role": "user", "content": "Predict.\n\nNurse"}, {"role": "assistant", "content": "Yes"}]
+    whole = hf.apply_chat_template(turns)["input_ids"]
+    assert [*encoded.pieces[0], *encoded.questions[0], encoded.labels[0], *Tokenizer(hf).eos] == whole
+    assert hf.convert_ids_to_tokens(encoded.labels) == ["▁Yes", "▁No"]
 
 
 @pytest.mark.parametrize(

@@ -264,6 +264,29 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(folder, tmp_path, monk
         import_model(str(folder), tmp_path / "model")
 
 
+def test_a_tokenizer_that_cannot_be_asked_is_refused_before_the_weights_are_read(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface, "load", None)
+
+    def refused(message: str) -> None:
+        with pytest.raises(CheckpointError, match=f"smollm2-0.1B: {message}"):
+            import_model(str(folder), tmp_path / "model")
+
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
+    refused("its chat template cannot say the turns of user, assistant, user: no")
+    (folder / "chat_template.jinja").write_text(CHAT + "<think>")
+    refused("its chat template lets the assistant think")
+    (folder / "chat_template.jinja").write_text(CHAT)
+    edit(folder / "tokenizer.json", pre_tokenizer=None)  # a text is one word
+    refused("this tokenizer cannot be asked piece by piece: ")
+
+
+def test_a_sequence_begins_as_its_tokenizer_begins_it(folder, tmp_path):
+    assert import_model(str(folder), tmp_path / "one").tokenizer.bos == [0]
+    edit(folder / "tokenizer.json", post_processor=None)  # it has a token for that, and does not use it
+    import_model(str(folder), tmp_path / "other")
+    assert Bundle.load(tmp_path / "other").tokenizer.bos == []
+
+
 def test_files_that_are_not_there_or_not_whole_are_named(folder, tmp_path):
     whole = (folder / "model-00002-of-00005.safetensors").read_bytes()
     (folder / "model-00002-of-00005.safetensors").write_bytes(whole[:-100])
