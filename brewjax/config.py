@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Annotated, Any, NamedTuple, Self, TypeVar
 
 import pydantic
 import yaml
@@ -15,6 +15,7 @@ from brewjax.paths import write_text
 
 C = TypeVar("C", bound="Config")
 Location = tuple[str | int, ...]
+Seed = Annotated[int, pydantic.Field(ge=0, lt=1 << 32)]  # what both NumPy and JAX take
 
 
 class ConfigError(ValueError):
@@ -22,9 +23,9 @@ class ConfigError(ValueError):
 
 
 class Config(pydantic.BaseModel):
-    """Base of every config: frozen, and unknown keys are refused with the nearest valid one."""
+    """Base of every config: frozen. Unknown keys are refused, with the nearest valid one; so are NaN and infinity."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     _file: _File | None = pydantic.PrivateAttr(default=None)
     _location: Location = pydantic.PrivateAttr(default=())

@@ -14,9 +14,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from brewjax.data.tokens import EncodedPrompt
 from brewjax.model.config import ModelConfig
-from brewjax.model.decoder import Layer, rotary
+from brewjax.model.decoder import Layer
 from brewjax.model.experts import route
 from brewjax.model.params import Params, bind
+from brewjax.model.rope import rotary
 from brewjax.model.sharding import ROWS, Sharding, row_ways
 from brewjax.scoring.buckets import STEP, plan_passes
 from brewjax.scoring.passes import Bucket, lay_out

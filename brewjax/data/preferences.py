@@ -10,7 +10,7 @@ import numpy as np
 import pydantic
 from rich.progress import track
 
-from brewjax.config import Config
+from brewjax.config import Config, Seed
 from brewjax.data.dataset import Attribute
 from brewjax.data.examples import Example, sample_examples
 from brewjax.data.styles import PromptConfig
@@ -36,7 +36,7 @@ class AlignConfig(Config):
     lists: int = pydantic.Field(default=2, gt=0)
     notes: float = pydantic.Field(default=0.25, ge=0, le=1)
     max_examples: int | None = pydantic.Field(default=None, gt=0)
-    seed: int = 0
+    seed: Seed = 0
 
 
 class Contrast(NamedTuple):

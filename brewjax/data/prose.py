@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pydantic
 
-from brewjax.config import Config
+from brewjax.config import Config, Seed
 from brewjax.data.styles import SECTIONED
 from brewjax.data.tokenizer import Tokenizer
 from brewjax.data.tokens import Text, encode_text
@@ -32,7 +32,7 @@ class PretrainConfig(Config):
     passes: int = pydantic.Field(default=1, gt=0)
     general: str | None = None
     general_share: float = pydantic.Field(default=0.25, gt=0, lt=1)
-    seed: int = 0
+    seed: Seed = 0
 
 
 def domain_texts(verbalizer: Verbalizer, until: int, config: PretrainConfig) -> Iterator[tuple[str, Note]]:

@@ -11,7 +11,7 @@ import numpy as np
 import pydantic
 from rich.progress import track
 
-from brewjax.config import Config
+from brewjax.config import Config, Seed
 from brewjax.data.examples import Choice, Example, sample_examples
 from brewjax.data.loader import MixConfig
 from brewjax.data.styles import PromptConfig
@@ -41,7 +41,7 @@ class SftConfig(Config):
     candidates: int = pydantic.Field(default=4, ge=2)
     loss_weights: dict[str, pydantic.PositiveFloat] = {}
     mix: MixConfig = MixConfig()
-    seed: int = 0
+    seed: Seed = 0
 
 
 def sft_records(

@@ -6,30 +6,10 @@ from typing import Literal
 
 import pydantic
 
-from brewjax.config import Config
+from brewjax.config import Config, Location
+from brewjax.model.rope import FactorsScaling, RopeScaling
 
 Dtype = Literal["float32", "bfloat16"]
-
-
-class RopeScaling(Config):
-    """Llama 3.1's: angles that turn slowly turn slower by `factor`, so that a model reads longer rows than it began on.
-
-    Attributes:
-      low, high: angles that turn less than `low` times in `original_length` tokens are slowed in full, those that
-        turn more than `high` times not at all; between them by degrees.
-      original_length: tokens in the rows that the model was first trained on.
-    """
-
-    factor: float = pydantic.Field(ge=1)
-    low: float = pydantic.Field(default=1.0, gt=0)
-    high: float = pydantic.Field(default=4.0, gt=0)
-    original_length: int = pydantic.Field(default=8192, gt=0)
-
-    @pydantic.model_validator(mode="after")
-    def _ordered(self) -> RopeScaling:
-        if self.low >= self.high:
-            raise ValueError(f"low ({self.low}) must be less than high ({self.high})")
-        return self
 
 
 class ExpertsConfig(Config):
@@ -85,7 +65,7 @@ class ModelConfig(Config):
     Attributes:
       vocab_size: 0 takes the tokenizer's.
       d_ff: neurons of an MLP, or of one expert.
-      rope_base: base of the rotary position angles (Su et al. 2021).
+      rope_base, rope_scaling: base of the rotary position angles, and how they are slowed (see `brewjax.model.rope`).
       max_context: tokens that a prompt and one question may have; longer ones are refused, not cut. What the model's
         positions were trained for, or its sliding window where that is less: windows are not computed.
       qkv_bias: queries, keys and values have biases (Qwen2).
@@ -106,10 +86,10 @@ class ModelConfig(Config):
     head_dim: int = pydantic.Field(gt=0, multiple_of=2)
     d_ff: int = pydantic.Field(gt=0)
     experts: ExpertsConfig | None = None
-    rope_base: float = 10_000.0
+    rope_base: float = pydantic.Field(default=10_000.0, gt=1)
     rope_scaling: RopeScaling | None = None
     max_context: int | None = pydantic.Field(default=None, gt=0)
-    norm_eps: float = 1e-5
+    norm_eps: float = pydantic.Field(default=1e-5, gt=0, lt=1)
     qkv_bias: bool = False
     qk_norm: bool = False
     tie_head: bool = True
@@ -124,6 +104,18 @@ class ModelConfig(Config):
         if self.heads % self.kv_heads:
             raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
         return self
+
+    @pydantic.model_validator(mode="after")
+    def _factor_for_each_angle(self) -> ModelConfig:
+        scaling, angles = self.rope_scaling, self.head_dim // 2
+        if isinstance(scaling, FactorsScaling) and len(scaling.factors) != angles:
+            raise ValueError(f"rope_scaling.factors: {len(scaling.factors)} of them, but a head has {angles} angles")
+        return self
+
+    @classmethod
+    def place(cls, location: Location) -> Location:
+        """Without the type of the scaling, which pydantic puts behind its name."""
+        return location[:1] + location[2:] if location[:1] == ("rope_scaling",) else location
 
     def check_context(self, tokens: int, what: str) -> None:
         """ValueError where `what` has more tokens than this model reads."""

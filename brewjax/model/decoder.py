@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from brewjax.model.config import ModelConfig
 from brewjax.model.experts import Experts
+from brewjax.model.rope import rotary, rotate
 from brewjax.model.sharding import FSDP_TENSOR, Sharding
 from brewjax.model.weights import Matrix, Weight, gathered, matrix, product, random_weight
 from pallas_kernels.attention import attention
@@ -259,24 +259,6 @@ class Decoder(nnx.Module):
             precision=jax.lax.Precision.HIGHEST,
         )
         return logits.astype(self.config.head.logits).astype(jnp.float32)
-
-
-def rotary(positions: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T 1 E"]:
-    """Angles' cosines, then sines, float32, to turn each half of a head against the other."""
-    frequencies = config.rope_base ** (-jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
-    if scaling := config.rope_scaling:
-        turns = scaling.original_length * frequencies / (2 * math.pi)
-        kept = jnp.clip((turns - scaling.low) / (scaling.high - scaling.low), 0, 1)
-        frequencies *= kept + (1 - kept) / scaling.factor
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
-
-
-def rotate(x: Float[Array, "B T H E"], rotation: Float[Array, "B T 1 E"]) -> Float[Array, "B T H E"]:
-    """Rotary position embedding in the half-split layout that Hugging Face's Llama has."""
-    cos, sin = jnp.split(rotation, 2, -1)
-    first, second = jnp.split(x.astype(jnp.float32), 2, -1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
 
 
 def _read(sharding: Sharding, past: Past, layer: Array) -> KeysValues:

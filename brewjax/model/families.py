@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import math
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from brewjax.model.config import ExpertsConfig, ModelConfig, RopeScaling
-from brewjax.model.loading import CheckpointError, Name
+from brewjax.model.config import ModelConfig
+from brewjax.model.loading import CheckpointError, Name, checked_config
+from brewjax.model.rope import FactorsScaling, LinearScaling, RopeScaling, YarnScaling
 
 LAYER = "model.layers.{}."
 NAMES = {
@@ -86,60 +89,152 @@ ONLY = {
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
     "quantization_config": None,
+    "rope_interleaved": False,
+    "pruned_heads": {},
+    "add_cross_attention": False,
+    "is_encoder_decoder": False,
 }
-ROPE_TYPES = ("default", "llama3")
+# Keys of a config that change nothing of what is computed, beside those of the family that it is of.
+UNREAD = """
+    _attn_implementation _attn_implementation_autoset _flash_attn_2_enabled _name_or_path architectures
+    attn_implementation auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward cls_token_id
+    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype early_stopping
+    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
+    forced_eos_token_id id2label is_decoder is_llama_config label2id length_penalty max_length max_sequence_length
+    min_length model_type no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions
+    output_hidden_states output_scores pad_token_id prefix problem_type remove_invalid_values
+    repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature
+    tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
+    transformers_version typical_p unsloth_fixed unsloth_training_type unsloth_version use_bfloat16
+"""
+WITHOUT_EFFECT = frozenset(UNREAD.split())
+ROPE = {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings"}
 LONGEST = 131_072  # positions that an exported config names where the model's names none
 
 
 def config_from_hf(values: dict[str, Any], name: str, where: str) -> ModelConfig:
-    """The `ModelConfig` of a parsed config.json; CheckpointError, beginning with `where`, if no family matches."""
-    family = FAMILIES.get(values.get("model_type", ""))
+    """The `ModelConfig` of a parsed config.json.
+
+    Every key is computed, or known to change nothing; CheckpointError, beginning with `where`, names one that is
+    neither.
+    """
+    family = FAMILIES.get(str(values.get("model_type")))
     if family is None:
         known = ", ".join(FAMILIES)
         raise CheckpointError(f"{where}: model_type {values.get('model_type')!r} is none of those known: {known}")
     try:
-        hf = CONFIG_MAPPING[values["model_type"]].from_dict(values)  # with the family's own defaults
-    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+        hf = CONFIG_MAPPING[values["model_type"]].from_dict(copy.deepcopy(values))  # with the family's own defaults
+    except (StrictDataclassError, ValueError, TypeError, KeyError, ArithmeticError) as error:
         raise CheckpointError(f"{where}: {error}") from None
     for key, wanted in ONLY.items():
         if getattr(hf, key, wanted) != wanted:
             raise CheckpointError(f"{where}: {key} is {getattr(hf, key)!r}; only {wanted!r} can be computed")
-    rope = hf.rope_parameters
-    if rope["rope_type"] not in ROPE_TYPES or rope.get("partial_rotary_factor", 1) != 1:
-        raise CheckpointError(f"{where}: RoPE as {rope} cannot be computed, only {' and '.join(ROPE_TYPES)}, in full")
-    experts = None
+    of_family = {*type(hf)().to_dict(), *type(hf).attribute_map, "head_dim"}
+    for key, value in values.items():
+        if value is not None and key not in of_family | ROPE | WITHOUT_EFFECT | ONLY.keys():
+            raise CheckpointError(
+                f"{where}: {key} is {value!r}; transformers computes nothing of the kind in a {values['model_type']}, "
+                f"and nor does brewjax. Take the key out if it changes nothing"
+            )
+    try:
+        scaling = _rope_scaling(dict(hf.rope_parameters), hf.max_position_embeddings, where)
+    except (ArithmeticError, TypeError) as error:
+        raise CheckpointError(f"{where}: RoPE as {hf.rope_parameters} cannot be computed: {error}") from None
+    experts, head_dim = None, getattr(hf, "head_dim", None)
     if family.experts:
-        experts = ExpertsConfig(
-            count=getattr(hf, family.experts[0]),
-            per_token=hf.num_experts_per_tok,
-            normalize=getattr(hf, "norm_topk_prob", True),
-            balance=hf.router_aux_loss_coef,
-        )
-    return ModelConfig(
+        experts = {
+            "count": getattr(hf, family.experts[0]),
+            "per_token": hf.num_experts_per_tok,
+            "normalize": getattr(hf, "norm_topk_prob", True),
+            "balance": hf.router_aux_loss_coef,
+        }
+    return checked_config(
+        where,
         name=name,
         vocab_size=hf.vocab_size,
         d_model=hf.hidden_size,
         layers=hf.num_hidden_layers,
         heads=hf.num_attention_heads,
         kv_heads=hf.num_key_value_heads,
-        head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
+        head_dim=hf.hidden_size // hf.num_attention_heads if head_dim is None else head_dim,
         d_ff=getattr(hf, family.experts[1] if family.experts else "intermediate_size"),
         experts=experts,
-        rope_base=rope["rope_theta"],
-        rope_scaling=RopeScaling(
-            factor=rope["factor"],
-            low=rope["low_freq_factor"],
-            high=rope["high_freq_factor"],
-            original_length=rope["original_max_position_embeddings"],
-        )
-        if rope["rope_type"] == "llama3"
-        else None,
-        max_context=min(hf.max_position_embeddings, getattr(hf, "sliding_window", None) or hf.max_position_embeddings),
+        rope_base=hf.rope_parameters["rope_theta"],
+        rope_scaling=scaling,
+        max_context=min(hf.max_position_embeddings, _window(hf, where) or hf.max_position_embeddings),
         norm_eps=hf.rms_norm_eps,
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
         tie_head=hf.tie_word_embeddings,
     )
+
+
+def _window(hf: PreTrainedConfig, where: str) -> int | None:
+    """Tokens that the layer with the shortest window sees; None where all see everything."""
+    kinds = set(getattr(hf, "layer_types", None) or ["sliding_attention"])
+    if kinds - {"full_attention", "sliding_attention"}:
+        raise CheckpointError(f"{where}: layer_types has {', '.join(sorted(kinds))}; only full and sliding are known")
+    return getattr(hf, "sliding_window", None) if "sliding_attention" in kinds else None
+
+
+def _rope_scaling(rope: dict[str, Any], positions: int, where: str) -> Any:
+    """What `RopeScaling` is made of, from transformers' `rope_parameters` (its modeling_rope_utils.py)."""
+    take, kind = rope.pop, rope.pop("rope_type", None)
+    for key in ("type", "rope_theta"):
+        take(key, None)
+    if take("partial_rotary_factor", 1) not in (1, None):
+        raise CheckpointError(f"{where}: partial_rotary_factor: heads are turned in full, or not at all")
+    original, scaling = take("original_max_position_embeddings", None), None
+    if kind == "linear":
+        scaling = {"type": kind, "factor": take("factor")}
+    elif kind == "llama3":
+        scaling = {"type": kind, "factor": take("factor"), "original_length": original}
+        scaling |= {"low": take("low_freq_factor"), "high": take("high_freq_factor")}
+    elif kind == "yarn":
+        factor = take("factor", None) or positions / original
+        attention, scales = take("attention_factor", None), (take("mscale", None), take("mscale_all_dim", None))
+        if attention is None and all(scales):
+            up, down = (0.1 * scale * math.log(factor) + 1 for scale in scales)
+            attention = up / down
+        scaling = {"type": kind, "factor": factor, "original_length": original, "attention": attention}
+        scaling |= {"fast": take("beta_fast", None) or 32, "slow": take("beta_slow", None) or 1}
+        scaling["truncate"] = take("truncate", True)
+    elif kind == "longrope" and rope.get("short_factor") == rope.get("long_factor"):
+        factor = take("factor", None) or positions / original
+        attention = take("attention_factor", None) or math.sqrt(1 + math.log(max(factor, 1)) / math.log(original))
+        if attention != 1:
+            raise CheckpointError(f"{where}: an attention_factor of {attention} with longrope cannot be computed")
+        scaling = {"type": "factors", "factors": take("short_factor")}
+        take("long_factor")
+    elif kind != "default":
+        known = "default, linear, llama3, yarn, and longrope where its short_factor is its long_factor"
+        raise CheckpointError(f"{where}: RoPE of type {kind!r} cannot be computed; known: {known}")
+    if others := [key for key, value in rope.items() if value is not None]:
+        raise CheckpointError(f"{where}: RoPE of type {kind!r} with {', '.join(others)} cannot be computed")
+    return scaling
+
+
+def _rope_to_hf(scaling: RopeScaling, positions: int) -> dict[str, Any]:
+    """The inverse of `_rope_scaling`."""
+    match scaling:
+        case LinearScaling():
+            return {"rope_type": "linear", "factor": scaling.factor}
+        case YarnScaling():
+            values = {"rope_type": "yarn", "factor": scaling.factor, "beta_fast": scaling.fast}
+            values |= {"beta_slow": scaling.slow, "truncate": scaling.truncate}
+            values |= {"original_max_position_embeddings": scaling.original_length}
+            return values | ({"attention_factor": scaling.attention} if scaling.attention else {})
+        case FactorsScaling():
+            values = {"rope_type": "longrope", "factor": 1.0, "attention_factor": 1.0}
+            values["original_max_position_embeddings"] = positions
+            return values | {key: list(scaling.factors) for key in ("short_factor", "long_factor")}
+    return {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low,
+        "high_freq_factor": scaling.high,
+        "original_max_position_embeddings": scaling.original_length,
+    }
 
 
 def family_of(config: ModelConfig) -> str:
@@ -184,13 +279,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         "torch_dtype": config.param_dtype,
     }
     if scaling := config.rope_scaling:
-        values["rope_scaling"] = {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low,
-            "high_freq_factor": scaling.high,
-            "original_max_position_embeddings": scaling.original_length,
-        }
+        values["rope_scaling"] = _rope_to_hf(scaling, config.max_context or LONGEST)
     if config.experts and family.experts:
         values |= {
             family.experts[0]: config.experts.count,

@@ -35,7 +35,7 @@ class Sampling(Config):
       top_k: only the k likeliest tokens may be drawn; 0: all.
     """
 
-    temperature: float = pydantic.Field(default=0.0, ge=0, allow_inf_nan=False)
+    temperature: float = pydantic.Field(default=0.0, ge=0)
     top_k: int = pydantic.Field(default=0, ge=0)
 
 

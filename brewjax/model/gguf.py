@@ -1,22 +1,22 @@
-"""llama.cpp's files (GGUF) of the llama architecture: weights, dequantised into sharded parameters, and tokenizer."""
+"""llama.cpp's files (GGUF) of the Llama families: weights, dequantised into sharded parameters, and tokenizer."""
 
 from __future__ import annotations
 
 import functools
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
 import tokenizers
 from jax.sharding import Mesh
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from brewjax.data.tokenizer import Tokenizer
 from brewjax.model.config import ModelConfig
-from brewjax.model.loading import CheckpointError, Name, Stored, load
+from brewjax.model.loading import CheckpointError, Name, Stored, checked_config, load
 from brewjax.model.params import Params
 
 LAYER = "blk.{}."
@@ -26,6 +26,11 @@ NAMES = {
     "layers/query": Name(LAYER + "attn_q.weight", 1),
     "layers/key": Name(LAYER + "attn_k.weight", 1),
     "layers/value": Name(LAYER + "attn_v.weight", 1),
+    "layers/query_bias": Name(LAYER + "attn_q.bias"),
+    "layers/key_bias": Name(LAYER + "attn_k.bias"),
+    "layers/value_bias": Name(LAYER + "attn_v.bias"),
+    "layers/query_norm/scale": Name(LAYER + "attn_q_norm.weight"),
+    "layers/key_norm/scale": Name(LAYER + "attn_k_norm.weight"),
     "layers/output": Name(LAYER + "attn_output.weight", 2),
     "layers/mlp_norm/scale": Name(LAYER + "ffn_norm.weight"),
     "layers/gate": Name(LAYER + "ffn_gate.weight", 1),
@@ -34,12 +39,17 @@ NAMES = {
     "norm/scale": Name("output_norm.weight"),
     "untied_head": Name("output.weight", None),
 }
-TYPES = ("F32", "F16", "Q4_0", "Q4_1", "Q8_0")
+FACTORS = "rope_freqs.weight"  # by which each angle turns slower
+TYPES = (
+    *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL"),
+    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS", "MXFP4", "TQ1_0", "TQ2_0"),
+)
 CONTROL, USER_DEFINED = 3, 4  # kinds of tokens that are found in a text before it is split
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 # How a text is split before bytes are merged, by tokenizer.ggml.pre; the last step is always bytes.
 SPLITS: dict[str, list] = {
     "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
@@ -54,6 +64,61 @@ SPLITS: dict[str, list] = {
 }
 
 
+SPLITS["qwen2"] = SPLITS["deepseek-r1-qwen"] = [
+    pre_tokenizers.Split(Regex(QWEN2), "isolated"),
+    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+]
+NORMALIZED = ("qwen2", "deepseek-r1-qwen")  # to NFC, before
+
+
+class Architecture(NamedTuple):
+    """What `general.architecture` says of a model.
+
+    Attributes:
+      side_by_side: the two numbers that an angle turns lie next to each other in queries and keys, and not in halves.
+    """
+
+    side_by_side: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+
+ARCHITECTURES = {
+    "llama": Architecture(side_by_side=True),
+    "qwen2": Architecture(qkv_bias=True),
+    "qwen3": Architecture(qk_norm=True),
+}
+# Keys behind the architecture's name that the config is made of,
+COMPUTED = """
+    context_length embedding_length block_count feed_forward_length vocab_size attention.head_count
+    attention.head_count_kv attention.key_length attention.layer_norm_rms_epsilon attention.sliding_window
+    rope.freq_base rope.scaling.type rope.scaling.factor rope.scaling.original_context_length rope.scale_linear
+    rope.scaling.yarn_beta_fast rope.scaling.yarn_beta_slow
+""".split()  # noqa: SIM905
+# keys that are computed with one value only ("head_dim" stands for the model's),
+ONLY: dict[str, Any] = {
+    "attention.causal": True,
+    "attention.value_length": "head_dim",
+    "rope.dimension_count": "head_dim",
+    "rope.scaling.attn_factor": 1,
+    "rope.scaling.yarn_attn_factor": 1,
+    "rope.scaling.yarn_ext_factor": 1,
+    "rope.scaling.yarn_log_multiplier": 0,
+    "expert_count": 0,
+    "expert_used_count": 0,
+    "tokenizer.ggml.add_space_prefix": False,
+    "tokenizer.ggml.remove_extra_whitespaces": False,
+    "general.type": "model",
+    "split.count": 1,
+}
+# and keys without effect. Any other is refused.
+WITHOUT_EFFECT = re.compile(
+    r"general\.|GGUF\.|split\.(no|tensors\.count)$|quantize\.|.*\.rope\.scaling\.finetuned$|tokenizer\.huggingface\.json$"
+    r"|tokenizer\.chat_templates?(\.|$)|tokenizer\.ggml\.(model|pre|tokens|token_type|token_type_count|scores|merges)$"
+    r"|tokenizer\.ggml\.(\w+_token_id|add_bos_token|add_eos_token|add_sep_token)$"
+)
+
+
 class GGUFFile:
     """An open file; CheckpointError names what is wrong with it."""
 
@@ -63,34 +128,84 @@ class GGUFFile:
             self._reader = gguf.GGUFReader(path)
         except (ValueError, IndexError) as error:
             raise CheckpointError(f"{path}: not a whole GGUF file: {error}") from None
-        if (architecture := self._value("general.architecture")) != "llama":
-            raise CheckpointError(f"{path}: its architecture is {architecture!r}; of GGUF files, only 'llama' is read")
+        self._name = self._value("general.architecture")
+        if self._name not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            raise CheckpointError(
+                f"{path}: its architecture is {self._name!r}; of GGUF files those of {known} are read"
+            )
+        self._architecture = ARCHITECTURES[self._name]
 
     def config(self, name: str) -> ModelConfig:
         """The model; its weights are float32."""
-        value = functools.partial(self._value, prefix="llama.")
-        heads, d_model = value("attention.head_count"), value("embedding_length")
+        value = functools.partial(self._value, prefix=f"{self._name}.")
+        heads, d_model, context = value("attention.head_count"), value("embedding_length"), value("context_length")
         tensors = {tensor.name: tensor for tensor in self._reader.tensors}
         if "token_embd.weight" not in tensors:
             raise CheckpointError(f"{self._path}: tensor token_embd.weight is missing")
-        return ModelConfig(
+        config = checked_config(
+            str(self._path),
             name=name,
             vocab_size=int(tensors["token_embd.weight"].shape[1]),
             d_model=d_model,
             layers=value("block_count"),
             heads=heads,
             kv_heads=value("attention.head_count_kv", heads),
-            head_dim=value("rope.dimension_count", d_model // heads),
+            head_dim=value("attention.key_length", d_model // heads if isinstance(heads, int) and heads else 0),
             d_ff=value("feed_forward_length"),
             rope_base=value("rope.freq_base", 10_000.0),
-            max_context=value("context_length"),
+            rope_scaling=self._rope_scaling(tensors.get(FACTORS)),
+            max_context=min(context, value("attention.sliding_window", 0) or context),
             norm_eps=round(value("attention.layer_norm_rms_epsilon"), 12),  # 1e-5 as float32 is 9.999999747e-06
+            qkv_bias=self._architecture.qkv_bias,
+            qk_norm=self._architecture.qk_norm,
             tie_head="output.weight" not in tensors,
         )
+        self._check_keys(config)
+        return config
+
+    def _check_keys(self, config: ModelConfig) -> None:
+        """Refuses a key that asks for something else than what is computed."""
+        if (said := self._value(f"{self._name}.vocab_size", config.vocab_size)) != config.vocab_size:
+            raise CheckpointError(
+                f"{self._path}: {self._name}.vocab_size is {said}, but token_embd.weight has {config.vocab_size} rows"
+            )
+        for key, field in self._reader.fields.items():
+            own = key.removeprefix(f"{self._name}.")
+            if own in ONLY:
+                wanted, value = ONLY[own], field.contents()
+                wanted = config.head_dim if wanted == "head_dim" else wanted
+                if value != wanted:
+                    raise CheckpointError(f"{self._path}: {key} is {value!r}; only {wanted!r} can be computed")
+            elif not (own in COMPUTED and own != key) and not WITHOUT_EFFECT.match(key):
+                raise CheckpointError(f"{self._path}: {key} is {field.contents()!r}, which is not known here")
+
+    def _rope_scaling(self, factors: gguf.ReaderTensor | None) -> dict[str, Any] | None:
+        """As llama.cpp reads it: a factor without a type is linear."""
+        value = functools.partial(self._value, prefix=f"{self._name}.rope.")
+        factor = value("scaling.factor", 0) or value("scale_linear", 0) or 1
+        kind = value("scaling.type", "linear")
+        scaling = None
+        if kind == "yarn":
+            original = value("scaling.original_context_length", self._value(f"{self._name}.context_length"))
+            scaling = {"type": kind, "factor": factor, "original_length": original}
+            scaling |= {"fast": value("scaling.yarn_beta_fast", 32.0), "slow": value("scaling.yarn_beta_slow", 1.0)}
+        elif kind == "linear":
+            scaling = {"type": kind, "factor": factor} if factor != 1 else None
+        elif kind != "none":
+            raise CheckpointError(
+                f"{self._path}: {self._name}.rope.scaling.type is {kind!r}; none, linear and yarn can be computed"
+            )
+        if factors is None:
+            return scaling
+        if scaling:
+            raise CheckpointError(f"{self._path}: both {FACTORS} and rope.scaling.type {kind} cannot be computed")
+        of_angles = gguf.dequantize(factors.data, factors.tensor_type).ravel().tolist()
+        return {"type": "factors", "factors": of_angles} if set(of_angles) != {1.0} else None
 
     def params(self, config: ModelConfig, mesh: Mesh) -> Params:
         """The weights, dequantised, in `config.param_dtype`, over `mesh`."""
-        heads = {"attn_q": config.heads, "attn_k": config.kv_heads}
+        heads = {"attn_q": config.heads, "attn_k": config.kv_heads} if self._architecture.side_by_side else {}
         stored = {}
         for tensor in self._reader.tensors:
             if tensor.tensor_type.name not in TYPES:
@@ -101,7 +216,7 @@ class GGUFFile:
             shape = tuple(int(size) for size in tensor.shape[::-1])
             read = functools.partial(_read, tensor, shape, turned)
             stored[tensor.name] = Stored(str(self._path), shape, read)
-        return load(config, NAMES, stored, re.compile(r"(?!)"), mesh)
+        return load(config, NAMES, stored, re.compile(re.escape(FACTORS)), mesh)
 
     def tokenizer(self) -> Tokenizer:
         """The byte-level BPE in the file; CheckpointError where it is of another kind."""
@@ -116,6 +231,7 @@ class GGUFFile:
         vocabulary = {token: number for number, token in enumerate(tokens)}
         # Llama 3 takes a word that is a token as it is, whichever merges lead to it.
         bpe = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=split == "llama-bpe"))
+        bpe.normalizer = normalizers.NFC() if split in NORMALIZED else None
         bpe.pre_tokenizer = pre_tokenizers.Sequence(SPLITS[split])
         bpe.decoder = decoders.ByteLevel()
         for token, of_kind in zip(tokens, value("ggml.token_type"), strict=True):
@@ -123,8 +239,10 @@ class GGUFFile:
                 bpe.add_tokens([AddedToken(token, special=of_kind == CONTROL, normalized=False)])
         ids = {name: value(f"ggml.{name}_token_id", None) for name in ("bos", "eos", "padding", "unknown")}
         bos, eos, padding, unknown = (None if number is None else tokens[number] for number in ids.values())
-        if value("ggml.add_bos_token", False):
+        if bos is not None and value("ggml.add_bos_token", split == "llama-bpe"):
             bpe.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, ids["bos"])])
+        else:
+            bpe.post_processor = processors.ByteLevel(trim_offsets=False)  # which adds none
         return Tokenizer(
             PreTrainedTokenizerFast(
                 tokenizer_object=bpe,

@@ -16,11 +16,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from brewjax.model.config import Dtype, ModelConfig
-from brewjax.model.families import config_from_hf, config_to_hf, names_of
+from brewjax.model.families import NAMES, config_from_hf, config_to_hf, names_of
 from brewjax.model.loading import CheckpointError, Name, Stored, load
 from brewjax.model.params import Params
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"  # what transformers would load on top
+Headers = dict[str, tuple[Path, tuple[int, ...], str]]  # file, shape and dtype of each tensor
+ROWS = 4096  # of the embedding and of the head that are compared at a time
 DTYPES = {"F32": "float32", "F16": "float32", "BF16": "bfloat16"}  # what keeps every value of each
 FILE_BYTES = 2 << 30  # a written file's size; so much is held in memory
 # Old releases saved the rotary frequencies; a head that is tied may be saved all the same.
@@ -31,10 +34,15 @@ def read_config(folder: Path, name: str) -> ModelConfig:
     """The model that a folder holds; CheckpointError where no family matches. Reads no weights but their headers."""
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"{folder}: no {CONFIG} there; expected a folder as transformers saves models")
-    config = config_from_hf(_read_json(folder / CONFIG), name, str(folder / CONFIG))
-    kinds = {dtype for _, _, dtype in _headers(folder).values()}
+    if (folder / ADAPTER).is_file():
+        raise CheckpointError(
+            f"{folder / ADAPTER}: an adapter beside the weights is not read; merge it into them first"
+        )
+    config, headers = config_from_hf(_read_json(folder / CONFIG), name, str(folder / CONFIG)), _headers(folder)
+    kinds = {dtype for _, _, dtype in headers.values()}
     dtype: Dtype = "bfloat16" if kinds == {"BF16"} else "float32"
-    return config.model_copy(update={"param_dtype": dtype, "compute_dtype": dtype})
+    tied = config.tie_head and not _has_own_head(headers)
+    return config.model_copy(update={"param_dtype": dtype, "compute_dtype": dtype, "tie_head": tied})
 
 
 def read_params(folder: Path, config: ModelConfig, mesh: Mesh) -> Params:
@@ -46,27 +54,57 @@ def read_params(folder: Path, config: ModelConfig, mesh: Mesh) -> Params:
     return load(config, names_of(config), stored, IGNORED[config.tie_head], mesh)
 
 
-def _headers(folder: Path) -> dict[str, tuple[Path, tuple[int, ...], str]]:
+def _has_own_head(headers: Headers) -> bool:
+    """Whether there is a head whose values are not the embedding's: transformers takes it, whatever the config says."""
+    embedding, head = (NAMES[path].template for path in ("embedding", "untied_head"))
+    if head not in headers or embedding not in headers:
+        return False
+    (one_file, shape, one_dtype), (other_file, other_shape, other_dtype) = headers[embedding], headers[head]
+    if (shape, one_dtype) != (other_shape, other_dtype):
+        return True
+    with safe_open(one_file, "numpy") as one, safe_open(other_file, "numpy") as other:
+        ours, theirs = one.get_slice(embedding), other.get_slice(head)
+        return any(
+            not np.array_equal(ours[start:end], theirs[start:end])
+            for start in range(0, shape[0], ROWS)
+            for end in [min(start + ROWS, shape[0])]
+        )
+
+
+def _headers(folder: Path) -> Headers:
     """File, shape and dtype of every tensor."""
-    if (folder / INDEX).is_file():
-        files = sorted({folder / file for file in _read_json(folder / INDEX)["weight_map"].values()})
-    else:
-        files = [folder / WEIGHTS]
+    index = folder / INDEX
+    weight_map = _weight_map(index) if index.is_file() else {}
+    files = sorted({folder / file for file in weight_map.values()}) or [folder / WEIGHTS]
+    if (folder / WEIGHTS).is_file() and folder / WEIGHTS not in files:
+        raise CheckpointError(f"{index}: names other files than {WEIGHTS}, which is there too; delete the stale one")
     if missing := [file.name for file in files if not file.is_file()]:
         raise CheckpointError(f"{folder}: no {', '.join(missing)} there; only safetensors are read")
-    headers = {}
+    headers: Headers = {}
     for file in files:
         try:
             with safe_open(file, "numpy") as opened:
                 for name in opened.keys():  # noqa: SIM118
+                    if name in headers:
+                        raise CheckpointError(f"{file}: tensor {name} is in {headers[name][0].name} too")
                     part = opened.get_slice(name)
                     headers[name] = (file, tuple(part.get_shape()), part.get_dtype())
         except SafetensorError as error:
             raise CheckpointError(f"{file}: not a whole safetensors file: {error}") from None
     for name, (file, _, dtype) in headers.items():
+        if (by_index := weight_map.get(name, file.name)) != file.name:
+            raise CheckpointError(f"{index}: is stale: tensor {name} is in {by_index} by it, and is in {file.name}")
         if dtype not in DTYPES:
             raise CheckpointError(f"{file}: tensor {name} is {dtype}; only {', '.join(DTYPES)} are read")
     return headers
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor, by the index."""
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{index}: no weight_map, of a file for each tensor, there")
+    return weight_map
 
 
 def _read_tensor(file: Path, name: str) -> np.ndarray:
@@ -77,9 +115,12 @@ def _read_tensor(file: Path, name: str) -> np.ndarray:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        values = json.loads(path.read_text())
+    except ValueError as error:  # not JSON, or not text
         raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: expected keys and values, found {type(values).__name__}")
+    return values
 
 
 def write(folder: Path, config: ModelConfig, params: Params, tokens: dict[str, int | None]) -> None:
@@ -104,9 +145,20 @@ def write(folder: Path, config: ModelConfig, params: Params, tokens: dict[str, i
     weight_map: dict[str, str] = {}
     for number, tensors in enumerate(files, 1):
         file = WEIGHTS if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
-        arrays = {tensor: name.to_theirs(np.asarray(leaf[index])) for tensor, (name, leaf, index) in tensors.items()}
+        arrays = {tensor: name.to_theirs(_entry(leaf, index)) for tensor, (name, leaf, index) in tensors.items()}
         save_file(arrays, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(arrays, file)
     if len(files) > 1:
         index_file = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index_file, indent=2) + "\n")
+
+
+def _entry(stack: jax.Array, index: tuple[int, ...]) -> np.ndarray:
+    """One tensor of a parameter, from the devices that hold its parts: the host never holds the whole stack."""
+    depth, entry = len(index), np.empty(stack.shape[len(index) :], stack.dtype)
+    for shard in stack.addressable_shards:
+        ranges = [range(size)[place] for size, place in zip(stack.shape, shard.index, strict=True)]
+        if shard.replica_id == 0 and all(at in of for at, of in zip(index, ranges[:depth], strict=True)):
+            own = tuple(of.index(at) for at, of in zip(index, ranges[:depth], strict=True))
+            entry[shard.index[depth:]] = np.asarray(shard.data[own])
+    return entry

@@ -7,10 +7,12 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pydantic
 from jax.sharding import Mesh, NamedSharding
 
 from brewjax.model.config import ModelConfig
@@ -21,6 +23,21 @@ NAMED_AT_MOST = 10  # problems, in one error
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read; the message says which file and tensor, and what would be right."""
+
+
+def checked_config(where: str, **values: Any) -> ModelConfig:
+    """A config of what a file says; CheckpointError, beginning with `where`, names each value that is none."""
+    try:
+        return ModelConfig(**values)
+    except pydantic.ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, ModelConfig.place(one['loc'])))}: {one['msg'][0].lower()}{one['msg'][1:]}, "
+            f"found {one['input']!r}"
+            if one["loc"]
+            else one["msg"].removeprefix("Value error, ")
+            for one in error.errors()
+        ]
+        raise CheckpointError(f"{where}: {'; '.join(problems)}") from None
 
 
 @dataclasses.dataclass(frozen=True)

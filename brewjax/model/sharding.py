@@ -28,7 +28,7 @@ class MeshConfig(Config):
         is too small for that; the other axes never do.
     """
 
-    data: int = -1
+    data: int = pydantic.Field(default=-1, ge=-1)
     fsdp: int = pydantic.Field(default=1, gt=0)
     expert: int = pydantic.Field(default=1, gt=0)
     context: int = pydantic.Field(default=1, gt=0)

@@ -10,14 +10,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from brewjax.ahead.program import model_flops
+from brewjax.model.config import ModelConfig
 from brewjax.model.params import abstract_params, count, size
 from brewjax.model.sharding import MeshConfig
 from brewjax.pipeline.judgement import how
-from brewjax.pipeline.recipe import DistillStage, TrainedStage
+from brewjax.pipeline.recipe import AlignStage, DistillStage, TrainedStage
 from brewjax.pipeline.run import Run
 
 UTILISATION = 0.4  # of what this machine's matrix product does: a small model's training on a quiet machine
-TRAINED_BYTES = 16  # of a parameter in training: the weight, its gradient and AdamW's two means, float32
+# Of a parameter in training: the weight, its gradient and AdamW's two means, float32 whatever the model is at rest.
+TRAINED_BYTES = 16
 
 
 def plan_table(run: Run) -> Table:
@@ -39,10 +41,9 @@ def plan_table(run: Run) -> Table:
                 adapters = config.lora.abstract(abstract_params(shape, MeshConfig().build(jax.devices()[:1])))
                 memory, passes = of.weight_bytes + TRAINED_BYTES * count(adapters), 2
             flops = passes * sum(model_flops(shape, config.rows, config.row_tokens)) * config.steps
-            if isinstance(stage, DistillStage):
-                teacher = run.shape(stage.teacher)
-                memory += size(teacher).weight_bytes
-                flops += sum(model_flops(teacher, config.rows, config.row_tokens)) * config.steps
+            for frozen in _frozen(run, stage):
+                memory += size(frozen).weight_bytes
+                flops += sum(model_flops(frozen, config.rows, config.row_tokens)) * config.steps
             seconds += flops / rate
             tokens = config.steps * config.rows * config.row_tokens
             cells += [f"{memory / 1e9:.2f}", f"{tokens / 1e6:,.2f}M", f"{flops / 1e15:.3f}", f"{flops / rate:,.0f}"]
@@ -52,6 +53,15 @@ def plan_table(run: Run) -> Table:
         f"{UTILISATION:.0%} of what this machine's matrix product does now"
     )
     return table
+
+
+def _frozen(run: Run, stage: TrainedStage) -> list[ModelConfig]:
+    """The models that are asked beside the one that learns."""
+    if isinstance(stage, DistillStage):
+        return [run.shape(stage.teacher)]
+    if isinstance(stage, AlignStage) and stage.start and not stage.train.lora:  # else the reference is LoRA's base
+        return [run.shape(stage.start)]
+    return []
 
 
 def _measure_flops() -> float:

@@ -16,6 +16,7 @@ import jax
 from jax.sharding import Mesh
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from brewjax.data.chat import chat_parts
 from brewjax.data.fetch import FetchError, download_wheel
 from brewjax.data.styles import PromptConfig
 from brewjax.data.tokenizer import Tokenizer
@@ -117,19 +118,27 @@ def upcycle_model(folder: Path, out: Path, experts: ExpertsConfig, seed: int = 0
     return bundle
 
 
-def _read(path: Path, name: str, dtype: Dtype | None) -> Bundle:
-    read_params: Callable[[ModelConfig, Mesh], Params]
-    if path.is_dir():
-        config, tokenizer = huggingface.read_config(path, name), Tokenizer.load(path)
-        read_params = functools.partial(huggingface.read_params, path)
-    elif path.is_file():
-        file = GGUFFile(path)
-        config, tokenizer, read_params = file.config(name), file.tokenizer(), file.params
-    else:
+def _open(path: Path, name: str) -> tuple[ModelConfig, Tokenizer, Callable[[ModelConfig, Mesh], Params]]:
+    """The config and the tokenizer of a folder or a file, and what reads its weights."""
+    if not path.exists():
         known = ", ".join(PACKAGED)
         raise CheckpointError(
             f"{path}: not there; give a folder as transformers saves models, a .gguf file, or {known}"
         )
+    try:
+        if path.is_dir():
+            read_params = functools.partial(huggingface.read_params, path)
+            return huggingface.read_config(path, name), Tokenizer.load(path), read_params
+        file = GGUFFile(path)
+        return file.config(name), file.tokenizer(), file.params
+    except CheckpointError:
+        raise
+    except Exception as error:  # of the many that a broken file can raise
+        raise CheckpointError(f"{path}: cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _read(path: Path, name: str, dtype: Dtype | None) -> Bundle:
+    config, tokenizer, read_params = _open(path, name)
     if dtype:
         config = config.model_copy(update={"param_dtype": dtype, "compute_dtype": dtype})
     if tokenizer.vocab_size > config.vocab_size:
@@ -139,6 +148,15 @@ def _read(path: Path, name: str, dtype: Dtype | None) -> Bundle:
     style = "chat" if tokenizer.hf.chat_template else "sectioned"
     budget = min(PROMPT_TOKENS, config.max_context or PROMPT_TOKENS)
     prompts = PromptConfig(styles={style: 1.0}, score_style=style, max_tokens=budget)
+    try:
+        tokenizer.check_pieces()
+        if style == "chat":
+            chat = chat_parts(tokenizer, prompts.chat)
+            asked = f"{chat.begin}Predict.{chat.user}Nurse{chat.assistant}"
+            tokenizer.check_pieces([(asked, f"{chat.answer}Yes")])
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    tokenizer.follow_own_bos()
     return Bundle(config, read_params(config, _mesh(config).build()), tokenizer, prompts)
 
 

@@ -6,7 +6,7 @@ import ipaddress
 
 import pydantic
 
-from brewjax.config import Config
+from brewjax.config import Config, Seed
 from brewjax.model.generate import Sampling
 from brewjax.model.sharding import MeshConfig
 from brewjax.scoring.passes import PAGE
@@ -26,7 +26,7 @@ class DecodeConfig(Config):
     context: int = pydantic.Field(default=2048, gt=1)
     queue: int = pydantic.Field(default=64, ge=0)
     sampling: Sampling = Sampling()
-    seed: int = 0
+    seed: Seed = 0
 
 
 class ServeConfig(Config):

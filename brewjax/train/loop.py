@@ -17,9 +17,9 @@ from jaxtyping import Array
 from orbax.checkpoint import v1 as ocp
 
 from brewjax import hosts
-from brewjax.config import Config
+from brewjax.config import Config, Seed
 from brewjax.data.loader import NO_TARGET, Shards, TokenBatch, describe_sources
-from brewjax.model.config import ModelConfig
+from brewjax.model.config import Dtype, ModelConfig
 from brewjax.model.params import Params, abstract_params, bind, init_params
 from brewjax.model.sharding import MeshConfig, row_ways
 from brewjax.train.batches import PARTS, Batches
@@ -47,14 +47,14 @@ class TrainConfig(Config):
       checkpoint_every: steps between checkpoints; the newest `keep` stay.
     """
 
-    steps: int = pydantic.Field(gt=0)
+    steps: int = pydantic.Field(gt=0, lt=1 << 31)
     rows: int = pydantic.Field(gt=0)
     row_tokens: int = pydantic.Field(gt=1)  # a token and the one that follows
     accumulate: int = pydantic.Field(default=1, gt=0)
     streams: int = pydantic.Field(default=1, gt=0)
     optimizer: OptimizerConfig = OptimizerConfig()
     lora: LoraConfig | None = None
-    seed: int = 0
+    seed: Seed = 0
     checkpoint_every: int = pydantic.Field(default=100, gt=0)
     keep: int = pydantic.Field(default=2, gt=0)
     mesh: MeshConfig = MeshConfig()
@@ -93,6 +93,9 @@ def train(
     frozen: Mapping[str, Beside] = {},
 ) -> Params:
     """Trains from the newest checkpoint in `folder`, or from the start, to the last step; returns the parameters.
+
+    What is trained is float32, weights as well as the optimiser's moments, whatever dtype the model has at rest: a step
+    is too small for bfloat16, which would round most of it away. The model's own dtype is what is returned.
 
     The start is random, or what `init` makes: it is asked where there is no checkpoint, or for LoRA's base, and steps
     take the place of what it gives. `frozen` are the models that stand beside the one that learns, by the names that
@@ -148,7 +151,7 @@ def train(
         checkpointer.wait()
         if config.lora:
             return jax.jit(config.lora.merge)(beside[BASE], state["params"])
-    return state["params"]
+        return _cast(state["params"], model.param_dtype)
 
 
 Step = Callable[..., tuple[State, dict[str, Array]]]
@@ -209,10 +212,20 @@ def _restore_or_init(
     if config.lora:
         params = config.lora.init(abstract_params(model, mesh), config.seed)
     elif init is not None:
-        params = _start(model, init, mesh).on(mesh)
+        params = _cast(_start(model, init, mesh).on(mesh), "float32")
     else:
-        params = init_params(model, mesh, config.seed)
+        params = init_params(master(model), mesh, config.seed)
     return jax.jit(_initial(config), donate_argnums=0)(params)
+
+
+def master(model: ModelConfig) -> ModelConfig:
+    """The model as it is trained: with float32 weights."""
+    return model.model_copy(update={"param_dtype": "float32"})
+
+
+def _cast(params: Params, dtype: Dtype) -> Params:
+    """The same arrays where they have that dtype."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
 def _start(model: ModelConfig, init: Callable[[], Params], mesh: Mesh) -> Frozen:
@@ -242,13 +255,13 @@ def _initial(config: TrainConfig) -> Callable[[Params], State]:
 
 def abstract_state(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> State:
     """Shapes, dtypes and shardings of what a step takes and gives; to be called with the mesh in context."""
-    params = abstract_params(model, mesh)
+    params = config.lora.abstract(abstract_params(model, mesh)) if config.lora else abstract_params(master(model), mesh)
     # Every leaf with its place on this mesh: without one it would return to the mesh it was saved from.
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(
             leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, leaf.sharding.spec if leaf.sharding else jax.P())
         ),
-        jax.eval_shape(_initial(config), config.lora.abstract(params) if config.lora else params),
+        jax.eval_shape(_initial(config), params),
     )
 
 

@@ -15,18 +15,19 @@ class OptimizerConfig(Config):
     """AdamW (Loshchilov and Hutter 2019).
 
     Attributes:
+      learning_rate: about how far a step moves each weight.
       warmup: steps over which the rate rises from zero to `learning_rate`.
       schedule: what happens then, until the last step: a cosine or a straight line down to a tenth, or nothing.
-      weight_decay: on matrices only, not on norms.
+      weight_decay: on matrices only, not on norms and biases.
       clip: the largest global norm of the gradient.
     """
 
-    learning_rate: float = pydantic.Field(default=1e-3, gt=0)
+    learning_rate: float = pydantic.Field(default=1e-3, gt=0, le=1)
     warmup: int = pydantic.Field(default=100, ge=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    weight_decay: float = pydantic.Field(default=0.1, ge=0)
-    b1: float = 0.9
-    b2: float = 0.95
+    weight_decay: float = pydantic.Field(default=0.1, ge=0, le=10)
+    b1: float = pydantic.Field(default=0.9, ge=0, lt=1)
+    b2: float = pydantic.Field(default=0.95, ge=0, lt=1)
     clip: float = pydantic.Field(default=1.0, gt=0)
 
     def rate(self, steps: int) -> optax.Schedule:
@@ -47,4 +48,4 @@ class OptimizerConfig(Config):
 
 
 def _matrices(params: optax.Params) -> optax.Params:
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.endswith(("scale", "_bias")), params)

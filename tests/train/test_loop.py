@@ -1,6 +1,7 @@
 """Training on a toy: every question is answered by its own first token. Run as a script, this file trains on it."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -19,15 +20,17 @@ from orbax.checkpoint import v1 as ocp
 
 from brewjax.data.loader import TokenBatch, write_shards
 from brewjax.data.tokens import EncodedPrompt
+from brewjax.model.config import ModelConfig
 from brewjax.model.decoder import Decoder
 from brewjax.model.params import Params
 from brewjax.model.sharding import MeshConfig
 from brewjax.train.checkpoints import CheckpointError
 from brewjax.train.loop import NonFiniteError, TrainConfig, abstract_state, train
+from brewjax.train.lora import LoraConfig
 from brewjax.train.metrics import METRICS, MetricsWriter, read_metrics
 from brewjax.train.objectives import Given, Mean, supervised
 from brewjax.train.optimizer import OptimizerConfig
-from tests.tiny import MODEL, prompt
+from tests.tiny import MODEL, params, prompt
 
 ROOT = Path(__file__).parents[2]
 POISON = 2  # a token that no prompt has but the poisoned one
@@ -181,6 +184,40 @@ def test_where_every_checkpoint_is_damaged_nothing_is_touched(shards, finished, 
     assert len(list(tmp_path.glob("checkpoints/*/state/manifest.ocdbt"))) == 2
 
 
+# --- precision
+
+
+def test_whatever_is_trained_is_float32():
+    at_rest = MODEL.model_copy(update={"param_dtype": "bfloat16", "compute_dtype": "bfloat16"})
+    mesh = MeshConfig().build()
+    for lora in (None, LoraConfig(rank=2)):
+        config = CONFIG.model_copy(update={"lora": lora})
+        with jax.set_mesh(mesh):
+            leaves = jax.tree.leaves(abstract_state(at_rest, config, mesh))
+        assert {leaf.dtype.name for leaf in leaves} == {"float32", "int32"}  # and counts of steps
+
+
+def as_dtype(weights: Params, model: ModelConfig) -> Params:
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, model.param_dtype), weights)
+
+
+def test_a_bfloat16_model_is_trained_in_float32_and_given_back_as_it_was(shards, finished, tmp_path):
+    """Bit for bit as a float32 model; `finished` has compiled its step."""
+    config = CONFIG.model_copy(update={"steps": 4, "checkpoint_every": 4})
+    at_rest = MODEL.model_copy(update={"param_dtype": "bfloat16"})
+    start = jax.tree.map(lambda leaf: np.asarray(leaf.astype("bfloat16")), params(MODEL))
+    learnt, expected = (
+        train(
+            model, config, shards, tmp_path / model.param_dtype, supervised, functools.partial(as_dtype, start, model)
+        )
+        for model in (at_rest, MODEL)
+    )
+    rounded = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), expected)
+    jax.tree.map(np.testing.assert_array_equal, learnt, rounded)
+    trained = newest_checkpoint(tmp_path / "bfloat16", config)[1]  # read as a float32 model's
+    jax.tree.map(np.testing.assert_array_equal, trained, expected)
+
+
 # --- NaN
 
 
@@ -215,7 +252,7 @@ def test_nan_stops_the_run_and_names_the_examples(tmp_path):
 
 
 def test_a_rate_that_is_far_too_high_stops_the_run_before_it_spoils_a_checkpoint(shards, tmp_path):
-    adam = OptimizerConfig(learning_rate=1e38, warmup=5)  # the first step has a rate of zero
+    adam = OptimizerConfig(warmup=5).model_copy(update={"learning_rate": 1e38})  # the first step has a rate of zero
     with pytest.raises(NonFiniteError, match=r"step 2: .* update norm inf"):
         train(MODEL, CONFIG.model_copy(update={"optimizer": adam, "checkpoint_every": 1}), shards, tmp_path, supervised)
     step, params = newest_checkpoint(tmp_path)

@@ -1,0 +1,139 @@
+"""Rotary position embedding (Su et al. 2021), and how it is scaled for a model to read longer rows than it began on."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+import pydantic
+from jaxtyping import Array, Float, Int
+
+from brewjax.config import Config
+
+if TYPE_CHECKING:
+    from brewjax.model.config import ModelConfig  # which is made of what is here
+
+
+class Llama3Scaling(Config):
+    """Llama 3.1's: angles that turn slowly turn slower by `factor`.
+
+    Attributes:
+      low, high: angles that turn less than `low` times in `original_length` tokens are slowed in full, those that
+        turn more than `high` times not at all; between them by degrees.
+      original_length: tokens in the rows that the model was first trained on.
+    """
+
+    type: Literal["llama3"] = "llama3"
+    factor: float = pydantic.Field(ge=1)
+    low: float = pydantic.Field(default=1.0, gt=0)
+    high: float = pydantic.Field(default=4.0, gt=0)
+    original_length: int = pydantic.Field(default=8192, gt=0)
+
+    @pydantic.model_validator(mode="after")
+    def _ordered(self) -> Llama3Scaling:
+        if self.low >= self.high:
+            raise ValueError(f"low ({self.low}) must be less than high ({self.high})")
+        return self
+
+    def multipliers(self, frequencies: Float[np.ndarray, " E/2"], base: float) -> np.ndarray:
+        turns = self.original_length * frequencies / (2 * math.pi)
+        kept = np.clip((turns - self.low) / (self.high - self.low), 0, 1)
+        return kept + (1 - kept) / self.factor
+
+
+class LinearScaling(Config):
+    """Every angle turns slower by `factor` (position interpolation, Chen et al. 2023, arXiv 2306.15595)."""
+
+    type: Literal["linear"]
+    factor: float = pydantic.Field(ge=1)
+
+    def multipliers(self, frequencies: Float[np.ndarray, " E/2"], base: float) -> np.ndarray:
+        return np.full_like(frequencies, 1 / self.factor)
+
+
+class YarnScaling(Config):
+    """YaRN (Peng et al. 2023, arXiv 2309.00071): slow angles turn slower by `factor`, and the scores are sharpened.
+
+    Attributes:
+      fast, slow: angles that turn more than `fast` times in `original_length` tokens are left alone, those that turn
+        less than `slow` times are slowed in full; between them by their number.
+      original_length: tokens in the rows that the model was first trained on.
+      attention: multiplies queries and keys, each; null: 0.1 ln(factor) + 1.
+      truncate: the numbers of the angles between which it changes are whole.
+    """
+
+    type: Literal["yarn"]
+    factor: float = pydantic.Field(ge=1)
+    fast: float = pydantic.Field(default=32.0, gt=0)
+    slow: float = pydantic.Field(default=1.0, gt=0)
+    original_length: int = pydantic.Field(gt=0)
+    attention: float | None = pydantic.Field(default=None, gt=0)
+    truncate: bool = True
+
+    @pydantic.model_validator(mode="after")
+    def _ordered(self) -> YarnScaling:
+        if self.slow >= self.fast:
+            raise ValueError(f"slow ({self.slow}) must be less than fast ({self.fast})")
+        return self
+
+    @property
+    def attention_factor(self) -> float:
+        return 0.1 * math.log(self.factor) + 1 if self.attention is None else self.attention
+
+    def multipliers(self, frequencies: Float[np.ndarray, " E/2"], base: float) -> np.ndarray:
+        count = len(frequencies)
+        first, last = (  # the numbers of the angles that turn so many times
+            count * math.log(self.original_length / (turns * 2 * math.pi)) / math.log(base)
+            for turns in (self.fast, self.slow)
+        )
+        if self.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, 2 * count - 1)
+        slowed = np.clip((np.arange(count) - first) / (last - first or 0.001), 0, 1)
+        return 1 - slowed + slowed / self.factor
+
+
+class FactorsScaling(Config):
+    """Each angle turns slower by a factor of its own, as GGUF files list them."""
+
+    type: Literal["factors"]
+    factors: tuple[Annotated[float, pydantic.Field(gt=0)], ...]
+
+    def multipliers(self, frequencies: Float[np.ndarray, " E/2"], base: float) -> np.ndarray:
+        return 1 / np.array(self.factors)
+
+
+def _type(scaling: Any) -> str:
+    return scaling.get("type", "llama3") if isinstance(scaling, dict) else getattr(scaling, "type", "")
+
+
+RopeScaling = Annotated[
+    Annotated[Llama3Scaling, pydantic.Tag("llama3")]
+    | Annotated[LinearScaling, pydantic.Tag("linear")]
+    | Annotated[YarnScaling, pydantic.Tag("yarn")]
+    | Annotated[FactorsScaling, pydantic.Tag("factors")],
+    pydantic.Discriminator(
+        _type, custom_error_type="rope_type", custom_error_message="type must be llama3, linear, yarn or factors"
+    ),
+]
+
+
+def rotary(positions: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T 1 E"]:
+    """Angles' cosines, then sines, float32, to turn each half of a head against the other."""
+    frequencies = config.rope_base ** (-jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
+    scaling, attention = config.rope_scaling, 1.0
+    if scaling:
+        exact = config.rope_base ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
+        frequencies *= scaling.multipliers(exact, config.rope_base).astype(np.float32)
+        attention = scaling.attention_factor if isinstance(scaling, YarnScaling) else 1.0
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    return attention * jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
+
+
+def rotate(x: Float[Array, "B T H E"], rotation: Float[Array, "B T 1 E"]) -> Float[Array, "B T H E"]:
+    """`x` turned, in the half-split layout that Hugging Face's Llama has."""
+    cos, sin = jnp.split(rotation, 2, -1)
+    first, second = jnp.split(x.astype(jnp.float32), 2, -1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
