@@ -1,4 +1,4 @@
-"""The settings of every YAML file: as JSON schemas for editors, and as a table that `brewjax help` and the docs print."""
+"""The settings of every YAML file: as JSON schemas for editors, and as rows for `brewjax help` and the docs."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ class ModelConfig(Config):
         return self
 
     @classmethod
-    def place(cls, location: Location) -> Location:
+    def place(cls, location: Location, source: dict[str, Any]) -> Location:
         """Without the type of the scaling, which pydantic puts behind its name."""
         return location[:1] + location[2:] if location[:1] == ("rope_scaling",) else location
 
