@@ -24,8 +24,8 @@ from rich.table import Table
 from benchmarks.layouts import example
 from pallas_kernels.attention import attention, attention_reference
 from pallas_kernels.attention_xla import BLOCK
-from pallas_kernels.segments import Segments
-from pallas_kernels.worklist import sight
+from pallas_kernels.token_labels import TokenLabels
+from pallas_kernels.worklist import block_visibility
 
 H, K, D = 4, 2, 64
 ROUNDS = 5
@@ -43,7 +43,7 @@ def layouts(length: int) -> dict[str, np.ndarray]:
 
 def step(function: Callable) -> Callable:
     """Jitted gradients of a sum of the output."""
-    return jax.jit(jax.grad(lambda q, k, v, segments: function(q, k, v, segments)[0].sum(), argnums=(0, 1, 2)))
+    return jax.jit(jax.grad(lambda q, k, v, token_labels: function(q, k, v, token_labels)[0].sum(), argnums=(0, 1, 2)))
 
 
 def main(lengths: list[int]) -> None:
@@ -52,17 +52,17 @@ def main(lengths: list[int]) -> None:
         table.add_column(column, justify="left" if column == "layout" else "right")
     for length in lengths:
         for name, labels in layouts(length).items():
-            segments = Segments(*(jnp.asarray(x)[None] for x in labels.T))
+            token_labels = TokenLabels(*(jnp.asarray(x)[None] for x in labels.T))
             q, k, v = (jax.random.normal(jax.random.key(n), (1, length, h, D)) for n, h in enumerate((H, K, K)))
             ways = [step(attention_reference), step(attention)]
-            memory = [way.lower(q, k, v, segments).compile().memory_analysis().temp_size_in_bytes for way in ways]
+            memory = [way.lower(q, k, v, token_labels).compile().memory_analysis().temp_size_in_bytes for way in ways]
             seconds = np.zeros((ROUNDS + 1, 2))
             for at in np.ndindex(seconds.shape):  # in turn; the first round compiles
                 began = time.perf_counter()
-                jax.block_until_ready(ways[at[1]](q, k, v, segments))
+                jax.block_until_ready(ways[at[1]](q, k, v, token_labels))
                 seconds[at] = time.perf_counter() - began
             ratio = np.median(seconds[1:, 0] / seconds[1:, 1])
-            visited = int(sight(segments, segments, 0, BLOCK, BLOCK).some.sum()) * BLOCK**2
+            visited = int(block_visibility(token_labels, token_labels, 0, BLOCK, BLOCK).any.sum()) * BLOCK**2
             table.add_row(
                 f"{length:,}", name, f"{length**2 / visited:.1f}", f"{ratio:.1f}", *(f"{x / 1e6:,.0f}" for x in memory)
             )

@@ -31,10 +31,10 @@ from jax.experimental import topologies
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.layouts import LAYOUTS, segments
+from benchmarks.layouts import LAYOUTS, make_labels
 from pallas_kernels import attention_gpu
 from pallas_kernels.attention import attention, attention_reference
-from pallas_kernels.segments import PADDING, Segments
+from pallas_kernels.token_labels import PADDING, TokenLabels
 
 DUMP = Path(os.environ["PTX"])
 H100 = """
@@ -68,15 +68,15 @@ CASES = {"training": (4096, 4096), "serving": (32000, 36096)}  # queries, keys
 console = Console(width=160)
 
 
-def gradients(q: Any, k: Any, v: Any, segments: Segments) -> tuple:
+def gradients(q: Any, k: Any, v: Any, token_labels: TokenLabels) -> tuple:
     """Of the sum of the output: what runs both passes."""
     return jax.grad(
-        lambda *qkv: attention(*qkv, segments, implementation="gpu")[0].astype(jnp.float32).sum(), (0, 1, 2)
+        lambda *qkv: attention(*qkv, token_labels, implementation="gpu")[0].astype(jnp.float32).sum(), (0, 1, 2)
     )(q, k, v)
 
 
-def scores(q: Any, k: Any, v: Any, segments: Segments) -> Any:
-    return attention(q, k, v, segments, implementation="gpu")[0]
+def scores(q: Any, k: Any, v: Any, token_labels: TokenLabels) -> Any:
+    return attention(q, k, v, token_labels, implementation="gpu")[0]
 
 
 # Without a GPU.
@@ -115,7 +115,7 @@ def compiled(function: Callable, T: int, S: int, D: int, dtype: Any, device: jax
         jax.ShapeDtypeStruct(shape, dtype, sharding=one)
         for shape, dtype in (((1, T, HEADS, D), dtype), ((1, S, KEY_HEADS, D), dtype), ((1, S), jnp.int32))
     )
-    jax.jit(function).lower(q, k, k, Segments(label, label, label)).compile()
+    jax.jit(function).lower(q, k, k, TokenLabels(label, label, label)).compile()
     (launches,) = (path.read_text() for path in DUMP.glob("*thunk_sequence.txt"))
     for path in sorted(DUMP.glob("*.ptx")):
         for kernel in re.findall(r"\.entry segment_attention_(\w+)\(", path.read_text()):
@@ -142,7 +142,7 @@ def check() -> None:
     """Differences from the dense reference, over the largest value of each, on a row of the first 2048 of a layout."""
     table = Table("layout", "head", "dtype", "out", "dq", "dk", "dv", title="Greatest difference over greatest value")
     for layout in ("star: 16k in events of 40, 100 x 40", "packed training row of 16k"):
-        labels = Segments(*(x[:, -2048:] for x in segments(layout)))
+        labels = TokenLabels(*(x[:, -2048:] for x in make_labels(layout)))
         for D in (64, 128, 256):
             for dtype in (jnp.bfloat16, jnp.float32):
                 q, k, v = inputs(2048, 2048, D, dtype)
@@ -155,9 +155,9 @@ def check() -> None:
 
 
 @jax.jit
-def reference(q: Any, k: Any, v: Any, labels: Segments) -> tuple:
+def reference(q: Any, k: Any, v: Any, labels: TokenLabels) -> tuple:
     def out(*qkv: Any) -> Any:
-        return jnp.where((labels.example != PADDING)[..., None, None], attention_reference(*qkv, labels)[0], 0)
+        return jnp.where((labels.example_id != PADDING)[..., None, None], attention_reference(*qkv, labels)[0], 0)
 
     with jax.default_matmul_precision("highest"):
         return out(q, k, v), *jax.grad(lambda *qkv: out(*qkv).sum(), (0, 1, 2))(q, k, v)
@@ -181,8 +181,8 @@ def time_all() -> None:
     table = Table("layout", "head", "pass", "ours, ms", "cuDNN causal, ms", "ours / cuDNN", title="bfloat16")
     for D in (64, 128):
         for layout in LAYOUTS:
-            labels = Segments(*map(jnp.asarray, segments(layout)))
-            T = labels.example.shape[1]
+            labels = TokenLabels(*map(jnp.asarray, make_labels(layout)))
+            T = labels.example_id.shape[1]
             qkv = inputs(T, T, D, jnp.bfloat16)
             for name, ours, theirs in (("forward", scores, cudnn), ("both", gradients, cudnn_gradients)):
                 here, there = milliseconds(ours, *qkv, labels), milliseconds(theirs, *qkv)

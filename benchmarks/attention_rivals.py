@@ -33,8 +33,8 @@ from rich.table import Table
 from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_kernel as tokamax
 from tokamax._src.ops.experimental.tpu.splash_attention.splash_attention_mask_info import MaskInfo as TokamaxMaskInfo
 
-from benchmarks.layouts import segments
-from pallas_kernels.worklist import EVERY
+from benchmarks.layouts import make_labels
+from pallas_kernels.worklist import FULL_BLOCK
 
 LAYOUT, PREFIX, D, BLOCK = "4096 + 500 x 64", 4096, 128, 512
 LENGTH = 36352  # the layout's 36,096 tokens in whole blocks
@@ -112,7 +112,7 @@ def of_tokamax(chip: Chip, way: str, kinds: np.ndarray) -> tuple[int, str]:
     # At the beginning, without a mask, with one, at the end.
     call = forward if way == "forward" else backward
     parts = compile_parts(chip, tokamax, call, inputs, {"every": 1, "some": 2})
-    every, met = int(np.sum(kinds == EVERY)), int(np.sum(kinds != 0))
+    every, met = int(np.sum(kinds == FULL_BLOCK)), int(np.sum(kinds != 0))
     found = cycles(chip, PRODUCTS[way], parts, Steps(met, every, met - every))
     return found, f"{parts['every']['bundles']:,} ({parts['some']['bundles']:,})"
 
@@ -167,7 +167,7 @@ def of_stock(chip: Chip, way: str, kinds: np.ndarray) -> tuple[int, str]:
 
 
 def main(chips: list[str]) -> None:
-    labels = segments(LAYOUT)
+    labels = make_labels(LAYOUT)
     ideal = pairs(labels)
     table = Table(
         title=f"{LAYOUT}, estimates per query head", title_justify="left", caption="bodies: bundles of a block (masked)"

@@ -43,11 +43,11 @@ from jax.experimental.pallas import tpu as pltpu
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.layouts import LAYOUTS, PACKED, STAR, segments
+from benchmarks.layouts import LAYOUTS, PACKED, STAR, make_labels
 from pallas_kernels import attention_tpu
-from pallas_kernels.attention_tpu_plan import TILE, Line, Plan, kinds_and_labels
-from pallas_kernels.segments import Segments, visible
-from pallas_kernels.worklist import EVERY
+from pallas_kernels.attention_tpu_plan import TILE, AttentionPlan, Line, kinds_and_labels
+from pallas_kernels.token_labels import TokenLabels, dense_mask
+from pallas_kernels.worklist import FULL_BLOCK
 
 DUMP = Path(os.environ["BUNDLES"])
 TOPOLOGIES = {"v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6e:1x1"}
@@ -110,7 +110,7 @@ class Costs:
       lines: for each of the plan's lines.
     """
 
-    plan: Plan
+    plan: AttentionPlan
     visit: Slots
     every: Slots
     masked: Slots
@@ -122,12 +122,12 @@ def costs(chip: Chip, way: str, group: int = 1) -> Costs:
     length = 4096
     shape = jax.ShapeDtypeStruct
     q, k = (shape((1, length, heads, D), jnp.bfloat16) for heads in (group, 1))
-    labels = Segments(*[shape((1, length), jnp.int32)] * 3)
+    labels = TokenLabels(*[shape((1, length), jnp.int32)] * 3)
     inputs = [q, k, k, labels, labels, shape((), jnp.int32)]
     if way == "backward":
         inputs += [*[shape((1, length, group), jnp.float32)] * 2, q]
     with jax.sharding.use_abstract_mesh(chip.mesh.abstract_mesh):
-        plan = Plan.of(q, k, False)
+        plan = AttentionPlan.of(q, k, False)
 
     def compile_only(visit: Callable) -> Counter:
         def only(plan, kind, whole, masked, masks):
@@ -158,14 +158,14 @@ def costs(chip: Chip, way: str, group: int = 1) -> Costs:
     empty = compile_only(lambda *_: None)
     every = less(compile_only(lambda whole, *_: attention_tpu._whole(plan, whole)), empty)
     chunks = group * plan.chunks
-    times = chunks // attention_tpu.largest_divisor(chunks, attention_tpu.TOGETHER)  # the code is in a loop
+    times = chunks // attention_tpu.largest_divisor(chunks, attention_tpu.UNROLL)  # the code is in a loop
 
     @functools.cache
     def of_form(count: int, is_row: bool) -> Counter:
         """The first line of that form: others are the same code elsewhere."""
         line = next(line for line in plan.lines if len(line) == count and (line in plan.rows) == is_row)
         whole = less(compile_only(along(line)), empty)
-        more = group // attention_tpu.largest_divisor(group, attention_tpu.TOGETHER // len(line)) - 1
+        more = group // attention_tpu.largest_divisor(group, attention_tpu.UNROLL // len(line)) - 1
         if not more:
             return whole
         with mock.patch.object(attention_tpu.Masks, "make"):
@@ -187,29 +187,29 @@ def estimate(cost: Costs, kinds: np.ndarray) -> tuple[int, int]:
     cycles = visited = 0
     for kind in kinds:
         parts = [cost.every]
-        if kind != EVERY:
+        if kind != FULL_BLOCK:
             parts = [cost.masked, *(line for bit, line in enumerate(cost.lines) if kind >> bit & 1)]
         cycles += cost.visit["bundles"] + sum(max(part["bundles"], part["cycles"]) for part in parts)
         visited += sum(part["pairs"] for part in parts)
     return cycles // cost.plan.group, visited // cost.plan.group
 
 
-def pairs(labels: Segments) -> int:
+def pairs(labels: TokenLabels) -> int:
     """Pairs of tokens that must be computed."""
-    length, step = labels.example.shape[1], 512
-    row = Segments(*(jnp.asarray(x[0]) for x in labels))
-    count = jax.jit(lambda at: visible(Segments(*(x[at] for x in row)), row, at, np.arange(length)).sum())
+    length, step = labels.example_id.shape[1], 512
+    row = TokenLabels(*(jnp.asarray(x[0]) for x in labels))
+    count = jax.jit(lambda at: dense_mask(TokenLabels(*(x[at] for x in row)), row, at, np.arange(length)).sum())
     return sum(int(count(np.arange(start, min(start + step, length)))) for start in range(0, length, step))
 
 
-def kinds_of(plan: Plan, labels: Segments) -> np.ndarray:
+def kinds_of(plan: AttentionPlan, labels: TokenLabels) -> np.ndarray:
     """The kinds [1, query blocks, key blocks] of a layout's pairs of blocks, by kernels of that plan's blocks."""
-    length = labels.example.shape[1]
+    length = labels.example_id.shape[1]
     plan = dataclasses.replace(plan, T=length, S=length)
     return np.asarray(jax.jit(lambda labels: kinds_and_labels(plan, labels, labels, 0)[0])(labels))
 
 
-def visits(plan: Plan, labels: Segments) -> np.ndarray:
+def visits(plan: AttentionPlan, labels: TokenLabels) -> np.ndarray:
     """The kinds of a layout's visits."""
     kinds = kinds_of(plan, labels)
     return kinds[kinds != 0]
@@ -218,7 +218,7 @@ def visits(plan: Plan, labels: Segments) -> np.ndarray:
 def main(chips: list[str]) -> list[str]:
     """Prints the tables; returns what was missed."""
     console, missed = Console(width=110), []
-    ideal = {name: pairs(segments(name)) for name in LAYOUTS}
+    ideal = {name: pairs(make_labels(name)) for name in LAYOUTS}
     for chip_name, way, group in itertools.product(chips, PRODUCTS, GROUPS):
         chip = Chip(chip_name)
         cost = costs(chip, way, group)
@@ -243,13 +243,13 @@ def main(chips: list[str]) -> list[str]:
             ("layout", "visits", "partly masked", "pairs over ideal", "MXU floor, ms", "estimate, ms"),
         )
         for name in LAYOUTS:
-            kinds = visits(plan, segments(name))
+            kinds = visits(plan, make_labels(name))
             cycles, visited = estimate(cost, kinds)
             if visited > MAX_PAIRS_OVER_IDEAL.get(name, float("inf")) * ideal[name]:
                 limit = MAX_PAIRS_OVER_IDEAL[name]
                 missed.append(f"{title}: {visited / ideal[name]:.3f} pairs over ideal for {name}, over {limit}")
             floor = chip.milliseconds(chip.cycles(way, ideal[name]))
-            masked = (kinds != EVERY).sum()
+            masked = (kinds != FULL_BLOCK).sum()
             numbers = (f"{visited / ideal[name]:.3f}", f"{floor:.2f}", f"{chip.milliseconds(cycles):.2f}")
             times.add_row(name, f"{len(kinds):,}", f"{masked:,}", *numbers)
         console.print(times)

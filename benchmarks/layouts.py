@@ -1,10 +1,10 @@
-"""The layouts that attention is judged on, as `Segments` of [1, T]."""
+"""The layouts that attention is judged on, as `TokenLabels` of [1, T]."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from pallas_kernels.segments import ALL, QUESTIONS, SELF, Segments
+from pallas_kernels.token_labels import ALL, QUESTIONS, SELF, TokenLabels
 
 
 def example(center: int, events: list[int], questions: list[int], star: bool = False, number: int = 1) -> np.ndarray:
@@ -38,5 +38,5 @@ LAYOUTS = {
 }
 
 
-def segments(name: str) -> Segments:
-    return Segments(*LAYOUTS[name]().T[:, None])
+def make_labels(name: str) -> TokenLabels:
+    return TokenLabels(*LAYOUTS[name]().T[:, None])

@@ -50,7 +50,7 @@ def ours() -> tuple[Play, int]:
     from brewjax.train.loop import TrainConfig, make_step
     from brewjax.train.objectives import supervised
     from brewjax.train.optimizer import OptimizerConfig
-    from pallas_kernels.segments import ALL, Segments
+    from pallas_kernels.token_labels import ALL, TokenLabels
 
     sizes = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD, "d_ff": NEURONS, "tie_head": False}
     model = ModelConfig(name="race", vocab_size=VOCABULARY, d_model=WIDTH, layers=LAYERS, **sizes)
@@ -71,8 +71,8 @@ def ours() -> tuple[Play, int]:
         fill = lambda value: np.full_like(tokens, value)  # noqa: E731
         positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape)
         targets = np.concatenate([tokens[:, 1:], fill(NO_TARGET)[:, :1]], 1)
-        segments, weights = Segments(fill(1), fill(0), fill(ALL)), np.float32(targets != NO_TARGET)
-        batch = TokenBatch(tokens, positions, segments, targets, weights, preference=fill(0), source=fill(0))
+        token_labels, weights = TokenLabels(fill(1), fill(0), fill(ALL)), np.float32(targets != NO_TARGET)
+        batch = TokenBatch(tokens, positions, token_labels, targets, weights, preference=fill(0), source=fill(0))
         placed = jax.device_put(jax.tree.map(lambda leaf: leaf[None], batch), NamedSharding(mesh, PARTS))
         state, metrics = step(state, placed)
         return float(metrics["loss"])

@@ -16,8 +16,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
 from benchmarks.layouts import example
-from pallas_kernels.segments import Segments, visible
-from pallas_kernels.worklist import sight
+from pallas_kernels.token_labels import TokenLabels, dense_mask
+from pallas_kernels.worklist import block_visibility
 
 TILE = 16
 SKIPPED, PARTLY, EVERY = "#ffffff", "#f4c7a1", "#a9c9e8"
@@ -33,11 +33,13 @@ LAYOUTS = {
 
 def draw(axes: plt.Axes, title: str, labels: np.ndarray, q_start: int = 0) -> None:
     labels = np.pad(labels, ((0, -len(labels) % TILE), (0, 0)))
-    kv = Segments(*labels.T)
-    q = Segments(*labels[q_start:].T)
+    kv = TokenLabels(*labels.T)
+    q = TokenLabels(*labels[q_start:].T)
     index = np.arange(len(labels))
-    seen = np.asarray(visible(q, kv, index[q_start:], index))
-    some, every = sight(Segments(*(x[None] for x in q)), Segments(*(x[None] for x in kv)), q_start, TILE, TILE)
+    seen = np.asarray(dense_mask(q, kv, index[q_start:], index))
+    some, every = block_visibility(
+        TokenLabels(*(x[None] for x in q)), TokenLabels(*(x[None] for x in kv)), q_start, TILE, TILE
+    )
     kinds = np.asarray(some[0]).astype(int) + np.asarray(every[0])
     extent = (0, len(labels), len(labels), q_start)
     axes.imshow(kinds, cmap=ListedColormap([SKIPPED, PARTLY, EVERY]), vmin=0, vmax=2, extent=extent)

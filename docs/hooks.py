@@ -56,8 +56,8 @@ def _parameter(parameter: click.Parameter) -> tuple[str, str, str]:
 
 def _settings() -> Iterator[str]:
     yield "# Settings\n"
-    yield "Every key of every YAML file. `brewjax help KEY` prints a row of it, `brewjax schema FILE` the JSON schema of a"
-    yield "file for your editor. `*` stands for a name, or an index, of your own.\n"
+    yield "Every key of every YAML file. `brewjax help KEY` prints a row of it, `brewjax schema FILE` the JSON schema"
+    yield "of a file for your editor. `*` stands for a name, or an index, of your own.\n"
     for file in FILES:
         yield f"## {TITLES[file]}\n\n| key | type | default | |\n|---|---|---|---|"
         for setting in settings(file):

@@ -1,4 +1,4 @@
-"""Attention by `Segments`: softmax(q k^T / sqrt(D)) v over what each token sees.
+"""Attention by `TokenLabels`: softmax(q k^T / sqrt(D)) v over what each token sees.
 
 `attention` is what models call: it takes the kernel of the platform that it is traced for. `attention_reference` is
 the definition, dense and for short rows only.
@@ -17,14 +17,14 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import attention_gpu, attention_tpu, attention_xla
 from pallas_kernels.platform import platform
-from pallas_kernels.segments import MASKED, PADDING, Segments, visible
+from pallas_kernels.token_labels import MASKED, PADDING, TokenLabels, dense_mask
 
 
 def attention(
     q: Float[Array, "B T H D"],
     k: Float[Array, "B S K D"],
     v: Float[Array, "B S K D"],
-    segments: Segments,
+    token_labels: TokenLabels,
     q_start: Int[Array, ""] | int | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
@@ -36,18 +36,18 @@ def attention(
     Args:
       q: queries of H heads, a multiple of K; T may be less than S.
       k, v: keys and values, say those of a cached prefix and then of the items behind it.
-      segments: labels of the S keys.
+      token_labels: labels of the S keys.
       q_start: the place of the first query among the keys; the last T keys are the queries' own unless it is given.
       implementation: "xla", "tpu" or "gpu", or one of these two "-interpreted"; the platform's best unless it is given.
     """
     T, S = q.shape[1], k.shape[1]
     start = jnp.asarray(S - T if q_start is None else q_start, jnp.int32)
-    kv_segments = Segments(*(jnp.asarray(x) for x in segments))
-    q_segments = Segments(*(jax.lax.dynamic_slice_in_dim(x, start, T, 1) for x in kv_segments))
+    kv_labels = TokenLabels(*(jnp.asarray(x) for x in token_labels))
+    q_labels = TokenLabels(*(jax.lax.dynamic_slice_in_dim(x, start, T, 1) for x in kv_labels))
     # Whatever padding holds, a weight of zero times NaN included, reaches neither an output nor a gradient.
-    q_real, kv_real = ((x.example != PADDING)[..., None, None] for x in (q_segments, kv_segments))
+    q_real, kv_real = ((x.example_id != PADDING)[..., None, None] for x in (q_labels, kv_labels))
     q, k, v = jnp.where(q_real, q, 0), jnp.where(kv_real, k, 0), jnp.where(kv_real, v, 0)
-    out, log_sum = _attend(q, k, v, q_segments, kv_segments, start, implementation or _default(T))
+    out, log_sum = _attend(q, k, v, q_labels, kv_labels, start, implementation or _default(T))
     return jnp.where(q_real, out, 0), log_sum
 
 
@@ -55,14 +55,16 @@ def attention_reference(
     q: Float[Array, "B T H D"],
     k: Float[Array, "B S K D"],
     v: Float[Array, "B S K D"],
-    segments: Segments,
+    token_labels: TokenLabels,
     q_start: int | None = None,
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
     """The definition of `attention`, in the dtype of `q`: memory grows with T x S."""
     B, T, H, D = q.shape
     S, K = k.shape[1:3]
     index = np.arange(T) + (S - T if q_start is None else q_start)
-    mask = visible(Segments(*(x[:, index] for x in segments)), segments, index, np.arange(S))[:, None, None]
+    mask = dense_mask(TokenLabels(*(x[:, index] for x in token_labels)), token_labels, index, np.arange(S))[
+        :, None, None
+    ]
     scores = jnp.einsum("btkgd,bskd->bkgts", q.reshape(B, T, K, H // K, D), k) / D**0.5
     scores = jnp.where(mask, scores, MASKED)
     weights = jnp.where(mask, jax.nn.softmax(scores, axis=-1), 0)  # who sees nothing sees everything in the softmax
@@ -85,9 +87,15 @@ def _choose(implementation: str, way: str) -> Callable:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _attend(
-    q: Array, k: Array, v: Array, q_segments: Segments, kv_segments: Segments, start: Array, implementation: str
+    q: Array,
+    k: Array,
+    v: Array,
+    q_labels: TokenLabels,
+    kv_labels: TokenLabels,
+    start: Array,
+    implementation: str,
 ) -> tuple[Array, Array]:
-    return _choose(implementation, "forward")(q, k, v, q_segments, kv_segments, start)
+    return _choose(implementation, "forward")(q, k, v, q_labels, kv_labels, start)
 
 
 def _forward(*args: Any) -> tuple[tuple[Array, Array], tuple]:
@@ -96,14 +104,14 @@ def _forward(*args: Any) -> tuple[tuple[Array, Array], tuple]:
 
 
 def _backward(implementation: str, residuals: tuple, cotangents: tuple[Array, Array]) -> tuple:
-    q, k, v, q_segments, kv_segments, start, out, log_sum = residuals
+    q, k, v, q_labels, kv_labels, start, out, log_sum = residuals
     d_out, d_log_sum = cotangents
     # Padding may be taken for seeing keys that it did not see before: its weights must be finite, they meet zeros.
-    log_sum = jnp.where((q_segments.example != PADDING)[..., None], log_sum, 0)
+    log_sum = jnp.where((q_labels.example != PADDING)[..., None], log_sum, 0)
     # FlashAttention-2's D, section 3.1.2; the log-sum-exp's cotangent goes the way of its weights.
     correction = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1) - d_log_sum
     function = _choose(implementation, "backward")
-    grads = function(q, k, v, q_segments, kv_segments, start, log_sum, correction, d_out)
+    grads = function(q, k, v, q_labels, kv_labels, start, log_sum, correction, d_out)
     return *(grad.astype(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True)), None, None, None
 
 

@@ -1,4 +1,4 @@
-"""Attention by `Segments` on a GPU: FlashAttention-2 (Dao 2023, arXiv 2307.08691) in Pallas, through Triton.
+"""Attention by `TokenLabels` on a GPU: FlashAttention-2 (Dao 2023, arXiv 2307.08691) in Pallas, through Triton.
 
 A program takes a block of queries and goes through the blocks of keys that it meets: first, without a mask, those in
 which every query sees every key, then the others. The backward pass goes through them twice: for dq by block of
@@ -23,8 +23,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.platform import precision
-from pallas_kernels.segments import MASKED, UNSEEN, Segments, sees
-from pallas_kernels.worklist import Meetings, meetings, sight
+from pallas_kernels.token_labels import INITIAL_MAX, MASKED, TokenLabels, attends
+from pallas_kernels.worklist import BlockTable, block_table, block_visibility
 
 LOG2E = math.log2(math.e)
 SMALLEST = 16  # side of a matrix product
@@ -61,13 +61,13 @@ def forward(
     q: Float[Array, "B T H D"],
     k: Float[Array, "B S K D"],
     v: Float[Array, "B S K D"],
-    q_segments: Segments,
-    kv_segments: Segments,
+    q_token_labels: TokenLabels,
+    kv_token_labels: TokenLabels,
     q_start: Int[Array, ""],
     interpret: bool = False,
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
     """Output in the dtype of `q` and float32 log-sum-exp; what padding gets means nothing."""
-    call = _Call(("forward",), q, k, q_segments, kv_segments, q_start, interpret)
+    call = _Call(("forward",), q, k, q_token_labels, kv_token_labels, q_start, interpret)
     rows, keys = [call.by_rows(q)], [call.by_keys(x) for x in (k, v)]
     written = [(rows[0].shape, q.dtype), (rows[0].shape[:-1], jnp.float32)]
     out, log_sum = call("forward", _forward_kernel, rows, keys, written)
@@ -93,7 +93,7 @@ def _forward_kernel(
         return sums, new_top, total * shrink + weights.sum(1)
 
     rows = q.shape[:1]
-    start = (jnp.zeros(q.shape, jnp.float32), jnp.full(rows, UNSEEN, jnp.float32), jnp.zeros(rows, jnp.float32))
+    start = (jnp.zeros(q.shape, jnp.float32), jnp.full(rows, INITIAL_MAX, jnp.float32), jnp.zeros(rows, jnp.float32))
     sums, top, total = _visit_all(met, visit, start)
     total = jnp.maximum(total, 1e-30)
     out[...] = (sums / total[:, None]).astype(out.dtype)
@@ -104,8 +104,8 @@ def backward(
     q: Float[Array, "B T H D"],
     k: Float[Array, "B S K D"],
     v: Float[Array, "B S K D"],
-    q_segments: Segments,
-    kv_segments: Segments,
+    q_token_labels: TokenLabels,
+    kv_token_labels: TokenLabels,
     q_start: Int[Array, ""],
     log_sum: Float[Array, "B T H"],
     correction: Float[Array, "B T H"],
@@ -113,7 +113,7 @@ def backward(
     interpret: bool = False,
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B S K D"], Float[Array, "B S K D"]]:
     """float32 gradients of q, k and v; `correction` is sum(out * d_out) less the cotangent of the log-sum-exp."""
-    call = _Call(("dq", "dk_dv"), q, k, q_segments, kv_segments, q_start, interpret)
+    call = _Call(("dq", "dk_dv"), q, k, q_token_labels, kv_token_labels, q_start, interpret)
     rows = [call.by_rows(x) for x in (q, d_out.astype(q.dtype), log_sum * LOG2E, correction)]
     keys = [call.by_keys(x) for x in (k, v)]
     (dq,) = call("dq", _dq_kernel, rows, keys, [(rows[0].shape, jnp.float32)])
@@ -167,8 +167,8 @@ def _dk_dv_kernel(
 # What the kernels are made of.
 
 
-def _visit_all(met: Meetings, visit: Callable, state: Any) -> Any:
-    whole, end = met.whole[...], met.met[...]
+def _visit_all(met: BlockTable, visit: Callable, state: Any) -> Any:
+    whole, end = met.num_full[...], met.num_active[...]
     state = jax.lax.fori_loop(0, whole, functools.partial(visit, masked=False), state)
     return jax.lax.fori_loop(whole, end, functools.partial(visit, masked=True), state)
 
@@ -177,7 +177,7 @@ def _mask(q_labels: Any, rows: Any, kv_labels: Any, keys: Any, rows_axis: int) -
     """Whether the queries of some rows see some keys."""
     q = [jnp.expand_dims(q_labels[n, rows], 1 - rows_axis) for n in range(4)]
     kv = [jnp.expand_dims(kv_labels[n, keys], rows_axis) for n in range(4)]
-    return sees(Segments(*q[:3]), Segments(*kv[:3]), q[3], kv[3])
+    return attends(TokenLabels(*q[:3]), TokenLabels(*kv[:3]), q[3], kv[3])
 
 
 def _dot(a: Array, b: Array) -> Array:
@@ -197,8 +197,8 @@ class _Call:
         kernels: Sequence[str],
         q: Float[Array, "B T H D"],
         k: Float[Array, "B S K D"],
-        q_segments: Segments,
-        kv_segments: Segments,
+        q_token_labels: TokenLabels,
+        kv_token_labels: TokenLabels,
         q_start: Int[Array, ""],
         interpret: bool,
     ):
@@ -211,8 +211,8 @@ class _Call:
             cut = choose_blocks(name, self.head, q.dtype)
             rows, keys = min(cut.rows, _power_of_2(self.T * self.G)), min(cut.keys, _power_of_2(self.S))
             self.cuts[name] = cut._replace(rows=rows, keys=keys)
-        q_labels = jnp.stack([*q_segments, jnp.broadcast_to(q_start + jnp.arange(self.T), (self.B, self.T))], 1)
-        kv_labels = jnp.stack([*kv_segments, jnp.broadcast_to(jnp.arange(self.S), (self.B, self.S))], 1)
+        q_labels = jnp.stack([*q_token_labels, jnp.broadcast_to(q_start + jnp.arange(self.T), (self.B, self.T))], 1)
+        kv_labels = jnp.stack([*kv_token_labels, jnp.broadcast_to(jnp.arange(self.S), (self.B, self.S))], 1)
         self.q_labels = self._whole_blocks(jnp.repeat(q_labels, self.G, 2), 2, "rows")
         self.kv_labels = self._whole_blocks(kv_labels, 2, "keys")
 
@@ -227,9 +227,11 @@ class _Call:
     ) -> list[Array]:
         """Runs a kernel, a program for each block of rows, or of keys; what it writes is laid out like those."""
         cut = self.cuts[name]
-        q_segments, kv_segments = (Segments(*(x[:, n] for n in range(3))) for x in (self.q_labels, self.kv_labels))
-        seen = sight(q_segments, kv_segments, self.q_start, cut.rows, cut.keys, self.G)
-        met = meetings(seen, by_key)
+        q_token_labels, kv_token_labels = (
+            TokenLabels(*(x[:, n] for n in range(3))) for x in (self.q_labels, self.kv_labels)
+        )
+        seen = block_visibility(q_token_labels, kv_token_labels, self.q_start, cut.rows, cut.keys, self.G)
+        met = block_table(seen, by_key)
         R, S = self.q_labels.shape[2], self.kv_labels.shape[2]
 
         def at_rows(*head: int) -> pl.BlockSpec:
@@ -244,12 +246,16 @@ class _Call:
             pl.BlockSpec((None, 4, cut.keys if by_key else S), lambda i, h, b: (b, 0, i if by_key else 0)),
         ]
         at_number = pl.BlockSpec((None, None), lambda i, h, b: (b, i))
-        at_met: Any = [pl.BlockSpec((None, None, met.blocks.shape[2]), lambda i, h, b: (b, i, 0)), at_number, at_number]
+        at_met: Any = [
+            pl.BlockSpec((None, None, met.indices.shape[2]), lambda i, h, b: (b, i, 0)),
+            at_number,
+            at_number,
+        ]
         return pl.pallas_call(
             functools.partial(kernel, cut, self.D**-0.5),
             name=f"segment_attention_{name}",
-            grid=(met.blocks.shape[1], self.K, self.B),
-            in_specs=[Meetings(*at_met), *at_labels, *(at_rows(*x.shape[3:]) for x in rows), *[at_keys] * len(keys)],
+            grid=(met.indices.shape[1], self.K, self.B),
+            in_specs=[BlockTable(*at_met), *at_labels, *(at_rows(*x.shape[3:]) for x in rows), *[at_keys] * len(keys)],
             out_specs=[at_keys if by_key else at_rows(*shape[3:]) for shape, _ in written],
             out_shape=[jax.ShapeDtypeStruct(*one) for one in written],
             compiler_params=triton.CompilerParams(num_warps=cut.warps, num_stages=STAGES),

@@ -1,4 +1,4 @@
-"""Attention by `Segments` on a TPU: FlashAttention-2 (Dao 2023, arXiv 2307.08691) over a worklist, in Pallas.
+"""Attention by `TokenLabels` on a TPU: FlashAttention-2 (Dao 2023, arXiv 2307.08691) over a worklist, in Pallas.
 
 Scores are kept keys by queries, [S, T]: the softmax then reduces over sublanes (cheap vector maxima and sums) and not
 over lanes, the running maximum and sum of a query are one number on its lane, and so is all that the backward pass
@@ -32,31 +32,31 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention_tpu_plan import LABELS, TILE, Plan, kinds_and_labels, unpack_labels
+from pallas_kernels.attention_tpu_plan import LABELS, TILE, AttentionPlan, kinds_and_labels, unpack_labels
 from pallas_kernels.platform import precision
-from pallas_kernels.segments import MASKED, UNSEEN, Segments, sees
-from pallas_kernels.worklist import EVERY, worklist
+from pallas_kernels.token_labels import INITIAL_MAX, MASKED, TokenLabels, attends
+from pallas_kernels.worklist import FULL_BLOCK, worklist
 
-TOGETHER = 16  # chunks, or tiles, in straight-line code
+UNROLL = 16  # chunks, or tiles, in straight-line code
 LOG2E = math.log2(math.e)
 # While a sum of weights is between these, no weight that matters to it underflows in float32, and its weighted sum of
 # values below 2^28 does not overflow.
-LEAST, MOST = 2.0**-64, 2.0**100
+MIN_ROW_SUM, MAX_ROW_SUM = 2.0**-64, 2.0**100
 
 
 def forward(
     q: Float[Array, "B T H D"],
     k: Float[Array, "B S K D"],
     v: Float[Array, "B S K D"],
-    q_segments: Segments,
-    kv_segments: Segments,
+    q_token_labels: TokenLabels,
+    kv_token_labels: TokenLabels,
     q_start: Int[Array, ""],
     interpret: Any = False,
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
     """Output in the dtype of `q` and float32 log-sum-exp; what padding gets means nothing."""
-    plan = Plan.of(q, k, interpret)
-    kind, labels = kinds_and_labels(plan, q_segments, kv_segments, q_start)
-    visits = worklist(kind, plan.most_visits)
+    plan = AttentionPlan.of(q, k, interpret)
+    kind, labels = kinds_and_labels(plan, q_token_labels, kv_token_labels, q_start)
+    visits = worklist(kind, plan.max_visits)
     q, k, v = plan.by_chunks(q), plan.by_keys(k), plan.by_keys(v).mT
     GC, D, C, S = plan.group * plan.chunks, plan.D, plan.chunk, plan.keys
     out, log_sum = pl.pallas_call(
@@ -88,7 +88,7 @@ def forward(
 
 
 def _forward_kernel(
-    plan: Plan, start, q_block, kv_block, kind, q, k, v, q_labels, kv_labels,  # read
+    plan: AttentionPlan, start, q_block, kv_block, kind, q, k, v, q_labels, kv_labels,  # read
     out, log_sum,  # written
     reference, total, sums, scores, weights, hidden, masks, columns,  # scratch
 ) -> None:  # fmt: skip
@@ -98,7 +98,7 @@ def _forward_kernel(
 
     @pl.when(first)
     def _() -> None:
-        reference[...] = jnp.full_like(reference, UNSEEN)
+        reference[...] = jnp.full_like(reference, INITIAL_MAX)
         total[...] = jnp.zeros_like(total)
         sums[...] = jnp.zeros_like(sums)
 
@@ -109,7 +109,7 @@ def _forward_kernel(
         def soften(n: int) -> None:
             job, here = jobs[n], jobs[n].here
             before = reference[here]
-            against = jnp.where(before == UNSEEN, 0.0, before)
+            against = jnp.where(before == INITIAL_MAX, 0.0, before)
             added = jnp.zeros((8, job.width), jnp.float32)
             for row in range(0, plan.keys, plan.chunk):  # fewest bundles, of 32 to 512 keys at a time
                 rows = pl.Slice(row, min(plan.chunk, plan.keys - row))
@@ -117,7 +117,7 @@ def _forward_kernel(
                 weights[n % 2, rows] = p.astype(weights.dtype)
                 added += p.reshape(-1, 8, job.width).sum(0)
             new = total[here] + added.sum(0, keepdims=True)
-            good[n] = (new > LEAST) & (new < MOST)
+            good[n] = (new > MIN_ROW_SUM) & (new < MAX_ROW_SUM)
             total[here] = jnp.where(good[n], new, total[here])
             reference[here] = jnp.where(good[n], against, before)
             hidden[here] = jnp.where(good[n], MASKED, 0.0)
@@ -163,7 +163,7 @@ def _forward_kernel(
 
     @pl.when(last)
     def _() -> None:
-        safe = jnp.maximum(total[...], LEAST)  # 0 for a query that saw nothing
+        safe = jnp.maximum(total[...], MIN_ROW_SUM)  # 0 for a query that saw nothing
         out[...] = (sums[...] / safe).astype(out.dtype)
         log_sum[...] = reference[...] / LOG2E + jnp.log(safe)
 
@@ -172,8 +172,8 @@ def backward(
     q: Float[Array, "B T H D"],
     k: Float[Array, "B S K D"],
     v: Float[Array, "B S K D"],
-    q_segments: Segments,
-    kv_segments: Segments,
+    q_token_labels: TokenLabels,
+    kv_token_labels: TokenLabels,
     q_start: Int[Array, ""],
     log_sum: Float[Array, "B T H"],
     correction: Float[Array, "B T H"],
@@ -185,9 +185,9 @@ def backward(
     One pass, each key block's visits together. The gradient of a query block is fetched, added to and written back
     at each visit, so that memory stays linear in T and the scores are computed once.
     """
-    plan = Plan.of(q, k, interpret)
-    kind, labels = kinds_and_labels(plan, q_segments, kv_segments, q_start)
-    visits = worklist(kind, plan.most_visits, by_key=True)
+    plan = AttentionPlan.of(q, k, interpret)
+    kind, labels = kinds_and_labels(plan, q_token_labels, kv_token_labels, q_start)
+    visits = worklist(kind, plan.max_visits, by_key=True)
     per_query = plan.by_chunks(jnp.stack([log_sum * LOG2E, correction], -1))
     q, d_out, k, v = plan.by_chunks(q), plan.by_chunks(d_out.astype(q.dtype)), plan.by_keys(k), plan.by_keys(v)
     GC, D, C, S = plan.group * plan.chunks, plan.D, plan.chunk, plan.keys
@@ -233,7 +233,7 @@ def backward(
 
 
 def _backward_kernel(
-    plan: Plan, start, q_block, kv_block, kind, q, d_out, per_query, k, k_t, v, q_labels, kv_labels,
+    plan: AttentionPlan, start, q_block, kv_block, kind, q, d_out, per_query, k, k_t, v, q_labels, kv_labels,
     zeros,  # read
     dq, dk, dv,  # written
     dk_sums, dv_sums, dq_here, dq_sums, weights, d_scores, masks, columns, fetched, written,  # scratch
@@ -262,7 +262,7 @@ def _backward_kernel(
         dk_sums[...] = jnp.zeros_like(dk_sums)
         dv_sums[...] = jnp.zeros_like(dv_sums)
 
-    @pl.when(kind[i] != EVERY)
+    @pl.when(kind[i] != FULL_BLOCK)
     def _() -> None:
         dq_here[...] = jnp.zeros_like(dq_here)
 
@@ -350,11 +350,11 @@ def _pipeline(count: int, *stages: Callable[[int], None]) -> None:
 Run = Callable[[list[Job]], None]
 
 
-def _visit(plan: Plan, kind: Array, whole: Run, masked: Run, masks: Masks) -> None:
+def _visit(plan: AttentionPlan, kind: Array, whole: Run, masked: Run, masks: Masks) -> None:
     """Runs the jobs of one visit: whole chunks where every query sees every key, else lines of tiles."""
-    pl.when(kind == EVERY)(functools.partial(_whole, plan, whole))
+    pl.when(kind == FULL_BLOCK)(functools.partial(_whole, plan, whole))
 
-    @pl.when(kind != EVERY)
+    @pl.when(kind != FULL_BLOCK)
     def _() -> None:
         masks.prepare()
         for bit, line in enumerate(plan.diagonals):
@@ -370,11 +370,11 @@ def _visit(plan: Plan, kind: Array, whole: Run, masked: Run, masks: Masks) -> No
             jax.lax.fori_loop(0, len(plan.rows), row, None)
 
 
-def _whole(plan: Plan, run: Run) -> None:
+def _whole(plan: AttentionPlan, run: Run) -> None:
     def piece(n: Array, size: int) -> None:
         run([Job(n * size + m, slice(0, plan.chunk), pl.Slice(0, plan.keys)) for m in range(size)])
 
-    _in_pieces(plan.group * plan.chunks, TOGETHER, piece)
+    _in_pieces(plan.group * plan.chunks, UNROLL, piece)
 
 
 def _in_pieces(count: int, most: int, piece: Callable[[Array, int], None]) -> None:
@@ -397,7 +397,7 @@ def _again(run: Run, jobs: list[Job], mask: Any) -> None:
     jax.lax.fori_loop(0, len(jobs), one, None)
 
 
-def _along(plan: Plan, run: Run, masks: Masks, line: Sequence[tuple[int, Any]]) -> None:
+def _along(plan: AttentionPlan, run: Run, masks: Masks, line: Sequence[tuple[int, Any]]) -> None:
     for n, tiles in enumerate(line):
         masks.make(n, *tiles)  # once for all heads
 
@@ -409,7 +409,7 @@ def _along(plan: Plan, run: Run, masks: Masks, line: Sequence[tuple[int, Any]]) 
             jobs.append(Job(chunk, slice(place, place + TILE), pl.Slice(_at(kv_tile), TILE), masks.masks.at[n]))
         run(jobs)
 
-    _in_pieces(plan.group, TOGETHER // len(line), heads)
+    _in_pieces(plan.group, UNROLL // len(line), heads)
 
 
 def _at(tile: Any) -> Any:
@@ -426,7 +426,7 @@ class Masks:
       masks: scratch for what is made.
     """
 
-    plan: Plan
+    plan: AttentionPlan
     start: Array
     q_block: Array
     kv_block: Array
@@ -451,7 +451,7 @@ class Masks:
         q_index = self.start + self.q_block % plan.q_blocks * plan.queries + q_tile * TILE
         kv_index = self.kv_block % plan.kv_blocks * plan.keys + kv_tile * TILE
         iota = functools.partial(jax.lax.broadcasted_iota, jnp.int32, shape)
-        self.masks[n] = jnp.where(sees(q, kv, q_index + iota(1), kv_index + iota(0)), 0.0, MASKED)
+        self.masks[n] = jnp.where(attends(q, kv, q_index + iota(1), kv_index + iota(0)), 0.0, MASKED)
 
 
 def _edges(block: Any, i: Array) -> tuple[Array, Array]:
@@ -474,7 +474,7 @@ _COMPILER_PARAMS = pltpu.CompilerParams(
 )
 
 
-def _mask_scratch(plan: Plan) -> list[Any]:
+def _mask_scratch(plan: AttentionPlan) -> list[Any]:
     """For `Masks`: masks of the longest line, and columns."""
     return [
         pltpu.VMEM((plan.queries // TILE, TILE, TILE), jnp.float32),
@@ -490,7 +490,7 @@ def _at_keys(*shape: int) -> pl.BlockSpec:
     return pl.BlockSpec((None, None, *shape), lambda h, i, start, q_block, kv_block, _: (h, kv_block[i], 0, 0))
 
 
-def _at_labels(plan: Plan) -> list[pl.BlockSpec]:
+def _at_labels(plan: AttentionPlan) -> list[pl.BlockSpec]:
     return [
         pl.BlockSpec((None, 8, plan.queries), lambda h, i, start, q_block, *_: (q_block[i], 0, 0)),
         pl.BlockSpec((None, 8, plan.keys), lambda h, i, start, q_block, kv_block, _: (kv_block[i], 0, 0)),

@@ -11,8 +11,8 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.platform import tpu_info
-from pallas_kernels.segments import Segments
-from pallas_kernels.worklist import EVERY, sight
+from pallas_kernels.token_labels import TokenLabels
+from pallas_kernels.worklist import FULL_BLOCK, block_visibility
 
 CHUNKS = 4  # of a head in a block of queries, at most
 KEYS = 512  # in a block
@@ -26,7 +26,7 @@ Line = list[tuple[int, int]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class AttentionPlan:
     """The shapes of one call.
 
     Attributes:
@@ -47,17 +47,17 @@ class Plan:
     keys: int
 
     @classmethod
-    def of(cls, q: Array, k: Array, interpret: Any) -> Plan:
+    def of(cls, q: Array, k: Array, interpret: Any) -> AttentionPlan:
         B, T, H, D = q.shape
         S, K = k.shape[1:3]
         chunk = TILE if interpret else tpu_info().mxu_column_size
         chunks = pl.cdiv(T, chunk)
         chunks = pl.cdiv(chunks, pl.cdiv(chunks, CHUNKS))  # in as few blocks, with little of the last one empty
         plan = cls(B, K, D, T, S, chunk, chunks, H // K, min(KEYS, pl.cdiv(S, TILE) * TILE))
-        size = plan.most_visits * VISIT_BYTES
+        size = plan.max_visits * VISIT_BYTES
         if not interpret and size > (space := tpu_info().smem_capacity_bytes - SMEM_RESERVED):
             raise ValueError(
-                f"attention of {B} x {T:,} queries on {S:,} keys takes up to {plan.most_visits:,} visits of blocks of "
+                f"attention of {B} x {T:,} queries on {S:,} keys takes up to {plan.max_visits:,} visits of blocks of "
                 f"{plan.queries} x {plan.keys}, {size:,} bytes of scalars, and this TPU holds {space:,}: "
                 "shard the sequence, or give fewer rows at a time"
             )
@@ -77,7 +77,7 @@ class Plan:
         return pl.cdiv(self.S, self.keys)
 
     @property
-    def most_visits(self) -> int:
+    def max_visits(self) -> int:
         """Of all rows: a block of queries sees no keys behind its last query, which is its row's last at most."""
         ends = (self.S - self.T + (n + 1) * self.queries for n in range(self.q_blocks))
         return self.B * sum(min(self.kv_blocks, pl.cdiv(end, self.keys)) for end in ends)
@@ -128,21 +128,21 @@ class Plan:
 
 
 def kinds_and_labels(
-    plan: Plan, q_segments: Segments, kv_segments: Segments, q_start: Array
+    plan: AttentionPlan, q_token_labels: TokenLabels, kv_token_labels: TokenLabels, q_start: Array
 ) -> tuple[Int[Array, "B NQ NK"], tuple[Int[Array, "M 8 T"], Int[Array, "M 8 S"]]]:
     """The kinds of visits, and the labels as the kernels read them: `LABELS` rows, and nothing behind.
 
     A kind is `EVERY`, or has a bit for each of the plan's lines to go through: diagonals or rows, in which somebody
     sees somebody, whichever are fewer tiles.
     """
-    q_segments, kv_segments = (
-        Segments(*(jnp.pad(x, ((0, 0), (0, length - x.shape[1]))) for x in segments))
-        for segments, length in (
-            (q_segments, plan.q_blocks * plan.queries),
-            (kv_segments, plan.kv_blocks * plan.keys),
+    q_token_labels, kv_token_labels = (
+        TokenLabels(*(jnp.pad(x, ((0, 0), (0, length - x.shape[1]))) for x in token_labels))
+        for token_labels, length in (
+            (q_token_labels, plan.q_blocks * plan.queries),
+            (kv_token_labels, plan.kv_blocks * plan.keys),
         )
     )
-    tiles = sight(q_segments, kv_segments, q_start, TILE, TILE)
+    tiles = block_visibility(q_token_labels, kv_token_labels, q_start, TILE, TILE)
     some, every = (
         x.reshape(plan.B, plan.q_blocks, plan.queries // TILE, plan.kv_blocks, plan.keys // TILE) for x in tiles
     )
@@ -152,15 +152,15 @@ def kinds_and_labels(
     fewer = jnp.sum(count, -1, where=diagonals) <= jnp.sum(count, -1, where=~diagonals)
     kind = jnp.sum((seen & (fewer[..., None] == diagonals)) << np.arange(len(plan.lines)), -1)
     every |= ~some.any((3, 4), keepdims=True)  # a tile of padding: nobody asks what it sees
-    kind = jnp.where(every.all((2, 4)) & some.any((2, 4)), EVERY, kind)
+    kind = jnp.where(every.all((2, 4)) & some.any((2, 4)), FULL_BLOCK, kind)
 
-    def blocked(segments: Segments, size: int) -> Int[Array, "M 8 N"]:
-        packed = segments.example << 2 | segments.reach, segments.segment
+    def blocked(token_labels: TokenLabels, size: int) -> Int[Array, "M 8 N"]:
+        packed = token_labels.example_id << 2 | token_labels.visibility, token_labels.piece_id
         return jnp.pad(jnp.stack([x.reshape(-1, size) for x in packed], 1), ((0, 0), (0, 8 - LABELS), (0, 0)))
 
-    labels = blocked(q_segments, plan.queries), blocked(kv_segments, plan.keys)
+    labels = blocked(q_token_labels, plan.queries), blocked(kv_token_labels, plan.keys)
     return kind, labels
 
 
-def unpack_labels(example_and_reach: Array, segment: Array) -> Segments:
-    return Segments(example_and_reach >> 2, segment, example_and_reach & 3)
+def unpack_labels(example_and_reach: Array, segment: Array) -> TokenLabels:
+    return TokenLabels(example_and_reach >> 2, segment, example_and_reach & 3)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.distillation import FewWords, forward_kl
-from pallas_kernels.linear_loss import MASKED, Plan, linear_loss, linear_losses
+from pallas_kernels.distillation import SparseTeacher, forward_kl
+from pallas_kernels.linear_loss import MASKED, LossPlan, fused_linear_loss, fused_linear_losses
 
 
 def linear_cross_entropy(
@@ -24,8 +24,8 @@ def linear_cross_entropy(
     of the head makes the loss NaN.
     """
     weights = jnp.where(targets >= 0, 1.0 if weights is None else weights, 0)
-    plan = Plan(FewWords(forward_kl), 1.0, chunk, block)
-    return linear_loss(plan, (hidden, head), [], _sure(targets), weights)
+    plan = LossPlan(SparseTeacher(forward_kl), 1.0, chunk, block)
+    return fused_linear_loss(plan, (hidden, head), [], _one_hot_teacher(targets), weights)
 
 
 def linear_log_probs(
@@ -39,10 +39,10 @@ def linear_log_probs(
 
     For losses that are no sum over tokens. Differentiable in `hidden` and `head`, as `linear_cross_entropy`.
     """
-    plan = Plan(FewWords(forward_kl), 1.0, chunk, block)
-    return -linear_losses(plan, (hidden, head), [], _sure(targets), targets >= 0)
+    plan = LossPlan(SparseTeacher(forward_kl), 1.0, chunk, block)
+    return -fused_linear_losses(plan, (hidden, head), [], _one_hot_teacher(targets), targets >= 0)
 
 
-def _sure(targets: Int[Array, " N"]) -> tuple[Int[Array, "N 1"], Float[Array, "N 2"]]:
+def _one_hot_teacher(targets: Int[Array, " N"]) -> tuple[Int[Array, "N 1"], Float[Array, "N 2"]]:
     """A teacher who is sure of one word: its own entropy is zero, and the forward KL from it the cross-entropy."""
     return targets[:, None], jnp.broadcast_to(jnp.array([0, MASKED], jnp.float32), (len(targets), 2))

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.linear_loss import MASKED, Gather, Logits, Plan, Visit, linear_loss, over_tokens
+from pallas_kernels.linear_loss import MASKED, Gather, Logits, LossPlan, Visit, fused_linear_loss, over_tokens
 
 
 class Divergence(NamedTuple):
@@ -95,8 +95,8 @@ def linear_distillation(
     """
     if len(head) != len(teacher_head):
         raise ValueError(f"the student's head has {len(head)} words, the teacher's {len(teacher_head)}")
-    plan = Plan(_OtherHead(divergence), temperature, chunk, block)
-    return linear_loss(plan, (hidden, head), [(teacher_hidden, teacher_head)], (), weights)
+    plan = LossPlan(_DenseTeacher(divergence), temperature, chunk, block)
+    return fused_linear_loss(plan, (hidden, head), [(teacher_hidden, teacher_head)], (), weights)
 
 
 def top_k_distillation(
@@ -122,8 +122,8 @@ def top_k_distillation(
     log_probs = log_probs.astype(jnp.float32)
     tail = -jnp.expm1(log_probs[:, :1]) - jnp.exp(log_probs[:, 1:]).sum(-1, keepdims=True)
     log_p = jnp.concatenate([jnp.maximum(log_probs, MASKED), jnp.log(jnp.maximum(tail, 2.0**-24))], -1)
-    plan = Plan(FewWords(divergence), temperature, chunk, block)
-    return linear_loss(plan, (hidden, head), [], (ids, log_p), weights)
+    plan = LossPlan(SparseTeacher(divergence), temperature, chunk, block)
+    return fused_linear_loss(plan, (hidden, head), [], (ids, log_p), weights)
 
 
 def linear_top_k(
@@ -160,7 +160,7 @@ class _Sums(NamedTuple):
     slope: Float[Array, " n"]
 
 
-class _OtherHead(NamedTuple):
+class _DenseTeacher(NamedTuple):
     """A `Loss`: the divergence from the teacher whose logits come second."""
 
     divergence: Divergence
@@ -202,7 +202,7 @@ class _Buckets(NamedTuple):
     tail: Float[Array, " n"]  # log-sum-exp of the logits of all others
 
 
-class FewWords(NamedTuple):
+class SparseTeacher(NamedTuple):
     """A `Loss`: the divergence from a teacher who names k words and gives all others one probability together.
 
     Per token, ids [n, k] and log-probabilities [n, k + 1], the last that of all other words.

@@ -20,7 +20,7 @@ def label_log_probs(
     hidden: Float[Array, "N D"],
     head: Float[Array, "V D"],
     labels: Int[Array, "N L"] | Int[Array, " L"],
-    against: Literal["vocabulary", "labels"],
+    normalize_over: Literal["vocabulary", "labels"],
     block: int = 4096,
     logits_dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "N _"]:
@@ -35,7 +35,7 @@ def label_log_probs(
     columns = jnp.take(head, labels, 0, mode="fill", fill_value=jnp.nan)
     logits = _product("nd,ld->nl" if labels.ndim == 1 else "nd,nld->nl", hidden, columns, logits_dtype)
     logits = jnp.where(labels >= 0, logits, -jnp.inf)
-    if against == "labels":
+    if normalize_over == "labels":
         log_sum = jax.nn.logsumexp(logits, -1)
     else:
         block = min(block, len(head))

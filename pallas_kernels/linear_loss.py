@@ -22,7 +22,9 @@ State = Any  # pytree of sums [n, ..] over the words seen so far
 Logits = tuple[Array, ...]  # float32 [n, block] of each head, the student's first, divided by the temperature
 Visit = Callable[[Logits, Int[Array, " block"], Any, State], State]  # (logits, words, per token, state) -> state
 Gather = Callable[[Array], Array]  # [N, ..] -> [n, ..]
-Tower = tuple[Float[Array, "N D"], Float[Array, "V D"]]  # hidden states, and the head that turns them into logits
+HiddenAndHead = tuple[
+    Float[Array, "N D"], Float[Array, "V D"]
+]  # hidden states, and the head that turns them into logits
 
 
 class Loss(Protocol):
@@ -44,7 +46,7 @@ class Loss(Protocol):
         """The loss; finite, too, where all logits and all in `per_token` are zero."""
 
 
-class Plan(NamedTuple):
+class LossPlan(NamedTuple):
     """How a fused loss runs. `chunk` tokens and `block` words at a time: both bound memory, neither changes results."""
 
     loss: Loss
@@ -54,8 +56,12 @@ class Plan(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def linear_loss(
-    plan: Plan, student: Tower, teachers: Sequence[Tower], per_token: Any, weights: Float[Array, " N"]
+def fused_linear_loss(
+    plan: LossPlan,
+    student: HiddenAndHead,
+    teachers: Sequence[HiddenAndHead],
+    per_token: Any,
+    weights: Float[Array, " N"],
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """temperature^2 x sum over tokens of weight x loss, and the sum of the weights; float32.
 
@@ -68,8 +74,8 @@ def linear_loss(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def linear_losses(
-    plan: Plan, student: Tower, teachers: Sequence[Tower], per_token: Any, counts: Bool[Array, " N"]
+def fused_linear_losses(
+    plan: LossPlan, student: HiddenAndHead, teachers: Sequence[HiddenAndHead], per_token: Any, counts: Bool[Array, " N"]
 ) -> Float[Array, " N"]:
     """temperature^2 x the loss of each token that counts, and zero for the others; float32.
 
@@ -95,11 +101,18 @@ def over_vocabulary(V: int, block: int, visit: Callable[[Any, Array, State], Sta
 
 
 def _run(
-    plan: Plan, student: Tower, teachers: Sequence[Tower], per_token: Any, weights: Array, gradients: bool
-) -> tuple[Array, Tower | None]:
+    plan: LossPlan,
+    student: HiddenAndHead,
+    teachers: Sequence[HiddenAndHead],
+    per_token: Any,
+    weights: Array,
+    gradients: bool,
+) -> tuple[Array, HiddenAndHead | None]:
     """temperature^2 x the loss of each token of weight, and the gradients of their weighted sum in float32."""
 
-    def step(rows: Array, gather: Gather, carry: tuple[Array, Tower | None]) -> tuple[Array, Tower | None]:
+    def step(
+        rows: Array, gather: Gather, carry: tuple[Array, HiddenAndHead | None]
+    ) -> tuple[Array, HiddenAndHead | None]:
         losses, grads = carry
         towers = [(gather(hidden), head) for hidden, head in (student, *teachers)]
         weight = gather(weights).astype(jnp.float32)
@@ -140,8 +153,8 @@ def _sums(losses: Array, weights: Array) -> tuple[Array, Array]:
 
 
 def _chunk(
-    plan: Plan, towers: Sequence[Tower], per_token: Any, weight: Array, d_head: Array | None
-) -> tuple[Array, Tower | None]:
+    plan: LossPlan, towers: Sequence[HiddenAndHead], per_token: Any, weight: Array, d_head: Array | None
+) -> tuple[Array, HiddenAndHead | None]:
     """The loss [n] of one chunk and, when `d_head` is given, d_hidden and `d_head` with this chunk's part added."""
     hidden, head = towers[0]
     block = min(plan.block, head.shape[0])
@@ -187,35 +200,37 @@ def _chunk(
 
 
 def _forward(
-    plan: Plan, student: Tower, teachers: Sequence[Tower], per_token: Any, weights: Array
-) -> tuple[tuple[Array, Array], Tower]:
+    plan: LossPlan, student: HiddenAndHead, teachers: Sequence[HiddenAndHead], per_token: Any, weights: Array
+) -> tuple[tuple[Array, Array], HiddenAndHead]:
     """The gradients are computed with the loss: all that is left to the backward pass is to scale them."""
     losses, grads = _run(plan, student, teachers, per_token, weights, gradients=True)
     return _sums(losses, weights), jax.tree.map(lambda grad, x: grad.astype(x.dtype), grads, student)
 
 
-def _backward(plan: Plan, grads: Tower, cotangents: tuple[Array, Array]) -> tuple[Tower, None, None, None]:
+def _backward(
+    plan: LossPlan, grads: HiddenAndHead, cotangents: tuple[Array, Array]
+) -> tuple[HiddenAndHead, None, None, None]:
     d_total, _ = cotangents
     return jax.tree.map(lambda grad: (d_total * grad).astype(grad.dtype), grads), None, None, None
 
 
-linear_loss.defvjp(_forward, _backward)
+fused_linear_loss.defvjp(_forward, _backward)
 
 
 def _forward_each(
-    plan: Plan, student: Tower, teachers: Sequence[Tower], per_token: Any, counts: Array
-) -> tuple[Array, tuple[Tower, Sequence[Tower], Any, Array]]:
-    losses = linear_losses(plan, student, teachers, per_token, counts)
+    plan: LossPlan, student: HiddenAndHead, teachers: Sequence[HiddenAndHead], per_token: Any, counts: Array
+) -> tuple[Array, tuple[HiddenAndHead, Sequence[HiddenAndHead], Any, Array]]:
+    losses = fused_linear_losses(plan, student, teachers, per_token, counts)
     return losses, (student, teachers, per_token, counts)
 
 
 def _backward_each(
-    plan: Plan, inputs: tuple[Tower, Sequence[Tower], Any, Array], cotangent: Array
-) -> tuple[Tower, None, None, None]:
+    plan: LossPlan, inputs: tuple[HiddenAndHead, Sequence[HiddenAndHead], Any, Array], cotangent: Array
+) -> tuple[HiddenAndHead, None, None, None]:
     student, teachers, per_token, counts = inputs
     _, grads = _run(plan, student, teachers, per_token, jnp.where(counts, cotangent, 0), gradients=True)
     assert grads is not None
     return jax.tree.map(lambda grad, x: grad.astype(x.dtype), grads, student), None, None, None
 
 
-linear_losses.defvjp(_forward_each, _backward_each)
+fused_linear_losses.defvjp(_forward_each, _backward_each)

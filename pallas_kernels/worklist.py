@@ -8,18 +8,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from pallas_kernels.segments import ALL, PADDING, QUESTIONS, SELF, Segments
+from pallas_kernels.token_labels import ALL, PADDING, QUESTIONS, SELF, TokenLabels
 
 
-class Sight(NamedTuple):
+class BlockVisibility(NamedTuple):
     """Of each pair of a query tile and a key tile: whether a query sees a key, and whether every query sees every key.
 
     Padding among the queries does not count: nobody asks what it sees. `some` is never false where there is one,
-    `every` never true where there is not; both are tight where examples and segments are contiguous.
+    `every` never true where there is not; both are tight where examples and pieces are contiguous.
     """
 
-    some: Bool[Array, "B NQ NK"]
-    every: Bool[Array, "B NQ NK"]
+    any: Bool[Array, "B NQ NK"]
+    all: Bool[Array, "B NQ NK"]
 
 
 class Worklist(NamedTuple):
@@ -35,12 +35,12 @@ class Worklist(NamedTuple):
     length: Int[Array, ""]
 
 
-EVERY = -1
+FULL_BLOCK = -1
 
 
-def sight(
-    q: Segments, kv: Segments, q_start: Int[Array, ""] | int, q_tile: int, kv_tile: int, q_repeats: int = 1
-) -> Sight:
+def block_visibility(
+    q: TokenLabels, kv: TokenLabels, q_start: Int[Array, ""] | int, q_tile: int, kv_tile: int, q_repeats: int = 1
+) -> BlockVisibility:
     """What tiles of T queries see of tiles of S keys; query 0 stands at place `q_start` of the keys' row.
 
     T divides by `q_tile`, S by `kv_tile`. Costs O(tokens) for the facts and O(tiles^2) for the answer.
@@ -48,27 +48,27 @@ def sight(
     Args:
       q_repeats: how often each query stands in `q`, one after the other: once for each head of a group, say.
     """
-    q_facts = jax.tree.map(lambda x: x[..., :, None], _facts(q, q_tile, q_start, q_repeats))
-    kv_facts = jax.tree.map(lambda x: x[..., None, :], _facts(kv, kv_tile, 0))
+    q_facts = jax.tree.map(lambda x: x[..., :, None], _summarize_tiles(q, q_tile, q_start, q_repeats))
+    kv_facts = jax.tree.map(lambda x: x[..., None, :], _summarize_tiles(kv, kv_tile, 0))
     some, every = (
         (kv_reach == ALL) | ((kv_reach == QUESTIONS) & (q_reach == SELF))
         for q_reach, kv_reach in (
-            (q_facts.reach.low, kv_facts.reach.high),
-            (q_facts.reach.high, kv_facts.reach.low),
+            (q_facts.visibility.low, kv_facts.visibility.high),
+            (q_facts.visibility.high, kv_facts.visibility.low),
         )
     )
     some = (
-        q_facts.example.meets(kv_facts.example)
+        q_facts.example_id.overlaps(kv_facts.example_id)
         & (kv_facts.first <= q_facts.last)
-        & (q_facts.segment.meets(kv_facts.segment) | some)
+        & (q_facts.piece_id.overlaps(kv_facts.piece_id) | some)
     )
     every = (
-        q_facts.example.is_one(kv_facts.example)
+        q_facts.example_id.same_constant(kv_facts.example_id)
         & (kv_facts.last <= q_facts.first)
-        & (q_facts.segment.is_one(kv_facts.segment) | every)
-        & kv_facts.whole
+        & (q_facts.piece_id.same_constant(kv_facts.piece_id) | every)
+        & kv_facts.no_padding
     )
-    return Sight(some, every)
+    return BlockVisibility(some, every)
 
 
 class Bounds(NamedTuple):
@@ -77,35 +77,35 @@ class Bounds(NamedTuple):
     low: Int[Array, "*B N"]
     high: Int[Array, "*B N"]
 
-    def meets(self, other: Bounds) -> Bool[Array, "*B NQ NK"]:
+    def overlaps(self, other: Bounds) -> Bool[Array, "*B NQ NK"]:
         return (self.low <= other.high) & (other.low <= self.high)
 
-    def is_one(self, other: Bounds) -> Bool[Array, "*B NQ NK"]:
+    def same_constant(self, other: Bounds) -> Bool[Array, "*B NQ NK"]:
         return (self.low == self.high) & (other.low == other.high) & (self.low == other.low)
 
 
-class _Facts(NamedTuple):
+class _TileSummary(NamedTuple):
     """Of each tile: bounds of its labels, whether it has no padding, its first and its last place in the row."""
 
-    example: Bounds
-    segment: Bounds
-    reach: Bounds
-    whole: Bool[Array, "*B N"]
+    example_id: Bounds
+    piece_id: Bounds
+    visibility: Bounds
+    no_padding: Bool[Array, "*B N"]
     first: Int[Array, " N"]
     last: Int[Array, " N"]
 
 
-def _facts(segments: Segments, tile: int, start: Array | int, repeats: int = 1) -> _Facts:
-    tiled = [jnp.asarray(x).reshape(*x.shape[:-1], -1, tile) for x in segments]
+def _summarize_tiles(token_labels: TokenLabels, tile: int, start: Array | int, repeats: int = 1) -> _TileSummary:
+    tiled = [jnp.asarray(x).reshape(*x.shape[:-1], -1, tile) for x in token_labels]
     real = tiled[0] != PADDING
     most = jnp.iinfo(jnp.int32).max
     example, segment, reach = (Bounds(jnp.where(real, x, most).min(-1), jnp.where(real, x, -1).max(-1)) for x in tiled)
     first = jnp.arange(real.shape[-2]) * tile
     first, last = (start + n // repeats for n in (first, first + tile - 1))
-    return _Facts(example, segment, reach, real.all(-1), first, last)
+    return _TileSummary(example, segment, reach, real.all(-1), first, last)
 
 
-def worklist(kind: Int[Array, "B NQ NK"] | Bool[Array, "B NQ NK"], most: int, by_key: bool = False) -> Worklist:
+def worklist(kind: Int[Array, "B NQ NK"] | Bool[Array, "B NQ NK"], max_visits: int, by_key: bool = False) -> Worklist:
     """The pairs of blocks with a `kind` other than 0, of which there are `most` at most.
 
     Each query block's are together, or each key block's.
@@ -116,29 +116,29 @@ def worklist(kind: Int[Array, "B NQ NK"] | Bool[Array, "B NQ NK"], most: int, by
     across = kind.shape[2]
     flat = kind.reshape(-1)
     # A sort, because a scatter of every pair would be done one by one on a TPU.
-    visits = jax.lax.sort(jnp.where(flat != 0, jnp.arange(flat.size), flat.size))[:most]
+    visits = jax.lax.sort(jnp.where(flat != 0, jnp.arange(flat.size), flat.size))[:max_visits]
     visits = jnp.minimum(visits, flat.size - 1)  # beyond `length`: anything that is there
     outer, inner = visits // across, visits // (NQ * NK) * across + visits % across
     q_block, kv_block = (inner, outer) if by_key else (outer, inner)
     return Worklist(q_block, kv_block, flat[visits], jnp.sum(flat != 0))
 
 
-class Meetings(NamedTuple):
+class BlockTable(NamedTuple):
     """Of each block of queries, which blocks of keys of its row it meets; or of each block of keys, which of queries.
 
     Attributes:
       blocks: `whole` of them in which every query sees every key, then those with some, `met` in all; then others.
     """
 
-    blocks: Int[Array, "B N M"]
-    whole: Int[Array, "B N"]
-    met: Int[Array, "B N"]
+    indices: Int[Array, "B N M"]
+    num_full: Int[Array, "B N"]
+    num_active: Int[Array, "B N"]
 
 
-def meetings(blocks: Sight, by_key: bool = False) -> Meetings:
+def block_table(blocks: BlockVisibility, by_key: bool = False) -> BlockTable:
     """For kernels that go through the visits of a block in a loop of their own, where a `worklist` is a grid."""
     some, every = (x.mT for x in blocks) if by_key else blocks
     count = some.shape[2]
     rank = jnp.where(every, 0, jnp.where(some, 1, 2))
     order = jax.lax.sort(rank * count + jnp.arange(count)) % count
-    return Meetings(order, every.sum(-1, dtype=jnp.int32), some.sum(-1, dtype=jnp.int32))
+    return BlockTable(order, every.sum(-1, dtype=jnp.int32), some.sum(-1, dtype=jnp.int32))

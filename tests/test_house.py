@@ -29,38 +29,10 @@ FLOORS = (
     {"brewjax"},
 )
 # Words that are no names: a reader from JAX, search or recommender systems would have to guess what they hold.
-NO_NAMES = [
-    "said",
-    "told",
-    "asked",
-    "found",
-    "given",
-    "taken",
-    "met",
-    "kept",
-    "drawn",
-    "wanted",
-    "one",
-    "other",
-    "another",
-    "own",
-    "mine",
-    "others",
-    "those",
-    "here",
-    "there",
-    "who",
-    "what",
-    "most",
-    "least",
-    "at_most",
-    "began",
-    "beside",
-    "way",
-    "ways",
-    "whoever",
-    "nobody",
-]
+NO_NAMES = """
+said told asked found given taken met kept drawn wanted one other another own mine others those here there who what
+most least at_most began beside way ways whoever nobody
+""".split()  # noqa: SIM905
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from brewjax.model.config import ModelConfig
 from brewjax.model.params import Params, abstract_params
 from brewjax.model.sharding import MeshConfig
 from brewjax.train.lora import LoraConfig
-from pallas_kernels.segments import PADDING, Segments
+from pallas_kernels.token_labels import PADDING, TokenLabels
 
 MODEL = ModelConfig(name="tiny", vocab_size=64, d_model=16, layers=2, heads=4, kv_heads=2, head_dim=8, d_ff=32)
 YES, NO = 1, 2  # the label words; other tokens are from 3
@@ -50,27 +50,27 @@ def prompt(
     return EncodedPrompt([piece(center), *map(piece, events)], asked, [YES, NO], answers, layout)
 
 
-def pack(prompts: Iterable[EncodedPrompt], length: int) -> tuple[np.ndarray, np.ndarray, Segments]:
+def pack(prompts: Iterable[EncodedPrompt], length: int) -> tuple[np.ndarray, np.ndarray, TokenLabels]:
     """Tokens, positions and segments [length] of prompts that share a row."""
     parts = [one.arrays | {"example": np.full(len(one), number)} for number, one in enumerate(prompts, 1)]
     row = {}
-    for name in ("tokens", "positions", "example", "segment", "reach"):
+    for name in ("tokens", "positions", "example", "piece_id", "visibility"):
         row[name] = np.full(length, PADDING, np.int32)
         joined = np.concatenate([part[name] for part in parts])
         row[name][: len(joined)] = joined
-    return row["tokens"], row["positions"], Segments(row["example"], row["segment"], row["reach"])
+    return row["tokens"], row["positions"], TokenLabels(row["example"], row["piece_id"], row["visibility"])
 
 
 def batch_of(rows: Iterable[Iterable[EncodedPrompt]], length: int) -> TokenBatch:
     """Numpy arrays [rows, length]; the record that each prompt is, counted from 0, is its source."""
     packed, record = [], 0
     for prompts in map(list, rows):
-        tokens, positions, segments = pack(prompts, length)
+        tokens, positions, token_labels = pack(prompts, length)
         arrays = [one.arrays | {"source": np.full(len(one), record + n)} for n, one in enumerate(prompts)]
         record += len(prompts)
         fields = {}
         for name, nothing in {"targets": NO_TARGET, "weights": 0, "preference": 0, "source": -1}.items():
             joined = np.concatenate([one[name] for one in arrays])
             fields[name] = np.pad(joined, (0, length - len(joined)), constant_values=nothing)
-        packed.append(TokenBatch(tokens, positions, segments, **fields))
+        packed.append(TokenBatch(tokens, positions, token_labels, **fields))
     return jax.tree.map(lambda *of_rows: np.stack(of_rows), *packed)

@@ -21,7 +21,7 @@ from brewjax.model.rope import rotary
 from brewjax.model.sharding import ROWS, Sharding, row_ways
 from brewjax.scoring.buckets import STEP, plan_passes
 from brewjax.scoring.passes import Bucket, lay_out
-from pallas_kernels.segments import PADDING, Segments
+from pallas_kernels.token_labels import PADDING, TokenLabels
 
 ROW_TOKENS = 1024  # at least; a row holds the longest prompt
 BATCH_TOKENS = 8192  # on each device
@@ -55,7 +55,7 @@ def calibrate(model: ModelConfig, params: Params, prompts: Sequence[EncodedPromp
     groups = [passes[start : start + count] for start in range(0, len(passes), count)]
     laid_out = [lay_out(group, count) for group in groups]
     by_rows = NamedSharding(mesh, jax.P(ROWS, None))
-    batches = [jax.device_put((rows.positions, rows.segments), by_rows) for rows in laid_out]
+    batches = [jax.device_put((rows.positions, rows.token_labels), by_rows) for rows in laid_out]
     with jax.set_mesh(mesh):
         streams = [_embed(model, params, jax.device_put(rows.tokens, by_rows)) for rows in laid_out]
     for number in range(model.layers):
@@ -81,18 +81,18 @@ def _through(
     number: Int[Array, ""],
     x: Float[Array, "B T D"],
     positions: Int[Array, "B T"],
-    segments: Segments,
+    token_labels: TokenLabels,
 ) -> tuple[Float[Array, "B T D"], tuple[Array, ...]]:
     """A layer: the residual stream after it, and the sums of `Statistics`."""
     decoder = bind(model, params)
     sharding, layer = decoder.sharding, decoder.layer(number)
     positions = sharding.reshard(positions, "batch", "length")
-    segments = Segments(*(sharding.reshard(jnp.asarray(part), "batch", None) for part in segments))
-    real = sharding.reshard(segments.example != PADDING, "batch", "length")
+    token_labels = TokenLabels(*(sharding.reshard(jnp.asarray(part), "batch", None) for part in token_labels))
+    real = sharding.reshard(token_labels.example_id != PADDING, "batch", "length")
     rotation = rotary(positions, model)
-    attended, _ = layer.attended(x, rotation, segments, None)
+    attended, _ = layer.attended(x, rotation, token_labels, None)
     between = layer.after_attention(x, attended)
-    after, _ = layer.after_mlp(between, segments)
+    after, _ = layer.after_mlp(between, token_labels)
     h = layer.mlp_norm(between)
     if model.experts:
         neurons, load = _of_experts(sharding, layer, h, real)

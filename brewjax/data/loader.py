@@ -19,9 +19,9 @@ from jaxtyping import Array, Float, Int
 from brewjax.config import Config
 from brewjax.data.tokens import NO_TARGET, EncodedPrompt, Text
 from brewjax.paths import write_text
-from pallas_kernels.segments import Segments
+from pallas_kernels.token_labels import TokenLabels
 
-FIELDS = ("tokens", "positions", "segment", "reach", "targets", "weights", "preference", "source")
+FIELDS = ("tokens", "positions", "piece_id", "visibility", "targets", "weights", "preference", "source")
 SOURCES, COUNTS = "sources.jsonl", "counts.json"
 Shards = Path | Mapping[Path, float]  # a folder of shards, or several with their shares of all tokens
 
@@ -41,7 +41,7 @@ class TokenBatch(NamedTuple):
 
     tokens: Int[Array, "B T"]
     positions: Int[Array, "B T"]
-    segments: Segments
+    token_labels: TokenLabels
     targets: Int[Array, "B T"]
     weights: Float[Array, "B T"]
     preference: Int[Array, "B T"]
@@ -154,9 +154,9 @@ def _parse(record: bytes, before: int) -> dict[str, np.ndarray]:
 
 
 def _to_batch(packed: dict[str, np.ndarray]) -> TokenBatch:
-    segments = Segments(packed["tokens_segment_ids"], packed["segment"], packed["reach"])
-    fields = {name: packed[name] for name in TokenBatch._fields if name != "segments"}
-    return TokenBatch(segments=segments, **fields)  # type: ignore[arg-type]  # numpy until it is placed
+    token_labels = TokenLabels(packed["tokens_segment_ids"], packed["piece_id"], packed["visibility"])
+    fields = {name: packed[name] for name in TokenBatch._fields if name != "token_labels"}
+    return TokenBatch(token_labels=token_labels, **fields)  # type: ignore[arg-type]  # numpy until it is placed
 
 
 def describe_sources(shards: Shards, batch: TokenBatch) -> list[str]:

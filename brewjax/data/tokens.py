@@ -1,4 +1,4 @@
-"""From a `Prompt` or a text to tokens labelled with `Segments`: the same in training, evaluation and serving."""
+"""From a `Prompt` or a text to tokens labelled with `TokenLabels`: the same in training, evaluation and serving."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from brewjax.data.prompt import Prompt
-from pallas_kernels.segments import ALL, QUESTIONS, SELF
+from pallas_kernels.token_labels import ALL, QUESTIONS, SELF
 
 if TYPE_CHECKING:
     from brewjax.data.tokenizer import Tokenizer  # imports transformers, for seconds, which training does without
@@ -124,8 +124,8 @@ class EncodedPrompt:
         arrays = {
             "tokens": np.concatenate([np.asarray(piece, np.int32) for piece in pieces]),
             "positions": np.concatenate(positions),
-            "segment": np.repeat(np.arange(len(pieces)), lengths),
-            "reach": np.repeat(reach, lengths),
+            "piece_id": np.repeat(np.arange(len(pieces)), lengths),
+            "visibility": np.repeat(reach, lengths),
             "targets": targets,
             "preference": np.where(targets == NO_TARGET, 0, preference),
         }
@@ -197,8 +197,8 @@ class Text:
         fields = {
             "tokens": self.tokens[:-1],
             "positions": np.arange(len(self)),
-            "segment": np.zeros(len(self)),
-            "reach": np.full(len(self), ALL),
+            "piece_id": np.zeros(len(self)),
+            "visibility": np.full(len(self), ALL),
             "targets": self.tokens[1:],
             "preference": np.zeros(len(self)),
         }

@@ -1,4 +1,4 @@
-"""The decoder: a language model of the Llama families (Touvron et al. 2023) that sees by `Segments`."""
+"""The decoder: a language model of the Llama families (Touvron et al. 2023) that attends by `TokenLabels`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from brewjax.model.sharding import FSDP_TENSOR, Sharding
 from brewjax.model.weights import Matrix, Weight, gathered, matrix, product, random_weight
 from pallas_kernels.attention import attention
 from pallas_kernels.quantized_matmul import to_8_bits
-from pallas_kernels.segments import PADDING, Segments
+from pallas_kernels.token_labels import PADDING, TokenLabels
 
 KeysValues = tuple[Float[Array, "B T K E"], Float[Array, "B T K E"]]
 
@@ -81,18 +81,26 @@ class Layer(nnx.Module):
             self.down = weight(F, D, axes=("neurons", "weight"), scale=into_residual)
 
     def __call__(
-        self, x: Float[Array, "B T D"], rotation: Float[Array, "B T 1 E"], segments: Segments, past: KeysValues | None
+        self,
+        x: Float[Array, "B T D"],
+        rotation: Float[Array, "B T 1 E"],
+        token_labels: TokenLabels,
+        past: KeysValues | None,
     ) -> tuple[Float[Array, "B T D"], KeysValues, Float[Array, ""]]:
         """The residual stream after this layer, the keys and values of these T tokens, and the experts' balance loss.
 
         `past` are the keys and values before them.
         """
-        attended, own = self.attended(x, rotation, segments, past)
-        x, balance = self.after_mlp(self.after_attention(x, attended), segments)
+        attended, own = self.attended(x, rotation, token_labels, past)
+        x, balance = self.after_mlp(self.after_attention(x, attended), token_labels)
         return x, own, balance
 
     def attended(
-        self, x: Float[Array, "B T D"], rotation: Float[Array, "B T 1 E"], segments: Segments, past: KeysValues | None
+        self,
+        x: Float[Array, "B T D"],
+        rotation: Float[Array, "B T 1 E"],
+        token_labels: TokenLabels,
+        past: KeysValues | None,
     ) -> tuple[Float[Array, "B T H E"], KeysValues]:
         """What the heads attend to, before the output projection; and the keys and values of these T tokens."""
         h = self.attention_norm(x)
@@ -102,17 +110,19 @@ class Layer(nnx.Module):
         q, k = rotate(q, rotation), rotate(k, rotation)
         k, v = (self.sharding.reshard(x, "batch", None, "heads", None) for x in (k, v))
         all_k, all_v = (k, v) if past is None else (jnp.concatenate(x, 1) for x in zip(past, (k, v), strict=True))
-        return _attend(self.sharding, q, all_k, all_v, segments), (k, v)
+        return _attend(self.sharding, q, all_k, all_v, token_labels), (k, v)
 
     def after_attention(self, x: Float[Array, "B T D"], attended: Float[Array, "B T H E"]) -> Float[Array, "B T D"]:
         """The residual stream between attention and MLP."""
         return x + product(self.sharding, attended, self.output, inputs=2)
 
-    def after_mlp(self, x: Float[Array, "B T D"], segments: Segments) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
+    def after_mlp(
+        self, x: Float[Array, "B T D"], token_labels: TokenLabels
+    ) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
         """The residual stream after the MLP or the experts, and the experts' balance loss."""
         h = self.mlp_norm(x)
         if self.config.experts:
-            real = self.sharding.reshard(segments.example[:, -x.shape[1] :] != PADDING, "batch", "length")
+            real = self.sharding.reshard(token_labels.example_id[:, -x.shape[1] :] != PADDING, "batch", "length")
             more, balance = self.experts(h, real)
             return x + more, balance
         return x + product(self.sharding, self.neurons(h), self.down), jnp.zeros(())
@@ -158,53 +168,53 @@ class Decoder(nnx.Module):
         )
 
     def __call__(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segments: Segments
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], token_labels: TokenLabels
     ) -> Float[Array, "B T D"]:
         """Hidden states after the last norm, in the compute dtype. Those of padding mean nothing."""
-        return self._run(tokens, positions, segments)[0]
+        return self._run(tokens, positions, token_labels)[0]
 
     def with_balance(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segments: Segments
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], token_labels: TokenLabels
     ) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
         """As a call; and the experts' load-balancing loss, the mean over layers, weighed for the training loss."""
-        hidden, balance, _ = self._run(tokens, positions, segments)
+        hidden, balance, _ = self._run(tokens, positions, token_labels)
         return hidden, self._weighed(balance)
 
     def with_layers(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segments: Segments
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], token_labels: TokenLabels
     ) -> tuple[Float[Array, "B T D"], Float[Array, ""], Float[Array, "L B T D"]]:
         """As `with_balance`; and the residual stream after each layer, in the compute dtype."""
-        hidden, balance, streams = self._run(tokens, positions, segments, gives=lambda x, own: x)
+        hidden, balance, streams = self._run(tokens, positions, token_labels, gives=lambda x, own: x)
         return hidden, self._weighed(balance), streams
 
     def _weighed(self, balance: Array) -> Array:
         return balance * (self.config.experts.balance if self.config.experts else 0.0)
 
     def extend(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segments: Segments, past: Past
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], token_labels: TokenLabels, past: Past
     ) -> tuple[Float[Array, "B T D"], KeysValues]:
         """As a call, for tokens behind a past.
 
         Args:
-          segments: labels of the M x P tokens in the past's pages, in their order, and then of these T.
+          token_labels: labels of the M x P tokens in the past's pages, in their order, and then of these T.
 
         Returns hidden states, and the keys and values [L, B, T, K, E] of these tokens.
         """
-        hidden, _, own = self._run(tokens, positions, segments, past, gives=lambda x, own: own)
+        hidden, _, own = self._run(tokens, positions, token_labels, past, gives=lambda x, own: own)
         return hidden, own
 
     def _run(
         self,
         tokens: Array,
         positions: Array,
-        segments: Segments,
+        token_labels: TokenLabels,
         past: Past | None = None,
         gives: Callable[[Array, KeysValues], Any] = lambda x, own: None,
     ) -> tuple[Array, Array, Any]:
         """Hidden states, the experts' balance loss, and what each layer `gives` of its residual stream and its keys and
         values, stacked."""
         tokens, positions = (self.sharding.reshard(x, "batch", "length") for x in (tokens, positions))
-        segments = Segments(*(self.sharding.reshard(jnp.asarray(x), "batch", None) for x in segments))
+        token_labels = TokenLabels(*(self.sharding.reshard(jnp.asarray(x), "batch", None) for x in token_labels))
         x = self.embed(tokens)
         rotation = rotary(positions, self.config)
         graph, weights = nnx.split(self.layers)
@@ -212,7 +222,7 @@ class Decoder(nnx.Module):
         def body(x: Array, layer: tuple[nnx.State, Array]) -> tuple[Array, tuple[Array, Any]]:
             weights, number = layer
             before = None if past is None else _read(self.sharding, past, number)
-            x, own, balance = nnx.merge(graph, weights)(x, rotation, segments, before)
+            x, own, balance = nnx.merge(graph, weights)(x, rotation, token_labels, before)
             return x, (balance, gives(x, own))
 
         layers = (weights, jnp.arange(self.config.layers))
@@ -273,17 +283,17 @@ def _read(sharding: Sharding, past: Past, layer: Array) -> KeysValues:
     return read(past.keys), read(past.values)
 
 
-def _attend(sharding: Sharding, q: Array, k: Array, v: Array, segments: Segments) -> Array:
+def _attend(sharding: Sharding, q: Array, k: Array, v: Array, token_labels: TokenLabels) -> Array:
     """Attention of each device's own queries, heads and rows."""
     if jax.sharding.get_abstract_mesh().empty:
-        return attention(q, k, v, segments)[0]
+        return attention(q, k, v, token_labels)[0]
     first, axes = k.shape[1] - q.shape[1], sharding.rules["length"]
 
-    def local(q: Array, k: Array, v: Array, segments: Segments) -> Array:
-        return attention(q, k, v, segments, first + jax.lax.axis_index(axes) * q.shape[1])[0]
+    def local(q: Array, k: Array, v: Array, token_labels: TokenLabels) -> Array:
+        return attention(q, k, v, token_labels, first + jax.lax.axis_index(axes) * q.shape[1])[0]
 
     queries, keys = sharding.spec("batch", "length", "heads", None), sharding.spec("batch", None, "heads", None)
     # check_vma: the kernels' loops start from plain zeros, which it would not let become device-varying.
     return jax.shard_map(
         local, in_specs=(queries, keys, keys, sharding.spec("batch", None)), out_specs=queries, check_vma=False
-    )(q, k, v, segments)
+    )(q, k, v, token_labels)

@@ -21,7 +21,7 @@ from brewjax.model.config import ModelConfig
 from brewjax.model.decoder import Decoder, KeysValues, Past
 from brewjax.model.params import Params, abstract_params, bind
 from brewjax.model.sharding import FSDP_TENSOR, MeshConfig
-from pallas_kernels.segments import ALL, PADDING, Segments
+from pallas_kernels.token_labels import ALL, PADDING, TokenLabels
 
 SHORTEST_BUCKET = 64
 KEPT = (None, None, None, "heads", None)  # how the keys and values of slots lie over devices
@@ -257,11 +257,11 @@ class Generator:
 
 def _read(decoder: Decoder, tokens: Array, positions: Array, real: Array, past: Past) -> tuple[Array, KeysValues]:
     """`Decoder.extend` for plain text: every token that is `real` sees all before it."""
-    segments = Segments(jnp.where(real, 1, PADDING), jnp.zeros(real.shape, jnp.int32), jnp.full(real.shape, ALL))
-    tokens, positions, segments = jax.tree.map(
-        lambda x: decoder.sharding.reshard(x, "batch", "length"), (tokens, positions, segments)
+    token_labels = TokenLabels(jnp.where(real, 1, PADDING), jnp.zeros(real.shape, jnp.int32), jnp.full(real.shape, ALL))
+    tokens, positions, token_labels = jax.tree.map(
+        lambda x: decoder.sharding.reshard(x, "batch", "length"), (tokens, positions, token_labels)
     )
-    return decoder.extend(tokens, positions, segments, past)
+    return decoder.extend(tokens, positions, token_labels, past)
 
 
 def _buckets(context: int) -> tuple[int, ...]:

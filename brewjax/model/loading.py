@@ -31,7 +31,7 @@ def checked_config(where: str, **values: Any) -> ModelConfig:
         return ModelConfig(**values)
     except pydantic.ValidationError as error:
         problems = [
-            f"{'.'.join(map(str, ModelConfig.place(one['loc'])))}: {one['msg'][0].lower()}{one['msg'][1:]}, "
+            f"{'.'.join(map(str, ModelConfig.place(one['loc'], values)))}: {one['msg'][0].lower()}{one['msg'][1:]}, "
             f"found {one['input']!r}"
             if one["loc"]
             else one["msg"].removeprefix("Value error, ")

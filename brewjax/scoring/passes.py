@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from brewjax.data.tokens import EncodedPrompt
-from pallas_kernels.segments import PADDING, Segments
+from pallas_kernels.token_labels import PADDING, TokenLabels
 
 PAGE = 64  # tokens in a page of the prefix cache; a multiple of the attention kernel's block on CPU
 NOWHERE = 0  # the page that takes what nobody will read
@@ -81,7 +81,7 @@ class Rows(NamedTuple):
     """Passes as arrays, a row each; the first axis is rows but for `columns`.
 
     Attributes:
-      segments: labels of the cached tokens, and then of the row's own.
+      token_labels: labels of the cached tokens, and then of the row's own.
       ends: int32 [R, answers], where the questions end, in the order of the parts.
       labels: int32 [R, LABELS_IN_PASS], label tokens; -1 is none.
       pages: int32 [R, past]; store: int32 [R, tokens / PAGE].
@@ -90,7 +90,7 @@ class Rows(NamedTuple):
 
     tokens: np.ndarray
     positions: np.ndarray
-    segments: Segments
+    token_labels: TokenLabels
     ends: np.ndarray
     labels: np.ndarray
     pages: np.ndarray
@@ -103,7 +103,7 @@ def lay_out(passes: Sequence[Pass], rows: int) -> Rows:
     bucket = passes[0].bucket
     before = bucket.past * PAGE
     own = {name: np.zeros((rows, bucket.tokens), np.int32) for name in ("tokens", "positions")}
-    seen = {name: np.zeros((rows, before + bucket.tokens), np.int32) for name in ("segment", "reach")}
+    seen = {name: np.zeros((rows, before + bucket.tokens), np.int32) for name in ("piece_id", "visibility")}
     example = np.full((rows, before + bucket.tokens), PADDING, np.int32)
     ends = np.zeros((rows, bucket.answers), np.int32)
     labels = np.full((rows, LABELS_IN_PASS), -1, np.int32)
@@ -148,5 +148,11 @@ def lay_out(passes: Sequence[Pass], rows: int) -> Rows:
                 columns[row].setdefault(label, len(columns[row]))
         labels[row, : len(columns[row])] = list(columns[row])
     return Rows(
-        **own, segments=Segments(example, **seen), ends=ends, labels=labels, pages=pages, store=store, columns=columns
+        **own,
+        token_labels=TokenLabels(example, **seen),
+        ends=ends,
+        labels=labels,
+        pages=pages,
+        store=store,
+        columns=columns,
     )

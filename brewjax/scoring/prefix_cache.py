@@ -16,7 +16,7 @@ from brewjax.scoring.passes import NOWHERE, PAGE
 def digests(prompt: EncodedPrompt) -> list[bytes]:
     """One for each page of the prefix: of its tokens, who sees them, and all that is before them."""
     arrays = prompt.arrays
-    facts = np.stack([arrays[name][: prompt.prefix_length] for name in ("tokens", "segment", "reach")], 1)
+    facts = np.stack([arrays[name][: prompt.prefix_length] for name in ("tokens", "piece_id", "visibility")], 1)
     chain, digest = [], b""
     for start in range(0, len(facts), PAGE):
         digest = hashlib.blake2b(digest + facts[start : start + PAGE].tobytes(), digest_size=16).digest()

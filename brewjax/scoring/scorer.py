@@ -23,7 +23,7 @@ from brewjax.model.sharding import FSDP_TENSOR, ROWS, MeshConfig, row_ways
 from brewjax.scoring.buckets import plan_passes
 from brewjax.scoring.passes import LABELS_IN_PASS, NOWHERE, PAGE, Bucket, Part, Pass, Rows, lay_out
 from pallas_kernels.label_scores import label_log_probs
-from pallas_kernels.segments import Segments
+from pallas_kernels.token_labels import TokenLabels
 
 Against = Literal["labels", "vocabulary"]
 
@@ -182,7 +182,7 @@ def compute_pass(
     pool: KeysValues | None,
     tokens: Int[Array, "R T"],
     positions: Int[Array, "R T"],
-    segments: Segments,
+    token_labels: TokenLabels,
     ends: Int[Array, "R Q"],
     pages: Int[Array, "R M"],
     store: Int[Array, "R T/P"],
@@ -190,9 +190,9 @@ def compute_pass(
     """Hidden states where the questions end, and the pool with what this pass stores."""
     decoder = bind(model, params)
     if pool is None:
-        hidden = decoder(tokens, positions, segments)
+        hidden = decoder(tokens, positions, token_labels)
     else:
-        hidden, own = decoder.extend(tokens, positions, segments, Past(*pool, pages))
+        hidden, own = decoder.extend(tokens, positions, token_labels, Past(*pool, pages))
         in_pages = (len(pool[0]), store.shape[1], *pool[0].shape[2:])
         by_heads = decoder.sharding.spec("layers", None, None, "heads", None)
         keys, values = (jnp.reshape(new, in_pages, out_sharding=by_heads) for new in own)
@@ -207,7 +207,7 @@ def score_labels(
 ) -> Float[Array, "R Q L"]:
     """float32 log-probabilities of each row's label tokens."""
     decoder = bind(model, params)
-    score = functools.partial(label_log_probs, against=against, logits_dtype=model.head.logits)
+    score = functools.partial(label_log_probs, normalize_over=against, logits_dtype=model.head.logits)
     of_rows = jax.vmap(score, (0, None, 0))
     batch, whole = decoder.sharding.spec("batch", None, None), jax.P(None, None)
     specs = (batch, whole, decoder.sharding.spec("batch", None))

@@ -50,13 +50,13 @@ class Align(Config):
             raise ValueError(
                 "align needs a reference to hold the policy to: give train() a frozen 'reference', or set train.lora"
             )
-        hidden, balance = decoder.with_balance(batch.tokens, batch.positions, batch.segments)
+        hidden, balance = decoder.with_balance(batch.tokens, batch.positions, batch.token_labels)
         policy = candidate_log_probs(decoder, hidden, batch)
-        held_to = candidate_log_probs(reference, reference(batch.tokens, batch.positions, batch.segments), batch)
+        held_to = candidate_log_probs(reference, reference(batch.tokens, batch.positions, batch.token_labels), batch)
         sharding = decoder.sharding
         rows, axes = sharding.spec("batch", None), sharding.rules["batch"]
-        segments = batch.segments
-        labels = (segments.example, segments.segment, batch.preference)
+        token_labels = batch.token_labels
+        labels = (token_labels.example_id, token_labels.piece_id, batch.preference)
         fields = [policy, jax.lax.stop_gradient(held_to), batch.weights, *map(jnp.asarray, labels)]
 
         def local(*fields: Array) -> dict[str, Mean]:

@@ -28,8 +28,8 @@ from pallas_kernels.distillation import (
     skewed_kl,
     top_k_distillation,
 )
-from pallas_kernels.linear_loss import Tower
-from pallas_kernels.segments import PADDING
+from pallas_kernels.linear_loss import HiddenAndHead
+from pallas_kernels.token_labels import PADDING
 
 TEACHER = "teacher"
 
@@ -102,7 +102,7 @@ class Distill(Config):
         if self.on_policy:
             batch, own = with_own_answers(decoder, batch, self.on_policy, min(self.top_k, decoder.config.vocab_size))
             learnt = jnp.where(own, 0, learnt)
-        inputs = (batch.tokens, batch.positions, batch.segments)
+        inputs = (batch.tokens, batch.positions, batch.token_labels)
         read = Decoder.with_layers if self.layers else Decoder.with_balance
         hidden, balance, *streams = read(decoder, *inputs)
         if isinstance(teacher, TopK):
@@ -125,7 +125,7 @@ class Distill(Config):
         loss = functools.partial(top_k_distillation, divergence=self.how(), temperature=self.temperature)
         return token_sums(decoder.sharding, loss, [(hidden, decoder.head)], *teacher, _weights(batch))
 
-    def _from_teacher(self, decoder: Decoder, hidden: jax.Array, batch: TokenBatch, teacher: Tower) -> Mean:
+    def _from_teacher(self, decoder: Decoder, hidden: jax.Array, batch: TokenBatch, teacher: HiddenAndHead) -> Mean:
         loss = functools.partial(linear_distillation, divergence=self.how(), temperature=self.temperature)
         return token_sums(decoder.sharding, loss, [(hidden, decoder.head), teacher], _weights(batch))
 
@@ -153,7 +153,7 @@ def _distance(streams: list[jax.Array], batch: TokenBatch) -> Mean:
     a, b = (x.astype(jnp.float32) for x in (student, like))
     lengths = jnp.sum(a * a, -1) * jnp.sum(b * b, -1)
     cosines = jnp.mean(jnp.sum(a * b, -1) * jax.lax.rsqrt(lengths + 1e-12), 0)
-    real = batch.segments.example != PADDING
+    real = batch.token_labels.example_id != PADDING
     return Mean(jnp.sum(jnp.where(real, 1 - cosines, 0)), jnp.sum(real, dtype=jnp.float32))
 
 

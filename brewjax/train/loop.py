@@ -29,7 +29,7 @@ from brewjax.train.metrics import MetricsWriter
 from brewjax.train.objectives import BASE, Mean, Objective, TopK
 from brewjax.train.optimizer import OptimizerConfig
 from brewjax.train.teachers import Beside, Cache, Frozen, OnOwnMesh
-from pallas_kernels.segments import PADDING, Segments
+from pallas_kernels.token_labels import PADDING, TokenLabels
 
 State = dict[str, Any]
 
@@ -189,7 +189,7 @@ def make_step(
             "targets": jnp.sum(parts.targets != NO_TARGET),
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": rate(state["step"]),
-            "tokens": jnp.sum(parts.segments.example > PADDING),
+            "tokens": jnp.sum(parts.token_labels.example_id > PADDING),
         }
         metrics["update_norm"] = optax.tree.norm(updates)
         params = optax.apply_updates(state["params"], updates)
@@ -270,7 +270,7 @@ def abstract_batch(config: TrainConfig, mesh: Mesh) -> TokenBatch:
     shape = (config.accumulate, config.rows // config.accumulate, config.row_tokens)
     field: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, PARTS))
     weights: Any = field.update(dtype=jnp.float32)
-    return TokenBatch(field, field, Segments(field, field, field), field, weights, field, field)
+    return TokenBatch(field, field, TokenLabels(field, field, field), field, weights, field, field)
 
 
 def _record(
@@ -280,7 +280,7 @@ def _record(
     if not np.isfinite([row["loss"], row["grad_norm"], row["update_norm"]]).all():
         of_process = f"_process_{jax.process_index()}" if jax.process_count() > 1 else ""
         saved = folder / f"bad_batch_step_{step}{of_process}.npz"
-        np.savez(saved, **batch._asdict() | batch.segments._asdict())
+        np.savez(saved, **batch._asdict() | batch.token_labels._asdict())
         sources = "\n  ".join(describe_sources(shards, batch))
         raise NonFiniteError(
             f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}, update norm {row['update_norm']}. "

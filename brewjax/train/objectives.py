@@ -16,7 +16,7 @@ from brewjax.data.loader import TokenBatch
 from brewjax.model.decoder import Decoder
 from brewjax.model.sharding import Sharding
 from pallas_kernels.cross_entropy import linear_cross_entropy
-from pallas_kernels.linear_loss import Tower
+from pallas_kernels.linear_loss import HiddenAndHead
 
 
 class Mean(NamedTuple):
@@ -44,7 +44,7 @@ def supervised(decoder: Decoder, batch: TokenBatch, given: Given) -> tuple[Mean,
     Pre-training and supervised fine-tuning alike: they differ in their targets. A mixture of experts adds its
     load-balancing loss.
     """
-    hidden, balance = decoder.with_balance(batch.tokens, batch.positions, batch.segments)
+    hidden, balance = decoder.with_balance(batch.tokens, batch.positions, batch.token_labels)
     loss = cross_entropy(decoder, hidden, batch)
     return Mean(loss.total + balance * loss.weight, loss.weight), {}
 
@@ -55,7 +55,7 @@ def cross_entropy(decoder: Decoder, hidden: Float[Array, "B T D"], batch: TokenB
 
 
 def token_sums(
-    sharding: Sharding, loss: Callable[..., tuple[Array, Array]], towers: Sequence[Tower], *fields: Array
+    sharding: Sharding, loss: Callable[..., tuple[Array, Array]], towers: Sequence[HiddenAndHead], *fields: Array
 ) -> Mean:
     """The two sums that `loss` returns of each device's tokens, over all devices.
 
@@ -68,13 +68,13 @@ def token_sums(
     return Mean(*_by_device(sharding, lambda *line: jax.lax.psum(loss(*line), axes), towers, fields, jax.P()))
 
 
-def per_token(sharding: Sharding, function: Callable[..., Any], towers: Sequence[Tower], *fields: Array) -> Any:
+def per_token(sharding: Sharding, function: Callable[..., Any], towers: Sequence[HiddenAndHead], *fields: Array) -> Any:
     """As `token_sums`, for a function that returns arrays [N, ..], which come back as [B, T, ..]."""
     return _by_device(sharding, function, towers, fields, sharding.spec("batch", "length"))
 
 
 def _by_device(
-    sharding: Sharding, function: Callable, towers: Sequence[Tower], fields: Sequence[Array], out: jax.P
+    sharding: Sharding, function: Callable, towers: Sequence[HiddenAndHead], fields: Sequence[Array], out: jax.P
 ) -> Any:
     def local(hidden: list[Array], heads: list[Array], fields: list[Array]) -> Any:
         shape = hidden[0].shape[:2]

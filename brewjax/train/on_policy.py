@@ -12,7 +12,7 @@ from brewjax.data.loader import NO_TARGET, TokenBatch
 from brewjax.model.decoder import Decoder
 from brewjax.train.objectives import per_token
 from pallas_kernels.distillation import linear_top_k
-from pallas_kernels.segments import SELF
+from pallas_kernels.token_labels import SELF
 
 
 class _Answers(NamedTuple):
@@ -36,7 +36,7 @@ def with_own_answers(
     It costs a forward pass for each token of the longest answer but the last.
     """
     sharding = decoder.sharding
-    fields = (batch.tokens, batch.targets, batch.weights, *map(jnp.asarray, batch.segments))
+    fields = (batch.tokens, batch.targets, batch.weights, *map(jnp.asarray, batch.token_labels))
     tokens, targets, weights, example, segment, reach = (sharding.reshard(x, "batch", None) for x in fields)
     T = tokens.shape[1]
     key = jax.random.key(jnp.sum(tokens * jnp.arange(1, T + 1)))  # of other batches another
@@ -61,7 +61,7 @@ def with_own_answers(
 
     def say(n: Array, answers: _Answers) -> _Answers:
         here = goes_on & (number == n)
-        hidden = decoder(answers.tokens, batch.positions, batch.segments)
+        hidden = decoder(answers.tokens, batch.positions, batch.token_labels)
         said = per_token(sharding, draw, [(hidden, decoder.head)], here, draws(n + 1))
         said = sharding.reshard(said, "batch", None)
         over = here & ((said == end) | (answers.weights == 0))

@@ -73,7 +73,7 @@ def _answers(model: ModelConfig, k: int, temperature: float, params: Params, par
     decoder = bind(model, params)
 
     def one(batch: TokenBatch) -> TopK:
-        hidden = decoder(batch.tokens, batch.positions, batch.segments)
+        hidden = decoder(batch.tokens, batch.positions, batch.token_labels)
         ids, log_probs = per_token(
             decoder.sharding,
             functools.partial(linear_top_k, k=k, temperature=temperature),

@@ -11,7 +11,7 @@ from brewjax.data.tokens import EncodedPrompt
 from brewjax.model.config import ModelConfig
 from brewjax.model.params import Params, bind
 from brewjax.scoring.bundle import Bundle, PromptConfig
-from pallas_kernels.segments import Segments
+from pallas_kernels.token_labels import TokenLabels
 from tests.tiny import MODEL, pack, params, prompt
 
 DEEPER = MODEL.model_copy(update={"layers": 3})
@@ -38,9 +38,9 @@ def hidden(model: ModelConfig, weights: Params, prompts: list[EncodedPrompt]) ->
     """States behind the last norm, of prompts in rows of 64; what padding says is left out."""
     rows = [pack([one], 64) for one in prompts]
     tokens, positions = (jnp.asarray(np.stack(part)) for part in list(zip(*rows, strict=True))[:2])
-    segments = Segments(*(jnp.asarray(np.stack(part)) for part in zip(*(row[2] for row in rows), strict=True)))
+    token_labels = TokenLabels(*(jnp.asarray(np.stack(part)) for part in zip(*(row[2] for row in rows), strict=True)))
     weights = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), weights)
-    states = run(model, weights, tokens, positions, segments)
+    states = run(model, weights, tokens, positions, token_labels)
     return np.concatenate([np.asarray(state)[: len(one)] for state, one in zip(states, prompts, strict=True)])
 
 

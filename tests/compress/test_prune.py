@@ -15,7 +15,7 @@ from brewjax.model.params import Params, abstract_params, bind
 from brewjax.model.rope import rotary
 from brewjax.model.sharding import MeshConfig
 from brewjax.scoring.bundle import Bundle
-from pallas_kernels.segments import Segments
+from pallas_kernels.token_labels import TokenLabels
 from tests.compress.conftest import DEEPER, hidden
 from tests.tiny import pack, params, prompt
 
@@ -58,14 +58,14 @@ def alone(one: EncodedPrompt) -> tuple:
 
 
 @jax.jit
-def taken(weights: Params, tokens: jax.Array, positions: jax.Array, segments: Segments) -> tuple[jax.Array, ...]:
+def taken(weights: Params, tokens: jax.Array, positions: jax.Array, token_labels: TokenLabels) -> tuple[jax.Array, ...]:
     """Of every layer: its input, what the two projections take, its output."""
     decoder = bind(DEEPER, weights)
     x, rotation, found = decoder.embed(tokens), rotary(positions, DEEPER), []
     for number in range(DEEPER.layers):
         layer = decoder.layer(jnp.int32(number))
-        heads, _ = layer.attended(x, rotation, segments, None)
-        after = layer(x, rotation, segments, None)[0]
+        heads, _ = layer.attended(x, rotation, token_labels, None)
+        after = layer(x, rotation, token_labels, None)[0]
         found.append((x, heads, layer.neurons(layer.mlp_norm(layer.after_attention(x, heads))), after))
         x = after
     return tuple(jnp.stack(part) for part in zip(*found, strict=True))

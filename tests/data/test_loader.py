@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from brewjax.data.loader import TokenBatch, describe_sources, load_batches, write_shards
 from brewjax.data.tokens import NO_TARGET, EncodedPrompt
-from pallas_kernels.segments import PADDING
+from pallas_kernels.token_labels import PADDING
 
 ROW = 24  # tokens
 GROUP = 16  # rows that are packed together, at least: read so many at a time, the records come in their order
@@ -47,9 +47,9 @@ def shards(folder: Path, examples: list[EncodedPrompt], capacity: int = ROW, **k
 def pieces(batch: TokenBatch) -> list[tuple[int, dict[str, np.ndarray]]]:
     """The packed examples, row by row: the record each says it comes from, and its arrays."""
     found = []
-    arrays = batch._asdict() | batch.segments._asdict()
+    arrays = batch._asdict() | batch.token_labels._asdict()
     for row in range(len(batch.tokens)):
-        ids = batch.segments.example[row]
+        ids = batch.token_labels.example_id[row]
         real = ids[ids != PADDING]
         assert (np.diff(real) >= 0).all(), "examples are contiguous"
         assert (ids[len(real) :] == PADDING).all(), "padding is at the end"
@@ -58,7 +58,7 @@ def pieces(batch: TokenBatch) -> list[tuple[int, dict[str, np.ndarray]]]:
         assert (batch.weights[row, len(real) :] == 0).all()
         for number in np.unique(real):
             (source,) = np.unique(batch.source[row, ids == number])
-            names = ("tokens", "positions", "segment", "reach", "targets", "weights", "preference")
+            names = ("tokens", "positions", "piece_id", "visibility", "targets", "weights", "preference")
             found.append((int(source), {name: arrays[name][row, ids == number] for name in names}))
     return found
 
@@ -137,8 +137,8 @@ def test_epochs_and_seeds_are_shuffled_differently(tmp_path):
 def test_several_examples_share_a_row(tmp_path):
     folder = shards(tmp_path, [example(2) for _ in range(200)])
     batch = next(iter(load_batches(folder, GROUP, ROW, seed=0)))
-    assert (batch.segments.example != PADDING).all()
-    assert (batch.segments.example.max(axis=1) == ROW // 4).all()
+    assert (batch.token_labels.example != PADDING).all()
+    assert (batch.token_labels.example.max(axis=1) == ROW // 4).all()
     assert {array.shape for array in jax.tree.leaves(batch)} == {(GROUP, ROW)}
     assert {array.dtype for array in jax.tree.leaves(batch._replace(weights=batch.source))} == {np.dtype(np.int32)}
     assert batch.weights.dtype == np.float32

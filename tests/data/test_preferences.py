@@ -26,7 +26,7 @@ def candidates(record: EncodedPrompt) -> dict[int, list[tuple[int, int]]]:
     lists: dict[int, list[tuple[int, int]]] = {}
     for place in at:
         lists.setdefault(abs(int(preference[place])), []).append(
-            (int(preference[place]), int(arrays["segment"][place]))
+            (int(preference[place]), int(arrays["piece_id"][place]))
         )
     return lists
 

@@ -12,7 +12,7 @@ from brewjax.data.prose import PretrainConfig, domain_texts, general_texts, pret
 from brewjax.data.tokenizer import Tokenizer
 from brewjax.data.tokens import Text, encode_text
 from brewjax.data.verbalize import Verbalizer
-from pallas_kernels.segments import ALL
+from pallas_kernels.token_labels import ALL
 from tests.data.conftest import Event, moment
 
 SCALE = Percentiles(
@@ -86,8 +86,8 @@ def test_a_text_is_learnt_whole_whatever_it_is_split_into(tokenizer, capacity):
     for part in parts:
         arrays = part.arrays
         assert arrays["positions"].tolist() == list(range(len(part)))
-        assert set(arrays["segment"]) == {0}
-        assert set(arrays["reach"]) == {ALL}
+        assert set(arrays["piece_id"]) == {0}
+        assert set(arrays["visibility"]) == {ALL}
         assert set(arrays["weights"]) == {1.0}
         assert set(arrays["preference"]) == {0}
 
@@ -97,8 +97,8 @@ def test_a_small_text_by_hand():
     assert {name: array.tolist() for name, array in arrays.items()} == {
         "tokens": [7, 8],
         "positions": [0, 1],
-        "segment": [0, 0],
-        "reach": [ALL, ALL],
+        "piece_id": [0, 0],
+        "visibility": [ALL, ALL],
         "targets": [8, 9],
         "weights": [1, 1],
         "preference": [0, 0],

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from brewjax.data.prompt import Prompt, Question
 from brewjax.data.tokenizer import CHAT_TEMPLATE, Tokenizer
 from brewjax.data.tokens import NO_TARGET, EncodedPrompt, encode
-from pallas_kernels.segments import ALL, QUESTIONS, SELF
+from pallas_kernels.token_labels import ALL, QUESTIONS, SELF
 
 TEXT = st.sampled_from(["Title: Nurse\n", "Company: Acme, Skills: Care\n", "a", "[Age: 2 days]\n"])
 PROMPTS = st.builds(
@@ -32,10 +32,10 @@ either_layout = pytest.mark.parametrize("layout", ["dense", "star"])
 
 def questions_of(arrays: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
     """The arrays of each question by itself."""
-    asked = arrays["reach"] == SELF
-    numbers = np.unique(arrays["segment"][asked])
+    asked = arrays["visibility"] == SELF
+    numbers = np.unique(arrays["piece_id"][asked])
     return [
-        {name: array[asked & (arrays["segment"] == number)] for name, array in arrays.items()} for number in numbers
+        {name: array[asked & (arrays["piece_id"] == number)] for name, array in arrays.items()} for number in numbers
     ]
 
 
@@ -45,8 +45,8 @@ def test_a_small_prompt_by_hand():
     assert {name: array.tolist() for name, array in arrays.items()} == {
         "tokens": [7, 8, 9, 10, 11, 20, 21, 22, 30],
         "positions": [0, 1, 2, 3, 4, 5, 6, 7, 5],
-        "segment": [0, 0, 1, 2, 2, 3, 3, 3, 4],
-        "reach": [ALL, ALL, QUESTIONS, QUESTIONS, QUESTIONS, SELF, SELF, SELF, SELF],
+        "piece_id": [0, 0, 1, 2, 2, 3, 3, 3, 4],
+        "visibility": [ALL, ALL, QUESTIONS, QUESTIONS, QUESTIONS, SELF, SELF, SELF, SELF],
         "targets": [-1, -1, -1, -1, -1, -1, -1, 4, -1],
         "weights": [0, 0, 0, 0, 0, 0, 0, 1, 0],
         "preference": [0] * 9,
@@ -55,8 +55,8 @@ def test_a_small_prompt_by_hand():
     assert encoded.ends.tolist() == [7, 8]
     assert (encoded.prefix_length, len(encoded)) == (5, 9)
     dense = dataclasses.replace(encoded, layout="dense").arrays
-    assert dense["reach"].tolist() == [ALL] * 5 + [SELF] * 4
-    assert all((dense[name] == arrays[name]).all() for name in arrays if name != "reach")
+    assert dense["visibility"].tolist() == [ALL] * 5 + [SELF] * 4
+    assert all((dense[name] == arrays[name]).all() for name in arrays if name != "visibility")
 
 
 @hypothesis.given(PROMPTS, LAYOUTS)
@@ -67,7 +67,7 @@ def test_the_tokens_are_the_text_and_nothing_is_lost(tokenizer, prompt, layout):
     arrays = encoded.arrays
     assert tokenizer.hf.decode(arrays["tokens"]) == "<|endoftext|>" + "".join(texts)
     lengths = tokenizer.lengths(texts)
-    assert arrays["segment"].tolist() == np.repeat(np.arange(len(texts)), [1 + lengths[0], *lengths[1:]]).tolist()
+    assert arrays["piece_id"].tolist() == np.repeat(np.arange(len(texts)), [1 + lengths[0], *lengths[1:]]).tolist()
     assert {len(array) for array in arrays.values()} == {len(encoded)}
 
 
@@ -80,7 +80,7 @@ def test_a_question_is_the_same_alone_and_among_others(tokenizer, prompt, layout
     for question, among in zip(prompt.questions, together, strict=True):
         alone = encode(dataclasses.replace(prompt, questions=(question,)), tokenizer, layout)
         (only,) = questions_of(alone.arrays)
-        for name in ("tokens", "positions", "reach", "targets"):
+        for name in ("tokens", "positions", "visibility", "targets"):
             assert only[name].tolist() == among[name].tolist(), name
         assert among["positions"].tolist() == list(
             range(encoded.prefix_length, encoded.prefix_length + len(among["tokens"]))
@@ -120,7 +120,13 @@ def test_the_prefix_has_the_reach_of_its_layout(tokenizer, layout):
     prompt = Prompt("Title: Nurse\n", ("a\n", "b\n"), (Question("c\n", 0), Question("d\n")), ("Yes", "No"))
     arrays = encode(prompt, tokenizer, layout).arrays
     event = {"dense": ALL, "star": QUESTIONS}[layout]
-    assert [set(arrays["reach"][arrays["segment"] == n]) for n in range(5)] == [{ALL}, {event}, {event}, {SELF}, {SELF}]
+    assert [set(arrays["visibility"][arrays["piece_id"] == n]) for n in range(5)] == [
+        {ALL},
+        {event},
+        {event},
+        {SELF},
+        {SELF},
+    ]
 
 
 def test_a_label_word_of_several_tokens_is_refused(tokenizer):

@@ -113,7 +113,7 @@ def test_other_seeds_make_other_records(jobs_with, tokenizer):
 def learnt(record: EncodedPrompt, tokenizer: Tokenizer) -> list[tuple[str, str]]:
     """Each run of targets as text, with the text of its own segment that comes before it."""
     arrays = record.arrays
-    targets, segment = arrays["targets"], arrays["segment"]
+    targets, segment = arrays["targets"], arrays["piece_id"]
     at = np.flatnonzero(targets != NO_TARGET)
     assert (arrays["weights"] == np.where(targets == NO_TARGET, 0, np.float32(record.weight))).all()
     found = []
@@ -223,5 +223,5 @@ def test_a_whole_answer_takes_the_place_of_a_label_word(tokenizer):
     assert learnt(record, tokenizer) == [("Which?\n", "Nurse (senior)<|endoftext|>"), ("a?", "No")]
     name = tokenizer.encode(["Nurse (senior)"])[0]
     assert record.questions[0] == tokenizer.encode(["Which?\n"])[0] + name
-    assert record.arrays["segment"].max() == 2, "the answer is part of its question's segment"
+    assert record.arrays["piece_id"].max() == 2, "the answer is part of its question's segment"
     assert prompt.render() == "Jobs.\nWhich?\nNurse (senior)\na?No\n"

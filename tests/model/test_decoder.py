@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from brewjax.data.tokens import EncodedPrompt
 from brewjax.model.decoder import Decoder, ModelConfig, Past, RMSNorm
 from brewjax.model.params import Params, bind
-from pallas_kernels.segments import ALL, PADDING, Segments
+from pallas_kernels.token_labels import ALL, PADDING, TokenLabels
 from tests.tiny import MODEL, pack, params, prompt
 
 PARAMS = params()
@@ -21,18 +21,18 @@ ROWS, LENGTH = 6, 96
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def hidden_states(model: ModelConfig, params: Params, tokens, positions, segments):
-    return bind(model, params)(tokens, positions, segments)
+def hidden_states(model: ModelConfig, params: Params, tokens, positions, token_labels):
+    return bind(model, params)(tokens, positions, token_labels)
 
 
-def run(*rows: tuple[np.ndarray, np.ndarray, Segments]) -> list[np.ndarray]:
+def run(*rows: tuple[np.ndarray, np.ndarray, TokenLabels]) -> list[np.ndarray]:
     """Hidden states [LENGTH, D] of each row, all of them in one pass of one shape."""
     padded = [*rows, *[rows[0]] * (ROWS - len(rows))]
     batch = jax.tree.map(lambda *row: np.stack(row), *padded)
     return list(np.asarray(hidden_states(MODEL, PARAMS, *batch)))[: len(rows)]
 
 
-def row(*prompts: EncodedPrompt) -> tuple[np.ndarray, np.ndarray, Segments]:
+def row(*prompts: EncodedPrompt) -> tuple[np.ndarray, np.ndarray, TokenLabels]:
     return pack(prompts, LENGTH)
 
 
@@ -76,8 +76,12 @@ def test_packed_examples_read_as_each_alone(seed):
 
 def test_one_question_behind_a_dense_history_reads_as_plain_text():
     one = prompt(np.random.default_rng(0), questions=[5])
-    tokens, _, segments = row(one)
-    plain = (tokens, np.arange(LENGTH), Segments(segments.example, 0 * segments.segment, np.full(LENGTH, ALL)))
+    tokens, _, token_labels = row(one)
+    plain = (
+        tokens,
+        np.arange(LENGTH),
+        TokenLabels(token_labels.example_id, 0 * token_labels.piece_id, np.full(LENGTH, ALL)),
+    )
     asked, read = run(row(one), plain)
     np.testing.assert_allclose(asked[: len(one)], read[: len(one)], atol=1e-5)
 
@@ -94,8 +98,10 @@ def test_a_question_sees_the_whole_history():
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def gradients(model: ModelConfig, params: Params, tokens, positions, segments):
-    return jax.grad(lambda params: jnp.sum(hidden_states(model, params, tokens, positions, segments)[..., 0]))(params)
+def gradients(model: ModelConfig, params: Params, tokens, positions, token_labels):
+    return jax.grad(lambda params: jnp.sum(hidden_states(model, params, tokens, positions, token_labels)[..., 0]))(
+        params
+    )
 
 
 def test_remat_changes_no_gradient():
@@ -153,8 +159,8 @@ PAGE = 8
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def extended(model: ModelConfig, params: Params, tokens, positions, segments, past: Past):
-    return bind(model, params).extend(tokens, positions, segments, past)
+def extended(model: ModelConfig, params: Params, tokens, positions, token_labels, past: Past):
+    return bind(model, params).extend(tokens, positions, token_labels, past)
 
 
 @settings(deadline=None, max_examples=10)
@@ -162,8 +168,8 @@ def extended(model: ModelConfig, params: Params, tokens, positions, segments, pa
 def test_questions_after_a_cached_prefix_read_as_behind_it(seed, layout):
     random = np.random.default_rng(seed)
     one = prompt(random, random.integers(1, 9), random.integers(1, 9, 3), random.integers(1, 6, 3), layout)
-    tokens, positions, segments = row(one)
-    (whole,) = run((tokens, positions, segments))
+    tokens, positions, token_labels = row(one)
+    (whole,) = run((tokens, positions, token_labels))
     ends, room = one.prefix_length, 5 * PAGE
 
     def prefix(labels: np.ndarray) -> np.ndarray:
@@ -175,10 +181,10 @@ def test_questions_after_a_cached_prefix_read_as_behind_it(seed, layout):
     size = (MODEL.layers, 11, PAGE, MODEL.kv_heads, MODEL.head_dim)
     poison = jnp.full(size, jnp.nan)  # what no page holds
     nothing = Past(poison, poison, np.zeros((1, 0), np.int32))
-    of_prefix = Segments(*map(prefix, segments))
+    of_prefix = TokenLabels(*map(prefix, token_labels))
     _, keys_values = extended(MODEL, PARAMS, prefix(tokens), prefix(positions), of_prefix, nothing)
     pages = random.permutation(size[1])[None, : room // PAGE]
     pools = [poison.at[:, pages[0]].set(x.reshape(MODEL.layers, -1, *size[2:])) for x in keys_values]
-    both = Segments(*(np.concatenate([prefix(x), questions(x)], 1) for x in segments))
+    both = TokenLabels(*(np.concatenate([prefix(x), questions(x)], 1) for x in token_labels))
     hidden, _ = extended(MODEL, PARAMS, questions(tokens), questions(positions), both, Past(*pools, pages))
     np.testing.assert_allclose(hidden[0][one.ends - ends], whole[one.ends], atol=1e-5)

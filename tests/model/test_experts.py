@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from brewjax.model.config import ExpertsConfig, ModelConfig
 from brewjax.model.experts import Experts, _in_turns, _said
 from brewjax.model.params import bind
-from pallas_kernels.segments import ALL, PADDING, Segments
+from pallas_kernels.token_labels import ALL, PADDING, TokenLabels
 from tests.tiny import MODEL, params
 
 N, K = 5, 2
@@ -103,7 +103,7 @@ def test_the_training_loss_has_the_mean_balance_of_the_layers():
     batch = (
         TOKENS,
         np.broadcast_to(np.arange(11), (2, 11)),
-        Segments(np.where(REAL, 1, PADDING), 0 * TOKENS, 0 * TOKENS + ALL),
+        TokenLabels(np.where(REAL, 1, PADDING), 0 * TOKENS, 0 * TOKENS + ALL),
     )
     hidden, loss = bind(config, weights).with_balance(*batch)
     assert loss == pytest.approx(0.25 * K)

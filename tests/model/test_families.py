@@ -16,7 +16,7 @@ from brewjax.model.families import FAMILIES, config_to_hf
 from brewjax.model.huggingface import read_config, read_params, write
 from brewjax.model.params import Params, bind
 from brewjax.model.sharding import MeshConfig
-from pallas_kernels.segments import ALL, PADDING, Segments
+from pallas_kernels.token_labels import ALL, PADDING, TokenLabels
 
 GOLDENS = Path(__file__).with_name("goldens")
 NAMES = sorted(path.name for path in GOLDENS.iterdir())
@@ -29,9 +29,9 @@ def read(folder: Path) -> tuple[ModelConfig, Params]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def logits_of(config: ModelConfig, params: Params, tokens, positions, segments):
+def logits_of(config: ModelConfig, params: Params, tokens, positions, token_labels):
     decoder = bind(config, params)
-    return decoder.logits(decoder(tokens, positions, segments))
+    return decoder.logits(decoder(tokens, positions, token_labels))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -45,9 +45,9 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(name):
     tokens = np.pad(ids, ((0, 0), (0, greedy.shape[1])))
     for end in range(start, length):
         real = np.broadcast_to(np.arange(length) < end, tokens.shape)
-        segments = Segments(np.where(real, 1, PADDING), 0 * tokens, np.full_like(tokens, ALL))
+        token_labels = TokenLabels(np.where(real, 1, PADDING), 0 * tokens, np.full_like(tokens, ALL))
         positions = np.broadcast_to(np.arange(length), tokens.shape)
-        logits = np.asarray(logits_of(config, params, tokens, positions, segments))
+        logits = np.asarray(logits_of(config, params, tokens, positions, token_labels))
         if end == start:
             np.testing.assert_allclose(logits[:, :start], expected, atol=1e-4)
         tokens[:, end] = logits[:, end - 1].argmax(-1)

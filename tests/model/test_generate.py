@@ -7,7 +7,7 @@ import pytest
 
 from brewjax.model.generate import Generator, Sampling, sample
 from brewjax.model.params import bind
-from pallas_kernels.segments import ALL, PADDING, Segments
+from pallas_kernels.token_labels import ALL, PADDING, TokenLabels
 from tests.tiny import MODEL, params
 
 PARAMS = params()
@@ -23,9 +23,9 @@ def generator() -> Generator:
 def next_token(tokens: jax.Array, length: jax.Array) -> jax.Array:
     """The likeliest, from reading everything anew."""
     real = jnp.arange(CONTEXT)[None] < length
-    segments = Segments(jnp.where(real, 1, PADDING), jnp.zeros_like(tokens[None]), jnp.full((1, CONTEXT), ALL))
+    token_labels = TokenLabels(jnp.where(real, 1, PADDING), jnp.zeros_like(tokens[None]), jnp.full((1, CONTEXT), ALL))
     decoder = bind(MODEL, PARAMS)
-    hidden = decoder(tokens[None], jnp.arange(CONTEXT)[None], segments)
+    hidden = decoder(tokens[None], jnp.arange(CONTEXT)[None], token_labels)
     return jnp.argmax(decoder.logits(hidden[0, length - 1]))
 
 

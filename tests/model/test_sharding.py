@@ -61,11 +61,11 @@ def batch() -> TokenBatch:
     for number in range(8):
         random = np.random.default_rng(number)
         prompts = [prompt(random, questions=[2] * (1 + number % 3), layout=layout) for layout in ("dense", "star")]
-        tokens, positions, segments = pack(prompts, LENGTH)
+        tokens, positions, token_labels = pack(prompts, LENGTH)
         targets = np.concatenate([one.arrays["targets"] for one in prompts])
         targets = np.pad(targets, (0, LENGTH - len(targets)), constant_values=NO_TARGET)
         weights, zeros = (targets != NO_TARGET).astype(np.float32), np.zeros_like(tokens)
-        rows.append(TokenBatch(tokens, positions, segments, targets, weights, zeros, zeros))
+        rows.append(TokenBatch(tokens, positions, token_labels, targets, weights, zeros, zeros))
     rows[-1].targets[:], rows[-1].weights[:] = NO_TARGET, 0
     return jax.tree.map(lambda *row: np.stack(row), *rows)
 

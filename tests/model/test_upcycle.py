@@ -9,7 +9,7 @@ from brewjax.model.params import abstract_params, bind, size
 from brewjax.model.sharding import MeshConfig
 from brewjax.model.upcycle import upcycle
 from brewjax.paths import CONFIGS
-from pallas_kernels.segments import Segments
+from pallas_kernels.token_labels import TokenLabels
 from tests.tiny import MODEL, pack, params, prompt
 
 
@@ -22,8 +22,8 @@ def test_an_upcycled_model_says_the_same_at_the_start():
         assert (leaf.shape, leaf.dtype, leaf.sharding) == (expected.shape, expected.dtype, expected.sharding)
     router = np.asarray(mixed["layers"]["experts"]["router"])
     assert 0.01 < router.std() < 0.03
-    tokens, positions, segments = pack([prompt(np.random.default_rng(0))], 32)
-    batch = (tokens[None], positions[None], Segments(*(x[None] for x in segments)))
+    tokens, positions, token_labels = pack([prompt(np.random.default_rng(0))], 32)
+    batch = (tokens[None], positions[None], TokenLabels(*(x[None] for x in token_labels)))
     before, after = (
         bind(config, jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), weights))(*batch)
         for config, weights in ((MODEL, dense), (model, mixed))

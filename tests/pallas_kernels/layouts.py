@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from hypothesis import strategies as st
 
-from pallas_kernels.segments import ALL, PADDING, QUESTIONS, SELF, Segments
+from pallas_kernels.token_labels import ALL, PADDING, QUESTIONS, SELF, TokenLabels
 
 
 class Example(NamedTuple):
@@ -21,7 +21,7 @@ class Example(NamedTuple):
     padding: int = 0
 
 
-def pack(examples: Iterable[Example], length: int) -> Segments:
+def pack(examples: Iterable[Example], length: int) -> TokenLabels:
     """int32 [length]: the examples one after the other, cut off where the row ends, padded where they do."""
     tokens = []
     for number, one in enumerate(examples, 1):
@@ -32,12 +32,12 @@ def pack(examples: Iterable[Example], length: int) -> Segments:
             tokens += [(number, segment, reach)] * size
         tokens += [(PADDING, 0, 0)] * one.padding
     tokens += [(PADDING, 0, 0)] * length
-    return Segments(*np.array(tokens[:length], np.int32).T)
+    return TokenLabels(*np.array(tokens[:length], np.int32).T)
 
 
-def stack(rows: Iterable[Segments]) -> Segments:
+def stack(rows: Iterable[TokenLabels]) -> TokenLabels:
     """[B, T] of rows of one length."""
-    return Segments(*map(np.stack, zip(*rows, strict=True)))
+    return TokenLabels(*map(np.stack, zip(*rows, strict=True)))
 
 
 # Pieces of a few tokens, of exactly a block of 16 or 32, one more and one less, and longer than a block.
@@ -46,11 +46,11 @@ some_pieces = st.lists(pieces, max_size=6)
 examples = st.builds(Example, pieces, some_pieces, some_pieces, st.booleans(), st.just(0) | st.integers(1, 40))
 
 
-def rows(length: int) -> st.SearchStrategy[Segments]:
+def rows(length: int) -> st.SearchStrategy[TokenLabels]:
     """One row [length] of any number of examples; none of them is a row of padding."""
     return st.lists(examples, max_size=6).map(lambda drawn: pack(drawn, length))
 
 
-def batches(count: int, length: int) -> st.SearchStrategy[Segments]:
+def batches(count: int, length: int) -> st.SearchStrategy[TokenLabels]:
     """`count` rows [count, length]."""
     return st.lists(rows(length), min_size=count, max_size=count).map(stack)

@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import attention_gpu, attention_tpu, attention_tpu_plan, attention_xla
 from pallas_kernels.attention import attention, attention_reference
-from pallas_kernels.segments import PADDING, SELF, Segments
+from pallas_kernels.token_labels import PADDING, SELF, TokenLabels
 from tests.pallas_kernels.layouts import Example, batches, pack, rows, stack
 
 H, K, D = 4, 2, 8
@@ -44,28 +44,28 @@ def draw_qkvd(seed: int, length: int, queries: int | None = None, dtype=np.float
 
 @functools.cache
 def results(implementation: str | None):
-    """Jitted (q, k, v, d_out, segments) -> out, log-sum-exp, and the gradients of both; None is the reference."""
+    """Jitted (q, k, v, d_out, token_labels) -> out, log-sum-exp, and the gradients of both; None is the reference."""
 
-    def run(q, k, v, segments):
+    def run(q, k, v, token_labels):
         if implementation is None:
-            out, log_sum = attention_reference(q, k, v, segments)
+            out, log_sum = attention_reference(q, k, v, token_labels)
         else:
-            out, log_sum = attention(q, k, v, segments, implementation=implementation)
-        real = segments.example[:, -q.shape[1] :, None] != PADDING
+            out, log_sum = attention(q, k, v, token_labels, implementation=implementation)
+        real = token_labels.example[:, -q.shape[1] :, None] != PADDING
         return out, jnp.where(real, log_sum, 0)
 
     @jax.jit
-    def with_gradients(q, k, v, d_out, segments):
-        (out, log_sum), vjp = jax.vjp(lambda *qkv: run(*qkv, segments), q, k, v)
+    def with_gradients(q, k, v, d_out, token_labels):
+        (out, log_sum), vjp = jax.vjp(lambda *qkv: run(*qkv, token_labels), q, k, v)
         return (out, log_sum, *vjp((d_out, d_out[..., 0].astype(log_sum.dtype))))
 
     return with_gradients
 
 
-def reference(qkvd: list[np.ndarray], segments: Segments) -> list[np.ndarray]:
+def reference(qkvd: list[np.ndarray], token_labels: TokenLabels) -> list[np.ndarray]:
     """The reference in float64."""
     with jax.enable_x64(True):
-        return [np.asarray(x) for x in results(None)(*(x.astype(np.float64) for x in qkvd), segments)]
+        return [np.asarray(x) for x in results(None)(*(x.astype(np.float64) for x in qkvd), token_labels)]
 
 
 def assert_close(found, expected, tolerance: float) -> None:
@@ -79,8 +79,8 @@ def assert_close(found, expected, tolerance: float) -> None:
 @given(st.data(), seeds)
 def test_is_the_reference(implementation, data, seed):
     length = LENGTHS[implementation]
-    segments, qkvd = data.draw(batches(2, length)), draw_qkvd(seed, length)
-    assert_close(results(implementation)(*qkvd, segments), reference(qkvd, segments), 1e-5)
+    token_labels, qkvd = data.draw(batches(2, length)), draw_qkvd(seed, length)
+    assert_close(results(implementation)(*qkvd, token_labels), reference(qkvd, token_labels), 1e-5)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -88,16 +88,16 @@ def test_is_the_reference(implementation, data, seed):
 @given(st.data(), seeds)
 def test_queries_behind_a_cached_prefix(implementation, data, seed):
     length = LENGTHS[implementation]
-    segments, qkvd = data.draw(batches(2, length)), draw_qkvd(seed, length, queries=length * 2 // 3)
-    assert_close(results(implementation)(*qkvd, segments), reference(qkvd, segments), 1e-5)
+    token_labels, qkvd = data.draw(batches(2, length)), draw_qkvd(seed, length, queries=length * 2 // 3)
+    assert_close(results(implementation)(*qkvd, token_labels), reference(qkvd, token_labels), 1e-5)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_one_query(implementation):
     """What decoding does: the last token of each row, one of them padding, behind all the others."""
-    segments = stack([pack([Example(30, [9] * 4, [30])], 96), pack([Example(90, padding=6)], 96)])
+    token_labels = stack([pack([Example(30, [9] * 4, [30])], 96), pack([Example(90, padding=6)], 96)])
     qkvd = draw_qkvd(0, 96, queries=1)
-    assert_close(results(implementation)(*qkvd, segments), reference(qkvd, segments), 1e-5)
+    assert_close(results(implementation)(*qkvd, token_labels), reference(qkvd, token_labels), 1e-5)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -105,20 +105,20 @@ def test_one_query(implementation):
 @given(st.data(), seeds)
 def test_bfloat16(implementation, data, seed):
     length = LENGTHS[implementation]
-    segments, qkvd = data.draw(batches(2, length)), draw_qkvd(seed, length, dtype=jnp.bfloat16)
-    found = results(implementation)(*qkvd, segments)
+    token_labels, qkvd = data.draw(batches(2, length)), draw_qkvd(seed, length, dtype=jnp.bfloat16)
+    found = results(implementation)(*qkvd, token_labels)
     assert [x.dtype for x in found] == [jnp.bfloat16, jnp.float32, *[jnp.bfloat16] * 3]
     # Sums are float32; weights and their gradients are rounded to bfloat16 before a product on a TPU.
-    assert_close(found, reference(qkvd, segments), 2**-6)
+    assert_close(found, reference(qkvd, token_labels), 2**-6)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("heads", [(3, 3), (6, 1)], ids=["each head its own keys", "one for all"])
 def test_groups_of_heads(implementation, heads):
-    segments = stack([pack([Example(9, [4, 4], [5] * 6, star=True), Example(3)], 64)])
+    token_labels = stack([pack([Example(9, [4, 4], [5] * 6, star=True), Example(3)], 64)])
     random = np.random.default_rng(0)
     q, k, v, d = (random.standard_normal((1, 64, n, D), np.float32) for n in (heads[0], heads[1], heads[1], heads[0]))
-    assert_close(results(implementation)(q, k, v, d, segments), reference([q, k, v, d], segments), 1e-5)
+    assert_close(results(implementation)(q, k, v, d, token_labels), reference([q, k, v, d], token_labels), 1e-5)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -126,10 +126,10 @@ def test_groups_of_heads(implementation, heads):
 @given(st.data(), seeds)
 def test_padding_gets_zeros_and_gives_nothing(implementation, data, seed):
     length = LENGTHS[implementation]
-    segments, qkvd = data.draw(batches(2, length)), draw_qkvd(seed, length)
-    real = (segments.example != PADDING)[..., None, None]
-    clean = results(implementation)(*qkvd, segments)
-    poisoned = results(implementation)(*(np.where(real, x, np.nan) for x in qkvd), segments)
+    token_labels, qkvd = data.draw(batches(2, length)), draw_qkvd(seed, length)
+    real = (token_labels.example != PADDING)[..., None, None]
+    clean = results(implementation)(*qkvd, token_labels)
+    poisoned = results(implementation)(*(np.where(real, x, np.nan) for x in qkvd), token_labels)
     for a, b in zip(clean, poisoned, strict=True):
         np.testing.assert_array_equal(a, b)
         assert not np.where(real.reshape(real.shape[: a.ndim]), 0, a).any()
@@ -144,12 +144,12 @@ def test_a_question_changes_no_bit_of_another(implementation, data, seed):
     questions = sorted({(e, s) for e, s, r in zip(*row, strict=True) if e != PADDING and r == SELF})
     hypothesis.assume(questions)
     example, segment = data.draw(st.sampled_from(questions))
-    changed = ((row.example == example) & (row.segment == segment))[:, None, None]
+    changed = ((row.example_id == example) & (row.piece_id == segment))[:, None, None]
     (q, k, v, d), others = draw_qkvd(seed, length, B=1), draw_qkvd(seed + 1, length, B=1)
-    segments = stack([row])
-    before = results(implementation)(q, k, v, d, segments)[0]
+    token_labels = stack([row])
+    before = results(implementation)(q, k, v, d, token_labels)[0]
     q, k, v = (np.where(changed, other, x) for x, other in zip((q, k, v), others, strict=False))
-    after = results(implementation)(q, k, v, d, segments)[0]
+    after = results(implementation)(q, k, v, d, token_labels)[0]
     np.testing.assert_array_equal(np.where(changed, 0, before), np.where(changed, 0, after))
 
 
@@ -161,17 +161,17 @@ def test_scores_may_be_of_any_size(implementation, dtype, tolerance):
     """Those of some queries leap from block to block by 100 nats, up or down, or are all 100 below zero, or above; it
     changes no bit of the other queries' outputs."""
     length, random = 700, np.random.default_rng(0)
-    segments = stack([pack(examples, length) for examples in ([Example(100), Example(600)], [Example(length)])])
+    token_labels = stack([pack(examples, length) for examples in ([Example(100), Example(600)], [Example(length)])])
     q, k, v, d = (x * spread for x, spread in zip(draw_qkvd(0, length), (0.1, 0.1, 1, 1), strict=True))
     k[..., 0] = D**0.5 * np.repeat([[-100, 0, 100], [-100, -100, -100]], 256, 1)[:, :length, None]
     q[..., 0] = 0.1
     k, v, d = (x.astype(dtype) for x in (k, v, d))
-    calm = results(implementation)(q.astype(dtype), k, v, d, segments)
+    calm = results(implementation)(q.astype(dtype), k, v, d, token_labels)
     wild = random.random(length) < 0.1
     q[:, wild, :, 0] = random.choice([-1, 1], (wild.sum(), 1, H))
     q = q.astype(dtype)
-    found = results(implementation)(q, k, v, d, segments)
-    assert_close(found, reference([q, k, v, d], segments), tolerance)
+    found = results(implementation)(q, k, v, d, token_labels)
+    assert_close(found, reference([q, k, v, d], token_labels), tolerance)
     for a, b in zip(found[:2], calm[:2], strict=True):
         np.testing.assert_array_equal(a[:, ~wild], b[:, ~wild])
 
@@ -179,21 +179,21 @@ def test_scores_may_be_of_any_size(implementation, dtype, tolerance):
 def test_blocks_of_queries_share_a_row_evenly(monkeypatch):
     """On a TPU, five chunks in blocks of up to four: three and two, and not four and one."""
     monkeypatch.setattr(attention_tpu_plan, "CHUNKS", 4)
-    segments = stack([pack([Example(200, [], [40] * 10)], 600)] * 2)
+    token_labels = stack([pack([Example(200, [], [40] * 10)], 600)] * 2)
     qkvd = draw_qkvd(0, 600)
-    assert attention_tpu_plan.Plan.of(*qkvd[:2], interpret=True).chunks == 3
+    assert attention_tpu_plan.AttentionPlan.of(*qkvd[:2], interpret=True).chunks == 3
     run = jax.jit(functools.partial(attention, implementation="tpu-interpreted"))
-    for a, b in zip(run(*qkvd[:3], segments), reference(qkvd, segments)[:2], strict=True):
+    for a, b in zip(run(*qkvd[:3], token_labels), reference(qkvd, token_labels)[:2], strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_a_row_may_be_cut_anywhere():
     """A shard of the queries, wherever it begins, against all of the keys: what context parallelism does."""
-    segments = stack([pack([Example(30, [9] * 4, [7] * 3), Example(11, [5], [3, 3], star=True)], 104)])
+    token_labels = stack([pack([Example(30, [9] * 4, [7] * 3), Example(11, [5], [3, 3], star=True)], 104)])
     q, k, v, _ = draw_qkvd(0, 104, B=1)
-    whole = attention(q, k, v, segments)
+    whole = attention(q, k, v, token_labels)
     for start in (0, 26, 52, 78):
-        part = attention(q[:, start : start + 26], k, v, segments, q_start=jnp.int32(start))
+        part = attention(q[:, start : start + 26], k, v, token_labels, q_start=jnp.int32(start))
         for a, b in zip(part, whole, strict=True):
             np.testing.assert_allclose(a, b[:, start : start + 26], atol=1e-5)
 
@@ -201,10 +201,10 @@ def test_a_row_may_be_cut_anywhere():
 @pytest.mark.parametrize("way", ["forward", "backward"])
 def test_the_tpu_kernels_have_no_races(way):
     """Keys of several blocks in which the same queries come twice running: what the backward pass must wait for."""
-    segments = stack([pack([Example(100, [], [90] * 4)], 512)])
-    segments = Segments(*map(jnp.asarray, segments))
+    token_labels = stack([pack([Example(100, [], [90] * 4)], 512)])
+    token_labels = TokenLabels(*map(jnp.asarray, token_labels))
     q, k, v, d_out = draw_qkvd(0, 512, B=1)
-    inputs = (q, k, v, segments, segments, jnp.int32(0))
+    inputs = (q, k, v, token_labels, token_labels, jnp.int32(0))
     out, log_sum = attention_tpu.forward(*inputs, interpret=True)
     detect = pltpu.InterpretParams(detect_races=True)
     if way == "forward":
@@ -223,8 +223,8 @@ def test_the_tpu_kernels_have_no_races(way):
 def test_memory_is_linear_in_the_length():
     def compiled(length: int) -> jax.stages.Compiled:
         q, k = (jax.ShapeDtypeStruct((1, length, heads, D), jnp.float32) for heads in (H, K))
-        segments = Segments(*[jax.ShapeDtypeStruct((1, length), jnp.int32)] * 3)
-        return results("xla").lower(q, k, k, q, segments).compile()
+        token_labels = TokenLabels(*[jax.ShapeDtypeStruct((1, length), jnp.int32)] * 3)
+        return results("xla").lower(q, k, k, q, token_labels).compile()
 
     short, long = compiled(4096), compiled(8192)
     sizes = [np.prod([int(n) for n in shape.split(",")]) for shape in re.findall(r"\w\[([\d,]+)\]", long.as_text())]

@@ -12,16 +12,16 @@ import pytest
 
 from pallas_kernels import attention as attention_module
 from pallas_kernels.attention import attention
-from pallas_kernels.segments import Segments
+from pallas_kernels.token_labels import TokenLabels
 
 
-def gradients(q, k, v, segments):
-    return jax.grad(lambda *qkv: attention(*qkv, segments)[0].astype(jnp.float32).sum(), (0, 1, 2))(q, k, v)
+def gradients(q, k, v, token_labels):
+    return jax.grad(lambda *qkv: attention(*qkv, token_labels)[0].astype(jnp.float32).sum(), (0, 1, 2))(q, k, v)
 
 
 def shapes(q: tuple, k: tuple, dtype) -> tuple:
     q, k = (jax.ShapeDtypeStruct(x, dtype) for x in (q, k))
-    return q, k, k, Segments(*[jax.ShapeDtypeStruct(k.shape[:2], jnp.int32)] * 3)
+    return q, k, k, TokenLabels(*[jax.ShapeDtypeStruct(k.shape[:2], jnp.int32)] * 3)
 
 
 @pytest.fixture(autouse=True)

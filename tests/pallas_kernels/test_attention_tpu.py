@@ -7,7 +7,7 @@ import pytest
 
 from pallas_kernels import attention_tpu
 from pallas_kernels.attention import attention
-from pallas_kernels.segments import Segments
+from pallas_kernels.token_labels import TokenLabels
 from pallas_kernels.worklist import Worklist
 from tests.pallas_kernels.tpu import devices
 
@@ -22,18 +22,18 @@ def compiled(chip: str, q: tuple, k: tuple, dtype, gradients: bool, side: int = 
     def shape(shape: tuple, dtype, axes: str) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, over[axes]))
 
-    def local(q, k, v, segments):
-        return attention(q, k, v, segments)[0]
+    def local(q, k, v, token_labels):
+        return attention(q, k, v, token_labels)[0]
 
-    def run(q, k, v, segments):
+    def run(q, k, v, token_labels):
         specs = (*[over["heads"]] * 3, over["row"])
-        out = jax.shard_map(local, in_specs=specs, out_specs=over["heads"], check_vma=False)(q, k, v, segments)
+        out = jax.shard_map(local, in_specs=specs, out_specs=over["heads"], check_vma=False)(q, k, v, token_labels)
         return out.astype(jnp.float32).sum() if gradients else out
 
     function = jax.grad(run, argnums=(0, 1, 2)) if gradients else run
-    segments = Segments(*[shape(k[:2], jnp.int32, "row")] * 3)
+    token_labels = TokenLabels(*[shape(k[:2], jnp.int32, "row")] * 3)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jax.jit(function).lower(*(shape(x, dtype, "heads") for x in (q, k, k)), segments).compile()
+        return jax.jit(function).lower(*(shape(x, dtype, "heads") for x in (q, k, k)), token_labels).compile()
 
 
 @pytest.mark.parametrize(

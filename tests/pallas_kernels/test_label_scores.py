@@ -12,7 +12,7 @@ from pallas_kernels.label_scores import label_log_probs
 from tests.pallas_kernels.tpu import compile_for
 
 N, V, D, L = 7, 21, 8, 4
-log_probs = jax.jit(label_log_probs, static_argnames=("against", "block"))
+log_probs = jax.jit(label_log_probs, static_argnames=("normalize_over", "block"))
 both_ways = pytest.mark.parametrize("against", ["vocabulary", "labels"])
 
 
@@ -69,7 +69,7 @@ def test_rows_of_their_own_labels(against):
     hidden, head = draw(3)
     labels = np.array([[3, 20, -1], [5, 6, 7]])
     rows = np.stack([hidden, hidden[::-1]])
-    score = jax.vmap(functools.partial(label_log_probs, against=against, block=8), in_axes=(0, None, 0))
+    score = jax.vmap(functools.partial(label_log_probs, normalize_over=against, block=8), in_axes=(0, None, 0))
     found = jax.jit(score)(rows, head, labels)
     for row in range(2):
         expected = reference(rows[row], head, labels[row], against)
@@ -134,6 +134,6 @@ def test_a_float32_product_is_one_pass_of_bfloat16_unless_asked_otherwise():
 @both_ways
 def test_every_product_of_label_scores_is_float32_in_truth_on_a_tpu(against):
     hidden, head = (jax.ShapeDtypeStruct((n, 128), jnp.float32) for n in (64, 1024))
-    score = functools.partial(label_log_probs, against=against, block=256)
+    score = functools.partial(label_log_probs, normalize_over=against, block=256)
     compiled = compile_for("v5e", score, hidden, head, jax.ShapeDtypeStruct((8,), jnp.int32))
     assert set(products(compiled)) == {"highest,highest"}

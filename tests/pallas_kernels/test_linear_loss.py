@@ -13,8 +13,14 @@ import numpy as np
 import pytest
 
 from pallas_kernels.cross_entropy import linear_cross_entropy
-from pallas_kernels.distillation import FewWords, forward_kl, jensen_shannon, linear_distillation, top_k_distillation
-from pallas_kernels.linear_loss import Plan, linear_loss
+from pallas_kernels.distillation import (
+    SparseTeacher,
+    forward_kl,
+    jensen_shannon,
+    linear_distillation,
+    top_k_distillation,
+)
+from pallas_kernels.linear_loss import LossPlan, fused_linear_loss
 from tests.pallas_kernels.tpu import CHIPS, compile_for
 
 ROOT = Path(__file__).parents[2]
@@ -87,7 +93,7 @@ def test_a_token_that_does_not_count_gives_nothing_and_gets_nothing(loss):
 def test_only_tokens_that_count_are_computed(counting, chunks):
     started = []
 
-    class Counted(FewWords):
+    class Counted(SparseTeacher):
         def start(self, *args):
             jax.debug.callback(lambda: started.append(1))
             return super().start(*args)
@@ -95,7 +101,7 @@ def test_only_tokens_that_count_are_computed(counting, chunks):
     student, tokens = inputs(64)
     weights = np.random.default_rng(1).permutation(np.arange(64) < counting).astype(np.float32)
     teacher = tokens["ids"], np.zeros((64, K + 1), np.float32)
-    jax.block_until_ready(linear_loss(Plan(Counted(forward_kl), 1.0, 4, V), student, [], teacher, weights))
+    jax.block_until_ready(fused_linear_loss(LossPlan(Counted(forward_kl), 1.0, 4, V), student, [], teacher, weights))
     jax.effects_barrier()
     assert len(started) == chunks
 

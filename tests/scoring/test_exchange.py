@@ -30,7 +30,7 @@ from brewjax.model.params import bind
 from brewjax.scoring import exchange
 from brewjax.scoring.bundle import Bundle
 from brewjax.scoring.exchange import Packaged, export_model, import_model
-from pallas_kernels.segments import Segments
+from pallas_kernels.token_labels import TokenLabels
 from tests.model.test_gguf import write_gguf
 from tests.serve.conftest import APPLY
 from tests.tables import write_dataset
@@ -393,6 +393,6 @@ def test_the_real_thing(tmp_path):
     assert bundle.tokenizer.encode([said])[0] == ids.tolist()
     decoder = bind(bundle.model, jax.tree.map(lambda leaf: jax.numpy.asarray(np.asarray(leaf)), bundle.params))
     labels = np.ones((1, len(ids)), np.int32)
-    hidden = decoder(ids[None], np.arange(len(ids))[None], Segments(labels, 0 * labels, 2 * labels))
+    hidden = decoder(ids[None], np.arange(len(ids))[None], TokenLabels(labels, 0 * labels, 2 * labels))
     np.testing.assert_allclose(np.take_along_axis(np.asarray(decoder.logits(hidden))[0], top, -1), logits, atol=1e-3)
     assert bundle.tokenizer.hf.decode(top[-1, :1]) == "The"

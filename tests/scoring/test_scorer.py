@@ -145,8 +145,8 @@ def test_scores_are_the_softmax_of_the_label_logits_where_a_question_ends(scorer
     prompt = dataclasses.replace(make_prompt(3, 6), labels=("Yes", "A", "No"))
     encoded = scorer.encode(prompt)
     decoder = bind(scorer.model, params(scorer.model))
-    tokens, positions, segments = pack([encoded], 128)
-    hidden = decoder(tokens[None], positions[None], type(segments)(*(x[None] for x in segments)))
+    tokens, positions, token_labels = pack([encoded], 128)
+    hidden = decoder(tokens[None], positions[None], type(token_labels)(*(x[None] for x in token_labels)))
     logits = np.float64(decoder.logits(hidden[0, encoded.ends]))[:, encoded.labels]
     expected = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     np.testing.assert_allclose(scorer.score(prompt), expected, atol=1e-5)

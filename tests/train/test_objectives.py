@@ -182,9 +182,9 @@ def whole_lists() -> list[tuple[Candidate, list[Candidate]]]:
     targets: dict = collections.defaultdict(lambda: collections.defaultdict(list))
     for n, (row, place) in enumerate(zip(*places, strict=True)):
         if liked := batch().preference[row, place]:
-            segments = batch().segments
-            of_list = row, segments.example[row, place], abs(liked)
-            targets[of_list][np.sign(liked), segments.segment[row, place]].append(n)
+            token_labels = batch().token_labels
+            of_list = row, token_labels.example_id[row, place], abs(liked)
+            targets[of_list][np.sign(liked), token_labels.piece_id[row, place]].append(n)
     found = []
     for of_list in targets.values():
         sides: dict = {1: [], -1: []}
@@ -205,7 +205,7 @@ def test_the_lists_are_of_all_kinds():
     assert set(sizes) == {1, 2, 4}
     assert {len(preferred.policy) for preferred, _ in whole_lists()} == {1, 2}
     rows, places = np.nonzero(batch().preference)
-    labels = batch().segments.example[rows, places], np.abs(batch().preference[rows, places])
+    labels = batch().token_labels.example_id[rows, places], np.abs(batch().preference[rows, places])
     assert len(set(zip(rows, *labels, strict=True))) > len(whole_lists())  # some lists lack a side
 
 

@@ -59,8 +59,8 @@ def said(end: int = 0, share: float = 1.0, top_k: int = 1) -> tuple[TokenBatch, 
 
 @functools.cache
 def _likeliest():
-    def likeliest(tokens, positions, segments, last):
-        return jnp.argmax(decoder().logits(decoder()(tokens, positions, segments)[0, last]))
+    def likeliest(tokens, positions, token_labels, last):
+        return jnp.argmax(decoder().logits(decoder()(tokens, positions, token_labels)[0, last]))
 
     return jax.jit(likeliest)
 
@@ -79,7 +79,7 @@ def spoken(one: EncodedPrompt, number: int) -> list[int]:
 def answers_of(batch: TokenBatch, row: int) -> list[np.ndarray]:
     """Where the targets of each answer in a row stand."""
     places = np.flatnonzero(batch.targets[row] != NO_TARGET)
-    of = batch.segments.example[row, places] * 1000 + batch.segments.segment[row, places]
+    of = batch.token_labels.example_id[row, places] * 1000 + batch.token_labels.piece_id[row, places]
     return np.split(places, np.flatnonzero(np.diff(of)) + 1)
 
 
@@ -156,12 +156,12 @@ def test_a_layer_is_held_to_the_teachers_at_its_depth():
     """Two layers to the second and the fifth of five: one minus the cosine, over layers and tokens."""
     student, teacher = decoder(), bind(DEEP, params(DEEP, seed=1))
     batch = jax.tree.map(jnp.asarray, batch_of(prompts(), LENGTH))
-    inputs = (batch.tokens, batch.positions, batch.segments)
+    inputs = (batch.tokens, batch.positions, batch.token_labels)
     with jax.set_mesh(MeshConfig().build()):
         streams, shown = (
             np.float64(jax.jit(lambda *x, of=of: of.with_layers(*x))(*inputs)[2]) for of in (student, teacher)
         )
-    real = np.asarray(batch.segments.example) > 0
+    real = np.asarray(batch.token_labels.example) > 0
     cosine = lambda a, b: (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)  # noqa: E731
     expected = np.mean([1 - cosine(streams[n], shown[like])[real] for n, like in ((0, 1), (1, 4))])
     np.testing.assert_allclose(layer_loss(student, teacher), expected, rtol=1e-5)

@@ -6,39 +6,39 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pallas_kernels.segments import ALL, PADDING, QUESTIONS, SELF, Segments, visible
-from pallas_kernels.worklist import Sight, meetings, sight, worklist
+from pallas_kernels.token_labels import ALL, PADDING, QUESTIONS, SELF, TokenLabels, dense_mask
+from pallas_kernels.worklist import BlockVisibility, block_table, block_visibility, worklist
 from tests.pallas_kernels.layouts import Example, batches, pack, rows
 
 LENGTH = 96
 index = np.arange(LENGTH)
-see = jax.jit(lambda segments: visible(segments, segments, index, index))
+see = jax.jit(lambda token_labels: dense_mask(token_labels, token_labels, index, index))
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def seen(row: Segments, tile: int):
+def seen(row: TokenLabels, tile: int):
     """`sight` of one row over itself."""
-    batch = Segments(*(labels[None] for labels in row))
-    return jax.tree.map(lambda x: x[0], sight(batch, batch, 0, tile, tile))
+    batch = TokenLabels(*(labels[None] for labels in row))
+    return jax.tree.map(lambda x: x[0], block_visibility(batch, batch, 0, tile, tile))
 
 
-def sees(row: Segments, i: int, j: int) -> bool:
+def sees(row: TokenLabels, i: int, j: int) -> bool:
     """DESIGN.md: Token i sees token j when same example, j is not after i, and (same segment, or reach[j] = ALL, or
     reach[j] = QUESTIONS and i stands in a question)."""
-    i_stands_in_a_question = row.reach[i] == SELF
+    i_stands_in_a_question = row.visibility[i] == SELF
     return (
-        row.example[i] == row.example[j] != PADDING
+        row.example_id[i] == row.example_id[j] != PADDING
         and j <= i
         and (
-            row.segment[i] == row.segment[j]
-            or row.reach[j] == ALL
-            or (row.reach[j] == QUESTIONS and i_stands_in_a_question)
+            row.piece_id[i] == row.piece_id[j]
+            or row.visibility[j] == ALL
+            or (row.visibility[j] == QUESTIONS and i_stands_in_a_question)
         )
     )
 
 
-def brute_force(row: Segments) -> np.ndarray:
-    tokens = range(len(row.example))
+def brute_force(row: TokenLabels) -> np.ndarray:
+    tokens = range(len(row.example_id))
     return np.array([[sees(row, i, j) for j in tokens] for i in tokens])
 
 
@@ -49,25 +49,27 @@ def tiled(pairs: np.ndarray, q_tile: int, kv_tile: int) -> np.ndarray:
     return pairs.transpose(0, 2, 1, 3).reshape(T // q_tile, S // kv_tile, -1)
 
 
-def assert_sight(found: Sight, pairs: np.ndarray, queries: Segments, q_tile: int, kv_tile: int) -> None:
+def assert_sight(found: BlockVisibility, pairs: np.ndarray, queries: TokenLabels, q_tile: int, kv_tile: int) -> None:
     """`found` misses no visible pair, and does not promise one that is not; nobody asks what padding sees."""
     some, every = map(np.asarray, found)
     assert not (tiled(pairs, q_tile, kv_tile).any(-1) & ~some).any()
-    unasked = (queries.example == PADDING)[:, None]
+    unasked = (queries.example_id == PADDING)[:, None]
     assert not (every & ~tiled(pairs | unasked, q_tile, kv_tile).all(-1)).any()
 
 
 @settings(deadline=None, max_examples=30)
 @given(batches(2, LENGTH))
 def test_visible_is_the_sentence_of_the_design(batch):
-    expected = [brute_force(Segments(*(labels[b] for labels in batch))) for b in range(2)]
+    expected = [brute_force(TokenLabels(*(labels[b] for labels in batch))) for b in range(2)]
     np.testing.assert_array_equal(see(batch), expected)
 
 
 def test_visible_between_parts_of_a_row():
     row = pack([Example(20, [8, 8], [4] * 6, star=True), Example(10, [3], [5, 5])], LENGTH)
     queries, keys = slice(30, 70), slice(10, 50)
-    part = visible(*(Segments(*(labels[at] for labels in row)) for at in (queries, keys)), index[queries], index[keys])
+    part = dense_mask(
+        *(TokenLabels(*(labels[at] for labels in row)) for at in (queries, keys)), index[queries], index[keys]
+    )
     np.testing.assert_array_equal(part, brute_force(row)[queries, keys])
 
 
@@ -110,26 +112,28 @@ def test_padding_is_never_met():
 @given(rows(LENGTH))
 def test_queries_in_the_middle_of_a_row_see_what_they_see_there(row):
     start = 30
-    queries, keys = (Segments(*(x[None, at] for x in row)) for at in (slice(start, start + 32), slice(None)))
-    found = Sight(*(x[0] for x in sight(queries, keys, start, 16, 8)))
-    assert_sight(found, brute_force(row)[start : start + 32], Segments(*(x[0] for x in queries)), 16, 8)
+    queries, keys = (TokenLabels(*(x[None, at] for x in row)) for at in (slice(start, start + 32), slice(None)))
+    found = BlockVisibility(*(x[0] for x in block_visibility(queries, keys, start, 16, 8)))
+    assert_sight(found, brute_force(row)[start : start + 32], TokenLabels(*(x[0] for x in queries)), 16, 8)
 
 
 @settings(deadline=None, max_examples=10)
 @given(rows(LENGTH), st.sampled_from([2, 3, 6]))
 def test_sight_of_queries_that_stand_several_times_in_a_row(row, repeats):
     start, tile = 30, 16  # which `repeats` need not divide
-    queries = Segments(*(labels[None, start : start + 32].repeat(repeats, 1) for labels in row))
-    found = Sight(*(x[0] for x in sight(queries, Segments(*(x[None] for x in row)), start, tile, 8, repeats)))
+    queries = TokenLabels(*(labels[None, start : start + 32].repeat(repeats, 1) for labels in row))
+    found = BlockVisibility(
+        *(x[0] for x in block_visibility(queries, TokenLabels(*(x[None] for x in row)), start, tile, 8, repeats))
+    )
     pairs = brute_force(row)[start : start + 32].repeat(repeats, 0)
-    assert_sight(found, pairs, Segments(*(x[0] for x in queries)), tile, 8)
+    assert_sight(found, pairs, TokenLabels(*(x[0] for x in queries)), tile, 8)
 
 
 @settings(deadline=None, max_examples=10)
 @given(arrays(np.int32, (2, 3, 5), elements=st.integers(0, 2)))
 def test_meetings_are_the_blocks_seen_whole_and_then_those_seen_in_part(kind):
     for by_key in (False, True):
-        met = jax.tree.map(np.asarray, meetings(Sight(kind > 0, kind == 2), by_key))
+        met = jax.tree.map(np.asarray, block_table(BlockVisibility(kind > 0, kind == 2), by_key))
         lines = kind.transpose(0, 2, 1) if by_key else kind
         for at in np.ndindex(lines.shape[:2]):
             assert set(met.blocks[at][: met.whole[at]]) == set(np.flatnonzero(lines[at] == 2))
