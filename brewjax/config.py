@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self, get_args
 
 import pydantic
 import yaml
 from pydantic_core import PydanticCustomError
 
-C = TypeVar("C", bound="Config")
 Location = tuple[str | int, ...]
+Words = Annotated[str, pydantic.StringConstraints(min_length=1)]  # a text that must not be empty
+SHOWN = 20  # of the names that there are, where none is near
 
 
 class ConfigError(ValueError):
@@ -20,22 +21,30 @@ class ConfigError(ValueError):
 
 
 class Config(pydantic.BaseModel):
-    """Base of every config: frozen, and unknown keys are refused with the nearest valid one."""
+    """Base of every config: frozen, and unknown keys are refused with the nearest valid one.
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+    Attributes:
+      ALIASES: keys that people write for others, and those; only for the hint.
+    """
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    ALIASES: ClassVar[Mapping[str, str]] = {}
 
     _path: str = pydantic.PrivateAttr(default="<config>")
-    _lines: dict[Location, int] = pydantic.PrivateAttr(default_factory=dict)
+    _places: dict[Location, str] = pydantic.PrivateAttr(default_factory=dict)
 
     @pydantic.model_validator(mode="before")
     @classmethod
-    def _refuse_unknown_keys(cls, values: Any) -> Any:
-        if isinstance(values, dict):
-            for key in values:
-                if key not in cls.model_fields:
-                    near = difflib.get_close_matches(str(key), cls.model_fields, n=1)
-                    hint = f"did you mean '{near[0]}'?" if near else f"valid keys: {', '.join(cls.model_fields)}"
-                    raise PydanticCustomError("unknown_key", "unknown key '{key}'; {hint}", {"key": key, "hint": hint})
+    def _refuse_keys(cls, values: Any) -> Any:
+        """Unknown keys, and true or false where a number is expected, which pydantic would take for 1 or 0."""
+        if not isinstance(values, dict):
+            return values
+        for key, value in values.items():
+            if key not in cls.model_fields:
+                hint = suggest(str(key), cls.model_fields, cls.ALIASES, "valid keys")
+                raise misplaced(f"unknown key '{key}'; {hint}", key)
+            if isinstance(value, bool) and _takes_numbers_only(cls.model_fields[key].annotation):
+                raise misplaced(f"expected a number, found {_show(value)}", key)
         return values
 
     def __eq__(self, other: object) -> bool:
@@ -48,10 +57,7 @@ class Config(pydantic.BaseModel):
 
         Raises ConfigError naming file, line and key.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise ConfigError(f"{path}: no such config file")
-        return cls.parse(path.read_text(), str(path), overrides)
+        return cls.parse(read_text(Path(path)), str(path), overrides)
 
     @classmethod
     def parse(cls, text: str, path: str = "<config>", overrides: Iterable[str] = ()) -> Self:
@@ -60,18 +66,22 @@ class Config(pydantic.BaseModel):
             root = yaml.compose(text, Loader=_Loader)
             values = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
-            raise ConfigError(f"{path}: not valid YAML: {error}") from None
-        lines = _line_numbers(root, path) if root is not None else {}
+            raise ConfigError(f"{path}{_yaml_problem(error)}") from None
+        places = dict(_read_places(root, path)) if root is not None else {}
         if not isinstance(values, dict):
-            raise ConfigError(f"{path}: expected keys and values, found {type(values).__name__}")
+            needed = ", ".join(name for name, field in cls.model_fields.items() if field.is_required())
+            found = "an empty file" if root is None else _show(values)
+            raise ConfigError(f"{path}: expected KEY: VALUE lines{needed and f' with {needed}'}, found {found}")
         for override in overrides:
-            _override(values, override)
+            _override(values, places, override)
         try:
             config = cls.model_validate(values)
         except pydantic.ValidationError as error:
             errors = [{**one, "loc": cls.place(one["loc"])} for one in error.errors()]
-            raise ConfigError("\n".join(_describe(one, path, lines) for one in errors)) from None
-        config._path, config._lines = path, lines
+            raise ConfigError("\n".join(_describe(one, path, places) for one in errors)) from None
+        except RecursionError:
+            raise ConfigError(f"{path}: an alias (*name) stands within what it names") from None
+        config._path, config._places = path, places
         return config
 
     @classmethod
@@ -85,7 +95,71 @@ class Config(pydantic.BaseModel):
 
     def error(self, message: str, *location: str | int) -> ConfigError:
         """A ConfigError about the key at `location`, e.g. `task.error("no such action", "history", "actions", 0)`."""
-        return ConfigError(f"{_place(self._path, self._lines, location)}: {message}")
+        return ConfigError(f"{_place(self._path, self._places, location)}: {message}")
+
+
+def misplaced(message: str, *location: Any) -> PydanticCustomError:
+    """What a validator raises about a key further in: the error then names that key, and its line.
+
+    For instance, in a validator of a model with `stages`: `raise misplaced("no such stage", "stages", name, "start")`.
+    """
+    return PydanticCustomError("misplaced", "{message}", {"message": message, "location": location})
+
+
+def refuse_twice(values: Iterable[Any], name: str, *location: str | int) -> None:
+    """Raises `misplaced` at the first of `values` that an earlier one equals; `name` says what they are."""
+    seen: list[Any] = []
+    for index, value in enumerate(values):
+        if value in seen:
+            raise misplaced(f"the {name} {_show(value)} is given twice", *location, index)
+        seen.append(value)
+
+
+def nearest(name: str, known: Iterable[str], aliases: Mapping[str, str] | None = None) -> str | None:
+    """The one of `known` that was most likely meant by `name`, whatever the case; None where none is near."""
+    fold = lambda word: str(word).casefold().replace("-", "_").strip()  # noqa: E731
+    folded = {fold(word): word for word in known}
+    wanted = fold(name)
+    if wanted in folded:
+        return folded[wanted]
+    if (aliases or {}).get(wanted) in folded.values():
+        return (aliases or {})[wanted]
+    if near := difflib.get_close_matches(wanted, folded, n=1):
+        return folded[near[0]]
+    within = [
+        word for key, word in folded.items() if min(len(key), len(wanted)) > 1 and (wanted in key or key in wanted)
+    ]
+    return within[0] if len(within) == 1 else None
+
+
+def suggest(
+    name: str, known: Iterable[str], aliases: Mapping[str, str] | None = None, others: str = "there are"
+) -> str:
+    """A hint for an error: the one that was most likely meant by `name`, or else all that there are."""
+    known = list(known)
+    if near := nearest(name, known, aliases):
+        return f"did you mean '{near}'?"
+    more = f" and {len(known) - SHOWN:,} more" if len(known) > SHOWN else ""
+    return f"{others}: {', '.join(map(str, known[:SHOWN])) or 'none'}{more}"
+
+
+def read_text(path: Path) -> str:
+    """The text of a file; ConfigError where it is not there, a folder, not to be read, or not UTF-8."""
+    if path.is_dir():
+        raise ConfigError(f"{path}: a folder; expected a file")
+    if not path.is_file():
+        there = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
+        near = nearest(path.name, there)
+        raise ConfigError(f"{path}: no such file" + (f"; did you mean '{path.parent / near}'?" if near else ""))
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: not readable: {error.strerror}") from None
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{path}:{line}: not UTF-8: byte 0x{content[error.start]:02x}; save it as UTF-8") from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -97,51 +171,158 @@ class _Loader(yaml.SafeLoader):
     }
 
 
-def _line_numbers(node: yaml.Node, path: str, location: Location = ()) -> dict[Location, int]:
-    """Line (from 1) of every key and list entry; refuses a key given twice, which YAML would silently accept."""
-    lines = {location: node.start_mark.line + 1}
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    """Line and problem of a text that is not YAML, on one line."""
+    if isinstance(error, yaml.reader.ReaderError):
+        return f": not valid YAML: character #x{error.character:04x} at position {error.position} is not allowed"
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    context, problem = getattr(error, "context", None) or "", getattr(error, "problem", None) or str(error)
+    hint = "; indent with spaces, not tabs" if "'\\t'" in problem else ""
+    said = f"{context}, {problem}" if context.startswith("expected") else problem
+    return f"{f':{mark.line + 1}' if mark else ''}: not valid YAML: {said}{hint}"
+
+
+def _read_places(
+    node: yaml.Node, path: str, location: Location = (), within: tuple[yaml.Node, ...] = ()
+) -> Iterator[tuple[Location, str]]:
+    """`file:line` of every key and list entry; refuses a key given twice, which YAML would silently accept."""
+    yield location, f"{path}:{node.start_mark.line + 1}"
+    if node in within:
+        raise ConfigError(f"{path}:{node.start_mark.line + 1}: an alias (*name) stands within what it names")
+    within = (*within, node)
     if isinstance(node, yaml.MappingNode):
+        lines: dict[Any, int] = {}
         for key, value in node.value:
-            child = (*location, key.value)
-            if child in lines:
-                raise ConfigError(
-                    f"{path}:{key.start_mark.line + 1}: '{key.value}' is given twice, first on line {lines[child]}"
-                )
-            lines |= _line_numbers(value, path, child)
-            lines[child] = key.start_mark.line + 1
+            name, line = _key(key), key.start_mark.line + 1
+            if name in lines:
+                raise ConfigError(f"{path}:{line}: '{key.value}' is given twice, first on line {lines[name]}")
+            lines[name] = line
+            yield from _read_places(value, path, (*location, name), within)
+            yield (*location, name), f"{path}:{line}"
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
-            lines |= _line_numbers(value, path, (*location, index))
-    return lines
+            yield from _read_places(value, path, (*location, index), within)
 
 
-def _override(values: dict[str, Any], override: str) -> None:
+def _key(node: yaml.Node) -> Any:
+    """A key as Python has it: `yes:` is True, `1:` is 1."""
+    plain = node.tag in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
+    return node.value if plain else yaml.load(node.value, _Loader)
+
+
+def _override(values: dict[str, Any], places: dict[Location, str], override: str) -> None:
+    """Puts a value into `values`, and what it was given by into `places`."""
     key, equals, value = override.partition("=")
     if not equals:
-        raise ConfigError(f"override '{override}': expected KEY=VALUE, for example train.steps=100")
-    *parents, leaf = key.split(".")
+        raise ConfigError(f"--set {override}: expected KEY=VALUE, for example train.steps=100")
+    *parents, leaf = key.strip().split(".")
     for parent in parents:
-        values = values.setdefault(parent, {})
+        if values.get(parent) is None:
+            values[parent] = {}
+        values = values[parent]
         if not isinstance(values, dict):
-            raise ConfigError(f"override '{override}': '{parent}' is not a group of keys")
+            raise ConfigError(f"--set {override}: '{parent}' is not a group of keys")
     try:
         values[leaf] = yaml.load(value, _Loader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"override '{override}': the value is not valid YAML: {error}") from None
+        raise ConfigError(f"--set {override}{_yaml_problem(error).replace(':1:', ':')}") from None
+    location = (*parents, leaf)
+    for inner in [place for place in places if place[: len(location)] == location]:
+        del places[inner]
+    places[location] = f"--set {override}"
 
 
-def _place(path: str, lines: dict[Location, int], location: Location) -> str:
+def _place(path: str, places: dict[Location, str], location: Location) -> str:
     """`file:line: key.path`, with the line of the nearest ancestor that the file spells out."""
-    known = next((location[:n] for n in range(len(location), -1, -1) if location[:n] in lines), ())
-    line = f":{lines[known]}" if known in lines else ""
+    known = next((location[:n] for n in range(len(location), -1, -1) if location[:n] in places), None)
     name = ".".join(str(part) for part in location)
-    return f"{path}{line}: {name}" if name else f"{path}{line}"
+    where = path if known is None else places[known]
+    return f"{where}: {name}" if name else where
 
 
-def _describe(error: Any, path: str, lines: dict[Location, int]) -> str:
-    if error["type"] == "unknown_key":
-        return f"{_place(path, lines, (*error['loc'], error['ctx']['key']))}: {error['msg']}"
-    message = error["msg"][0].lower() + error["msg"][1:]
-    message = message.replace("valid tuple", "list in [brackets]")
-    found = "" if error["type"] == "missing" else f", found {error['input']!r}"
-    return f"{_place(path, lines, error['loc'])}: {message}{found}"
+# What pydantic finds, in plain words; filled with the error's own context.
+_EXPECTED = {
+    "string_type": "text",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_parsing_size": "a smaller number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "tuple_type": "a list in [brackets]",
+    "list_type": "a list in [brackets]",
+    "dict_type": "keys and values",
+    "literal_error": "{expected}",
+    "union_tag_invalid": "one of {expected_tags}",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "too_short": "at least {min_length} of them",
+    "too_long": "at most {max_length} of them",
+    "string_too_short": "a text that is not empty",
+}
+
+
+def _describe(error: Any, path: str, places: dict[Location, str]) -> str:
+    """One of pydantic's errors as a line of its own: where, what was expected, what is there."""
+    kind, context, location = error["type"], error.get("ctx", {}), error["loc"]
+    found = f", found {_show(error['input'])}"
+    if location and location[-1] == "[key]":
+        return f"{_place(path, places, location[:-1])}: expected text as a key; put it in 'quotes'"
+    match kind:
+        case "misplaced":
+            return f"{_place(path, places, (*location, *context['location']))}: {context['message']}"
+        case "missing":
+            return f"{_place(path, places, location)}: missing; this key is needed"
+        case "value_error" | "assertion_error":
+            message, found = str(context.get("error", error["msg"])), ""
+        case "union_tag_not_found":
+            key = context["discriminator"].strip("'")
+            message, found = f"'{key}' is missing; this key is needed", ""
+        case "model_type" | "model_attributes_type":
+            message = f"expected keys and values{_shape(context.get('class_name', ''))}"
+        case "string_pattern_mismatch":
+            message = f"expected a text that fits {context['pattern']}"
+        case _ if kind in _EXPECTED:
+            limits = {name: f"{limit:g}" if isinstance(limit, float) else limit for name, limit in context.items()}
+            message = f"expected {_EXPECTED[kind].format(**limits)}"
+            choices = context.get("expected") or context.get("expected_tags")
+            if choices and isinstance(error["input"], str) and kind == "literal_error":
+                near = nearest(error["input"], [one.strip(" '") for one in choices.replace(" or ", ", ").split(", ")])
+                found += f"; did you mean '{near}'?" if near else ""
+        case _:
+            message = error["msg"][0].lower() + error["msg"][1:]
+    return f"{_place(path, places, location)}: {message}{found}"
+
+
+def _shape(name: str) -> str:
+    """` {past: ..}`: the keys that a config of this name needs."""
+    waiting = [Config]
+    while waiting:
+        config = waiting.pop()
+        waiting += config.__subclasses__()
+        if config.__name__ == name:
+            needed = [key for key, field in config.model_fields.items() if field.is_required()]
+            return f" such as {{{', '.join(f'{key}: ..' for key in needed)}}}" if needed else ""
+    return ""
+
+
+def _takes_numbers_only(annotation: Any) -> bool:
+    kinds = {kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)}
+    return bool(kinds & {int, float}) and not kinds & {bool, str}
+
+
+def _show(value: Any) -> str:
+    """A value as an error shows it, on one line and not too long."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict) and not value:
+        return "no keys"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from brewjax.data.dataset import Attribute, Dataset
 from brewjax.data.examples import Choice, Example, answers_to
-from brewjax.data.numbers import ItemStatistic, Percentiles, age
+from brewjax.data.numbers import ItemStatistic, Percentiles, age, say_number
 from brewjax.data.prompt import Prompt, Question
 from brewjax.data.styles import STYLES, Style
 from brewjax.data.task import Task
@@ -223,7 +223,7 @@ class _Facts:
         if attribute.kind == "number":
             if attribute.percentile:
                 return style.percentile.format(self._percentiles.of(self._name, attribute.column, value))
-            number = f"{value:.4g}" if isinstance(value, float) and abs(value) < 1_000 else f"{value:.0f}"
+            number = say_number(value)
             return f"{number} {attribute.unit}".strip() if not style.short else number
         if attribute.kind == "date":
             since = moment - value
@@ -231,7 +231,7 @@ class _Facts:
                 return f"in {_age_fact(-since, style)}"
             return _age_fact(since, style) + ("" if style.short else " ago")
         if attribute.kind == "list":
-            return ("," if style.short else ", ").join(self._clean(str(entry)) for entry in value)
+            return ("," if style.short else ", ").join(text for entry in value if (text := self._clean(str(entry))))
         text = self._clean(str(value))
         return " ".join(text.split(" ")[: attribute.max_words]) if attribute.max_words else text
 
