@@ -44,7 +44,7 @@ def say_number(value: float) -> str:
         return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
     decimals = max(2, DIGITS - 1 - math.floor(math.log10(abs(value)))) if value else 0
     # By way of the shortest text that reads as this float: 0.125 is that and not a bit less or more.
-    text = f"{round(decimal.Decimal(repr(value)), decimals):f}"
+    text = f"{round(decimal.Decimal(repr(float(value))), decimals):f}"
     text = text.rstrip("0").rstrip(".") if "." in text else text
     return "0" if text == "-0" else text
 
