@@ -72,6 +72,18 @@ class Config(pydantic.BaseModel):
             needed = ", ".join(name for name, field in cls.model_fields.items() if field.is_required())
             found = "an empty file" if root is None else _show(values)
             raise ConfigError(f"{path}: expected KEY: VALUE lines{needed and f' with {needed}'}, found {found}")
+        return cls.of(values, path, overrides, places)
+
+    @classmethod
+    def of(
+        cls,
+        values: dict[str, Any],
+        path: str = "<config>",
+        overrides: Iterable[str] = (),
+        places: dict[Location, str] | None = None,
+    ) -> Self:
+        """As `load`, of values that `places` says where to find; `path` names what it does not say."""
+        places = places or {}
         for override in overrides:
             _override(values, places, override)
         try:
@@ -79,8 +91,6 @@ class Config(pydantic.BaseModel):
         except pydantic.ValidationError as error:
             errors = [{**one, "loc": cls.place(one["loc"])} for one in error.errors()]
             raise ConfigError("\n".join(_describe(one, path, places) for one in errors)) from None
-        except RecursionError:
-            raise ConfigError(f"{path}: an alias (*name) stands within what it names") from None
         config._path, config._places = path, places
         return config
 

@@ -258,6 +258,10 @@ class Dataset:
             raise ValueError(f"{self.path}: no member '{member}'; ids look like {known}")
         return found
 
+    def member_id(self, row: int) -> str:
+        """The id of a member, as text."""
+        return str(self.members[self.card.members.id][int(row)].as_py())
+
     def item_id(self, row: int) -> str:
         """The id of an item, as text."""
         return str(self.items[self.card.items.id][int(row)].as_py())

@@ -338,6 +338,6 @@ def _moment(text: str, times: np.ndarray) -> int:
     try:
         date = datetime.datetime.fromisoformat(text)
     except ValueError:
-        share = f"{float(text) * (100 if float(text) < 1 else 1):g}%" if _is_number(text) else "80%"
-        raise ValueError(f"'{text}': expected a date, 1998-03-07, or a share, {share}") from None
+        meant = f"{float(text) * (100 if float(text) < 1 else 1):g}%" if _is_number(text) else "80%"
+        raise ValueError(f"'{text}': expected a date, 1998-03-07, or a share, {meant}") from None
     return int(date.replace(tzinfo=date.tzinfo or datetime.UTC).timestamp() * 1_000_000)

@@ -16,10 +16,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from brewjax import hosts
 from brewjax.config import ConfigError
+from brewjax.console import bold, plain_console
 
 RECORD = "stage.json"
 KILOBYTE = 1 if sys.platform == "darwin" else 1024  # what the system counts a process's memory in, in bytes
@@ -57,7 +56,7 @@ def run_steps(steps: Sequence[Step], folder: Path, data: str, any_code: bool = F
       data: a hash of what all steps read.
       any_code: takes what other code made for good.
     """
-    console = Console()
+    console = plain_console()
     made: dict[str, dict[str, str]] = {}
     for step in steps:
         before = [made[name] for name in step.after]
@@ -68,9 +67,9 @@ def run_steps(steps: Sequence[Step], folder: Path, data: str, any_code: bool = F
         }
         record = hosts.on_first(functools.partial(_begin, output, step.keep, now, any_code))
         if "seconds" in record:
-            console.print(f"[bold]{step.name}[/]: done before, in {record['seconds']:.0f} s")
+            console.print(bold(step.name, f": done before, in {record['seconds']:.0f} s"))
             continue
-        console.print(f"[bold]{step.name}[/]")
+        console.print(bold(step.name))
         began = time.perf_counter()
         if step.together:
             step.run(output)
@@ -79,7 +78,8 @@ def run_steps(steps: Sequence[Step], folder: Path, data: str, any_code: bool = F
         record["seconds"] = time.perf_counter() - began
         hosts.on_first(functools.partial(_write_record, output, record))
         gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KILOBYTE / 1e9
-        console.print(f"[bold]{step.name}[/]: {record['seconds']:.0f} s, {gigabytes:.1f} GB of memory at most so far")
+        took = f": {record['seconds']:.0f} s, {gigabytes:.1f} GB of memory at most so far"
+        console.print(bold(step.name, took))
 
 
 def _begin(output: Path, keep: bool, now: dict[str, str], any_code: bool) -> dict[str, Any]:

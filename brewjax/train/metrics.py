@@ -6,9 +6,10 @@ import json
 import time
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
+
+from brewjax.console import plain_console
 
 METRICS = "metrics.jsonl"
 
@@ -25,7 +26,7 @@ class MetricsWriter:
         temporary.replace(path)
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed in __exit__)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
-        self._console = Console()
+        self._console = plain_console()
         self._progress = Progress(
             TextColumn("train"),
             BarColumn(),

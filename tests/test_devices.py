@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+from brewjax.devices import has_tpu, hide_useless_libtpu
+
+
+@pytest.fixture
+def no_libtpu_yet(monkeypatch):
+    """As a process begins: nothing imported, nothing asked for."""
+    monkeypatch.delitem(sys.modules, "libtpu", raising=False)
+    for name in ("JAX_PLATFORMS", "JAX_FORCE_TPU_INIT", "TPU_LIBRARY_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    sys.modules.pop("libtpu", None)
+
+
+def pci(root, vendor: str, kind: str) -> None:
+    device = root / "sys/bus/pci/devices/0000:00:05.0"
+    device.mkdir(parents=True)
+    (device / "vendor").write_text(vendor + "\n")
+    (device / "class").write_text(kind + "\n")
+
+
+@pytest.mark.parametrize(
+    ("vendor", "kind", "found"),
+    [
+        ("0x1ae0", "0x120000", True),
+        ("0x1ae0", "0xff0000", True),
+        ("0x1ae0", "0x020000", False),  # Google Cloud's network card,
+        ("0x1ae0", "0x010802", False),  # and disk
+        ("0x10de", "0x030200", False),
+    ],
+)
+def test_a_tpu_is_known_by_its_place_on_the_bus(tmp_path, vendor, kind, found):
+    pci(tmp_path, vendor, kind)
+    assert has_tpu(tmp_path) == found
+
+
+@pytest.mark.parametrize("device", ["dev/accel0", "dev/vfio/0"])
+def test_a_tpu_is_known_by_its_device_file(tmp_path, device):
+    assert not has_tpu(tmp_path)
+    (tmp_path / device).parent.mkdir(parents=True)
+    (tmp_path / device).touch()
+    assert has_tpu(tmp_path)
+
+
+def test_without_a_tpu_libtpu_is_not_there(tmp_path, no_libtpu_yet):
+    hide_useless_libtpu(tmp_path)
+    with pytest.raises(ImportError):
+        import libtpu  # noqa: F401
+
+
+@pytest.mark.parametrize("asked", [{"JAX_PLATFORMS": "tpu,cpu"}, {"JAX_FORCE_TPU_INIT": "1"}, {"TPU_LIBRARY_PATH": ""}])
+def test_who_asks_for_a_tpu_gets_it(tmp_path, no_libtpu_yet, monkeypatch, asked):
+    monkeypatch.setattr(os, "environ", {**os.environ, **asked})
+    hide_useless_libtpu(tmp_path)
+    assert "libtpu" not in sys.modules
+
+
+def test_on_a_machine_with_a_tpu_nothing_changes(tmp_path, no_libtpu_yet):
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/accel0").touch()
+    hide_useless_libtpu(tmp_path)
+    assert "libtpu" not in sys.modules
