@@ -6,18 +6,17 @@ import datetime
 import itertools
 import os
 import sys
-import traceback
 from pathlib import Path
 from typing import Annotated, Literal, Optional
 
 import numpy as np
 import typer
 from rich.table import Table
-from rich.text import Text
 
 from brewjax.config import read_text, suggest
 from brewjax.console import bold, plain_console, print_ranking
 from brewjax.devices import device_per_core, hide_useless_libtpu
+from brewjax.refusals import parse_moment, run_app
 
 # Heavy imports (jax, transformers) are inside the verbs, so that --help answers at once.
 
@@ -30,9 +29,17 @@ console = plain_console()
 
 ModelFolder = Annotated[Path, typer.Argument(help="A model folder, e.g. runs/demo/turbo/model.")]
 DatasetFolder = Annotated[Path, typer.Argument(help="A folder with dataset.yaml and its Parquet files.")]
-AT = "As of this moment (UTC), not after the last event."
+At = Annotated[
+    Optional[datetime.datetime],
+    typer.Option(help="As of this moment (UTC), not after the last event.", parser=parse_moment, metavar="MOMENT"),
+]
 MICROSECONDS = 1_000_000
 TOKEN = "BREWJAX_TOKEN"  # the environment variable with the bearer token of a server
+
+
+def _print(text: object) -> None:
+    """On as many columns as it takes."""
+    console.print(text, soft_wrap=True)
 
 
 def main() -> None:
@@ -40,18 +47,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if sys.argv[1:2] != ["compile"]:
         hide_useless_libtpu()
-    try:
-        app()
-    except BrokenPipeError:  # `brewjax prompt .. | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except (ValueError, RuntimeError, OSError, ImportError) as error:
-        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-        if not isinstance(error, OSError) and not Path(raised_in).is_relative_to(Path(__file__).parent):
-            raise
-        words = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-        plain_console(stderr=True).print(Text.assemble(("error:", "bold red"), f" {words}"), soft_wrap=True)
-        sys.exit(2)
+    run_app(app)
 
 
 @data.command()
@@ -130,7 +126,7 @@ def _stage_verb(kind: str, does: str) -> None:
         recipe = Recipe.of(values, f"brewjax {kind}", keys)
         with hosts.joined():
             run_recipe(recipe, out, until=kind)
-        console.print(Run(recipe, out).model(kind), soft_wrap=True)
+        _print(Run(recipe, out).model(kind))
 
     app.command(kind, help=does)(verb)
 
@@ -158,7 +154,7 @@ def quantize_(
     config = QuantizeConfig.of({}, "brewjax quantize", overrides or ())
     with whole_folder(out) as folder:
         quantize(model, config).save(folder)
-    console.print(f"{out}: {sum(path.stat().st_size for path in out.rglob('*') if path.is_file()) / 1e6:,.1f} MB")
+    _print(f"{out}: {sum(path.stat().st_size for path in out.rglob('*') if path.is_file()) / 1e6:,.1f} MB")
 
 
 @app.command()
@@ -194,7 +190,7 @@ def prompt(
     dataset: DatasetFolder,
     task: Annotated[Path, typer.Argument(help="A task file.")],
     member: Annotated[Optional[str], typer.Option(help="The member's id; with --split, any by default.")] = None,
-    at: Annotated[Optional[datetime.datetime], typer.Option(help=AT)] = None,
+    at: At = None,
     split: Annotated[Optional[Split], typer.Option(help="Print what `evaluate` asks of it, with answers.")] = None,
     examples: Annotated[int, typer.Option(help="How many prompts of the split.", min=1)] = 3,
     style: Annotated[str, typer.Option(help="sectioned, chat, compact or key-value")] = "sectioned",
@@ -236,10 +232,12 @@ def prompt(
     verbalizer = Verbalizer(tables, percentiles, Tokenizer.of_bytes(), max_tokens)
     for example in asked:
         if split:
-            moment = f"{np.datetime64(example.cut, 's')}".replace("T", " ")
-            console.print(f"(member {tables.member_id(example.member)} as of {moment} UTC)", style="dim")
+            moment = datetime.datetime.fromtimestamp(example.cut / MICROSECONDS, datetime.UTC)
+            console.print(
+                f"(member {tables.member_id(example.member)} as of {moment:%Y-%m-%d %H:%M:%S} UTC)", style="dim"
+            )
         said = verbalizer.prompt(checked, verbalizer.fitting(checked, example, style), style)
-        console.print(said.render(), soft_wrap=True)
+        _print(said.render())
         if said.dropped:
             console.print(f"({said.dropped} older events left out)", style="dim")
     verbalizer.print_overlong()
@@ -253,7 +251,7 @@ def score(
     dataset: Annotated[Optional[Path], typer.Option(help="Or: a dataset folder,")] = None,
     task: Annotated[Optional[Path], typer.Option(help="a task file,")] = None,
     member: Annotated[str, typer.Option(help="and the id of a member, to rank all items new to the member.")] = "",
-    at: Annotated[Optional[datetime.datetime], typer.Option(help=AT)] = None,
+    at: At = None,
     items: Annotated[Optional[int], typer.Option(help="Rank only so many of them, drawn at random.", min=1)] = None,
     note: Annotated[str, typer.Option(help="A wish that the model reads with its instruction.")] = "",
     top: Annotated[int, typer.Option(help="How many items to show.", min=1)] = 10,
@@ -317,7 +315,7 @@ def score(
 
 def _microseconds(at: datetime.datetime | None) -> int | None:
     """Since 1970, UTC."""
-    return int(at.replace(tzinfo=datetime.UTC).timestamp() * MICROSECONDS) if at else None
+    return int(at.timestamp() * MICROSECONDS) if at else None
 
 
 @app.command()
@@ -358,7 +356,7 @@ def import_(
     from brewjax.scoring.exchange import import_model
 
     bundle = import_model(source, out, name, dtype)
-    console.print(f"{out}: {bundle.model.name}, {count(bundle.params):,} parameters, {bundle.model.param_dtype}")
+    _print(f"{out}: {bundle.model.name}, {count(bundle.params):,} parameters, {bundle.model.param_dtype}")
 
 
 @app.command()
@@ -369,7 +367,7 @@ def export(
     from brewjax.scoring.exchange import export_model
 
     export_model(model, out)
-    console.print(f"{out}: open it with AutoModelForCausalLM.from_pretrained")
+    _print(f"{out}: open it with AutoModelForCausalLM.from_pretrained")
 
 
 @app.command()
@@ -397,7 +395,7 @@ def generate(
     generator = Generator(bundle.model, bundle.params, 1, context, sampling, seed)
     stop = [] if tokenizer.hf.eos_token_id is None else [tokenizer.hf.eos_token_id]
     (said,) = generator.generate([ids], max_tokens, stop)
-    console.print(tokenizer.hf.decode(said), soft_wrap=True)
+    _print(tokenizer.hf.decode(said))
 
 
 @app.command()
@@ -414,7 +412,7 @@ def upcycle(
     from brewjax.scoring.exchange import upcycle_model
 
     bundle = upcycle_model(model, out, ExpertsConfig(count=experts, per_token=per_token), seed)
-    console.print(f"{out}: {bundle.model.name}, {count(bundle.params):,} parameters")
+    _print(f"{out}: {bundle.model.name}, {count(bundle.params):,} parameters")
 
 
 @app.command()

@@ -279,34 +279,39 @@ _EXPECTED = {
 
 def _describe(error: Any, path: str, places: dict[Location, str]) -> str:
     """One of pydantic's errors as a line of its own: where, what was expected, what is there."""
-    kind, context, location = error["type"], error.get("ctx", {}), error["loc"]
-    found = f", found {_show(error['input'])}"
-    if location and location[-1] == "[key]":
+    location = error["loc"]
+    if error["type"] == "misplaced":
+        location = (*location, *error["ctx"]["location"])
+    elif location and location[-1] == "[key]":
         return f"{_place(path, places, location[:-1])}: expected text as a key; put it in 'quotes'"
+    return f"{_place(path, places, location)}: {describe(error)}"
+
+
+def describe(error: Any) -> str:
+    """One of pydantic's errors in plain words: what was expected, and what is there."""
+    kind, context, found = error["type"], error.get("ctx", {}), f", found {_show(error['input'])}"
     match kind:
         case "misplaced":
-            return f"{_place(path, places, (*location, *context['location']))}: {context['message']}"
+            return str(context["message"])
         case "missing":
-            return f"{_place(path, places, location)}: missing; this key is needed"
+            return "missing; this key is needed"
         case "value_error" | "assertion_error":
-            message, found = str(context.get("error", error["msg"])), ""
+            return str(context.get("error", error["msg"]))
         case "union_tag_not_found":
             key = context["discriminator"].strip("'")
-            message, found = f"'{key}' is missing; this key is needed", ""
+            return f"'{key}' is missing; this key is needed"
         case "model_type" | "model_attributes_type":
-            message = f"expected keys and values{_shape(context.get('class_name', ''))}"
+            return f"expected keys and values{_shape(context.get('class_name', ''))}{found}"
         case "string_pattern_mismatch":
-            message = f"expected a text that fits {context['pattern']}"
-        case _ if kind in _EXPECTED:
-            limits = {name: f"{limit:g}" if isinstance(limit, float) else limit for name, limit in context.items()}
-            message = f"expected {_EXPECTED[kind].format(**limits)}"
-            choices = context.get("expected") or context.get("expected_tags")
-            if choices and isinstance(error["input"], str) and kind == "literal_error":
-                near = nearest(error["input"], [one.strip(" '") for one in choices.replace(" or ", ", ").split(", ")])
-                found += f"; did you mean '{near}'?" if near else ""
-        case _:
-            message = error["msg"][0].lower() + error["msg"][1:]
-    return f"{_place(path, places, location)}: {message}{found}"
+            return f"expected a text that fits {context['pattern']}{found}"
+    if kind not in _EXPECTED:
+        return f"{error['msg'][0].lower()}{error['msg'][1:]}{found}"
+    if kind == "literal_error" and isinstance(error["input"], str):
+        choices = [choice.strip(" '") for choice in context["expected"].replace(" or ", ", ").split(", ")]
+        near = nearest(error["input"], choices)
+        found += f"; did you mean '{near}'?" if near else ""
+    limits = {name: f"{limit:g}" if isinstance(limit, float) else limit for name, limit in context.items()}
+    return f"expected {_EXPECTED[kind].format(**limits)}{found}"
 
 
 def _shape(name: str) -> str:

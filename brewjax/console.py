@@ -47,7 +47,7 @@ def print_ranking(
       values: [labels], what each answer is worth.
     """
     expected = probabilities @ values
-    table = Table(caption=f"the best of {len(names)}")
+    table = Table(caption=f"the best of {len(names):,}")
     for heading in ("rank", "item", *(f"P({word})" for word in labels)):
         table.add_column(heading, justify="left" if heading == "item" else "right")
     for rank, row in enumerate(np.argsort(-expected, kind="stable")[:top], 1):

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset
 
-from brewjax.config import suggest
+from brewjax.config import nearest
 
 MAGIC = b"PAR1"  # a Parquet file begins and ends with it
 TEXT, INTEGER, FLOAT, DAY, TEXTS = pa.string(), pa.int64(), pa.float64(), pa.date32(), pa.list_(pa.string())
@@ -27,7 +27,9 @@ def open_table(folder: Path, file: str) -> tuple[pa.Table, list[tuple[int, str]]
     path = folder / file
     if not path.exists():
         there = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-        raise UnreadableError(f"{file}: no such file or folder in {folder}; {suggest(file, there)}")
+        near = nearest(Path(file).stem, [Path(name).stem for name in there if name.endswith(Path(file).suffix)])
+        hint = f"did you mean '{near}{Path(file).suffix}'?" if near else f"there are: {', '.join(there) or 'none'}"
+        raise UnreadableError(f"{file}: no such file or folder in {folder}; {hint}")
     for part in _files(path):
         if problem := _no_parquet(part):
             raise UnreadableError(f"{file}{'' if part == path else f': {part.relative_to(path)}'}: {problem}")

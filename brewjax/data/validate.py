@@ -249,7 +249,7 @@ def _how_to_mend(values: pa.ChunkedArray, kind: str) -> str:
     """How a column of another type is made one of this kind, with pandas; empty where nothing is sure to do it."""
     found = values.type
     if kind in ("time", "date"):
-        if found == INTEGER:
+        if found in (INTEGER, FLOAT):
             biggest = pc.max(pc.abs(values)).as_py() or 0
             unit = next((unit for unit, most in (("s", 1e11), ("ms", 1e14), ("us", 1e17)) if biggest < most), "ns")
             return f'pandas.to_datetime(column, unit="{unit}") makes them of such numbers'
