@@ -150,7 +150,9 @@ def quantize_(
     """Quantise a model's weights to 8 bits, a tensor at a time."""
     from brewjax.compress.quantize import QuantizeConfig, quantize
     from brewjax.paths import whole_folder
+    from brewjax.scoring.bundle import check_folder
 
+    check_folder(model)
     config = QuantizeConfig.of({}, "brewjax quantize", overrides or ())
     with whole_folder(out) as folder:
         quantize(model, config).save(folder)
@@ -364,8 +366,10 @@ def export(
     model: ModelFolder, out: Annotated[Path, typer.Argument(help="The folder to write, for transformers to open.")]
 ) -> None:
     """Give a model back as a Hugging Face folder: config, safetensors, tokenizer and chat template."""
+    from brewjax.scoring.bundle import check_folder
     from brewjax.scoring.exchange import export_model
 
+    check_folder(model)
     export_model(model, out)
     _print(f"{out}: open it with AutoModelForCausalLM.from_pretrained")
 
@@ -409,8 +413,10 @@ def upcycle(
     """Make a mixture of experts of a dense model: it says the same until it is trained."""
     from brewjax.model.config import ExpertsConfig
     from brewjax.model.params import count
+    from brewjax.scoring.bundle import check_folder
     from brewjax.scoring.exchange import upcycle_model
 
+    check_folder(model)
     bundle = upcycle_model(model, out, ExpertsConfig(count=experts, per_token=per_token), seed)
     _print(f"{out}: {bundle.model.name}, {count(bundle.params):,} parameters")
 

@@ -89,8 +89,12 @@ class Config(pydantic.BaseModel):
         try:
             config = cls.model_validate(values)
         except pydantic.ValidationError as error:
-            errors = [{**one, "loc": cls.place(one["loc"])} for one in error.errors()]
-            raise ConfigError("\n".join(_describe(one, path, places) for one in errors)) from None
+            found = error.errors()
+            # A list with a wrong entry is too short as well, pydantic finds.
+            within = {one["loc"][:end] for one in found for end in range(len(one["loc"]))}
+            errors = [one for one in found if one["type"] != "too_short" or one["loc"] not in within]
+            lines = [_describe({**one, "loc": cls.place(one["loc"])}, path, places) for one in errors]
+            raise ConfigError("\n".join(lines)) from None
         config._path, config._places = path, places
         return config
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ def hide_useless_libtpu(root: Path = Path("/")) -> None:
     asked = "tpu" in os.environ.get("JAX_PLATFORMS", "") or {"JAX_FORCE_TPU_INIT", "TPU_LIBRARY_PATH"} & {*os.environ}
     if not asked and not has_tpu(root) and "libtpu" not in sys.modules:
         sys.modules["libtpu"] = None  # type: ignore[assignment]  # `import libtpu` then fails, as if it were not there
+        logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # that it has no libtpu.so is no news
 
 
 def has_tpu(root: Path = Path("/")) -> bool:

@@ -494,7 +494,11 @@ def test_a_command_line_that_names_what_is_not_there(refuse, folder, tmp_path):
         ("describe", "configs/models/tiny.yaml", "--set", "layers=two"): (
             "layers: expected a whole number, found 'two'",
         ),
-        ("quantize", files, tmp_path / "out", "--set", "dtype=int7"): ("--set dtype=int7: dtype: expected ",),
+        ("quantize", files, tmp_path / "out"): (f"{files}: a Hugging Face folder; `brewjax import",),
+        ("export", tmp_path / "none", tmp_path / "out"): ("none: no such model folder",),
+        ("quantize", tmp_path / "run/turbo/model", tmp_path / "out", "--set", "dtype=int7"): (
+            "--set dtype=int7: dtype: ",
+        ),
     }
     for arguments, parts in cases.items():
         check_parts(refuse(*arguments), parts)
