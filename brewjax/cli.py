@@ -13,7 +13,7 @@ import numpy as np
 import typer
 from rich.table import Table
 
-from brewjax.config import read_text, suggest
+from brewjax.config import decode, read_text, suggest
 from brewjax.console import bold, plain_console, print_ranking
 from brewjax.devices import device_per_core, hide_useless_libtpu
 from brewjax.refusals import parse_moment, run_app
@@ -109,10 +109,7 @@ def _stage_verb(kind: str, does: str) -> None:
         out: Annotated[Path, typer.Argument(help="Output folder; the model will be in OUT/VERB/model.")],
         dataset: Annotated[Path, typer.Option(help="A dataset folder.")],
         tasks: Annotated[list[str], typer.Option("--task", help="A task file, or a pattern of several.")],
-        overrides: Annotated[
-            Optional[list[str]],
-            typer.Option("--set", help="KEY=VALUE of the stage, as in a recipe, e.g. train.steps=100."),
-        ] = None,
+        overrides: Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE, as in a recipe.")] = None,
     ) -> None:
         device_per_core()
         from brewjax import hosts
@@ -165,7 +162,7 @@ def evaluate(
     dataset: DatasetFolder,
     tasks: Annotated[list[Path], typer.Argument(help="Task files.")],
     split: Annotated[Split, typer.Option(help="The period of time to ask about.")] = "test",
-    max_examples: Annotated[Optional[int], typer.Option(help="Of each task; a random choice of them.")] = None,
+    max_examples: Annotated[Optional[int], typer.Option(help="Of each task; a random choice of them.", min=1)] = None,
 ) -> None:
     """Judge a model on tasks, trained on or not: a task is a YAML file, no training and no code."""
     device_per_core()
@@ -267,7 +264,7 @@ def score(
         from brewjax.data.prompt import Prompt
 
         stdin = str(prompt) == "-"
-        text = sys.stdin.buffer.read().decode(errors="replace") if stdin else read_text(prompt)
+        text = decode(sys.stdin.buffer.read(), "stdin") if stdin else read_text(prompt)
         said = Prompt.from_json(text, "stdin" if stdin else str(prompt))
         if model:
             from brewjax.scoring.bundle import Bundle

@@ -169,11 +169,16 @@ def read_text(path: Path) -> str:
         content = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path}: not readable: {error.strerror}") from None
+    return decode(content, str(path))
+
+
+def decode(content: bytes, place: str) -> str:
+    """UTF-8 as text; ConfigError with the line where it is not."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise ConfigError(f"{path}:{line}: not UTF-8: byte 0x{content[error.start]:02x}; save it as UTF-8") from None
+        raise ConfigError(f"{place}:{line}: not UTF-8: byte 0x{content[error.start]:02x}; save it as UTF-8") from None
 
 
 class _Loader(yaml.SafeLoader):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pydantic
 import pytest
 
-from brewjax.config import Config, ConfigError
+from brewjax.config import Config, ConfigError, nearest, refuse_twice, suggest
 
 
 class Optimizer(Config):
@@ -71,6 +71,13 @@ def test_reads_what_the_file_says_and_the_defaults(recipe):
         ("name: tiny\n", "", "recipe.yaml:2: name: missing; this key is needed"),
         ("kind: train, ", "", "recipe.yaml:7: stages.0.kind: missing; this key is needed"),
         ("  warmup: 5", "  learning_rate: 5", "recipe.yaml:5: 'learning_rate' is given twice, first on line 4"),
+        ("steps: 20", "steps: true", "recipe.yaml:7: stages.0.steps: expected a number, found true"),
+        ("0.1", ".inf", "recipe.yaml:4: optimizer.learning_rate: expected a finite number, found inf"),
+        (
+            "  - {kind: train, steps: 20}",
+            "  - train",
+            "recipe.yaml:7: stages.0: expected keys and values such as {kind:",
+        ),
         ("kind: train, ", "steps: 1, ", "recipe.yaml:7: 'steps' is given twice, first on line 7"),
     ],
 )
@@ -169,3 +176,48 @@ def test_a_config_names_its_own_lines(recipe):
     assert str(config.error("not said in the file", "stages", 0, "kind", "x")).startswith(f"{recipe}:7: ")
     assert str(config.error("a default", "seed")) == f"{recipe}:2: seed: a default"
     assert str(Recipe(name="no file").error("wrong", "seed")) == "<config>: seed: wrong"
+
+
+def test_a_validator_names_the_key_that_it_means():
+    class Pair(Config):
+        parts: tuple[Stage, ...]
+
+        @pydantic.model_validator(mode="after")
+        def _differ(self) -> Pair:
+            refuse_twice([part.kind for part in self.parts], "kind", "parts")
+            return self
+
+    with pytest.raises(ConfigError, match=r"^pair.yaml:3: parts\.1: the kind 'a' is given twice$"):
+        Pair.parse("parts:\n  - {kind: a}\n  - {kind: a, steps: 2}", "pair.yaml")
+
+
+def test_an_alias_in_itself_and_another_encoding_are_refused(tmp_path):
+    assert refused("name: tiny\nstages: &a [*a]") == ["recipe.yaml:2: an alias (*name) stands within what it names"]
+    path = tmp_path / "latin.yaml"
+    path.write_bytes(b"name: tiny\n# caf\xe9\n")
+    with pytest.raises(ConfigError, match=r"latin\.yaml:2: not UTF-8: byte 0xe9; save it as UTF-8"):
+        Recipe.load(path)
+    path.write_bytes(b"\xef\xbb\xbfname: tiny\n")
+    assert Recipe.load(path).name == "tiny", "a byte order mark is none of the text"
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("Salary", "salary"),
+        ("salry", "salary"),
+        ("user-id", "user_id"),
+        ("id", "user_id"),
+        ("wage", "salary"),
+        ("nothing like it", None),
+        ("", None),
+    ],
+)
+def test_the_nearest_name(name, meant):
+    assert nearest(name, ["salary", "user_id", "city"], {"wage": "salary", "town": "country"}) == meant
+
+
+def test_what_is_there_is_listed_but_not_at_any_length():
+    assert suggest("x", ["a", "b"]) == "there are: a, b"
+    assert suggest("x", []) == "there are: none"
+    assert suggest("x", [f"key{n}" for n in range(1000)]).endswith("key19 and 980 more")

@@ -15,7 +15,7 @@ from brewjax.data.dataset import Card
 from brewjax.data.reading import DAY, FLOAT, INTEGER, TEXT, TEXTS, TIME, UnreadableError, open_table, plain, show
 
 SHOWN = 3  # rows listed of each kind of problem
-FEWEST_TIMES = 100  # events, from which on a log that spans less than a minute is questioned
+FEWEST_TIMES = 10  # events, from which on a log that spans less than a minute is questioned
 MINUTE, YEAR = 60_000_000, 31_557_600_000_000  # microseconds
 LATEST = 230 * YEAR  # a moment after this, in the year 2200, is a mistake
 
