@@ -122,7 +122,7 @@ TABLES = {
     "time_of_day": (
         "events",
         from_columns(time=pa.array([datetime.time(1)] * 80)),
-        ("found time64[us], datetime.time(1, 0) in row 0; expected timestamps",),
+        ("found time64[us], 01:00:00 in row 0; expected timestamps",),
     ),
     "time_duration": (
         "events",
@@ -191,6 +191,16 @@ TABLES = {
         "items",
         from_columns(salary=pa.array([1] * 40, pa.duration("ns"))),
         ("column 'salary': found duration[ns], 1 in row 0; expected whole numbers or floats (pandas: column.dt.total",),
+    ),
+    "number_text": (
+        "items",
+        from_columns(salary=pa.array(["1e3", " 2.5"] * 20)),
+        ("column 'salary': found string, '1e3' in row 0; expected whole numbers or floats (pandas.to_numeric(column)",),
+    ),
+    "number_words": (
+        "items",
+        from_columns(salary=pa.array(["a lot"] * 40)),
+        ("column 'salary': found string, 'a lot' in row 0; expected whole numbers or floats",),
     ),
     "number_bool": (
         "items",

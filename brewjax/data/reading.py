@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -125,7 +126,8 @@ def _is_list(kind: pa.DataType) -> bool:
 def show(value: pa.Scalar) -> str:
     """A value as an error shows it: some have no equal in Python, such as a nanosecond or the year 30000."""
     try:
-        text = repr(value.as_py())
+        shown = value.as_py()
+        text = str(shown) if isinstance(shown, (datetime.date, datetime.time, datetime.timedelta)) else repr(shown)
     except (ValueError, OverflowError, KeyError):
         text = pc.cast(pa.array([value]), pa.string())[0].as_py()
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -19,6 +19,10 @@ FEWEST_TIMES = 10  # events, from which on a log that spans less than a minute i
 MINUTE, YEAR = 60_000_000, 31_557_600_000_000  # microseconds
 LATEST = 230 * YEAR  # a moment after this, in the year 2200, is a mistake
 
+# Texts that pandas.to_datetime and pandas.to_numeric read.
+DATE = r"^\s*\d{4}-\d{1,2}-\d{1,2}([ T]\d{1,2}:\d{2}(:\d{2}(\.\d+)?)?)?(Z|[+-]\d{2}:?\d{2})?\s*$"
+NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
+
 # What a column of each kind may be, after `plain` (nothing but nulls is read as the first), and how to say so.
 KINDS = {
     "id": ((INTEGER, TEXT), "ids are whole numbers or strings, never floats"),
@@ -200,9 +204,11 @@ def _check_duplicates(events: _Table, card: Card) -> None:
     again[first] = False
     if count := int(again.sum()):
         shown = ", ".join(events.place(row) for row in np.flatnonzero(again)[:SHOWN].tolist())
+        nested = any(pa.types.is_nested(column.type) for column in events.table.columns)
+        hint = "" if nested else " (pandas: events.drop_duplicates())"
         events.problems.append(
             f"{events.file}: {count:,} of {len(rows):,} rows are the same in every column as an earlier one: "
-            f"{shown}{' ..' if count > SHOWN else ''}; keep one of each (pandas: events.drop_duplicates())"
+            f"{shown}{' ..' if count > SHOWN else ''}; keep one of each{hint}"
         )
 
 
@@ -253,12 +259,13 @@ def _how_to_mend(values: pa.ChunkedArray, kind: str) -> str:
             biggest = pc.max(pc.abs(values)).as_py() or 0
             unit = next((unit for unit, most in (("s", 1e11), ("ms", 1e14), ("us", 1e17)) if biggest < most), "ns")
             return f'pandas.to_datetime(column, unit="{unit}") makes them of such numbers'
-        return "pandas.to_datetime(column) makes them" if found in (TEXT, DAY) else ""
+        dates = found == DAY or (found == TEXT and _all_match(values, DATE))
+        return "pandas.to_datetime(column) makes them" if dates else ""
     if kind == "id" and found == FLOAT:
         return 'pandas: column.astype("Int64")'
     if pa.types.is_duration(found) and kind == "number":
         return "pandas: column.dt.total_seconds()"
-    if kind == "number" and found == TEXT:
+    if kind == "number" and found == TEXT and _all_match(values, NUMBER):
         return "pandas.to_numeric(column) makes them"
     if kind == "list" and found == TEXT:
         return 'pandas: column.str.split(",")'
@@ -267,6 +274,11 @@ def _how_to_mend(values: pa.ChunkedArray, kind: str) -> str:
     if kind == "number" and found == pa.bool_():
         return "say kind: category"
     return ""
+
+
+def _all_match(values: pa.ChunkedArray, pattern: str) -> bool:
+    """Whether all known texts match, so that a hint does what it promises."""
+    return bool(pc.all(pc.match_substring_regex(values, pattern)).as_py())
 
 
 def _check_attribute(table: _Table, column: str, kind: str) -> None:
