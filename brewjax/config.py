@@ -164,7 +164,8 @@ def read_text(path: Path) -> str:
     if not path.is_file():
         there = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
         near = nearest(path.name, there)
-        raise ConfigError(f"{path}: no such file" + (f"; did you mean '{path.parent / near}'?" if near else ""))
+        missing = "no file fits this pattern" if set(path.name) & set("*?[") else "no such file"
+        raise ConfigError(f"{path}: {missing}" + (f"; did you mean '{path.parent / near}'?" if near else ""))
     try:
         content = path.read_bytes()
     except OSError as error:

@@ -123,6 +123,7 @@ def test_a_command_line_that_names_what_is_not_there(refuse, folder, tmp_path):
         ("data", "check", folder / CARD): (f"{folder / CARD}: a file; give the folder that holds {CARD}",),
         ("data", "fetch", "movielens"): ("unknown dataset 'movielens'; did you mean 'movielens-100k'?",),
         ("prompt", folder, tmp_path / "aply.yaml", "--member", "m7"): (f"no such file; did you mean '{task}'?",),
+        ("prompt", folder, tmp_path / "x*.yaml", "--member", "m7"): ("x*.yaml: no file fits this pattern",),
         ("prompt", folder, files, "--member", "m7"): (f"{files}: a folder; expected a file",),
         ("prompt", folder, tmp_path / "latin.yaml", "--member", "m7"): ("latin.yaml:1: not UTF-8: byte 0xf6",),
         (*prompt, "--member", "[/m9]"): (f"{folder}: no member '[/m9]'; ids look like 'm0', 'm1', 'm2'",),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from jaxtyping import Float
 
 from brewjax import hosts
 from brewjax.config import Config, ConfigError
+from brewjax.console import plain_console
 from brewjax.data.dataset import CARD, Card, Dataset
 from brewjax.data.numbers import Percentiles
 from brewjax.data.prompt import Prompt
@@ -26,7 +26,6 @@ from brewjax.model.sharding import MeshConfig
 from brewjax.scoring.buckets import choose_buckets
 from brewjax.scoring.scorer import Scorer
 
-log = logging.getLogger(__name__)
 TOKENIZER, PROMPTS, PERCENTILES, TASKS = "tokenizer", "prompts.yaml", "percentiles.yaml", "tasks"
 
 
@@ -133,7 +132,8 @@ class Bundle:
             return self.request_verbalizer(dataset)
         percentiles = Percentiles.fit(dataset, task.boundaries(dataset)[0])
         if self.scale and percentiles.quantiles:
-            log.warning("%s: not the data that the model was trained on; percentiles are fitted to it", dataset.path)
+            line = f"{dataset.path}: not the data that the model was trained on; percentiles are fitted to it"
+            plain_console(stderr=True).print(line, soft_wrap=True)
         return Verbalizer(dataset, percentiles, self.tokenizer, self.prompts.max_tokens)
 
     def request_verbalizer(self, dataset: Dataset) -> Verbalizer:
