@@ -219,26 +219,26 @@ def prompt(
     (checked,) = load_tasks([task], tables)
     row = None if member is None else tables.member_row(member)
     if split:
-        wanted = (one for one in build_examples(tables, checked, split) if row in (None, one.member))
-        asked = [one.asking(slice(questions)) for one in itertools.islice(wanted, examples)]
-        if not asked:
-            who = f" of member '{member}'" if member else ""
-            raise checked.error(f"no question{who} falls into the {split} period", "split")
+        of_split = (example for example in build_examples(tables, checked, split) if row in (None, example.member))
+        printed = [example.asking(slice(questions)) for example in itertools.islice(of_split, examples)]
+        if not printed:
+            of_member = f" of member '{member}'" if member else ""
+            raise checked.error(f"no question{of_member} falls into the {split} period", "split")
     else:
         assert row is not None  # there is no split, so there is a member
-        asked = [example_now(tables, checked, row, _microseconds(at)).asking(slice(questions or 3))]
+        printed = [example_now(tables, checked, row, _microseconds(at)).asking(slice(questions or 3))]
     percentiles = Percentiles.fit(tables, checked.boundaries(tables)[0])
     verbalizer = Verbalizer(tables, percentiles, Tokenizer.of_bytes(), max_tokens)
-    for example in asked:
+    for example in printed:
         if split:
             moment = datetime.datetime.fromtimestamp(example.cut / MICROSECONDS, datetime.UTC)
             console.print(
                 f"(member {tables.member_id(example.member)} as of {moment:%Y-%m-%d %H:%M:%S} UTC)", style="dim"
             )
-        said = verbalizer.prompt(checked, verbalizer.fitting(checked, example, style), style)
-        _print(said.render())
-        if said.dropped:
-            console.print(f"({said.dropped} older events left out)", style="dim")
+        text = verbalizer.prompt(checked, verbalizer.fitting(checked, example, style), style)
+        _print(text.render())
+        if text.dropped:
+            console.print(f"({text.dropped} older events left out)", style="dim")
     verbalizer.print_overlong()
 
 

@@ -70,8 +70,8 @@ class Config(pydantic.BaseModel):
         places = dict(_read_places(root, path)) if root is not None else {}
         if not isinstance(values, dict):
             needed = ", ".join(name for name, field in cls.model_fields.items() if field.is_required())
-            found = "an empty file" if root is None else _show(values)
-            raise ConfigError(f"{path}: expected KEY: VALUE lines{needed and f' with {needed}'}, found {found}")
+            content = "an empty file" if root is None else _show(values)
+            raise ConfigError(f"{path}: expected KEY: VALUE lines{needed and f' with {needed}'}, found {content}")
         return cls.of(values, path, overrides, places)
 
     @classmethod
@@ -89,11 +89,11 @@ class Config(pydantic.BaseModel):
         try:
             config = cls.model_validate(values)
         except pydantic.ValidationError as error:
-            found = error.errors()
+            errors = error.errors()
             # A list with a wrong entry is too short as well, pydantic finds.
-            within = {one["loc"][:end] for one in found for end in range(len(one["loc"]))}
-            errors = [one for one in found if one["type"] != "too_short" or one["loc"] not in within]
-            lines = [_describe({**one, "loc": cls.place(one["loc"])}, path, places) for one in errors]
+            within = {each["loc"][:end] for each in errors for end in range(len(each["loc"]))}
+            errors = [each for each in errors if each["type"] != "too_short" or each["loc"] not in within]
+            lines = [_describe({**each, "loc": cls.place(each["loc"])}, path, places) for each in errors]
             raise ConfigError("\n".join(lines)) from None
         config._path, config._places = path, places
         return config
@@ -198,8 +198,8 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     context, problem = getattr(error, "context", None) or "", getattr(error, "problem", None) or str(error)
     hint = "; indent with spaces, not tabs" if "'\\t'" in problem else ""
-    said = f"{context}, {problem}" if context.startswith("expected") else problem
-    return f"{f':{mark.line + 1}' if mark else ''}: not valid YAML: {said}{hint}"
+    message = f"{context}, {problem}" if context.startswith("expected") else problem
+    return f"{f':{mark.line + 1}' if mark else ''}: not valid YAML: {message}{hint}"
 
 
 def _read_places(
@@ -299,7 +299,7 @@ def _describe(error: Any, path: str, places: dict[Location, str]) -> str:
 
 def describe(error: Any) -> str:
     """One of pydantic's errors in plain words: what was expected, and what is there."""
-    kind, context, found = error["type"], error.get("ctx", {}), f", found {_show(error['input'])}"
+    kind, context, shown = error["type"], error.get("ctx", {}), f", found {_show(error['input'])}"
     match kind:
         case "misplaced":
             return str(context["message"])
@@ -311,17 +311,17 @@ def describe(error: Any) -> str:
             key = context["discriminator"].strip("'")
             return f"'{key}' is missing; this key is needed"
         case "model_type" | "model_attributes_type":
-            return f"expected keys and values{_shape(context.get('class_name', ''))}{found}"
+            return f"expected keys and values{_shape(context.get('class_name', ''))}{shown}"
         case "string_pattern_mismatch":
-            return f"expected a text that fits {context['pattern']}{found}"
+            return f"expected a text that fits {context['pattern']}{shown}"
     if kind not in _EXPECTED:
-        return f"{error['msg'][0].lower()}{error['msg'][1:]}{found}"
+        return f"{error['msg'][0].lower()}{error['msg'][1:]}{shown}"
     if kind == "literal_error" and isinstance(error["input"], str):
         choices = [choice.strip(" '") for choice in context["expected"].replace(" or ", ", ").split(", ")]
         near = nearest(error["input"], choices)
-        found += f"; did you mean '{near}'?" if near else ""
+        shown += f"; did you mean '{near}'?" if near else ""
     limits = {name: f"{limit:g}" if isinstance(limit, float) else limit for name, limit in context.items()}
-    return f"expected {_EXPECTED[kind].format(**limits)}{found}"
+    return f"expected {_EXPECTED[kind].format(**limits)}{shown}"
 
 
 def _shape(name: str) -> str:

@@ -254,7 +254,7 @@ class Dataset:
         ids = self.members[self.card.members.id]
         found = pc.index(ids.cast(pa.string()), member).as_py()
         if found < 0:
-            known = ", ".join(f"'{one}'" for one in ids[:3].to_pylist())
+            known = ", ".join(f"'{known_id}'" for known_id in ids[:3].to_pylist())
             raise ValueError(f"{self.path}: no member '{member}'; ids look like {known}")
         return found
 

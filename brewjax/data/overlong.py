@@ -40,9 +40,9 @@ class OverlongLog:
 
     def lines(self) -> list[str]:
         """A line for each task and what was done, with the longest; begins anew."""
-        found, self._found = self._found, {}
+        entries, self._found = self._found, {}
         lines = []
-        for (task, done), by_noun in found.items():
+        for (task, done), by_noun in entries.items():
             longest = max(by_noun.values(), key=lambda overlong: overlong.tokens)
             count = "1 text too long was" if len(by_noun) == 1 else f"{len(by_noun):,} texts too long were"
             lines.append(f"{task}: {count} {done}, {'the longest: ' if len(by_noun) > 1 else ''}{longest}")

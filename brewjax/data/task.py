@@ -231,7 +231,7 @@ class Task(Config):
     def check_values(self, dataset: Dataset) -> None:
         """Raises ConfigError (file, line, key) for a label's value that is not of its column's type, or that no event
         in question has."""
-        asked = np.flatnonzero(np.isin(dataset.event_action, self.questions.actions))
+        events = np.flatnonzero(np.isin(dataset.event_action, self.questions.actions))
         for index, label in enumerate(self.labels):
             for column in label.when or {}:
                 try:
@@ -239,8 +239,8 @@ class Task(Config):
                         _check_type(value, dataset.event_column(column).type)
                 except ValueError as error:
                     raise self.error(f"{error}", "labels", index, "when", column) from None
-            if label.when is not None and not label.matches(dataset, asked).any():
-                matches = " and ".join(_matches(dataset, label, column, asked) for column in label.when)
+            if label.when is not None and not label.matches(dataset, events).any():
+                matches = " and ".join(_matches(dataset, label, column, events) for column in label.when)
                 raise self.error(f"no event in question is {matches}", "labels", index, "when")
 
     def check_words(self, tokenizer: Tokenizer) -> None:
@@ -267,9 +267,9 @@ def load_tasks(paths: Iterable[str | Path], dataset: Dataset) -> list[Task]:
     return tasks
 
 
-def _matches(dataset: Dataset, label: Label, column: str, asked: np.ndarray) -> str:
+def _matches(dataset: Dataset, label: Label, column: str, events: np.ndarray) -> str:
     """What a label wants of a column, and a few values that the events in question have."""
-    values = dataset.event_column(column).take(asked).unique().drop_null()
+    values = dataset.event_column(column).take(events).unique().drop_null()
     shown = ", ".join(show(value) for value in values[:SHOWN]) + (", .." if len(values) > SHOWN else "")
     return f"{column}: {label.when[column]!r} (there is: {shown or 'nothing'})"  # type: ignore[index]
 

@@ -232,12 +232,12 @@ def _mistaken_unit(moments: np.ndarray) -> str:
         return ""
     low, high = moments.min(), moments.max()
     if low >= 0 and high < YEAR / 12:
-        said = f"from {_iso(low)} to {_iso(high)}" if low < high else f"at {_iso(low)}"
+        span = f"from {_iso(low)} to {_iso(high)}" if low < high else f"at {_iso(low)}"
         # Numbers of today, in each unit, read as nanoseconds, which is what pandas takes them for.
         units = {"s": 10**9, "ms": 10**6, "us": 10**3, "D": 86_400 * 10**9}
         fitting = [unit for unit, factor in units.items() if 5 * YEAR < np.median(moments) * factor < LATEST]
         hint = f'pandas.to_datetime(column, unit="{fitting[0]}")' if fitting else "give pandas.to_datetime their unit"
-        return f"all {len(moments):,} times are in January 1970, {said}, as of numbers read in the wrong unit; {hint}"
+        return f"all {len(moments):,} times are in January 1970, {span}, as of numbers read in the wrong unit; {hint}"
     if low > LATEST:
         return (
             f"all {len(moments):,} times are after the year 2199, from {_iso(low)} on, as of numbers read in the wrong "
@@ -253,25 +253,25 @@ def _iso(moment: int) -> str:
 
 def _how_to_mend(values: pa.ChunkedArray, kind: str) -> str:
     """How a column of another type is made one of this kind, with pandas; empty where nothing is sure to do it."""
-    found = values.type
+    type_ = values.type
     if kind in ("time", "date"):
-        if found in (INTEGER, FLOAT):
+        if type_ in (INTEGER, FLOAT):
             biggest = pc.max(pc.abs(values)).as_py() or 0
-            unit = next((unit for unit, most in (("s", 1e11), ("ms", 1e14), ("us", 1e17)) if biggest < most), "ns")
+            unit = next((unit for unit, limit in (("s", 1e11), ("ms", 1e14), ("us", 1e17)) if biggest < limit), "ns")
             return f'pandas.to_datetime(column, unit="{unit}") makes them of such numbers'
-        dates = found == DAY or (found == TEXT and _all_match(values, DATE))
+        dates = type_ == DAY or (type_ == TEXT and _all_match(values, DATE))
         return "pandas.to_datetime(column) makes them" if dates else ""
-    if kind == "id" and found == FLOAT:
+    if kind == "id" and type_ == FLOAT:
         return 'pandas: column.astype("Int64")'
-    if pa.types.is_duration(found) and kind == "number":
+    if pa.types.is_duration(type_) and kind == "number":
         return "pandas: column.dt.total_seconds()"
-    if kind == "number" and found == TEXT and _all_match(values, NUMBER):
+    if kind == "number" and type_ == TEXT and _all_match(values, NUMBER):
         return "pandas.to_numeric(column) makes them"
-    if kind == "list" and found == TEXT:
+    if kind == "list" and type_ == TEXT:
         return 'pandas: column.str.split(",")'
-    if kind == "text" and found == INTEGER:
+    if kind == "text" and type_ == INTEGER:
         return "pandas: column.astype(str); or say kind: category"
-    if kind == "number" and found == pa.bool_():
+    if kind == "number" and type_ == pa.bool_():
         return "say kind: category"
     return ""
 

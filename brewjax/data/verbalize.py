@@ -116,8 +116,8 @@ class Verbalizer:
         texts, rows = texts[dropped:], example.history[dropped:]
         if style.group:
             texts = _grouped(texts, self.dataset.event_action[rows], groups)
-        told = tuple(turns[dropped:]) if style.turns else ()
-        return Prompt(center, tuple(texts), questions, task.words, dropped, told, tuple(cut))
+        answers = tuple(turns[dropped:]) if style.turns else ()
+        return Prompt(center, tuple(texts), questions, task.words, dropped, answers, tuple(cut))
 
     def _room_for_questions(
         self, task: Task, budget: int, say_center: Callable[[int | None], str], bare_question: int
@@ -213,12 +213,17 @@ class Verbalizer:
         """Each question that needs more than `room` tokens with its item's texts cut; notes them in `cut`."""
         fitting = list(questions)
         for place in np.flatnonzero(np.array(needed) > room).tolist():
-            one = example.asking(slice(place, place + 1))
+            single = example.asking(slice(place, place + 1))
             overlong = self._overlong(
-                "items", int(one.items[0]), questions[place].heading + questions[place].text, room, example.cut, style
+                "items",
+                int(single.items[0]),
+                questions[place].heading + questions[place].text,
+                room,
+                example.cut,
+                style,
             )
-            say = lambda longest, one=one: (  # noqa: E731
-                style.heading + self._questions(task, one, style, chat, longest)[0].text
+            say = lambda longest, single=single: (  # noqa: E731
+                style.heading + self._questions(task, single, style, chat, longest)[0].text
             )
             text = self._cut(task, say, overlong, cut) if task.questions.overlong == "cut" else None
             if text is None:
