@@ -96,23 +96,24 @@ class Verbalizer:
         cut: list[str] = []
         say_center = lambda longest=None: self._center(task, example, style, chat, note, longest)  # noqa: E731
         center, budget = say_center(), self._max_tokens - 1 - sum(self.tokenizer.lengths([*groups.values()]))
-        needed = self._tokens_of(questions)
-        if max(needed, default=0) > budget - self._count(center):
+        center_size, needed = self._count(center), self._tokens_of(questions)
+        if max(needed, default=0) > budget - center_size:
             bare = self._tokens_of(self._questions(task, example, style, chat, 0))
             room = self._room_for_questions(task, budget, say_center, max(bare))
             if choices:
                 questions = tuple(question for question, size in zip(questions, needed, strict=True) if size <= room)
             else:
                 questions = self._cut_questions(task, example, style, chat, questions, needed, room, cut)
-            room = budget - max(self._tokens_of(questions), default=0)
-            if self._count(center) > room:
+            needed = self._tokens_of(questions)
+            room = budget - max(needed, default=0)
+            if center_size > room:
                 overlong = self._overlong("members", example.member, center, room, example.cut, style)
                 fitting = None if task.questions.overlong == "error" else self._cut(task, say_center, overlong, cut)
                 if fitting is None:
                     raise self._too_long(task, overlong)
-                center = fitting
+                center, center_size = fitting, self._count(fitting)
         texts, turns = self._history(task, example, style, chat, say_action=not style.group and len(groups) > 1)
-        dropped = self._excess(budget - self._count(center) - max(self._tokens_of(questions), default=0), texts, turns)
+        dropped = self._excess(budget - center_size - max(needed, default=0), texts, turns)
         texts, rows = texts[dropped:], example.history[dropped:]
         if style.group:
             texts = _grouped(texts, self.dataset.event_action[rows], groups)
@@ -214,14 +215,8 @@ class Verbalizer:
         fitting = list(questions)
         for place in np.flatnonzero(np.array(needed) > room).tolist():
             single = example.asking(slice(place, place + 1))
-            overlong = self._overlong(
-                "items",
-                int(single.items[0]),
-                questions[place].heading + questions[place].text,
-                room,
-                example.cut,
-                style,
-            )
+            whole = questions[place].heading + questions[place].text
+            overlong = self._overlong("items", int(single.items[0]), whole, room, example.cut, style)
             say = lambda longest, single=single: (  # noqa: E731
                 style.heading + self._questions(task, single, style, chat, longest)[0].text
             )
