@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -160,6 +160,15 @@ class Events(_Described):
     action: Words = "action"
     time: Words = "time"
     actions: dict[str, Action] = pydantic.Field(min_length=1)
+
+    @pydantic.field_validator("actions", mode="before")
+    @classmethod
+    def _words_for_each(cls, actions: Any) -> Any:
+        if isinstance(actions, (list, str)):
+            name = actions if isinstance(actions, str) else str(next(iter(actions), "viewed"))
+            shape = f"{{{name}: {{past: has {name}}}}}"
+            raise ValueError(f"expected words for each action, such as {shape}, found {actions!r}")
+        return actions
 
     @pydantic.model_validator(mode="after")
     def _no_options_of_items(self) -> Self:

@@ -260,3 +260,33 @@ def test_a_column_that_only_a_mean_needs_is_checked_too(tmp_path):
         card=lambda text: text[: text.rindex("  attributes:")],
     )
     assert problems(path) == [FAULTS["events", "seconds"][1]]
+
+
+@pytest.mark.parametrize("kind", [pa.date32(), pa.timestamp("ns")])
+def test_whole_days_may_be_of_january_1970(tmp_path, kind):
+    posted = pa.array([datetime.date(1970, 1, 5)] * 40).cast(kind)
+    assert problems(write_dataset(tmp_path, items=with_column("posted", posted))) == []
+
+
+def test_a_few_events_may_be_within_a_minute(tmp_path):
+    def soon(events: pa.Table) -> pa.Table:
+        first = events.slice(0, 8)
+        time = pa.array(1_700_000_000_000_000 + np.arange(8), pa.timestamp("us", "UTC"))
+        return with_column("time", time)(first)
+
+    assert problems(write_dataset(tmp_path, events=soon)) == []
+
+
+@hypothesis.given(st.lists(st.integers(0, 79), min_size=1, max_size=5), st.booleans())
+@hypothesis.settings(max_examples=20, deadline=None)
+def test_every_repeated_event_is_counted(tmp_path_factory, rows, with_a_list):
+    def repeat(events: pa.Table) -> pa.Table:
+        if with_a_list:
+            events = events.append_column("tags", pa.array([["x"] * (row % 3) for row in range(80)]))
+        return pa.concat_tables([events, events.take(rows)])
+
+    (line,) = problems(write_dataset(tmp_path_factory.mktemp("twice"), events=repeat))
+    assert line.startswith(
+        f"events.parquet: {len(rows)} of {80 + len(rows)} rows are the same in every column as an earlier"
+    )
+    assert "row 80" in line
