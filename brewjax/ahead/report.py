@@ -11,6 +11,7 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from brewjax.ahead.hlo import BETWEEN_SLICES, Program, read
 from brewjax.ahead.program import Work
@@ -125,7 +126,8 @@ def show(compiled: Compiled, where: Topology, suggestion: str, console: Console,
     if program:
         table.add_row("outputs (in place of arguments where they are donated)", _gib(memory.outputs))
         table.add_row("temporaries and program", _gib(memory.temporaries))
-    table.add_row("peak of a device", f"{_gib(memory.peak)}: {share}{'' if program else ' [red]DOES NOT FIT[/]'}")
+    verdict = ("", "") if program else (" DOES NOT FIT", "red")
+    table.add_row("peak of a device", Text.assemble(f"{_gib(memory.peak)}: {share}", verdict))
     if not program:
         table.add_row("to make it fit", suggestion)
         console.print(table)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pydantic
 
-from brewjax.config import Config, located_error
+from brewjax.config import Config, misplaced
 
 Values = dict[str, Any]  # as YAML has them
 
@@ -30,7 +30,7 @@ class Rung(Config):
     @classmethod
     def _whole_steps(cls, train: Values) -> Values:
         if not isinstance(train.get("steps", 1), int):  # they are added up before the stages are read
-            raise located_error(f"expected a whole number, found {train['steps']!r}", "steps")
+            raise misplaced(f"expected a whole number, found {train['steps']!r}", "steps")
         return train
 
 

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from brewjax.config import ConfigError
+from brewjax.config import ConfigError, suggest
 from brewjax.data.dataset import CARD, Card, Dataset, write_tables
 from brewjax.data.validate import DatasetError
 from brewjax.paths import CONFIGS, whole_folder
@@ -60,7 +60,7 @@ def fetch(name: str, out: Path, source: Path | None = None) -> Path:
     something else.
     """
     if name not in FETCHERS:
-        raise FetchError(f"unknown dataset '{name}'; known: {', '.join(FETCHERS)}")
+        raise FetchError(f"unknown dataset '{name}'; {suggest(name, FETCHERS, others='known')}")
     card = Card.load(CONFIGS / "datasets" / f"{name}.yaml")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         _check_is_complete(out, name)

@@ -62,7 +62,11 @@ def write_shards(
     counts = {"records": 0, "targets": 0, "tokens": 0}
     with open(folder / SOURCES, "w") as sources:
         for whole, note in examples:
-            for encoded in whole.split(capacity):
+            try:
+                parts = whole.split(capacity)
+            except ValueError as error:
+                raise ValueError(f"{', '.join(f'{name} {value}' for name, value in note.items())}: {error}") from None
+            for encoded in parts:
                 arrays = encoded.arrays
                 arrays["source"] = np.full(len(encoded), counts["records"], np.int32)
                 record = b"".join(arrays[name].tobytes() for name in FIELDS)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import decimal
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,6 +13,8 @@ import pyarrow as pa
 from brewjax.data.as_of import AsOf
 from brewjax.data.dataset import Attribute, Dataset, Statistic
 
+DIGITS = 6  # significant, of a number that is said
+SMALLEST, LARGEST = 1e-15, 1e21  # of a number that is said without an exponent
 MICROSECOND_UNITS = {
     "year": 31_557_600_000_000,
     "month": 2_629_800_000_000,
@@ -29,6 +33,22 @@ def age(microseconds: int) -> tuple[int, str]:
     return 0, "minute"
 
 
+def say_number(value: float) -> str:
+    """A number as people write it: a whole one in full, another with DIGITS significant digits but never fewer than two
+    decimals, so that money keeps its cents; no zeros at the end, and no exponent but for what is too small or too large
+    to be read without one, e.g. "129.99", "0.000000001", "1.5e-20"."""
+    if isinstance(value, int):
+        return str(value)
+    if value and not SMALLEST <= abs(value) < LARGEST:
+        digits, exponent = f"{value:.{DIGITS - 1}e}".split("e")
+        return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
+    decimals = max(2, DIGITS - 1 - math.floor(math.log10(abs(value)))) if value else 0
+    # By way of the shortest text that reads as this float: 0.125 is that and not a bit less or more.
+    text = f"{round(decimal.Decimal(repr(float(value))), decimals):f}"
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return "0" if text == "-0" else text
+
+
 class ItemStatistic:
     """A `Statistic` of items at moments: only events strictly older than the moment count."""
 
@@ -36,7 +56,7 @@ class ItemStatistic:
         self._as_of = AsOf(dataset.event_item, dataset.event_time)
         self._counts: np.ndarray | None = None  # nothing to divide by
         if statistic.mean is not None:
-            values = dataset.event_column(statistic.mean).astype(np.float64)
+            values = dataset.event_column(statistic.mean).cast(pa.float64()).to_numpy()
             known = ~np.isnan(values)
             self._sums, self._counts = self._as_of.totals(np.where(known, values, 0)), self._as_of.totals(known)
         else:

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pydantic
-from rich.progress import track
 
 from brewjax.config import Config, Seed
+from brewjax.console import track
 from brewjax.data.dataset import Attribute
 from brewjax.data.examples import Example, sample_examples
 from brewjax.data.styles import PromptConfig
@@ -65,9 +65,9 @@ def align_records(
     for example in track(
         sample_examples(verbalizer.dataset, task, "train", config.max_examples, config.seed),
         f"align {task.name}",
-        transient=True,
     ):
         style = prompts.draw(rng)
+        example = verbalizer.fitting(task, example, style)
         contrast = draw_contrast(verbalizer, task, example, rng) if rng.random() < config.notes else None
         if contrast:
             for note, best, worse in (
@@ -79,6 +79,7 @@ def align_records(
                 yield said, describe(verbalizer, task, example, style) | {"note": note}
         elif lists := _draw_lists(task, example, config, rng):
             yield _say(verbalizer, task, prompts, example, style, lists), describe(verbalizer, task, example, style)
+    verbalizer.print_overlong()
 
 
 def _draw_lists(task: Task, example: Example, config: AlignConfig, rng: np.random.Generator) -> list[np.ndarray]:

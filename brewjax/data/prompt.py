@@ -6,6 +6,12 @@ import dataclasses
 import json
 from typing import Any
 
+from brewjax.config import suggest
+
+NAMES = ("center", "events", "questions", "labels")  # of a prompt as JSON
+ALIASES = {"prefix": "center", "query": "center", "history": "events", "items": "questions", "words": "labels"}
+SHAPE = '{"center": "..", "events": [".."], "questions": [".."], "labels": ["Yes", "No"]}'
+
 
 @dataclasses.dataclass(frozen=True)
 class Question:
@@ -33,6 +39,7 @@ class Prompt:
       labels: the possible answers to every question.
       dropped: how many of the oldest events were left out to fit the token budget.
       turns: of a history told as turns, where in each event's text its answer begins; 0 where it has none.
+      cut: the items, and the profile, whose texts were cut to fit, and why.
     """
 
     center: str
@@ -41,6 +48,7 @@ class Prompt:
     labels: tuple[str, ...]
     dropped: int = 0
     turns: tuple[int, ...] = ()
+    cut: tuple[str, ...] = ()
 
     def render(self) -> str:
         """The prompt for people to read: questions numbered, known answers filled in."""
@@ -52,24 +60,50 @@ class Prompt:
         return "".join(parts)
 
     @classmethod
-    def from_json(cls, text: str) -> Prompt:
+    def from_json(cls, text: str, place: str = "prompt") -> Prompt:
         """Reads `{"center": str, "events": [str], "questions": [str], "labels": [str]}`.
 
-        Raises ValueError naming the field that is missing or has the wrong type.
+        Raises ValueError naming the field that is missing or has the wrong type; `place` is where the text is from.
         """
         try:
-            fields: Any = json.loads(text)
+            fields: Any = json.loads(text, object_pairs_hook=_refuse_twice)
         except json.JSONDecodeError as error:
-            raise ValueError(f"prompt: not valid JSON: {error}") from None
-        shape = '{"center": "..", "events": [".."], "questions": [".."], "labels": ["Yes", "No"]}'
-        if not isinstance(fields, dict) or set(fields) != {"center", "events", "questions", "labels"}:
-            raise ValueError(f"prompt: expected exactly {shape}")
+            raise ValueError(f"{place}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from None
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+        if not isinstance(fields, dict):
+            raise ValueError(f"{place}: expected {SHAPE}, found {_show(fields)}")
+        for name in fields:
+            if name not in NAMES:
+                raise ValueError(f"{place}: unknown key '{name}'; {suggest(name, NAMES, ALIASES, 'valid keys')}")
+        for name in NAMES:
+            if name not in fields:
+                raise ValueError(f"{place}: '{name}' is missing; expected {SHAPE}")
         if not isinstance(fields["center"], str):
-            raise ValueError("prompt: 'center' must be a text")
-        for name in ("events", "questions", "labels"):
-            if not isinstance(fields[name], list) or not all(isinstance(entry, str) for entry in fields[name]):
-                raise ValueError(f"prompt: '{name}' must be a list of texts")
-        if not fields["questions"] or len(fields["labels"]) < 2:
-            raise ValueError("prompt: at least one question and two labels are needed")
+            raise ValueError(f"{place}: center: expected a text, found {_show(fields['center'])}")
+        for name in NAMES[1:]:
+            if not isinstance(fields[name], list):
+                raise ValueError(f"{place}: {name}: expected a list of texts, found {_show(fields[name])}")
+            for index, entry in enumerate(fields[name]):
+                if not isinstance(entry, str):
+                    raise ValueError(f"{place}: {name}[{index}]: expected a text, found {_show(entry)}")
+        if not fields["questions"]:
+            raise ValueError(f"{place}: questions: expected at least one")
+        labels = fields["labels"]
+        if len(set(labels)) < max(2, len(labels)):
+            raise ValueError(f"{place}: labels: expected at least two, no two of them the same, found {_show(labels)}")
         questions = tuple(Question(text) for text in fields["questions"])
-        return cls(fields["center"], tuple(fields["events"]), questions, tuple(fields["labels"]))
+        return cls(fields["center"], tuple(fields["events"]), questions, tuple(labels))
+
+
+def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"'{next(name for name in names if names.count(name) > 1)}' is given twice")
+    return fields
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pydantic
 
-from brewjax.config import Config, Seed
+from brewjax.config import Config, Seed, read_text
 from brewjax.data.styles import SECTIONED
 from brewjax.data.tokenizer import Tokenizer
 from brewjax.data.tokens import Text, encode_text
@@ -87,18 +87,20 @@ def general_texts(folder: Path) -> Iterator[tuple[str, Note]]:
     """The texts of a folder (see `PretrainConfig`), in the order of their names. ValueError naming file and line."""
     for path in general_files(folder):
         if path.suffix == ".txt":
-            yield path.read_text(encoding="utf-8"), {"file": str(path)}
+            yield read_text(path), {"file": str(path)}
             continue
-        with open(path, encoding="utf-8") as lines:
+        with open(path, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 yield _read_line(line, f"{path}:{number}"), {"file": str(path), "line": number}
 
 
-def _read_line(line: str, place: str) -> str:
+def _read_line(line: bytes, place: str) -> str:
     try:
-        record: Any = json.loads(line)
+        record: Any = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{place}: not UTF-8: byte 0x{line[error.start]:02x}; save it as UTF-8") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not valid JSON: {error}") from None
+        raise ValueError(f"{place}: not valid JSON: {error.msg} at column {error.colno}") from None
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise ValueError(f'{place}: expected an object such as {{"text": ".."}}')

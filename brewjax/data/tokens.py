@@ -77,7 +77,8 @@ class EncodedPrompt:
                 what = "a question" if len(together) == 1 else f"a list of {len(together)} questions"
                 raise ValueError(
                     f"a prefix of {self.prefix_length} tokens and {what} of {size} "
-                    f"do not fit in {capacity} tokens; shorten the history or the question"
+                    f"do not fit in a row of {capacity} tokens; raise row_tokens, or lower max_tokens or the size of "
+                    "lists"
                 )
             if used + size > room or len(chunks[-1]) == at_most:
                 chunks.append([])

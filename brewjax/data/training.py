@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pydantic
-from rich.progress import track
 
 from brewjax.config import Config, Seed
+from brewjax.console import track
 from brewjax.data.examples import Choice, Example, sample_examples
 from brewjax.data.loader import MixConfig
 from brewjax.data.styles import PromptConfig
@@ -52,15 +52,18 @@ def sft_records(
     weight = config.loss_weights.get(task.name, 1.0)
     for number in range(config.passes):
         examples = sample_examples(verbalizer.dataset, task, "train", config.max_examples, config.seed + number)
-        for example in track(examples, f"sft {task.name}", transient=True):
+        for example in track(examples, f"sft {task.name}"):
             style = prompts.draw(rng)
-            said = [verbalizer.prompt(task, example, style)]
+            example = verbalizer.fitting(task, example, style)
+            said = [verbalizer.prompt(task, example, style)] if len(example.items) else []
             if task.questions.choose and rng.random() < config.choices:
                 choices = draw_choices(verbalizer, task, example, config.candidates, rng)
-                said += [verbalizer.prompt(task, example, style, choices=choices)] if choices else []
+                chosen = verbalizer.prompt(task, example, style, choices=choices) if choices else None
+                said += [chosen] if chosen and chosen.questions else []
             for prompt in said:
                 encoded = encode(prompt, verbalizer.tokenizer, prompts.layout)
                 yield dataclasses.replace(encoded, weight=weight), describe(verbalizer, task, example, style)
+    verbalizer.print_overlong()
 
 
 def draw_choices(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from bisect import bisect_right
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,19 +9,24 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset
 
+from brewjax.config import suggest
 from brewjax.data.dataset import Card
+from brewjax.data.reading import DAY, FLOAT, INTEGER, TEXT, TEXTS, TIME, UnreadableError, open_table, plain, show
 
 SHOWN = 3  # rows listed of each kind of problem
+FEWEST_TIMES = 10  # events, from which on a log that spans less than a minute is questioned
+MINUTE, YEAR = 60_000_000, 31_557_600_000_000  # microseconds
+LATEST = 230 * YEAR  # a moment after this, in the year 2200, is a mistake
 
-TEXT, INTEGER, FLOAT, DAY, TEXTS = pa.string(), pa.int64(), pa.float64(), pa.date32(), pa.list_(pa.string())
-TIME = pa.timestamp("us", "UTC")
+# Texts that pandas.to_datetime and pandas.to_numeric read.
+DATE = r"^\s*\d{4}-\d{1,2}-\d{1,2}([ T]\d{1,2}:\d{2}(:\d{2}(\.\d+)?)?)?(Z|[+-]\d{2}:?\d{2})?\s*$"
+NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
 
-# What a column of each kind may be, after `_plain` (nothing but nulls is read as the first), and how to say so.
+# What a column of each kind may be, after `plain` (nothing but nulls is read as the first), and how to say so.
 KINDS = {
     "id": ((INTEGER, TEXT), "ids are whole numbers or strings, never floats"),
-    "time": ((TIME,), "expected timestamps (pandas.to_datetime makes them)"),
+    "time": ((TIME,), "expected timestamps"),
     "text": ((TEXT,), "expected strings"),
     "category": ((TEXT, INTEGER, pa.bool_()), "expected strings, whole numbers or booleans"),
     "list": ((TEXTS,), "expected lists of strings"),
@@ -49,8 +53,8 @@ def read_validated(path: Path, card: Card) -> tuple[pa.Table, pa.Table, pa.Table
     events.check_reference(card.events.member, "member", members, card.members.id)
     events.check_reference(card.events.item, "item", items, card.items.id)
     _check_actions(events, card)
-    if (times := events.read(card.events.time, "time")) is not None:
-        events.refuse(card.events.time, times.is_null(), "no time", "every event needs one")
+    _check_times(events, card)
+    _check_duplicates(events, card)
     for table, part in ((members, card.members), (items, card.items), (events, card.events)):
         for attribute in part.attributes:
             if not attribute.derive:
@@ -74,28 +78,15 @@ class _Table:
         self.found: dict[str, pa.DataType] = {}  # the types in the file, by column
         self.readable = False
         self.parts = [(0, "")]  # first row and name of each file of a folder
-        path = folder / file
-        if not path.exists():
-            there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-            self.problems.append(f"{file}: no such file or folder in {folder}; {_hint(file, there)}")
-            return
         try:
-            source = pa.dataset.dataset(path, format="parquet", partitioning="hive" if path.is_dir() else None)
-            rows = [fragment.count_rows() for fragment in source.get_fragments()]
-            table = source.to_table()
-        except (OSError, pa.ArrowException) as error:
-            self.problems.append(f"{file}: not readable as Parquet: {str(error).splitlines()[0]}")
+            table, self.parts = open_table(folder, file)
+        except UnreadableError as error:
+            self.problems.append(str(error))
             return
-        if path.is_dir():
-            if not source.files:
-                self.problems.append(f"{file}: a folder without Parquet files")
-                return
-            names = [str(Path(name).relative_to(path)) for name in source.files]
-            self.parts = list(zip(np.cumsum([0, *rows[:-1]]).tolist(), names, strict=True))
         if len(table) == 0:
             self.problems.append(f"{file}: no rows; expected at least one")
         self.found = {field.name: field.type for field in table.schema}
-        self.table = pa.table({name: _plain(table[name]) for name in self.found})
+        self.table = pa.table({name: plain(table[name]) for name in self.found})
         self.readable = True
 
     def read(self, column: str, kind: str) -> pa.ChunkedArray | None:
@@ -103,7 +94,7 @@ class _Table:
         if not self.readable:
             return None
         if column not in self.found:
-            self.problems.append(f"{self.file}: no column '{column}'; {_hint(column, self.found)}")
+            self.problems.append(f"{self.file}: no column '{column}'; {suggest(column, self.found)}")
             return None
         values = self.table[column]
         types, expected = KINDS[kind]
@@ -111,8 +102,9 @@ class _Table:
             values = values.cast(types[0])
             self.table = self.table.set_column(self.table.column_names.index(column), column, values)
         if values.type not in types:
-            found = f"found {self.found[column]}" + (f", {values[0].as_py()!r:.40} in row 0" if len(values) else "")
-            self.problems.append(f"{self.file}: column '{column}': {found}; {expected}")
+            found = f"found {self.found[column]}" + (f", {show(values[0])} in row 0" if len(values) else "")
+            hint = _how_to_mend(values, kind)
+            self.problems.append(f"{self.file}: column '{column}': {found}; {expected}{hint and f' ({hint})'}")
             return None
         return values
 
@@ -121,15 +113,16 @@ class _Table:
         rows = pc.indices_nonzero(wrong)
         if len(rows) == 0:
             return
-        values = self.table[column].take(rows[:SHOWN]).to_pylist()
+        values = self.table[column].take(rows[:SHOWN])
         shown = [
-            self._place(row) + ("" if value is None else f" ({value!r:.60})")
+            self.place(row) + (f" ({show(value)})" if value.is_valid else "")
             for row, value in zip(rows[:SHOWN].to_pylist(), values, strict=True)
         ]
         more = f" and {len(rows) - SHOWN:,} more" if len(rows) > SHOWN else ""
         self.problems.append(f"{self.file}: column '{column}': {what} in {', '.join(shown)}{more}; {right}")
 
-    def _place(self, row: int) -> str:
+    def place(self, row: int) -> str:
+        """A row as an error names it: counted from 0, within its file."""
         first, name = self.parts[bisect_right(self.parts, row, key=lambda part: part[0]) - 1]
         return f"row {row - first}" + (f" of {name}" if name else "")
 
@@ -138,6 +131,8 @@ class _Table:
         if ids is None:
             return
         self.refuse(column, ids.is_null(), "no id", "every row needs one")
+        if ids.type == TEXT:
+            self.refuse(column, pc.equal(pc.utf8_trim_whitespace(ids), ""), "an empty id", "every row needs one")
         first = pc.index_in(ids, ids.combine_chunks())
         again = pc.and_(ids.is_valid(), pc.not_equal(first, pa.array(np.arange(len(ids)))))
         self.refuse(column, again, "an id that an earlier row has", "give each id one row")
@@ -173,6 +168,119 @@ def _check_actions(events: _Table, card: Card) -> None:
     events.refuse(column, unknown, "unknown action", f"the card has: {', '.join(card.events.actions)}")
 
 
+def _check_times(events: _Table, card: Card) -> None:
+    column = card.events.time
+    times = events.read(column, "time")
+    if times is None:
+        return
+    events.refuse(column, times.is_null(), "no time", "every event needs one")
+    moments = _microseconds(times)
+    if hint := _mistaken_unit(moments):
+        events.problems.append(f"{events.file}: column '{column}': {hint}")
+    elif len(moments) >= FEWEST_TIMES and np.ptp(moments) < MINUTE:
+        span = f"lie within {np.ptp(moments) / 1e6:g} seconds, from {_iso(moments.min())} on"
+        events.problems.append(
+            f"{events.file}: column '{column}': all {len(moments):,} events {span}; expected the times at which they "
+            "happened, over days or more"
+        )
+    elif len(moments) and np.median(moments) > 10 * YEAR:
+        events.refuse(
+            column, pc.equal(times.cast(pa.int64()), 0), "a time of 0, which is 1970,", "leave out such events"
+        )
+        late = pc.greater(times.cast(pa.int64()), LATEST)
+        events.refuse(column, late, "a time after the year 2199", "give the time at which it happened")
+
+
+def _check_duplicates(events: _Table, card: Card) -> None:
+    """The same event twice would be asked about twice, its answer once in the history of the other."""
+    keys = [card.events.member, card.events.item, card.events.action, card.events.time]
+    if not len(events.table) or any(key not in events.table.column_names for key in keys):
+        return
+    columns = [_comparable(column) for column in events.table.columns if not pa.types.is_null(column.type)]
+    rows = pa.table([*columns, np.arange(len(events.table))], [str(number) for number in range(len(columns) + 1)])
+    *keys, row = rows.column_names
+    first = rows.group_by(keys, use_threads=False).aggregate([(row, "min")])[f"{row}_min"].to_numpy()
+    again = np.ones(len(rows), bool)
+    again[first] = False
+    if count := int(again.sum()):
+        shown = ", ".join(events.place(row) for row in np.flatnonzero(again)[:SHOWN].tolist())
+        nested = any(pa.types.is_nested(column.type) for column in events.table.columns)
+        hint = "" if nested else " (pandas: events.drop_duplicates())"
+        events.problems.append(
+            f"{events.file}: {count:,} of {len(rows):,} rows are the same in every column as an earlier one: "
+            f"{shown}{' ..' if count > SHOWN else ''}; keep one of each{hint}"
+        )
+
+
+def _comparable(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The column, or texts that tell its values apart where Arrow cannot group by them."""
+    if column.type in (INTEGER, FLOAT, TEXT, DAY, TIME):
+        return column
+    return pc.binary_join(column, "\x1f") if column.type == TEXTS else pa.chunked_array([[*map(show, column)]], TEXT)
+
+
+def _microseconds(moments: pa.ChunkedArray) -> np.ndarray:
+    """int64, since 1970, of dates or timestamps; those that are known."""
+    return moments.drop_null().cast(TIME).cast(pa.int64()).to_numpy()
+
+
+def _mistaken_unit(moments: np.ndarray) -> str:
+    """What is wrong with a column of which every moment (microseconds) lies in the first days of 1970, or centuries
+    ahead: numbers were read in another unit than theirs. Empty where nothing is."""
+    # Whole days are dates that somebody meant: a column of birthdays may hold nothing but one in January 1970.
+    if not len(moments) or not (moments % (24 * 60 * MINUTE)).any():
+        return ""
+    low, high = moments.min(), moments.max()
+    if low >= 0 and high < YEAR / 12:
+        span = f"from {_iso(low)} to {_iso(high)}" if low < high else f"at {_iso(low)}"
+        # Numbers of today, in each unit, read as nanoseconds, which is what pandas takes them for.
+        units = {"s": 10**9, "ms": 10**6, "us": 10**3, "D": 86_400 * 10**9}
+        fitting = [unit for unit, factor in units.items() if 5 * YEAR < np.median(moments) * factor < LATEST]
+        hint = f'pandas.to_datetime(column, unit="{fitting[0]}")' if fitting else "give pandas.to_datetime their unit"
+        return f"all {len(moments):,} times are in January 1970, {span}, as of numbers read in the wrong unit; {hint}"
+    if low > LATEST:
+        return (
+            f"all {len(moments):,} times are after the year 2199, from {_iso(low)} on, as of numbers read in the wrong "
+            'unit; give pandas.to_datetime the unit that they are in, for instance unit="ms"'
+        )
+    return ""
+
+
+def _iso(moment: int) -> str:
+    """A moment (microseconds since 1970) as people write it, UTC."""
+    return str(np.datetime64(int(moment), "us")).replace("T", " ").removesuffix(".000000")
+
+
+def _how_to_mend(values: pa.ChunkedArray, kind: str) -> str:
+    """How a column of another type is made one of this kind, with pandas; empty where nothing is sure to do it."""
+    type_ = values.type
+    if kind in ("time", "date"):
+        if type_ in (INTEGER, FLOAT):
+            biggest = pc.max(pc.abs(values)).as_py() or 0
+            unit = next((unit for unit, limit in (("s", 1e11), ("ms", 1e14), ("us", 1e17)) if biggest < limit), "ns")
+            return f'pandas.to_datetime(column, unit="{unit}") makes them of such numbers'
+        dates = type_ == DAY or (type_ == TEXT and _all_match(values, DATE))
+        return "pandas.to_datetime(column) makes them" if dates else ""
+    if kind == "id" and type_ == FLOAT:
+        return 'pandas: column.astype("Int64")'
+    if pa.types.is_duration(type_) and kind == "number":
+        return "pandas: column.dt.total_seconds()"
+    if kind == "number" and type_ == TEXT and _all_match(values, NUMBER):
+        return "pandas.to_numeric(column) makes them"
+    if kind == "list" and type_ == TEXT:
+        return 'pandas: column.str.split(",")'
+    if kind == "text" and type_ == INTEGER:
+        return "pandas: column.astype(str); or say kind: category"
+    if kind == "number" and type_ == pa.bool_():
+        return "say kind: category"
+    return ""
+
+
+def _all_match(values: pa.ChunkedArray, pattern: str) -> bool:
+    """Whether all known texts match, so that a hint does what it promises."""
+    return bool(pc.all(pc.match_substring_regex(values, pattern)).as_py())
+
+
 def _check_attribute(table: _Table, column: str, kind: str) -> None:
     values = table.read(column, kind)
     if values is None:
@@ -181,64 +289,36 @@ def _check_attribute(table: _Table, column: str, kind: str) -> None:
         table.refuse(column, pc.invert(pc.is_finite(values)), "not a number", "leave it null where it is unknown")
     elif kind == "list":
         rows = pc.list_parent_indices(values).filter(pc.list_flatten(values).is_null())
-        wrong = pc.is_in(pa.array(np.arange(len(values))), value_set=rows)
-        table.refuse(column, wrong, "a null within the list", "leave it out of the list")
+        table.refuse(column, _rows_in(values, rows), "a null within the list", "leave it out of the list")
+        empty = pc.equal(pc.utf8_trim_whitespace(pc.list_flatten(values)), "")
+        rows = pc.list_parent_indices(values).filter(empty)
+        table.refuse(column, _rows_in(values, rows), "an empty text within the list", "leave it out of the list")
+    elif kind == "date" and (hint := _mistaken_unit(_microseconds(values))):
+        table.problems.append(f"{table.file}: column '{column}': {hint}")
+
+
+def _rows_in(values: pa.ChunkedArray, rows: pa.Array) -> pa.Array:
+    """bool [len(values)]: whether each row is one of `rows`."""
+    return pc.is_in(pa.array(np.arange(len(values))), value_set=rows)
 
 
 def _card_problems(card: Card, events: _Table) -> Iterable[str]:
     """What `derive` asks for that cannot be had; each names the card's file and line."""
-    for part in ("members", "events"):
-        for index, attribute in enumerate(getattr(card, part).attributes):
-            if attribute.derive:
-                yield str(card.error("only items have derived attributes", part, "attributes", index, "derive"))
     for index, attribute in enumerate(card.items.attributes):
         if not (derive := attribute.derive):
             continue
         place = ("items", "attributes", index, "derive")
-        if attribute.kind != "number":
-            yield str(card.error(f"makes a number; write 'kind: number', not '{attribute.kind}'", *place))
         for position, action in enumerate(derive.count or ()):
             if action not in card.events.actions:
-                error = f"unknown action '{action}'; {_hint(action, card.events.actions)}"
+                error = f"unknown action '{action}'; {suggest(action, card.events.actions)}"
                 yield str(card.error(error, *place, "count", position))
         if derive.mean and events.readable:
             found = events.found.get(derive.mean)
             if found is None:
-                error = f"events have no column '{derive.mean}'; {_hint(derive.mean, events.found)}"
+                error = f"events have no column '{derive.mean}'; {suggest(derive.mean, events.found)}"
                 yield str(card.error(error, *place, "mean"))
             elif events.table[derive.mean].type not in KINDS["number"][0]:
                 error = f"column '{derive.mean}' of {events.file} is {found}; only numbers have a mean"
                 yield str(card.error(error, *place, "mean"))
             else:
                 _check_attribute(events, derive.mean, "number")
-
-
-def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The column as the one type that brewjax uses for its kind of value; any other type is left as it is."""
-    kind = column.type
-    if pa.types.is_dictionary(kind):
-        column, kind = column.cast(kind.value_type), kind.value_type
-    tests = {
-        INTEGER: pa.types.is_integer(kind),
-        FLOAT: pa.types.is_floating(kind) or pa.types.is_decimal(kind),
-        TEXT: _is_text(kind),
-        TEXTS: (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and _is_text(kind.value_type),
-        DAY: pa.types.is_date(kind),
-        TIME: pa.types.is_timestamp(kind),
-    }
-    for plain, fits in tests.items():
-        if fits:
-            try:
-                return column.cast(plain, safe=plain != TIME)  # nanoseconds are cut to microseconds
-            except pa.ArrowInvalid:  # an unsigned integer over 2^63: refused by its kind, where one is asked for
-                return column
-    return column
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-
-def _hint(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(known) or 'none'}"

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
+from brewjax.console import plain_console
 from brewjax.data.chat import AS_IT_COMES, Chat, ChatTemplate, chat_parts
 from brewjax.data.dataset import Attribute, Dataset
 from brewjax.data.examples import Choice, Example, answers_to
-from brewjax.data.numbers import ItemStatistic, Percentiles, age
+from brewjax.data.numbers import ItemStatistic, Percentiles, age, say_number
+from brewjax.data.overlong import Overlong, OverlongLog, cut_to_fit
 from brewjax.data.prompt import Prompt, Question
 from brewjax.data.styles import STYLES, Style
 from brewjax.data.task import Task
@@ -21,6 +24,7 @@ from brewjax.data.tokenizer import Tokenizer
 
 Table = Literal["members", "items", "events"]
 Where = Literal["history", "question"]
+TEXTUAL = ("text", "category", "list")  # kinds of attributes that can be cut
 CHOICES = " / "  # between the names of the items to choose from
 
 
@@ -31,6 +35,9 @@ class Verbalizer:
       percentiles: fitted on training data.
       max_tokens: the oldest events are dropped until center, events and the longest question fit.
       template: of the styles that use the tokenizer's chat template.
+
+    Attributes:
+      overlong: the items and members of which more was to be said than fits.
     """
 
     def __init__(
@@ -42,6 +49,7 @@ class Verbalizer:
         template: ChatTemplate = AS_IT_COMES,
     ):
         self.dataset, self.tokenizer, self._max_tokens, self._template = dataset, tokenizer, max_tokens, template
+        self.overlong = OverlongLog()
         self._facts = {
             table: _Facts(
                 table, getattr(dataset, table), getattr(dataset.card, table).attributes, percentiles, tokenizer
@@ -80,53 +88,185 @@ class Verbalizer:
     def prompt(
         self, task: Task, example: Example, style_name: str, note: str = "", choices: Sequence[Choice] = ()
     ) -> Prompt:
-        """Says an example. Raises ValueError where the profile and a question alone exceed the budget.
+        """Says an example. What does not fit is cut as `task.questions.overlong` says; choices that do not, left out.
+
+        Raises ValueError, naming the item or member and the column, where that is not to be cut, or cannot be.
 
         Args:
           note: a developer's wish, said in place of the task's own.
           choices: asked, each to be answered by an item's name, in place of the example's items.
         """
-        style, card, cut = STYLES[style_name], self.dataset.card, example.cut
-        member, plural = card.members.noun.capitalize(), card.items.plural
+        style = STYLES[style_name]
         chat = self._chat_of(task.words) if style.chat else Chat()
-        note = note or task.note
-        instruction = task.instruction + (f"\nNote: {note}" if note else "")
-        center = style.center.format(
-            instruction=instruction,
-            profile=style.join.join(self.facts("members", np.array([example.member]), cut, style)[0]),
-            member=member,
-            item=card.items.noun,
-        )
-        if style.turns:
-            center = chat.begin + instruction + "\n" + center.rstrip("\n") + chat.user
-        elif style.chat:
-            center = chat.begin + instruction + chat.user + center
         if choices:
             questions = self._choices(task, choices, style, chat)
         else:
             questions = self._questions(task, example, style, chat)
-        groups = {
-            name: style.group.format(member=f"The {card.members.noun}", past=action.past, items=plural)
-            for name, action in card.events.actions.items()
-            if name in task.history.actions
-        }
+        groups = self._groups(task, style)
+        cut: list[str] = []
+        say_center = lambda longest=None: self._center(task, example, style, chat, note, longest)  # noqa: E731
+        center, budget = say_center(), self._max_tokens - 1 - sum(self.tokenizer.lengths([*groups.values()]))
+        center_size, needed = self._count(center), self._tokens_of(questions)
+        if max(needed, default=0) > budget - center_size:
+            bare = self._tokens_of(self._questions(task, example, style, chat, 0))
+            room = self._room_for_questions(task, budget, say_center, max(bare))
+            if choices:
+                questions = tuple(question for question, size in zip(questions, needed, strict=True) if size <= room)
+            else:
+                questions = self._cut_questions(task, example, style, chat, questions, needed, room, cut)
+            needed = self._tokens_of(questions)
+            room = budget - max(needed, default=0)
+            if center_size > room:
+                overlong = self._overlong("members", example.member, center, room, example.cut, style)
+                fitting = None if task.questions.overlong == "error" else self._cut(task, say_center, overlong, cut)
+                if fitting is None:
+                    raise self._too_long(task, overlong)
+                center, center_size = fitting, self._count(fitting)
         texts, turns = self._history(task, example, style, chat, say_action=not style.group and len(groups) > 1)
-        dropped = self._excess([center, *groups.values()], texts, turns, questions, task.name)
+        dropped = self._excess(budget - center_size - max(needed, default=0), texts, turns)
         texts, rows = texts[dropped:], example.history[dropped:]
         if style.group:
             texts = _grouped(texts, self.dataset.event_action[rows], groups)
+        answers = tuple(turns[dropped:]) if style.turns else ()
         words = tuple(chat.answer + word for word in task.words)
-        return Prompt(center, tuple(texts), questions, words, dropped, tuple(turns[dropped:]) if style.turns else ())
+        return Prompt(center, tuple(texts), questions, words, dropped, answers, tuple(cut))
 
-    def _questions(self, task: Task, example: Example, style: Style, chat: Chat) -> tuple[Question, ...]:
+    def _room_for_questions(
+        self, task: Task, budget: int, say_center: Callable[[int | None], str], bare_question: int
+    ) -> int:
+        """Tokens for a question: what the profile leaves, or half of the budget where both are long. ValueError where
+        the words of the task alone are too many."""
+        bare_center = self._count(say_center(0))
+        if bare_center + bare_question > budget:
+            raise ValueError(
+                f"task '{task.name}': its instruction and a question take {bare_center + bare_question} tokens without "
+                f"any text of the tables, over the budget of {self._max_tokens}; raise max_tokens, or shorten them"
+            )
+        half = min(max(budget // 2, bare_question), budget - bare_center)
+        return max(budget - self._count(say_center(None)), half)
+
+    def fitting(self, task: Task, example: Example, style_name: str) -> Example:
+        """The example without the questions that are to be skipped because they do not fit beside the profile."""
+        if task.questions.overlong != "skip":
+            return example
+        style = STYLES[style_name]
+        chat = self._chat_of(task.words) if style.chat else Chat()
+        questions = self._questions(task, example, style, chat)
+        budget = self._max_tokens - 1 - sum(self.tokenizer.lengths([*self._groups(task, style).values()]))
+        say_center = lambda longest: self._center(task, example, style, chat, "", longest)  # noqa: E731
+        bare = self._tokens_of(self._questions(task, example, style, chat, 0))
+        room = self._room_for_questions(task, budget, say_center, max(bare))
+        fits = np.array(self._tokens_of(questions)) <= room
+        for row, question in zip(example.items[~fits], np.array(questions, object)[~fits], strict=True):
+            text = question.heading + question.text
+            self.overlong.add(task.name, "skipped", self._overlong("items", row, text, room, example.cut, style))
+        return example.asking(fits)
+
+    def all_fitting(self, task: Task, examples: Iterable[Example], style_name: str) -> Iterator[Example]:
+        """The examples without what is to be skipped (see `fitting`), those left without questions left out."""
+        for example in examples:
+            fitting = self.fitting(task, example, style_name)
+            if len(fitting.items):
+                yield fitting
+
+    def print_overlong(self) -> None:
+        """Says what was cut or skipped since the last time."""
+        for line in self.overlong.lines():
+            plain_console(stderr=True).print(line, soft_wrap=True)
+
+    def _groups(self, task: Task, style: Style) -> dict[str, str]:
+        """What is said before the events of each action that the task tells."""
+        card = self.dataset.card
+        return {
+            name: style.group.format(member=f"The {card.members.noun}", past=action.past, items=card.items.plural)
+            for name, action in card.events.actions.items()
+            if name in task.history.actions
+        }
+
+    def _center(self, task: Task, example: Example, style: Style, chat: Chat, note: str, longest: int | None) -> str:
+        note = note or task.note
+        instruction = task.instruction + (f"\nNote: {note}" if note else "")
+        profile = self._facts["members"].say(np.array([example.member]), example.cut, style, "question", longest)[0]
+        card = self.dataset.card
+        center = style.center.format(
+            instruction=instruction,
+            profile=style.join.join(profile),
+            member=card.members.noun.capitalize(),
+            item=card.items.noun,
+        )
+        if style.turns:
+            return chat.begin + instruction + "\n" + center.rstrip("\n") + chat.user
+        return chat.begin + instruction + chat.user + center if style.chat else center
+
+    def _questions(
+        self, task: Task, example: Example, style: Style, chat: Chat, longest: int | None = None
+    ) -> tuple[Question, ...]:
+        facts = self._facts["items"].say(example.items, example.cut, style, "question", longest)
         return tuple(
             Question(
-                style.question.format(ask=task.questions.ask, facts=style.join.join(facts)) + chat.assistant,
+                style.question.format(ask=task.questions.ask, facts=style.join.join(of_item)) + chat.assistant,
                 int(label) if label >= 0 else None,
                 style.heading,
             )
-            for facts, label in zip(self.facts("items", example.items, example.cut, style), example.labels, strict=True)
+            for of_item, label in zip(facts, example.labels, strict=True)
         )
+
+    def _cut_questions(
+        self,
+        task: Task,
+        example: Example,
+        style: Style,
+        chat: Chat,
+        questions: Sequence[Question],
+        needed: Sequence[int],
+        room: int,
+        cut: list[str],
+    ) -> tuple[Question, ...]:
+        """Each question that needs more than `room` tokens with its item's texts cut; notes them in `cut`."""
+        fitting = list(questions)
+        for place in np.flatnonzero(np.array(needed) > room).tolist():
+            single = example.asking(slice(place, place + 1))
+            whole = questions[place].heading + questions[place].text
+            overlong = self._overlong("items", int(single.items[0]), whole, room, example.cut, style)
+            say = lambda longest, single=single: (  # noqa: E731
+                style.heading + self._questions(task, single, style, chat, longest)[0].text
+            )
+            text = self._cut(task, say, overlong, cut) if task.questions.overlong == "cut" else None
+            if text is None:
+                raise self._too_long(task, overlong)
+            fitting[place] = dataclasses.replace(questions[place], text=text.removeprefix(style.heading))
+        return tuple(fitting)
+
+    def _cut(self, task: Task, say: Callable[[int | None], str], overlong: Overlong, cut: list[str]) -> str | None:
+        text = cut_to_fit(say, self._count, overlong.room)
+        if text is not None:
+            cut.append(str(overlong))
+            self.overlong.add(task.name, "cut", overlong)
+        return text
+
+    def _overlong(self, table: Table, row: int, text: str, room: int, moment: int, style: Style) -> Overlong:
+        if table == "items":
+            noun = f"{self.dataset.card.items.noun} {self.dataset.item_id(row)}"
+        else:
+            noun = f"the instruction with {self.dataset.card.members.noun} {self.dataset.member_id(row)}"
+        return Overlong(row, noun, self._facts[table].longest(row, moment, style), self._count(text), room)
+
+    def _too_long(self, task: Task, overlong: Overlong) -> ValueError:
+        cut = "" if task.questions.overlong == "cut" else ", or say 'overlong: cut' under 'questions' of the task"
+        return ValueError(
+            f"task '{task.name}': {overlong} beside the rest of a prompt of {self._max_tokens:,}; raise max_tokens, or "
+            f"shorten the attribute by max_words{cut}"
+        )
+
+    def _count(self, text: str) -> int:
+        """Tokens of a text that a prompt begins with."""
+        return len(self.tokenizer.encode([text], begins=True)[0])
+
+    def _tokens_of(self, questions: Sequence[Question]) -> list[int]:
+        """Tokens of each question and its own answer."""
+        asked = self.tokenizer.lengths([question.heading + question.text for question in questions])
+        answers = self.tokenizer.lengths([question.answer for question in questions])
+        return [question + answer for question, answer in zip(asked, answers, strict=True)]
 
     def _choices(self, task: Task, choices: Sequence[Choice], style: Style, chat: Chat) -> tuple[Question, ...]:
         questions = []
@@ -167,25 +307,13 @@ class Verbalizer:
             turns.append(len(question))
         return texts, turns
 
-    def _excess(
-        self, fixed: list[str], events: list[str], turns: list[int], questions: Sequence[Question], task: str
-    ) -> int:
-        """How many of the oldest events must go."""
+    def _excess(self, room: int, events: list[str], turns: list[int]) -> int:
+        """How many of the oldest events must go for the others to take at most `room` tokens."""
         lengths = lambda texts: np.array(self.tokenizer.lengths(list(texts)), np.int64)  # noqa: E731
-        asked = lengths(question.heading + question.text for question in questions)
-        [center] = self.tokenizer.encode(fixed[:1], begins=True)
-        needed = (
-            1 + len(center) + sum(lengths(fixed[1:])) + max(asked + lengths(question.answer for question in questions))
-        )
-        if needed > self._max_tokens:
-            raise ValueError(
-                f"task '{task}': the instruction, the profile and one question take {needed} tokens, "
-                f"over the budget of {self._max_tokens}; raise max_tokens or shorten an attribute by max_words"
-            )
         told = lengths(event[:turn] for event, turn in zip(events, turns, strict=True))
         told += lengths(event[turn:] for event, turn in zip(events, turns, strict=True))
         newest_first = np.cumsum(told[::-1])
-        return len(events) - int(np.searchsorted(newest_first, self._max_tokens - needed, side="right"))
+        return len(events) - int(np.searchsorted(newest_first, room, side="right"))
 
 
 class _Facts:
@@ -204,8 +332,16 @@ class _Facts:
         self._clean: Callable[[str], str] = tokenizer.clean
         self.statistics: dict[str, ItemStatistic] = {}
 
-    def say(self, rows: np.ndarray, moment: int | np.ndarray, style: Style, where: Where) -> list[list[str]]:
-        """The facts of each row as of `moment`; unknown values are left out, or empty where places stand for names."""
+    def say(
+        self,
+        rows: np.ndarray,
+        moment: int | np.ndarray,
+        style: Style,
+        where: Where,
+        longest: int | None = None,
+    ) -> list[list[str]]:
+        """The facts of each row as of `moment`, texts cut to `longest` characters; unknown values are left out, or
+        empty where places stand for names."""
         moments = np.broadcast_to(moment, len(rows))
         attributes = [attribute for attribute in self._attributes if where in attribute.where]
         named = "{name}" in style.fact
@@ -214,9 +350,20 @@ class _Facts:
             values = self.values(attribute, rows, moments)
             for facts, value, of in zip(said, values, moments.tolist(), strict=True):
                 text = "" if is_unknown(value) else self._value(attribute, value, of, style)
+                if attribute.kind in TEXTUAL:
+                    text = text[:longest].rstrip()
                 if text or not named:
                     facts.append(style.fact.format(name=attribute.name, value=text))
         return said
+
+    def longest(self, row: int, moment: int, style: Style) -> str:
+        """The column of which most is said of a row."""
+        attributes = [attribute for attribute in self._attributes if "question" in attribute.where]
+        sizes = {}
+        for attribute in attributes:
+            (value,) = self.values(attribute, np.array([row]), np.array([moment]))
+            sizes[attribute.column] = 0 if is_unknown(value) else len(self._value(attribute, value, moment, style))
+        return max(sizes, key=sizes.__getitem__, default="instruction")
 
     def values(self, attribute: Attribute, rows: np.ndarray, moments: np.ndarray) -> list[Any]:
         if attribute.derive:
@@ -228,7 +375,7 @@ class _Facts:
         if attribute.kind == "number":
             if attribute.percentile:
                 return style.percentile.format(self._percentiles.of(self._name, attribute.column, value))
-            number = f"{value:.4g}" if isinstance(value, float) and abs(value) < 1_000 else f"{value:.0f}"
+            number = say_number(value)
             return f"{number} {attribute.unit}".strip() if not style.short else number
         if attribute.kind == "date":
             since = moment - value
@@ -236,7 +383,7 @@ class _Facts:
                 return f"in {_age_fact(-since, style)}"
             return _age_fact(since, style) + ("" if style.short else " ago")
         if attribute.kind == "list":
-            return ("," if style.short else ", ").join(self._clean(str(entry)) for entry in value)
+            return ("," if style.short else ", ").join(text for entry in value if (text := self._clean(str(entry))))
         text = self._clean(str(value))
         return " ".join(text.split(" ")[: attribute.max_words]) if attribute.max_words else text
 

@@ -9,9 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from rich.console import Console
-from rich.progress import track
 
+from brewjax.console import plain_console, track
 from brewjax.data.dataset import Dataset
 from brewjax.data.examples import Example
 from brewjax.data.task import Task
@@ -37,15 +36,24 @@ class Predictions(NamedTuple):
 
 
 def predict(bundle: Bundle, dataset: Dataset, asked: Sequence[tuple[Task, Sequence[Example]]]) -> list[Predictions]:
-    """Predictions for every question of each task's examples, in their order; prints how fast they were scored."""
-    style, encoded = bundle.prompts.score_style, []
+    """Predictions for every question of each task's examples, in their order, but for those that the task skips as
+    overlong; prints what was cut or skipped, and how fast they were scored."""
+    style, fitting, encoded = bundle.prompts.score_style, [], []
     for task, examples in asked:
         verbalizer = bundle.verbalizer(dataset, task)
-        said = track(examples, f"{task.name}: say", transient=True)
-        encoded.append([bundle.encode(verbalizer.prompt(task, example, style)) for example in said])
+        answered = verbalizer.all_fitting(task, track(examples, f"{task.name}: say"), style)
+        pairs = [(example, bundle.encode(verbalizer.prompt(task, example, style))) for example in answered]
+        verbalizer.print_overlong()
+        if not pairs:
+            raise task.error("every question is too long and was skipped; raise max_tokens", "questions", "overlong")
+        fitting.append([example for example, _ in pairs])
+        encoded.append([prompt for _, prompt in pairs])
     scorer = bundle.scorer(list(itertools.chain(*encoded)))
     scorer.warm_up()
-    return [_score(scorer, task, examples, prompts) for (task, examples), prompts in zip(asked, encoded, strict=True)]
+    return [
+        _score(scorer, task, examples, prompts)
+        for (task, _), examples, prompts in zip(asked, fitting, encoded, strict=True)
+    ]
 
 
 def _score(scorer: Scorer, task: Task, examples: Sequence[Example], prompts: Sequence[EncodedPrompt]) -> Predictions:
@@ -54,5 +62,5 @@ def _score(scorer: Scorer, task: Task, examples: Sequence[Example], prompts: Seq
     seconds = time.perf_counter() - began
     questions, tokens = sum(len(prompt.questions) for prompt in prompts), sum(len(prompt) for prompt in prompts)
     speed = f"{seconds:.1f} s, {tokens / seconds:,.0f} tokens/s"
-    Console().print(f"{task.name}: {questions:,} questions scored in {tokens:,} tokens, {speed}")
+    plain_console().print(f"{task.name}: {questions:,} questions scored in {tokens:,} tokens, {speed}")
     return Predictions(from_examples(examples, np.concatenate(probabilities)), Work(questions, tokens, seconds))

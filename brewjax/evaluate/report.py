@@ -10,7 +10,9 @@ import jinja2
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from brewjax.console import bold
 from brewjax.data.task import MetricName
 from brewjax.evaluate.plots import cost_plot, loss_plot, reliability_plot, size_plot, slice_plot
 from brewjax.evaluate.results import METRICS, OVERALL, SLICES, Comparison, Estimate, Model
@@ -172,5 +174,5 @@ def _interval(estimate: Estimate) -> str:
     return f"({_number(low)} to {_number(high)})" if np.isfinite(low) else ""
 
 
-def _rich(cell: dict[str, Any]) -> str:
-    return (f"[bold]{cell['value']}[/]" if cell["best"] else cell["value"]) + cell["error"]
+def _rich(cell: dict[str, Any]) -> Text:
+    return bold(cell["value"], cell["error"]) if cell["best"] else Text(cell["value"] + cell["error"])

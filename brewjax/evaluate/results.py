@@ -105,11 +105,10 @@ def _estimates(
 ) -> dict[MetricName, Estimate]:
     said, label = probabilities(predictions, task), predictions["label"].to_numpy()
     score, value = scores(predictions, task), true_values(predictions, task)
-    gain_value = value - min(0, task.values.min())  # gains are not negative
     functions = {
         "auc": lambda weights: auc(score, value, weights),
         "log_loss": lambda weights: log_loss(said, label, weights),
-        "ndcg@10": lambda weights: ndcg(score, gain_value, predictions["example"].to_numpy(), weights),
+        "ndcg@10": lambda weights: ndcg(score, value, predictions["example"].to_numpy(), weights),
         "calibration_error": lambda weights: calibration_error(said, label, weights),
     }
     values = {name: np.full(len(member_weights), np.nan) for name in task.metrics}

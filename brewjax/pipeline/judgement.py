@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from rich.console import Console
 
 from brewjax import hosts
 from brewjax.ahead.program import model_flops
+from brewjax.console import plain_console
 from brewjax.data.examples import build_examples
 from brewjax.evaluate.baselines import LightGBM, popularity
 from brewjax.evaluate.predict import Work, predict
@@ -57,13 +57,13 @@ def baselines_stage(run: Run, folder: Path) -> None:
             "LightGBM": trees.predict(run.dataset, task, examples),
         }.items():
             pq.write_table(from_examples(examples, probabilities), folder / f"{task.name}.{name}.parquet")
-        Console().print(f"{task.name}: LightGBM chose {trees.settings}, {trees.rounds} rounds")
+        plain_console().print(f"{task.name}: LightGBM chose {trees.settings}, {trees.rounds} rounds")
 
 
 def report_stage(run: Run, before: Sequence[str], folder: Path) -> None:
     """All models, and the last of them against the largest that it came from and the baselines: tables in the terminal,
     report.md and report.html. `before` are the names of all steps before it."""
-    console, comparisons, stages = Console(), [], run.recipe.stages
+    console, comparisons, stages = plain_console(), [], run.recipe.stages
     for task in run.tasks:
         files = {name: run.folder / f"{EVALUATE}{name}" / f"{task.name}.parquet" for name in stages}
         for name in BASELINES:

@@ -12,7 +12,7 @@ import yaml
 from brewjax.compress.ladder import Ladder, expand
 from brewjax.compress.prune import PruneConfig
 from brewjax.compress.quantize import QuantizeConfig
-from brewjax.config import Config, Location, first_error, located_error
+from brewjax.config import Config, Location, misplaced, misplaced_within
 from brewjax.data.preferences import AlignConfig
 from brewjax.data.prose import PretrainConfig
 from brewjax.data.styles import PromptConfig
@@ -230,11 +230,11 @@ class Recipe(Config):
                 try:
                     ladder = Ladder.model_validate({"start": before, **stage})
                 except pydantic.ValidationError as error:
-                    raise first_error(error, "stages", name) from None
+                    raise misplaced_within(error, "stages", name) from None
                 new, last = expand(ladder, stages.get(ladder.start, {}), shared.get("steps", 0)), [*ladder.rungs][-1]
             for key, keys in new.items():
                 if key in stages or key in OTHER_FOLDERS or key.startswith(("data-", "evaluate-")):
-                    raise located_error(f"the name '{key}' is taken; choose another", "stages", name)
+                    raise misplaced(f"the name '{key}' is taken; choose another", "stages", name)
                 if isinstance(keys, dict):
                     own = keys.get("train") or {}
                     if keys.get("do") in TRAINING and isinstance(own, dict):
@@ -250,7 +250,7 @@ class Recipe(Config):
     @pydantic.model_validator(mode="after")
     def _one_tokenizer(self) -> Recipe:
         if (self.tokenizer is None) != Path(self.model).is_dir():
-            raise located_error("give 'tokenizer' where 'model' is a file, and none where it is a folder", "model")
+            raise misplaced("give 'tokenizer' where 'model' is a file, and none where it is a folder", "model")
         return self
 
     @pydantic.model_validator(mode="after")
@@ -261,13 +261,13 @@ class Recipe(Config):
                 other = getattr(stage, key, None)
                 if other is not None and other not in earlier and not (Path(other) / MODEL).is_file():
                     near = f"; before it there are: {', '.join(earlier)}" if earlier else ""
-                    raise located_error(f"no stage '{other}' before it, and no model there{near}", "stages", name, key)
+                    raise misplaced(f"no stage '{other}' before it, and no model there{near}", "stages", name, key)
             if stage.start is None and isinstance(stage, (AlignStage, PruneStage, QuantizeStage)):
                 message = "there is no model to go on from; put it after another, or give 'start'"
-                raise located_error(message, "stages", name)
+                raise misplaced(message, "stages", name)
             if stage.start and self._is_quantised(stage.start):
                 message = f"'{stage.start}' is quantised, for serving; go on from the model that it was made from"
-                raise located_error(message, "stages", name, "start")
+                raise misplaced(message, "stages", name, "start")
             if isinstance(stage, TrainedStage):
                 self._check_training(name, stage)
             earlier.append(name)
@@ -280,10 +280,10 @@ class Recipe(Config):
                 f"row_tokens ({train.row_tokens}) is less than prompts.max_tokens ({self.prompts.max_tokens}): "
                 "a prompt must fit in a row"
             )
-            raise located_error(message, "stages", name, "train", "row_tokens")
+            raise misplaced(message, "stages", name, "train", "row_tokens")
         if train.lora and (stage.fresh or not stage.start):
             message = "adapters of a model that is there: give 'start', or put the stage after another"
-            raise located_error(message, "stages", name, "train", "lora")
+            raise misplaced(message, "stages", name, "train", "lora")
 
     def _is_quantised(self, model: str) -> bool:
         """Of a stage, or of a folder."""

@@ -55,7 +55,11 @@ class Run:
     def asked(self) -> dict[str, list[Example]]:
         """The examples of the test period that models and baselines answer, by the name of their task."""
         most = self.recipe.evaluate.max_examples
-        return {task.name: sample_examples(self.dataset, task, "test", most) for task in self.tasks}
+        style = self.recipe.prompts.score_style
+        return {
+            task.name: [*self.verbalizer.all_fitting(task, sample_examples(self.dataset, task, "test", most), style)]
+            for task in self.tasks
+        }
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -89,7 +93,7 @@ class Run:
         return [
             bundle.encode(self.verbalizer.prompt(task, example, style))
             for task in self.tasks
-            for example in sample_examples(self.dataset, task, "train", each)
+            for example in self.verbalizer.all_fitting(task, sample_examples(self.dataset, task, "train", each), style)
         ]
 
     def first_model(self) -> ModelConfig:

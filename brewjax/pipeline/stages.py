@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
-from rich.console import Console
 
 from brewjax import hosts
 from brewjax.compress.prune import LayerReport, prune
 from brewjax.compress.quantize import quantize
+from brewjax.console import plain_console
 from brewjax.data.dataset import CARD
 from brewjax.data.examples import sample_examples
 from brewjax.data.loader import MixConfig, write_shards
@@ -66,13 +66,13 @@ def prepare(run: Run, folder: Path) -> None:
     """The tokenizer, and the scale that numbers are said on."""
     if run.base:
         Tokenizer.load(run.base / TOKENIZER).save(folder / TOKENIZER)
-    percentiles = Percentiles.fit(run.dataset, run.tasks[0].boundaries(run.dataset)[0])
-    PercentileScale(dataset=run.dataset.card.name, quantiles=percentiles.quantiles).save(folder / PERCENTILES)
+    scale = PercentileScale.fit(run.dataset, run.tasks[0].boundaries(run.dataset)[0])
+    scale.save(folder / PERCENTILES)
     config = run.recipe.tokenizer
     if config and config.path:
         Tokenizer.load(config.path).save(folder / TOKENIZER)
     elif config:
-        _train_tokenizer(run, percentiles, config.vocab_size or 0).save(folder / TOKENIZER)
+        _train_tokenizer(run, Percentiles(scale.quantiles), config.vocab_size or 0).save(folder / TOKENIZER)
     run.tokenizer.check_pieces()
     for task in run.tasks:
         task.check_words(run.tokenizer)
@@ -86,11 +86,12 @@ def _train_tokenizer(run: Run, percentiles: Percentiles, vocab_size: int) -> Tok
     words = sorted({word for task in run.tasks for word in task.words})
     verbalizer = Verbalizer(run.dataset, percentiles, Tokenizer.of_bytes(), max_tokens=1_000_000)
     rng = np.random.default_rng(0)
-    texts = [
-        verbalizer.prompt(task, example, prompts.draw(rng)).render()
-        for task in run.tasks
-        for example in sample_examples(run.dataset, task, "train", TOKENIZER_EXAMPLES)
-    ]
+    texts = []
+    for task in run.tasks:
+        for example in sample_examples(run.dataset, task, "train", TOKENIZER_EXAMPLES):
+            style = prompts.draw(rng)
+            for fitting in verbalizer.all_fitting(task, [example], style):
+                texts.append(verbalizer.prompt(task, fitting, style).render())
     if _reads_prose(run.recipe):
         until = run.tasks[0].boundaries(run.dataset)[0]
         told = domain_texts(verbalizer, until, PretrainConfig())
@@ -107,7 +108,7 @@ def write_data(run: Run, config: DataConfig, row_tokens: int, folder: Path) -> N
     for name, records in _sources(run, config).items():
         counts = write_shards(folder / name, records, row_tokens)
         each = f"{counts['tokens'] / max(1, counts['targets']):.0f} tokens a target"
-        Console().print(f"{name}: {counts['records']:,} records, {counts['targets']:,} targets, {each}")
+        plain_console().print(f"{name}: {counts['records']:,} records, {counts['targets']:,} targets, {each}")
 
 
 def _sources(run: Run, config: DataConfig) -> dict[str, Iterator[tuple[EncodedPrompt | Text, Note]]]:
@@ -177,7 +178,7 @@ def prune_stage(run: Run, stage: PruneStage, folder: Path) -> None:
 def _say(layer: LayerReport) -> None:
     if hosts.is_first():
         said = f"{layer.attention:.2%} of what attention says is lost, {layer.mlp:.2%} of what the MLP says"
-        Console().print(f"layer {layer.layer}: {said}", highlight=False)
+        plain_console().print(f"layer {layer.layer}: {said}")
 
 
 def quantize_stage(run: Run, stage: QuantizeStage, folder: Path) -> None:

@@ -14,10 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from brewjax import hosts
 from brewjax.config import ConfigError
+from brewjax.console import bold, plain_console
 from brewjax.fingerprint import hash_code, hash_json
 from brewjax.paths import storage_errors, write_text
 from brewjax.train.metrics import METRICS, read_metrics
@@ -60,7 +59,7 @@ def run_steps(steps: Sequence[Step], folder: Path, data: str, any_code: bool = F
       data: a hash of what all steps read.
       any_code: takes what other code made for good.
     """
-    console = Console()
+    console = plain_console()
     made = _fingerprints(steps, data)
     records = hosts.on_first(
         lambda: {step.name: _usable_record(folder / step.name, step.keep, made[step.name], any_code) for step in steps}
@@ -68,9 +67,9 @@ def run_steps(steps: Sequence[Step], folder: Path, data: str, any_code: bool = F
     for step in steps:
         output, record = folder / step.name, records[step.name]
         if record and "seconds" in record:
-            console.print(f"{step.name}: done before, in {record['seconds']:.0f} s", markup=False, style="bold")
+            console.print(bold(step.name, f": done before, in {record['seconds']:.0f} s"))
             continue
-        console.print(step.name, markup=False, style="bold")
+        console.print(bold(step.name))
         with storage_errors(output):
             record = hosts.on_first(functools.partial(_begin, output, step.keep, record, made[step.name]))
             seconds = _seconds_before(output)
@@ -82,8 +81,7 @@ def run_steps(steps: Sequence[Step], folder: Path, data: str, any_code: bool = F
             record["seconds"] = seconds + time.perf_counter() - start_time
             hosts.on_first(functools.partial(_write_record, output, record))
         gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KILOBYTE / 1e9
-        done = f"{step.name}: {record['seconds']:.0f} s, {gigabytes:.1f} GB of memory at most so far"
-        console.print(done, markup=False, style="bold")
+        console.print(bold(step.name, f": {record['seconds']:.0f} s, {gigabytes:.1f} GB of memory at most so far"))
 
 
 def _fingerprints(steps: Sequence[Step], data: str) -> dict[str, dict[str, str]]:

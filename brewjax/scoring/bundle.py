@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Float
 
 from brewjax import hosts
-from brewjax.config import Config
+from brewjax.config import Config, ConfigError
+from brewjax.console import plain_console
 from brewjax.data.dataset import CARD, Card, Dataset
 from brewjax.data.numbers import Percentiles
 from brewjax.data.prompt import Prompt
@@ -20,7 +21,7 @@ from brewjax.data.tokenizer import Tokenizer
 from brewjax.data.tokens import EncodedPrompt, encode
 from brewjax.data.verbalize import Verbalizer
 from brewjax.model.config import ModelConfig
-from brewjax.model.params import Params, load_model, save_model
+from brewjax.model.params import MODEL, Params, load_model, save_model
 from brewjax.model.sharding import MeshConfig
 from brewjax.scoring.buckets import choose_buckets
 from brewjax.scoring.scorer import Scorer
@@ -28,11 +29,45 @@ from brewjax.scoring.scorer import Scorer
 TOKENIZER, PROMPTS, PERCENTILES, TASKS = "tokenizer", "prompts.yaml", "percentiles.yaml", "tasks"
 
 
-class PercentileScale(Config):
-    """`Percentiles` and the dataset they were fitted on."""
+def check_folder(folder: Path) -> None:
+    """Raises ConfigError where `folder` is not a model's, with what it may be instead."""
+    if (folder / MODEL).is_file():
+        return
+    if not folder.exists():
+        raise ConfigError(f"{folder}: no such model folder; `brewjax run` and `brewjax import` leave some")
+    if folder.is_file():
+        hint = f"; `brewjax import {folder} OUT` makes one of it" if folder.suffix == ".gguf" else ""
+        raise ConfigError(f"{folder}: a file; expected a model's folder, which holds {MODEL}{hint}")
+    if (folder / "config.json").is_file():
+        raise ConfigError(f"{folder}: a Hugging Face folder; `brewjax import {folder} OUT` makes a model folder of it")
+    inside = sorted(path.parent for path in [*folder.glob(f"*/{MODEL}"), *folder.glob(f"*/*/{MODEL}")])
+    hint = f"did you mean '{inside[0]}'?" if inside else "`brewjax run` and `brewjax import` leave some"
+    raise ConfigError(f"{folder}: no {MODEL} there, so not a model's folder; {hint}")
 
-    dataset: str
+
+class PercentileScale(Config):
+    """`Percentiles`, and until when they were fitted on the dataset that a model was trained on.
+
+    Attributes:
+      until: microseconds since 1970; only what happened before it counted.
+    """
+
+    until: int
     quantiles: dict[str, list[float]]
+
+    @classmethod
+    def fit(cls, dataset: Dataset, until: int) -> PercentileScale:
+        """Those of a dataset as of `until`."""
+        return cls(until=until, quantiles=Percentiles.fit(dataset, until).quantiles)
+
+    def fits(self, dataset: Dataset) -> bool:
+        """Whether these are the percentiles of `dataset`: it has the same attributes, and until then the same values,
+        whatever it is called and whatever came later."""
+        own = Percentiles.fit(dataset, self.until).quantiles
+        return own.keys() == self.quantiles.keys() and all(
+            len(own[name]) == len(scale) and np.allclose(own[name], scale, rtol=1e-9, atol=0)
+            for name, scale in self.quantiles.items()
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +107,7 @@ class Bundle:
     @classmethod
     def load(cls, folder: Path, mesh: MeshConfig | None = None) -> Bundle:
         """Reads a folder; ValueError names what is missing."""
+        check_folder(folder)
         mesh = mesh or MeshConfig()
         return cls.around(*load_model(folder, mesh.build()), folder, mesh)
 
@@ -92,10 +128,19 @@ class Bundle:
     def verbalizer(self, dataset: Dataset, task: Task) -> Verbalizer:
         """Says examples as in training; on a dataset other than that, percentiles are fitted before `task`'s split."""
         task.check_words(self.tokenizer)
-        if self.scale and dataset.card.name == self.scale.dataset:
-            percentiles = Percentiles(self.scale.quantiles)
-        else:
-            percentiles = Percentiles.fit(dataset, task.boundaries(dataset)[0])
+        if self.scale and self.scale.fits(dataset):
+            return self.request_verbalizer(dataset)
+        percentiles = Percentiles.fit(dataset, task.boundaries(dataset)[0])
+        if self.scale and percentiles.quantiles:
+            line = f"{dataset.path}: not the data that the model was trained on; percentiles are fitted to it"
+            plain_console(stderr=True).print(line, soft_wrap=True)
+        return self._verbalizer(dataset, percentiles)
+
+    def request_verbalizer(self, dataset: Dataset) -> Verbalizer:
+        """Says examples of a request, which has what the model's own card says, on the scale of training."""
+        return self._verbalizer(dataset, Percentiles(self.scale.quantiles if self.scale else {}))
+
+    def _verbalizer(self, dataset: Dataset, percentiles: Percentiles) -> Verbalizer:
         return Verbalizer(dataset, percentiles, self.tokenizer, self.prompts.max_tokens, self.prompts.chat)
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:

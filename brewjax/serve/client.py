@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grpc
+import numpy as np
 
 from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve import ranker_pb2_grpc
 
+PATIENCE = 300  # seconds for a server that is starting: it compiles its shapes first
 RETRIED_BYTES = 1 << 26  # larger requests are not tried again; gRPC's own limit is far less than 500 items
 # gRPC's own retries: with jitter, within the deadline, and not sooner than a full server asks for.
 RETRIES = {
@@ -101,6 +104,28 @@ class Client:
 
     def _call(self, timeout: float | None) -> dict[str, Any]:
         return {"timeout": self._timeout if timeout is None else timeout, "metadata": self._metadata}
+
+
+def score_all(server: str, question: pb.Member | pb.Raw, token: str | None) -> tuple[np.ndarray, str]:
+    """Probabilities [items, labels] in the order of the items, however many there are, and how the server came by them.
+
+    Waits for a server that is starting. RuntimeError with the server's own words where it refuses.
+    """
+    try:
+        with Client(server, token, timeout=PATIENCE) as client:
+            most = client.describe().limits.items
+            began = time.perf_counter()
+            responses = [client.score(question)] if len(question.items) <= most else list(client.stream(question))
+            seconds = time.perf_counter() - began
+    except grpc.RpcError as error:
+        raise RuntimeError(f"{server}: {error.code().name}: {error.details()}") from None
+    scores = {item.index: item.probabilities for response in responses for item in response.scores}
+    usage = responses[0].usage
+    how = (
+        f"{responses[0].model}: {len(scores)} items in {seconds * 1000:.0f} ms; {usage.prefix_tokens} prefix tokens, "
+        f"{usage.cached_tokens} cached; {usage.events_cut} older events left out"
+    )
+    return np.array([scores[index] for index in range(len(scores))], np.float32), how
 
 
 def raw(

@@ -86,6 +86,8 @@ class Encoder:
         if task is None:
             raise ValueError(f"member.task: no task '{member.task}'; tasks: {', '.join(self.tasks)}")
         prompt = say(self.bundle, task, member)
+        if prompt.cut and request.too_long == pb.ScoreRequest.REFUSE:
+            raise ValueError(f"member: {prompt.cut[0]}; ask for CUT or send less")
         if prompt.dropped and request.too_long == pb.ScoreRequest.REFUSE:
             raise ValueError(
                 f"member.history: the oldest {prompt.dropped} events do not fit; ask for CUT or send fewer"

@@ -66,7 +66,7 @@ def say(bundle: Bundle, task: Task, member: pb.Member) -> Prompt:
     example = Example(task.name, 0, now, history, past, asked, np.full(len(asked), -1, np.int32))
     try:
         note = bundle.tokenizer.clean(member.note)
-        return bundle.verbalizer(tables, task).prompt(task, example, bundle.prompts.score_style, note)
+        return bundle.request_verbalizer(tables).prompt(task, example, bundle.prompts.score_style, note)
     except ValueError as error:
         raise ValueError(f"member: {error}") from None
 

@@ -6,10 +6,10 @@ import json
 import time
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from brewjax.console import plain_console
 from brewjax.paths import write_text
 
 METRICS = "metrics.jsonl"
@@ -26,7 +26,7 @@ class MetricsWriter:
         self._seconds_before = rows[-1]["seconds"] if rows else 0.0
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed in __exit__)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
-        self._console = Console()
+        self._console = plain_console()
         self._progress = Progress(
             TextColumn("train"),
             BarColumn(),

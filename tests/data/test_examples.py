@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import hypothesis
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import strategies as st
 
@@ -12,6 +14,7 @@ from brewjax.data.dataset import Dataset
 from brewjax.data.examples import FEWEST_TOGETHER, Example, build_examples, example_now, history_before
 from brewjax.data.task import Split, Task
 from tests.data.conftest import Event, moment
+from tests.tables import with_column
 
 SPLITS: dict[Split, tuple[int, int]] = {"train": (0, 4), "validation": (4, 6), "test": (6, 99)}  # days
 ITEMS = 6
@@ -195,3 +198,9 @@ def test_an_event_that_matches_no_label_is_not_a_question_but_is_told(jobs_with)
 
 def test_a_split_without_questions_has_no_examples(jobs_with):
     assert list(build_examples(jobs_with([Event(0, 1, "viewed", 7)]), make_task(), "train")) == []
+
+
+def test_an_item_without_a_name_is_called_by_its_id(jobs):
+    titles = pa.array([None, "", " ", *jobs.items["title"].to_pylist()[3:]])
+    dataset = dataclasses.replace(jobs, items=with_column("title", titles)(jobs.items))
+    assert [dataset.item_name(row) for row in range(4)] == ["100", "101", "102", "Teacher (senior)"]

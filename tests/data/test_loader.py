@@ -173,5 +173,7 @@ def test_fewer_records_than_processes_are_refused(tmp_path):
 
 
 def test_a_prompt_whose_history_alone_fills_the_row_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=f"a prefix of {ROW} tokens and a question of 2 do not fit in {ROW} tokens"):
+    with pytest.raises(
+        ValueError, match=f"^example 0: a prefix of {ROW} tokens and a question of 2 do not fit in a row of {ROW}"
+    ):
         shards(tmp_path, [example(ROW)])

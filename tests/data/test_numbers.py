@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import hypothesis
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import strategies as st
 
 from brewjax.data.dataset import Statistic
-from brewjax.data.numbers import ItemStatistic, Percentiles, age
+from brewjax.data.numbers import ItemStatistic, Percentiles, age, say_number
 from tests.data.conftest import Event, moment
 
 MINUTE, HOUR, DAY = 60_000_000, 3_600_000_000, 86_400_000_000
@@ -113,3 +114,35 @@ def test_only_members_and_items_of_the_training_time_are_fitted_on(jobs_with):
 )
 def test_an_age_is_said_in_the_largest_unit_that_fits(microseconds, said):
     assert age(microseconds) == said
+
+
+@hypothesis.given(st.integers(-(10**14), 10**14))
+def test_money_keeps_its_cents(cents):
+    whole, rest = divmod(abs(cents), 100)
+    written = f"{whole}.{rest:02d}".rstrip("0").rstrip(".")
+    assert say_number(cents / 100) == ("-" if cents < 0 else "") + written
+
+
+@hypothesis.given(st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(2**63), 2**63 - 1))
+def test_a_number_is_said_plainly_and_nearly_as_it_is(value):
+    said = say_number(value)
+    assert float(said) == pytest.approx(value, rel=1e-5, abs=0)
+    assert abs(float(said) - value) <= max(0.005, 1e-15 * abs(value)) or abs(value) >= 1e21
+    assert not said.endswith((".", ".0"))
+    if 1e-15 <= abs(value) < 1e21 or value == 0:
+        assert re.fullmatch(r"-?\d+(\.\d*[1-9])?", said)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (129.99, "129.99"),
+        (1234.56, "1234.56"),
+        (1e-9, "0.000000001"),
+        (1e-20, "1e-20"),
+        (-0.0, "0"),
+        (1 / 3, "0.333333"),
+    ],
+)
+def test_numbers_are_said_as_people_write_them(value, said):
+    assert say_number(value) == said

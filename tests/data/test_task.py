@@ -1,13 +1,16 @@
-from __future__ import annotations
-
+import dataclasses
+import datetime
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from brewjax.config import ConfigError
 from brewjax.data.dataset import Card
 from brewjax.data.examples import build_examples
+from brewjax.data.reading import plain
 from brewjax.data.task import Label, Task, load_tasks
 from tests.data.conftest import Event, moment
 
@@ -51,17 +54,47 @@ def test_a_task_reads_as_written(jobs):
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("name: applies", "name: Applies!", "1: name: string should match pattern"),
+        (
+            "name: applies",
+            "name: Applies!",
+            "1: name: 'Applies!': expected small letters, digits, - and _ alone, for instance applies",
+        ),
         (
             "max_events: 20",
             "max_event: 20",
             "5: history.max_event: unknown key 'max_event'; did you mean 'max_events'?",
         ),
-        ("max_events: 20", "max_events: -1", "5: history.max_events: input should be greater than or equal to 0"),
-        ("max_events: 20", "max_age_days: 0", "5: history.max_age_days: input should be greater than 0"),
-        ('word: "Yes"', "word: Yes", "11: labels.0.word: value error, put the word in quotes"),
-        ("per_event: 2", "per_event: 0", "9: questions.sampled_negatives.per_event: input should be greater than 0"),
-        ("    value: 0\n", "", "12: labels.1.value: field required"),
+        ("max_events: 20", "max_events: -1", "5: history.max_events: expected at least 0, found -1"),
+        ("max_events: 20", "max_age_days: 0", "5: history.max_age_days: expected more than 0, found 0"),
+        ('word: "Yes"', "word: Yes", "11: labels.0.word: put the word in quotes"),
+        ("per_event: 2", "per_event: 0", "9: questions.sampled_negatives.per_event: expected more than 0, found 0"),
+        ('word: "No"', 'word: "Yes"', "12: labels.1: the word 'Yes' is given twice"),
+        (
+            'word: "No"',
+            "word: Not now",
+            "12: labels.1.word: 'Not now' is 2 words; a label's word is one, and",
+        ),
+        ("value: 0", "value: 1", "13: labels.1.value: 1 is the value of 'Yes' too; a ranking needs one that is higher"),
+        ("value: 0", "value: -1", "13: labels.1.value: -1: NDCG's gain is 2^value - 1, so values are 0 to"),
+        (
+            "value: 0",
+            "value: 2000",
+            "13: labels.1.value: 2000: NDCG's gain is 2^value - 1, so values are 0 to",
+        ),
+        ("value: 0", "value: .inf", "13: labels.1.value: expected a finite number, found inf"),
+        ("value: 1, when: {action: applied}", "value: 1", "11: labels.0: no event is ever 'Yes': say 'when' it is"),
+        ("when: {action: applied}", "when: {}", "11: labels.0.when: expected at least 1 of them, found no keys"),
+        (
+            "[viewed, applied]\n  sampled",
+            "[viewed, viewed]\n  sampled",
+            "8: questions.actions.1: the action 'viewed' is",
+        ),
+        (
+            'label: "No"',
+            'label: "Nope"',
+            "9: questions.sampled_negatives.label: 'Nope' is not a label; did you mean 'No'?",
+        ),
+        ("    value: 0\n", "", "12: labels.1.value: missing; this key is needed"),
     ],
 )
 def test_a_file_that_is_no_task_is_refused(old, new, said):
@@ -71,7 +104,7 @@ def test_a_file_that_is_no_task_is_refused(old, new, said):
 
 
 def test_one_label_is_not_a_question():
-    with pytest.raises(ConfigError, match=r"applies\.yaml:10: labels: .* at least 2 items"):
+    with pytest.raises(ConfigError, match=r"applies\.yaml:10: labels: expected at least 2 of them"):
         Task.parse(TASK[: TASK.index('  - word: "No"')], "applies.yaml")
 
 
@@ -86,18 +119,12 @@ def test_one_label_is_not_a_question():
         (
             "[viewed, applied]\n  sampled",
             "[aplied]\n  sampled",
-            "8: questions.actions.0: the dataset has no action 'aplied'; it has: viewed, applied",
+            "8: questions.actions.0: the dataset has no action 'aplied'; did you mean 'applied'?",
         ),
         (
             "seconds: 30",
             "second: 30",
-            "14: labels.1.when: events have no column 'second'; they have: action, member_id, item_id, time, seconds",
-        ),
-        ('word: "No"', 'word: "Yes"', "10: labels: two labels have the same word"),
-        (
-            'label: "No"',
-            'label: "Nope"',
-            "9: questions.sampled_negatives.label: 'Nope' is not a label; labels: Yes, No",
+            "14: labels.1.when.second: events have no column 'second'; did you mean 'seconds'?",
         ),
     ],
 )
@@ -118,29 +145,38 @@ def test_tasks_are_loaded_together_under_different_names(jobs_with, tmp_path):
     with pytest.raises(ConfigError, match=r"yaml:1: name: two tasks are named 'applies'"):
         load_tasks(paths, jobs)
     paths[1].write_text(TASK.replace("seconds: 30", "second: 30"))
-    with pytest.raises(ConfigError, match=r"two\.yaml:14: .* they have: action, member_id, item_id, time, seconds"):
+    with pytest.raises(ConfigError, match=r"two\.yaml:14: .* did you mean 'seconds'\?"):
         load_tasks(paths, jobs)
     paths[1].write_text(TASK.replace("name: applies", "name: idle").replace("seconds: 30", 'seconds: "30"'))
-    with pytest.raises(ConfigError, match=r"two\.yaml:14: labels.1.when: no event .* seconds is float64"):
+    with pytest.raises(
+        ConfigError,
+        match=r"two\.yaml:14: labels.1.when.seconds: this column holds numbers, found '30'",
+    ):
         load_tasks(paths, jobs)
 
 
 @pytest.mark.parametrize(
     ("split", "said"),
     [
-        ("{validation: 80%, test: 100%}", "'100%': a share of the events is a number between 0% and 100%"),
-        ("{validation: 0%, test: 90%}", "'0%': a share of the events is a number between 0% and 100%"),
-        ("{validation: 2025-01-05, test: 2025-13-01}", "'2025-13-01': expected a date such as 1998-03-07, or a share"),
-        ("{validation: 0.8, test: 0.9}", "'0.8': expected a date such as 1998-03-07, or a share such as 80%"),
-        ("{validation: 2025-01-09, test: 2025-01-05}", "validation (2025-01-09) must begin before test (2025-01-05)"),
-        ("{validation: 90%, test: 80%}", "validation (90%) must begin before test (80%)"),
+        ("{validation: 80%, test: 100%}", ".test: '100%': a share of the events is a number between 0% and 100%"),
+        ("{validation: 0%, test: 90%}", ".validation: '0%': a share of the events is a number between 0% and 100%"),
+        (
+            "{validation: 2025-01-05, test: 2025-13-01}",
+            ".test: '2025-13-01': expected a date, 1998-03-07, or a share",
+        ),
+        (
+            "{validation: 0.8, test: 0.9}",
+            ".validation: '0.8': expected a date, 1998-03-07, or a share, 80%",
+        ),
+        ("{validation: 2025-01-09, test: 2025-01-05}", ": validation (2025-01-09) must begin before test (2025-01-05)"),
+        ("{validation: 90%, test: 80%}", ": validation (90%) must begin before test (80%)"),
     ],
 )
 def test_a_split_that_makes_no_sense_is_refused(jobs, split, said):
     task = Task.parse(TASK.replace("{validation: 2025-01-05, test: 2025-01-09}", split), "applies.yaml")
     with pytest.raises(ConfigError) as error:
         next(build_examples(jobs, task, "train"))
-    assert str(error.value).startswith(f"applies.yaml:15: split: {said}")
+    assert str(error.value).startswith(f"applies.yaml:15: split{said}")
 
 
 def test_shares_of_the_events_and_dates_with_hours_and_zones(jobs_with):
@@ -179,3 +215,65 @@ def test_a_label_is_the_answer_to_the_events_it_names(jobs_with):
         True,
         False,
     ]
+
+
+@pytest.mark.parametrize(
+    ("column", "matching", "others"),
+    [
+        (pa.array([0.1, 0.2], pa.float32()), ["0.1", "[0.1, 7]"], ["0.10000001"]),
+        (pa.array([0.1, 0.2], pa.float16()), ["0.1"], ["0.1001"]),
+        (pa.array([Decimal("129.99"), Decimal("1.00")], pa.decimal128(9, 2)), ["129.99"], ["130"]),
+        (pa.array([4, 5], pa.int8()), ["4", "4.0"], ["3"]),
+        (pa.array([True, False]), ["true"], []),
+        (pa.array(["4", "5"]).dictionary_encode(), ['"4"'], ['"6"']),
+        (pa.array([datetime.date(2025, 1, 2), datetime.date(2025, 1, 3)]), ["2025-01-02"], ["2025-01-04"]),
+        (
+            pa.array([datetime.datetime(2025, 1, 2, 12), datetime.datetime(2025, 1, 3)], pa.timestamp("ms")),
+            ["2025-01-02T12:00", '"2025-01-02 14:00+02:00"'],
+            ["2025-01-02"],
+        ),
+    ],
+    ids=lambda value: str(value.type) if isinstance(value, pa.Array) else "",
+)
+def test_a_value_is_compared_in_the_type_of_its_column(jobs, column, matching, others):
+    events = jobs.events.slice(0, 2).append_column("extra", plain(pa.chunked_array([column])))
+    dataset = dataclasses.replace(jobs, events=events)
+    for value in matching:
+        assert Label.parse(f"{{word: a, value: 1, when: {{extra: {value}}}}}").matches(
+            dataset, np.arange(2)
+        ).tolist() == [True, False]
+    for value in others:
+        label = Label.parse(f"{{word: a, value: 1, when: {{extra: {value}}}}}")
+        assert not label.matches(dataset, np.arange(2)).any()
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "said"),
+    [
+        (pa.array([4, 5]), '"4"', "this column holds numbers, found '4'; write it without quotes: 4"),
+        (pa.array([4, 5]), "true", "this column holds numbers, found True"),
+        (pa.array([4, 5]), "4.5", "this column holds whole numbers, found 4.5"),
+        (pa.array(["4", "5"]), "4", 'this column holds texts, found 4; put it in quotes: "4"'),
+        (pa.array(["yes", "no"]), "no", 'this column holds texts, found false; put it in quotes: "false"'),
+        (pa.array([True, False]), "1", "this column holds true and false, found 1"),
+        (pa.array([["x"], []]), "x", "this column holds list<item: string>; a label goes by columns of single values"),
+        (pa.array([datetime.date(2025, 1, 2)] * 2), "soon", "this column holds dates, found 'soon'; expected one such"),
+        (pa.array([4, 5]), "null", "an unknown value matches nothing; leave null out"),
+        (pa.array([1, 2], pa.duration("ns")), "1", "this column holds duration[ns]; a label goes by texts, numbers"),
+    ],
+    ids=lambda value: str(value.type) if isinstance(value, pa.Array) else "",
+)
+def test_a_value_that_the_column_cannot_have_is_refused(jobs, column, value, said):
+    events = jobs.events.slice(0, 2).append_column("extra", plain(pa.chunked_array([column])))
+    task = Task.parse(TASK.replace("action: applied}}", f"extra: {value}}}}}"), "applies.yaml")
+    with pytest.raises(ConfigError) as error:
+        task.check_values(dataclasses.replace(jobs, events=events))
+    assert str(error.value).startswith(f"applies.yaml:11: labels.0.when.extra: {said}")
+
+
+def test_a_label_that_no_event_has_shows_what_there_is(jobs):
+    task = Task.parse(TASK.replace("seconds: 30}", "seconds: 30.5}"), "a.yaml")
+    with pytest.raises(
+        ConfigError, match=r"a\.yaml:14: labels\.1\.when: no event .* and seconds: 30\.5 \(there is: 46\.4,"
+    ):
+        task.check_values(jobs)

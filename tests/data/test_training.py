@@ -22,6 +22,7 @@ from brewjax.data.tokens import NO_TARGET, EncodedPrompt, Text, encode
 from brewjax.data.training import SftConfig, draw_choices, sft_records
 from brewjax.data.verbalize import CHOICES, Verbalizer
 from tests.data.conftest import Event, moment
+from tests.tables import put
 
 BOUNDARY = 4  # days: validation begins
 APPLIES = """
@@ -225,3 +226,27 @@ def test_a_whole_answer_takes_the_place_of_a_label_word(tokenizer):
     assert record.questions[0] == tokenizer.encode(["Which?\n"])[0] + name
     assert record.arrays["piece_id"].max() == 2, "the answer is part of its question's segment"
     assert prompt.render() == "Jobs.\nWhich?\nNurse (senior)\na?No\n"
+
+
+@pytest.mark.parametrize("kind", ["sft", "align"])
+@pytest.mark.parametrize("overlong", ["cut", "skip", "error"])
+def test_an_overlong_item_stops_no_training_unless_it_is_to(jobs_with, tokenizer, kind, overlong, capsys):
+    events = [Event(0, item, ("viewed", "applied")[item % 2], 1 + item / 10) for item in range(8)]
+    dataset = jobs_with([*events, Event(1, 0, "viewed", 6), Event(1, 2, "viewed", 9)])
+    dataset = dataclasses.replace(dataset, items=put("title", 1, "many words " * 3_000)(dataset.items))
+    questions = TASK.questions.model_copy(update={"overlong": overlong})
+    task = TASK.model_copy(update={"questions": questions})
+    percentiles = Percentiles.fit(dataset, task.boundaries(dataset)[0])
+    verbalizer, prompts = Verbalizer(dataset, percentiles, tokenizer, 1_000), PromptConfig(max_tokens=1_000)
+    records = {
+        "sft": lambda: sft_records(verbalizer, task, prompts, SftConfig()),
+        "align": lambda: align_records(verbalizer, task, prompts, AlignConfig(notes=0, size=8, lists=8)),
+    }[kind]
+    if overlong == "error":
+        with pytest.raises(ValueError, match=r"task 'applies': job 101 takes [\d,]+ tokens, most of them its 'title'"):
+            list(records())
+        return
+    (record,) = (record for record, _ in records())
+    assert record.context <= 1_000
+    done = {"cut": "cut", "skip": "skipped"}[overlong]
+    assert f"applies: 1 text too long was {done}, job 101 takes " in capsys.readouterr().err

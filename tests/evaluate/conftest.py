@@ -39,7 +39,7 @@ def sampled_task() -> Task:
 @pytest.fixture(scope="session")
 def three_label_task() -> Task:
     return Task.parse(
-        (TASK % "").replace("apply\n", "three\n") + '  - {word: "Never", value: -1, when: {action: [dismissed]}}\n'
+        (TASK % "").replace("apply\n", "three\n") + '  - {word: "Never", value: 0.5, when: {action: [dismissed]}}\n'
     )
 
 

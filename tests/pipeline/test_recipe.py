@@ -103,7 +103,7 @@ def test_a_plan_is_that_of_the_first_stage_that_trains(tmp_path):
         ({"a": SFT | {"start": "b"}}, "stages.a.start: no stage 'b' before it, and no model there"),
         ({"a": SFT, "b": {"do": "distill", "teacher": "c"}}, "stages.b.teacher: no stage 'c' before it"),
         ({"a": SFT, "b": {"do": "quantize"}, "c": SFT}, "stages.c.start: 'b' is quantised, for serving; go on from"),
-        ({"a": SFT, "b": {"do": "distill"}}, "stages.b.teacher: field required"),
+        ({"a": SFT, "b": {"do": "distill"}}, "stages.b.teacher: missing; this key is needed"),
         ({"a": {"do": "sfd"}}, "'pretrain', 'sft', 'align'"),
         ({"a": SFT, "b": {"do": "prune"}}, "give at least one of layers, kv_heads, d_ff and experts"),
         ({"a": {"do": "align"}}, "stages.a: there is no model to go on from"),

@@ -265,18 +265,18 @@ def test_a_new_task_needs_a_file_and_nothing_else(folder):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["run", "nowhere.yaml"], "nowhere.yaml: no such config file"),
+        (["run", "nowhere.yaml"], "nowhere.yaml: no such file"),
         (["run", "recipe.yaml", "--set", "train.stepz=3"], "unknown key 'stepz'; did you mean 'steps'?"),
-        (["run", "recipe.yaml", "--set", "dataset=elsewhere"], "elsewhere/dataset.yaml: no such config file"),
-        (["run", "recipe.yaml", "--set", "model=elsewhere.yaml"], "elsewhere.yaml: no such config file"),
-        (["data", "check", "elsewhere"], "elsewhere/dataset.yaml: no such config file"),
+        (["run", "recipe.yaml", "--set", "dataset=elsewhere"], "elsewhere: no such folder"),
+        (["run", "recipe.yaml", "--set", "model=elsewhere.yaml"], "elsewhere.yaml: no such file"),
+        (["data", "check", "elsewhere"], "elsewhere: no such folder"),
         (["score", "runs/jobs/turbo/model"], "give --prompt, or --dataset, --task and --member"),
-        (["score", "elsewhere", "--prompt", "-"], "prompt: not valid JSON"),
+        (["score", "elsewhere", "--prompt", "-"], "stdin:1: not valid JSON"),
         (
             ["evaluate", "runs/jobs/turbo/model", "jobs", "maybe.yaml"],
             "maybe.yaml:6: labels.0.word: label word 'Perhaps' is",
         ),
-        (["prompt", "jobs", "apply.yaml", "--member", "nobody"], "no member 'nobody'; ids look like m0, m1, m2"),
+        (["prompt", "jobs", "apply.yaml", "--member", "nobody"], "no member 'nobody'; ids look like 'm0', 'm1'"),
     ],
 )
 def test_what_a_user_can_mend_is_said_without_a_traceback(folder, arguments, said):

@@ -58,12 +58,11 @@ def bundle(dataset, tasks) -> Bundle:
 
 
 def make_bundle(dataset: Dataset, tasks: tuple[Task, ...], seed: int = 0, max_tokens: int = 600) -> Bundle:
-    percentiles = Percentiles.fit(dataset, tasks[0].boundaries(dataset)[0])
-    by_bytes = Verbalizer(dataset, percentiles, Tokenizer.of_bytes(), 1_000_000)
+    scale = PercentileScale.fit(dataset, tasks[0].boundaries(dataset)[0])
+    by_bytes = Verbalizer(dataset, Percentiles(scale.quantiles), Tokenizer.of_bytes(), 1_000_000)
     texts = [by_bytes.prompt(tasks[0], example_now(dataset, tasks[0], row), "compact").render() for row in range(8)]
     tokenizer = Tokenizer.train(texts, ["Yes", "No"], vocab_size=600)
     model = MODEL.model_copy(update={"vocab_size": tokenizer.vocab_size})
-    scale = PercentileScale(dataset=dataset.card.name, quantiles=percentiles.quantiles)
     prompts = PromptConfig(max_tokens=max_tokens)
     return Bundle(model, params(model, seed), tokenizer, prompts, scale, dataset.card, tasks)
 

@@ -8,7 +8,9 @@ import pytest
 from brewjax.data.examples import build_examples, example_now
 from brewjax.data.styles import STYLES
 from brewjax.serve import ranker_pb2 as pb
+from brewjax.serve.encoding import Encoder
 from brewjax.serve.members import of_example, say
+from tests.serve.serving import CONFIG
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -62,3 +64,14 @@ def test_errors_name_the_field(bundle, dataset, tasks, change, message):
     change(request)
     with pytest.raises(ValueError, match=message):
         say(bundle, tasks[0], request)
+
+
+def test_an_overlong_item_is_cut_or_refused_as_the_request_says(bundle, dataset, tasks):
+    request = of_example(dataset, tasks[0], example_now(dataset, tasks[0], 7).asking(slice(2)))
+    put(request.items[1].attributes, title=pb.Value(text="many words " * 900))
+    encoder = Encoder(bundle, "tiny@1", tasks, CONFIG, 600)
+    encoded = encoder.encode(pb.ScoreRequest(member=request), 10)
+    assert encoded.prompt.context <= 600
+    refused = pb.ScoreRequest(member=request, too_long=pb.ScoreRequest.REFUSE)
+    with pytest.raises(ValueError, match=r"^member: .* takes [\d,]+ tokens, most of them its 'title'.* ask for CUT"):
+        encoder.encode(refused, 10)

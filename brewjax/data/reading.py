@@ -1,0 +1,133 @@
+"""Parquet files as tables of a few plain types, whatever widths and encodings they have."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset
+
+from brewjax.config import nearest
+
+MAGIC = b"PAR1"  # a Parquet file begins and ends with it
+TEXT, INTEGER, FLOAT, DAY, TEXTS = pa.string(), pa.int64(), pa.float64(), pa.date32(), pa.list_(pa.string())
+TIME = pa.timestamp("us", "UTC")
+
+
+class UnreadableError(ValueError):
+    """A file that is no table; the message says which, and why."""
+
+
+def open_table(folder: Path, file: str) -> tuple[pa.Table, list[tuple[int, str]]]:
+    """The table in `folder / file`, a Parquet file or a folder of them; and of each file of a folder the first row and
+    the name, or [(0, "")] for a file. Raises UnreadableError."""
+    path = folder / file
+    if not path.exists():
+        there = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+        near = nearest(Path(file).stem, [Path(name).stem for name in there if name.endswith(Path(file).suffix)])
+        hint = f"did you mean '{near}{Path(file).suffix}'?" if near else f"there are: {', '.join(there) or 'none'}"
+        raise UnreadableError(f"{file}: no such file or folder in {folder}; {hint}")
+    for part in _files(path):
+        if problem := _no_parquet(part):
+            raise UnreadableError(f"{file}{'' if part == path else f': {part.relative_to(path)}'}: {problem}")
+    try:
+        source = pa.dataset.dataset(path, format="parquet", partitioning="hive" if path.is_dir() else None)
+        rows = [fragment.count_rows() for fragment in source.get_fragments()]
+        names = source.schema.names
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise UnreadableError(f"{file}: two columns are named '{twice}'; give each a name of its own")
+        table = source.to_table()
+    except (OSError, pa.ArrowException) as error:
+        if "duplicate field names" in str(error):
+            raise UnreadableError(f"{file}: two columns have the same name; give each a name of its own") from None
+        raise UnreadableError(f"{file}: not readable as Parquet: {str(error).splitlines()[0]}") from None
+    if not path.is_dir():
+        return table, [(0, "")]
+    if not source.files:
+        raise UnreadableError(f"{file}: a folder without Parquet files")
+    names = [str(Path(name).relative_to(path)) for name in source.files]
+    return table, list(zip(np.cumsum([0, *rows[:-1]]).tolist(), names, strict=True))
+
+
+def _files(path: Path) -> Iterator[Path]:
+    """The file itself, or the files of a folder that Arrow would read: not those that begin with a dot or an _."""
+    if path.is_file():
+        yield path
+        return
+    for entry in sorted(path.rglob("*")):
+        if entry.is_file() and not any(part.startswith((".", "_")) for part in entry.relative_to(path).parts):
+            yield entry
+
+
+def _no_parquet(path: Path) -> str:
+    """Why a file is not Parquet, as far as its first and last bytes tell; empty where they are right."""
+    try:
+        with open(path, "rb") as file:
+            begin = file.read(60)
+            end = b""
+            if len(begin) > 8:
+                file.seek(-len(MAGIC), 2)
+                end = file.read()
+    except OSError as error:
+        return f"not readable: {error.strerror}"
+    if not begin:
+        return "an empty file; expected Parquet"
+    if not begin.startswith(MAGIC):
+        line = begin.decode("utf-8", "replace").splitlines()[0]
+        csv = "; if it is CSV, write it with pandas.read_csv(file).to_parquet(file)" if line.isprintable() else ""
+        return f"not Parquet: it begins with {line!r:.40}{csv}"
+    return "" if end == MAGIC else "Parquet that is cut short: its end is missing; write or copy it again"
+
+
+def plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The column as the one type that brewjax uses for its kind of value; any other type is left as it is.
+
+    A float of fewer bits becomes the float64 that reads the same: 0.1, not 0.10000000149011612.
+    """
+    kind = column.type
+    try:
+        if pa.types.is_dictionary(kind):
+            column, kind = column.cast(kind.value_type), kind.value_type
+        if pa.types.is_float32(kind):
+            column = column.cast(TEXT)
+        elif pa.types.is_float16(kind):
+            texts = [None if value is None else str(np.float16(value)) for value in column.to_pylist()]
+            column = pa.chunked_array([pa.array(texts, TEXT)])
+        tests = {
+            INTEGER: pa.types.is_integer(kind),
+            FLOAT: pa.types.is_floating(kind) or pa.types.is_decimal(kind),
+            TEXT: _is_text(kind),
+            TEXTS: _is_list(kind) and _is_text(kind.value_type),
+            DAY: pa.types.is_date(kind),
+            TIME: pa.types.is_timestamp(kind),
+        }
+        for type_, fits in tests.items():
+            if fits:
+                return column.cast(type_, safe=type_ != TIME)  # nanoseconds are cut to microseconds
+    except pa.ArrowException:  # for instance an unsigned integer over 2^63: refused by its kind, where one is asked for
+        return column
+    return column
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def show(value: pa.Scalar) -> str:
+    """A value as an error shows it: some have no equal in Python, such as a nanosecond or the year 30000."""
+    try:
+        shown = value.as_py()
+        text = str(shown) if isinstance(shown, (datetime.date, datetime.time, datetime.timedelta)) else repr(shown)
+    except (ValueError, OverflowError, KeyError):
+        text = pc.cast(pa.array([value]), pa.string())[0].as_py()
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from brewjax.config import ConfigError
+from brewjax.data.dataset import Dataset
+from brewjax.data.examples import build_examples
+from brewjax.data.styles import SECTIONED, PromptConfig
+from brewjax.data.task import Task
+from brewjax.data.tokens import EncodedPrompt
+from brewjax.evaluate.predict import predict
+from brewjax.scoring.bundle import Bundle, PercentileScale
+from tests.data.conftest import jobs, jobs_with, tokenizer  # noqa: F401 (fixtures)
+from tests.tables import put, with_column, write_dataset
+from tests.tiny import MODEL, params
+
+TASK = Task.parse("""
+name: apply
+instruction: Predict whether they apply.
+history: {actions: [viewed, applied], max_events: 30}
+questions: {ask: Will the member apply, actions: [viewed, applied], per_prompt: 8}
+labels:
+  - {word: "Yes", value: 1, when: {action: applied}}
+  - {word: "No", value: 0, when: {action: viewed}}
+split: {validation: 60%, test: 80%}
+""")
+
+
+@pytest.fixture(scope="session")
+def bundle(jobs, tokenizer) -> Bundle:  # noqa: F811
+    scale = PercentileScale.fit(jobs, TASK.boundaries(jobs)[0])
+    model = MODEL.model_copy(update={"vocab_size": tokenizer.vocab_size})
+    return Bundle(model, params(model), tokenizer, PromptConfig(max_tokens=300), scale, jobs.card, (TASK,))
+
+
+def salaries(bundle: Bundle, dataset: Dataset) -> list[str]:
+    """What is said of the salary of each job."""
+    facts = bundle.verbalizer(dataset, TASK).facts("items", np.arange(len(dataset.items)), 0, SECTIONED)
+    return [fact for of_item in facts for fact in of_item if fact.startswith("Salary")]
+
+
+def test_the_data_of_training_are_known_whatever_they_are_called(bundle, jobs, tmp_path, capsys):  # noqa: F811
+    expected = salaries(bundle, jobs)
+    renamed = write_dataset(tmp_path / "renamed", card=lambda text: text.replace("name: jobs", "name: posts"))
+    assert salaries(bundle, Dataset.load(renamed)) == expected
+
+    def with_one_more(events: pa.Table) -> pa.Table:
+        again = events.slice(0, 1)
+        time = pa.array([again["time"][0].as_py().replace(year=2027)], again["time"].type)
+        return pa.concat_tables([events, with_column("time", time)(again)])
+
+    later = write_dataset(tmp_path / "later", events=with_one_more)
+    assert salaries(bundle, Dataset.load(later)) == expected
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("card", "items"),
+    [
+        (str, lambda table: with_column("salary", pa.array(np.arange(40) * 1e6))(table)),
+        (lambda text: text.replace("percentile: true, where", "where"), lambda table: table),
+        (
+            lambda text: text.replace("experience, kind: number", "experience, kind: number, percentile: true"),
+            lambda table: table,
+        ),
+    ],
+    ids=["other values", "an attribute less", "an attribute more"],
+)
+def test_other_data_of_the_same_name_have_percentiles_of_their_own(bundle, tmp_path, capsys, card, items):
+    dataset = Dataset.load(write_dataset(tmp_path / "jobs", card=card, items=items))
+    own = PercentileScale.fit(dataset, TASK.boundaries(dataset)[0])
+    bundle_of_own = dataclasses.replace(bundle, scale=own)
+    assert not bundle.scale.fits(dataset)
+    assert own.fits(dataset)
+    assert salaries(bundle, dataset) == salaries(bundle_of_own, dataset)
+    line = f"{dataset.path}: not the data that the model was trained on; percentiles are fitted to it\n"
+    assert capsys.readouterr().err == line
+
+
+class Undecided:
+    """In place of a scorer, which takes seconds to compile: every answer is as likely as the other."""
+
+    def warm_up(self) -> None:
+        pass
+
+    def score_encoded(self, prompts: list[EncodedPrompt]) -> list[np.ndarray]:
+        return [np.full((len(prompt.questions), 2), 0.5) for prompt in prompts]
+
+
+def test_an_overlong_item_stops_no_evaluation(bundle, jobs, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(Bundle, "scorer", lambda *_: Undecided())
+    examples = list(build_examples(jobs, TASK, "test"))[:2]
+    asked = np.concatenate([example.items for example in examples])
+    row = int(asked[0])
+    dataset = dataclasses.replace(jobs, items=put("title", row, "many words " * 900)(jobs.items))
+    tasks = [
+        TASK.model_copy(
+            update={"name": overlong, "questions": TASK.questions.model_copy(update={"overlong": overlong})}
+        )
+        for overlong in ("cut", "skip")
+    ]
+    cut, skipped = predict(bundle, dataset, [(task, examples) for task in tasks])
+    assert cut.table["item"].to_pylist() == asked.tolist()
+    assert skipped.table["item"].to_pylist() == [item for item in asked.tolist() if item != row]
+    lines = capsys.readouterr().err.splitlines()
+    for line, done in zip(lines, ("cut: 1 text too long was cut", "skip: 1 text too long was skipped"), strict=True):
+        assert line.startswith(f"{done}, job {100 + row} takes ")
+        assert "most of them its 'title', where " in line
+
+
+def test_what_is_no_model_folder_is_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match="no such model folder"):
+        Bundle.load(tmp_path / "none")
