@@ -35,6 +35,8 @@ from brewjax.model.generate import Generator, Prefix, Slots
 from brewjax.model.params import Params
 from brewjax.scoring.bundle import Bundle
 from brewjax.serve.config import DecodeConfig
+from brewjax.serve.refusals import shortened
+from brewjax.serve.texts import Texts
 
 
 @contextlib.contextmanager
@@ -374,6 +376,7 @@ class Decoding(orchestrator.LLMOrchestrator):
     Args:
       mesh: the model's devices, as of `Generator`.
       device: held while programs are sent to the device: those of two threads must come to all devices in one order.
+      special_tokens: those that callers write in a text count as such; otherwise they are text like any other.
     """
 
     service = SERVICE
@@ -384,6 +387,7 @@ class Decoding(orchestrator.LLMOrchestrator):
         config: DecodeConfig,
         mesh: jax.sharding.Mesh | None = None,
         device: contextlib.AbstractContextManager | None = None,
+        special_tokens: bool = False,
     ):
         bundle.model.check_context(config.context, "context")
         self.config = config
@@ -393,10 +397,9 @@ class Decoding(orchestrator.LLMOrchestrator):
         self.generator.warm_up()
         self._tokenizer = BrewTokenizer(bundle.tokenizer, self.generator)
         self._begin, self._backend = bundle.tokenizer.begin, bundle.tokenizer.hf.backend_tokenizer
-        # No token has more bytes than its name has letters: a text of more bytes than this is too long.
-        self._most_bytes = config.context * max(map(len, bundle.tokenizer.hf.get_vocab()))
+        self._texts = Texts(bundle.tokenizer, special_tokens)
         self._open: set[_Request] = set()
-        self._draining = False
+        self._draining = self.lame_duck = False
         self._engine = _Driven(self.generator, bundle.tokenizer, device or threading.Lock(), self._settle_driven)
         # Interleaved: one set of weights and devices for prefill and generation.
         driver = _Driver([self._engine], [self._engine], [None], [None], interleaved_mode=True, jax_padding=False)
@@ -438,8 +441,8 @@ class Decoding(orchestrator.LLMOrchestrator):
     async def HealthCheck(  # noqa: N802
         self, request: pb.HealthCheckRequest, context: grpc.aio.ServicerContext
     ) -> pb.HealthCheckResponse:
-        """Whether new requests are taken."""
-        return pb.HealthCheckResponse(is_live=self._driver.live and not self._draining)
+        """Whether callers should come."""
+        return pb.HealthCheckResponse(is_live=self._driver.live and not (self._draining or self.lame_duck))
 
     async def Decode(  # noqa: N802
         self, request: pb.DecodeRequest, context: grpc.aio.ServicerContext
@@ -461,7 +464,7 @@ class Decoding(orchestrator.LLMOrchestrator):
         try:
             ours.tokens = await asyncio.to_thread(self._prompt, request)  # tokenizing a long text takes a while
         except ValueError as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, shortened(error))
         as_text = request.WhichOneof("content") == "text_content"
         said, stream, text = [], DecodeStream(skip_special_tokens=False), ""
         ours.driven = True
@@ -489,11 +492,8 @@ class Decoding(orchestrator.LLMOrchestrator):
         """A request's tokens; ValueError names the field that is wrong."""
         content, most = request.WhichOneof("content"), self.config.context
         if content == "text_content":
-            text = request.text_content.text
-            if len(text.encode()) > self._most_bytes:
-                raise ValueError(f"text_content.text: {len(text):,} characters, too many for {most:,} tokens")
-            # Not by `Tokenizer.encode`, which would remember it.
-            tokens = self._backend.encode(text, add_special_tokens=False).ids
+            (tokens,) = self._texts.read([request.text_content.text], most, ["text_content.text"])
+            tokens = list(tokens)  # the request's own, to be added to
         elif content == "token_content":
             tokens, size = list(request.token_content.token_ids), self.generator.model.vocab_size
             if wrong := [token for token in tokens if not 0 <= token < size]:

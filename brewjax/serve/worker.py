@@ -54,9 +54,10 @@ class Request(Future):
     `cancel` takes it out of the queue. Fails with TimeoutError where its deadline passes first.
     """
 
-    def __init__(self, prompt: EncodedPrompt, against: Against, deadline: float, on_answers: Answers):
+    def __init__(self, prompt: EncodedPrompt, against: Against, deadline: float):
         super().__init__()
-        self.job, self.deadline, self.on_answers = Job(prompt, against, self), deadline, on_answers
+        self.job, self.deadline = Job(prompt, against, self), deadline
+        self.on_answers: Answers = lambda first, probabilities: None
         self.places = self.job.left()
         self.arrived = time.monotonic()
         self.began = 0.0
@@ -105,7 +106,12 @@ class Worker:
     @property
     def healthy(self) -> bool:
         """Whether the last pass did not fail, and there will be a next one."""
-        return self._passes_work and self._thread.is_alive()
+        return self._passes_work and self.alive
+
+    @property
+    def alive(self) -> bool:
+        """Whether there is a thread to score."""
+        return self._thread.is_alive()
 
     def start(self) -> None:
         """Begins to work. What lives by now is never looked at by the garbage collector again, until `stop`."""
@@ -126,8 +132,18 @@ class Worker:
 
         Raises QueueFullError, ClosedError, and ValueError for what no pass can hold.
         """
+        request = self.prepare(prompt, against, deadline)
+        request.on_answers = on_answers
+        self.enqueue(request)
+        return request
+
+    def prepare(self, prompt: EncodedPrompt, against: Against = "labels", deadline: float = math.inf) -> Request:
+        """All of `submit` that takes time for a long list; ValueError for what no pass can hold."""
         self._batcher.check(prompt)
-        request = Request(prompt, against, deadline, on_answers)
+        return Request(prompt, against, deadline)
+
+    def enqueue(self, request: Request) -> None:
+        """The rest of `submit`."""
         with self._changed:
             if self._stopping:
                 raise ClosedError
@@ -138,7 +154,6 @@ class Worker:
             request.add_done_callback(self._left)
             self._inbox.append(request)
             self._changed.notify()
-        return request
 
     def reload(self, params: Params) -> Future:
         """Other weights for whatever is submitted from now on; done when they are in use."""

@@ -20,7 +20,7 @@ from brewjax.scoring.passes import Bucket
 from brewjax.scoring.scorer import Scorer
 from brewjax.serve import Client
 from brewjax.serve.server import Server
-from tests.serve.serving import CONFIG, running
+from tests.serve.serving import ADMIN_TOKEN, CONFIG, running
 from tests.tables import write_dataset
 from tests.tiny import MODEL, params
 
@@ -76,15 +76,18 @@ def model_folder(bundle, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(model_folder) -> Iterator[Server]:
+def server(model_folder, tmp_path_factory) -> Iterator[Server]:
     """One for all tests: whoever changes it changes it back."""
-    with running(model_folder, CONFIG) as server:
+    base = tmp_path_factory.getbasetemp()
+    (base / "admin token").write_text(ADMIN_TOKEN)
+    update = {"admin_token_file": str(base / "admin token"), "reload_below": str(base)}
+    with running(model_folder, CONFIG.model_copy(update=update)) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def client(server) -> Iterator[Client]:
-    with Client(f"127.0.0.1:{server.port}") as client:
+    with Client(f"127.0.0.1:{server.port}", ADMIN_TOKEN) as client:
         yield client
 
 

@@ -22,7 +22,16 @@ from brewjax.serve.config import ServeConfig
 from brewjax.serve.server import Server
 from brewjax.serve.worker import Worker
 
-CONFIG = ServeConfig(port=0, http_port=0, row_tokens=(256, 1024), context=1024, cache_gigabytes=0.01, decode=False)
+CONFIG = ServeConfig(
+    port=0,
+    http_port=0,
+    row_tokens=(256, 1024),
+    context=1024,
+    cache_gigabytes=0.01,
+    decode=False,
+    lame_duck_seconds=0,
+)
+ADMIN_TOKEN = "open everything"
 
 
 @contextmanager
