@@ -62,10 +62,14 @@ class Admission:
             scope = {**scope, "method": "GET"}
         try:
             self._check_token(scope["path"], headers.get("authorization", ""))
+            if "content-length" in headers and "transfer-encoding" in headers:  # a proxy may go by the other one
+                raise Refused(400, "the headers: give content-length or transfer-encoding, not both")
             body = await self._read(headers.get("content-length", ""), receive)
         except Refused as refused:
             status, message = refused.args
-            extra = {401: {"WWW-Authenticate": "Bearer"}, 408: {"Connection": "close"}}.get(status)
+            extra = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
+            if status in (400, 408):
+                extra["Connection"] = "close"
             await error_response(status, message, extra)(scope, receive, answer)
             return
         if body is None:  # the caller is gone

@@ -17,6 +17,8 @@ from brewjax.serve.members import say
 from brewjax.serve.refusals import MAX_ID
 from brewjax.serve.texts import Texts
 
+SLICE = 1_000  # items that are read at a time
+
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
@@ -159,11 +161,13 @@ class Encoder:
         return newest_first[::-1]
 
     def _items(self, texts: Sequence[pb.Text]) -> list[list[int]]:
-        fields = [f"raw.items[{index}]" for index in range(len(texts))]
-        items = self._tokens(dict(zip(fields, texts, strict=True)), self.config.item_tokens)
-        for field, item in zip(fields, items, strict=True):
-            if not item:
-                raise ValueError(f"{field}: empty")
+        items: list[list[int]] = []
+        for start in range(0, len(texts), SLICE):
+            sliced = {f"raw.items[{start + index}]": text for index, text in enumerate(texts[start : start + SLICE])}
+            for field, item in zip(sliced, self._tokens(sliced, self.config.item_tokens), strict=True):
+                if not item:
+                    raise ValueError(f"{field}: empty")
+                items.append(item)
         return items
 
     def _labels(self, raw: pb.Raw) -> list[int]:

@@ -52,15 +52,11 @@ class ScoreRequest(pydantic.BaseModel):
     """As SGLang's /v1/score takes it."""
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True)
-    query: str | TokenIds = pydantic.Field(
-        "", description="What all items share: a member's history, say."
-    )
+    query: str | TokenIds = pydantic.Field("", description="What all items share: a member's history, say.")
     items: str | Annotated[list[str], _FIRST] | Annotated[list[TokenIds], _FIRST] = pydantic.Field(
         description="Texts, or token ids of each."
     )
-    label_token_ids: TokenIds = pydantic.Field(
-        description="The tokens whose probabilities are asked for."
-    )
+    label_token_ids: TokenIds = pydantic.Field(description="The tokens whose probabilities are asked for.")
     apply_softmax: bool = pydantic.Field(False, description="Among the labels; otherwise among all words of the model.")
     item_first: bool = pydantic.Field(False, description="Items are read before the query: nothing is shared then.")
     model: str = pydantic.Field("", description="Ignored: one model is served.")
@@ -83,7 +79,7 @@ class ScoreResponse(pydantic.BaseModel):
 
 def make_app(service: Service, credentials: Credentials, refusals: Refusals) -> FastAPI:
     """The application; all but `OPEN_PATHS` needs the callers' token, where there is one."""
-    app = FastAPI(title="brewjax", description=DESCRIPTION, docs_url=None, redoc_url=None)
+    app = FastAPI(title="brewjax", description=DESCRIPTION, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_middleware(Admission, service=service, credentials=credentials, refusals=refusals, open_paths=OPEN_PATHS)
 
     @app.exception_handler(starlette.exceptions.HTTPException)

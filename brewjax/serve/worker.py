@@ -24,6 +24,7 @@ from brewjax.scoring.scorer import Against, Running, Scorer, among_labels
 from brewjax.serve.metrics import Metrics
 
 log = logging.getLogger(__name__)
+BUSY_FOR = 60.0  # seconds without a pause, after which old garbage is collected all the same
 TRY_AGAIN = 1.0  # seconds until passes are tried again after one failed
 
 Answers = Callable[[int, np.ndarray], None]  # hears the number of the first question, and probabilities [Q, labels]
@@ -226,13 +227,16 @@ class Worker:
         return bool(self._running or self._inbox or self._batcher)
 
     def _collect(self) -> None:
-        """Garbage, when the device is busy or nothing is to be done; the old of it for a hundredth of the time."""
-        began = time.monotonic()
-        old = began >= self._collect_old_at
+        """Garbage, when the device is busy or nothing is to be done.
+
+        All threads stand still for it. What is old is looked at when nothing is to be done, and otherwise rarely: it
+        may hold a list of 50,000 items.
+        """
+        now = time.monotonic()
+        old = now >= self._collect_old_at and (not self._has_work() or now >= self._collect_old_at + BUSY_FOR)
         gc.collect(2 if old else 1)
         if old:
-            now = time.monotonic()
-            self._collect_old_at = now + max(1.0, 100 * (now - began))
+            self._collect_old_at = time.monotonic() + 1.0
 
     def _fill_up(self) -> None:
         """Waits a little for requests to share a pass with the first one."""

@@ -20,7 +20,7 @@ from brewjax.scoring.passes import Bucket
 from brewjax.scoring.scorer import Scorer
 from brewjax.serve import Client
 from brewjax.serve.server import Server
-from tests.serve.serving import ADMIN_TOKEN, CONFIG, running
+from tests.serve.serving import ADMIN_TOKEN, CONFIG, TOKEN, running
 from tests.tables import write_dataset
 from tests.tiny import MODEL, params
 
@@ -94,6 +94,33 @@ def client(server) -> Iterator[Client]:
 @pytest.fixture(scope="session")
 def http(server) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=f"http://127.0.0.1:{server.http_port}", timeout=60) as http:
+        yield http
+
+
+@pytest.fixture(scope="session")
+def strict(model_folder, tmp_path_factory) -> Iterator[Server]:
+    """One that asks for a token, with few connections and little time."""
+    tokens = tmp_path_factory.mktemp("tokens")
+    (tokens / "token").write_text(TOKEN)
+    (tokens / "admin").write_text(ADMIN_TOKEN)
+    update = {
+        "token_file": str(tokens / "token"),
+        "admin_token_file": str(tokens / "admin"),
+        "row_tokens": (256,),
+        "item_tokens": 256,
+        "context": 256,
+        "connections": 8,
+        "header_seconds": 0.5,
+        "body_seconds": 0.5,
+        "keep_alive_seconds": 1.5,
+    }
+    with running(model_folder, CONFIG.model_copy(update=update)) as server:
+        yield server
+
+
+@pytest.fixture
+def strict_http(strict) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=f"http://127.0.0.1:{strict.http_port}", timeout=60) as http:
         yield http
 
 

@@ -31,7 +31,7 @@ CONFIG = ServeConfig(
     decode=False,
     lame_duck_seconds=0,
 )
-ADMIN_TOKEN = "open everything"
+TOKEN, ADMIN_TOKEN = "open sesame", "open everything"
 
 
 @contextmanager

@@ -1,12 +1,9 @@
 """Requests that are wrong, callers that vanish, passes that fail, checkpoints that are broken: over the wire."""
 
-import asyncio
 import concurrent.futures
 import dataclasses
-import json
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -29,7 +26,6 @@ from brewjax.scoring.scorer import Scorer
 from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve import ranker_pb2_grpc
 from brewjax.serve.client import raw
-from brewjax.serve.http import make_app
 from brewjax.serve.members import of_example
 from tests.serve.serving import (
     LABELS,
@@ -211,87 +207,6 @@ def test_any_time_there_is_can_be_told(client, member, year):
         event.time.FromJsonString(moment)
     put(member.items[0].attributes, "posted", date=member.now)
     assert len(client.score(member).scores) == 4
-
-
-@pytest.mark.parametrize(
-    ("body", "message"),
-    [
-        ({"items": ["a"]}, "label_token_ids: Field required"),
-        ({"items": ["a", 3], "label_token_ids": [5]}, "items: Input should be"),
-        ({"items": ["a", ""], "label_token_ids": [5]}, "items[1]: empty"),
-        ({"items": [], "label_token_ids": [5]}, "items: 0 of them"),
-        ({"items": ["a"], "label_token_ids": []}, "label_token_ids: 0 of them; give 1 to 32"),
-        ({"items": ["a"], "label_token_ids": [5, 5]}, "label_token_ids: one is given twice"),
-        ({"items": ["a"], "label_token_ids": [-1]}, "label_token_ids[0]: Input should be greater"),
-        ({"items": ["a"], "label_token_ids": [60_000]}, "label_token_ids: no token 60000"),
-        ({"items": ["a"], "label_token_ids": [5], "query": [60_000]}, "query: no token 60000"),
-        ({"items": ["a"], "label_token_ids": [5], "query": [7] * 1025}, "query: 1,025 tokens before the items"),
-        ({"items": ["a"], "label_token_ids": [5], "query": "\ud800"}, "the body: Invalid JSON: lone leading surrogate"),
-        ({"items": ["a"], "label_token_ids": [5], "temperature": 1}, "temperature: Extra inputs"),
-        ({"items": ["a"] * 1001, "label_token_ids": [5]}, "items: 1,001 of them"),
-        (b"{", "the body: Invalid JSON: EOF"),
-        (b"\xff", "the body: Invalid JSON: "),
-        (b"[" * 100_000, "the body: Invalid JSON: recursion limit"),
-        (b"", "the body: Invalid JSON: EOF"),
-    ],
-)
-def test_http_names_the_field(http, body, message):
-    content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    response = http.post("/v1/score", content=content, headers={"content-type": "application/json"})
-    assert response.status_code == 400
-    assert response.json() == {"object": "error", "code": 400, "message": mock.ANY}
-    assert response.json()["message"].startswith(message)
-
-
-def test_http_answers_in_one_form_whatever_is_wrong(server, http):
-    for response, status in (
-        (http.get("/nowhere"), 404),
-        (http.get("/v1/score"), 405),
-        (http.post("/v1/score", content=b"x" * 8_000_001, headers={"content-type": "application/json"}), 413),
-        (http.post("/v1/score", content=(b"x" * 1_000_000 for _ in range(9)), headers={"content-type": "a/json"}), 413),
-    ):
-        assert response.status_code == status
-        assert response.json()["code"] == status
-    echoed = http.post(
-        "/v1/score", json={"items": ["a"], "label_token_ids": [5]}, headers={"x-request-id": "mine"}
-    ).headers["x-request-id"]
-    assert echoed == "mine"
-
-
-def test_http_answers_are_sent_at_once(server):
-    """A head and a body are two packets, and the second would wait for the first to be acknowledged."""
-    (listening,) = server._http.servers[0].sockets
-    assert listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-
-
-def test_http_has_health_metrics_and_its_own_description(http):
-    assert http.get("/health").status_code == 200
-    metrics = http.get("/metrics").text
-    for name in ("requests_total", "queue_seconds", "pass_seconds", "pass_tokens", "pass_items", "padding_tokens_total",
-                 "prefix_tokens_total", "waiting_tokens", "compilations", "reloads"):  # fmt: skip
-        assert f"# TYPE brewjax_{name.removesuffix('_total')}" in metrics, name
-    assert 'brewjax_requests_total{code="OK",method="Score"}' in metrics
-    assert "swagger" in http.get("/docs").text
-    description = http.get("/openapi.json").json()
-    assert set(description["paths"]) == {"/v1/score", "/health", "/metrics"}
-
-
-def test_http_asks_for_the_token(server):
-    app = make_app(server.service, token="secret")
-
-    async def get(path: str, **headers: str) -> int:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
-            return (await client.get(path, headers=headers)).status_code
-
-    for path, authorization, status in (
-        ("/metrics", "", 401),
-        ("/metrics", "Bearer Secret", 401),
-        ("/metrics", "secret", 401),
-        ("/metrics", "Bearer secr\xe9t", 401),
-        ("/metrics", "Bearer secret", 200),
-        ("/health", "", 200),
-    ):
-        assert asyncio.run(get(path, authorization=authorization.encode("latin-1"))) == status
 
 
 # --- limits

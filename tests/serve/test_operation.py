@@ -22,12 +22,11 @@ from brewjax import cli
 from brewjax.data.task import Task
 from brewjax.serve import Client
 from brewjax.serve.encoding import Encoder
-from tests.serve.serving import CONFIG, ask, expected, probabilities
+from tests.serve.serving import CONFIG, TOKEN, ask, expected, probabilities
 from tests.tiny import params
 
 Code = grpc.StatusCode
 ROOT = Path(__file__).parents[2]
-TOKEN = "open sesame"
 
 
 @pytest.fixture(scope="module")
@@ -217,15 +216,17 @@ def test_what_cannot_start_says_why_in_one_message(model_folder, secrets, taken,
         ("port=70000",): "port: input should be less than 65536",
         ("row_tokens=[100]",): "row_tokens (100,): lengths are multiples of 128",
         ("row_tokens=[256]",): "item_tokens 1024 is over the longest of row_tokens (256,)",
-        ("host=0.0.0.0",): "host 0.0.0.0 can be reached from other machines: give tls_cert, tls_key and token_file",
+        (
+            "host=0.0.0.0",
+        ): "host 0.0.0.0 can be reached from other machines: give tls_cert and tls_key (or plaintext: true), ",
         ("host=0.0.0.0", f"token_file={secrets / 'token'}"): "host 0.0.0.0 can be reached from other machines",
         (key,): "give both tls_cert and tls_key, or neither",
         (key, f"tls_cert={tmp_path / 'no.pem'}"): "tls_cert: [Errno 2] No such file",
         (key, f"tls_cert={tmp_path / 'bad.pem'}"): "tls_cert: [SSL]",
         (f"token_file={tmp_path / 'empty'}",): "empty holds no token: write one line of ASCII there",
         (f"token_file={tmp_path / 'none'}",): "token_file: [Errno 2] No such file",
-        (f"port={taken}",): f"port: cannot listen at 127.0.0.1:{taken}: Address already in use",
-        (f"http_port={taken}",): f"http_port: cannot listen at 127.0.0.1:{taken}: Address already in use",
+        (f"port={taken}",): f"port: cannot listen at localhost:{taken}: Address already in use",
+        (f"http_port={taken}",): f"http_port: cannot listen at localhost:{taken}: Address already in use",
         ("port=0", "http_port=0", "tasks=[nowhere.yaml]"): "nowhere.yaml: no such config file",
         ("port=0", "http_port=0", "cache_gigabytes=0.0001"): "cache_gigabytes: 0.0001 GB hold",
     }
