@@ -74,7 +74,7 @@ class HttpServer(uvicorn.Server):
         if ssl_context:
             self._tls = {"ssl": ssl_context, "ssl_handshake_timeout": config.header_seconds}
         self.servers = []
-        self._open = 0
+        self._open = self._accepted = 0
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -98,6 +98,17 @@ class HttpServer(uvicorn.Server):
                     connection.setblocking(False)
                     await loop.connect_accepted_socket(self._protocol, connection, **self._tls)
         await super().shutdown()
+
+    def take_turn(self) -> None:
+        """Lets the event loop see to a burst of connections by and by: only one that it has seen to can make room."""
+        if self._accepted >= max(1, self.limits.connections // 8):
+            raise BlockingIOError
+        if not self._accepted:
+            asyncio.get_running_loop().call_soon(self._end_turn)
+        self._accepted += 1
+
+    def _end_turn(self) -> None:
+        self._accepted = 0
 
     def admit(self) -> bool:
         """Whether another connection may be made, for which the one that is idle for longest may have to go."""
@@ -133,8 +144,9 @@ class _Listening(socket.socket):
         self._server = server
 
     def accept(self) -> tuple[socket.socket, Any]:
-        """Raises BlockingIOError where nobody waits."""
+        """Raises BlockingIOError where nobody waits, or others are to be looked at first."""
         while True:
+            self._server.take_turn()
             connection, address = super().accept()
             if self._server.admit():
                 return _Connection(connection.detach(), self._server), address
