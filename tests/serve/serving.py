@@ -49,7 +49,8 @@ def running(folder: Path, config: ServeConfig) -> Iterator[Server]:
         gc.unfreeze()  # the collector is for other tests of this process too
         gc.enable()
         yield server
-        assert asyncio.run_coroutine_threadsafe(server.stop(), loop).result(60)
+        if not server.service.lame_duck:  # else the test has stopped it
+            assert asyncio.run_coroutine_threadsafe(server.stop(), loop).result(60)
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
