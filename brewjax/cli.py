@@ -319,7 +319,7 @@ def serve(
 ) -> None:
     """Serve a model over gRPC (Ranker, and JetStream's Decode) and HTTP (/v1/score).
 
-    SIGTERM finishes what runs and stops; SIGHUP takes up the folder's new checkpoint.
+    SIGTERM sends callers elsewhere, finishes what runs and stops; SIGHUP takes up a new checkpoint, certificate and tokens.
     """
     _device_per_core()
     import asyncio

@@ -20,7 +20,7 @@ from brewjax.scoring.passes import Bucket
 from brewjax.scoring.scorer import Scorer
 from brewjax.serve import Client
 from brewjax.serve.server import Server
-from tests.serve.serving import ADMIN_TOKEN, CONFIG, TOKEN, running
+from tests.serve.serving import ADMIN_TOKEN, CONFIG, TOKEN, eventually, pages_held, running, waiting
 from tests.tables import write_dataset
 from tests.tiny import MODEL, params
 
@@ -128,3 +128,12 @@ def strict_http(strict) -> Iterator[httpx.Client]:
 def alone(bundle) -> Scorer:
     """The scorer that evaluation uses."""
     return Scorer(bundle.model, bundle.params, bundle.tokenizer, "dense", [Bucket(256), Bucket(4096)])
+
+
+@pytest.fixture
+def worker(server):
+    """Which nobody keeps busy, before and after."""
+    worker = server.service.worker
+    yield worker
+    eventually(lambda: waiting(worker) == 0 and pages_held(worker) == 0)
+    eventually(lambda: server.service._streams == 0)

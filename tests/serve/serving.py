@@ -9,9 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
+import grpc
 import numpy as np
+import pytest
 
 from brewjax.data.tokens import EncodedPrompt
 from brewjax.scoring.passes import Pass
@@ -108,6 +111,13 @@ def eventually(condition: Callable[[], object], seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < until, "it did not come true"
         time.sleep(0.01)
+
+
+def refusal(call: Callable[..., object], *args: Any, **kwargs: Any) -> tuple[grpc.StatusCode, str]:
+    """The code and the message of a call that must fail."""
+    with pytest.raises(grpc.RpcError) as error:
+        call(*args, **kwargs)
+    return error.value.code(), error.value.details()  # type: ignore[attr-defined]
 
 
 def pages_held(worker: Worker) -> int:

@@ -128,7 +128,8 @@ def test_busy_connections_do_not(strict, connect):
     busy = [connect() for _ in range(strict.config.connections)]
     for connection in busy:
         connection.sendall(head(1000) + b"{")
-    eventually(lambda: all(protocol.idle_since is None for protocol in strict._http.server_state.connections))
+    protocols = strict._http.server_state.connections
+    eventually(lambda: [protocol.idle_since for protocol in protocols] == [None] * len(busy))
     assert connect().recv(1000) == b""
     assert {connection.recv(12) for connection in busy} == {b"HTTP/1.1 408"}
 

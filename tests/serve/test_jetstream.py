@@ -17,7 +17,8 @@ import pytest
 
 from brewjax.scoring.bundle import Bundle
 from brewjax.serve.config import DecodeConfig
-from brewjax.serve.jetstream import BrewEngine, Decoding, jetstream_pb2_grpc, pb
+from brewjax.serve.jetstream import Decoding, jetstream_pb2_grpc, pb
+from brewjax.serve.jetstream_engine import BrewEngine
 from tests.serve.serving import eventually
 from tests.tiny import params
 

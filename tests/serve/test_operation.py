@@ -23,7 +23,7 @@ from brewjax.data.task import Task
 from brewjax.serve import Client
 from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve.encoding import Encoder
-from tests.serve.serving import CONFIG, TOKEN, ask, eventually, expected, probabilities
+from tests.serve.serving import CONFIG, TOKEN, ask, eventually, expected, probabilities, refusal
 from tests.tiny import params
 
 Code = grpc.StatusCode
@@ -111,12 +111,6 @@ def processes() -> Iterator[list[Process]]:
     yield started
     for process in started:
         process.kill()
-
-
-def refusal(call, *args) -> tuple[grpc.StatusCode, str]:
-    with pytest.raises(grpc.RpcError) as error:
-        call(*args)
-    return error.value.code(), error.value.details()
 
 
 def test_a_server_from_its_start_to_its_end(folder, secrets, log, processes, bundle, alone):

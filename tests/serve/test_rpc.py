@@ -12,7 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from brewjax.serve import Client, ranker_pb2_grpc
 from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve.client import raw
-from tests.serve.serving import ADMIN_TOKEN, TOKEN, eventually
+from tests.serve.serving import ADMIN_TOKEN, TOKEN, eventually, refusal
 
 Code = grpc.StatusCode
 QUESTION = raw([7], [[8]], [5])
@@ -24,12 +24,6 @@ SCORE = "/brewjax.ranker.v1.Ranker/Score"
 def channel(strict):
     with grpc.insecure_channel(f"127.0.0.1:{strict.port}", [("grpc.use_local_subchannel_pool", 1)]) as channel:
         yield channel
-
-
-def refusal(call, *args, **kwargs) -> tuple[grpc.StatusCode, str]:
-    with pytest.raises(grpc.RpcError) as error:
-        call(*args, **kwargs)
-    return error.value.code(), error.value.details()
 
 
 def refused(server, reason: str) -> float:
