@@ -319,7 +319,7 @@ def serve(
 ) -> None:
     """Serve a model over gRPC (Ranker, and JetStream's Decode) and HTTP (/v1/score).
 
-    SIGTERM sends callers elsewhere, finishes what runs and stops; SIGHUP takes up a new checkpoint, certificate and tokens.
+    SIGTERM sends callers elsewhere, finishes what runs and stops; SIGHUP takes up new weights, certificate and tokens.
     """
     _device_per_core()
     import asyncio

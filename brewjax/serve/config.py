@@ -63,7 +63,7 @@ class ServeConfig(Config):
       connections: most connections to each port. Where they are all in use, HTTP closes the one that is idle for
         longest, and gRPC refuses the next.
       header_seconds, body_seconds: how long a request's head and its body may take to arrive.
-      keep_alive_seconds: how long an idle HTTP connection stays open. Longer than a balancer's own limit, or the
+      keep_alive_seconds: how long an idle connection stays open. Longer than a balancer's own limit, or the
         balancer sends requests into connections that are being closed (and answers 502): 60 s of AWS, 600 of Google.
       lame_duck_seconds: after SIGTERM, how long readiness fails and requests are still answered, for balancers to
         notice; SIGINT leaves it out.

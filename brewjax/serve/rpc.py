@@ -43,6 +43,7 @@ def channel_options(config: ServeConfig) -> list[tuple[str, int]]:
         # ends every call of one that pings more than once in five minutes ("Too many pings").
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", PINGS_MS),
+        ("grpc.max_connection_idle_ms", int(1000 * config.keep_alive_seconds)),
         # And we ping, for a caller that vanished without a word to be noticed.
         ("grpc.keepalive_time_ms", 60_000),
         ("grpc.so_reuseport", 0),
@@ -105,16 +106,15 @@ class Door(ServerInterceptor):
             self._refusals.note("grpc", REASONS[Code.UNIMPLEMENTED])
         if handler is None or handler.request_streaming:
             return handler
-        name = method.rpartition("/")[2]
 
         async def answer(messages: Any, context: ServicerContext) -> Any:
             with self._calling(method):
-                async with self._refusing(name, context) as fields:
+                async with self._refusing(method, context) as fields:
                     return await handler.unary_unary(await self._read(handler, messages, fields), context)
 
         async def answer_stream(messages: Any, context: ServicerContext) -> AsyncIterator[Any]:
             with self._calling(method):
-                async with self._refusing(name, context) as fields:
+                async with self._refusing(method, context) as fields:
                     responses = handler.unary_stream(await self._read(handler, messages, fields), context)
                     if not hasattr(responses, "__aiter__"):
                         await responses  # it writes them itself
@@ -166,19 +166,20 @@ class Door(ServerInterceptor):
         return request
 
     @contextlib.asynccontextmanager
-    async def _refusing(self, name: str, context: ServicerContext) -> AsyncIterator[dict[str, str]]:
+    async def _refusing(self, method: str, context: ServicerContext) -> AsyncIterator[dict[str, str]]:
         """Turns errors into codes; a full queue says when to come back, in the way that gRPC's own retries obey.
 
         Gives the fields of the log line, to be filled.
         """
-        fields = {"method": name}
+        is_open, fields = method.startswith(OPEN), {"method": method.rpartition("/")[2]}
         try:
             yield fields
         except AbortError:
             self._refusals.note("grpc", REASONS.get(CODES[int(context.code())], "failed"), **fields)
             raise
         except (asyncio.CancelledError, GeneratorExit):
-            self._refusals.note("grpc", "cancelled", **fields)
+            if not is_open:  # nobody watches health to the end
+                self._refusals.note("grpc", "cancelled", **fields)
             raise
         except Exception as error:
             code = status_of(error)

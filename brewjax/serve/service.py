@@ -201,7 +201,7 @@ class Service:
     async def reload(self, bundle: Bundle, version: str) -> None:
         """Other weights, from the next request on; ValueError where they do not fit what is compiled, or are broken."""
         await asyncio.to_thread(self._check, bundle)
-        encoder = self._encodes(bundle, version)
+        encoder = await asyncio.to_thread(self._encodes, bundle, version)
         taken_up = self.worker.reload(bundle.params)
         self._encoder = encoder  # without a pause since: what is queued behind the weights is what it encoded
         await asyncio.shield(asyncio.wrap_future(taken_up))
