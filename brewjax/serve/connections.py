@@ -21,6 +21,7 @@ from brewjax.serve.refusals import Refusals
 LINGER = 2.0  # seconds for a caller to read the last answer before its connection is cut
 BACKLOG = 128  # connections that the system keeps until they are accepted
 REQUEST_TIMEOUT = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # on a machine without IPv6
 WILDCARDS = ("", "0.0.0.0", "::")
 
 
@@ -35,6 +36,8 @@ def listen(host: str, port: int) -> list[socket.socket]:
                 return [socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True)]
         return [socket.create_server(("0.0.0.0", port))]
     addresses = {(info[0], info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+    if host == "localhost":  # of which many a machine knows one address only
+        addresses |= {(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")}
     sockets: list[socket.socket] = []
     refusals: list[OSError] = []
     for family, address in sorted(addresses):
@@ -43,7 +46,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
             port = port or sockets[0].getsockname()[1]
         except OSError as error:
             refusals.append(error)
-    if not sockets or any(error.errno != errno.EADDRNOTAVAIL for error in refusals):
+    if not sockets or any(error.errno not in NO_SUCH_ADDRESS for error in refusals):
         for listening in sockets:
             listening.close()
         raise refusals[0]

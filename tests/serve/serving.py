@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +35,7 @@ CONFIG = ServeConfig(
     decode=False,
     lame_duck_seconds=0,
 )
+LOOPBACK = ["127.0.0.1"] + ["::1"] * socket.has_dualstack_ipv6()
 TOKEN, ADMIN_TOKEN = "open sesame", "open everything"
 
 

@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from tests.serve.serving import TOKEN, eventually
+from brewjax.serve.connections import listen
+from tests.serve.serving import LOOPBACK, TOKEN, eventually
 
 BODY = json.dumps({"query": [7], "items": [[8]], "label_token_ids": [5]}).encode()
 SECONDS = 10  # far more than what the server allows
@@ -135,8 +136,17 @@ def test_busy_connections_do_not(strict, connect):
 
 
 def test_both_loopback_addresses_answer(strict):
-    hosts = {info[4][0] for info in socket.getaddrinfo("localhost", 1, type=socket.SOCK_STREAM)}
-    for host in hosts:
+    for host in LOOPBACK:
         with socket.create_connection((host, strict.http_port), timeout=SECONDS) as connection:
             connection.sendall(b"GET /readyz HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
             assert read_all(connection).startswith(b"HTTP/1.1 200")
+
+
+def test_every_address_is_of_both_kinds():
+    for host in ("0.0.0.0", "::"):
+        (listening,) = listen(host, 0)
+        with listening:
+            for address in LOOPBACK:
+                socket.create_connection((address, listening.getsockname()[1]), timeout=SECONDS).close()
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="in use"):
+        listen("localhost", taken.getsockname()[1])

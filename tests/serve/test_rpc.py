@@ -12,7 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from brewjax.serve import Client, ranker_pb2_grpc
 from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve.client import raw
-from tests.serve.serving import ADMIN_TOKEN, TOKEN, eventually, refusal
+from tests.serve.serving import ADMIN_TOKEN, LOOPBACK, TOKEN, eventually, refusal
 
 Code = grpc.StatusCode
 QUESTION = raw([7], [[8]], [5])
@@ -166,8 +166,7 @@ def test_a_message_that_is_far_too_large_is_refused(strict, channel):
 
 
 def test_both_ports_are_open_at_every_loopback_address(strict):
-    hosts = {info[4][0] for info in socket.getaddrinfo("localhost", 1, type=socket.SOCK_STREAM)}
-    for host in hosts:
+    for host in LOOPBACK:
         address = f"[{host}]" if ":" in host else host
         with Client(f"{address}:{strict.port}", TOKEN) as client:
             assert client.score(QUESTION).scores
