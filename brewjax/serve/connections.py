@@ -7,7 +7,7 @@ import contextlib
 import errno
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import h11
@@ -77,7 +77,8 @@ class HttpServer(uvicorn.Server):
         if ssl_context:
             self._tls = {"ssl": ssl_context, "ssl_handshake_timeout": config.header_seconds}
         self.servers = []
-        self._open = self._accepted = 0
+        self._open = 0
+        self.greeting: dict[int, _Connection] = {}  # those without a protocol yet, by file descriptor
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -102,28 +103,21 @@ class HttpServer(uvicorn.Server):
                     await loop.connect_accepted_socket(self._protocol, connection, **self._tls)
         await super().shutdown()
 
-    def take_turn(self) -> None:
-        """Lets the event loop see to a burst of connections by and by: only one that it has seen to can make room."""
-        if self._accepted >= max(1, self.limits.connections // 8):
-            raise BlockingIOError
-        if not self._accepted:
-            asyncio.get_running_loop().call_soon(self._end_turn)
-        self._accepted += 1
-
-    def _end_turn(self) -> None:
-        self._accepted = 0
-
-    def admit(self) -> bool:
-        """Whether another connection may be made, for which the one that is idle for longest may have to go."""
+    def admit(self, connection: socket.socket) -> _Connection | None:
+        """Another connection, for which the one that has done nothing for longest may have to go; None where all are
+        busy."""
         if self._open >= self.limits.connections:
             protocols = cast("set[_Protocol]", self.server_state.connections)
-            idle = [protocol for protocol in protocols if protocol.idle_since is not None]
+            idle: dict[float, Callable[[], None]] = {each.idle_since: each.cut for each in protocols if each.idle_since}
+            idle |= {each.accepted: each.cut for each in self.greeting.values()}
+            self.refusals.note("http", "connections")
             if not idle:
-                self.refusals.note("http", "connections")
-                return False
-            min(idle, key=lambda protocol: cast(float, protocol.idle_since)).cut("connections")
+                return None
+            idle[min(idle)]()
         self._count(1)
-        return True
+        admitted = _Connection(connection.detach(), self)
+        self.greeting[admitted.fileno()] = admitted
+        return admitted
 
     def release(self) -> None:
         """A connection that was admitted is closed."""
@@ -147,25 +141,39 @@ class _Listening(socket.socket):
         self._server = server
 
     def accept(self) -> tuple[socket.socket, Any]:
-        """Raises BlockingIOError where nobody waits, or others are to be looked at first."""
+        """Raises BlockingIOError where nobody waits."""
         while True:
-            self._server.take_turn()
             connection, address = super().accept()
-            if self._server.admit():
-                return _Connection(connection.detach(), self._server), address
+            if admitted := self._server.admit(connection):
+                return admitted, address
             connection.close()
 
 
 class _Connection(socket.socket):
+    """Counted from accept to close: TLS handshakes too, of which the protocol hears only when they are over.
+
+    Attributes:
+      accepted: when, by `time.monotonic`.
+    """
+
     def __init__(self, fileno: int, server: HttpServer):
         super().__init__(fileno=fileno)
         self._server: HttpServer | None = server
+        self.accepted = time.monotonic()
+
+    def cut(self) -> None:
+        """Ends it before its protocol has begun; whoever reads from it finds it closed."""
+        if self._server:
+            self._server.greeting.pop(self.fileno(), None)
+        with contextlib.suppress(OSError):
+            self.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        super().close()
         if self._server:
+            self._server.greeting.pop(self.fileno(), None)
             self._server.release()
             self._server = None
+        super().close()
 
 
 class _Protocol(H11Protocol):
@@ -184,6 +192,7 @@ class _Protocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(cast(asyncio.Transport, transport))
+        self._http.greeting.pop(transport.get_extra_info("socket").fileno(), None)
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -225,9 +234,8 @@ class _Protocol(H11Protocol):
         else:
             super().shutdown()
 
-    def cut(self, reason: str) -> None:
+    def cut(self) -> None:
         """Ends the connection at once."""
-        self._http.refusals.note("http", reason)
         self.idle_since = None
         self.transport.abort()
 
@@ -265,10 +273,12 @@ class _Protocol(H11Protocol):
             self.transport.write(REQUEST_TIMEOUT)
         if reason == "leaving":
             self.transport.close()
-        elif self.transport.get_write_buffer_size():
-            self.cut(reason)
-        else:
-            self._http.refusals.note("http", reason)
-            self.idle_since = None
-            self.transport.close()
+            self.loop.call_later(LINGER, self.transport.abort)
+            return
+        self._http.refusals.note("http", reason)
+        if self.transport.get_write_buffer_size():
+            self.cut()
+            return
+        self.idle_since = None
+        self.transport.close()
         self.loop.call_later(LINGER, self.transport.abort)
