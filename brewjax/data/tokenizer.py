@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -42,7 +43,8 @@ class Tokenizer:
         self.hf = hf
         hf.backend_tokenizer.no_truncation()  # which many a tokenizer.json asks for, and padding
         hf.backend_tokenizer.no_padding()
-        self._known: dict[bool, dict[str, list[int]]] = {True: {}, False: {}}  # by whether special tokens count as such
+        self._encode_batch = hf.backend_tokenizer.encode_batch_fast
+        self._known: dict[str, list[int]] = {}
         # `all_special_tokens` is not all of them: Llama's <|eot_id|>, for one, is only among the added tokens.
         marks = sorted({*hf.all_special_tokens, *hf.get_added_vocab()}, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, marks)) or r"(?!)")
@@ -110,32 +112,28 @@ class Tokenizer:
         """The tokens that a text ends with: one or none."""
         return [] if self.hf.eos_token_id is None else [self.hf.eos_token_id]
 
-    def encode(self, texts: Sequence[str], special_tokens: bool = True) -> list[list[int]]:
-        """Token ids of each text, not to be changed; none is added.
+    def without_special_tokens(self) -> Tokenizer:
+        """The same tokenizer, but that special tokens written in a text are text like any other."""
+        hf = copy.deepcopy(self.hf)
+        hf.backend_tokenizer.encode_special_tokens = True  # as text
+        return type(self)(hf)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, not to be changed; special tokens written in a text count as such, none is added.
 
         Remembered: the same items and events are said again and again.
-
-        Args:
-          special_tokens: those written in a text count as such; otherwise they are text like any other.
         """
-        known = self._known[special_tokens]
+        known = self._known
         new = [text for text in dict.fromkeys(texts) if text not in known]
         if len(known) + len(new) > REMEMBERED:
-            self._known[special_tokens] = known = {}  # not cleared: another thread may be reading it
+            self._known = known = {}  # not cleared: another thread may be reading it
             new = list(dict.fromkeys(texts))
-        backend = self.hf.backend_tokenizer if special_tokens else self._plain_backend
         found: dict[str, list[int]] = {}
         for batch in batches(new):  # an encoding takes a hundred times the memory of its text
-            encodings = backend.encode_batch_fast(batch, add_special_tokens=False)
+            encodings = self._encode_batch(batch, add_special_tokens=False)
             found |= {text: encoding.ids for text, encoding in zip(batch, encodings, strict=True)}
         known.update((text, ids) for text, ids in found.items() if len(text) <= LONGEST_REMEMBERED)
         return [found[text] if text in found else known[text] for text in texts]
-
-    @cached_property
-    def _plain_backend(self) -> tokenizers.Tokenizer:
-        backend = tokenizers.Tokenizer.from_str(self.hf.backend_tokenizer.to_str())
-        backend.encode_special_tokens = True  # as text
-        return backend
 
     @cached_property
     def max_token_bytes(self) -> int:
@@ -146,9 +144,9 @@ class Tokenizer:
         """Number of tokens of each text."""
         return [len(ids) for ids in self.encode(texts)]
 
-    def word(self, word: str, special_tokens: bool = True) -> int:
+    def word(self, word: str) -> int:
         """The id of a label word; ValueError unless it is exactly one token that reads back as the word."""
-        ids = self.encode([word], special_tokens)[0]
+        ids = self.encode([word])[0]
         if len(ids) != 1 or self.hf.decode(ids) != word:
             pieces = self.hf.convert_ids_to_tokens(ids)
             raise ValueError(

@@ -173,13 +173,7 @@ class Encoder:
     def _labels(self, raw: pb.Raw) -> list[int]:
         if not 0 < (count := len(raw.labels) + len(raw.label_tokens)) <= LABELS_IN_PASS:
             raise ValueError(f"raw.labels: {count:,} of them; give 1 to {LABELS_IN_PASS}")
-        labels = []
-        for index, word in enumerate(raw.labels):
-            self._texts.check_bytes(word, 1, f"raw.labels[{index}]")
-            try:
-                labels.append(self.bundle.tokenizer.word(word, self.config.special_tokens))
-            except ValueError as error:
-                raise ValueError(f"raw.labels[{index}]: {error}") from None
+        labels = [self._texts.word(word, f"raw.labels[{index}]") for index, word in enumerate(raw.labels)]
         labels += self._known(raw.label_tokens, "raw.label_tokens")
         if len(set(labels)) < len(labels):
             raise ValueError("raw.labels: one is given twice")

@@ -20,9 +20,8 @@ class Texts:
     """
 
     def __init__(self, tokenizer: Tokenizer, special_tokens: bool):
-        self._tokenizer, self._special_tokens = tokenizer, special_tokens
+        self._tokenizer = tokenizer if special_tokens else tokenizer.without_special_tokens()
         self.max_token_bytes = tokenizer.max_token_bytes
-        self._encode([""])  # makes what the first one needs
 
     def check_bytes(self, text: str, limit: int, field: str) -> None:
         """Raises ValueError, naming the field, for a text that surely has more tokens than the limit."""
@@ -43,6 +42,14 @@ class Texts:
                 ids.append(tokens)
         return ids
 
+    def word(self, word: str, field: str) -> int:
+        """The id of a label word. Raises ValueError, naming the field, for what is not one token."""
+        self.check_bytes(word, 1, field)
+        try:
+            return self._tokenizer.word(word)
+        except ValueError as error:
+            raise ValueError(f"{field}: {error}") from None
+
     def read_end(self, text: str, limit: int) -> list[int]:
         """Token ids of a text, or of an end of it with more than `limit` of them."""
         return self._encode([text[self._end(text, limit) :]])[0]
@@ -60,4 +67,4 @@ class Texts:
         return 0
 
     def _encode(self, texts: Iterable[str]) -> list[list[int]]:
-        return self._tokenizer.encode(list(texts), self._special_tokens)
+        return self._tokenizer.encode(list(texts))

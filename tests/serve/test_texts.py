@@ -28,9 +28,9 @@ class CountingTokenizer(Tokenizer):
 
     characters = 0
 
-    def encode(self, texts: Sequence[str], special_tokens: bool = True) -> list[list[int]]:
-        self.characters += sum(map(len, texts))
-        return super().encode(texts, special_tokens)
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        type(self).characters += sum(map(len, texts))
+        return super().encode(texts)
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def encoder(bundle, tokenizer: Tokenizer, **settings: object) -> Encoder:
 )
 def test_what_is_surely_too_long_is_refused_before_it_is_read(bundle, counting, question, field):
     encode = encoder(bundle, counting).encode
-    counting.characters = 0
+    type(counting).characters = 0
     name = "member" if isinstance(question, pb.Member) else "raw"
     with pytest.raises(ValueError, match=f"{field}: [0-9,]+ characters; at most"):
         encode(pb.ScoreRequest(**{name: question}), 1000)
@@ -73,7 +73,7 @@ def test_what_is_too_long_is_refused_soon_after_its_last_token_that_is_read(coun
     """Its bytes would allow for a hundred times the tokens."""
     texts, text = Texts(counting, special_tokens=False), "a b c d " * 40_000
     texts.max_token_bytes = 128
-    counting.characters = 0
+    type(counting).characters = 0
     with pytest.raises(ValueError, match="item: too many tokens; at most 10,000 are read"):
         texts.read([text], 10_000, ["item"])
     assert counting.characters <= 10_000 + 128 + 2 * PIECE
@@ -83,7 +83,7 @@ def test_what_is_too_long_is_refused_soon_after_its_last_token_that_is_read(coun
 
 def test_many_long_items_are_refused_with_the_first_that_is_too_long(bundle, counting):
     encode = encoder(bundle, counting).encode
-    counting.characters = 0
+    type(counting).characters = 0
     items = ["a b c d " * 500] * 2 + ["a b c d" * 1000] * 900
     with pytest.raises(ValueError, match=r"raw.items\[0\]: \d,\d+ tokens; at most 1,024 are read"):
         encode(pb.ScoreRequest(raw=raw("a", items, LABELS)), 1000)
@@ -100,7 +100,7 @@ def test_batches_are_of_bounded_size(texts):
 def test_the_end_that_is_read_has_the_tokens_that_are_kept(bundle, words, limit):
     text = "".join(words) * 900
     texts = Texts(bundle.tokenizer, special_tokens=False)
-    whole = bundle.tokenizer.encode([text], special_tokens=False)[0]
+    whole = bundle.tokenizer.without_special_tokens().encode([text])[0]
     end = texts.read_end(text, limit)
     assert end[-limit:] == whole[-limit:]
     assert len(end) == len(whole) or len(end) > limit
@@ -108,7 +108,7 @@ def test_the_end_that_is_read_has_the_tokens_that_are_kept(bundle, words, limit)
 
 def test_events_that_do_not_fit_are_not_read(bundle, counting):
     encode = encoder(bundle, counting).encode
-    counting.characters = 0
+    type(counting).characters = 0
     request = pb.ScoreRequest(raw=raw("a", ["b"], LABELS, [f"a b {n} " * 300 for n in range(1000)]), too_long="CUT")
     encoded = encode(request, 1000)
     assert encoded.events_cut == 1000 - len(encoded.prompt.pieces[1:])
