@@ -19,7 +19,8 @@ from brewjax.serve.metrics import Metrics
 from brewjax.serve.refusals import Refusals
 
 LINGER = 2.0  # seconds for a caller to read the last answer before its connection is cut
-BACKLOG = 128  # connections that the system keeps until they are accepted
+BACKLOG = 512  # connections that the system keeps until they are accepted,
+ACCEPTED_AT_ONCE = 16  # which are so many at a time: those that had to make room for them are closed in between
 REQUEST_TIMEOUT = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # on a machine without IPv6
 WILDCARDS = ("", "0.0.0.0", "::")
@@ -89,7 +90,9 @@ class HttpServer(uvicorn.Server):
         loop = asyncio.get_running_loop()
         self._listening = [_Listening(each.detach(), self) for each in sockets or ()]
         for listening in self._listening:
-            self.servers.append(await loop.create_server(self._protocol, sock=listening, backlog=BACKLOG, **self._tls))
+            self.servers.append(
+                await loop.create_server(self._protocol, sock=listening, backlog=ACCEPTED_AT_ONCE, **self._tls)
+            )
         self.started = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -139,6 +142,10 @@ class _Listening(socket.socket):
         # A head and a body are two packets, and the second would wait 40 ms for the first to be acknowledged.
         self.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._server = server
+
+    def listen(self, backlog: int = BACKLOG) -> None:
+        """asyncio means how many are accepted at a time, too."""
+        super().listen(BACKLOG)
 
     def accept(self) -> tuple[socket.socket, Any]:
         """Raises BlockingIOError where nobody waits."""
