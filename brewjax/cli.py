@@ -328,7 +328,7 @@ def serve(
 ) -> None:
     """Serve a model over gRPC (Ranker, and JetStream's Decode) and HTTP (/v1/score).
 
-    SIGTERM finishes what runs and stops; SIGHUP takes up the folder's new checkpoint.
+    SIGTERM sends callers elsewhere, finishes what runs and stops; SIGHUP takes up new weights, certificate and tokens.
     """
     device_per_core()
     import asyncio

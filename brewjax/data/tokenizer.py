@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +27,22 @@ REMEMBERED = 1 << 17  # texts,
 LONGEST_REMEMBERED = 1_000  # of at most so many characters
 PIECES = (("## Past jobs\n", "[Age: 2 days]\n"), ("[Title: Nurse]\n## Answer\n", "Yes"))  # as prompts have them
 BEGINS = "begins_with_bos"  # in a tokenizer_config.json: transformers drops its own add_bos_token
+BATCH_CHARACTERS = 1 << 16  # that are tokenised at a time: some 20 ms
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+def batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """The texts in order, so many at a time that they have `BATCH_CHARACTERS`; a longer one is alone."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        if batch and size + len(text) > BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+        batch.append(text)
+        size += len(text)
+    if batch:
+        yield batch
 
 
 class Tokenizer:
@@ -111,6 +128,12 @@ class Tokenizer:
         """The tokens that a text ends with: one or none."""
         return [] if self.hf.eos_token_id is None else [self.hf.eos_token_id]
 
+    def without_special_tokens(self) -> Tokenizer:
+        """The same tokenizer, but that special tokens written in a text are text like any other."""
+        hf = copy.deepcopy(self.hf)
+        hf.backend_tokenizer.encode_special_tokens = True  # as text
+        return type(self)(hf)
+
     def encode(self, texts: Sequence[str], begins: bool = False) -> list[list[int]]:
         """Token ids of each text, not to be changed; special tokens written in a text count as such, none is added.
 
@@ -126,9 +149,11 @@ class Tokenizer:
         if len(known) + len(new) > REMEMBERED:
             self._known = known = {}  # not cleared: another thread may be reading it
             new = list(dict.fromkeys(texts))
-        found = dict(zip(new, self._encode_behind(new), strict=True))
-        known.update((text, ids) for text, ids in found.items() if len(text) <= LONGEST_REMEMBERED)
-        return [found[text] if text in found else known[text] for text in texts]
+        fresh: dict[str, list[int]] = {}
+        for batch in batches(new):  # an encoding takes a hundred times the memory of its text
+            fresh |= zip(batch, self._encode_behind(batch), strict=True)
+        known.update((text, ids) for text, ids in fresh.items() if len(text) <= LONGEST_REMEMBERED)
+        return [fresh[text] if text in fresh else known[text] for text in texts]
 
     def _encode_behind(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts behind others."""
@@ -141,9 +166,9 @@ class Tokenizer:
             ends = [match.start() if match else end for match, end in zip(matches, ends, strict=True)]
         heads = [text[:end] for text, end in zip(texts, ends, strict=True)]
         tails = [text[end:] for text, end in zip(texts, ends, strict=True)]
-        of_heads = self._mark.without.encode_batch_fast(heads, add_special_tokens=False)
-        of_tails = self._encode_batch(tails, add_special_tokens=False)
-        return [head.ids + tail.ids for head, tail in zip(of_heads, of_tails, strict=True)]
+        head_encodings = self._mark.without.encode_batch_fast(heads, add_special_tokens=False)
+        tail_encodings = self._encode_batch(tails, add_special_tokens=False)
+        return [head.ids + tail.ids for head, tail in zip(head_encodings, tail_encodings, strict=True)]
 
     def check_pieces(self, pairs: Iterable[tuple[str, str]] = PIECES) -> None:
         """ValueError unless the tokens of each two pieces, joined, are those of their text."""
@@ -156,6 +181,11 @@ class Tokenizer:
                     f"this tokenizer cannot be asked piece by piece: {text + more!r} is {whole}, but {text!r} and then "
                     f"{more!r} are {pieces}"
                 )
+
+    @cached_property
+    def max_token_bytes(self) -> int:
+        """No token stands for more bytes of a text: it has no more than its name."""
+        return max(len(name.encode()) for name in self.hf.get_vocab())
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """Number of tokens of each text."""

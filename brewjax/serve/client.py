@@ -39,7 +39,7 @@ class Client:
 
     Args:
       address: "host:port".
-      token: the bearer token, where the server asks for one.
+      token: the bearer token, where the server asks for one; `reload` needs the server's admin token.
       tls: the connection is encrypted; `ca` is a PEM file to trust instead of the system's authorities.
       timeout: seconds for calls that name none.
     """

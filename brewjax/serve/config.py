@@ -33,9 +33,18 @@ class ServeConfig(Config):
     """Where a server listens, what it keeps in memory, and its limits.
 
     Attributes:
+      host: a name or an address; `localhost` is both loopback addresses, `0.0.0.0` and `::` every address of IPv4 and
+        IPv6.
       port, http_port: of gRPC, and of HTTP (null: none); 0 takes a free one.
       tls_cert, tls_key: PEM files; token_file: holds the bearer token that every caller must send. Both are needed
-        to listen on any but a loopback address.
+        to listen on any but a loopback address, unless `plaintext` or `anonymous` says otherwise. SIGHUP reads the
+        files again.
+      plaintext: other machines may connect without TLS: behind a sidecar that encrypts, or for a kubelet's gRPC probe.
+      anonymous: other machines may call without a token: behind a sidecar that knows the callers.
+      admin_token_file: holds the bearer token for Reload, which is refused where there is none; good for all else too.
+      reload_below: the folder that holds the models which Reload may take up; by default only the one that is served.
+      special_tokens: special tokens that callers write in raw texts (`<|im_start|>`) count as such; otherwise they are
+        read as ordinary text.
       tasks: task files to answer beside those that the model was trained on.
       row_tokens: lengths of rows that passes are compiled for.
       context: most tokens of a prefix; by default as many as the model was trained to read.
@@ -51,17 +60,29 @@ class ServeConfig(Config):
       request_bytes: most bytes of a request.
       streams: most requests at a time.
       timeout: seconds for requests that come without a deadline.
-      drain_seconds: how long what runs may take to finish after SIGTERM.
+      connections: most connections to each port. Where they are all in use, HTTP closes the one that is idle for
+        longest, and gRPC refuses the next.
+      header_seconds, body_seconds: how long a request's head and its body may take to arrive.
+      keep_alive_seconds: how long an idle connection stays open. Longer than a balancer's own limit, or the
+        balancer sends requests into connections that are being closed (and answers 502): 60 s of AWS, 600 of Google.
+      lame_duck_seconds: after SIGTERM, how long readiness fails and requests are still answered, for balancers to
+        notice; SIGINT leaves it out.
+      drain_seconds: how long what runs may take to finish after that.
       decode: serve JetStream's Decode too, which generates text; by default where google-jetstream is installed.
       generation: how it does.
     """
 
-    host: str = "127.0.0.1"
+    host: str = "localhost"
     port: int = pydantic.Field(default=9000, ge=0, lt=65536)
     http_port: int | None = pydantic.Field(default=9001, ge=0, lt=65536)
     tls_cert: str | None = None
     tls_key: str | None = None
     token_file: str | None = None
+    plaintext: bool = False
+    anonymous: bool = False
+    admin_token_file: str | None = None
+    reload_below: str | None = None
+    special_tokens: bool = False
     tasks: tuple[str, ...] = ()
     row_tokens: tuple[int, ...] = pydantic.Field(default=(256, 512, 1024, 2048, 4096), min_length=1)
     context: int | None = pydantic.Field(default=None, gt=0)
@@ -76,6 +97,11 @@ class ServeConfig(Config):
     request_bytes: int = pydantic.Field(default=8_000_000, gt=0)
     streams: int = pydantic.Field(default=256, gt=0)
     timeout: float = pydantic.Field(default=60.0, gt=0)
+    connections: int = pydantic.Field(default=512, gt=0)
+    header_seconds: float = pydantic.Field(default=10.0, gt=0)
+    body_seconds: float = pydantic.Field(default=30.0, gt=0)
+    keep_alive_seconds: float = pydantic.Field(default=620.0, gt=0)
+    lame_duck_seconds: float = pydantic.Field(default=5.0, ge=0)
     drain_seconds: float = pydantic.Field(default=30.0, gt=0)
     decode: bool | None = None
     generation: DecodeConfig = DecodeConfig()
@@ -88,10 +114,17 @@ class ServeConfig(Config):
             raise ValueError(f"item_tokens {self.item_tokens} is over the longest of row_tokens {self.row_tokens}")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("give both tls_cert and tls_key, or neither")
-        if not _loopback(self.host) and not (self.tls_cert and self.token_file):
-            raise ValueError(
-                f"host {self.host} can be reached from other machines: give tls_cert, tls_key and token_file"
-            )
+        if not _loopback(self.host):
+            missing = [
+                f"{files} (or {instead})"
+                for files, instead, enough in (
+                    ("tls_cert and tls_key", "plaintext: true", self.tls_cert or self.plaintext),
+                    ("token_file", "anonymous: true", self.token_file or self.anonymous),
+                )
+                if not enough
+            ]
+            if missing:
+                raise ValueError(f"host {self.host} can be reached from other machines: give {', '.join(missing)}")
         return self
 
 

@@ -14,8 +14,10 @@ from brewjax.scoring.passes import LABELS_IN_PASS
 from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve.config import ServeConfig
 from brewjax.serve.members import say
+from brewjax.serve.refusals import MAX_ID
+from brewjax.serve.texts import Texts
 
-MOST_ID = 200  # characters of a request's id
+SLICE = 1_000  # items that are read at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Encoder:
         self.bundle, self.model = dataclasses.replace(bundle, prompts=prompts), model
         self.tasks = {task.name: task for task in [*bundle.tasks, *tasks]}
         self.config, self.context = config, context
+        self._texts = Texts(bundle.tokenizer, config.special_tokens)
         for task in self.tasks.values():
             task.check_words(bundle.tokenizer)
             if len(task.labels) > LABELS_IN_PASS:
@@ -58,8 +61,8 @@ class Encoder:
 
     def encode(self, request: pb.ScoreRequest, most_items: int) -> Encoded:
         """Raises ValueError naming the field that cannot be scored, and why."""
-        if len(request.request_id) > MOST_ID:
-            raise ValueError(f"request_id: {len(request.request_id):,} characters; give at most {MOST_ID}")
+        if len(request.request_id) > MAX_ID:
+            raise ValueError(f"request_id: {len(request.request_id):,} characters; give at most {MAX_ID}")
         size = request.ByteSize()
         if size > self.config.request_bytes:
             raise ValueError(f"the request: {size:,} bytes; at most {self.config.request_bytes:,} are read")
@@ -85,6 +88,7 @@ class Encoder:
         task = self.tasks.get(member.task)
         if task is None:
             raise ValueError(f"member.task: no task '{member.task}'; tasks: {', '.join(self.tasks)}")
+        self._check_values(member)
         prompt = say(self.bundle, task, member)
         if prompt.cut and request.too_long == pb.ScoreRequest.REFUSE:
             raise ValueError(f"member: {prompt.cut[0]}; ask for CUT or send less")
@@ -95,52 +99,94 @@ class Encoder:
         ids = [item.id for item in member.items]
         return Encoded(self.bundle.encode(prompt), task.words, task.values, ids, self.model, prompt.dropped)
 
+    def _check_values(self, member: pb.Member) -> None:
+        """Raises ValueError for a text that is longer than all that is read: before it is put into words."""
+        attributes = {"member.attributes": member.attributes}
+        attributes |= {
+            f"member.history[{row}].attributes": event.attributes for row, event in enumerate(member.history)
+        }
+        attributes |= {f"member.history[{row}].item": event.item for row, event in enumerate(member.history)}
+        attributes |= {f"member.items[{row}].attributes": item.attributes for row, item in enumerate(member.items)}
+        self._texts.check_bytes(member.note, self.context, "member.note")
+        for field, values in attributes.items():
+            for value in values.values():
+                for text in value.list.values if value.HasField("list") else (value.text,):
+                    self._texts.check_bytes(text, self.context, field)
+
     def _raw(self, request: pb.ScoreRequest) -> Encoded:
-        raw, tokenizer = request.raw, self.bundle.tokenizer
-        [prefix] = self._tokens({"raw.prefix": raw.prefix}, begins=True)
-        events = self._tokens(_places("raw.events", raw.events))
-        items = self._tokens(_places("raw.items", raw.items))
-        if raw.prefix.WhichOneof("kind") != "tokens":
-            prefix = tokenizer.begin(prefix)
-        for place, item in enumerate(items):
-            if not item:
-                raise ValueError(f"raw.items[{place}]: empty")
+        raw, cut = request.raw, request.too_long == pb.ScoreRequest.CUT
+        prefix = self._prefix(raw.prefix, cut)
+        events = self._events(raw.events, self.context - len(prefix), cut)
         length = len(prefix) + sum(map(len, events))
-        if length > self.context and request.too_long != pb.ScoreRequest.CUT:
+        if length > self.context and not cut:
+            more = "" if len(events) == len(raw.events) else "more than "
             raise ValueError(
-                f"raw: {length:,} tokens before the items; at most {self.context:,} are read, unless too_long is CUT"
+                f"raw: {more}{length:,} tokens before the items; at most {self.context:,} are read, "
+                "unless too_long is CUT"
             )
-        newest_first = np.cumsum([len(event) for event in reversed(events)])
-        cut = len(events) - int(np.searchsorted(newest_first, self.context - len(prefix), side="right"))
         excess = max(0, len(prefix) - self.context)
-        start = len(tokenizer.bos) if tokenizer.begin(prefix) is prefix else 0
-        pieces = [prefix[:start] + prefix[start + excess :], *events[cut:]]
+        begin = self.bundle.tokenizer.bos
+        start = len(begin) if prefix[: len(begin)] == begin else 0
+        pieces = [prefix[:start] + prefix[start + excess :], *events]
+        items = self._items(raw.items)
         labels = self._labels(raw)
         prompt = EncodedPrompt(pieces, items, labels, [None] * len(items), self.bundle.prompts.layout)
         words = [*raw.labels, *map(str, raw.label_tokens)]
-        return Encoded(prompt, words, np.eye(len(labels))[0], [""] * len(items), self.model, cut, excess)
+        num_cut = len(raw.events) - len(events)
+        return Encoded(prompt, words, np.eye(len(labels))[0], [""] * len(items), self.model, num_cut, excess)
+
+    def _prefix(self, text: pb.Text, cut: bool) -> list[int]:
+        """Its tokens; of a text that is cut, an end that is long enough."""
+        if text.WhichOneof("kind") == "tokens":
+            return self._known(text.tokens.ids, "raw.prefix")
+        if cut:
+            ids = self._texts.read_end(text.text, self.context, begins=True)
+        else:
+            (ids,) = self._texts.read([text.text], self.context, ["raw.prefix"], begins=True)
+        return self.bundle.tokenizer.begin(ids)
+
+    def _events(self, texts: Sequence[pb.Text], room: int, cut: bool) -> list[list[int]]:
+        """Tokens of the newest events that fit; where nothing is cut, of one more that does not."""
+        newest_first: list[list[int]] = []
+        for index in reversed(range(len(texts))):
+            if room < 0:
+                break
+            text, field = texts[index], f"raw.events[{index}]"
+            if cut and text.WhichOneof("kind") != "tokens":
+                ids = self._texts.read_end(text.text, self.context)
+            else:
+                (ids,) = self._tokens({field: text}, self.context)
+            newest_first.append(ids)
+            room -= len(ids)
+        if cut and room < 0 and newest_first:
+            newest_first.pop()
+        return newest_first[::-1]
+
+    def _items(self, texts: Sequence[pb.Text]) -> list[list[int]]:
+        items: list[list[int]] = []
+        for start in range(0, len(texts), SLICE):
+            sliced = {f"raw.items[{start + index}]": text for index, text in enumerate(texts[start : start + SLICE])}
+            for field, item in zip(sliced, self._tokens(sliced, self.config.item_tokens), strict=True):
+                if not item:
+                    raise ValueError(f"{field}: empty")
+                items.append(item)
+        return items
 
     def _labels(self, raw: pb.Raw) -> list[int]:
-        labels = []
-        for place, word in enumerate(raw.labels):
-            try:
-                labels.append(self.bundle.tokenizer.word(word))
-            except ValueError as error:
-                raise ValueError(f"raw.labels[{place}]: {error}") from None
+        if not 0 < (count := len(raw.labels) + len(raw.label_tokens)) <= LABELS_IN_PASS:
+            raise ValueError(f"raw.labels: {count:,} of them; give 1 to {LABELS_IN_PASS}")
+        labels = [self._texts.word(word, f"raw.labels[{index}]") for index, word in enumerate(raw.labels)]
         labels += self._known(raw.label_tokens, "raw.label_tokens")
-        if not 0 < len(labels) <= LABELS_IN_PASS:
-            raise ValueError(f"raw.labels: {len(labels)} of them; give 1 to {LABELS_IN_PASS}")
         if len(set(labels)) < len(labels):
             raise ValueError("raw.labels: one is given twice")
         return labels
 
-    def _tokens(self, texts: Mapping[str, pb.Text], begins: bool = False) -> list[list[int]]:
-        """Token ids of texts that are named by where they stand in the request."""
-        spelled = [x.text for x in texts.values() if x.WhichOneof("kind") != "tokens"]
-        written = iter(self.bundle.tokenizer.encode(spelled, begins))
+    def _tokens(self, texts: Mapping[str, pb.Text], limit: int) -> list[list[int]]:
+        """Token ids of texts by their fields in the request; ValueError where a written one has more than `limit`."""
+        written = {field: text.text for field, text in texts.items() if text.WhichOneof("kind") != "tokens"}
+        read = iter(self._texts.read(list(written.values()), limit, list(written)))
         return [
-            self._known(text.tokens.ids, place) if text.WhichOneof("kind") == "tokens" else next(written)
-            for place, text in texts.items()
+            next(read) if field in written else self._known(text.tokens.ids, field) for field, text in texts.items()
         ]
 
     def _known(self, tokens: Sequence[int], place: str) -> list[int]:
@@ -148,7 +194,3 @@ class Encoder:
         if tokens and max(tokens) >= size:
             raise ValueError(f"{place}: no token {max(tokens)}; the model knows {size:,}")
         return list(tokens)
-
-
-def _places(name: str, texts: Sequence[pb.Text]) -> dict[str, pb.Text]:
-    return {f"{name}[{place}]": text for place, text in enumerate(texts)}

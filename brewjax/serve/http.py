@@ -1,9 +1,9 @@
-"""The HTTP face: SGLang's scoring API, health, metrics, and an OpenAPI page at /docs."""
+"""The HTTP face: SGLang's scoring API, probes, metrics, and a page about them at /docs."""
 
 from __future__ import annotations
 
 import asyncio
-import hmac
+import logging
 import re
 import time
 from collections.abc import Coroutine
@@ -12,26 +12,30 @@ from typing import Annotated, Any
 import grpc
 import pydantic
 import starlette.exceptions
-from fastapi import Depends, FastAPI, HTTPException, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from brewjax.serve import ranker_pb2 as pb
+from brewjax.serve.admission import Admission, error_response
 from brewjax.serve.client import raw
-from brewjax.serve.service import Service, shortened, status_of
+from brewjax.serve.credentials import Credentials
+from brewjax.serve.openapi import DESCRIPTION, describe, render_page
+from brewjax.serve.refusals import Refusals, shortened, status_of
+from brewjax.serve.service import Service
 from brewjax.serve.worker import QueueFullError
 
-TokenId = Annotated[int, pydantic.Field(ge=0, lt=2**32)]
+log = logging.getLogger(__name__)
+PARSED_AT_ONCE = 1 << 16  # bytes of a body that the event loop parses itself
+OPEN_PATHS = ("/livez", "/readyz", "/startupz", "/health", "/docs", "/openapi.json")
 
 HTTP_STATUS = {
     grpc.StatusCode.INVALID_ARGUMENT: 400,
     grpc.StatusCode.RESOURCE_EXHAUSTED: 429,
+    grpc.StatusCode.CANCELLED: 499,
     grpc.StatusCode.UNAVAILABLE: 503,
     grpc.StatusCode.DEADLINE_EXCEEDED: 504,
 }
-
 
 FIELDS = {  # of errors that name them as gRPC does
     r"^raw\.items": "items",
@@ -39,25 +43,23 @@ FIELDS = {  # of errors that name them as gRPC does
     r"^raw(\.prefix)?:": "query:",
 }
 
+TokenId = Annotated[int, pydantic.Field(ge=0, lt=2**32)]
+_FIRST = pydantic.Field(fail_fast=True)  # a list of a million mistakes is one mistake
+TokenIds = Annotated[list[TokenId], _FIRST]
+
 
 class ScoreRequest(pydantic.BaseModel):
     """As SGLang's /v1/score takes it."""
 
-    model_config = pydantic.ConfigDict(extra="forbid")
-    query: str | list[TokenId] = pydantic.Field("", description="What all items share: a member's history, say.")
-    items: str | list[str] | list[list[TokenId]] = pydantic.Field(description="Texts, or token ids of each.")
-    label_token_ids: list[TokenId] = pydantic.Field(description="The tokens whose probabilities are asked for.")
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True)
+    query: str | TokenIds = pydantic.Field("", description="What all items share: a member's history, say.")
+    items: str | Annotated[list[str], _FIRST] | Annotated[list[TokenIds], _FIRST] = pydantic.Field(
+        description="Texts, or token ids of each."
+    )
+    label_token_ids: TokenIds = pydantic.Field(description="The tokens whose probabilities are asked for.")
     apply_softmax: bool = pydantic.Field(False, description="Among the labels; otherwise among all words of the model.")
     item_first: bool = pydantic.Field(False, description="Items are read before the query: nothing is shared then.")
     model: str = pydantic.Field("", description="Ignored: one model is served.")
-
-    @pydantic.field_validator("query", "items", mode="before")
-    @classmethod
-    def _of_characters(cls, given: Any) -> Any:
-        for text in given if isinstance(given, list) else [given]:
-            if isinstance(text, str):
-                text.encode()  # JSON can say half of a surrogate pair, which is no character
-        return given
 
 
 class Usage(pydantic.BaseModel):
@@ -75,33 +77,20 @@ class ScoreResponse(pydantic.BaseModel):
     created: int
 
 
-def make_app(service: Service, token: str | None = None) -> FastAPI:
-    """The application; `token` is what callers must bear, /health apart."""
-    app = FastAPI(title="brewjax", description="Ranks items for members: one history, many items, one pass.")
-    app.add_middleware(BodyLimit, most_bytes=service.config.request_bytes)
-
-    async def authorised(request: Request) -> None:  # were it not async, it would run in a thread
-        given = request.headers.get("authorization", "")
-        if token is not None and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-            raise HTTPException(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
-
-    @app.exception_handler(RequestValidationError)
-    async def name_the_field(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        place = "the body"
-        if len(first["loc"]) > 1 and first["type"] != "json_invalid":
-            place = first["loc"][1] + "".join(f"[{part}]" for part in first["loc"][2:] if isinstance(part, int))
-        return _error(400, f"{place}: {first['msg']}")
+def make_app(service: Service, credentials: Credentials, refusals: Refusals) -> FastAPI:
+    """The application; all but `OPEN_PATHS` needs the callers' token, where there is one."""
+    app = FastAPI(title="brewjax", description=DESCRIPTION, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.add_middleware(Admission, service=service, credentials=credentials, refusals=refusals, open_paths=OPEN_PATHS)
 
     @app.exception_handler(starlette.exceptions.HTTPException)
     async def in_one_form(request: Request, error: starlette.exceptions.HTTPException) -> JSONResponse:
-        return _error(error.status_code, error.detail, error.headers)
+        return error_response(error.status_code, error.detail, dict(error.headers or {}))
 
-    @app.post("/v1/score", dependencies=[Depends(authorised)])
-    async def score(body: ScoreRequest, request: Request, response: Response) -> ScoreResponse:
+    @app.post("/v1/score")
+    async def score(request: Request, response: Response) -> ScoreResponse:
         """Scores items behind a query, in one pass where they fit."""
         try:
-            asked = to_rpc(body)
+            asked = await _parse(request)
             asked.request_id = request.headers.get("x-request-id", "")
             answer = await _unless_gone(request, service.score(asked))
         except HTTPException:
@@ -109,12 +98,12 @@ def make_app(service: Service, token: str | None = None) -> FastAPI:
         except Exception as error:
             code = status_of(error)
             if code not in HTTP_STATUS:
-                raise HTTPException(500, "internal error; the server's log has it") from None
+                log.exception("request failed", extra={"request_id": request.headers.get("x-request-id", "")})
             retry = {"Retry-After": str(round(error.retry_after + 0.5))} if isinstance(error, QueueFullError) else None
             message = shortened(error)
             for ours, theirs in FIELDS.items():
                 message = re.sub(ours, theirs, message)
-            raise HTTPException(HTTP_STATUS[code], message, retry) from None
+            raise HTTPException(HTTP_STATUS.get(code, 500), message, retry) from None
         response.headers["x-request-id"] = answer.request_id
         read = answer.usage.prefix_tokens + answer.usage.item_tokens
         return ScoreResponse(
@@ -124,21 +113,59 @@ def make_app(service: Service, token: str | None = None) -> FastAPI:
             created=int(time.time()),
         )
 
-    @app.get("/health")
-    async def health() -> Response:
-        """200 when requests are answered; 503 when not: the server drains, or its last pass failed."""
+    @app.get("/livez", response_class=PlainTextResponse)
+    async def live() -> Response:
+        """Whether the process is of use: 503 where it can only be restarted, for the thread that scores has ended."""
+        return PlainTextResponse("", 200 if service.live else 503)
+
+    @app.get("/readyz", response_class=PlainTextResponse)
+    @app.get("/health", response_class=PlainTextResponse)
+    async def ready() -> Response:
+        """Whether callers should come: 503 where the server is about to stop, or its last pass failed."""
         return PlainTextResponse("", 200 if service.ready else 503)
 
-    @app.get("/metrics", dependencies=[Depends(authorised)])
+    @app.get("/startupz", response_class=PlainTextResponse)
+    async def started() -> Response:
+        """200: the server listens only once everything is compiled."""
+        return PlainTextResponse("")
+
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """For Prometheus."""
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(render_page(app.openapi()))
+
+    describe(app, ScoreRequest, credentials.needs_token, OPEN_PATHS)
     return app
 
 
+async def _parse(request: Request) -> pb.ScoreRequest:
+    """A request as gRPC has it; HTTPException names the field that is wrong."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        raise HTTPException(415, "content-type: give application/json")
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise HTTPException(415, "content-encoding: leave it out")
+    body = await request.body()
+
+    def parse() -> pb.ScoreRequest:
+        return to_rpc(ScoreRequest.model_validate_json(body))
+
+    try:
+        return parse() if len(body) <= PARSED_AT_ONCE else await asyncio.to_thread(parse)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        field = "the body"
+        if first["loc"]:
+            field = str(first["loc"][0]) + "".join(f"[{part}]" for part in first["loc"][1:] if isinstance(part, int))
+        raise HTTPException(400, f"{shortened(field)}: {first['msg']}") from None
+
+
 def to_rpc(body: ScoreRequest) -> pb.ScoreRequest:
-    """The same request as gRPC has it. ValueError where items and query are not both texts or both tokens."""
+    """The same request as gRPC has it. HTTPException where items and query are not both texts or both tokens."""
     items: list[Any] = [body.items] if isinstance(body.items, str) else list(body.items)
     prefix: str | list[int] = body.query
     if body.item_first:
@@ -165,30 +192,3 @@ async def _unless_gone(request: Request, answer: Coroutine[Any, Any, pb.ScoreRes
     finally:
         answering.cancel()
         gone.cancel()
-
-
-def _error(status: int, message: str, headers: Any = None) -> JSONResponse:
-    return JSONResponse({"object": "error", "message": message, "code": status}, status, headers)
-
-
-class BodyLimit:
-    """Refuses bodies of more bytes with 413, whatever length they declare."""
-
-    def __init__(self, app: ASGIApp, most_bytes: int):
-        self._app, self._most = app, most_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        read = 0
-
-        async def counted() -> Message:
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
-            if read > self._most:
-                raise HTTPException(413, f"the body: over {self._most:,} bytes")
-            return message
-
-        await self._app(scope, counted, send)

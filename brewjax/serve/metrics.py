@@ -17,6 +17,11 @@ class Metrics:
         self.registry = CollectorRegistry()
         registry: dict[str, Any] = {"registry": self.registry, "namespace": "brewjax"}
         self.requests = Counter("requests", "By method and gRPC status code.", ["method", "code"], **registry)
+        self.refused = Counter(
+            "refused", "Requests and connections, by port (grpc, http) and reason.", ["port", "reason"], **registry
+        )
+        self.http_connections = Gauge("http_connections", "Open connections to the HTTP port.", **registry)
+        self.grpc_calls = Gauge("grpc_calls", "Calls that are read, queued or answered.", **registry)
         self.request_seconds = Histogram(
             "request_seconds", "From arrival to answer.", ["method"], buckets=SECONDS, **registry
         )

@@ -83,7 +83,8 @@ class RankerServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Reload(self, request, context):
-        """Serves another checkpoint of the same shape and tokenizer; what is running finishes with the one before.
+        """Serves another checkpoint of the same shape and tokenizer; what is running finishes with the one before. Needs the
+        server's admin token.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

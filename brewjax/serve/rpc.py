@@ -1,24 +1,53 @@
-"""The gRPC face: Ranker, bearer tokens, and what a caller is told when something is wrong."""
+"""The gRPC face: Ranker, and the door that every call comes through."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import hmac
-from collections.abc import AsyncIterator, Awaitable, Callable
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError, Message
-from grpc.aio import ServerInterceptor, ServicerContext
+from grpc.aio import AbortError, ServerInterceptor, ServicerContext
 
 from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve import ranker_pb2_grpc
-from brewjax.serve.service import Service, shortened, status_of
+from brewjax.serve.config import ServeConfig
+from brewjax.serve.credentials import Credentials
+from brewjax.serve.metrics import Metrics
+from brewjax.serve.refusals import REASONS, Refusals, shortened, status_of
+from brewjax.serve.service import Service
 from brewjax.serve.worker import QueueFullError
 
+log = logging.getLogger(__name__)
+Code = grpc.StatusCode
 RANKER = pb.DESCRIPTOR.services_by_name["Ranker"].full_name
-OPEN = "/grpc.health.v1.Health/"  # who may be asked without a token
+RELOAD = f"/{RANKER}/Reload"
+OPEN = "/grpc.health.v1.Health/"  # may be called without a token
+CODES = {code.value[0]: code for code in Code}
+PINGS_MS = 500  # callers may ping so often
 Reload = Callable[[str], Awaitable[str]]
+
+
+def channel_options(config: ServeConfig) -> list[tuple[str, int]]:
+    """What gRPC itself is to hold callers to."""
+    return [
+        # Larger ones are refused with a clear code by the service, much larger ones by gRPC.
+        ("grpc.max_receive_message_length", 4 * config.request_bytes),
+        ("grpc.max_concurrent_streams", 2 * config.streams),
+        ("grpc.max_allowed_incoming_connections", config.connections),
+        ("grpc.server_handshake_timeout_ms", int(1000 * config.header_seconds)),
+        # Go, Envoy and mesh sidecars ping to keep a connection open, with and without calls on it. By default gRPC
+        # ends every call of one that pings more than once in five minutes ("Too many pings").
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", PINGS_MS),
+        ("grpc.max_connection_idle_ms", int(1000 * config.keep_alive_seconds)),
+        # And we ping, for a caller that vanished without a word to be noticed.
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.so_reuseport", 0),
+    ]
 
 
 class Ranker(ranker_pb2_grpc.RankerServicer):
@@ -32,80 +61,132 @@ class Ranker(ranker_pb2_grpc.RankerServicer):
         self._service, self._reload = service, reload
 
     async def Score(self, request: pb.ScoreRequest, context: ServicerContext) -> pb.ScoreResponse:  # noqa: N802
-        async with _told(context):
-            return await self._service.score(request, context.time_remaining())
-        raise AssertionError
+        return await self._service.score(request, context.time_remaining())
 
     async def ScoreStream(self, request: pb.ScoreRequest, context: ServicerContext) -> None:  # noqa: N802
-        async with _told(context):
-            await self._service.stream(request, context.write, context.time_remaining())
+        await self._service.stream(request, context.write, context.time_remaining())
 
     async def Describe(self, request: pb.DescribeRequest, context: ServicerContext) -> pb.DescribeResponse:  # noqa: N802
         return self._service.describe()
 
     async def Reload(self, request: pb.ReloadRequest, context: ServicerContext) -> pb.ReloadResponse:  # noqa: N802
-        async with _told(context):
-            return pb.ReloadResponse(model=await self._reload(request.folder))
-        raise AssertionError
+        return pb.ReloadResponse(model=await self._reload(request.folder))
 
 
-@contextlib.asynccontextmanager
-async def _told(context: ServicerContext) -> AsyncIterator[None]:
-    """Turns errors into codes; a full queue says when to come back, in the way that gRPC's own retries obey."""
-    try:
-        yield
-    except Exception as error:
-        code = status_of(error)
-        trailing: tuple[tuple[str, str], ...] = ()
-        if isinstance(error, QueueFullError):
-            trailing = (("grpc-retry-pushback-ms", str(int(error.retry_after * 1000))),)
-        message = "internal error; the server's log has it" if code is grpc.StatusCode.INTERNAL else shortened(error)
-        await context.abort(code, message, trailing)
+class Door(ServerInterceptor):
+    """What every call goes through: its token first; then its message, read within a time; errors become codes, and
+    refusals are counted.
 
+    gRPC would read the message before it calls a handler, for as long as the caller takes to send it, and would answer
+    UNKNOWN with a traceback in the log where it cannot be parsed. So handlers are given to it as ones of a stream of
+    messages, which they read themselves.
+    """
 
-class Readable(ServerInterceptor):
-    """Says INVALID_ARGUMENT of a message that cannot be read, where gRPC would say UNKNOWN and log a traceback."""
+    def __init__(self, credentials: Credentials, config: ServeConfig, metrics: Metrics, refusals: Refusals):
+        self._credentials, self._config, self._refusals = credentials, config, refusals
+        self._gauge = metrics.grpc_calls
+        self._calls = {True: 0, False: 0}  # in progress, by whether they need no token
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
         details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler:
+        method = details.method
+        authorization = str(dict(details.invocation_metadata or ()).get("authorization", ""))
+        if refusal := self._refusal(method, authorization):
+
+            async def refuse(messages: Any, context: ServicerContext) -> None:
+                self._refusals.note("grpc", REASONS[refusal[0]])
+                await context.abort(*refusal)
+
+            return grpc.stream_unary_rpc_method_handler(refuse)
         handler: Any = await continuation(details)
-        if not details.method.startswith(f"/{RANKER}/") or handler is None:
+        if handler is None:
+            self._refusals.note("grpc", REASONS[Code.UNIMPLEMENTED])
+        if handler is None or handler.request_streaming:
             return handler
-        kind = "unary_stream" if handler.response_streaming else "unary_unary"
 
-        def read(message: bytes) -> Message | DecodeError:
-            try:
-                return handler.request_deserializer(message)
-            except DecodeError as error:
-                return error
+        async def answer(messages: Any, context: ServicerContext) -> Any:
+            with self._calling(method):
+                async with self._refusing(method, context) as fields:
+                    return await handler.unary_unary(await self._read(handler, messages, fields), context)
 
-        async def answer(request: Message | DecodeError, context: ServicerContext) -> Any:
-            if isinstance(request, DecodeError):
-                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"the request: {request}")
-            return await getattr(handler, kind)(request, context)
+        async def answer_stream(messages: Any, context: ServicerContext) -> AsyncIterator[Any]:
+            with self._calling(method):
+                async with self._refusing(method, context) as fields:
+                    responses = handler.unary_stream(await self._read(handler, messages, fields), context)
+                    if not hasattr(responses, "__aiter__"):
+                        await responses  # it writes them itself
+                        return
+                    async for response in responses:
+                        yield response
 
-        return handler._replace(request_deserializer=read, **{kind: answer})
+        if handler.response_streaming:
+            return grpc.stream_stream_rpc_method_handler(answer_stream, None, handler.response_serializer)
+        return grpc.stream_unary_rpc_method_handler(answer, None, handler.response_serializer)
 
+    def _refusal(self, method: str, authorization: str) -> tuple[grpc.StatusCode, str] | None:
+        """Why a call is not even read; None where it is."""
+        is_open = method.startswith(OPEN)
+        if not is_open and not self._credentials.may_call(authorization):
+            return Code.UNAUTHENTICATED, "a bearer token is needed: authorization: Bearer .."
+        if method == RELOAD and not self._credentials.may_reload(authorization):
+            return Code.PERMISSION_DENIED, "Reload needs a token of its own, that of the server's admin_token_file"
+        limit = self._config.connections if is_open else 2 * self._config.streams  # every connection may watch health
+        if self._calls[is_open] >= limit:
+            return Code.RESOURCE_EXHAUSTED, f"{self._calls[is_open]} calls are answered at a time; try again later"
+        return None
 
-class BearerToken(ServerInterceptor):
-    """Refuses calls without the token, health checks apart."""
+    @contextlib.contextmanager
+    def _calling(self, method: str) -> Iterator[None]:
+        is_open = method.startswith(OPEN)
+        self._calls[is_open] += 1
+        self._gauge.set(sum(self._calls.values()))
+        try:
+            yield
+        finally:
+            self._calls[is_open] -= 1
+            self._gauge.set(sum(self._calls.values()))
 
-    def __init__(self, token: str):
-        self._expected = f"Bearer {token}"
+    async def _read(self, handler: Any, messages: AsyncIterator[bytes], fields: dict[str, str]) -> Message:
+        """The one message of a call; its id goes to the `fields` of a log line. Raises TimeoutError and ValueError."""
+        try:
+            async with asyncio.timeout(self._config.body_seconds):
+                message = await anext(aiter(messages))
+        except StopAsyncIteration:
+            raise ValueError("the request: no message, or one that is too large") from None
+        except TimeoutError:
+            raise TimeoutError(f"the request did not arrive within {self._config.body_seconds:g} seconds") from None
+        try:
+            request = handler.request_deserializer(message)
+        except DecodeError as error:
+            raise ValueError(f"the request: {error}") from None
+        fields["request_id"] = getattr(request, "request_id", "")
+        return request
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
-        details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler:
-        given = str(dict(details.invocation_metadata or ()).get("authorization", ""))
-        if details.method.startswith(OPEN) or hmac.compare_digest(given.encode(), self._expected.encode()):
-            return await continuation(details)
+    @contextlib.asynccontextmanager
+    async def _refusing(self, method: str, context: ServicerContext) -> AsyncIterator[dict[str, str]]:
+        """Turns errors into codes; a full queue says when to come back, in the way that gRPC's own retries obey.
 
-        async def refuse(request: Any, context: ServicerContext) -> None:
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "a bearer token is needed: authorization: Bearer ..")
-
-        return grpc.unary_unary_rpc_method_handler(refuse)
+        Gives the fields of the log line, to be filled.
+        """
+        is_open, fields = method.startswith(OPEN), {"method": method.rpartition("/")[2]}
+        try:
+            yield fields
+        except AbortError:
+            self._refusals.note("grpc", REASONS.get(CODES[int(context.code())], "failed"), **fields)
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            if not is_open:  # nobody watches health to the end
+                self._refusals.note("grpc", "cancelled", **fields)
+            raise
+        except Exception as error:
+            code = status_of(error)
+            if code is Code.INTERNAL:
+                log.exception("request failed", extra=fields)
+            self._refusals.note("grpc", REASONS.get(code, "failed"), **fields)
+            trailing: tuple[tuple[str, str], ...] = ()
+            if isinstance(error, QueueFullError):
+                trailing = (("grpc-retry-pushback-ms", str(int(error.retry_after * 1000))),)
+            await context.abort(code, shortened(error), trailing)

@@ -9,24 +9,23 @@ import logging
 import math
 import signal
 import socket
-import ssl
+import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import grpc
 import jax
 import jax.numpy as jnp
-import uvicorn
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from jax.sharding import Mesh
 from pythonjsonlogger.json import JsonFormatter
 
+from brewjax.config import ConfigError
 from brewjax.data.task import Task
-from brewjax.fingerprints import hash_folder
+from brewjax.fingerprint import hash_folder
 from brewjax.model.sharding import MeshConfig
 from brewjax.scoring.batcher import Batcher
 from brewjax.scoring.bundle import Bundle
@@ -35,9 +34,12 @@ from brewjax.scoring.prefix_cache import PrefixCache
 from brewjax.scoring.scorer import Scorer
 from brewjax.serve import ranker_pb2_grpc
 from brewjax.serve.config import ServeConfig
+from brewjax.serve.connections import WILDCARDS, HttpServer, listen
+from brewjax.serve.credentials import Credentials
 from brewjax.serve.http import make_app
 from brewjax.serve.metrics import Metrics
-from brewjax.serve.rpc import RANKER, BearerToken, Ranker, Readable
+from brewjax.serve.refusals import ForbiddenError, Refusals
+from brewjax.serve.rpc import RANKER, Door, Ranker, channel_options
 from brewjax.serve.service import Service
 from brewjax.serve.tracing import trace_to_collector
 from brewjax.serve.worker import Worker
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from brewjax.serve.jetstream import Decoding
 
 log = logging.getLogger(__name__)
+LIVENESS, READINESS, STARTUP = "liveness", "readiness", "startup"  # names for gRPC's health service
 
 
 class Server:
@@ -56,7 +59,7 @@ class Server:
 
     def __init__(self, folder: Path, config: ServeConfig):
         self.folder, self.config = folder, config
-        self._token, self._tls = _secrets(config)
+        self._credentials = Credentials(config)
         _check_ports(config)
         tasks = [Task.load(path) for path in config.tasks]
         share = "context" if jax.default_backend() == "cpu" else "tensor"
@@ -76,23 +79,16 @@ class Server:
         self._decoding = _decoding(bundle, config, self._mesh.build(), device)
         self.service = Service(bundle, hash_folder(folder)[:8], tasks, worker, costs, config, metrics)
         self.port = self.http_port = 0
-        self._http: _Uvicorn | None = None
+        self._http: HttpServer | None = None
+        self._refusals = Refusals(metrics)
         self._reloading = asyncio.Lock()
 
     async def start(self) -> None:
         """Listens; OSError where a port is taken."""
         config = self.config
-        host = f"[{config.host}]" if ":" in config.host else config.host
         traced, self._trace_http = trace_to_collector()
-        self._rpc = grpc.aio.server(
-            interceptors=[*traced, *([BearerToken(self._token)] if self._token else []), Readable()],
-            options=[
-                # Larger ones are refused with a clear code by the service, much larger ones by gRPC.
-                ("grpc.max_receive_message_length", 4 * config.request_bytes),
-                ("grpc.max_concurrent_streams", 2 * config.streams),
-                ("grpc.so_reuseport", 0),
-            ],
-        )
+        door = Door(self._credentials, config, self.service.metrics, self._refusals)
+        self._rpc = grpc.aio.server(interceptors=[*traced, door], options=channel_options(config))
         ranker_pb2_grpc.add_RankerServicer_to_server(Ranker(self.service, self.reload), self._rpc)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._rpc)
@@ -101,58 +97,64 @@ class Server:
             self._decoding.add_to(self._rpc)
             services.append(self._decoding.service)
         reflection.enable_server_reflection(services, self._rpc)
-        address = f"{host}:{config.port}"
         try:
-            if self._tls:
-                self.port = self._rpc.add_secure_port(address, grpc.ssl_server_credentials([self._tls]))
-            else:
-                self.port = self._rpc.add_insecure_port(address)
-            http = None if config.http_port is None else _listen(config.host, config.http_port)
+            self.port = self._add_port()
+            http = [] if config.http_port is None else listen(config.host, config.http_port)
         except (OSError, RuntimeError) as error:
             raise OSError(f"port {config.port} or http_port {config.http_port} of {config.host}: {error}") from None
         self.service.worker.start()
         await self._rpc.start()
-        if http is not None:
+        if http:
             await self._start_http(http)
         self._telling = asyncio.create_task(self._tell_health())
         log.info("ready", extra={"model": self.service.model, "port": self.port, "http_port": self.http_port})
 
-    async def _start_http(self, listening: socket.socket) -> None:
-        config = self.config
-        # asyncio leaves this out for a socket of ours, and answers then wait 40 ms for the caller to acknowledge.
-        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.http_port = listening.getsockname()[1]
-        app = make_app(self.service, self._token)
+    def _add_port(self) -> int:
+        """Has gRPC listen, at every address of the host, and returns the port."""
+        host = "::" if self.config.host in WILDCARDS else self.config.host
+        address = f"[{host}]:{self.config.port}" if ":" in host else f"{host}:{self.config.port}"
+        if credentials := self._credentials.for_grpc():
+            return self._rpc.add_secure_port(address, credentials)
+        return self._rpc.add_insecure_port(address)
+
+    async def _start_http(self, sockets: list[socket.socket]) -> None:
+        self.http_port = sockets[0].getsockname()[1]
+        app = make_app(self.service, self._credentials, self._refusals)
         self._trace_http(app)
-        settings = uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            ssl_certfile=config.tls_cert,
-            ssl_keyfile=config.tls_key,
-        )
-        self._http = _Uvicorn(settings)
-        self._http_task = asyncio.create_task(self._http.serve([listening]))
+        self._http = HttpServer(app, self.config, self._credentials.ssl_context, self.service.metrics, self._refusals)
+        self._http_task = asyncio.create_task(self._http.serve(sockets))
         while not self._http.started:
             await asyncio.sleep(0.01)
 
     async def _tell_health(self) -> None:
-        """To those who ask in gRPC's way: what /health says."""
-        told = None
+        """To those who ask in gRPC's way, by the name of the probe: what HTTP says."""
+        states: dict[str, bool] = {}
         while True:
-            if (ready := self.service.ready) != told:
-                told, state = ready, health_pb2.HealthCheckResponse
-                for name in ("", RANKER):
-                    await self._health.set(name, state.SERVING if ready else state.NOT_SERVING)
+            ready = self.service.ready
+            for name, state in {
+                "": ready,
+                RANKER: ready,
+                READINESS: ready,
+                LIVENESS: self.service.live,
+                STARTUP: True,
+            }.items():
+                if states.get(name) != state:
+                    states[name], response = state, health_pb2.HealthCheckResponse
+                    await self._health.set(name, response.SERVING if state else response.NOT_SERVING)
             await asyncio.sleep(0.2)
+
+    def read_credentials(self) -> None:
+        """Takes up tokens and certificate anew; ConfigError names the file that is of no use, and the old ones stay."""
+        self._credentials.read_again()
+        log.info("took up tokens and certificate")
 
     async def reload(self, folder: str) -> str:
         """Serves another checkpoint of the same shape, and returns its name and version.
 
-        Raises ValueError where it cannot be read or does not fit; the one before is served on.
+        Raises ForbiddenError for a folder that is not below `reload_below`, and ValueError where it cannot be read or
+        does not fit; the one before is served on.
         """
-        path = Path(folder) if folder else self.folder
+        path = self._reloadable(folder) if folder else self.folder
         async with self._reloading:
             try:
                 bundle = await asyncio.to_thread(self._read, path)
@@ -167,49 +169,80 @@ class Server:
         log.info("reloaded", extra={"model": self.service.model, "folder": str(path)})
         return self.service.model
 
+    def _reloadable(self, folder: str) -> Path:
+        """A folder that a caller names, with all links followed."""
+        path, below = Path(folder).resolve(), self.config.reload_below
+        if path != self.folder.resolve() and not (below and path.is_relative_to(Path(below).resolve())):
+            raise ForbiddenError(f"folder: not below {below}" if below else "folder: the server has no reload_below")
+        return path
+
     def _read(self, path: Path) -> Bundle:
         try:
             return Bundle.load(path, self._mesh)
         except Exception as error:  # of the many that a broken checkpoint can raise
             raise ValueError(f"{path} cannot be read: {error}") from error
 
-    async def stop(self) -> bool:
-        """Accepts no more, lets what runs finish; False where that took longer than `drain_seconds`."""
+    async def stop(self, hurry: asyncio.Event | None = None) -> bool:
+        """Lets callers go elsewhere, then accepts no more and lets what runs finish.
+
+        Health fails from the first moment; requests are answered for `lame_duck_seconds`, or until `hurry` is set, and
+        HTTP connections closed with their answers. False where what runs took longer than `drain_seconds`.
+        """
+        log.info("lame duck")
+        self.service.lame_duck = True
+        if self._decoding:
+            self._decoding.lame_duck = True
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for((hurry or asyncio.Event()).wait(), self.config.lame_duck_seconds)
         log.info("draining")
-        self.service.draining = True
-        began, limit = time.monotonic(), self.config.drain_seconds
+        start_time, limit = time.monotonic(), self.config.drain_seconds
         self._telling.cancel()
         await self._health.enter_graceful_shutdown()
-        draining = [self._rpc.stop(limit)] + ([self._decoding.drain(limit)] if self._decoding else [])
+        draining = [self._rpc.stop(limit), self._stop_http(limit)]
+        if self._decoding:
+            draining.append(self._decoding.drain(limit))
         await asyncio.gather(*draining)
-        if self._http is not None:
-            self._http.should_exit = True
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._http_task, max(1.0, limit - (time.monotonic() - began)))
-        left = max(0.1, limit - (time.monotonic() - began))
-        finished = await asyncio.to_thread(self.service.worker.stop, left)
+        remaining = max(0.1, limit - (time.monotonic() - start_time))
+        finished = await asyncio.to_thread(self.service.worker.stop, remaining)
         log.info("stopped", extra={"finished": finished})
         return finished
 
+    async def _stop_http(self, limit: float) -> None:
+        if self._http is not None:
+            self._http.should_exit = True
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._http_task, limit)
+
 
 async def serve(folder: Path, config: ServeConfig) -> bool:
-    """Serves until SIGTERM or SIGINT; SIGHUP reads the folder's checkpoint again. True where all requests finished."""
+    """Serves until SIGTERM, or SIGINT, which leaves out the lame-duck time, as a second signal does. SIGHUP reads the
+    tokens, the certificate and the folder's checkpoint again. True where all requests finished."""
+    sys.setswitchinterval(0.001)  # threads that encode and score hand over to the event loop five times sooner
     server = Server(folder, config)
     await server.start()
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    stop, hurry, loop = asyncio.Event(), asyncio.Event(), asyncio.get_running_loop()
     reloads: set[asyncio.Task] = set()  # a loop holds its tasks only weakly
 
     async def reload() -> None:
+        try:
+            server.read_credentials()
+        except ConfigError as error:
+            log.error("tokens and certificate refused: %s", error)
         try:
             await server.reload("")
         except ValueError as error:
             log.error("reload refused: %s", error)
 
+    def end(number: int) -> None:
+        if stop.is_set() or number == signal.SIGINT:
+            hurry.set()
+        stop.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, end, number)
     loop.add_signal_handler(signal.SIGHUP, lambda: reloads.add(asyncio.create_task(reload())))
     await stop.wait()
-    return await server.stop()
+    return await server.stop(hurry)
 
 
 def log_as_json() -> None:
@@ -225,44 +258,15 @@ def log_as_json() -> None:
     logging.getLogger("absl").setLevel(logging.WARNING)
 
 
-class _Uvicorn(uvicorn.Server):
-    """Whose process is not its own: signals are not its business."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-def _secrets(config: ServeConfig) -> tuple[str | None, tuple[bytes, bytes] | None]:
-    """The bearer token, and private key and certificate; ConfigError names the file that is of no use."""
-    token = tls = None
-    key = "token_file"
-    try:
-        if config.token_file:
-            token = Path(config.token_file).read_text().strip()
-            if not (token and token.isascii() and token.isprintable()):
-                raise ValueError(f"{config.token_file} holds no token: write one line of ASCII there")
-        key = "tls_cert"
-        if config.tls_cert and config.tls_key:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(config.tls_cert, config.tls_key)
-            tls = Path(config.tls_key).read_bytes(), Path(config.tls_cert).read_bytes()
-    except (OSError, ValueError) as error:
-        raise config.error(f"{error}", key) from None
-    return token, tls
-
-
 def _check_ports(config: ServeConfig) -> None:
     """Raises ConfigError for a port that is taken: before the model is compiled, not after."""
     for key in ("port", "http_port"):
         try:
             if port := getattr(config, key):
-                _listen(config.host, port).close()
+                for listening in listen(config.host, port):
+                    listening.close()
         except OSError as error:
             raise config.error(f"cannot listen at {config.host}:{port}: {error.strerror}", key) from None
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
 
 
 def _memory(bundle: Bundle, config: ServeConfig) -> tuple[list[Bucket], int]:
@@ -291,4 +295,4 @@ def _decoding(bundle: Bundle, config: ServeConfig, mesh: Mesh, device: threading
         return None
     from brewjax.serve.jetstream import Decoding
 
-    return Decoding(bundle, config.generation, mesh, device)
+    return Decoding(bundle, config.generation, mesh, device, config.special_tokens)

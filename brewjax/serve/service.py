@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import os
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -25,25 +26,15 @@ from brewjax.scoring.passes import LABELS_IN_PASS, PAGE, Bucket
 from brewjax.scoring.scorer import Against
 from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve.config import ServeConfig
-from brewjax.serve.encoding import MOST_ID, Encoded, Encoder
+from brewjax.serve.encoding import Encoded, Encoder
 from brewjax.serve.metrics import Metrics
-from brewjax.serve.worker import ClosedError, QueueFullError, Worker
+from brewjax.serve.refusals import status_of
+from brewjax.serve.worker import QueueFullError, Worker
+from brewjax.serve.worker import Request as QueuedRequest
 
 log = logging.getLogger(__name__)
-MOST_SAID = 400  # characters of an error
 tracer = trace.get_tracer("brewjax.serve")
-
-
-def status_of(error: BaseException) -> grpc.StatusCode:
-    """The gRPC code that tells a caller what to do about an error."""
-    kinds: dict[type[BaseException], grpc.StatusCode] = {
-        QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
-        ClosedError: grpc.StatusCode.UNAVAILABLE,
-        TimeoutError: grpc.StatusCode.DEADLINE_EXCEEDED,
-        asyncio.CancelledError: grpc.StatusCode.CANCELLED,
-        ValueError: grpc.StatusCode.INVALID_ARGUMENT,
-    }
-    return next((code for kind, code in kinds.items() if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
+LONG = 1 << 16  # bytes of a request that takes more than some 20 ms to encode
 
 
 class Service:
@@ -68,9 +59,11 @@ class Service:
         self._tasks, self._context = tasks, config.context or bundle.prompts.max_tokens
         self._encoder = self._encodes(bundle, version)
         self._costs = costs
-        self._host = ThreadPoolExecutor(thread_name_prefix="encode")  # tokenizers release Python's lock
+        # Tokenizers release Python's lock. Long requests have threads of their own: short ones do not wait for them.
+        self._threads = ThreadPoolExecutor(thread_name_prefix="encode")
+        self._threads_of_long = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2), "encode long")
         self._streams = 0
-        self.draining = False
+        self.lame_duck = False
 
     @property
     def model(self) -> str:
@@ -78,42 +71,40 @@ class Service:
         return self._encoder.model
 
     @property
+    def live(self) -> bool:
+        """Whether it can score again without being restarted: the thread that scores runs."""
+        return self.worker.alive
+
+    @property
     def ready(self) -> bool:
-        """Whether requests are answered: it does not drain, and the last pass did not fail."""
-        return not self.draining and self.worker.healthy
+        """Whether callers should come: it is not about to stop, and the last pass did not fail."""
+        return not self.lame_duck and self.worker.healthy
 
     @contextlib.contextmanager
     def observed(self, method: str, request_id: str) -> Iterator[None]:
-        """Counts, times, logs and traces what is done of a request, and takes its place among the streams.
+        """Counts, times and traces what is done of a request, logs that it was answered, and takes its place among the
+        streams.
 
         Raises QueueFullError where there is none.
         """
-        began, code, error = time.monotonic(), grpc.StatusCode.OK, ""
+        start_time, code = time.monotonic(), grpc.StatusCode.OK
         self._streams += 1
         with tracer.start_as_current_span(method, attributes={"brewjax.request_id": request_id}):
             try:
-                if self.draining:
-                    raise ClosedError
                 if self._streams > self.config.streams:
                     raise QueueFullError(1.0, f"{self.config.streams} requests are answered at a time")
                 yield
-            except BaseException as raised:
-                code, error = status_of(raised), shortened(raised)
-                if code is grpc.StatusCode.INTERNAL:
-                    log.exception("request failed", extra={"request_id": request_id})
+            except BaseException as error:
+                code = status_of(error)
                 raise
             finally:
                 self._streams -= 1
-                seconds = time.monotonic() - began
+                seconds = time.monotonic() - start_time
                 self.metrics.requests.labels(method, code.name).inc()
                 self.metrics.request_seconds.labels(method).observe(seconds)
-                fields = {
-                    "request_id": request_id[:MOST_ID],
-                    "method": method,
-                    "code": code.name,
-                    "seconds": round(seconds, 4),
-                }
-                log.info(error or "answered", extra=fields)
+                if code is grpc.StatusCode.OK:
+                    fields = {"request_id": request_id, "method": method, "code": code.name}
+                    log.info("answered", extra={**fields, "seconds": round(seconds, 4)})
 
     async def score(self, request: pb.ScoreRequest, seconds: float | None = None) -> pb.ScoreResponse:
         """Scores a request's items; `seconds` are left until its deadline.
@@ -123,13 +114,14 @@ class Service:
         request_id = request.request_id or uuid.uuid4().hex
         with self.observed("Score", request_id):
             async with self._within(seconds) as deadline:
-                encoded = await self._encode(request, self.config.items)
+                encoded, queued = await self._encode(request, self.config.items, deadline)
                 probabilities = np.empty((len(encoded.prompt.questions), len(encoded.prompt.labels)), np.float32)
 
                 def answer(first: int, found: np.ndarray) -> None:
                     probabilities[first : first + len(found)] = found
 
-                queued = self.worker.submit(encoded.prompt, _against(request), deadline, answer)
+                queued.on_answers = answer
+                self.worker.enqueue(queued)
                 with tracer.start_as_current_span("queue and pass"):
                     cached = await asyncio.wrap_future(queued)  # cancelled, it takes the request out of the queue
             return _response(request_id, encoded, 0, probabilities, cached, request.top_k)
@@ -146,14 +138,15 @@ class Service:
             if request.top_k:
                 raise ValueError("top_k: not for ScoreStream, whose responses hold every item once")
             async with self._within(seconds) as deadline:
-                encoded = await self._encode(request, self.config.stream_items)
+                encoded, queued = await self._encode(request, self.config.stream_items, deadline)
                 loop = asyncio.get_running_loop()
                 found: asyncio.Queue[tuple[int, np.ndarray] | None] = asyncio.Queue()
 
                 def answer(first: int, probabilities: np.ndarray) -> None:
                     loop.call_soon_threadsafe(found.put_nowait, (first, probabilities))
 
-                queued = self.worker.submit(encoded.prompt, _against(request), deadline, answer)
+                queued.on_answers = answer
+                self.worker.enqueue(queued)
                 queued.add_done_callback(lambda _: loop.call_soon_threadsafe(found.put_nowait, None))
                 try:
                     while (chunk := await found.get()) is not None:
@@ -208,7 +201,7 @@ class Service:
     async def reload(self, bundle: Bundle, version: str) -> None:
         """Other weights, from the next request on; ValueError where they do not fit what is compiled, or are broken."""
         await asyncio.to_thread(self._check, bundle)
-        encoder = self._encodes(bundle, version)
+        encoder = await asyncio.to_thread(self._encodes, bundle, version)
         taken_up = self.worker.reload(bundle.params)
         self._encoder = encoder  # without a pause since: what is queued behind the weights is what it encoded
         await asyncio.shield(asyncio.wrap_future(taken_up))
@@ -236,21 +229,21 @@ class Service:
         except TimeoutError:
             raise TimeoutError(f"not answered within {limit:.3g} seconds") from None
 
-    async def _encode(self, request: pb.ScoreRequest, most_items: int) -> Encoded:
-        """By the encoder that is in use when it is done: whoever calls queues the result without a pause."""
+    async def _encode(self, request: pb.ScoreRequest, max_items: int, deadline: float) -> tuple[Encoded, QueuedRequest]:
+        """By the encoder that is in use when it is done: its caller enqueues the result without an `await` between."""
         loop = asyncio.get_running_loop()
+        threads = self._threads if request.ByteSize() <= LONG else self._threads_of_long
+
+        def encode(encoder: Encoder) -> tuple[Encoded, QueuedRequest]:
+            encoded = encoder.encode(request, max_items)
+            return encoded, self.worker.prepare(encoded.prompt, _against(request), deadline)
+
         with tracer.start_as_current_span("encode"):
             while True:
                 encoder = self._encoder
-                encoded = await loop.run_in_executor(self._host, encoder.encode, request, most_items)
+                prepared = await loop.run_in_executor(threads, encode, encoder)
                 if encoder is self._encoder:
-                    return encoded
-
-
-def shortened(error: BaseException) -> str:
-    """An error's message, however much of a request it quotes: gRPC takes no more than a few kilobytes."""
-    message = str(error)
-    return message if len(message) <= MOST_SAID else message[:MOST_SAID] + " .."
+                    return prepared
 
 
 def _against(request: pb.ScoreRequest) -> Against:

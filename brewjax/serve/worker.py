@@ -24,6 +24,7 @@ from brewjax.scoring.scorer import Against, Running, Scorer, among_labels
 from brewjax.serve.metrics import Metrics
 
 log = logging.getLogger(__name__)
+BUSY_FOR = 60.0  # seconds without a pause, after which old garbage is collected all the same
 TRY_AGAIN = 1.0  # seconds until passes are tried again after one failed
 
 Answers = Callable[[int, np.ndarray], None]  # hears the number of the first question, and probabilities [Q, labels]
@@ -54,9 +55,10 @@ class Request(Future):
     `cancel` takes it out of the queue. Fails with TimeoutError where its deadline passes first.
     """
 
-    def __init__(self, prompt: EncodedPrompt, against: Against, deadline: float, on_answers: Answers):
+    def __init__(self, prompt: EncodedPrompt, against: Against, deadline: float):
         super().__init__()
-        self.job, self.deadline, self.on_answers = Job(prompt, against, self), deadline, on_answers
+        self.job, self.deadline = Job(prompt, against, self), deadline
+        self.on_answers: Answers = lambda first, probabilities: None
         self.places = self.job.left()
         self.arrived = time.monotonic()
         self.began = 0.0
@@ -105,7 +107,12 @@ class Worker:
     @property
     def healthy(self) -> bool:
         """Whether the last pass did not fail, and there will be a next one."""
-        return self._passes_work and self._thread.is_alive()
+        return self._passes_work and self.alive
+
+    @property
+    def alive(self) -> bool:
+        """Whether there is a thread to score."""
+        return self._thread.is_alive()
 
     def start(self) -> None:
         """Begins to work. What lives by now is never looked at by the garbage collector again, until `stop`."""
@@ -126,8 +133,18 @@ class Worker:
 
         Raises QueueFullError, ClosedError, and ValueError for what no pass can hold.
         """
+        request = self.prepare(prompt, against, deadline)
+        request.on_answers = on_answers
+        self.enqueue(request)
+        return request
+
+    def prepare(self, prompt: EncodedPrompt, against: Against = "labels", deadline: float = math.inf) -> Request:
+        """All of `submit` that takes time for a long list; ValueError for what no pass can hold."""
         self._batcher.check(prompt)
-        request = Request(prompt, against, deadline, on_answers)
+        return Request(prompt, against, deadline)
+
+    def enqueue(self, request: Request) -> None:
+        """The rest of `submit`."""
         with self._changed:
             if self._stopping:
                 raise ClosedError
@@ -138,7 +155,6 @@ class Worker:
             request.add_done_callback(self._left)
             self._inbox.append(request)
             self._changed.notify()
-        return request
 
     def reload(self, params: Params) -> Future:
         """Other weights for whatever is submitted from now on; done when they are in use."""
@@ -211,13 +227,16 @@ class Worker:
         return bool(self._running or self._inbox or self._batcher)
 
     def _collect(self) -> None:
-        """Garbage, when the device is busy or nothing is to be done; the old of it for a hundredth of the time."""
-        began = time.monotonic()
-        old = began >= self._collect_old_at
+        """Garbage, when the device is busy or nothing is to be done.
+
+        All threads stand still for it. What is old is looked at when nothing is to be done, and otherwise rarely: it
+        may hold a list of 50,000 items.
+        """
+        now = time.monotonic()
+        old = now >= self._collect_old_at and (not self._has_work() or now >= self._collect_old_at + BUSY_FOR)
         gc.collect(2 if old else 1)
         if old:
-            now = time.monotonic()
-            self._collect_old_at = now + max(1.0, 100 * (now - began))
+            self._collect_old_at = time.monotonic() + 1.0
 
     def _fill_up(self) -> None:
         """Waits a little for requests to share a pass with the first one."""

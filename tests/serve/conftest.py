@@ -20,7 +20,7 @@ from brewjax.scoring.passes import Bucket
 from brewjax.scoring.scorer import Scorer
 from brewjax.serve import Client
 from brewjax.serve.server import Server
-from tests.serve.serving import CONFIG, running
+from tests.serve.serving import ADMIN_TOKEN, CONFIG, TOKEN, eventually, pages_held, running, waiting
 from tests.tables import write_dataset
 from tests.tiny import MODEL, params
 
@@ -75,15 +75,18 @@ def model_folder(bundle, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(model_folder) -> Iterator[Server]:
+def server(model_folder, tmp_path_factory) -> Iterator[Server]:
     """One for all tests: whoever changes it changes it back."""
-    with running(model_folder, CONFIG) as server:
+    base = tmp_path_factory.getbasetemp()
+    (base / "admin token").write_text(ADMIN_TOKEN)
+    update = {"admin_token_file": str(base / "admin token"), "reload_below": str(base)}
+    with running(model_folder, CONFIG.model_copy(update=update)) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def client(server) -> Iterator[Client]:
-    with Client(f"127.0.0.1:{server.port}") as client:
+    with Client(f"127.0.0.1:{server.port}", ADMIN_TOKEN) as client:
         yield client
 
 
@@ -94,6 +97,42 @@ def http(server) -> Iterator[httpx.Client]:
 
 
 @pytest.fixture(scope="session")
+def strict(model_folder, tmp_path_factory) -> Iterator[Server]:
+    """One that asks for a token, with few connections and little time."""
+    tokens = tmp_path_factory.mktemp("tokens")
+    (tokens / "token").write_text(TOKEN)
+    (tokens / "admin").write_text(ADMIN_TOKEN)
+    update = {
+        "token_file": str(tokens / "token"),
+        "admin_token_file": str(tokens / "admin"),
+        "row_tokens": (256,),
+        "item_tokens": 256,
+        "context": 256,
+        "connections": 8,
+        "header_seconds": 0.5,
+        "body_seconds": 0.5,
+        "keep_alive_seconds": 1.5,
+    }
+    with running(model_folder, CONFIG.model_copy(update=update)) as server:
+        yield server
+
+
+@pytest.fixture
+def strict_http(strict) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=f"http://127.0.0.1:{strict.http_port}", timeout=60) as http:
+        yield http
+
+
+@pytest.fixture(scope="session")
 def alone(bundle) -> Scorer:
     """The scorer that evaluation uses."""
     return Scorer(bundle.model, bundle.params, bundle.tokenizer, "dense", [Bucket(256), Bucket(4096)])
+
+
+@pytest.fixture
+def worker(server):
+    """Which nobody keeps busy, before and after."""
+    worker = server.service.worker
+    yield worker
+    eventually(lambda: waiting(worker) == 0 and pages_held(worker) == 0)
+    eventually(lambda: server.service._streams == 0)

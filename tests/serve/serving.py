@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
+import grpc
 import numpy as np
+import pytest
 
 from brewjax.data.tokens import EncodedPrompt
 from brewjax.scoring.passes import Pass
@@ -22,7 +26,17 @@ from brewjax.serve.config import ServeConfig
 from brewjax.serve.server import Server
 from brewjax.serve.worker import Worker
 
-CONFIG = ServeConfig(port=0, http_port=0, row_tokens=(256, 1024), context=1024, cache_gigabytes=0.01, decode=False)
+CONFIG = ServeConfig(
+    port=0,
+    http_port=0,
+    row_tokens=(256, 1024),
+    context=1024,
+    cache_gigabytes=0.01,
+    decode=False,
+    lame_duck_seconds=0,
+)
+LOOPBACK = ["127.0.0.1"] + ["::1"] * socket.has_dualstack_ipv6()
+TOKEN, ADMIN_TOKEN = "open sesame", "open everything"
 
 
 @contextmanager
@@ -40,7 +54,8 @@ def running(folder: Path, config: ServeConfig) -> Iterator[Server]:
         gc.unfreeze()  # the collector is for other tests of this process too
         gc.enable()
         yield server
-        assert asyncio.run_coroutine_threadsafe(server.stop(), loop).result(60)
+        if not server.service.lame_duck:  # else the test has stopped it
+            assert asyncio.run_coroutine_threadsafe(server.stop(), loop).result(60)
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
@@ -98,6 +113,13 @@ def eventually(condition: Callable[[], object], seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < until, "it did not come true"
         time.sleep(0.01)
+
+
+def refusal(call: Callable[..., object], *args: Any, **kwargs: Any) -> tuple[grpc.StatusCode, str]:
+    """The code and the message of a call that must fail."""
+    with pytest.raises(grpc.RpcError) as error:
+        call(*args, **kwargs)
+    return error.value.code(), error.value.details()  # type: ignore[attr-defined]
 
 
 def pages_held(worker: Worker) -> int:

@@ -1,12 +1,7 @@
 """Requests that are wrong, callers that vanish, passes that fail, checkpoints that are broken: over the wire."""
 
-import asyncio
 import concurrent.futures
-import dataclasses
-import json
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -15,21 +10,15 @@ from unittest import mock
 
 import grpc
 import httpx
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from brewjax.data.examples import example_now
-from brewjax.data.tokenizer import Tokenizer
-from brewjax.scoring.passes import Bucket
-from brewjax.scoring.scorer import Scorer
 from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve import ranker_pb2_grpc
 from brewjax.serve.client import raw
-from brewjax.serve.http import make_app
 from brewjax.serve.members import of_example
 from tests.serve.serving import (
     LABELS,
@@ -40,9 +29,9 @@ from tests.serve.serving import (
     held,
     pages_held,
     probabilities,
+    refusal,
     waiting,
 )
-from tests.tiny import params
 
 Code = grpc.StatusCode
 ROOT = Path(__file__).parents[2]
@@ -56,15 +45,6 @@ def bare(server):
 
 
 @pytest.fixture
-def worker(server):
-    """Which nobody keeps busy, before and after."""
-    worker = server.service.worker
-    yield worker
-    eventually(lambda: waiting(worker) == 0 and pages_held(worker) == 0)
-    eventually(lambda: server.service._streams == 0)
-
-
-@pytest.fixture
 def member(dataset, tasks) -> pb.Member:
     return of_example(dataset, tasks[0], example_now(dataset, tasks[0], 6).asking(slice(4)))
 
@@ -72,12 +52,6 @@ def member(dataset, tasks) -> pb.Member:
 def request(question, **fields) -> pb.ScoreRequest:
     name = "member" if isinstance(question, pb.Member) else "raw"
     return pb.ScoreRequest(**{name: question}, **fields)
-
-
-def refusal(call, *args, **kwargs) -> tuple[grpc.StatusCode, str]:
-    with pytest.raises(grpc.RpcError) as error:
-        call(*args, **kwargs)
-    return error.value.code(), error.value.details()
 
 
 def answered(server, code: str, method: str = "Score") -> float:
@@ -211,87 +185,6 @@ def test_any_time_there_is_can_be_told(client, member, year):
         event.time.FromJsonString(moment)
     put(member.items[0].attributes, "posted", date=member.now)
     assert len(client.score(member).scores) == 4
-
-
-@pytest.mark.parametrize(
-    ("body", "message"),
-    [
-        ({"items": ["a"]}, "label_token_ids: Field required"),
-        ({"items": ["a", 3], "label_token_ids": [5]}, "items: Input should be"),
-        ({"items": ["a", ""], "label_token_ids": [5]}, "items[1]: empty"),
-        ({"items": [], "label_token_ids": [5]}, "items: 0 of them"),
-        ({"items": ["a"], "label_token_ids": []}, "label_token_ids: 0 of them; give 1 to 32"),
-        ({"items": ["a"], "label_token_ids": [5, 5]}, "label_token_ids: one is given twice"),
-        ({"items": ["a"], "label_token_ids": [-1]}, "label_token_ids[0]: Input should be greater"),
-        ({"items": ["a"], "label_token_ids": [60_000]}, "label_token_ids: no token 60000"),
-        ({"items": ["a"], "label_token_ids": [5], "query": [60_000]}, "query: no token 60000"),
-        ({"items": ["a"], "label_token_ids": [5], "query": [7] * 1025}, "query: 1,025 tokens before the items"),
-        ({"items": ["a"], "label_token_ids": [5], "query": "\ud800"}, "query: Value error, 'utf-8' codec"),
-        ({"items": ["a"], "label_token_ids": [5], "temperature": 1}, "temperature: Extra inputs"),
-        ({"items": ["a"] * 1001, "label_token_ids": [5]}, "items: 1,001 of them"),
-        (b"{", "the body: JSON decode error"),
-        (b"\xff", "There was an error parsing the body"),
-        (b"[" * 100_000, "There was an error parsing the body"),
-        (b"", "the body: Field required"),
-    ],
-)
-def test_http_names_the_field(http, body, message):
-    content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    response = http.post("/v1/score", content=content, headers={"content-type": "application/json"})
-    assert response.status_code == 400
-    assert response.json() == {"object": "error", "code": 400, "message": mock.ANY}
-    assert response.json()["message"].startswith(message)
-
-
-def test_http_answers_in_one_form_whatever_is_wrong(server, http):
-    for response, status in (
-        (http.get("/nowhere"), 404),
-        (http.get("/v1/score"), 405),
-        (http.post("/v1/score", content=b"x" * 8_000_001, headers={"content-type": "application/json"}), 413),
-        (http.post("/v1/score", content=(b"x" * 1_000_000 for _ in range(9)), headers={"content-type": "a/json"}), 413),
-    ):
-        assert response.status_code == status
-        assert response.json()["code"] == status
-    echoed = http.post(
-        "/v1/score", json={"items": ["a"], "label_token_ids": [5]}, headers={"x-request-id": "mine"}
-    ).headers["x-request-id"]
-    assert echoed == "mine"
-
-
-def test_http_answers_are_sent_at_once(server):
-    """A head and a body are two packets, and the second would wait for the first to be acknowledged."""
-    (listening,) = server._http.servers[0].sockets
-    assert listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-
-
-def test_http_has_health_metrics_and_its_own_description(http):
-    assert http.get("/health").status_code == 200
-    metrics = http.get("/metrics").text
-    for name in ("requests_total", "queue_seconds", "pass_seconds", "pass_tokens", "pass_items", "padding_tokens_total",
-                 "prefix_tokens_total", "waiting_tokens", "compilations", "reloads"):  # fmt: skip
-        assert f"# TYPE brewjax_{name.removesuffix('_total')}" in metrics, name
-    assert 'brewjax_requests_total{code="OK",method="Score"}' in metrics
-    assert "swagger" in http.get("/docs").text
-    description = http.get("/openapi.json").json()
-    assert set(description["paths"]) == {"/v1/score", "/health", "/metrics"}
-
-
-def test_http_asks_for_the_token(server):
-    app = make_app(server.service, token="secret")
-
-    async def get(path: str, **headers: str) -> int:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
-            return (await client.get(path, headers=headers)).status_code
-
-    for path, authorization, status in (
-        ("/metrics", "", 401),
-        ("/metrics", "Bearer Secret", 401),
-        ("/metrics", "secret", 401),
-        ("/metrics", "Bearer secr\xe9t", 401),
-        ("/metrics", "Bearer secret", 200),
-        ("/health", "", 200),
-    ):
-        assert asyncio.run(get(path, authorization=authorization.encode("latin-1"))) == status
 
 
 # --- limits
@@ -510,103 +403,6 @@ def test_a_pass_that_fails_is_internal_and_health_says_so_until_it_is_over(serve
     assert http.get("/health").status_code == 200
     np.testing.assert_allclose(probabilities(client.score(question)), expected(alone, question), atol=1e-5)
     assert client.describe().compilations == compiled
-
-
-# --- other checkpoints
-
-
-@pytest.fixture(scope="module")
-def other(bundle, tmp_path_factory) -> Path:
-    """A checkpoint of the same shape."""
-    folder = tmp_path_factory.mktemp("other")
-    dataclasses.replace(bundle, params=params(bundle.model, 1)).save(folder)
-    return folder
-
-
-def test_a_reload_under_load_drops_nobody_and_mixes_nothing(server, client, bundle, alone, other, worker):
-    of_other = Scorer(bundle.model, params(bundle.model, 1), bundle.tokenizer, "dense", [Bucket(256), Bucket(4096)])
-    questions = [ask(seed, 30) for seed in range(6)]
-    before = client.describe()
-    right = {before.model: [expected(alone, one) for one in questions]}
-    seen: list[str] = []
-    done = False
-
-    def keep_asking(number: int) -> None:
-        while not done:
-            at = len(seen) % len(questions)
-            one = list(client.stream(questions[at])) if number % 2 else [client.score(questions[at])]
-            (model,) = {response.model for response in one}
-            results.append((model, at, probabilities(*one)))
-            seen.append(model)
-
-    results: list[tuple[str, int, np.ndarray]] = []
-    with concurrent.futures.ThreadPoolExecutor(6) as pool:
-        asking = [pool.submit(keep_asking, number) for number in range(6)]
-        eventually(lambda: len(seen) > 6)
-        try:
-            new = client.reload(str(other))
-            eventually(lambda: seen.count(new) > 12)
-        finally:
-            done = True
-    for one in asking:
-        one.result()
-    assert new != before.model
-    assert set(seen) == {before.model, new}
-    right[new] = [expected(of_other, one) for one in questions]
-    for model, at, found in results:
-        np.testing.assert_allclose(found, right[model][at], atol=1e-5)
-    assert client.reload() == before.model
-    np.testing.assert_allclose(probabilities(client.score(questions[0])), right[before.model][0], atol=1e-5)
-    assert client.describe().compilations == before.compilations
-
-
-def break_weights(folder: Path) -> None:
-    largest = max((path for path in (folder / "params").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size)
-    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
-
-
-def lose_weights(folder: Path) -> None:
-    for path in (folder / "params" / "state").rglob("d"):
-        shutil.rmtree(path)
-
-
-BROKEN = {
-    "model.yaml: no such config file": lambda folder: (folder / "model.yaml").unlink(),
-    "no complete weights there": lambda folder: shutil.rmtree(folder / "params"),
-    "model cannot be read: ": break_weights,
-    "model cannot be read: NOT_FOUND": lose_weights,
-    "no tokenizer.json there": lambda folder: shutil.rmtree(folder / "tokenizer"),
-    "dataset.yaml": lambda folder: (folder / "dataset.yaml").write_text("name: [oops"),
-}
-
-
-def changed(bundle, what: str):
-    if what == "not finite":
-        leaves, tree = jax.tree.flatten(bundle.params)
-        spoilt = jax.tree.unflatten(tree, [leaves[0].at[(0,) * leaves[0].ndim].set(jnp.nan), *leaves[1:]])
-        return dataclasses.replace(bundle, params=spoilt)
-    if what == "another shape":
-        model = bundle.model.model_copy(update={"d_ff": 64})
-        return dataclasses.replace(bundle, model=model, params=params(model))
-    return dataclasses.replace(bundle, tokenizer=Tokenizer.train(["other words"], ["Yes", "No"], vocab_size=300))
-
-
-@pytest.mark.parametrize("what", [*BROKEN, "not finite", "another shape", "another tokenizer"])
-def test_a_broken_checkpoint_is_refused_and_the_old_one_serves_on(client, bundle, alone, other, tmp_path, what):
-    folder = tmp_path / "model"
-    if what in BROKEN:
-        shutil.copytree(other, folder)
-        BROKEN[what](folder)
-    else:
-        changed(bundle, what).save(folder)
-    before = client.describe()
-    code, details = refusal(client.reload, str(folder))
-    assert code is Code.INVALID_ARGUMENT
-    assert what in details
-    assert "Traceback" not in details
-    question = ask(1, 5)
-    np.testing.assert_allclose(probabilities(client.score(question)), expected(alone, question), atol=1e-5)
-    assert client.describe().model == before.model
 
 
 def test_nothing_of_all_this_is_left(server, client, worker, alone):

@@ -21,7 +21,7 @@ from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve.client import raw
 from brewjax.serve.http import make_app
 from brewjax.serve.members import of_example
-from brewjax.serve.service import status_of
+from brewjax.serve.refusals import status_of
 from tests.serve.serving import LABELS, ask, draw, eventually, expected, pages_held, probabilities, waiting
 
 TRIES = int(os.environ.get("BREWJAX_FUZZ", 10_000))
@@ -206,7 +206,7 @@ def bodies() -> Iterable[bytes]:
 
 
 def test_fuzzed_json(server, client, alone):
-    app = make_app(server.service)
+    app = make_app(server.service, server._credentials, server._refusals)
 
     async def attempt(body: bytes) -> tuple[int, str]:
         """As uvicorn would call the application."""

@@ -17,7 +17,8 @@ import pytest
 
 from brewjax.scoring.bundle import Bundle
 from brewjax.serve.config import DecodeConfig
-from brewjax.serve.jetstream import BrewEngine, Decoding, jetstream_pb2_grpc, pb
+from brewjax.serve.jetstream import Decoding, jetstream_pb2_grpc, pb
+from brewjax.serve.jetstream_engine import BrewEngine
 from tests.serve.serving import eventually
 from tests.tiny import params
 
@@ -169,8 +170,8 @@ def test_a_deadline_leaves_its_slot(served):
     ("request_", "why"),
     [
         (ask_tokens([5] * 120), "token_content: 121 tokens and max_tokens 12; at most 128 together"),
-        (ask("x " * 20_000), "text_content.text: 40,000 characters, too many for 128 tokens"),
-        (ask("?,: " * 60), "text_content: "),
+        (ask("x " * 20_000), "text_content.text: 40,000 characters; at most 128 tokens are read"),
+        (ask("?,: " * 60), "text_content.text: 240 tokens; at most 128 are read"),
         (ask_tokens([3, -1]), "token_content.token_ids: no token -1; the model knows "),
         (ask_tokens([1 << 30]), "token_content.token_ids: no token 1073741824; the model knows "),
         (ask(max_tokens=0), "max_tokens: 0; ask for 1 or more"),

@@ -21,13 +21,13 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from brewjax import cli
 from brewjax.data.task import Task
 from brewjax.serve import Client
+from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve.encoding import Encoder
-from tests.serve.serving import CONFIG, ask, expected, probabilities
+from tests.serve.serving import CONFIG, TOKEN, ask, eventually, expected, probabilities, refusal
 from tests.tiny import params
 
 Code = grpc.StatusCode
 ROOT = Path(__file__).parents[2]
-TOKEN = "open sesame"
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +35,13 @@ def secrets(tmp_path_factory) -> Path:
     """A folder with a certificate of localhost, its key, and a token."""
     folder = tmp_path_factory.mktemp("secrets")
     (folder / "token").write_text(f"{TOKEN}\n")
-    certify = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=localhost -addext subjectAltName=DNS:localhost"
-    subprocess.run([*certify.split(), "-keyout", "key.pem", "-out", "cert.pem"], cwd=folder, check=True, stderr=-3)
+    certify(folder)
     return folder
+
+
+def certify(folder: Path) -> None:
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=localhost -addext subjectAltName=DNS:localhost"
+    subprocess.run([*command.split(), "-keyout", "key.pem", "-out", "cert.pem"], cwd=folder, check=True, stderr=-3)
 
 
 class Process:
@@ -50,6 +54,7 @@ class Process:
             "context": 256,
             "item_tokens": 256,
             "cache_gigabytes": 0.01,
+            "lame_duck_seconds": 0.3,
         } | settings
         overrides = [f"--set={key}={value}" for key, value in settings.items()]
         self._log = log
@@ -108,12 +113,6 @@ def processes() -> Iterator[list[Process]]:
         process.kill()
 
 
-def refusal(call, *args) -> tuple[grpc.StatusCode, str]:
-    with pytest.raises(grpc.RpcError) as error:
-        call(*args)
-    return error.value.code(), error.value.details()
-
-
 def test_a_server_from_its_start_to_its_end(folder, secrets, log, processes, bundle, alone):
     """With TLS and a token: what answers without it, reload by SIGHUP, death and restart, and a drain by SIGTERM."""
     cert, port = str(secrets / "cert.pem"), free_port()
@@ -144,6 +143,7 @@ def test_a_server_from_its_start_to_its_end(folder, secrets, log, processes, bun
         pass
     new = probabilities(client.score(question))
     assert abs(new - expected(alone, question)).max() > 1e-3
+    check_new_secrets(processes[-1], secrets, ready, question)
 
     processes[-1].kill()
     assert refusal(lambda: client.score(question, timeout=2))[0] in (Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED)
@@ -155,6 +155,30 @@ def test_a_server_from_its_start_to_its_end(folder, secrets, log, processes, bun
         check_drain(processes[-1], client, pool, port, cert)
     client.close()
     channel.close()
+
+
+def check_new_secrets(process: Process, secrets: Path, ready: dict, question: pb.Raw) -> None:
+    """SIGHUP takes up another token and another certificate, and refuses what is of no use; then the old ones again."""
+    old = {name: (secrets / name).read_bytes() for name in ("token", "cert.pem", "key.pem")}
+    (secrets / "token").write_text("another token")
+    certify(secrets)
+    process.signal(signal.SIGHUP)
+    eventually(lambda: any(line["message"] == "took up tokens and certificate" for line in process.logged()))
+    with Client(f"localhost:{ready['port']}", "another token", ca=str(secrets / "cert.pem")) as client:
+        assert client.score(question).scores
+    trusting = ssl.create_default_context(cafile=str(secrets / "cert.pem"))
+    url = f"https://localhost:{ready['http_port']}/metrics"
+    for token, status in (("another token", 200), (TOKEN, 401)):
+        response = httpx.get(url, verify=trusting, headers={"authorization": f"Bearer {token}"})
+        assert response.status_code == status
+    (secrets / "token").write_text("")
+    process.signal(signal.SIGHUP)
+    eventually(lambda: any("tokens and certificate refused" in line["message"] for line in process.logged()))
+    assert httpx.get(url, verify=trusting, headers={"authorization": "Bearer another token"}).status_code == 200
+    for name, content in old.items():
+        (secrets / name).write_bytes(content)
+    process.signal(signal.SIGHUP)
+    eventually(lambda: httpx.get(url, verify=False, headers={"authorization": f"Bearer {TOKEN}"}).status_code == 200)
 
 
 def check_openness(channel: grpc.Channel, cert: str, http_port: int) -> None:
@@ -217,15 +241,17 @@ def test_what_cannot_start_says_why_in_one_message(model_folder, secrets, taken,
         ("port=70000",): "port: expected less than 65536, found 70000",
         ("row_tokens=[100]",): "row_tokens (100,): lengths are multiples of 128",
         ("row_tokens=[256]",): "item_tokens 1024 is over the longest of row_tokens (256,)",
-        ("host=0.0.0.0",): "host 0.0.0.0 can be reached from other machines: give tls_cert, tls_key and token_file",
+        (
+            "host=0.0.0.0",
+        ): "host 0.0.0.0 can be reached from other machines: give tls_cert and tls_key (or plaintext: true), ",
         ("host=0.0.0.0", f"token_file={secrets / 'token'}"): "host 0.0.0.0 can be reached from other machines",
         (key,): "give both tls_cert and tls_key, or neither",
         (key, f"tls_cert={tmp_path / 'no.pem'}"): "tls_cert: [Errno 2] No such file",
         (key, f"tls_cert={tmp_path / 'bad.pem'}"): "tls_cert: [SSL]",
         (f"token_file={tmp_path / 'empty'}",): "empty holds no token: write one line of ASCII there",
         (f"token_file={tmp_path / 'none'}",): "token_file: [Errno 2] No such file",
-        (f"port={taken}",): f"port: cannot listen at 127.0.0.1:{taken}: Address already in use",
-        (f"http_port={taken}",): f"http_port: cannot listen at 127.0.0.1:{taken}: Address already in use",
+        (f"port={taken}",): f"port: cannot listen at localhost:{taken}: Address already in use",
+        (f"http_port={taken}",): f"http_port: cannot listen at localhost:{taken}: Address already in use",
         ("port=0", "http_port=0", "tasks=[nowhere.yaml]"): "nowhere.yaml: no such file",
         ("port=0", "http_port=0", "cache_gigabytes=0.0001"): "cache_gigabytes: 0.0001 GB hold",
     }

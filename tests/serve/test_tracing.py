@@ -45,7 +45,9 @@ def test_a_request_is_traced_from_its_caller_on(model_folder, collector):
     with running(model_folder, CONFIG) as server, grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         request = pb.ScoreRequest(raw=raw([3, 4], [[5]], [6, 7]), request_id="mine")
         metadata = [("traceparent", f"00-{TRACE}-{PARENT}-01")]
-        ranker_pb2_grpc.RankerStub(channel).Score(request, metadata=metadata)
+        stub = ranker_pb2_grpc.RankerStub(channel)
+        assert [len(response.scores) for response in stub.ScoreStream(request, metadata=metadata)] == [1]
+        stub.Score(request, metadata=metadata)
     trace.get_tracer_provider().shutdown()
     spans = {
         span.name: span
@@ -55,6 +57,7 @@ def test_a_request_is_traced_from_its_caller_on(model_folder, collector):
         for span in scope.spans
     }
     assert {span.trace_id.hex() for span in spans.values()} == {TRACE}
+    assert spans["ScoreStream"].parent_span_id == spans["/brewjax.ranker.v1.Ranker/ScoreStream"].span_id
     outermost = spans["/brewjax.ranker.v1.Ranker/Score"]
     assert outermost.parent_span_id.hex() == PARENT
     assert spans["Score"].parent_span_id == outermost.span_id

@@ -215,8 +215,8 @@ def test_a_full_queue_says_when_to_come_back_and_has_room_again(worker, alone):
 def test_a_long_prefix_gets_its_pages_though_short_ones_keep_coming(worker):
     """Eleven pages: two short ones hold four at any time, so that eight are never free by chance."""
     batcher = Batcher({Bucket(128, past): 1.0 for past in (0, 4, 8)}, PrefixCache(PAGES))
-    jobs = [Request(question(seed, prefix=120, items=60), "labels", 1e9, print).job for seed in range(40)]
-    long = Request(question(99, prefix=500, items=1), "labels", 1e9, print).job
+    jobs = [Request(question(seed, prefix=120, items=60), "labels", 1e9).job for seed in range(40)]
+    long = Request(question(99, prefix=500, items=1), "labels", 1e9).job
     for job in (*jobs[:3], long):
         batcher.add(job)
     for later in jobs[3:]:

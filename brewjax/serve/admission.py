@@ -1,0 +1,109 @@
+"""What every HTTP request goes through first: its token, then its body, within bounds."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from brewjax.serve.credentials import Credentials
+from brewjax.serve.refusals import HTTP_REASONS, Refusals, shortened
+from brewjax.serve.service import Service
+
+
+class Refused(Exception):  # noqa: N818
+    """A request that the application does not see; `args` are status and message."""
+
+
+def error_response(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    """Every error, in one form, and of bounded length."""
+    return JSONResponse({"object": "error", "message": shortened(message), "code": status}, status, headers)
+
+
+class Admission:
+    """Checks the token before a byte of the body is read, reads the body, and counts what is refused.
+
+    HEAD is GET without a body, which uvicorn leaves out; while the server stops, answers close their connection.
+
+    Args:
+      open_paths: may be asked for without a token.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        service: Service,
+        credentials: Credentials,
+        refusals: Refusals,
+        open_paths: Sequence[str] = (),
+    ):
+        self._app, self._service, self._credentials = app, service, credentials
+        self._refusals, self._open_paths = refusals, frozenset(open_paths)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        headers = Headers(scope=scope)
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                if self._service.lame_duck:
+                    MutableHeaders(scope=message)["connection"] = "close"
+                if message["status"] >= 400:
+                    reason = HTTP_REASONS.get(message["status"], "failed")
+                    known = scope.get("route")  # a path that there is, not a caller's own
+                    self._refusals.note("http", reason, getattr(known, "path", ""), headers.get("x-request-id", ""))
+            await send(message)
+
+        if scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        try:
+            self._check_token(scope["path"], headers.get("authorization", ""))
+            if "content-length" in headers and "transfer-encoding" in headers:  # a proxy may go by the other one
+                raise Refused(400, "the headers: give content-length or transfer-encoding, not both")
+            body = await self._read(headers.get("content-length", ""), receive)
+        except Refused as refused:
+            status, message = refused.args
+            extra = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
+            if status in (400, 408):
+                extra["Connection"] = "close"
+            await error_response(status, message, extra)(scope, receive, answer)
+            return
+        if body is None:  # the caller is gone
+            self._refusals.note("http", "cancelled")
+            return
+        messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Message:
+            return messages.pop() if messages else await receive()
+
+        await self._app(scope, replay, answer)
+
+    def _check_token(self, path: str, authorization: str) -> None:
+        if path not in self._open_paths and not self._credentials.may_call(authorization):
+            raise Refused(401, "a bearer token is needed: authorization: Bearer ..")
+
+    async def _read(self, declared: str, receive: Receive) -> bytes | None:
+        """The body; None where the caller hangs up."""
+        limit, seconds = self._service.config.request_bytes, self._service.config.body_seconds
+        if declared.isdigit() and int(declared) > limit:
+            raise Refused(413, f"the body: over {limit:,} bytes")
+        chunks: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(seconds):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    chunks.append(message.get("body", b""))
+                    size += len(chunks[-1])
+                    if size > limit:
+                        raise Refused(413, f"the body: over {limit:,} bytes")
+                    if not message.get("more_body", False):
+                        return b"".join(chunks)
+        except TimeoutError:
+            raise Refused(408, f"the body did not arrive within {seconds:g} seconds") from None

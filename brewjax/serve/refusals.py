@@ -1,0 +1,78 @@
+"""What is refused: told to its caller in few words, counted by reason, and logged without what was in it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import grpc
+
+from brewjax.serve.metrics import Metrics
+from brewjax.serve.worker import ClosedError, QueueFullError
+
+log = logging.getLogger(__name__)
+MAX_MESSAGE = 400  # characters of an error; gRPC sends no more than a few kilobytes
+MAX_ID = 200  # characters of a request's id
+INTERNAL = "internal error; the server's log has it"
+
+REASONS = {  # by gRPC's code
+    grpc.StatusCode.INVALID_ARGUMENT: "invalid",
+    grpc.StatusCode.UNAUTHENTICATED: "unauthenticated",
+    grpc.StatusCode.PERMISSION_DENIED: "forbidden",
+    grpc.StatusCode.UNIMPLEMENTED: "unknown method",
+    grpc.StatusCode.RESOURCE_EXHAUSTED: "full",
+    grpc.StatusCode.DEADLINE_EXCEEDED: "deadline",
+    grpc.StatusCode.CANCELLED: "cancelled",
+    grpc.StatusCode.UNAVAILABLE: "unavailable",
+}
+HTTP_REASONS = {
+    400: "invalid",
+    401: "unauthenticated",
+    404: "unknown method",
+    405: "unknown method",
+    408: "slow body",
+    413: "too large",
+    415: "invalid",
+    429: "full",
+    499: "cancelled",
+    503: "unavailable",
+    504: "deadline",
+}
+
+
+class ForbiddenError(RuntimeError):
+    """Known callers ask for what is not theirs to ask."""
+
+
+class Refusals:
+    """Counts and logs what was refused on either port."""
+
+    def __init__(self, metrics: Metrics):
+        self._counter = metrics.refused
+
+    def note(self, port: str, reason: str, method: str = "", request_id: str = "") -> None:
+        """One more. Nothing of a request is logged but its id."""
+        self._counter.labels(port, reason).inc()
+        fields = {"port": port, "reason": reason, "method": method, "request_id": request_id[:MAX_ID]}
+        log.info("refused", extra={key: value for key, value in fields.items() if value})
+
+
+def status_of(error: BaseException) -> grpc.StatusCode:
+    """The gRPC code that tells a caller what to do about an error."""
+    kinds: dict[type[BaseException], grpc.StatusCode] = {
+        QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+        ClosedError: grpc.StatusCode.UNAVAILABLE,
+        TimeoutError: grpc.StatusCode.DEADLINE_EXCEEDED,
+        ForbiddenError: grpc.StatusCode.PERMISSION_DENIED,
+        asyncio.CancelledError: grpc.StatusCode.CANCELLED,
+        ValueError: grpc.StatusCode.INVALID_ARGUMENT,
+    }
+    return next((code for kind, code in kinds.items() if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
+
+
+def shortened(error: BaseException | str) -> str:
+    """What an error says, however much of a request it quotes; nothing of what went wrong inside."""
+    if isinstance(error, BaseException) and status_of(error) is grpc.StatusCode.INTERNAL:
+        return INTERNAL
+    message = str(error)
+    return message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + " .."
