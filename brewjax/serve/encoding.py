@@ -88,7 +88,7 @@ class Encoder:
         task = self.tasks.get(member.task)
         if task is None:
             raise ValueError(f"member.task: no task '{member.task}'; tasks: {', '.join(self.tasks)}")
-        self._check_values(member)
+        self._bound_values(member, request.too_long != pb.ScoreRequest.REFUSE)
         prompt = say(self.bundle, task, member)
         if prompt.cut and request.too_long == pb.ScoreRequest.REFUSE:
             raise ValueError(f"member: {prompt.cut[0]}; ask for CUT or send less")
@@ -99,19 +99,25 @@ class Encoder:
         ids = [item.id for item in member.items]
         return Encoded(self.bundle.encode(prompt), task.words, task.values, ids, self.model, prompt.dropped)
 
-    def _check_values(self, member: pb.Member) -> None:
-        """Raises ValueError for a text that is longer than all that is read: before it is put into words."""
+    def _bound_values(self, member: pb.Member, cut: bool) -> None:
+        """Before they are put into words, cuts texts that are longer than all that is read, or refuses them.
+
+        Raises ValueError, naming the field.
+        """
         attributes = {"member.attributes": member.attributes}
         attributes |= {
             f"member.history[{row}].attributes": event.attributes for row, event in enumerate(member.history)
         }
         attributes |= {f"member.history[{row}].item": event.item for row, event in enumerate(member.history)}
         attributes |= {f"member.items[{row}].attributes": item.attributes for row, item in enumerate(member.items)}
-        self._texts.check_bytes(member.note, self.context, "member.note")
+        bound = self._texts.shorten if cut else self._texts.check_bytes
+        member.note = bound(member.note, self.context, "member.note")
         for field, values in attributes.items():
             for value in values.values():
-                for text in value.list.values if value.HasField("list") else (value.text,):
-                    self._texts.check_bytes(text, self.context, field)
+                if value.text:
+                    value.text = bound(value.text, self.context, field)
+                for index, text in enumerate(value.list.values):
+                    value.list.values[index] = bound(text, self.context, field)
 
     def _raw(self, request: pb.ScoreRequest) -> Encoded:
         raw, cut = request.raw, request.too_long == pb.ScoreRequest.CUT

@@ -23,10 +23,15 @@ class Texts:
         self._tokenizer = tokenizer if special_tokens else tokenizer.without_special_tokens()
         self.max_token_bytes = tokenizer.max_token_bytes
 
-    def check_bytes(self, text: str, limit: int, field: str) -> None:
-        """Raises ValueError, naming the field, for a text that surely has more tokens than the limit."""
+    def shorten(self, text: str, limit: int, field: str) -> str:
+        """The text without what is surely behind the limit of tokens."""
+        return text[: limit * self.max_token_bytes]
+
+    def check_bytes(self, text: str, limit: int, field: str) -> str:
+        """The text. Raises ValueError, naming the field, where it surely has more tokens than the limit."""
         if len(text) * 4 > (max_bytes := limit * self.max_token_bytes) and len(text.encode()) > max_bytes:
             raise ValueError(f"{field}: {len(text):,} characters; at most {limit:,} tokens are read")
+        return text
 
     def read(self, texts: Sequence[str], limit: int, fields: Sequence[str], begins: bool = False) -> list[list[int]]:
         """Token ids of each text, which `begins` a prompt or stands behind other texts.
