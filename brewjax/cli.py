@@ -380,8 +380,9 @@ def generate(
     bundle = Bundle.load(model)
     tokenizer = bundle.tokenizer
     chat = bool(tokenizer.hf.chat_template) and not plain
-    text = tokenizer.chat([{"role": "user", "content": tokenizer.clean(prompt)}]) if chat else prompt
-    ids = tokenizer.begin(tokenizer.encode([text])[0])
+    turn = {"role": "user", "content": tokenizer.clean(prompt)}
+    text = tokenizer.chat([turn], bundle.prompts.chat) if chat else prompt
+    ids = tokenizer.begin(tokenizer.encode([text], begins=True)[0])
     context = len(ids) + max_tokens
     bundle.model.check_context(context, "--prompt with --max-tokens")
     sampling = Sampling(temperature=temperature, top_k=top_k)

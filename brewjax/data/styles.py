@@ -8,6 +8,7 @@ import numpy as np
 import pydantic
 
 from brewjax.config import Config
+from brewjax.data.chat import ChatTemplate
 from brewjax.data.tokens import HistoryLayout
 
 
@@ -101,12 +102,14 @@ class PromptConfig(Config):
       max_tokens: budget for the center, the history and one question; the oldest events go first. Training packs the
         questions into what is left of a row: half a row or less lets many questions share a history.
       layout: dense, or star: events do not see each other.
+      chat: of the styles that use the tokenizer's chat template.
     """
 
     styles: dict[str, float] = {"compact": 1.0}
     score_style: str = "compact"
     max_tokens: int = pydantic.Field(default=1024, gt=0)
     layout: HistoryLayout = "dense"
+    chat: ChatTemplate = ChatTemplate()
 
     @pydantic.model_validator(mode="after")
     def _known_styles(self) -> PromptConfig:

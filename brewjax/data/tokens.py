@@ -145,22 +145,21 @@ class EncodedPrompt:
 
 def encode(prompt: Prompt, tokenizer: Tokenizer, layout: HistoryLayout) -> EncodedPrompt:
     """Tokens of each piece by itself, so that no piece's tokens depend on its neighbour's, nor an answer's on what it
-    answers. A whole answer ends with the token that ends a text.
+    answers; of all but the first, as they are behind other text. A whole answer ends with the token that ends a text.
 
     Raises ValueError where a label word is not one token, or a question is empty.
     """
     labels = [tokenizer.word(word) for word in prompt.labels]
     turns = prompt.turns or (0,) * len(prompt.events)
     groups = (
-        [prompt.center],
         [event[:turn] for event, turn in zip(prompt.events, turns, strict=True)],
         [event[turn:] for event, turn in zip(prompt.events, turns, strict=True)],
         [question.heading + question.text for question in prompt.questions],
         [question.answer for question in prompt.questions],
     )
     ids = iter(tokenizer.encode([text for group in groups for text in group]))
-    (center,), heads, tails, asked, said = ([next(ids) for _ in group] for group in groups)
-    center = tokenizer.begin(center)
+    heads, tails, asked, said = ([next(ids) for _ in group] for group in groups)
+    [center] = tokenizer.encode([prompt.center], begins=True)
     empty = next((number for number, question in enumerate(asked, 1) if not question), None)
     if empty is not None:
         raise ValueError(f"question {empty} is empty")
@@ -209,4 +208,4 @@ class Text:
 
 def encode_text(text: str, tokenizer: Tokenizer) -> Text:
     """A text with the tokens that one begins and ends with."""
-    return Text(tokenizer.bos + tokenizer.encode([text])[0] + tokenizer.eos)
+    return Text(tokenizer.bos + tokenizer.encode([text], begins=True)[0] + tokenizer.eos)

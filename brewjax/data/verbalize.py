@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
+from brewjax.data.chat import AS_IT_COMES, Chat, ChatTemplate, chat_parts
 from brewjax.data.dataset import Attribute, Dataset
 from brewjax.data.examples import Choice, Example, answers_to
 from brewjax.data.numbers import ItemStatistic, Percentiles, age
@@ -23,26 +24,24 @@ Where = Literal["history", "question"]
 CHOICES = " / "  # between the names of the items to choose from
 
 
-class Chat(NamedTuple):
-    """What a chat template puts before the instruction, between it and the user's turn, between that and the
-    assistant's, and after that before the user's next."""
-
-    begin: str = ""
-    user: str = ""
-    assistant: str = ""
-    user_again: str = ""
-
-
 class Verbalizer:
     """Says examples of one dataset as prompts, within a budget of tokens.
 
     Args:
       percentiles: fitted on training data.
       max_tokens: the oldest events are dropped until center, events and the longest question fit.
+      template: of the styles that use the tokenizer's chat template.
     """
 
-    def __init__(self, dataset: Dataset, percentiles: Percentiles, tokenizer: Tokenizer, max_tokens: int):
-        self.dataset, self.tokenizer, self._max_tokens = dataset, tokenizer, max_tokens
+    def __init__(
+        self,
+        dataset: Dataset,
+        percentiles: Percentiles,
+        tokenizer: Tokenizer,
+        max_tokens: int,
+        template: ChatTemplate = AS_IT_COMES,
+    ):
+        self.dataset, self.tokenizer, self._max_tokens, self._template = dataset, tokenizer, max_tokens, template
         self._facts = {
             table: _Facts(
                 table, getattr(dataset, table), getattr(dataset.card, table).attributes, percentiles, tokenizer
@@ -52,6 +51,10 @@ class Verbalizer:
         for attribute in dataset.card.items.attributes:
             if attribute.derive:
                 self._facts["items"].statistics[attribute.column] = ItemStatistic(dataset, attribute.derive)
+
+    @cached_property
+    def _chat(self) -> Chat:
+        return chat_parts(self.tokenizer, self._template)
 
     def names(self, items: np.ndarray) -> list[str]:
         """What people call each item (rows)."""
@@ -78,7 +81,7 @@ class Verbalizer:
         """
         style, card, cut = STYLES[style_name], self.dataset.card, example.cut
         member, plural = card.members.noun.capitalize(), card.items.plural
-        chat = self._chat_parts() if style.chat else Chat()
+        chat = self._chat if style.chat else Chat()
         note = note or task.note
         instruction = task.instruction + (f"\nNote: {note}" if note else "")
         center = style.center.format(
@@ -105,9 +108,8 @@ class Verbalizer:
         texts, rows = texts[dropped:], example.history[dropped:]
         if style.group:
             texts = _grouped(texts, self.dataset.event_action[rows], groups)
-        return Prompt(
-            center, tuple(texts), questions, task.words, dropped, tuple(turns[dropped:]) if style.turns else ()
-        )
+        words = tuple(chat.answer + word for word in task.words)
+        return Prompt(center, tuple(texts), questions, words, dropped, tuple(turns[dropped:]) if style.turns else ())
 
     def _questions(self, task: Task, example: Example, style: Style, chat: Chat) -> tuple[Question, ...]:
         return tuple(
@@ -124,7 +126,7 @@ class Verbalizer:
         for choice in choices:
             names = self.names(choice.items)
             text = style.question.format(ask=task.questions.choose, facts=CHOICES.join(names)) + chat.assistant
-            questions.append(Question(text, None, style.heading, names[choice.right]))
+            questions.append(Question(text, None, style.heading, chat.answer + names[choice.right]))
         return tuple(questions)
 
     def _history(
@@ -153,7 +155,7 @@ class Verbalizer:
                 facts += of_event
             else:
                 facts += of_event + of_item
-            answered = task.words[answer] + chat.user_again if question else ""
+            answered = chat.answer + task.words[answer] + chat.user_again if question else ""
             texts.append(question + answered + style.event.format(facts=style.join.join(facts)))
             turns.append(len(question))
         return texts, turns
@@ -164,7 +166,10 @@ class Verbalizer:
         """How many of the oldest events must go."""
         lengths = lambda texts: np.array(self.tokenizer.lengths(list(texts)), np.int64)  # noqa: E731
         asked = lengths(question.heading + question.text for question in questions)
-        needed = 1 + sum(lengths(fixed)) + max(asked + lengths(question.answer for question in questions))
+        [center] = self.tokenizer.encode(fixed[:1], begins=True)
+        needed = (
+            1 + len(center) + sum(lengths(fixed[1:])) + max(asked + lengths(question.answer for question in questions))
+        )
         if needed > self._max_tokens:
             raise ValueError(
                 f"task '{task}': the instruction, the profile and one question take {needed} tokens, "
@@ -174,13 +179,6 @@ class Verbalizer:
         told += lengths(event[turn:] for event, turn in zip(events, turns, strict=True))
         newest_first = np.cumsum(told[::-1])
         return len(events) - int(np.searchsorted(newest_first, self._max_tokens - needed, side="right"))
-
-    def _chat_parts(self) -> Chat:
-        marks = ("\x01", "\x02", "\x03", "\x04")
-        roles = ("system", "user", "assistant", "user")
-        text = self.tokenizer.chat([{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)])
-        begin, user, _, user_again, assistant = re.split("|".join(marks), text)
-        return Chat(begin, user, assistant, user_again)
 
 
 class _Facts:

@@ -67,9 +67,8 @@ class Run:
 
     @cached_property
     def verbalizer(self) -> Verbalizer:
-        return Verbalizer(
-            self.dataset, Percentiles(self.scale.quantiles), self.tokenizer, self.recipe.prompts.max_tokens
-        )
+        prompts, percentiles = self.recipe.prompts, Percentiles(self.scale.quantiles)
+        return Verbalizer(self.dataset, percentiles, self.tokenizer, prompts.max_tokens, prompts.chat)
 
     def model(self, name: str | None) -> Path:
         """Where the stage of that name leaves its model; or a folder that is named itself."""

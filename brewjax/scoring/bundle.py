@@ -96,7 +96,7 @@ class Bundle:
             percentiles = Percentiles(self.scale.quantiles)
         else:
             percentiles = Percentiles.fit(dataset, task.boundaries(dataset)[0])
-        return Verbalizer(dataset, percentiles, self.tokenizer, self.prompts.max_tokens)
+        return Verbalizer(dataset, percentiles, self.tokenizer, self.prompts.max_tokens, self.prompts.chat)
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:
         """Tokens of a prompt as the model was trained to see them; ValueError where they are more than it reads."""

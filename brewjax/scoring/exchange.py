@@ -16,6 +16,7 @@ import jax
 from jax.sharding import Mesh
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from brewjax.data.chat import chat_parts
 from brewjax.data.fetch import FetchError, download_wheel
 from brewjax.data.styles import PromptConfig
 from brewjax.data.tokenizer import Tokenizer
@@ -139,6 +140,15 @@ def _read(path: Path, name: str, dtype: Dtype | None) -> Bundle:
     style = "chat" if tokenizer.hf.chat_template else "sectioned"
     budget = min(PROMPT_TOKENS, config.max_context or PROMPT_TOKENS)
     prompts = PromptConfig(styles={style: 1.0}, score_style=style, max_tokens=budget)
+    pieces = [("## Past jobs\n", "[Age: 2 days]\n"), ("[Title: Nurse]\n## Answer\n", "Yes")]
+    try:
+        if style == "chat":
+            chat = chat_parts(tokenizer, prompts.chat)
+            pieces.append((f"{chat.begin}Predict.{chat.user}Nurse{chat.assistant}", f"{chat.answer}Yes"))
+        tokenizer.check_pieces(pieces)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    tokenizer.follow_own_bos()
     return Bundle(config, read_params(config, _mesh(config).build()), tokenizer, prompts)
 
 

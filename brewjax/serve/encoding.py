@@ -95,7 +95,8 @@ class Encoder:
 
     def _raw(self, request: pb.ScoreRequest) -> Encoded:
         raw, tokenizer = request.raw, self.bundle.tokenizer
-        prefix, *events = self._tokens({"raw.prefix": raw.prefix} | _places("raw.events", raw.events))
+        [prefix] = self._tokens({"raw.prefix": raw.prefix}, begins=True)
+        events = self._tokens(_places("raw.events", raw.events))
         items = self._tokens(_places("raw.items", raw.items))
         if raw.prefix.WhichOneof("kind") != "tokens":
             prefix = tokenizer.begin(prefix)
@@ -131,11 +132,10 @@ class Encoder:
             raise ValueError("raw.labels: one is given twice")
         return labels
 
-    def _tokens(self, texts: Mapping[str, pb.Text]) -> list[list[int]]:
+    def _tokens(self, texts: Mapping[str, pb.Text], begins: bool = False) -> list[list[int]]:
         """Token ids of texts that are named by where they stand in the request."""
-        written = iter(
-            self.bundle.tokenizer.encode([x.text for x in texts.values() if x.WhichOneof("kind") != "tokens"])
-        )
+        spelled = [x.text for x in texts.values() if x.WhichOneof("kind") != "tokens"]
+        written = iter(self.bundle.tokenizer.encode(spelled, begins))
         return [
             self._known(text.tokens.ids, place) if text.WhichOneof("kind") == "tokens" else next(written)
             for place, text in texts.items()

@@ -47,7 +47,7 @@ def hf_tokenizer(words: list[str] = WORDS) -> transformers.PreTrainedTokenizerFa
     model = tokenizers.Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="w0"))
     model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=model, bos_token="<s>", eos_token="</s>", chat_template=CHAT
+        tokenizer_object=model, bos_token="<s>", eos_token="</s>", chat_template=CHAT, add_bos_token=True
     )
 
 
@@ -118,7 +118,7 @@ def test_a_tokenizer_is_read_as_its_file_says_and_where_transformers_would_not_i
     export_model(tmp_path / "model", tmp_path / "out")
     assert "open the tokenizer with PreTrainedTokenizerFast.from_pretrained" in capsys.readouterr().out
     again = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
-    assert again("w1 w2")["input_ids"] == [5, 6]
+    assert again("w1 w2")["input_ids"] == [0, 5, 6]
 
 
 def test_a_dtype_is_chosen(folder, tmp_path):
@@ -262,6 +262,29 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(folder, tmp_path, monk
     monkeypatch.setattr(huggingface, "load", None)  # refused before
     with pytest.raises(CheckpointError, match="its tokenizer has 41 tokens, its embedding only 40 rows"):
         import_model(str(folder), tmp_path / "model")
+
+
+def test_a_tokenizer_that_cannot_be_asked_is_refused_before_the_weights_are_read(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface, "load", None)
+
+    def refused(message: str) -> None:
+        with pytest.raises(CheckpointError, match=f"smollm2-0.1B: {message}"):
+            import_model(str(folder), tmp_path / "model")
+
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
+    refused("its chat template cannot say the turns of user, assistant, user: no")
+    (folder / "chat_template.jinja").write_text(CHAT + "<think>")
+    refused("its chat template lets the assistant think")
+    (folder / "chat_template.jinja").write_text(CHAT)
+    edit(folder / "tokenizer.json", pre_tokenizer=None)  # a text is one word
+    refused("this tokenizer cannot be asked piece by piece: ")
+
+
+def test_a_sequence_begins_as_its_tokenizer_begins_it(folder, tmp_path):
+    assert import_model(str(folder), tmp_path / "one").tokenizer.bos == [0]
+    edit(folder / "tokenizer.json", post_processor=None)  # it has a token for that, and does not use it
+    import_model(str(folder), tmp_path / "other")
+    assert Bundle.load(tmp_path / "other").tokenizer.bos == []
 
 
 def test_files_that_are_not_there_or_not_whole_are_named(folder, tmp_path):
