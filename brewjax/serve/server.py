@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import importlib.util
 import logging
 import math
@@ -27,7 +26,7 @@ from jax.sharding import Mesh
 from pythonjsonlogger.json import JsonFormatter
 
 from brewjax.data.task import Task
-from brewjax.model.params import WEIGHTS
+from brewjax.fingerprints import hash_folder
 from brewjax.model.sharding import MeshConfig
 from brewjax.scoring.batcher import Batcher
 from brewjax.scoring.bundle import Bundle
@@ -75,7 +74,7 @@ class Server:
         device = threading.Lock()
         worker = Worker(scorer, batcher, metrics, config.waiting_tokens, config.max_wait_ms / 1000, device)
         self._decoding = _decoding(bundle, config, self._mesh.build(), device)
-        self.service = Service(bundle, _version(folder), tasks, worker, costs, config, metrics)
+        self.service = Service(bundle, hash_folder(folder)[:8], tasks, worker, costs, config, metrics)
         self.port = self.http_port = 0
         self._http: _Uvicorn | None = None
         self._reloading = asyncio.Lock()
@@ -157,7 +156,8 @@ class Server:
         async with self._reloading:
             try:
                 bundle = await asyncio.to_thread(self._read, path)
-                await self.service.reload(bundle, _version(path))
+                version = await asyncio.to_thread(hash_folder, path)
+                await self.service.reload(bundle, version[:8])
                 if self._decoding:
                     await asyncio.to_thread(self._decoding.load, bundle.params)
             except ValueError:
@@ -292,10 +292,3 @@ def _decoding(bundle: Bundle, config: ServeConfig, mesh: Mesh, device: threading
     from brewjax.serve.jetstream import Decoding
 
     return Decoding(bundle, config.generation, mesh, device)
-
-
-def _version(folder: Path) -> str:
-    """Changes whenever the weights are written anew."""
-    files = sorted(path for path in (folder / WEIGHTS).rglob("*") if path.is_file())
-    facts = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
