@@ -80,7 +80,7 @@ class Percentiles:
             else:
                 column: pa.ChunkedArray = getattr(dataset, table)[attribute.column]
                 values = column.take(seen[table]).cast(pa.float64()).to_numpy()
-            values = values[~np.isnan(values)]
+            values = values[np.isfinite(values)]
             quantiles[f"{table}.{attribute.column}"] = (
                 np.quantile(values, np.arange(1, 100) / 100).tolist() if len(values) else []
             )

@@ -90,6 +90,7 @@ ONLY = {
     "mlp_only_layers": [],
     "quantization_config": None,
     "rope_interleaved": False,
+    "pruned_heads": {},
     "add_cross_attention": False,
     "is_encoder_decoder": False,
 }
@@ -101,7 +102,7 @@ UNREAD = """
     encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
     forced_eos_token_id id2label is_decoder is_llama_config label2id length_penalty max_length max_sequence_length
     min_length model_type no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions
-    output_hidden_states output_scores pad_token_id prefix problem_type pruned_heads remove_invalid_values
+    output_hidden_states output_scores pad_token_id prefix problem_type remove_invalid_values
     repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature
     tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
     transformers_version typical_p unsloth_fixed unsloth_training_type unsloth_version use_bfloat16
@@ -117,13 +118,13 @@ def config_from_hf(values: dict[str, Any], name: str, where: str) -> ModelConfig
     Every key is computed, or known to change nothing; CheckpointError, beginning with `where`, names one that is
     neither.
     """
-    family = FAMILIES.get(values.get("model_type", ""))
+    family = FAMILIES.get(str(values.get("model_type")))
     if family is None:
         known = ", ".join(FAMILIES)
         raise CheckpointError(f"{where}: model_type {values.get('model_type')!r} is none of those known: {known}")
     try:
         hf = CONFIG_MAPPING[values["model_type"]].from_dict(copy.deepcopy(values))  # with the family's own defaults
-    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+    except (StrictDataclassError, ValueError, TypeError, KeyError, ArithmeticError) as error:
         raise CheckpointError(f"{where}: {error}") from None
     for key, wanted in ONLY.items():
         if getattr(hf, key, wanted) != wanted:
@@ -135,7 +136,11 @@ def config_from_hf(values: dict[str, Any], name: str, where: str) -> ModelConfig
                 f"{where}: {key} is {value!r}; transformers computes nothing of the kind in a {values['model_type']}, "
                 f"and nor does brewjax. Take the key out if it changes nothing"
             )
-    scaling, experts = _rope_scaling(dict(hf.rope_parameters), hf.max_position_embeddings, where), None
+    try:
+        scaling = _rope_scaling(dict(hf.rope_parameters), hf.max_position_embeddings, where)
+    except (ArithmeticError, TypeError) as error:
+        raise CheckpointError(f"{where}: RoPE as {hf.rope_parameters} cannot be computed: {error}") from None
+    experts, head_dim = None, getattr(hf, "head_dim", None)
     if family.experts:
         experts = {
             "count": getattr(hf, family.experts[0]),
@@ -151,7 +156,7 @@ def config_from_hf(values: dict[str, Any], name: str, where: str) -> ModelConfig
         layers=hf.num_hidden_layers,
         heads=hf.num_attention_heads,
         kv_heads=hf.num_key_value_heads,
-        head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
+        head_dim=hf.hidden_size // hf.num_attention_heads if head_dim is None else head_dim,
         d_ff=getattr(hf, family.experts[1] if family.experts else "intermediate_size"),
         experts=experts,
         rope_base=hf.rope_parameters["rope_theta"],
@@ -196,7 +201,7 @@ def _rope_scaling(rope: dict[str, Any], positions: int, where: str) -> Any:
         scaling["truncate"] = take("truncate", True)
     elif kind == "longrope" and rope.get("short_factor") == rope.get("long_factor"):
         factor = take("factor", None) or positions / original
-        attention = take("attention_factor", None) or math.sqrt(1 + max(0.0, math.log(factor)) / math.log(original))
+        attention = take("attention_factor", None) or math.sqrt(1 + math.log(max(factor, 1)) / math.log(original))
         if attention != 1:
             raise CheckpointError(f"{where}: an attention_factor of {attention} with longrope cannot be computed")
         scaling = {"type": "factors", "factors": take("short_factor")}

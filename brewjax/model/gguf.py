@@ -239,7 +239,7 @@ class GGUFFile:
                 bpe.add_tokens([AddedToken(token, special=of_kind == CONTROL, normalized=False)])
         ids = {name: value(f"ggml.{name}_token_id", None) for name in ("bos", "eos", "padding", "unknown")}
         bos, eos, padding, unknown = (None if number is None else tokens[number] for number in ids.values())
-        if value("ggml.add_bos_token", split == "llama-bpe"):
+        if bos is not None and value("ggml.add_bos_token", split == "llama-bpe"):
             bpe.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, ids["bos"])])
         else:
             bpe.post_processor = processors.ByteLevel(trim_offsets=False)  # which adds none

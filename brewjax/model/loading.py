@@ -30,11 +30,13 @@ def checked_config(where: str, **values: Any) -> ModelConfig:
     try:
         return ModelConfig(**values)
     except pydantic.ValidationError as error:
-        problems = (
+        problems = [
             f"{'.'.join(map(str, ModelConfig.place(one['loc'])))}: {one['msg'][0].lower()}{one['msg'][1:]}, "
             f"found {one['input']!r}"
+            if one["loc"]
+            else one["msg"].removeprefix("Value error, ")
             for one in error.errors()
-        )
+        ]
         raise CheckpointError(f"{where}: {'; '.join(problems)}") from None
 
 

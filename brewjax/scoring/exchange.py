@@ -118,19 +118,27 @@ def upcycle_model(folder: Path, out: Path, experts: ExpertsConfig, seed: int = 0
     return bundle
 
 
-def _read(path: Path, name: str, dtype: Dtype | None) -> Bundle:
-    read_params: Callable[[ModelConfig, Mesh], Params]
-    if path.is_dir():
-        config, tokenizer = huggingface.read_config(path, name), Tokenizer.load(path)
-        read_params = functools.partial(huggingface.read_params, path)
-    elif path.is_file():
-        file = GGUFFile(path)
-        config, tokenizer, read_params = file.config(name), file.tokenizer(), file.params
-    else:
+def _open(path: Path, name: str) -> tuple[ModelConfig, Tokenizer, Callable[[ModelConfig, Mesh], Params]]:
+    """The config and the tokenizer of a folder or a file, and what reads its weights."""
+    if not path.exists():
         known = ", ".join(PACKAGED)
         raise CheckpointError(
             f"{path}: not there; give a folder as transformers saves models, a .gguf file, or {known}"
         )
+    try:
+        if path.is_dir():
+            read_params = functools.partial(huggingface.read_params, path)
+            return huggingface.read_config(path, name), Tokenizer.load(path), read_params
+        file = GGUFFile(path)
+        return file.config(name), file.tokenizer(), file.params
+    except CheckpointError:
+        raise
+    except Exception as error:  # of the many that a broken file can raise
+        raise CheckpointError(f"{path}: cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _read(path: Path, name: str, dtype: Dtype | None) -> Bundle:
+    config, tokenizer, read_params = _open(path, name)
     if dtype:
         config = config.model_copy(update={"param_dtype": dtype, "compute_dtype": dtype})
     if tokenizer.vocab_size > config.vocab_size:

@@ -209,6 +209,16 @@ def test_a_key_that_asks_for_something_else_is_refused(tmp_path, keys, message):
         gguf_module.GGUFFile(tmp_path / "tiny.gguf").config("tiny")
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [{"tokenizer.ggml.padding_token_id": 9999}, {"llama.attention.sliding_window": "a"}],
+)
+def test_a_key_that_makes_no_sense_ends_in_a_line(tmp_path, keys):
+    write_gguf(tmp_path / "tiny.gguf", keys=keys)
+    with pytest.raises(CheckpointError, match=r"tiny.gguf: "):
+        import_model(str(tmp_path / "tiny.gguf"), tmp_path / "model")
+
+
 def test_keys_without_effect_are_let_by(tmp_path):
     keys = {"general.name": "Tiny", "general.quantization_version": 2, "llama.rope.scaling.finetuned": True}
     keys |= {"tokenizer.ggml.eot_token_id": 2, "quantize.imatrix.file": "i.dat", "llama.rope.dimension_count": 8}

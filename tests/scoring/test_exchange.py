@@ -280,6 +280,12 @@ def test_a_tokenizer_that_cannot_be_asked_is_refused_before_the_weights_are_read
     refused("this tokenizer cannot be asked piece by piece: ")
 
 
+def test_a_tokenizer_that_is_no_tokenizer_is_named(folder, tmp_path):
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"smollm2-0.1B: cannot be read: "):
+        import_model(str(folder), tmp_path / "model")
+
+
 def test_a_sequence_begins_as_its_tokenizer_begins_it(folder, tmp_path):
     assert import_model(str(folder), tmp_path / "one").tokenizer.bos == [0]
     edit(folder / "tokenizer.json", post_processor=None)  # it has a token for that, and does not use it
@@ -301,6 +307,9 @@ def test_files_that_are_not_there_or_not_whole_are_named(folder, tmp_path):
     (folder / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"no config.json there; expected a folder as transformers saves models"):
         import_model(str(folder), tmp_path / "model")
+    (tmp_path / "not-one.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(CheckpointError, match=r"not-one.gguf: "):
+        import_model(str(tmp_path / "not-one.gguf"), tmp_path / "model")
     with pytest.raises(CheckpointError, match=r"nothing: not there; give .* or smollm2-135m"):
         import_model("nothing", tmp_path / "model")
 

@@ -25,6 +25,7 @@ from brewjax.model.decoder import Decoder
 from brewjax.model.params import Params
 from brewjax.model.sharding import MeshConfig
 from brewjax.train.loop import NonFiniteError, TrainConfig, abstract_state, train
+from brewjax.train.lora import LoraConfig
 from brewjax.train.metrics import METRICS, MetricsWriter, read_metrics
 from brewjax.train.objectives import Given, Mean, supervised
 from brewjax.train.optimizer import OptimizerConfig
@@ -156,6 +157,16 @@ def test_a_last_line_cut_short_is_dropped(tmp_path):
 
 
 # --- precision
+
+
+def test_whatever_is_trained_is_float32():
+    at_rest = MODEL.model_copy(update={"param_dtype": "bfloat16", "compute_dtype": "bfloat16"})
+    mesh = MeshConfig().build()
+    for lora in (None, LoraConfig(rank=2)):
+        config = CONFIG.model_copy(update={"lora": lora})
+        with jax.set_mesh(mesh):
+            leaves = jax.tree.leaves(abstract_state(at_rest, config, mesh))
+        assert {leaf.dtype.name for leaf in leaves} == {"float32", "int32"}  # and counts of steps
 
 
 def as_dtype(weights: Params, model: ModelConfig) -> Params:
