@@ -23,6 +23,7 @@ CHAT_TEMPLATE = (
 )
 REMEMBERED = 1 << 17  # texts,
 LONGEST_REMEMBERED = 1_000  # of at most so many characters
+PIECES = (("## Past jobs\n", "[Age: 2 days]\n"), ("[Title: Nurse]\n## Answer\n", "Yes"))  # as prompts have them
 BEGINS = "begins_with_bos"  # in a tokenizer_config.json: transformers drops its own add_bos_token
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
@@ -144,7 +145,7 @@ class Tokenizer:
         of_tails = self._encode_batch(tails, add_special_tokens=False)
         return [head.ids + tail.ids for head, tail in zip(of_heads, of_tails, strict=True)]
 
-    def check_pieces(self, pairs: Iterable[tuple[str, str]]) -> None:
+    def check_pieces(self, pairs: Iterable[tuple[str, str]] = PIECES) -> None:
         """ValueError unless the tokens of each two pieces, joined, are those of their text."""
         for one, other in pairs:
             [joined], [first], [second] = (

@@ -56,6 +56,13 @@ class Verbalizer:
     def _chat(self) -> Chat:
         return chat_parts(self.tokenizer, self._template)
 
+    def _chat_of(self, words: Sequence[str]) -> Chat:
+        """Where an answer and the space before it are not one token, the space is a token of the question."""
+        chat = self._chat
+        if chat.answer and max(self.tokenizer.lengths([chat.answer + word for word in words])) > 1:
+            return chat._replace(assistant=chat.assistant + chat.answer, answer="")
+        return chat
+
     def names(self, items: np.ndarray) -> list[str]:
         """What people call each item (rows)."""
         return [self.tokenizer.clean(self.dataset.item_name(row)) for row in items]
@@ -81,7 +88,7 @@ class Verbalizer:
         """
         style, card, cut = STYLES[style_name], self.dataset.card, example.cut
         member, plural = card.members.noun.capitalize(), card.items.plural
-        chat = self._chat if style.chat else Chat()
+        chat = self._chat_of(task.words) if style.chat else Chat()
         note = note or task.note
         instruction = task.instruction + (f"\nNote: {note}" if note else "")
         center = style.center.format(

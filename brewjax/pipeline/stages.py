@@ -71,6 +71,7 @@ def prepare(run: Run, folder: Path) -> None:
         Tokenizer.load(config.path).save(folder / TOKENIZER)
     elif config:
         _train_tokenizer(run, percentiles, config.vocab_size or 0).save(folder / TOKENIZER)
+    run.tokenizer.check_pieces()
     for task in run.tasks:
         task.check_words(run.tokenizer)
     for name in run.recipe.stages:

@@ -148,12 +148,12 @@ def _read(path: Path, name: str, dtype: Dtype | None) -> Bundle:
     style = "chat" if tokenizer.hf.chat_template else "sectioned"
     budget = min(PROMPT_TOKENS, config.max_context or PROMPT_TOKENS)
     prompts = PromptConfig(styles={style: 1.0}, score_style=style, max_tokens=budget)
-    pieces = [("## Past jobs\n", "[Age: 2 days]\n"), ("[Title: Nurse]\n## Answer\n", "Yes")]
     try:
+        tokenizer.check_pieces()
         if style == "chat":
             chat = chat_parts(tokenizer, prompts.chat)
-            pieces.append((f"{chat.begin}Predict.{chat.user}Nurse{chat.assistant}", f"{chat.answer}Yes"))
-        tokenizer.check_pieces(pieces)
+            asked = f"{chat.begin}Predict.{chat.user}Nurse{chat.assistant}"
+            tokenizer.check_pieces([(asked, f"{chat.answer}Yes")])
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
     tokenizer.follow_own_bos()

@@ -19,6 +19,7 @@ from brewjax.data.tokenizer import Tokenizer
 from brewjax.data.tokens import encode
 from brewjax.data.verbalize import Verbalizer
 from tests.data.conftest import Event, moment
+from tests.data.test_chat import REFUSES_SYSTEM
 from tests.tables import put, with_column
 
 PLENTY = 1_000_000  # tokens
@@ -413,3 +414,18 @@ def test_attributes_are_said_where_the_card_wants_them(jobs_with, tokenizer):
     prompt = say(dataset, tokenizer, ask(dataset, 4, 60), "sectioned")
     assert "Posted" not in "".join(prompt.events)
     assert all("Posted" in question.text for question in prompt.questions)
+
+
+@pytest.mark.parametrize("spaced", [True, False])
+def test_an_answer_has_its_space_with_it_where_the_two_are_a_token(jobs, spaced):
+    """As the template says an answer, with a space before it (see test_chat.py)."""
+    words = [" Yes", " No"] if spaced else ["Yes", "No"]
+    trained = Tokenizer.train(["Nurse"] + ["says Yes, says No" if spaced else "Nurse"] * 300, words, 400)
+    trained.hf.chat_template = REFUSES_SYSTEM
+    prompt = say(jobs, trained, ask(jobs, 7, 330), "chat")
+    assert prompt.center.startswith("[INST] Predict whether")
+    assert "location\n\nPosition: " in prompt.center
+    assert prompt.labels == (tuple(words) if spaced else ("Yes", "No"))
+    assert prompt.questions[0].text.endswith(" [/INST]" if spaced else " [/INST] ")
+    turns = say(jobs, trained, ask(jobs, 7, 330), "turns")
+    assert sum("[/INST] Yes</s>[INST] " in event or "[/INST] No</s>[INST] " in event for event in turns.events) > 0
