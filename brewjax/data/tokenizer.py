@@ -147,17 +147,14 @@ class Tokenizer:
 
     def check_pieces(self, pairs: Iterable[tuple[str, str]] = PIECES) -> None:
         """ValueError unless the tokens of each two pieces, joined, are those of their text."""
-        for one, other in pairs:
-            [joined], [first], [second] = (
-                self.encode([one + other], True),
-                self.encode([one], True),
-                self.encode([other]),
-            )
+        for text, more in pairs:
+            [joined], [first] = self.encode([text + more], begins=True), self.encode([text], begins=True)
+            [second] = self.encode([more])
             if first + second != joined:
                 whole, pieces = (self.hf.convert_ids_to_tokens(ids) for ids in (joined, first + second))
                 raise ValueError(
-                    f"this tokenizer cannot be asked piece by piece: {one + other!r} is {whole}, but {one!r} and then "
-                    f"{other!r} are {pieces}"
+                    f"this tokenizer cannot be asked piece by piece: {text + more!r} is {whole}, but {text!r} and then "
+                    f"{more!r} are {pieces}"
                 )
 
     def lengths(self, texts: Sequence[str]) -> list[int]:

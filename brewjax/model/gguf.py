@@ -166,9 +166,9 @@ class GGUFFile:
 
     def _check_keys(self, config: ModelConfig) -> None:
         """Refuses a key that asks for something else than what is computed."""
-        if (said := self._value(f"{self._name}.vocab_size", config.vocab_size)) != config.vocab_size:
+        if (stated := self._value(f"{self._name}.vocab_size", config.vocab_size)) != config.vocab_size:
             raise CheckpointError(
-                f"{self._path}: {self._name}.vocab_size is {said}, but token_embd.weight has {config.vocab_size} rows"
+                f"{self._path}: {self._name}.vocab_size is {stated}, but token_embd.weight has {config.vocab_size} rows"
             )
         for key, field in self._reader.fields.items():
             own = key.removeprefix(f"{self._name}.")

@@ -59,15 +59,16 @@ def _has_own_head(headers: Headers) -> bool:
     embedding, head = (NAMES[path].template for path in ("embedding", "untied_head"))
     if head not in headers or embedding not in headers:
         return False
-    (one_file, shape, one_dtype), (other_file, other_shape, other_dtype) = headers[embedding], headers[head]
-    if (shape, one_dtype) != (other_shape, other_dtype):
+    (file, *kind), (head_file, *head_kind) = headers[embedding], headers[head]
+    if kind != head_kind:
         return True
-    with safe_open(one_file, "numpy") as one, safe_open(other_file, "numpy") as other:
-        ours, theirs = one.get_slice(embedding), other.get_slice(head)
+    with safe_open(file, "numpy") as opened, safe_open(head_file, "numpy") as head_opened:
+        values, head_values = opened.get_slice(embedding), head_opened.get_slice(head)
+        rows = values.get_shape()[0]
         return any(
-            not np.array_equal(ours[start:end], theirs[start:end])
-            for start in range(0, shape[0], ROWS)
-            for end in [min(start + ROWS, shape[0])]
+            not np.array_equal(values[start:end], head_values[start:end])
+            for start in range(0, rows, ROWS)
+            for end in [min(start + ROWS, rows)]
         )
 
 

@@ -31,11 +31,11 @@ def checked_config(where: str, **values: Any) -> ModelConfig:
         return ModelConfig(**values)
     except pydantic.ValidationError as error:
         problems = [
-            f"{'.'.join(map(str, ModelConfig.place(one['loc'])))}: {one['msg'][0].lower()}{one['msg'][1:]}, "
-            f"found {one['input']!r}"
-            if one["loc"]
-            else one["msg"].removeprefix("Value error, ")
-            for one in error.errors()
+            f"{'.'.join(map(str, ModelConfig.place(problem['loc'])))}: "
+            f"{problem['msg'][0].lower()}{problem['msg'][1:]}, found {problem['input']!r}"
+            if problem["loc"]
+            else problem["msg"].removeprefix("Value error, ")
+            for problem in error.errors()
         ]
         raise CheckpointError(f"{where}: {'; '.join(problems)}") from None
 

@@ -152,8 +152,8 @@ def _read(path: Path, name: str, dtype: Dtype | None) -> Bundle:
         tokenizer.check_pieces()
         if style == "chat":
             chat = chat_parts(tokenizer, prompts.chat)
-            asked = f"{chat.begin}Predict.{chat.user}Nurse{chat.assistant}"
-            tokenizer.check_pieces([(asked, f"{chat.answer}Yes")])
+            before_answer = f"{chat.begin}Predict.{chat.user}Nurse{chat.assistant}"
+            tokenizer.check_pieces([(before_answer, f"{chat.answer}Yes")])
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
     tokenizer.follow_own_bos()
