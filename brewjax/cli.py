@@ -343,12 +343,15 @@ def import_(
     dtype: Annotated[
         Optional[Literal["float32", "bfloat16"]], typer.Option(help="Of its weights; as they are by default.")
     ] = None,
+    overrides: Annotated[
+        Optional[list[str]], typer.Option("--set", help="KEY=VALUE of its prompts, e.g. chat.date=2026-01-01.")
+    ] = None,
 ) -> None:
     """Make a model folder of an open model, which then scores, evaluates and trains as any other."""
     from brewjax.model.params import count
     from brewjax.scoring.exchange import import_model
 
-    bundle = import_model(source, out, name, dtype)
+    bundle = import_model(source, out, name, dtype, overrides or ())
     console.print(f"{out}: {bundle.model.name}, {count(bundle.params):,} parameters, {bundle.model.param_dtype}")
 
 

