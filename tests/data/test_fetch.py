@@ -1,5 +1,6 @@
 import datetime
 import hashlib
+import re
 import subprocess
 import zipfile
 from pathlib import Path
@@ -165,9 +166,12 @@ def test_a_failed_download_says_why_and_what_else_would_do(tmp_path, monkeypatch
     assert not (tmp_path / "ml").exists()
 
 
-def test_an_unknown_name_lists_the_known(tmp_path):
-    with pytest.raises(FetchError, match="unknown dataset 'movielens'; known: movielens-100k"):
-        fetch("movielens", tmp_path / "ml")
+@pytest.mark.parametrize(
+    ("name", "hint"), [("movielens", "did you mean 'movielens-100k'?"), ("books", "known: movielens-100k")]
+)
+def test_an_unknown_name_says_what_is_known(tmp_path, name, hint):
+    with pytest.raises(FetchError, match=re.escape(f"unknown dataset '{name}'; {hint}")):
+        fetch(name, tmp_path / "ml")
 
 
 @pytest.mark.network
