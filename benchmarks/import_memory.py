@@ -23,7 +23,7 @@ from brewjax.model.config import ModelConfig
 from brewjax.model.families import config_to_hf, names_of
 from brewjax.model.huggingface import CONFIG, INDEX
 from brewjax.model.loading import Name
-from brewjax.model.params import abstract_params, size
+from brewjax.model.params import abstract_params, model_size
 from brewjax.model.sharding import MeshConfig
 
 MODEL = ModelConfig(
@@ -87,7 +87,7 @@ def measure(folder: Path, what: str) -> None:
 def main() -> None:
     with tempfile.TemporaryDirectory(dir=sys.argv[1] if sys.argv[1:] else None) as name:
         folder = Path(name)
-        largest, total = write_checkpoint(folder), size(MODEL).weight_bytes
+        largest, total = write_checkpoint(folder), model_size(MODEL).weight_bytes
         print(f"checkpoint {total / 1e9:.2f} GB, largest tensor {largest / 1e6:.0f} MB")
         for devices in (1, 4):
             environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}

@@ -30,12 +30,12 @@ from rich.console import Console
 from rich.table import Table
 
 from brewjax.data.dataset import Dataset
-from brewjax.data.examples import example_now
+from brewjax.data.examples import example_at
 from brewjax.data.task import Task
 from brewjax.scoring.bundle import Bundle
 from brewjax.serve import Client, ranker_pb2_grpc
 from brewjax.serve import ranker_pb2 as pb
-from brewjax.serve.members import of_example
+from brewjax.serve.members import request_from_example
 
 PORT, HTTP_PORT = 9100, 9101
 MEMBERS, ZIPF = 200, 1.1  # how many, and how much more often the first of them come
@@ -61,9 +61,9 @@ def make_requests(model: Path, folder: Path, task: str) -> list[tuple[pb.ScoreRe
     verbalizer = bundle.verbalizer(dataset, asked)
     requests, prompts = [], []
     for member in random.permutation(len(dataset.members))[:MEMBERS]:
-        example = example_now(dataset, asked, int(member))
-        example = example.asking(random.permutation(len(example.items))[: random.integers(50, 501)])
-        requests.append(pb.ScoreRequest(member=of_example(dataset, asked, example)))
+        example = example_at(dataset, asked, int(member))
+        example = example.select(random.permutation(len(example.candidates))[: random.integers(50, 501)])
+        requests.append(pb.ScoreRequest(member=request_from_example(dataset, asked, example)))
         prompts.append(bundle.encode(verbalizer.prompt(asked, example, bundle.prompts.score_style)))
     return list(zip(requests, bundle.scorer(prompts).score_encoded(prompts), strict=True))
 

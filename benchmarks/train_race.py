@@ -45,8 +45,8 @@ def ours() -> tuple[Play, int]:
     from brewjax.data.loader import TokenBatch
     from brewjax.data.tokens import NO_TARGET
     from brewjax.model.config import ModelConfig
-    from brewjax.model.params import count, init_params
-    from brewjax.train.batches import PARTS
+    from brewjax.model.params import num_parameters, init_params
+    from brewjax.train.batches import BATCH_SPEC
     from brewjax.train.loop import TrainConfig, make_step
     from brewjax.train.objectives import supervised
     from brewjax.train.optimizer import OptimizerConfig
@@ -55,11 +55,11 @@ def ours() -> tuple[Play, int]:
     sizes = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD, "d_ff": NEURONS, "tie_head": False}
     model = ModelConfig(name="race", vocab_size=VOCABULARY, d_model=WIDTH, layers=LAYERS, **sizes)
     adam = OptimizerConfig(learning_rate=RATE, warmup=0, schedule="constant", weight_decay=DECAY, clip=CLIP)
-    config = TrainConfig(steps=1000, rows=ROWS, row_tokens=LENGTH, optimizer=adam)
+    config = TrainConfig(steps=1000, batch_size=ROWS, seq_len=LENGTH, optimizer=adam)
     mesh = config.mesh.build()
     jax.set_mesh(mesh)
     params = init_params(model, mesh, config.seed)
-    parameters = count(params)
+    parameters = num_parameters(params)
     opt_state = jax.jit(adam.build(config.steps).init)(params)
     state = {"params": params, "opt_state": opt_state, "step": jnp.zeros((), jnp.int32)}
     step = jax.jit(make_step(model, config, supervised), donate_argnums=0)
@@ -73,7 +73,7 @@ def ours() -> tuple[Play, int]:
         targets = np.concatenate([tokens[:, 1:], fill(NO_TARGET)[:, :1]], 1)
         token_labels, weights = TokenLabels(fill(1), fill(0), fill(ALL)), np.float32(targets != NO_TARGET)
         batch = TokenBatch(tokens, positions, token_labels, targets, weights, preference=fill(0), source=fill(0))
-        placed = jax.device_put(jax.tree.map(lambda leaf: leaf[None], batch), NamedSharding(mesh, PARTS))
+        placed = jax.device_put(jax.tree.map(lambda leaf: leaf[None], batch), NamedSharding(mesh, BATCH_SPEC))
         state, metrics = step(state, placed)
         return float(metrics["loss"])
 

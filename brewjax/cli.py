@@ -100,7 +100,7 @@ def run(
         console.print(plan_table(planned))
         check_run(planned)
         return
-    with hosts.joined():
+    with hosts.distributed_runtime():
         run_recipe(config, folder, any_code)
 
 
@@ -124,7 +124,7 @@ def _stage_verb(kind: str, does: str) -> None:
         keys = [key if key.startswith(of_recipe) else f"stages.{kind}.{key}" for key in overrides or ()]
         values = {"name": kind, "model": model, "dataset": str(dataset), "tasks": tasks, "stages": {kind: {"do": kind}}}
         recipe = Recipe.of(values, f"brewjax {kind}", keys)
-        with hosts.joined():
+        with hosts.distributed_runtime():
             run_recipe(recipe, out, until=kind)
         _print(Run(recipe, out).model(kind))
 
@@ -149,12 +149,12 @@ def quantize_(
 ) -> None:
     """Quantise a model's weights to 8 bits, a tensor at a time."""
     from brewjax.compress.quantize import QuantizeConfig, quantize
-    from brewjax.paths import whole_folder
+    from brewjax.paths import atomic_folder
     from brewjax.scoring.bundle import check_folder
 
     check_folder(model)
     config = QuantizeConfig.of({}, "brewjax quantize", overrides or ())
-    with whole_folder(out) as folder:
+    with atomic_folder(out) as folder:
         quantize(model, config).save(folder)
     _print(f"{out}: {sum(path.stat().st_size for path in out.rglob('*') if path.is_file()) / 1e6:,.1f} MB")
 
@@ -205,7 +205,7 @@ def prompt(
 ) -> None:
     """Print what a model would read about a member, without a model."""
     from brewjax.data.dataset import Dataset
-    from brewjax.data.examples import build_examples, example_now
+    from brewjax.data.examples import build_examples, example_at
     from brewjax.data.numbers import Percentiles
     from brewjax.data.styles import STYLES
     from brewjax.data.task import load_tasks
@@ -223,25 +223,25 @@ def prompt(
     row = None if member is None else tables.member_row(member)
     if split:
         of_split = (example for example in build_examples(tables, checked, split) if row in (None, example.member))
-        printed = [example.asking(slice(questions)) for example in itertools.islice(of_split, examples)]
+        printed = [example.select(slice(questions)) for example in itertools.islice(of_split, examples)]
         if not printed:
             of_member = f" of member '{member}'" if member else ""
             raise checked.error(f"no question{of_member} falls into the {split} period", "split")
     else:
         assert row is not None  # there is no split, so there is a member
-        printed = [example_now(tables, checked, row, _microseconds(at)).asking(slice(questions or 3))]
+        printed = [example_at(tables, checked, row, _microseconds(at)).select(slice(questions or 3))]
     percentiles = Percentiles.fit(tables, checked.boundaries(tables)[0])
-    verbalizer = Verbalizer(tables, percentiles, Tokenizer.of_bytes(), max_tokens)
+    verbalizer = Verbalizer(tables, percentiles, Tokenizer.byte_level(), max_tokens)
     for example in printed:
         if split:
-            moment = datetime.datetime.fromtimestamp(example.cut / MICROSECONDS, datetime.UTC)
+            moment = datetime.datetime.fromtimestamp(example.cutoff_time / MICROSECONDS, datetime.UTC)
             console.print(
                 f"(member {tables.member_id(example.member)} as of {moment:%Y-%m-%d %H:%M:%S} UTC)", style="dim"
             )
         text = verbalizer.prompt(checked, verbalizer.fitting(checked, example, style), style)
         _print(text.render())
-        if text.dropped:
-            console.print(f"({text.dropped} older events left out)", style="dim")
+        if text.num_truncated_events:
+            console.print(f"({text.num_truncated_events} older events left out)", style="dim")
     verbalizer.print_overlong()
 
 
@@ -278,21 +278,21 @@ def score(
             from brewjax.serve.client import raw, score_all
 
             asked = [question.text for question in said.questions]
-            question = raw(said.center, asked, said.labels, said.events)
+            question = raw(said.preamble, asked, said.labels, said.events)
             probabilities, how = score_all(server, question, os.environ.get(TOKEN))
             console.print(how)
         values, names = np.arange(len(said.labels), 0, -1), [question.text.strip() for question in said.questions]
         print_ranking(console, probabilities, said.labels, values, names, top)
     elif dataset and task and member:
         from brewjax.data.dataset import Dataset
-        from brewjax.data.examples import example_now
+        from brewjax.data.examples import example_at
         from brewjax.data.task import load_tasks
 
         tables = Dataset.load(dataset)
         (checked,) = load_tasks([task], tables)
-        example = example_now(tables, checked, tables.member_row(member), _microseconds(at))
+        example = example_at(tables, checked, tables.member_row(member), _microseconds(at))
         if items is not None:
-            example = example.asking(np.sort(np.random.default_rng(0).permutation(len(example.items))[:items]))
+            example = example.select(np.sort(np.random.default_rng(0).permutation(len(example.candidates))[:items]))
         if model:
             from brewjax.scoring.bundle import Bundle
 
@@ -304,12 +304,12 @@ def score(
             probabilities = bundle.score(said)
         else:
             from brewjax.serve.client import score_all
-            from brewjax.serve.members import of_example
+            from brewjax.serve.members import request_from_example
 
-            question = of_example(tables, checked, example, note)
+            question = request_from_example(tables, checked, example, note)
             probabilities, how = score_all(server, question, os.environ.get(TOKEN))
             console.print(how)
-        names = [tables.item_name(row) for row in example.items]
+        names = [tables.item_name(row) for row in example.candidates]
         print_ranking(console, probabilities, checked.words, checked.values, names, top)
     else:
         raise typer.BadParameter("give --prompt, or --dataset, --task and --member")
@@ -357,11 +357,11 @@ def import_(
     ] = None,
 ) -> None:
     """Make a model folder of an open model, which then scores, evaluates and trains as any other."""
-    from brewjax.model.params import count
+    from brewjax.model.params import num_parameters
     from brewjax.scoring.exchange import import_model
 
     bundle = import_model(source, out, name, dtype, overrides or ())
-    _print(f"{out}: {bundle.model.name}, {count(bundle.params):,} parameters, {bundle.model.param_dtype}")
+    _print(f"{out}: {bundle.model.name}, {num_parameters(bundle.params):,} parameters, {bundle.model.param_dtype}")
 
 
 @app.command()
@@ -388,7 +388,7 @@ def generate(
     plain: Annotated[bool, typer.Option("--plain", help="Go on from the prompt, without the chat template.")] = False,
 ) -> None:
     """Let a model speak: the answer to a prompt in its chat template, or what follows it where it has none."""
-    from brewjax.model.generate import Generator, Sampling
+    from brewjax.model.generate import Generator, SamplingParams
     from brewjax.scoring.bundle import Bundle
 
     bundle = Bundle.load(model)
@@ -396,10 +396,10 @@ def generate(
     chat = bool(tokenizer.hf.chat_template) and not plain
     turn = {"role": "user", "content": tokenizer.clean(prompt)}
     text = tokenizer.chat([turn], bundle.prompts.chat) if chat else prompt
-    ids = tokenizer.begin(tokenizer.encode([text], begins=True)[0])
+    ids = tokenizer.with_bos(tokenizer.encode([text], begins=True)[0])
     context = len(ids) + max_tokens
-    bundle.model.check_context(context, "--prompt with --max-tokens")
-    sampling = Sampling(temperature=temperature, top_k=top_k)
+    bundle.model.check_length(context, "--prompt with --max-tokens")
+    sampling = SamplingParams(temperature=temperature, top_k=top_k)
     generator = Generator(bundle.model, bundle.params, 1, context, sampling, seed)
     stop = [] if tokenizer.hf.eos_token_id is None else [tokenizer.hf.eos_token_id]
     (said,) = generator.generate([ids], max_tokens, stop)
@@ -416,13 +416,13 @@ def upcycle(
 ) -> None:
     """Make a mixture of experts of a dense model: it says the same until it is trained."""
     from brewjax.model.config import ExpertsConfig
-    from brewjax.model.params import count
+    from brewjax.model.params import num_parameters
     from brewjax.scoring.bundle import check_folder
     from brewjax.scoring.exchange import upcycle_model
 
     check_folder(model)
-    bundle = upcycle_model(model, out, ExpertsConfig(count=experts, per_token=per_token), seed)
-    _print(f"{out}: {bundle.model.name}, {count(bundle.params):,} parameters")
+    bundle = upcycle_model(model, out, ExpertsConfig(num_experts=experts, num_experts_per_tok=per_token), seed)
+    _print(f"{out}: {bundle.model.name}, {num_parameters(bundle.params):,} parameters")
 
 
 @app.command()
@@ -433,13 +433,13 @@ def describe(
     """Count a model's parameters, those that one token uses, and their bytes."""
     from brewjax.model.config import ModelConfig
     from brewjax.model.huggingface import CONFIG, read_config
-    from brewjax.model.params import MODEL, size
+    from brewjax.model.params import MODEL, model_size
 
     if (model / CONFIG).is_file():
         config = read_config(model, model.resolve().name)
     else:
         config = ModelConfig.load(model / MODEL if model.is_dir() else model, overrides or ())
-    found = size(config)
+    found = model_size(config)
     table = Table(show_header=False)
     for what, value in {
         "parameters": f"{found.parameters:,}",
@@ -471,13 +471,13 @@ def compile_(
     from brewjax.ahead import program, report
     from brewjax.ahead.topology import topology as find
     from brewjax.model.config import ModelConfig
-    from brewjax.model.params import size
+    from brewjax.model.params import model_size
     from brewjax.pipeline.recipe import load_plan
     from brewjax.scoring.passes import Bucket
 
     plan = load_plan(recipe, overrides or ())
     model = ModelConfig.load(plan.model, of_model or ())
-    parameters = size(model).parameters
+    parameters = model_size(model).parameters
     where = find(topology)
     mesh = plan.train.mesh.build(where.devices)
     used = " ".join(f"{axis}={ways}" for axis, ways in mesh.shape.items() if ways > 1)

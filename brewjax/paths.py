@@ -19,7 +19,7 @@ WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPE
 
 
 @contextlib.contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
+def atomic_folder(out: Path) -> Iterator[Path]:
     """A folder to write into, which becomes `out` when the block ends well; else nothing is left of it.
 
     Raises ValueError, before the block, where `out` is there and not an empty folder.

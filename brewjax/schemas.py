@@ -17,7 +17,7 @@ from brewjax.model.config import ModelConfig
 from brewjax.pipeline.recipe import (
     AlignStage,
     DistillStage,
-    Plan,
+    CompilePlan,
     PretrainStage,
     PruneStage,
     QuantizeStage,
@@ -32,7 +32,7 @@ FILES: dict[str, type[Config]] = {
     "task": Task,
     "model": ModelConfig,
     "recipe": Recipe,
-    "plan": Plan,
+    "plan": CompilePlan,
     "serve": ServeConfig,
 }
 STAGES: dict[str, type[Config]] = {

@@ -11,12 +11,12 @@ import pytest
 from typer.testing import CliRunner
 
 from brewjax.ahead import hlo
-from brewjax.ahead.program import Work, model_flops
+from brewjax.ahead.program import TracedProgram, model_flops
 from brewjax.ahead.report import Memory, advice, compile_work
 from brewjax.ahead.topology import GIB, topology
 from brewjax.cli import app
 from brewjax.model.config import ExpertsConfig, ModelConfig
-from brewjax.model.params import size
+from brewjax.model.params import model_size
 from brewjax.model.sharding import MeshConfig
 from brewjax.train.loop import TrainConfig
 
@@ -161,7 +161,7 @@ def test_what_does_not_fit_is_no_error():
     sharding = jax.NamedSharding(jax.make_mesh((1,), ("one",), devices=where.devices), jax.P())
     x = jax.ShapeDtypeStruct((2**20, 2**12), jnp.float32, sharding=sharding)
     with jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh):
-        compiled = compile_work(Work("doubled", jax.jit(lambda x: 2 * x).trace(x), x, 0, 0))
+        compiled = compile_work(TracedProgram("doubled", jax.jit(lambda x: 2 * x).trace(x), x, 0, 0))
     assert compiled.program is None
     assert compiled.memory.arguments == 16 * GIB
     assert compiled.memory.peak > where.chip.hbm
@@ -170,10 +170,10 @@ def test_what_does_not_fit_is_no_error():
 def test_flops_are_two_for_each_parameter_of_a_layer():
     model = ModelConfig.load("configs/models/brew-mini.yaml")
     products, attention = model_flops(model, 1, 1)
-    matrices = size(model).parameters - (2 * model.layers + 1) * model.d_model - 2 * model.vocab_size * model.d_model
+    matrices = model_size(model).parameters - (2 * model.layers + 1) * model.d_model - 2 * model.vocab_size * model.d_model
     assert products == 2 * matrices
     assert model_flops(model, 2, 10, 5)[1] / attention == 2 * 10 * (10 / 2 + 5) * 2
-    model = model.model_copy(update={"experts": ExpertsConfig(count=8, per_token=2)})
+    model = model.model_copy(update={"experts": ExpertsConfig(num_experts=8, num_experts_per_tok=2)})
     mlps = 2 * model.layers * 3 * model.d_model * model.d_ff
     assert model_flops(model, 1, 1) == (products - mlps, attention + 2 * mlps)  # experts are kernels
 
@@ -183,7 +183,7 @@ def test_advice_begins_with_what_costs_least():
     saving = plain.model_copy(update={"remat": True})
     mesh = MeshConfig().build()
     rows = 4 * mesh.size
-    config = TrainConfig(steps=1, rows=rows, row_tokens=64)
+    config = TrainConfig(steps=1, batch_size=rows, seq_len=64)
     little, much = Memory(GIB, 0, 0, 20 * GIB), Memory(15 * GIB, 0, 0, 20 * GIB)
     assert "optimiser state alone take 15.00 GiB" in advice(plain, config, mesh, much, 16 * GIB)
     assert "remat: true" in advice(plain, config, mesh, little, 16 * GIB)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from brewjax.paths import LockedError, StorageError, check_renames, locked, whole_folder, write_text
+from brewjax.paths import LockedError, StorageError, check_renames, locked, atomic_folder, write_text
 
 ROOT = Path(__file__).parents[1]
 HOLD = "import sys, time; from pathlib import Path; from brewjax.paths import locked\n"
@@ -27,7 +27,7 @@ def test_a_failed_write_leaves_the_old_text(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").touch()
-    for block in (locked(tmp_path / "file" / "deep"), whole_folder(tmp_path / "file" / "deep")):
+    for block in (locked(tmp_path / "file" / "deep"), atomic_folder(tmp_path / "file" / "deep")):
         with pytest.raises(StorageError, match="cannot write there: a file is in the way"), block:
             pass
 

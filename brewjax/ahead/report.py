@@ -14,10 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from brewjax.ahead.hlo import BETWEEN_SLICES, Program, read
-from brewjax.ahead.program import Work
+from brewjax.ahead.program import TracedProgram
 from brewjax.ahead.topology import GIB, Topology
 from brewjax.model.config import ModelConfig
-from brewjax.model.sharding import row_ways
+from brewjax.model.sharding import data_parallel_size
 from brewjax.train.loop import TrainConfig
 
 
@@ -33,13 +33,13 @@ class Memory(NamedTuple):
 class Compiled(NamedTuple):
     """What the compiler made of a program; without a `program` where it did not fit into memory."""
 
-    work: Work
+    work: TracedProgram
     memory: Memory
     program: Program | None
     seconds: float
 
 
-class Bound(NamedTuple):
+class Roofline(NamedTuple):
     """The least seconds that a run can take by each limit, and the model FLOPs utilisation that these leave.
 
     Attributes:
@@ -63,7 +63,7 @@ class Bound(NamedTuple):
         return self.compute / max(self.compute, self.operations + self.sent)
 
 
-def compile_work(work: Work) -> Compiled:
+def compile_work(work: TracedProgram) -> Compiled:
     """Runs the TPU compiler. A program that does not fit is no error; its peak is what the compiler says it needs."""
     leaves = jax.tree.leaves(work.arguments)
     arguments = sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
@@ -89,7 +89,7 @@ def compile_work(work: Work) -> Compiled:
     return Compiled(work, memory, read(compiled.as_text()), time.monotonic() - began)
 
 
-def bound(compiled: Compiled, where: Topology) -> Bound:
+def roofline(compiled: Compiled, where: Topology) -> Roofline:
     assert compiled.program is not None
     chip, work = where.chip, compiled.work
     peak = len(where.devices) * chip.flops
@@ -97,24 +97,24 @@ def bound(compiled: Compiled, where: Topology) -> Bound:
         times * one.sent for one, times in compiled.program.collectives.items() if BETWEEN_SLICES not in one.kind
     )
     operations = compiled.program.cycles.total() / chip.clock + work.in_kernels / peak
-    return Bound(work.flops / peak, operations, sent / chip.ici)
+    return Roofline(work.flops / peak, operations, sent / chip.ici)
 
 
 def advice(model: ModelConfig, config: TrainConfig, mesh: Mesh, memory: Memory, hbm: float) -> str:
     """What to change for a training step to fit, the cheapest first."""
-    ways, sizes = row_ways(mesh), dict(mesh.shape)
+    ways, sizes = data_parallel_size(mesh), dict(mesh.shape)
     spread = f"more devices along fsdp (now {sizes['fsdp']}), expert ({sizes['expert']}) or tensor ({sizes['tensor']})"
     if memory.arguments > 0.8 * hbm:
         return f"parameters and optimiser state alone take {memory.arguments / GIB:.2f} GiB of a device: {spread}"
     if not model.remat:
         return "remat: true in the model recomputes activations instead of storing them"
-    at_once = config.rows // config.accumulate // ways
+    at_once = config.batch_size // config.gradient_accumulation_steps // ways
     if at_once > 1:
         return (
-            f"{at_once} rows are computed at once on a device: train.accumulate={config.rows // ways} takes them singly"
+            f"{at_once} rows are computed at once on a device: train.accumulate={config.batch_size // ways} takes them singly"
         )
     longer = 2 * sizes["context"]
-    return f"one row of {config.row_tokens} tokens is too much for a device: train.mesh.context={longer}; or {spread}"
+    return f"one row of {config.seq_len} tokens is too much for a device: train.mesh.context={longer}; or {spread}"
 
 
 def show(compiled: Compiled, where: Topology, suggestion: str, console: Console, longest: int = 16) -> None:
@@ -132,7 +132,7 @@ def show(compiled: Compiled, where: Topology, suggestion: str, console: Console,
         table.add_row("to make it fit", suggestion)
         console.print(table)
         return
-    devices, limits = len(where.devices), bound(compiled, where)
+    devices, limits = len(where.devices), roofline(compiled, where)
     table.add_row("model FLOPs, over all devices", f"{compiled.work.flops:.4g}")
     table.add_row("model FLOPs of a device at its peak", f"{limits.compute * 1000:,.2f} ms")
     table.add_row("estimated cycles", f"{program.cycles.total():,}")

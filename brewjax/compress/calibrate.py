@@ -18,9 +18,9 @@ from brewjax.model.decoder import Layer
 from brewjax.model.experts import route
 from brewjax.model.params import Params, bind
 from brewjax.model.rope import rotary
-from brewjax.model.sharding import ROWS, Sharding, row_ways
+from brewjax.model.sharding import BATCH_AXES, Sharding, data_parallel_size
 from brewjax.scoring.buckets import STEP, plan_passes
-from brewjax.scoring.passes import Bucket, lay_out
+from brewjax.scoring.passes import Bucket, build_inputs
 from pallas_kernels.token_labels import PADDING, TokenLabels
 
 ROW_TOKENS = 1024  # at least; a row holds the longest prompt
@@ -51,10 +51,10 @@ def calibrate(model: ModelConfig, params: Params, prompts: Sequence[EncodedPromp
     longest = max(ROW_TOKENS, *(len(prompt) for prompt in prompts))
     bucket = Bucket(-(-longest // STEP) * STEP)
     passes = plan_passes(prompts, [bucket])
-    count = row_ways(mesh) * min(max(BATCH_TOKENS // bucket.tokens, 1), -(-len(passes) // row_ways(mesh)))
+    count = data_parallel_size(mesh) * min(max(BATCH_TOKENS // bucket.tokens, 1), -(-len(passes) // data_parallel_size(mesh)))
     groups = [passes[start : start + count] for start in range(0, len(passes), count)]
-    laid_out = [lay_out(group, count) for group in groups]
-    by_rows = NamedSharding(mesh, jax.P(ROWS, None))
+    laid_out = [build_inputs(group, count) for group in groups]
+    by_rows = NamedSharding(mesh, jax.P(BATCH_AXES, None))
     batches = [jax.device_put((rows.positions, rows.token_labels), by_rows) for rows in laid_out]
     with jax.set_mesh(mesh):
         streams = [_embed(model, params, jax.device_put(rows.tokens, by_rows)) for rows in laid_out]
@@ -121,7 +121,7 @@ def _of_experts(
     """`Statistics.neurons` and `load`. Every token goes through every expert: weights of zero leave no trace."""
     experts = layer.experts
     weights, chosen, _ = route(experts.config, h, experts.router[...].astype(jnp.float32))
-    weights_BTN = jnp.einsum("btk,btkn->btn", weights, jax.nn.one_hot(chosen, experts.config.count)) * real[..., None]
+    weights_BTN = jnp.einsum("btk,btkn->btn", weights, jax.nn.one_hot(chosen, experts.config.num_experts)) * real[..., None]
 
     def one(matrices: tuple[Array, Array, Array]) -> Array:
         gate, up, weights = matrices

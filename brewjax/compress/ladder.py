@@ -47,7 +47,7 @@ class Ladder(Config):
     """
 
     do: Literal["ladder"] = "ladder"
-    start: str
+    init_from: str
     rungs: dict[str, Rung] = pydantic.Field(min_length=1)
     distill: Values = {}
     compare: tuple[Literal["direct", "sft", "fresh"], ...] = ()
@@ -61,20 +61,20 @@ def expand(ladder: Ladder, start: Values, steps: int) -> dict[str, Values]:
       steps: of a training stage that does not say how many.
     """
     data = {"data": start["data"]} if start.get("do") == "sft" and "data" in start else {}
-    taught = {"do": "distill", "teacher": ladder.start} | data | ladder.distill
+    taught = {"do": "distill", "teacher": ladder.init_from} | data | ladder.distill
     tuned = {"do": "sft"} | data
     rungs, last = list(ladder.rungs.items()), list(ladder.rungs)[-1]
     in_all = sum(rung.train.get("steps", steps) for _, rung in rungs)
 
-    stages = _down(rungs, ladder.start, "", taught)
+    stages = _down(rungs, ladder.init_from, "", taught)
     if "direct" in ladder.compare:
         # Of the last rung's method, to its size.
-        method = rungs[-1][1].prune | {"do": "prune", "start": ladder.start, "like": last}
+        method = rungs[-1][1].prune | {"do": "prune", "start": ladder.init_from, "like": last}
         train = rungs[-1][1].train | {"steps": in_all}
         stages["direct-pruned"] = method
         stages["direct"] = taught | {"start": "direct-pruned", "train": train}
     if "sft" in ladder.compare:
-        stages |= _down(rungs, ladder.start, "sft-", tuned)
+        stages |= _down(rungs, ladder.init_from, "sft-", tuned)
     if "fresh" in ladder.compare:
         before = start.get("train", {})
         train = before | {"steps": before.get("steps", steps) + in_all}

@@ -98,8 +98,8 @@ class PruneConfig(Config):
             "d_ff": left("d_ff", model.d_ff),
         }
         if mixture := model.experts:
-            count = left("experts", mixture.count)
-            per_token = min(mixture.per_token, count)
+            count = left("experts", mixture.num_experts)
+            per_token = min(mixture.num_experts_per_tok, count)
             sizes["experts"] = mixture.model_copy(update={"count": count, "per_token": per_token})
         return model.model_copy(update=sizes)
 
@@ -231,7 +231,7 @@ def _with_neurons(
     if not small.experts:
         smaller, share = _fewer_neurons(weights, statistics.neurons[0], small.d_ff, config)
         return smaller, share
-    experts, grams = _fewer_experts(weights["experts"], statistics, small.experts.count, config.fold_experts)
+    experts, grams = _fewer_experts(weights["experts"], statistics, small.experts.num_experts, config.fold_experts)
     pairs = [
         _fewer_neurons({name: experts[name][number] for name in ("gate", "up", "down")}, gram, small.d_ff, config)
         for number, gram in enumerate(grams)

@@ -46,7 +46,7 @@ def quantize(source: Path, config: QuantizeConfig) -> Bundle:
     """
     model = ModelConfig.load(source / MODEL)
     smaller = config.target(model)
-    return Bundle.around(smaller, _rounded(source, model, smaller, config), source, config.mesh)
+    return Bundle.from_params(smaller, _rounded(source, model, smaller, config), source, config.mesh)
 
 
 def with_head(bundle: Bundle, head: HeadPrecision) -> Bundle:
@@ -77,7 +77,7 @@ def _round(
     """Layer by layer, so that no float32 copy of the stack is made."""
 
     def of_stack(stack: jax.Array) -> dict[str, jax.Array]:
-        values, scale = jax.lax.map(functools.partial(weight.of, per_tensor=per_tensor), stack)
+        values, scale = jax.lax.map(functools.partial(weight.quantize, per_tensor=per_tensor), stack)
         return {"values": values, "scale": scale}
 
     return jax.jit(of_stack, out_shardings=shardings)(stack)

@@ -7,7 +7,7 @@ import numpy as np
 from brewjax.data.examples import DAY
 
 
-class AsOf:
+class PointInTimeIndex:
     """Sums over the events of a key (a member, an item, ..) that are strictly older than a moment.
 
     All questions are answered at once: events are sorted once, a question is a binary search, a sum is the difference

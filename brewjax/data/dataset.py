@@ -28,7 +28,7 @@ class Statistic(Config):
     mean: Words | None = None
 
     @pydantic.model_validator(mode="after")
-    def _one_of(self) -> Self:
+    def _exactly_one(self) -> Self:
         if (self.count is None) == (self.mean is None):
             raise ValueError("give either 'count' (a list of actions) or 'mean' (an event column)")
         refuse_twice(self.count or (), "action", "count")
@@ -53,7 +53,7 @@ class Attribute(Config):
 
     column: Words
     kind: Literal["text", "category", "list", "number", "date"]
-    say: str = ""
+    display_name: str = ""
     percentile: bool = False
     unit: str = ""
     max_words: int | None = pydantic.Field(default=None, gt=0)
@@ -69,7 +69,7 @@ class Attribute(Config):
 
     @property
     def name(self) -> str:
-        return self.say or self.column.replace("_", " ").capitalize()
+        return self.display_name or self.column.replace("_", " ").capitalize()
 
 
 # The options of an attribute that mean something for some kinds only.

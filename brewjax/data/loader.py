@@ -117,7 +117,7 @@ def read_counts(folder: Path) -> dict[str, int]:
     return counts
 
 
-def folders_of(shards: Shards) -> list[Path]:
+def shard_folders(shards: Shards) -> list[Path]:
     return [shards] if isinstance(shards, Path) else list(shards)
 
 
@@ -165,5 +165,5 @@ def _to_batch(packed: dict[str, np.ndarray]) -> TokenBatch:
 
 def describe_sources(shards: Shards, batch: TokenBatch) -> list[str]:
     """The notes of every example in a batch, for an error message."""
-    lines = [line for folder in folders_of(shards) for line in (folder / SOURCES).read_text().splitlines()]
+    lines = [line for folder in shard_folders(shards) for line in (folder / SOURCES).read_text().splitlines()]
     return [lines[index] for index in np.unique(jax.device_get(batch.source)) if index >= 0]

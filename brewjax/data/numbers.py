@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow as pa
 
-from brewjax.data.as_of import AsOf
+from brewjax.data.as_of import PointInTimeIndex
 from brewjax.data.dataset import Attribute, Dataset, Statistic
 
 DIGITS = 6  # significant, of a number that is said
@@ -33,7 +33,7 @@ def age(microseconds: int) -> tuple[int, str]:
     return 0, "minute"
 
 
-def say_number(value: float) -> str:
+def format_number(value: float) -> str:
     """A number as people write it: a whole one in full, another with DIGITS significant digits but never fewer than two
     decimals, so that money keeps its cents; no zeros at the end, and no exponent but for what is too small or too large
     to be read without one, e.g. "129.99", "0.000000001", "1.5e-20"."""
@@ -53,7 +53,7 @@ class ItemStatistic:
     """A `Statistic` of items at moments: only events strictly older than the moment count."""
 
     def __init__(self, dataset: Dataset, statistic: Statistic):
-        self._as_of = AsOf(dataset.event_item, dataset.event_time)
+        self._as_of = PointInTimeIndex(dataset.event_item, dataset.event_time)
         self._counts: np.ndarray | None = None  # nothing to divide by
         if statistic.mean is not None:
             values = dataset.event_column(statistic.mean).cast(pa.float64()).to_numpy()

@@ -12,11 +12,11 @@ import pydantic
 from brewjax.config import Config, Seed
 from brewjax.console import track
 from brewjax.data.dataset import Attribute
-from brewjax.data.examples import Example, sample_examples
+from brewjax.data.examples import RankingExample, sample_examples
 from brewjax.data.styles import PromptConfig
 from brewjax.data.task import Task
 from brewjax.data.tokens import EncodedPrompt, encode
-from brewjax.data.training import Note, describe, generator
+from brewjax.data.training import Provenance, provenance, task_rng
 from brewjax.data.verbalize import Verbalizer, is_unknown
 
 
@@ -32,9 +32,9 @@ class AlignConfig(Config):
     """
 
     tasks: tuple[str, ...] = ()
-    size: int = pydantic.Field(default=8, ge=2)
-    lists: int = pydantic.Field(default=2, gt=0)
-    notes: float = pydantic.Field(default=0.25, ge=0, le=1)
+    list_size: int = pydantic.Field(default=8, ge=2)
+    lists_per_example: int = pydantic.Field(default=2, gt=0)
+    steering_fraction: float = pydantic.Field(default=0.25, ge=0, le=1)
     max_examples: int | None = pydantic.Field(default=None, gt=0)
     seed: Seed = 0
 
@@ -43,15 +43,15 @@ class Contrast(NamedTuple):
     """Two notes that want the opposite: the first puts every item of `one` above every item of `other`, the second
     the other way round. Items are places in an example's questions."""
 
-    note: str
-    counter: str
-    one: np.ndarray
-    other: np.ndarray
+    steering_note: str
+    opposite_note: str
+    higher: np.ndarray
+    lower: np.ndarray
 
 
 def align_records(
     verbalizer: Verbalizer, task: Task, prompts: PromptConfig, config: AlignConfig
-) -> Iterator[tuple[EncodedPrompt, Note]]:
+) -> Iterator[tuple[EncodedPrompt, Provenance]]:
     """Records of the training period of one task, for `write_shards`. The same seed gives the same records.
 
     A candidate is a question that is answered with the word of the task's best label, "Yes": log P("Yes" | question)
@@ -61,33 +61,33 @@ def align_records(
     note and with its opposite, under which what was preferred is rejected. A note says what should rank high: give it
     tasks whose best answer is what one wants to rank high, `liked` and not `disliked`.
     """
-    rng = generator(config.seed, task)
+    rng = task_rng(config.seed, task)
     for example in track(
         sample_examples(verbalizer.dataset, task, "train", config.max_examples, config.seed),
         f"align {task.name}",
     ):
         style = prompts.draw(rng)
         example = verbalizer.fitting(task, example, style)
-        contrast = draw_contrast(verbalizer, task, example, rng) if rng.random() < config.notes else None
+        contrast = draw_contrast(verbalizer, task, example, rng) if rng.random() < config.steering_fraction else None
         if contrast:
             for note, best, worse in (
-                (contrast.note, contrast.one, contrast.other),
-                (contrast.counter, contrast.other, contrast.one),
+                (contrast.steering_note, contrast.higher, contrast.lower),
+                (contrast.opposite_note, contrast.lower, contrast.higher),
             ):
-                lists = [_draw_list(one, worse, config.size, rng) for one in rng.permutation(best)[: config.lists]]
+                lists = [_draw_list(one, worse, config.list_size, rng) for one in rng.permutation(best)[: config.lists_per_example]]
                 said = _say(verbalizer, task, prompts, example, style, lists, note)
-                yield said, describe(verbalizer, task, example, style) | {"note": note}
+                yield said, provenance(verbalizer, task, example, style) | {"note": note}
         elif lists := _draw_lists(task, example, config, rng):
-            yield _say(verbalizer, task, prompts, example, style, lists), describe(verbalizer, task, example, style)
+            yield _say(verbalizer, task, prompts, example, style, lists), provenance(verbalizer, task, example, style)
     verbalizer.print_overlong()
 
 
-def _draw_lists(task: Task, example: Example, config: AlignConfig, rng: np.random.Generator) -> list[np.ndarray]:
+def _draw_lists(task: Task, example: RankingExample, config: AlignConfig, rng: np.random.Generator) -> list[np.ndarray]:
     """Lists from what the member did, as places in the example's questions, the preferred one first."""
     values = task.values[example.labels]
     best = rng.permutation(np.flatnonzero(values == task.values.max()))
     worse = np.flatnonzero(values < task.values.max())
-    return [_draw_list(one, worse, config.size, rng) for one in best[: config.lists]] if len(worse) else []
+    return [_draw_list(one, worse, config.list_size, rng) for one in best[: config.lists_per_example]] if len(worse) else []
 
 
 def _draw_list(best: int, worse: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
@@ -98,20 +98,20 @@ def _say(
     verbalizer: Verbalizer,
     task: Task,
     prompts: PromptConfig,
-    example: Example,
+    example: RankingExample,
     style: str,
     lists: list[np.ndarray],
     note: str = "",
 ) -> EncodedPrompt:
     """One prompt with a question for every item of every list."""
-    asked = example.asking(np.concatenate(lists))
-    asked = dataclasses.replace(asked, labels=np.full(len(asked.items), np.argmax(task.values), np.int32))
+    asked = example.select(np.concatenate(lists))
+    asked = dataclasses.replace(asked, labels=np.full(len(asked.candidates), np.argmax(task.values), np.int32))
     encoded = encode(verbalizer.prompt(task, asked, style, note), verbalizer.tokenizer, prompts.layout)
     preference = [number if place == 0 else -number for number, one in enumerate(lists, 1) for place in range(len(one))]
     return dataclasses.replace(encoded, lists=preference, turns=[])
 
 
-def draw_contrast(verbalizer: Verbalizer, task: Task, example: Example, rng: np.random.Generator) -> Contrast | None:
+def draw_contrast(verbalizer: Verbalizer, task: Task, example: RankingExample, rng: np.random.Generator) -> Contrast | None:
     """A note about an attribute that questions say, its opposite, and what they rank, among the example's items of one
     answer; None where no attribute tells these items apart."""
     attributes = [
@@ -123,7 +123,7 @@ def draw_contrast(verbalizer: Verbalizer, task: Task, example: Example, rng: np.
         places = np.flatnonzero(example.labels == label)
         for index in rng.permutation(len(attributes)):
             attribute = attributes[index]
-            values = verbalizer.item_values(attribute, example.items[places], example.cut)
+            values = verbalizer.item_values(attribute, example.candidates[places], example.cutoff_time)
             known = np.array([not is_unknown(value) for value in values], bool)
             contrast = CONTRASTS[attribute.kind](
                 verbalizer, attribute, places[known], [v for v, k in zip(values, known, strict=True) if k], rng

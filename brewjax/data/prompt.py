@@ -42,17 +42,17 @@ class Prompt:
       cut: the items, and the profile, whose texts were cut to fit, and why.
     """
 
-    center: str
+    preamble: str
     events: tuple[str, ...]
     questions: tuple[Question, ...]
     labels: tuple[str, ...]
-    dropped: int = 0
-    turns: tuple[int, ...] = ()
-    cut: tuple[str, ...] = ()
+    num_truncated_events: int = 0
+    answer_offsets: tuple[int, ...] = ()
+    truncated_texts: tuple[str, ...] = ()
 
     def render(self) -> str:
         """The prompt for people to read: questions numbered, known answers filled in."""
-        parts = [self.center, *self.events]
+        parts = [self.preamble, *self.events]
         for number, question in enumerate(self.questions, 1):
             heading = f"{question.heading} {number}" if question.heading else ""
             answer = question.answer if question.label is None else self.labels[question.label]

@@ -15,7 +15,7 @@ from brewjax.config import Config, Seed, read_text
 from brewjax.data.styles import SECTIONED
 from brewjax.data.tokenizer import Tokenizer
 from brewjax.data.tokens import Text, encode_text
-from brewjax.data.training import Note
+from brewjax.data.training import Provenance
 from brewjax.data.verbalize import Verbalizer
 
 
@@ -29,13 +29,13 @@ class PretrainConfig(Config):
       general_share: of all tokens.
     """
 
-    passes: int = pydantic.Field(default=1, gt=0)
-    general: str | None = None
-    general_share: float = pydantic.Field(default=0.25, gt=0, lt=1)
+    repeats: int = pydantic.Field(default=1, gt=0)
+    general_text: str | None = None
+    general_fraction: float = pydantic.Field(default=0.25, gt=0, lt=1)
     seed: Seed = 0
 
 
-def domain_texts(verbalizer: Verbalizer, until: int, config: PretrainConfig) -> Iterator[tuple[str, Note]]:
+def domain_texts(verbalizer: Verbalizer, until: int, config: PretrainConfig) -> Iterator[tuple[str, Provenance]]:
     """Every item, and every member's profile and history, that has an event before `until` (microseconds; where
     validation begins), told as of then: nothing that happened later shows, neither an event, nor a statistic, nor that
     an item or a member was there at all."""
@@ -43,7 +43,7 @@ def domain_texts(verbalizer: Verbalizer, until: int, config: PretrainConfig) -> 
     dataset = verbalizer.dataset
     events = np.flatnonzero(dataset.event_time < until)
     items = np.unique(dataset.event_item[events])
-    for number in range(config.passes):
+    for number in range(config.repeats):
         facts = verbalizer.facts("items", items, until, SECTIONED)
         for item, of_item in zip(items, facts, strict=True):
             text = _sentences(dataset.card.items.noun.capitalize(), of_item, rng)
@@ -83,7 +83,7 @@ def general_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix in (".txt", ".jsonl"))
 
 
-def general_texts(folder: Path) -> Iterator[tuple[str, Note]]:
+def general_texts(folder: Path) -> Iterator[tuple[str, Provenance]]:
     """The texts of a folder (see `PretrainConfig`), in the order of their names. ValueError naming file and line."""
     for path in general_files(folder):
         if path.suffix == ".txt":
@@ -107,6 +107,6 @@ def _read_line(line: bytes, place: str) -> str:
     return text
 
 
-def pretrain_records(texts: Iterable[tuple[str, Note]], tokenizer: Tokenizer) -> Iterator[tuple[Text, Note]]:
+def pretrain_records(texts: Iterable[tuple[str, Provenance]], tokenizer: Tokenizer) -> Iterator[tuple[Text, Provenance]]:
     """Records of `domain_texts` or `general_texts`, for `write_shards`; an empty text is none."""
     return ((encode_text(text, tokenizer), note) for text, note in texts if text.strip())

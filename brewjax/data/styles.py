@@ -33,7 +33,7 @@ class Style:
         the turns before it, also those of its own moment.
     """
 
-    center: str
+    preamble: str
     fact: str
     join: str
     group: str
@@ -47,7 +47,7 @@ class Style:
 
 
 SECTIONED = Style(
-    center="## Instruction\n{instruction}\n## {member} Profile\n{profile}\n## Past {item} interaction data\n",
+    preamble="## Instruction\n{instruction}\n## {member} Profile\n{profile}\n## Past {item} interaction data\n",
     fact="{name}: {value}",
     join=", ",
     group="{member} {past} the following {items}:\n",
@@ -69,7 +69,7 @@ STYLES = {
     "chat": CHAT,
     "turns": dataclasses.replace(CHAT, center="{profile}\n", turns=True),
     "compact": Style(
-        center="{instruction}\n{profile}\n",
+        preamble="{instruction}\n{profile}\n",
         fact="{value}",
         join="|",
         group="",
@@ -80,7 +80,7 @@ STYLES = {
         short=True,
     ),
     "key-value": Style(
-        center="task={instruction}\nmember: {profile}\n",
+        preamble="task={instruction}\nmember: {profile}\n",
         fact="{name}={value}",
         join="; ",
         group="",

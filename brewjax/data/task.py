@@ -25,7 +25,7 @@ SHOWN = 5  # values of a column, where a label matches none
 MOST_VALUE = 1000  # of a label: 2^1024 is no number
 
 
-class History(Config):
+class HistoryConfig(Config):
     """Which past events are told: of these actions, the newest `max_events`, at most `max_age_days` old."""
 
     actions: tuple[str, ...]
@@ -62,13 +62,13 @@ class Label(Config):
 
     word: Annotated[str, pydantic.BeforeValidator(_one_word)]
     value: float
-    when: dict[str, Any] | None = pydantic.Field(default=None, min_length=1)
+    match: dict[str, Any] | None = pydantic.Field(default=None, min_length=1)
 
     def matches(self, dataset: Dataset, events: np.ndarray) -> np.ndarray:
         """bool [len(events)]: whether this is the answer to each event. ValueError for a value that no column of that
         type can have."""
-        match = np.ones(len(events), bool) if self.when is not None else np.zeros(len(events), bool)
-        for column in self.when or {}:
+        match = np.ones(len(events), bool) if self.match is not None else np.zeros(len(events), bool)
+        for column in self.match or {}:
             values = dataset.event_column(column)
             wanted = pa.array([_as_type(value, values.type) for value in self.wanted(column)], values.type)
             match &= pc.is_in(values.take(events), value_set=wanted).to_numpy()
@@ -76,21 +76,21 @@ class Label(Config):
 
     def wanted(self, column: str) -> list[Any]:
         """The values of the column for which this is the answer."""
-        value = (self.when or {})[column]
+        value = (self.match or {})[column]
         return value if isinstance(value, list) else [value]
 
 
-class Negatives(Config):
+class NegativesConfig(Config):
     """Items that the member never touched, drawn at random as questions with the answer `label`."""
 
     label: str
     per_event: int = pydantic.Field(gt=0)
 
 
-Overlong = Literal["cut", "skip", "error"]
+OverlongPolicy = Literal["cut", "skip", "error"]
 
 
-class Questions(Config):
+class QuestionConfig(Config):
     """Which events are asked about, how, and how many behind one history.
 
     Attributes:
@@ -102,12 +102,12 @@ class Questions(Config):
 
     ALIASES: ClassVar = {"question": "ask", "text": "ask", "negatives": "sampled_negatives"}
 
-    ask: Words
-    choose: str = ""
+    question: Words
+    choice_question: str = ""
     actions: tuple[str, ...] = pydantic.Field(min_length=1)
-    per_prompt: int = pydantic.Field(default=16, gt=0)
-    sampled_negatives: Negatives | None = None
-    overlong: Overlong = "cut"
+    candidates_per_prompt: int = pydantic.Field(default=16, gt=0)
+    sampled_negatives: NegativesConfig | None = None
+    overlong: OverlongPolicy = "cut"
 
     @pydantic.model_validator(mode="after")
     def _actions_differ(self) -> Self:
@@ -120,14 +120,14 @@ def _moment_text(value: Any) -> Any:
     return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
-Moment = Annotated[str, pydantic.BeforeValidator(_moment_text)]
+TimeText = Annotated[str, pydantic.BeforeValidator(_moment_text)]
 
 
 class TimeSplit(Config):
     """Where validation and test begin: a date, or a share of all events in order of time ("80%")."""
 
-    validation: Moment
-    test: Moment
+    validation: TimeText
+    test: TimeText
 
 
 class Task(Config):
@@ -142,9 +142,9 @@ class Task(Config):
 
     name: str
     instruction: Words
-    note: str = ""
-    history: History
-    questions: Questions
+    steering_note: str = ""
+    history: HistoryConfig
+    questions: QuestionConfig
     labels: tuple[Label, ...] = pydantic.Field(min_length=2)
     split: TimeSplit = TimeSplit(validation="80%", test="90%")
     metrics: tuple[MetricName, ...] = pydantic.Field(("auc", "log_loss", "ndcg@10", "calibration_error"), min_length=1)
@@ -182,7 +182,7 @@ class Task(Config):
             message = f"'{negatives.label}' is not a label; {suggest(negatives.label, self.words, others='labels')}"
             raise misplaced(message, "questions", "sampled_negatives", "label")
         for index, label in enumerate(self.labels):
-            if label.when is None and not (negatives and negatives.label == label.word):
+            if label.match is None and not (negatives and negatives.label == label.word):
                 message = (
                     f"no event is ever '{label.word}': say 'when' it is the answer, or make it the label of "
                     "questions.sampled_negatives"
@@ -223,7 +223,7 @@ class Task(Config):
                     raise self.error(f"the dataset has no action '{action}'; {hint}", part, "actions", index)
         known = list(dict.fromkeys(["action", *event_columns]))
         for index, label in enumerate(self.labels):
-            for column in label.when or {}:
+            for column in label.match or {}:
                 if column not in known:
                     hint = suggest(column, known, others="they have")
                     raise self.error(f"events have no column '{column}'; {hint}", "labels", index, "when", column)
@@ -233,21 +233,21 @@ class Task(Config):
         in question has."""
         events = np.flatnonzero(np.isin(dataset.event_action, self.questions.actions))
         for index, label in enumerate(self.labels):
-            for column in label.when or {}:
+            for column in label.match or {}:
                 try:
                     for value in label.wanted(column):
                         _check_type(value, dataset.event_column(column).type)
                 except ValueError as error:
                     raise self.error(f"{error}", "labels", index, "when", column) from None
-            if label.when is not None and not label.matches(dataset, events).any():
-                matches = " and ".join(_matches(dataset, label, column, events) for column in label.when)
+            if label.match is not None and not label.matches(dataset, events).any():
+                matches = " and ".join(_matches(dataset, label, column, events) for column in label.match)
                 raise self.error(f"no event in question is {matches}", "labels", index, "when")
 
     def check_words(self, tokenizer: Tokenizer) -> None:
         """Raises ConfigError (file, line) for a label word that is not one token."""
         for index, word in enumerate(self.words):
             try:
-                tokenizer.word(word)
+                tokenizer.label_token_id(word)
             except ValueError as error:
                 raise self.error(str(error), "labels", index, "word") from None
 
@@ -271,7 +271,7 @@ def _matches(dataset: Dataset, label: Label, column: str, events: np.ndarray) ->
     """What a label wants of a column, and a few values that the events in question have."""
     values = dataset.event_column(column).take(events).unique().drop_null()
     shown = ", ".join(show(value) for value in values[:SHOWN]) + (", .." if len(values) > SHOWN else "")
-    return f"{column}: {label.when[column]!r} (there is: {shown or 'nothing'})"  # type: ignore[index]
+    return f"{column}: {label.match[column]!r} (there is: {shown or 'nothing'})"  # type: ignore[index]
 
 
 def _check_type(value: Any, type_: pa.DataType) -> None:

@@ -96,7 +96,7 @@ class Tokenizer:
         )
 
     @classmethod
-    def of_bytes(cls) -> Tokenizer:
+    def byte_level(cls) -> Tokenizer:
         """A token a byte: for text that no tokenizer was trained on yet."""
         return cls.train([], [], vocab_size=0)
 
@@ -119,7 +119,7 @@ class Tokenizer:
         puts it there itself; many only have it."""
         self.hf.init_kwargs[BEGINS] = self.hf.bos_token_id in self.hf("")["input_ids"]
 
-    def begin(self, ids: list[int]) -> list[int]:
+    def with_bos(self, ids: list[int]) -> list[int]:
         """These ids with what a sequence begins with in front, unless it is there: a chat template may have said it."""
         return ids if ids[: len(self.bos)] == self.bos else self.bos + ids
 
@@ -191,7 +191,7 @@ class Tokenizer:
         """Number of tokens of each text."""
         return [len(ids) for ids in self.encode(texts)]
 
-    def word(self, word: str) -> int:
+    def label_token_id(self, word: str) -> int:
         """The id of a label word behind other text; ValueError unless it is exactly one token that reads back as the
         word, but for a space in front."""
         ids = self.encode([word])[0]

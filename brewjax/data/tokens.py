@@ -35,18 +35,18 @@ class EncodedPrompt:
       weight: of every target's loss.
     """
 
-    pieces: list[list[int]]
+    prefix_pieces: list[list[int]]
     questions: list[list[int]]
     labels: list[int]
     answers: list[int | list[int] | None]
     layout: HistoryLayout
     turns: list[int] = dataclasses.field(default_factory=list)
-    lists: list[int] = dataclasses.field(default_factory=list)
+    preference_lists: list[int] = dataclasses.field(default_factory=list)
     weight: float = 1.0
 
     @property
     def prefix_length(self) -> int:
-        return sum(map(len, self.pieces))
+        return sum(map(len, self.prefix_pieces))
 
     @property
     def context(self) -> int:
@@ -65,7 +65,7 @@ class EncodedPrompt:
         room = capacity - self.prefix_length
         groups: list[list[int]] = []
         for index in range(len(self.questions)):
-            if index and self.lists and self.lists[index] and abs(self.lists[index]) == abs(self.lists[index - 1]):
+            if index and self.preference_lists and self.preference_lists[index] and abs(self.preference_lists[index]) == abs(self.preference_lists[index - 1]):
                 groups[-1].append(index)
             else:
                 groups.append([index])
@@ -91,7 +91,7 @@ class EncodedPrompt:
                 questions=[self.questions[i] for i in chunk],
                 answers=[self.answers[i] for i in chunk],
                 turns=self.turns if number == 0 else [],
-                lists=[self.lists[i] for i in chunk] if self.lists else [],
+                lists=[self.preference_lists[i] for i in chunk] if self.preference_lists else [],
             )
             for number, chunk in enumerate(chunks)
         ]
@@ -103,9 +103,9 @@ class EncodedPrompt:
 
         Positions of every question restart where the history ends, so that it reads the same alone.
         """
-        pieces = self.pieces + self.questions
+        pieces = self.prefix_pieces + self.questions
         lengths = [len(piece) for piece in pieces]
-        prefix, events = self.prefix_length, len(self.pieces) - 1
+        prefix, events = self.prefix_length, len(self.prefix_pieces) - 1
         event_reach = {"dense": ALL, "star": QUESTIONS}[self.layout]
         reach = [ALL] + [event_reach] * events + [SELF] * len(self.questions)
         positions = [np.arange(prefix)] + [prefix + np.arange(len(question)) for question in self.questions]
@@ -114,14 +114,14 @@ class EncodedPrompt:
             if answer is not None:
                 words = answer if isinstance(answer, list) else [self.labels[answer]]
                 targets[end + 1 - len(words) : end + 1] = words
-        begin = len(self.pieces[0])
-        for event, turn in zip(self.pieces[1:], self.turns, strict=False):
+        begin = len(self.prefix_pieces[0])
+        for event, turn in zip(self.prefix_pieces[1:], self.turns, strict=False):
             if turn:
                 targets[begin + turn - 1] = event[turn]
             begin += len(event)
         preference = np.zeros(len(self))
-        if self.lists:
-            preference[prefix:] = np.repeat(self.lists, lengths[len(self.pieces) :])
+        if self.preference_lists:
+            preference[prefix:] = np.repeat(self.preference_lists, lengths[len(self.prefix_pieces) :])
         arrays = {
             "tokens": np.concatenate([np.asarray(piece, np.int32) for piece in pieces]),
             "positions": np.concatenate(positions),
@@ -150,8 +150,8 @@ def encode(prompt: Prompt, tokenizer: Tokenizer, layout: HistoryLayout) -> Encod
 
     Raises ValueError where a label word is not one token, or a question is empty.
     """
-    labels = [tokenizer.word(word) for word in prompt.labels]
-    turns = prompt.turns or (0,) * len(prompt.events)
+    labels = [tokenizer.label_token_id(word) for word in prompt.labels]
+    turns = prompt.answer_offsets or (0,) * len(prompt.events)
     groups = (
         [event[:turn] for event, turn in zip(prompt.events, turns, strict=True)],
         [event[turn:] for event, turn in zip(prompt.events, turns, strict=True)],
@@ -160,18 +160,18 @@ def encode(prompt: Prompt, tokenizer: Tokenizer, layout: HistoryLayout) -> Encod
     )
     ids = iter(tokenizer.encode([text for group in groups for text in group]))
     heads, tails, asked, said = ([next(ids) for _ in group] for group in groups)
-    [center] = tokenizer.encode([prompt.center], begins=True)
+    [center] = tokenizer.encode([prompt.preamble], begins=True)
     empty = next((number for number, question in enumerate(asked, 1) if not question), None)
     if empty is not None:
         raise ValueError(f"question {empty} is empty")
     whole = [answer + tokenizer.eos if answer else [] for answer in said]
     return EncodedPrompt(
-        [tokenizer.begin(center), *(head + tail for head, tail in zip(heads, tails, strict=True))],
+        [tokenizer.with_bos(center), *(head + tail for head, tail in zip(heads, tails, strict=True))],
         [question + answer[:-1] for question, answer in zip(asked, whole, strict=True)],
         labels,
         [answer or question.label for question, answer in zip(prompt.questions, whole, strict=True)],
         layout,
-        turns=[len(head) for head in heads] if prompt.turns else [],
+        turns=[len(head) for head in heads] if prompt.answer_offsets else [],
     )
 
 

@@ -12,14 +12,14 @@ import pydantic
 
 from brewjax.config import Config, Seed
 from brewjax.console import track
-from brewjax.data.examples import Choice, Example, sample_examples
+from brewjax.data.examples import Choice, RankingExample, sample_examples
 from brewjax.data.loader import MixConfig
 from brewjax.data.styles import PromptConfig
 from brewjax.data.task import Task
 from brewjax.data.tokens import EncodedPrompt, encode
 from brewjax.data.verbalize import Verbalizer
 
-Note = dict[str, Any]  # on where a record came from
+Provenance = dict[str, Any]  # on where a record came from
 
 
 class SftConfig(Config):
@@ -35,10 +35,10 @@ class SftConfig(Config):
       mix: how the tasks share the tokens of a run.
     """
 
-    passes: int = pydantic.Field(default=1, gt=0)
+    repeats: int = pydantic.Field(default=1, gt=0)
     max_examples: int | None = pydantic.Field(default=None, gt=0)
-    choices: float = pydantic.Field(default=0.0, ge=0, le=1)
-    candidates: int = pydantic.Field(default=4, ge=2)
+    choice_fraction: float = pydantic.Field(default=0.0, ge=0, le=1)
+    num_choices: int = pydantic.Field(default=4, ge=2)
     loss_weights: dict[str, pydantic.PositiveFloat] = {}
     mix: MixConfig = MixConfig()
     seed: Seed = 0
@@ -46,35 +46,35 @@ class SftConfig(Config):
 
 def sft_records(
     verbalizer: Verbalizer, task: Task, prompts: PromptConfig, config: SftConfig
-) -> Iterator[tuple[EncodedPrompt, Note]]:
+) -> Iterator[tuple[EncodedPrompt, Provenance]]:
     """Records of the training period of one task, for `write_shards`. The same seed gives the same records."""
-    rng = generator(config.seed, task)
+    rng = task_rng(config.seed, task)
     weight = config.loss_weights.get(task.name, 1.0)
-    for number in range(config.passes):
+    for number in range(config.repeats):
         examples = sample_examples(verbalizer.dataset, task, "train", config.max_examples, config.seed + number)
         for example in track(examples, f"sft {task.name}"):
             style = prompts.draw(rng)
             example = verbalizer.fitting(task, example, style)
-            said = [verbalizer.prompt(task, example, style)] if len(example.items) else []
-            if task.questions.choose and rng.random() < config.choices:
-                choices = draw_choices(verbalizer, task, example, config.candidates, rng)
+            said = [verbalizer.prompt(task, example, style)] if len(example.candidates) else []
+            if task.questions.choice_question and rng.random() < config.choice_fraction:
+                choices = draw_choices(verbalizer, task, example, config.num_choices, rng)
                 chosen = verbalizer.prompt(task, example, style, choices=choices) if choices else None
                 said += [chosen] if chosen and chosen.questions else []
             for prompt in said:
                 encoded = encode(prompt, verbalizer.tokenizer, prompts.layout)
-                yield dataclasses.replace(encoded, weight=weight), describe(verbalizer, task, example, style)
+                yield dataclasses.replace(encoded, weight=weight), provenance(verbalizer, task, example, style)
     verbalizer.print_overlong()
 
 
 def draw_choices(
-    verbalizer: Verbalizer, task: Task, example: Example, candidates: int, rng: np.random.Generator
+    verbalizer: Verbalizer, task: Task, example: RankingExample, candidates: int, rng: np.random.Generator
 ) -> list[Choice]:
     """Each item of the example with the task's best answer once, among others with worse ones, in random order.
 
     No two of them have the same name, or the answer would be in doubt.
     """
     values = task.values[example.labels]
-    names = np.array(verbalizer.names(example.items))
+    names = np.array(verbalizer.names(example.candidates))
     choices = []
     for best in rng.permutation(np.flatnonzero(values == task.values.max())):
         worse = rng.permutation(np.flatnonzero((values < values[best]) & (names != names[best])))
@@ -82,17 +82,17 @@ def draw_choices(
         chosen = np.append(worse[np.sort(first)][: candidates - 1], best)
         if len(chosen) > 1:
             order = rng.permutation(chosen)
-            choices.append(Choice(example.items[order], int(np.flatnonzero(order == best)[0])))
+            choices.append(Choice(example.candidates[order], int(np.flatnonzero(order == best)[0])))
     return choices
 
 
-def generator(seed: int, task: Task) -> np.random.Generator:
+def task_rng(seed: int, task: Task) -> np.random.Generator:
     """Random numbers of a task's own: its records do not depend on the tasks beside it."""
     return np.random.default_rng([seed, zlib.crc32(task.name.encode())])
 
 
-def describe(verbalizer: Verbalizer, task: Task, example: Example, style: str) -> Note:
+def provenance(verbalizer: Verbalizer, task: Task, example: RankingExample, style: str) -> Provenance:
     """The note on a record that was made from an example."""
     dataset = verbalizer.dataset
     member = dataset.members[dataset.card.members.id][example.member].as_py()
-    return {"task": task.name, "member": member, "cut": example.cut, "style": style}
+    return {"task": task.name, "member": member, "cut": example.cutoff_time, "style": style}

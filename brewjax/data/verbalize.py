@@ -14,8 +14,8 @@ import pyarrow as pa
 from brewjax.console import plain_console
 from brewjax.data.chat import AS_IT_COMES, Chat, ChatTemplate, chat_parts
 from brewjax.data.dataset import Attribute, Dataset
-from brewjax.data.examples import Choice, Example, answers_to
-from brewjax.data.numbers import ItemStatistic, Percentiles, age, say_number
+from brewjax.data.examples import Choice, RankingExample, event_labels
+from brewjax.data.numbers import ItemStatistic, Percentiles, age, format_number
 from brewjax.data.overlong import Overlong, OverlongLog, cut_to_fit
 from brewjax.data.prompt import Prompt, Question
 from brewjax.data.styles import STYLES, Style
@@ -79,14 +79,14 @@ class Verbalizer:
         self, table: Table, rows: np.ndarray, moment: int | np.ndarray, style: Style, where: Where = "question"
     ) -> list[list[str]]:
         """What is said of each row as of `moment`, one for all or one each (microseconds)."""
-        return self._facts[table].say(rows, moment, style, where)
+        return self._facts[table].render(rows, moment, style, where)
 
     def item_values(self, attribute: Attribute, items: np.ndarray, moment: int) -> list[Any]:
         """What `attribute` is of each item as of `moment`; None or NaN where it is not known."""
         return self._facts["items"].values(attribute, items, np.full(len(items), moment))
 
     def prompt(
-        self, task: Task, example: Example, style_name: str, note: str = "", choices: Sequence[Choice] = ()
+        self, task: Task, example: RankingExample, style_name: str, note: str = "", choices: Sequence[Choice] = ()
     ) -> Prompt:
         """Says an example. What does not fit is cut as `task.questions.overlong` says; choices that do not, left out.
 
@@ -117,13 +117,13 @@ class Verbalizer:
             needed = self._tokens_of(questions)
             room = budget - max(needed, default=0)
             if center_size > room:
-                overlong = self._overlong("members", example.member, center, room, example.cut, style)
+                overlong = self._overlong("members", example.member, center, room, example.cutoff_time, style)
                 fitting = None if task.questions.overlong == "error" else self._cut(task, say_center, overlong, cut)
                 if fitting is None:
                     raise self._too_long(task, overlong)
                 center, center_size = fitting, self._count(fitting)
         texts, turns = self._history(task, example, style, chat, say_action=not style.group and len(groups) > 1)
-        dropped = self._excess(budget - center_size - max(needed, default=0), texts, turns)
+        dropped = self._num_events_over_budget(budget - center_size - max(needed, default=0), texts, turns)
         texts, rows = texts[dropped:], example.history[dropped:]
         if style.group:
             texts = _grouped(texts, self.dataset.event_action[rows], groups)
@@ -145,7 +145,7 @@ class Verbalizer:
         half = min(max(budget // 2, bare_question), budget - bare_center)
         return max(budget - self._count(say_center(None)), half)
 
-    def fitting(self, task: Task, example: Example, style_name: str) -> Example:
+    def fitting(self, task: Task, example: RankingExample, style_name: str) -> RankingExample:
         """The example without the questions that are to be skipped because they do not fit beside the profile."""
         if task.questions.overlong != "skip":
             return example
@@ -157,16 +157,16 @@ class Verbalizer:
         bare = self._tokens_of(self._questions(task, example, style, chat, 0))
         room = self._room_for_questions(task, budget, say_center, max(bare))
         fits = np.array(self._tokens_of(questions)) <= room
-        for row, question in zip(example.items[~fits], np.array(questions, object)[~fits], strict=True):
+        for row, question in zip(example.candidates[~fits], np.array(questions, object)[~fits], strict=True):
             text = question.heading + question.text
-            self.overlong.add(task.name, "skipped", self._overlong("items", row, text, room, example.cut, style))
-        return example.asking(fits)
+            self.overlong.add(task.name, "skipped", self._overlong("items", row, text, room, example.cutoff_time, style))
+        return example.select(fits)
 
-    def all_fitting(self, task: Task, examples: Iterable[Example], style_name: str) -> Iterator[Example]:
+    def all_fitting(self, task: Task, examples: Iterable[RankingExample], style_name: str) -> Iterator[RankingExample]:
         """The examples without what is to be skipped (see `fitting`), those left without questions left out."""
         for example in examples:
             fitting = self.fitting(task, example, style_name)
-            if len(fitting.items):
+            if len(fitting.candidates):
                 yield fitting
 
     def print_overlong(self) -> None:
@@ -183,12 +183,12 @@ class Verbalizer:
             if name in task.history.actions
         }
 
-    def _center(self, task: Task, example: Example, style: Style, chat: Chat, note: str, longest: int | None) -> str:
-        note = note or task.note
+    def _center(self, task: Task, example: RankingExample, style: Style, chat: Chat, note: str, longest: int | None) -> str:
+        note = note or task.steering_note
         instruction = task.instruction + (f"\nNote: {note}" if note else "")
-        profile = self._facts["members"].say(np.array([example.member]), example.cut, style, "question", longest)[0]
+        profile = self._facts["members"].render(np.array([example.member]), example.cutoff_time, style, "question", longest)[0]
         card = self.dataset.card
-        center = style.center.format(
+        center = style.preamble.format(
             instruction=instruction,
             profile=style.join.join(profile),
             member=card.members.noun.capitalize(),
@@ -199,12 +199,12 @@ class Verbalizer:
         return chat.begin + instruction + chat.user + center if style.chat else center
 
     def _questions(
-        self, task: Task, example: Example, style: Style, chat: Chat, longest: int | None = None
+        self, task: Task, example: RankingExample, style: Style, chat: Chat, longest: int | None = None
     ) -> tuple[Question, ...]:
-        facts = self._facts["items"].say(example.items, example.cut, style, "question", longest)
+        facts = self._facts["items"].render(example.candidates, example.cutoff_time, style, "question", longest)
         return tuple(
             Question(
-                style.question.format(ask=task.questions.ask, facts=style.join.join(of_item)) + chat.assistant,
+                style.question.format(ask=task.questions.question, facts=style.join.join(of_item)) + chat.assistant,
                 int(label) if label >= 0 else None,
                 style.heading,
             )
@@ -214,7 +214,7 @@ class Verbalizer:
     def _cut_questions(
         self,
         task: Task,
-        example: Example,
+        example: RankingExample,
         style: Style,
         chat: Chat,
         questions: Sequence[Question],
@@ -225,9 +225,9 @@ class Verbalizer:
         """Each question that needs more than `room` tokens with its item's texts cut; notes them in `cut`."""
         fitting = list(questions)
         for place in np.flatnonzero(np.array(needed) > room).tolist():
-            single = example.asking(slice(place, place + 1))
+            single = example.select(slice(place, place + 1))
             whole = questions[place].heading + questions[place].text
-            overlong = self._overlong("items", int(single.items[0]), whole, room, example.cut, style)
+            overlong = self._overlong("items", int(single.candidates[0]), whole, room, example.cutoff_time, style)
             say = lambda longest, single=single: (  # noqa: E731
                 style.heading + self._questions(task, single, style, chat, longest)[0].text
             )
@@ -272,23 +272,23 @@ class Verbalizer:
         questions = []
         for choice in choices:
             names = self.names(choice.items)
-            text = style.question.format(ask=task.questions.choose, facts=CHOICES.join(names)) + chat.assistant
-            questions.append(Question(text, None, style.heading, chat.answer + names[choice.right]))
+            text = style.question.format(ask=task.questions.choice_question, facts=CHOICES.join(names)) + chat.assistant
+            questions.append(Question(text, None, style.heading, chat.answer + names[choice.correct]))
         return tuple(questions)
 
     def _history(
-        self, task: Task, example: Example, style: Style, chat: Chat, say_action: bool
+        self, task: Task, example: RankingExample, style: Style, chat: Chat, say_action: bool
     ) -> tuple[list[str], list[int]]:
         """The text of each event: its age, the action, and what is said of the event and of its item; and where in it
         the answer begins, 0 where it is no turn."""
-        rows, cut = example.history, example.cut
+        rows, cut = example.history, example.cutoff_time
         times = self.dataset.event_time[rows]
         of_events = self.facts("events", rows, cut, style)
         # A turn asks as of its own moment: a statistic that its event is part of would tell its answer.
         of_items = self.facts("items", self.dataset.event_item[rows], times if style.turns else cut, style, "history")
         answers = np.full(len(rows), -1)
         if style.turns and not task.questions.sampled_negatives:
-            answers = answers_to(self.dataset, task, rows)
+            answers = event_labels(self.dataset, task, rows)
         texts, turns = [], []
         for row, time, of_event, of_item, answer in zip(rows, times, of_events, of_items, answers, strict=True):
             facts = [style.fact.format(name="Age", value=_age_fact(cut - int(time), style))]
@@ -297,7 +297,7 @@ class Verbalizer:
                 facts.append(style.fact.format(name="Action", value=action))
             question = ""
             if answer >= 0:
-                asked = style.question.format(ask=task.questions.ask, facts=style.join.join(of_item))
+                asked = style.question.format(ask=task.questions.question, facts=style.join.join(of_item))
                 question = style.heading + asked + chat.assistant
                 facts += of_event
             else:
@@ -307,7 +307,7 @@ class Verbalizer:
             turns.append(len(question))
         return texts, turns
 
-    def _excess(self, room: int, events: list[str], turns: list[int]) -> int:
+    def _num_events_over_budget(self, room: int, events: list[str], turns: list[int]) -> int:
         """How many of the oldest events must go for the others to take at most `room` tokens."""
         lengths = lambda texts: np.array(self.tokenizer.lengths(list(texts)), np.int64)  # noqa: E731
         told = lengths(event[:turn] for event, turn in zip(events, turns, strict=True))
@@ -332,7 +332,7 @@ class _Facts:
         self._clean: Callable[[str], str] = tokenizer.clean
         self.statistics: dict[str, ItemStatistic] = {}
 
-    def say(
+    def render(
         self,
         rows: np.ndarray,
         moment: int | np.ndarray,
@@ -375,7 +375,7 @@ class _Facts:
         if attribute.kind == "number":
             if attribute.percentile:
                 return style.percentile.format(self._percentiles.of(self._name, attribute.column, value))
-            number = say_number(value)
+            number = format_number(value)
             return f"{number} {attribute.unit}".strip() if not style.short else number
         if attribute.kind == "date":
             since = moment - value

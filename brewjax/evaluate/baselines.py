@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from scipy.special import expit
 
-from brewjax.data.as_of import AsOf
+from brewjax.data.as_of import PointInTimeIndex
 from brewjax.data.dataset import Dataset
-from brewjax.data.examples import Example, asked_events
+from brewjax.data.examples import RankingExample, labelled_events
 from brewjax.data.task import Task
-from brewjax.evaluate.features import Features, Questions, build_features
+from brewjax.evaluate.features import Features, CandidateRows, build_features
 from brewjax.evaluate.metrics import log_loss
 
 SMOOTHING = (1, 3, 10, 30, 100)  # how many events the prior may be worth
@@ -39,14 +39,14 @@ MAX_ROUNDS = 1000
 PATIENCE = 30  # rounds without a better validation log loss before a setting stops
 
 
-def popularity(dataset: Dataset, task: Task, train: Sequence[Example], examples: Sequence[Example]) -> np.ndarray:
+def popularity(dataset: Dataset, task: Task, train: Sequence[RankingExample], examples: Sequence[RankingExample]) -> np.ndarray:
     """Probabilities float64 [questions of `examples`, labels] from the item alone.
 
     An item's label frequencies among the events before the cut, smoothed towards those of all items. Where negatives
     are sampled, events say nothing about the negative label: there a logistic regression on the logarithm of the
     item's share of all events tells it from the others. What is fitted is fitted on the questions of `train`.
     """
-    asked, learned = Questions.of(examples), Questions.of(train)
+    asked, learned = CandidateRows.of(examples), CandidateRows.of(train)
     negatives = task.questions.sampled_negatives
     labels = np.array([index for index, word in enumerate(task.words) if not negatives or word != negatives.label])
     counts, totals = _label_counts(dataset, task, labels, asked)
@@ -71,13 +71,13 @@ def popularity(dataset: Dataset, task: Task, train: Sequence[Example], examples:
     return result
 
 
-def _label_counts(dataset: Dataset, task: Task, labels: np.ndarray, asked: Questions) -> tuple[np.ndarray, np.ndarray]:
+def _label_counts(dataset: Dataset, task: Task, labels: np.ndarray, asked: CandidateRows) -> tuple[np.ndarray, np.ndarray]:
     """[questions, labels]: events before the cut with each of the labels, of the item in question and of all items."""
-    events, answers = asked_events(dataset, task)
+    events, answers = labelled_events(dataset, task)
     times = dataset.event_time[events]
-    item, everything = AsOf(dataset.event_item[events], times), AsOf(np.zeros(len(events)), times)
-    item_window = item.window(asked.item, asked.cut)
-    window = everything.window(np.zeros(len(asked.cut)), asked.cut)
+    item, everything = PointInTimeIndex(dataset.event_item[events], times), PointInTimeIndex(np.zeros(len(events)), times)
+    item_window = item.window(asked.item, asked.cutoff_time)
+    window = everything.window(np.zeros(len(asked.cutoff_time)), asked.cutoff_time)
     counts = [item.sum(answers == label, item_window) for label in labels]
     totals = [everything.sum(answers == label, window) for label in labels]
     return np.stack(counts, axis=1), np.stack(totals, axis=1)
@@ -120,8 +120,8 @@ class LightGBM:
         cls,
         dataset: Dataset,
         task: Task,
-        train: Sequence[Example],
-        validation: Sequence[Example],
+        train: Sequence[RankingExample],
+        validation: Sequence[RankingExample],
         settings: int = len(GRID),
         seed: int = 0,
     ) -> LightGBM:
@@ -158,16 +158,16 @@ class LightGBM:
             fits.append(cls(booster, chosen, booster.best_iteration, loss))
         return min(fits, key=lambda fit: fit.validation_loss)
 
-    def predict(self, dataset: Dataset, task: Task, examples: Sequence[Example]) -> np.ndarray:
+    def predict(self, dataset: Dataset, task: Task, examples: Sequence[RankingExample]) -> np.ndarray:
         """Probabilities float64 [questions, labels]."""
         said = self.booster.predict(build_features(dataset, task, examples).values)
         return np.stack([said, 1 - said], axis=1) if len(task.words) == 2 else said
 
 
 def _lightgbm_dataset(
-    lightgbm: Any, features: Features, task: Task, examples: Sequence[Example], reference: Any = None
+    lightgbm: Any, features: Features, task: Task, examples: Sequence[RankingExample], reference: Any = None
 ) -> Any:
-    label = Questions.of(examples).label
+    label = CandidateRows.of(examples).label
     return lightgbm.Dataset(
         features.values,
         label == 0 if len(task.words) == 2 else label,  # so that a binary prediction is of the first label

@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from brewjax.data.as_of import AsOf
+from brewjax.data.as_of import PointInTimeIndex
 from brewjax.data.dataset import Attribute, Dataset
-from brewjax.data.examples import DAY, Example, asked_events
+from brewjax.data.examples import DAY, RankingExample, labelled_events
 from brewjax.data.task import Task
 from brewjax.evaluate.metrics import ratio
 
@@ -33,7 +33,7 @@ class Features:
 
 
 @dataclasses.dataclass(frozen=True)
-class Questions:
+class CandidateRows:
     """The questions of some examples, one row each.
 
     Attributes:
@@ -44,19 +44,19 @@ class Questions:
 
     member: np.ndarray
     item: np.ndarray
-    cut: np.ndarray
+    cutoff_time: np.ndarray
     label: np.ndarray
 
     @classmethod
-    def of(cls, examples: Sequence[Example]) -> Questions:
-        sizes = [len(example.items) for example in examples]
+    def of(cls, examples: Sequence[RankingExample]) -> CandidateRows:
+        sizes = [len(example.candidates) for example in examples]
         spread = lambda name: np.repeat(np.array([getattr(e, name) for e in examples], np.int64), sizes)  # noqa: E731
         joined = lambda name: np.concatenate([[], *(getattr(e, name) for e in examples)]).astype(np.int64)  # noqa: E731
         return cls(spread("member"), joined("items"), spread("cut"), joined("labels"))
 
 
 @dataclasses.dataclass(frozen=True)
-class Past:
+class EventLog:
     """The events that features are computed from: all of the task's history and question actions.
 
     Attributes:
@@ -73,7 +73,7 @@ class Past:
     signals: dict[str, np.ndarray]
 
     @classmethod
-    def of(cls, dataset: Dataset, task: Task) -> Past:
+    def of(cls, dataset: Dataset, task: Task) -> EventLog:
         """With three kinds of signals: the numbers that events say; whether each label but the last was the answer;
         and by how much those are above what the item had on average until then, so that a member who was shown good
         items does not look generous."""
@@ -83,12 +83,12 @@ class Past:
         numbers = [attribute for attribute in dataset.card.events.attributes if attribute.kind == "number"]
         signals = {attribute.name: _floats(dataset.events[attribute.column])[events] for attribute in numbers}
         if not task.questions.sampled_negatives:  # else every event has the same answer
-            rows, labels = asked_events(dataset, task)
+            rows, labels = labelled_events(dataset, task)
             for index, word in enumerate(task.words[:-1]):
                 answer = np.full(len(dataset.events), np.nan)
                 answer[rows] = labels == index
                 signals[f"answer {word}"] = answer[events]
-        as_of = AsOf(item, time)
+        as_of = PointInTimeIndex(item, time)
         until_then = as_of.window(item, time)
         above = {f"{name} above average": values - as_of.mean(values, until_then) for name, values in signals.items()}
         member = dataset.event_member[events].astype(np.int64)
@@ -96,24 +96,24 @@ class Past:
         return cls(member, item, time, actions, signals | above)
 
 
-def build_features(dataset: Dataset, task: Task, examples: Sequence[Example]) -> Features:
+def build_features(dataset: Dataset, task: Task, examples: Sequence[RankingExample]) -> Features:
     """One row per question, in the order of the examples.
 
     Of the member and of the item: how many events of each action, the mean and spread of every signal, when the first
     and the last event was, and the attributes as they are. Of the two together: what the member did with items that
     share a category or list value with this one, and what members of the same category did with this item.
     """
-    asked, past = Questions.of(examples), Past.of(dataset, task)
+    asked, past = CandidateRows.of(examples), EventLog.of(dataset, task)
     columns: dict[str, np.ndarray] = {}
     categorical: list[str] = []
     for side, table, attributes, past_keys, keys in (
         ("member", dataset.members, dataset.card.members.attributes, past.member, asked.member),
         ("item", dataset.items, dataset.card.items.attributes, past.item, asked.item),
     ):
-        for column, values in _history(past, past_keys, keys, asked.cut).items():
+        for column, values in _history(past, past_keys, keys, asked.cutoff_time).items():
             columns[f"{side} {column}"] = values
         for attribute in attributes:
-            for column, values in _attribute(table, attribute, keys, asked.cut).items():
+            for column, values in _attribute(table, attribute, keys, asked.cutoff_time).items():
                 columns[f"{side} {column}"] = values
                 if attribute.kind == "category":
                     categorical.append(f"{side} {column}")
@@ -122,13 +122,13 @@ def build_features(dataset: Dataset, task: Task, examples: Sequence[Example]) ->
             columns |= _affinity(past, asked, dataset.items, attribute)
     for attribute in dataset.card.members.attributes:
         if attribute.kind == "category":
-            columns |= _among_alike(past, asked, dataset.members, attribute)
+            columns |= _cohort_features(past, asked, dataset.members, attribute)
     return Features(list(columns), np.stack(list(columns.values()), axis=1).astype(np.float32), categorical)
 
 
-def _history(past: Past, past_keys: np.ndarray, keys: np.ndarray, cut: np.ndarray) -> dict[str, np.ndarray]:
+def _history(past: EventLog, past_keys: np.ndarray, keys: np.ndarray, cut: np.ndarray) -> dict[str, np.ndarray]:
     """Statistics of the events of a member, or of an item, before each cut."""
-    as_of = AsOf(past_keys, past.time)
+    as_of = PointInTimeIndex(past_keys, past.time)
     window = as_of.window(keys, cut)
     recent_start, recent_end = as_of.window(keys, cut, RECENT_DAYS)
     columns = {f"events in {RECENT_DAYS} days": recent_end - recent_start}
@@ -142,15 +142,15 @@ def _history(past: Past, past_keys: np.ndarray, keys: np.ndarray, cut: np.ndarra
     return columns
 
 
-def _affinity(past: Past, asked: Questions, items: pa.Table, attribute: Attribute) -> dict[str, np.ndarray]:
+def _affinity(past: EventLog, asked: CandidateRows, items: pa.Table, attribute: Attribute) -> dict[str, np.ndarray]:
     """The member's past with the values of an item's category or list: for each value its share of the member's events
     and the mean of every signal, then the mean over the values that the item in question has."""
     of_item, names = _values(items, attribute)
     event, value = of_item.expand(past.item)
-    pairs = AsOf(past.member[event] * len(names) + value, past.time[event])
+    pairs = PointInTimeIndex(past.member[event] * len(names) + value, past.time[event])
     row, asked_value = of_item.expand(asked.item)
-    window = start, end = pairs.window(asked.member[row] * len(names) + asked_value, asked.cut[row])
-    member_start, member_end = AsOf(past.member, past.time).window(asked.member, asked.cut)
+    window = start, end = pairs.window(asked.member[row] * len(names) + asked_value, asked.cutoff_time[row])
+    member_start, member_end = PointInTimeIndex(past.member, past.time).window(asked.member, asked.cutoff_time)
 
     def over_values(pair_values: np.ndarray) -> np.ndarray:
         known = ~np.isnan(pair_values)
@@ -164,15 +164,15 @@ def _affinity(past: Past, asked: Questions, items: pa.Table, attribute: Attribut
     return columns
 
 
-def _among_alike(past: Past, asked: Questions, members: pa.Table, attribute: Attribute) -> dict[str, np.ndarray]:
+def _cohort_features(past: EventLog, asked: CandidateRows, members: pa.Table, attribute: Attribute) -> dict[str, np.ndarray]:
     """The item's past with the members that share the member's category: its share of their events, and the mean of
     every signal."""
     of_member, names = _values(members, attribute)
     event, value = of_member.expand(past.member)
-    pairs = AsOf(past.item[event] * len(names) + value, past.time[event])
+    pairs = PointInTimeIndex(past.item[event] * len(names) + value, past.time[event])
     row, asked_value = of_member.expand(asked.member)
-    window = start, end = pairs.window(asked.item[row] * len(names) + asked_value, asked.cut[row])
-    alike_start, alike_end = AsOf(value, past.time[event]).window(asked_value, asked.cut[row])
+    window = start, end = pairs.window(asked.item[row] * len(names) + asked_value, asked.cutoff_time[row])
+    alike_start, alike_end = PointInTimeIndex(value, past.time[event]).window(asked_value, asked.cutoff_time[row])
 
     def spread_out(row_values: np.ndarray) -> np.ndarray:
         column = np.full(len(asked.item), np.nan)

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from brewjax.data.task import MetricName
 from brewjax.evaluate.metrics import ratio, reliability
 from brewjax.evaluate.predictions import probabilities
-from brewjax.evaluate.results import METRICS, OVERALL, SLICES, Comparison, Model
+from brewjax.evaluate.results import METRICS, OVERALL, SLICES, Comparison, ModelSummary
 
 INK = "#010203"  # stands for the page's text colour, which matplotlib cannot know
 COLOURS = ("#3b82c4", "#d9822b", "#3f9c6b", "#a968c9")  # readable on white and on black
@@ -68,7 +68,7 @@ def reliability_plot(comparison: Comparison) -> str:
         return _svg(figure, axes, f"{task.name} reliability")
 
 
-def size_plot(comparison: Comparison, models: Sequence[Model]) -> str:
+def size_plot(comparison: Comparison, models: Sequence[ModelSummary]) -> str:
     """A task's first metric against the size of the models, with intervals."""
     metric = comparison.task.metrics[0]
     with matplotlib.rc_context(STYLE):
@@ -85,7 +85,7 @@ def size_plot(comparison: Comparison, models: Sequence[Model]) -> str:
         return _svg(figure, axes, f"{comparison.task.name} sizes")
 
 
-def cost_plot(models: Sequence[Model]) -> str:
+def cost_plot(models: Sequence[ModelSummary]) -> str:
     """Seconds that each model took to make."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure("seconds to make", "")

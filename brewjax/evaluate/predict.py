@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from brewjax.console import plain_console, track
 from brewjax.data.dataset import Dataset
-from brewjax.data.examples import Example
+from brewjax.data.examples import RankingExample
 from brewjax.data.task import Task
 from brewjax.data.tokens import EncodedPrompt
 from brewjax.evaluate.predictions import from_examples
@@ -20,7 +20,7 @@ from brewjax.scoring.bundle import Bundle
 from brewjax.scoring.scorer import Scorer
 
 
-class Work(NamedTuple):
+class ScoringCost(NamedTuple):
     """What scoring took; `seconds` on this machine, packing included and compiling not."""
 
     questions: int
@@ -32,10 +32,10 @@ class Predictions(NamedTuple):
     """Of one task, as `evaluate.predictions` has them, and what they took."""
 
     table: pa.Table
-    work: Work
+    work: ScoringCost
 
 
-def predict(bundle: Bundle, dataset: Dataset, asked: Sequence[tuple[Task, Sequence[Example]]]) -> list[Predictions]:
+def predict(bundle: Bundle, dataset: Dataset, asked: Sequence[tuple[Task, Sequence[RankingExample]]]) -> list[Predictions]:
     """Predictions for every question of each task's examples, in their order, but for those that the task skips as
     overlong; prints what was cut or skipped, and how fast they were scored."""
     style, fitting, encoded = bundle.prompts.score_style, [], []
@@ -56,11 +56,11 @@ def predict(bundle: Bundle, dataset: Dataset, asked: Sequence[tuple[Task, Sequen
     ]
 
 
-def _score(scorer: Scorer, task: Task, examples: Sequence[Example], prompts: Sequence[EncodedPrompt]) -> Predictions:
+def _score(scorer: Scorer, task: Task, examples: Sequence[RankingExample], prompts: Sequence[EncodedPrompt]) -> Predictions:
     began = time.perf_counter()
     probabilities = scorer.score_encoded(prompts)
     seconds = time.perf_counter() - began
     questions, tokens = sum(len(prompt.questions) for prompt in prompts), sum(len(prompt) for prompt in prompts)
     speed = f"{seconds:.1f} s, {tokens / seconds:,.0f} tokens/s"
     plain_console().print(f"{task.name}: {questions:,} questions scored in {tokens:,} tokens, {speed}")
-    return Predictions(from_examples(examples, np.concatenate(probabilities)), Work(questions, tokens, seconds))
+    return Predictions(from_examples(examples, np.concatenate(probabilities)), ScoringCost(questions, tokens, seconds))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from brewjax.data.examples import Example
+from brewjax.data.examples import RankingExample
 from brewjax.data.task import Task
 
 SCHEMA = pa.schema(
@@ -24,7 +24,7 @@ SCHEMA = pa.schema(
 QUESTION = [name for name in SCHEMA.names if name != "probabilities"]
 
 
-def from_examples(examples: Sequence[Example], probabilities: np.ndarray) -> pa.Table:
+def from_examples(examples: Sequence[RankingExample], probabilities: np.ndarray) -> pa.Table:
     """The predictions table of a split: `example` is the index in `examples`, the other columns as in `Example`.
 
     Args:
@@ -33,7 +33,7 @@ def from_examples(examples: Sequence[Example], probabilities: np.ndarray) -> pa.
 
     Raises ValueError naming the first row that is wrong.
     """
-    sizes = np.array([len(example.items) for example in examples], int)
+    sizes = np.array([len(example.candidates) for example in examples], int)
     if len(probabilities) != sizes.sum():
         raise ValueError(f"{sizes.sum()} questions in the examples, but {len(probabilities)} rows of probabilities")
     labels = np.concatenate([example.labels for example in examples]) if len(examples) else np.zeros(0, int)
@@ -47,8 +47,8 @@ def from_examples(examples: Sequence[Example], probabilities: np.ndarray) -> pa.
         "task": np.repeat(np.array([example.task for example in examples], object), sizes),
         "example": np.repeat(np.arange(len(examples)), sizes),
         "member": np.repeat(np.array([example.member for example in examples], int), sizes),
-        "item": np.concatenate([example.items for example in examples]) if len(examples) else np.zeros(0, int),
-        "past": np.repeat(np.array([example.past for example in examples], int), sizes),
+        "item": np.concatenate([example.candidates for example in examples]) if len(examples) else np.zeros(0, int),
+        "past": np.repeat(np.array([example.num_past_events for example in examples], int), sizes),
         "label": labels,
         "probabilities": list(probabilities.astype(np.float32)),
     }

@@ -15,7 +15,7 @@ from rich.text import Text
 from brewjax.console import bold
 from brewjax.data.task import MetricName
 from brewjax.evaluate.plots import cost_plot, loss_plot, reliability_plot, size_plot, slice_plot
-from brewjax.evaluate.results import METRICS, OVERALL, SLICES, Comparison, Estimate, Model
+from brewjax.evaluate.results import METRICS, OVERALL, SLICES, Comparison, Estimate, ModelSummary
 from brewjax.train.metrics import read_metrics
 
 UNDEFINED = "\N{EN DASH}"
@@ -36,7 +36,7 @@ def write_report(
     folder: Path,
     title: str,
     comparisons: Sequence[Comparison],
-    models: Sequence[Model],
+    models: Sequence[ModelSummary],
     shown: Sequence[str],
     facts: Mapping[str, str],
     losses: Mapping[str, Path],
@@ -58,7 +58,7 @@ def write_report(
         "models": describe_models(comparisons, models),
         "size_plots": [size_plot(comparison, models) for comparison in comparisons] if len(models) > 1 else [],
         "cost_plot": cost_plot(models) if len(models) > 1 else "",
-        "tasks": [_describe(comparison.only(*shown)) for comparison in comparisons],
+        "tasks": [_describe(comparison.select(*shown)) for comparison in comparisons],
         "loss_plots": [loss_plot(name, of_stage) for name, of_stage in rows.items() if of_stage],
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ def write_report(
         (folder / name).write_text(environment.get_template(f"{name}.j2").render(context), encoding="utf-8")
 
 
-def describe_models(comparisons: Sequence[Comparison], models: Sequence[Model]) -> dict[str, Any]:
+def describe_models(comparisons: Sequence[Comparison], models: Sequence[ModelSummary]) -> dict[str, Any]:
     """The table of a run's models: quality by each task's first metric, size, cost and speed, in words."""
     quality = [f"{comparison.task.name}: {METRICS[comparison.task.metrics[0]].title}" for comparison in comparisons]
     rows = []
@@ -90,7 +90,7 @@ def describe_models(comparisons: Sequence[Comparison], models: Sequence[Model]) 
     return {"columns": columns, "rows": rows}
 
 
-def print_models(comparisons: Sequence[Comparison], models: Sequence[Model], console: Console) -> None:
+def print_models(comparisons: Sequence[Comparison], models: Sequence[ModelSummary], console: Console) -> None:
     """The same in the terminal, as far as there is room: neither how a model was made nor intervals."""
     quality = [f"{comparison.task.name}\n{METRICS[comparison.task.metrics[0]].title}" for comparison in comparisons]
     table = Table(title="models", title_justify="left", box=None, padding=(0, 1, 0, 0))
@@ -144,7 +144,7 @@ def _describe(comparison: Comparison, plots: bool = True) -> dict[str, Any]:
 
     return {
         "name": task.name,
-        "question": task.questions.ask,
+        "question": task.questions.question,
         "words": ", ".join(task.words),
         "size": f"{model[OVERALL].rows:,} questions to {model[OVERALL].members:,} members",
         "names": names,
@@ -158,7 +158,7 @@ def _describe(comparison: Comparison, plots: bool = True) -> dict[str, Any]:
         "leads": [
             f"{names[0]} against {name}: {METRICS[headline].title} {_number(lead.value, sign='+')} {_interval(lead)}"
             for name in names[1:]
-            for lead in [comparison.lead(headline, name)]
+            for lead in [comparison.difference(headline, name)]
         ],
         "slice_plot": slice_plot(comparison, headline) if plots else "",
         "reliability_plot": reliability_plot(comparison) if plots else "",

@@ -127,7 +127,7 @@ class Comparison:
     predictions: dict[str, pa.Table]
     results: dict[str, dict[str, Result]]
 
-    def only(self, *names: str) -> Comparison:
+    def select(self, *names: str) -> Comparison:
         """Of these, the first of them in the model's place."""
         return Comparison(
             self.task, {name: self.predictions[name] for name in names}, {name: self.results[name] for name in names}
@@ -140,14 +140,14 @@ class Comparison:
         choose = max if METRICS[metric].higher_is_better else min
         return choose(defined, key=defined.__getitem__) if defined else None
 
-    def lead(self, metric: MetricName, baseline: str) -> Estimate:
+    def difference(self, metric: MetricName, baseline: str) -> Estimate:
         """The model's value minus the baseline's, with the interval of the paired difference."""
         model = next(iter(self.results))
         return self.results[model][OVERALL].metrics[metric] - self.results[baseline][OVERALL].metrics[metric]
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
+class ModelSummary:
     """A model of a run, as one row of its table.
 
     Attributes:

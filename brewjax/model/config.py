@@ -22,15 +22,15 @@ class ExpertsConfig(Config):
       balance: weight of the load-balancing loss in training.
     """
 
-    count: int = pydantic.Field(gt=0)
-    per_token: int = pydantic.Field(default=2, gt=0)
-    normalize: bool = True
-    balance: float = pydantic.Field(default=0.01, ge=0)
+    num_experts: int = pydantic.Field(gt=0)
+    num_experts_per_tok: int = pydantic.Field(default=2, gt=0)
+    norm_topk_prob: bool = True
+    router_aux_loss_coef: float = pydantic.Field(default=0.01, ge=0)
 
     @pydantic.model_validator(mode="after")
     def _enough(self) -> ExpertsConfig:
-        if self.per_token > self.count:
-            raise ValueError(f"per_token ({self.per_token}) must be at most count ({self.count})")
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(f"per_token ({self.num_experts_per_tok}) must be at most count ({self.num_experts})")
         return self
 
 
@@ -86,9 +86,9 @@ class ModelConfig(Config):
     head_dim: int = pydantic.Field(gt=0, multiple_of=2)
     d_ff: int = pydantic.Field(gt=0)
     experts: ExpertsConfig | None = None
-    rope_base: float = pydantic.Field(default=10_000.0, gt=1)
+    rope_theta: float = pydantic.Field(default=10_000.0, gt=1)
     rope_scaling: RopeScaling | None = None
-    max_context: int | None = pydantic.Field(default=None, gt=0)
+    max_seq_len: int | None = pydantic.Field(default=None, gt=0)
     norm_eps: float = pydantic.Field(default=1e-5, gt=0, lt=1)
     qkv_bias: bool = False
     qk_norm: bool = False
@@ -117,10 +117,10 @@ class ModelConfig(Config):
         """Without the type of the scaling, which pydantic puts behind its name."""
         return location[:1] + location[2:] if location[:1] == ("rope_scaling",) else location
 
-    def check_context(self, tokens: int, what: str) -> None:
+    def check_length(self, tokens: int, what: str) -> None:
         """ValueError where `what` has more tokens than this model reads."""
-        if self.max_context is not None and tokens > self.max_context:
+        if self.max_seq_len is not None and tokens > self.max_seq_len:
             raise ValueError(
-                f"{what} has {tokens} tokens; model '{self.name}' reads at most {self.max_context}, its max_context "
+                f"{what} has {tokens} tokens; model '{self.name}' reads at most {self.max_seq_len}, its max_context "
                 "(the positions it was trained for, or its sliding window)"
             )

@@ -20,10 +20,10 @@ from pallas_kernels.attention import attention
 from pallas_kernels.quantized_matmul import to_8_bits
 from pallas_kernels.token_labels import PADDING, TokenLabels
 
-KeysValues = tuple[Float[Array, "B T K E"], Float[Array, "B T K E"]]
+KVCache = tuple[Float[Array, "B T K E"], Float[Array, "B T K E"]]
 
 
-class Past(NamedTuple):
+class PagedKVCache(NamedTuple):
     """Keys (rotated) and values of tokens that were computed before, for rows to go on from.
 
     Attributes:
@@ -33,7 +33,7 @@ class Past(NamedTuple):
 
     keys: Float[Array, "L N P K E"]
     values: Float[Array, "L N P K E"]
-    pages: Int[Array, "B M"]
+    page_table: Int[Array, "B M"]
 
 
 class RMSNorm(nnx.Module):
@@ -85,8 +85,8 @@ class Layer(nnx.Module):
         x: Float[Array, "B T D"],
         rotation: Float[Array, "B T 1 E"],
         token_labels: TokenLabels,
-        past: KeysValues | None,
-    ) -> tuple[Float[Array, "B T D"], KeysValues, Float[Array, ""]]:
+        past: KVCache | None,
+    ) -> tuple[Float[Array, "B T D"], KVCache, Float[Array, ""]]:
         """The residual stream after this layer, the keys and values of these T tokens, and the experts' balance loss.
 
         `past` are the keys and values before them.
@@ -100,8 +100,8 @@ class Layer(nnx.Module):
         x: Float[Array, "B T D"],
         rotation: Float[Array, "B T 1 E"],
         token_labels: TokenLabels,
-        past: KeysValues | None,
-    ) -> tuple[Float[Array, "B T H E"], KeysValues]:
+        past: KVCache | None,
+    ) -> tuple[Float[Array, "B T H E"], KVCache]:
         """What the heads attend to, before the output projection; and the keys and values of these T tokens."""
         h = self.attention_norm(x)
         q = self._heads(h, self.query, self.query_bias, self.query_norm)
@@ -173,14 +173,14 @@ class Decoder(nnx.Module):
         """Hidden states after the last norm, in the compute dtype. Those of padding mean nothing."""
         return self._run(tokens, positions, token_labels)[0]
 
-    def with_balance(
+    def forward_with_aux_loss(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], token_labels: TokenLabels
     ) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
         """As a call; and the experts' load-balancing loss, the mean over layers, weighed for the training loss."""
         hidden, balance, _ = self._run(tokens, positions, token_labels)
         return hidden, self._weighed(balance)
 
-    def with_layers(
+    def forward_with_hidden_states(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], token_labels: TokenLabels
     ) -> tuple[Float[Array, "B T D"], Float[Array, ""], Float[Array, "L B T D"]]:
         """As `with_balance`; and the residual stream after each layer, in the compute dtype."""
@@ -188,11 +188,11 @@ class Decoder(nnx.Module):
         return hidden, self._weighed(balance), streams
 
     def _weighed(self, balance: Array) -> Array:
-        return balance * (self.config.experts.balance if self.config.experts else 0.0)
+        return balance * (self.config.experts.router_aux_loss_coef if self.config.experts else 0.0)
 
-    def extend(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], token_labels: TokenLabels, past: Past
-    ) -> tuple[Float[Array, "B T D"], KeysValues]:
+    def forward_with_cache(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], token_labels: TokenLabels, past: PagedKVCache
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
         """As a call, for tokens behind a past.
 
         Args:
@@ -208,8 +208,8 @@ class Decoder(nnx.Module):
         tokens: Array,
         positions: Array,
         token_labels: TokenLabels,
-        past: Past | None = None,
-        gives: Callable[[Array, KeysValues], Any] = lambda x, own: None,
+        past: PagedKVCache | None = None,
+        gives: Callable[[Array, KVCache], Any] = lambda x, own: None,
     ) -> tuple[Array, Array, Any]:
         """Hidden states, the experts' balance loss, and what each layer `gives` of its residual stream and its keys and
         values, stacked."""
@@ -245,12 +245,12 @@ class Decoder(nnx.Module):
         return nnx.merge(graph, one)
 
     @property
-    def head(self) -> Float[Array, "V D"]:
+    def lm_head(self) -> Float[Array, "V D"]:
         """The output head, gathered, in the parameter dtype or what `HeadPrecision` makes of it."""
         weight = self.embedding if self.untied_head is None else self.untied_head
-        return self.before_head(self.sharding.reshard(weight[...], None, None))
+        return self.cast_for_head(self.sharding.reshard(weight[...], None, None))
 
-    def before_head(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    def cast_for_head(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Hidden states, or words of the head, at the precision of the head's product."""
         match self.config.head.product:
             case "e4m3":
@@ -264,19 +264,19 @@ class Decoder(nnx.Module):
         """float32, by a true float32 product."""
         logits = jnp.einsum(
             "...d,vd->...v",
-            self.before_head(hidden).astype(jnp.float32),
-            self.head.astype(jnp.float32),
+            self.cast_for_head(hidden).astype(jnp.float32),
+            self.lm_head.astype(jnp.float32),
             precision=jax.lax.Precision.HIGHEST,
         )
         return logits.astype(self.config.head.logits).astype(jnp.float32)
 
 
-def _read(sharding: Sharding, past: Past, layer: Array) -> KeysValues:
+def _read(sharding: Sharding, past: PagedKVCache, layer: Array) -> KVCache:
     """One layer's keys and values [B, M * P, K, E] of the past."""
-    B, M = past.pages.shape
+    B, M = past.page_table.shape
 
     def read(pool: Array) -> Array:
-        pages = pool.at[layer, past.pages].get(out_sharding=sharding.spec_or_none("batch", None, None, "heads", None))
+        pages = pool.at[layer, past.page_table].get(out_sharding=sharding.spec_or_none("batch", None, None, "heads", None))
         tokens = (B, M * pool.shape[2], *pool.shape[3:])
         return jnp.reshape(pages, tokens, out_sharding=sharding.spec_or_none("batch", None, "heads", None))
 

@@ -27,8 +27,8 @@ from brewjax.model.weights import (
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.quantized_matmul import Activations, Quantized, round_tokens
 
-SPARE = 1.25  # of a turn's rows to those that come where all experts are liked alike
-TURN = 512  # a turn's rows are a multiple: 20,481 of them the TPU's compiler multiplied in full, 20,480 by its kernel
+CAPACITY_FACTOR = 1.25  # of a turn's rows to those that come where all experts are liked alike
+CHUNK_MULTIPLE = 512  # a turn's rows are a multiple: 20,481 of them the TPU's compiler multiplied in full, 20,480 by its kernel
 
 
 class Experts(nnx.Module):
@@ -38,7 +38,7 @@ class Experts(nnx.Module):
         assert config.experts is not None
         self.config, self.sharding = config.experts, sharding
         self.activations = config.quantized.activations if config.quantized else None
-        N, D, F = config.experts.count, config.d_model, config.d_ff
+        N, D, F = config.experts.num_experts, config.d_model, config.d_ff
         self.router = random_weight(rngs, config, (D, N), ("model", None), fan_in=D)
         self.gate = matrix(rngs, config, (N, D, F), ("experts", "weight", "neurons"))
         self.up = matrix(rngs, config, (N, D, F), ("experts", "weight", "neurons"))
@@ -81,8 +81,8 @@ def route(
     """Weights and numbers of the experts that each token goes through, and the probabilities of all; float32."""
     logits = jnp.einsum("...d,dn->...n", x.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST)
     probabilities = jax.nn.softmax(logits)
-    weights, chosen = jax.lax.top_k(probabilities, config.per_token)
-    if config.normalize:
+    weights, chosen = jax.lax.top_k(probabilities, config.num_experts_per_tok)
+    if config.norm_topk_prob:
         weights /= jnp.sum(weights, -1, keepdims=True)
     return weights, chosen, probabilities
 
@@ -100,7 +100,7 @@ def _mix(
 ) -> tuple[Array, Array]:
     """A device's own tokens [B, T] through all N experts; it has M of them, and its part of their neurons."""
     x_SD, real_S1 = x_BTD.reshape(-1, x_BTD.shape[-1]), real_BT.reshape(-1, 1)
-    N, M, K = config.count, len(jax.tree.leaves(gate_MDF)[0]), config.per_token
+    N, M, K = config.num_experts, len(jax.tree.leaves(gate_MDF)[0]), config.num_experts_per_tok
     weights_SK, chosen_SK, probabilities_SN = route(config, x_SD, router_DN)
     took_SN = jnp.sum(jax.nn.one_hot(chosen_SK, N), 1)
     sums = [jnp.sum(jnp.where(real_S1, each, 0), 0) for each in (took_SN, probabilities_SN, jnp.ones_like(took_SN))]
@@ -120,16 +120,16 @@ def _mix(
     chosen = chosen_SK.reshape(-1)
     order, sizes_M = jnp.argsort(chosen, stable=True), jnp.bincount(chosen, length=M + 1)[:M]
     token_R, weight_R, matrices = order // K, weights_SK.reshape(-1)[order], (gate_MDF, up_MDF, down_MFD)
-    said = functools.partial(_said, activations, rules["neurons"])
+    said = functools.partial(_expert_outputs, activations, rules["neurons"])
     # Scales of 8 bits are those of several devices, which must not wait for each other in loops of unknown length.
     if M == N or isinstance(gate_MDF, Quantized):
         rows = said(x_SD[token_R], weight_R, matrices, sizes_M, jnp.minimum(chosen[order], M - 1))
         out_SD = jnp.zeros(x_SD.shape, jnp.float32).at[token_R].add(rows)
     else:
-        count = math.ceil(SPARE * len(x_SD) * config.per_token * M / N / TURN) * TURN
+        count = math.ceil(CAPACITY_FACTOR * len(x_SD) * config.num_experts_per_tok * M / N / CHUNK_MULTIPLE) * CHUNK_MULTIPLE
         count = min(count, len(token_R))
         token_R, weight_R = (jnp.pad(each, (0, -len(each) % count)) for each in (token_R, weight_R))
-        out_SD = _in_turns(said, count, x_SD, weight_R, matrices, token_R, sizes_M)
+        out_SD = _in_chunks(said, count, x_SD, weight_R, matrices, token_R, sizes_M)
     out_SD = out_SD.astype(x_BTD.dtype)
     if rules["neurons"]:
         out_SD = jax.lax.psum(out_SD, rules["neurons"])
@@ -138,7 +138,7 @@ def _mix(
     return out_SD.reshape(x_BTD.shape), balance
 
 
-def _said(
+def _expert_outputs(
     activations: Activations | None,
     neurons_over: tuple[str, ...],
     rows_RD: Array,
@@ -156,39 +156,39 @@ def _said(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _in_turns(
+def _in_chunks(
     said: Callable, count: int, x_SD: Array, weight_R: Array, matrices: Any, token_R: Array, sizes_M: Array
 ) -> Float[Array, "S D"]:
     """`said` of `count` rows at a time, added up by token, for as long as there are rows: all R of them would have to
     be made, though on average most are of other devices' experts. R is a multiple of `count`."""
 
     def turn(number: Array, out_SD: Array) -> Array:
-        token, weight, sizes = _of_turn(count, number, token_R, weight_R, sizes_M)
+        token, weight, sizes = _chunk_rows(count, number, token_R, weight_R, sizes_M)
         return out_SD.at[token].add(said(x_SD[token], weight, matrices, sizes))
 
-    return jax.lax.fori_loop(0, _turns(count, sizes_M), turn, jnp.zeros(x_SD.shape, jnp.float32))
+    return jax.lax.fori_loop(0, _num_chunks(count, sizes_M), turn, jnp.zeros(x_SD.shape, jnp.float32))
 
 
-def _turns(count: int, sizes_M: Array) -> Int[Array, ""]:
+def _num_chunks(count: int, sizes_M: Array) -> Int[Array, ""]:
     return -(-jnp.sum(sizes_M) // count)
 
 
-def _of_turn(count: int, number: Array, token_R: Array, weight_R: Array, sizes_M: Array) -> tuple[Array, Array, Array]:
+def _chunk_rows(count: int, number: Array, token_R: Array, weight_R: Array, sizes_M: Array) -> tuple[Array, Array, Array]:
     """A turn's rows, of whole turns of them, and how many each expert has among them."""
     token, weight = (jax.lax.dynamic_slice_in_dim(each, number * count, count) for each in (token_R, weight_R))
     ends_M = jnp.clip(jnp.cumsum(sizes_M) - number * count, 0, count)
     return token, weight, jnp.diff(ends_M, prepend=0)
 
 
-def _in_turns_forward(said: Callable, count: int, *inputs: Any) -> tuple[Array, tuple]:
-    return _in_turns(said, count, *inputs), inputs
+def _in_chunks_forward(said: Callable, count: int, *inputs: Any) -> tuple[Array, tuple]:
+    return _in_chunks(said, count, *inputs), inputs
 
 
-def _in_turns_backward(said: Callable, count: int, inputs: tuple, d_out_SD: Array) -> tuple:
+def _in_chunks_backward(said: Callable, count: int, inputs: tuple, d_out_SD: Array) -> tuple:
     x_SD, weight_R, matrices, token_R, sizes_M = inputs
 
     def turn(number: Array, sums: tuple) -> tuple:
-        token, weight, sizes = _of_turn(count, number, token_R, weight_R, sizes_M)
+        token, weight, sizes = _chunk_rows(count, number, token_R, weight_R, sizes_M)
         _, pull = jax.vjp(lambda *taken: said(*taken, sizes), x_SD[token], weight, matrices)
         d_rows, d_weight, d_matrices = pull(d_out_SD[token])
         d_x_SD, d_weight_R, before = sums
@@ -199,11 +199,11 @@ def _in_turns_backward(said: Callable, count: int, inputs: tuple, d_out_SD: Arra
         )
 
     zeros = jnp.zeros(x_SD.shape, jnp.float32), *jax.tree.map(jnp.zeros_like, (weight_R, matrices))
-    d_x_SD, d_weight_R, d_matrices = jax.lax.fori_loop(0, _turns(count, sizes_M), turn, zeros)
+    d_x_SD, d_weight_R, d_matrices = jax.lax.fori_loop(0, _num_chunks(count, sizes_M), turn, zeros)
     return d_x_SD.astype(x_SD.dtype), d_weight_R, d_matrices, None, None
 
 
-_in_turns.defvjp(_in_turns_forward, _in_turns_backward)
+_in_chunks.defvjp(_in_chunks_forward, _in_chunks_backward)
 
 
 def _grouped(

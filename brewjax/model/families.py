@@ -245,7 +245,7 @@ def family_of(config: ModelConfig) -> str:
             config.qk_norm,
             bool(config.experts),
         )
-        if same and (model_type != "mixtral" or (config.experts and config.experts.normalize)):
+        if same and (model_type != "mixtral" or (config.experts and config.experts.norm_topk_prob)):
             return model_type
     raise CheckpointError(
         f"model '{config.name}': no family of transformers ({', '.join(FAMILIES)}) has its mix of "
@@ -270,25 +270,25 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         "head_dim": config.head_dim,
         "intermediate_size": config.d_ff,
         "hidden_act": "silu",
-        "max_position_embeddings": config.max_context or LONGEST,
+        "max_position_embeddings": config.max_seq_len or LONGEST,
         "sliding_window": None,
         "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_base,
+        "rope_theta": config.rope_theta,
         "rope_scaling": None,
         "tie_word_embeddings": config.tie_head,
         "torch_dtype": config.param_dtype,
     }
     if scaling := config.rope_scaling:
-        values["rope_scaling"] = _rope_to_hf(scaling, config.max_context or LONGEST)
+        values["rope_scaling"] = _rope_to_hf(scaling, config.max_seq_len or LONGEST)
     if config.experts and family.experts:
         values |= {
-            family.experts[0]: config.experts.count,
+            family.experts[0]: config.experts.num_experts,
             family.experts[1]: config.d_ff,
-            "num_experts_per_tok": config.experts.per_token,
-            "router_aux_loss_coef": config.experts.balance,
+            "num_experts_per_tok": config.experts.num_experts_per_tok,
+            "router_aux_loss_coef": config.experts.router_aux_loss_coef,
         }
     if model_type == "qwen3_moe" and config.experts:
-        values["norm_topk_prob"] = config.experts.normalize
+        values["norm_topk_prob"] = config.experts.norm_topk_prob
     return values
 
 

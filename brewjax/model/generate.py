@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from brewjax.config import Config
 from brewjax.model.config import ModelConfig
-from brewjax.model.decoder import Decoder, KeysValues, Past
+from brewjax.model.decoder import Decoder, KVCache, PagedKVCache
 from brewjax.model.params import Params, abstract_params, bind
 from brewjax.model.sharding import FSDP_TENSOR, MeshConfig
 from pallas_kernels.token_labels import ALL, PADDING, TokenLabels
@@ -27,7 +27,7 @@ SHORTEST_BUCKET = 64
 KEPT = (None, None, None, "heads", None)  # how the keys and values of slots lie over devices
 
 
-class Sampling(Config):
+class SamplingParams(Config):
     """How the next token is drawn.
 
     Attributes:
@@ -54,7 +54,7 @@ class Prefix(NamedTuple):
     last: Int[Array, ""]
 
 
-class Slots(NamedTuple):
+class DecodeState(NamedTuple):
     """N sequences of at most S tokens, growing.
 
     Attributes:
@@ -69,7 +69,7 @@ class Slots(NamedTuple):
     values: Float[Array, "L N S K E"]
     lengths: Int[Array, " N"]
     tokens: Int[Array, " N"]
-    drawn: Int[Array, " N"]
+    num_sampled: Int[Array, " N"]
     key: Array
 
 
@@ -81,11 +81,11 @@ def prefill(decoder: Decoder, tokens: Int[Array, " T"], length: Int[Array, ""], 
         config = decoder.config
         start = jnp.int32(0)
         nothing = jnp.zeros((config.layers, 1, 1, config.kv_heads, config.head_dim), config.compute_dtype)
-        past = Past(nothing, nothing, jnp.zeros((1, 0), jnp.int32))
+        past = PagedKVCache(nothing, nothing, jnp.zeros((1, 0), jnp.int32))
     else:
         start = before.length
         real = jnp.concatenate([jnp.arange(before.keys.shape[1]) < start, real])
-        past = Past(before.keys[:, None], before.values[:, None], jnp.zeros((1, 1), jnp.int32))
+        past = PagedKVCache(before.keys[:, None], before.values[:, None], jnp.zeros((1, 1), jnp.int32))
     _, own = _read(decoder, tokens[None], start + jnp.arange(T)[None], real[None], past)
     keys, values = (x[:, 0] for x in own)
     if before is not None:
@@ -97,7 +97,7 @@ def prefill(decoder: Decoder, tokens: Int[Array, " T"], length: Int[Array, ""], 
     return Prefix(keys, values, start + length, tokens[length - 1])
 
 
-def insert(slots: Slots, prefix: Prefix, slot: Int[Array, ""]) -> Slots:
+def insert(slots: DecodeState, prefix: Prefix, slot: Int[Array, ""]) -> DecodeState:
     """Puts a sequence in a slot, over what was there."""
     S = slots.keys.shape[2]
     keys, values = (
@@ -106,16 +106,16 @@ def insert(slots: Slots, prefix: Prefix, slot: Int[Array, ""]) -> Slots:
     )
     lengths, tokens, drawn = (
         old.at[slot].set(new)
-        for old, new in ((slots.lengths, prefix.length - 1), (slots.tokens, prefix.last), (slots.drawn, 0))
+        for old, new in ((slots.lengths, prefix.length - 1), (slots.tokens, prefix.last), (slots.num_sampled, 0))
     )
-    return Slots(keys, values, lengths, tokens, drawn, slots.key)
+    return DecodeState(keys, values, lengths, tokens, drawn, slots.key)
 
 
-def step(decoder: Decoder, slots: Slots, sampling: Sampling) -> tuple[Slots, Int[Array, " N"]]:
+def step(decoder: Decoder, slots: DecodeState, sampling: SamplingParams) -> tuple[DecodeState, Int[Array, " N"]]:
     """Reads a token in every slot and draws the one that follows it. A full slot, and an empty one, draws nonsense."""
     N, S = slots.keys.shape[1:3]
     real = jnp.arange(S + 1) < slots.lengths[:, None]
-    past = Past(slots.keys, slots.values, jnp.arange(N)[:, None])
+    past = PagedKVCache(slots.keys, slots.values, jnp.arange(N)[:, None])
     hidden, own = _read(decoder, slots.tokens[:, None], slots.lengths[:, None], real.at[:, S].set(True), past)
     key, now = jax.random.split(slots.key)
     tokens = decoder.sharding.reshard(sample(decoder.logits(hidden[:, 0]), now, sampling), None)
@@ -124,10 +124,10 @@ def step(decoder: Decoder, slots: Slots, sampling: Sampling) -> tuple[Slots, Int
         old.at[:, rows, slots.lengths].set(decoder.sharding.reshard(new[:, :, 0], *KEPT[1:]), mode="drop")
         for old, new in zip((slots.keys, slots.values), own, strict=True)
     )
-    return Slots(keys, values, jnp.minimum(slots.lengths + 1, S), tokens, slots.drawn + 1, key), tokens
+    return DecodeState(keys, values, jnp.minimum(slots.lengths + 1, S), tokens, slots.num_sampled + 1, key), tokens
 
 
-def sample(logits: Float[Array, "N V"], key: Array, sampling: Sampling) -> Int[Array, " N"]:
+def sample(logits: Float[Array, "N V"], key: Array, sampling: SamplingParams) -> Int[Array, " N"]:
     """A token of each row."""
     if not sampling.temperature:
         return jnp.argmax(logits, -1).astype(jnp.int32)
@@ -155,7 +155,7 @@ class Generator:
         params: Params,
         slots: int,
         context: int,
-        sampling: Sampling | None = None,
+        sampling: SamplingParams | None = None,
         seed: int = 0,
         mesh: Mesh | None = None,
     ):
@@ -163,26 +163,26 @@ class Generator:
         mesh = mesh or MeshConfig().build()
         replica = tuple(slice(None if axis == "tensor" else 1) for axis in mesh.axis_names)
         self.mesh = Mesh(mesh.devices[replica], mesh.axis_names, axis_types=mesh.axis_types)
-        self.params = self.place(params)
+        self.params = self.shard_params(params)
         self.buckets = _buckets(context)
         shape = (model.layers, slots, context, model.kv_heads, model.head_dim)
 
-        def empty() -> Slots:
+        def empty() -> DecodeState:
             zeros = jnp.zeros(slots, jnp.int32)
             keys, values = (FSDP_TENSOR.reshard(jnp.zeros(shape, model.compute_dtype), *KEPT) for _ in range(2))
-            return Slots(keys, values, zeros, zeros, zeros, jax.random.key(seed))
+            return DecodeState(keys, values, zeros, zeros, zeros, jax.random.key(seed))
 
-        drawn = sampling or Sampling()
+        drawn = sampling or SamplingParams()
         self._empty = jax.jit(empty)
         self._prefill = jax.jit(lambda params, *args: prefill(bind(model, params), *args))
         self._insert = jax.jit(lambda *args: insert(*args), donate_argnums=0)  # not shared: compilations are counted
         self._step = jax.jit(lambda params, slots: step(bind(model, params), slots, drawn), donate_argnums=1)
 
-    def place(self, params: Params) -> Params:
+    def shard_params(self, params: Params) -> Params:
         """Parameters of this model, on the devices that generate."""
         return jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, abstract_params(self.model, self.mesh)))
 
-    def slots(self) -> Slots:
+    def slots(self) -> DecodeState:
         """Empty ones."""
         with jax.set_mesh(self.mesh):
             return self._empty()
@@ -199,12 +199,12 @@ class Generator:
         with jax.set_mesh(self.mesh):
             return self._prefill(self.params, padded, np.int32(length), before)
 
-    def insert(self, slots: Slots, prefix: Prefix, slot: int) -> Slots:
+    def insert(self, slots: DecodeState, prefix: Prefix, slot: int) -> DecodeState:
         """As the function of that name; `slots` is used up."""
         with jax.set_mesh(self.mesh):
             return self._insert(slots, prefix, np.int32(slot))
 
-    def step(self, slots: Slots) -> tuple[Slots, Int[Array, " N"]]:
+    def step(self, slots: DecodeState) -> tuple[DecodeState, Int[Array, " N"]]:
         """As the function of that name; `slots` is used up."""
         with jax.set_mesh(self.mesh):
             return self._step(self.params, slots)
@@ -255,13 +255,13 @@ class Generator:
         return said
 
 
-def _read(decoder: Decoder, tokens: Array, positions: Array, real: Array, past: Past) -> tuple[Array, KeysValues]:
+def _read(decoder: Decoder, tokens: Array, positions: Array, real: Array, past: PagedKVCache) -> tuple[Array, KVCache]:
     """`Decoder.extend` for plain text: every token that is `real` sees all before it."""
     token_labels = TokenLabels(jnp.where(real, 1, PADDING), jnp.zeros(real.shape, jnp.int32), jnp.full(real.shape, ALL))
     tokens, positions, token_labels = jax.tree.map(
         lambda x: decoder.sharding.reshard(x, "batch", "length"), (tokens, positions, token_labels)
     )
-    return decoder.extend(tokens, positions, token_labels, past)
+    return decoder.forward_with_cache(tokens, positions, token_labels, past)
 
 
 def _buckets(context: int) -> tuple[int, ...]:

@@ -62,12 +62,12 @@ def init_params(config: ModelConfig, mesh: Mesh, seed: int) -> Params:
     return jax.jit(init, out_shardings=shardings)()
 
 
-def count(params: Params) -> int:
+def num_parameters(params: Params) -> int:
     """Number of parameters; abstract ones count too."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-class Size(NamedTuple):
+class ModelSize(NamedTuple):
     """Of a model: its parameters, those that one token's pass uses, bytes at rest, and of a token's keys and values."""
 
     parameters: int
@@ -76,28 +76,28 @@ class Size(NamedTuple):
     cache_bytes: int
 
 
-def size(config: ModelConfig) -> Size:
+def model_size(config: ModelConfig) -> ModelSize:
     """Without making any of it; ValueError where the config leaves the vocabulary to a tokenizer."""
     if not config.vocab_size:
         raise config.error("a tokenizer's; give it, with --set vocab_size=N on the command line", "vocab_size")
     weights = jax.tree.leaves(_abstract(config)[1])
     state = nnx.to_pure_dict(_abstract(config.model_copy(update={"quantized": None}))[1])  # scales are no parameters
-    parameters, idle = count(state), 0
+    parameters, idle = num_parameters(state), 0
     if config.experts:
         matrices = {name: leaf for name, leaf in state["layers"]["experts"].items() if name != "router"}
-        idle = count(matrices) // config.experts.count * (config.experts.count - config.experts.per_token)
+        idle = num_parameters(matrices) // config.experts.num_experts * (config.experts.num_experts - config.experts.num_experts_per_tok)
     if not config.tie_head:
         idle += state["embedding"].size  # looked up, not multiplied with
     cache = 2 * config.layers * config.kv_heads * config.head_dim * jnp.dtype(config.compute_dtype).itemsize
     at_rest = sum(leaf.size * leaf.dtype.itemsize for leaf in weights)
-    return Size(parameters, parameters - idle, at_rest, cache)
+    return ModelSize(parameters, parameters - idle, at_rest, cache)
 
 
 def save_model(folder: Path, config: ModelConfig, params: Params) -> None:
     """Writes model.yaml and the weights into a folder, every process its own part; then all find it complete."""
     folder.mkdir(parents=True, exist_ok=True)
     ocp.save(folder.absolute() / WEIGHTS, params, overwrite=True)
-    hosts.on_first(lambda: config.save(folder / MODEL))
+    hosts.run_on_process_zero(lambda: config.save(folder / MODEL))
 
 
 def load_model(folder: Path, mesh: Mesh) -> tuple[ModelConfig, Params]:

@@ -122,11 +122,11 @@ RopeScaling = Annotated[
 
 def rotary(positions: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T 1 E"]:
     """Angles' cosines, then sines, float32, to turn each half of a head against the other."""
-    frequencies = config.rope_base ** (-jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
+    frequencies = config.rope_theta ** (-jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
     scaling, attention = config.rope_scaling, 1.0
     if scaling:
-        exact = config.rope_base ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
-        frequencies *= scaling.multipliers(exact, config.rope_base).astype(np.float32)
+        exact = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
+        frequencies *= scaling.multipliers(exact, config.rope_theta).astype(np.float32)
         attention = scaling.attention_factor if isinstance(scaling, YarnScaling) else 1.0
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
     return attention * jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from brewjax.config import Config
 
 MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
-ROWS = ("data", "fsdp", "expert")  # the mesh axes that share the rows of a batch
+BATCH_AXES = ("data", "fsdp", "expert")  # the mesh axes that share the rows of a batch
 
 
 class MeshConfig(Config):
@@ -85,9 +85,9 @@ class MeshConfig(Config):
         return [told[index] for index in sorted(told)]
 
 
-def row_ways(mesh: Mesh) -> int:
+def data_parallel_size(mesh: Mesh) -> int:
     """Over how many devices the rows of a batch lie."""
-    return math.prod(mesh.shape[axis] for axis in ROWS)
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Sharding:
 # attention each device there gathers the keys and values of them all.
 FSDP_TENSOR = Sharding(
     {
-        "batch": ROWS,
+        "batch": BATCH_AXES,
         "length": ("context",),
         "model": (),
         "weight": ("fsdp",),

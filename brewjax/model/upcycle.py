@@ -27,14 +27,14 @@ def upcycle(
         raise config.error("it has experts already; only a dense model is upcycled", "experts")
     if config.quantized:
         raise config.error("a quantised model is for serving; upcycle the one that it was made from", "quantized")
-    if not experts.normalize:
+    if not experts.norm_topk_prob:
         raise ValueError("experts.normalize: must be true, for the copies of an MLP to say together what it said")
     new = config.model_copy(update={"experts": experts})
     expected = abstract_params(new, mesh)
     layers = dict(params["layers"])
     matrices = {name: layers.pop(name) for name in COPIED}
     shapes = expected["layers"]["experts"]
-    copies = {name: _copied(matrix, experts.count, shapes[name].sharding) for name, matrix in matrices.items()}
+    copies = {name: _copied(matrix, experts.num_experts, shapes[name].sharding) for name, matrix in matrices.items()}
     router = shapes["router"]
     copies["router"] = jax.jit(
         lambda key: noise * jax.random.normal(key, router.shape, router.dtype), out_shardings=router.sharding

@@ -45,11 +45,11 @@ class QuantizedWeight(nnx.Module):
         self.inputs, self.config = inputs, config
         batch = 1 if weight.axes[0] == "experts" else 0
         self.summed = tuple(range(batch, batch + inputs))
-        values, scale = self.of(weight[...])
+        values, scale = self.quantize(weight[...])
         self.values = Weight(values, axes=weight.axes)
         self.scale = Weight(scale, axes=tuple(axis for at, axis in enumerate(weight.axes) if at not in self.summed))
 
-    def of(
+    def quantize(
         self, weight: Float[Array, " *B"], per_tensor: bool = False
     ) -> tuple[Num[Array, " *B"], Float[Array, " *N"]]:
         """Values and scale of a float matrix of this shape; `per_tensor` gives all its channels the largest scale."""

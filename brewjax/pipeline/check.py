@@ -79,7 +79,7 @@ def _check_stage(run: Run, name: str, stage: Stage) -> None:
         stage.train.check_rows(stage.train.mesh.build())
     if isinstance(stage, DistillStage):
         teacher = run.shape(stage.teacher)
-        if stage.loss.teacher != "same_mesh":
+        if stage.loss.teacher_placement != "same_mesh":
             _check_mesh(recipe, teacher, stage.loss.mesh, "stages", name, "loss", "mesh")
         with _blame(recipe, "stages", name, "teacher"):
             stage.loss.check_models(teacher, model)
@@ -113,5 +113,5 @@ def _check_data(run: Run, data: SftConfig | AlignConfig | PretrainConfig) -> Non
         for index, name in enumerate(data.tasks):
             if name not in names:
                 raise data.error(f"no task '{name}'; tasks: {', '.join(names)}", "tasks", index)
-    elif data.general and not general_files(Path(data.general)):
-        raise data.error(f"{data.general}: no .txt or .jsonl files there", "general")
+    elif data.general_text and not general_files(Path(data.general_text)):
+        raise data.error(f"{data.general_text}: no .txt or .jsonl files there", "general")

@@ -11,9 +11,9 @@ from rich.table import Table
 
 from brewjax.ahead.program import model_flops
 from brewjax.model.config import ModelConfig
-from brewjax.model.params import abstract_params, count, size
+from brewjax.model.params import abstract_params, num_parameters, model_size
 from brewjax.model.sharding import MeshConfig
-from brewjax.pipeline.judgement import how
+from brewjax.pipeline.judgement import describe_stage
 from brewjax.pipeline.recipe import AlignStage, DistillStage, TrainedStage
 from brewjax.pipeline.run import Run
 
@@ -33,21 +33,21 @@ def plan_table(run: Run) -> Table:
         table.add_column(column, justify="left" if left else "right", no_wrap=column == "stage", overflow="fold")
     for name, stage in run.recipe.stages.items():
         shape = run.shape(name)
-        of = size(shape)
+        of = model_size(shape)
         cells = [f"{of.parameters / 1e6:,.1f}M", f"{of.weight_bytes / 1e6:,.1f}"]
         if isinstance(stage, TrainedStage):
             config, memory, passes = stage.train, TRAINED_BYTES * of.parameters, 3
             if config.lora:  # of the weights no gradient is made
                 adapters = config.lora.abstract(abstract_params(shape, MeshConfig().build(jax.devices()[:1])))
-                memory, passes = of.weight_bytes + TRAINED_BYTES * count(adapters), 2
-            flops = passes * sum(model_flops(shape, config.rows, config.row_tokens)) * config.steps
+                memory, passes = of.weight_bytes + TRAINED_BYTES * num_parameters(adapters), 2
+            flops = passes * sum(model_flops(shape, config.batch_size, config.seq_len)) * config.steps
             for frozen in _frozen(run, stage):
-                memory += size(frozen).weight_bytes
-                flops += sum(model_flops(frozen, config.rows, config.row_tokens)) * config.steps
+                memory += model_size(frozen).weight_bytes
+                flops += sum(model_flops(frozen, config.batch_size, config.seq_len)) * config.steps
             seconds += flops / rate
-            tokens = config.steps * config.rows * config.row_tokens
+            tokens = config.steps * config.batch_size * config.seq_len
             cells += [f"{memory / 1e9:.2f}", f"{tokens / 1e6:,.2f}M", f"{flops / 1e15:.3f}", f"{flops / rate:,.0f}"]
-        table.add_row(name, how(stage), *cells)
+        table.add_row(name, describe_stage(stage), *cells)
     table.caption = (
         f"training about {seconds / 60:,.0f} min in all, at {rate / 1e9:,.0f} GFLOPs/s: "
         f"{UTILISATION:.0%} of what this machine's matrix product does now"
@@ -59,8 +59,8 @@ def _frozen(run: Run, stage: TrainedStage) -> list[ModelConfig]:
     """The models that are asked beside the one that learns."""
     if isinstance(stage, DistillStage):
         return [run.shape(stage.teacher)]
-    if isinstance(stage, AlignStage) and stage.start and not stage.train.lora:  # else the reference is LoRA's base
-        return [run.shape(stage.start)]
+    if isinstance(stage, AlignStage) and stage.init_from and not stage.train.lora:  # else the reference is LoRA's base
+        return [run.shape(stage.init_from)]
     return []
 
 

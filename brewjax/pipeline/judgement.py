@@ -14,12 +14,12 @@ from brewjax.ahead.program import model_flops
 from brewjax.console import plain_console
 from brewjax.data.examples import build_examples
 from brewjax.evaluate.baselines import LightGBM, popularity
-from brewjax.evaluate.predict import Work, predict
+from brewjax.evaluate.predict import ScoringCost, predict
 from brewjax.evaluate.predictions import from_examples
 from brewjax.evaluate.report import print_models, print_results, write_report
-from brewjax.evaluate.results import Model, compare
+from brewjax.evaluate.results import ModelSummary, compare
 from brewjax.model.config import ModelConfig
-from brewjax.model.params import MODEL, size
+from brewjax.model.params import MODEL, model_size
 from brewjax.pipeline.recipe import (
     DistillStage,
     PruneStage,
@@ -38,8 +38,8 @@ BASELINES = ("popularity", "LightGBM")
 def evaluate_stage(run: Run, name: str, folder: Path) -> None:
     """The model's predictions on the test period of every task, and what they cost."""
     bundle = Bundle.load(run.model(name), run.recipe.evaluate.mesh)
-    found = predict(bundle, run.dataset, [(task, run.asked[task.name]) for task in run.tasks])
-    if hosts.is_first():
+    found = predict(bundle, run.dataset, [(task, run.test_examples[task.name]) for task in run.tasks])
+    if hosts.is_process_zero():
         for task, predictions in zip(run.tasks, found, strict=True):
             pq.write_table(predictions.table, folder / f"{task.name}.parquet")
         took = [sum(column) for column in zip(*(predictions.work for predictions in found), strict=True)]
@@ -50,7 +50,7 @@ def baselines_stage(run: Run, folder: Path) -> None:
     """Popularity's and LightGBM's predictions on the same questions."""
     for task in run.tasks:
         train, validation = (list(build_examples(run.dataset, task, split)) for split in ("train", "validation"))
-        examples = run.asked[task.name]
+        examples = run.test_examples[task.name]
         trees = LightGBM.fit(run.dataset, task, train, validation, run.recipe.evaluate.baseline_settings)
         for name, probabilities in {
             "popularity": popularity(run.dataset, task, train, examples),
@@ -72,7 +72,7 @@ def report_stage(run: Run, before: Sequence[str], folder: Path) -> None:
         comparisons.append(compare(task, predictions, run.recipe.evaluate.bootstrap))
     models = {name: _describe(run, name) for name in stages}
     line = [last := [*stages][-1]]
-    while (start := stages[line[-1]].start) in stages:
+    while (start := stages[line[-1]].init_from) in stages:
         line.append(start)
     largest = max(line, key=lambda name: models[name].parameters)
     shown = list(dict.fromkeys([last, largest, *BASELINES]))
@@ -84,18 +84,18 @@ def report_stage(run: Run, before: Sequence[str], folder: Path) -> None:
     console.print(f"report: {folder / 'report.html'}")
 
 
-def _describe(run: Run, name: str) -> Model:
+def _describe(run: Run, name: str) -> ModelSummary:
     """A stage's model, as the report's table has it."""
     stage, config = run.recipe.stages[name], ModelConfig.load(run.model(name) / MODEL)
-    of = size(config)
-    work = Work(*json.loads((run.folder / f"{EVALUATE}{name}" / WORK).read_text()))
+    of = model_size(config)
+    work = ScoringCost(*json.loads((run.folder / f"{EVALUATE}{name}" / WORK).read_text()))
     of_token, _ = model_flops(config, 1, 1)
     flops = of_token * work.tokens / work.questions
     seconds = read_record(run.folder / name)["seconds"]
-    return Model(name, how(stage), of.parameters, of.weight_bytes, seconds, flops, work.questions / work.seconds)
+    return ModelSummary(name, describe_stage(stage), of.parameters, of.weight_bytes, seconds, flops, work.questions / work.seconds)
 
 
-def how(stage: Stage) -> str:
+def describe_stage(stage: Stage) -> str:
     """What a stage does, in a few words."""
     words: list[str] = [stage.do]
     if isinstance(stage, PruneStage):
@@ -104,8 +104,8 @@ def how(stage: Stage) -> str:
         words.append(f"by {stage.teacher}")
     if isinstance(stage, TrainedStage):
         words.append(f"{stage.train.steps} steps")
-        words += ["from random weights"] if stage.fresh else []
-    return " ".join(words + ([f"after {stage.start}"] if stage.start else []))
+        words += ["from random weights"] if stage.from_scratch else []
+    return " ".join(words + ([f"after {stage.init_from}"] if stage.init_from else []))
 
 
 def _facts(run: Run, names: Sequence[str]) -> dict[str, str]:

@@ -63,7 +63,7 @@ class _Stage(Config):
         the first one the recipe's `model`.
     """
 
-    start: str | None = None
+    init_from: str | None = None
 
 
 class _Trained(_Stage):
@@ -74,7 +74,7 @@ class _Trained(_Stage):
       train: what differs from the recipe's `train`.
     """
 
-    fresh: bool = False
+    from_scratch: bool = False
     train: TrainConfig
 
 
@@ -117,17 +117,17 @@ class PruneStage(_Stage, PruneConfig):
     """
 
     do: Literal["prune"]
-    like: str | None = None
+    match_sizes_of: str | None = None
 
     def has_target(self) -> bool:
-        return bool(self.like) or super().has_target()
+        return bool(self.match_sizes_of) or super().has_target()
 
     def config(self, like: ModelConfig | None) -> PruneConfig:
         """With the sizes of the model of the stage `like`."""
         if not like:
             return self
         sizes = {"layers": like.layers, "kv_heads": like.kv_heads, "d_ff": like.d_ff}
-        return self.model_copy(update=sizes | ({"experts": like.experts.count} if like.experts else {}))
+        return self.model_copy(update=sizes | ({"experts": like.experts.num_experts} if like.experts else {}))
 
 
 class QuantizeStage(_Stage, QuantizeConfig):
@@ -171,7 +171,7 @@ def _over(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     return shared | own | both
 
 
-class Plan(Config):
+class CompilePlan(Config):
     """What `brewjax compile` compiles: the part of a recipe that needs no data. Paths are as in a recipe."""
 
     name: str
@@ -231,7 +231,7 @@ class Recipe(Config):
                     ladder = Ladder.model_validate({"start": before, **stage})
                 except pydantic.ValidationError as error:
                     raise misplaced_within(error, "stages", name) from None
-                new, last = expand(ladder, stages.get(ladder.start, {}), shared.get("steps", 0)), [*ladder.rungs][-1]
+                new, last = expand(ladder, stages.get(ladder.init_from, {}), shared.get("steps", 0)), [*ladder.rungs][-1]
             for key, keys in new.items():
                 if key in stages or key in OTHER_FOLDERS or key.startswith(("data-", "evaluate-")):
                     raise misplaced(f"the name '{key}' is taken; choose another", "stages", name)
@@ -262,11 +262,11 @@ class Recipe(Config):
                 if other is not None and other not in earlier and not (Path(other) / MODEL).is_file():
                     near = f"; before it there are: {', '.join(earlier)}" if earlier else ""
                     raise misplaced(f"no stage '{other}' before it, and no model there{near}", "stages", name, key)
-            if stage.start is None and isinstance(stage, (AlignStage, PruneStage, QuantizeStage)):
+            if stage.init_from is None and isinstance(stage, (AlignStage, PruneStage, QuantizeStage)):
                 message = "there is no model to go on from; put it after another, or give 'start'"
                 raise misplaced(message, "stages", name)
-            if stage.start and self._is_quantised(stage.start):
-                message = f"'{stage.start}' is quantised, for serving; go on from the model that it was made from"
+            if stage.init_from and self._is_quantised(stage.init_from):
+                message = f"'{stage.init_from}' is quantised, for serving; go on from the model that it was made from"
                 raise misplaced(message, "stages", name, "start")
             if isinstance(stage, TrainedStage):
                 self._check_training(name, stage)
@@ -275,13 +275,13 @@ class Recipe(Config):
 
     def _check_training(self, name: str, stage: TrainedStage) -> None:
         train = stage.train
-        if not isinstance(stage, PretrainStage) and self.prompts.max_tokens > train.row_tokens:
+        if not isinstance(stage, PretrainStage) and self.prompts.max_tokens > train.seq_len:
             message = (
-                f"row_tokens ({train.row_tokens}) is less than prompts.max_tokens ({self.prompts.max_tokens}): "
+                f"row_tokens ({train.seq_len}) is less than prompts.max_tokens ({self.prompts.max_tokens}): "
                 "a prompt must fit in a row"
             )
             raise misplaced(message, "stages", name, "train", "row_tokens")
-        if train.lora and (stage.fresh or not stage.start):
+        if train.lora and (stage.from_scratch or not stage.init_from):
             message = "adapters of a model that is there: give 'start', or put the stage after another"
             raise misplaced(message, "stages", name, "train", "lora")
 
@@ -292,14 +292,14 @@ class Recipe(Config):
         return ModelConfig.load(Path(model) / MODEL).quantized is not None
 
 
-def load_plan(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
+def load_plan(path: str | Path, overrides: Sequence[str] = ()) -> CompilePlan:
     """A file with a plan; or of a recipe its model, as its first stage that trains does."""
     path = Path(path)
     values = yaml.safe_load(path.read_text()) if path.is_file() else None
     if not isinstance(values, dict) or "dataset" not in values:
-        return Plan.load(path, overrides)
+        return CompilePlan.load(path, overrides)
     recipe = Recipe.load(path, overrides)
     for stage in recipe.stages.values():
         if isinstance(stage, TrainedStage):
-            return Plan(name=recipe.name, model=recipe.model, train=stage.train)
+            return CompilePlan(name=recipe.name, model=recipe.model, train=stage.train)
     raise recipe.error("none of them trains", "stages")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from brewjax.config import ConfigError
 from brewjax.data.dataset import Dataset
-from brewjax.data.examples import Example, sample_examples
+from brewjax.data.examples import RankingExample, sample_examples
 from brewjax.data.numbers import Percentiles
 from brewjax.data.task import Task, load_tasks
 from brewjax.data.tokenizer import Tokenizer
@@ -52,7 +52,7 @@ class Run:
         return Path(self.recipe.model) if Path(self.recipe.model).is_dir() else None
 
     @cached_property
-    def asked(self) -> dict[str, list[Example]]:
+    def test_examples(self) -> dict[str, list[RankingExample]]:
         """The examples of the test period that models and baselines answer, by the name of their task."""
         most = self.recipe.evaluate.max_examples
         style = self.recipe.prompts.score_style
@@ -99,7 +99,7 @@ class Run:
     def first_model(self) -> ModelConfig:
         """The recipe's model, with the tokenizer's vocabulary where it names none."""
         config, size = ModelConfig.load(self.base / MODEL if self.base else self.recipe.model), self._vocab_size()
-        config.check_context(self.recipe.prompts.max_tokens, "prompts.max_tokens of the recipe")
+        config.check_length(self.recipe.prompts.max_tokens, "prompts.max_tokens of the recipe")
         if not config.vocab_size:
             return config.model_copy(update={"vocab_size": size})
         if config.vocab_size < size:
@@ -118,11 +118,11 @@ class Run:
         if name not in self.recipe.stages:
             return ModelConfig.load(Path(name) / MODEL)
         stage = self.recipe.stages[name]
-        if not stage.start:
+        if not stage.init_from:
             return self.first_model()
-        start = self.shape(stage.start)
+        start = self.shape(stage.init_from)
         if isinstance(stage, PruneStage):
-            return stage.config(self.shape(stage.like) if stage.like else None).target(start)
+            return stage.config(self.shape(stage.match_sizes_of) if stage.match_sizes_of else None).target(start)
         return stage.target(start) if isinstance(stage, QuantizeStage) else start
 
     def save(self, folder: Path, model: ModelConfig, params: Params) -> None:

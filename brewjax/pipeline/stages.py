@@ -26,7 +26,7 @@ from brewjax.data.prose import PretrainConfig, domain_texts, general_texts, pret
 from brewjax.data.task import Task
 from brewjax.data.tokenizer import Tokenizer
 from brewjax.data.tokens import EncodedPrompt, Text
-from brewjax.data.training import Note, SftConfig, sft_records
+from brewjax.data.training import Provenance, SftConfig, sft_records
 from brewjax.data.verbalize import Verbalizer
 from brewjax.fingerprint import hash_files, hash_folder
 from brewjax.model.config import ModelConfig
@@ -49,7 +49,7 @@ from brewjax.scoring.bundle import PERCENTILES, TOKENIZER, Bundle, PercentileSca
 from brewjax.train.align import REFERENCE
 from brewjax.train.loop import train
 from brewjax.train.objectives import Objective, supervised
-from brewjax.train.teachers import Beside, Frozen
+from brewjax.train.teachers import AuxModel, FrozenModel
 
 # The folders whose code makes what a step leaves.
 TRAIN = ("train", "model", "../pallas_kernels")
@@ -84,7 +84,7 @@ def _train_tokenizer(run: Run, percentiles: Percentiles, vocab_size: int) -> Tok
     """Trained on prompts of the training period, which a tokenizer of single bytes says first."""
     prompts = run.recipe.prompts
     words = sorted({word for task in run.tasks for word in task.words})
-    verbalizer = Verbalizer(run.dataset, percentiles, Tokenizer.of_bytes(), max_tokens=1_000_000)
+    verbalizer = Verbalizer(run.dataset, percentiles, Tokenizer.byte_level(), max_tokens=1_000_000)
     rng = np.random.default_rng(0)
     texts = []
     for task in run.tasks:
@@ -111,7 +111,7 @@ def write_data(run: Run, config: DataConfig, row_tokens: int, folder: Path) -> N
         plain_console().print(f"{name}: {counts['records']:,} records, {counts['targets']:,} targets, {each}")
 
 
-def _sources(run: Run, config: DataConfig) -> dict[str, Iterator[tuple[EncodedPrompt | Text, Note]]]:
+def _sources(run: Run, config: DataConfig) -> dict[str, Iterator[tuple[EncodedPrompt | Text, Provenance]]]:
     """Records by the name of what they come from: a task, or a kind of text."""
     verbalizer, prompts = run.verbalizer, run.recipe.prompts
     match config:
@@ -121,15 +121,15 @@ def _sources(run: Run, config: DataConfig) -> dict[str, Iterator[tuple[EncodedPr
             return {task.name: align_records(verbalizer, task, prompts, config) for task in _aligned(run, config)}
     until = run.tasks[0].boundaries(run.dataset)[0]
     texts = {"domain": domain_texts(verbalizer, until, config)}
-    if config.general:
-        texts["general"] = general_texts(Path(config.general))
+    if config.general_text:
+        texts["general"] = general_texts(Path(config.general_text))
     return {name: pretrain_records(of, run.tokenizer) for name, of in texts.items()}
 
 
 def shares(run: Run, config: DataConfig, folder: Path) -> dict[Path, float]:
     """The folders that `write_data` left, with their shares of all tokens."""
     if isinstance(config, PretrainConfig):
-        general = config.general_share if config.general else 0
+        general = config.general_fraction if config.general_text else 0
         return {folder / "domain": 1 - general} | ({folder / "general": general} if general else {})
     if isinstance(config, AlignConfig):
         return MixConfig().shares({task.name: folder / task.name for task in _aligned(run, config)})
@@ -147,42 +147,42 @@ def train_stage(run: Run, stage: TrainedStage, data: Path, folder: Path) -> None
     """Trains on what is in the folder `data`, and leaves the model in `folder/model`."""
     mesh, shards = stage.train.mesh.build(), shares(run, stage.data, data)
     model, init = _beginning(run, stage, mesh)
-    frozen: dict[str, Beside] = {}
+    frozen: dict[str, AuxModel] = {}
     objective: Objective = supervised
     if isinstance(stage, DistillStage):
         objective = stage.loss
-        teacher = Frozen(*load_model(run.model(stage.teacher), mesh))
-        frozen = stage.loss.frozen(teacher, model, stage.train, shards, folder / "teacher")
+        teacher = FrozenModel(*load_model(run.model(stage.teacher), mesh))
+        frozen = stage.loss.aux_models(teacher, model, stage.train, shards, folder / "teacher")
     elif isinstance(stage, AlignStage):
         objective = stage.loss
         if not stage.train.lora:
-            frozen = {REFERENCE: Frozen(*load_model(run.model(stage.start), mesh))}
+            frozen = {REFERENCE: FrozenModel(*load_model(run.model(stage.init_from), mesh))}
     run.save(folder / "model", model, train(model, stage.train, shards, folder, objective, init, frozen))
 
 
 def _beginning(run: Run, stage: TrainedStage, mesh: Mesh) -> tuple[ModelConfig, Callable[[], Params] | None]:
     """What a stage starts from; nothing that makes parameters: random ones."""
-    if not stage.start:
+    if not stage.init_from:
         return run.first_model(), None
-    start = run.model(stage.start)
-    return ModelConfig.load(start / MODEL), None if stage.fresh else lambda: load_model(start, mesh)[1]
+    start = run.model(stage.init_from)
+    return ModelConfig.load(start / MODEL), None if stage.from_scratch else lambda: load_model(start, mesh)[1]
 
 
 def prune_stage(run: Run, stage: PruneStage, folder: Path) -> None:
-    like = ModelConfig.load(run.model(stage.like) / MODEL) if stage.like else None
+    like = ModelConfig.load(run.model(stage.match_sizes_of) / MODEL) if stage.match_sizes_of else None
     config = stage.config(like)
-    bundle = Bundle.load(run.model(stage.start), config.mesh)
+    bundle = Bundle.load(run.model(stage.init_from), config.mesh)
     prune(bundle, run.calibration(bundle, stage.examples), config, _say).save(folder / "model")
 
 
 def _say(layer: LayerReport) -> None:
-    if hosts.is_first():
+    if hosts.is_process_zero():
         said = f"{layer.attention:.2%} of what attention says is lost, {layer.mlp:.2%} of what the MLP says"
         plain_console().print(f"layer {layer.layer}: {said}")
 
 
 def quantize_stage(run: Run, stage: QuantizeStage, folder: Path) -> None:
-    quantize(run.model(stage.start), stage).save(folder / "model")
+    quantize(run.model(stage.init_from), stage).save(folder / "model")
 
 
 def make_model(run: Run, name: str, work: Callable[[Path], None], folder: Path) -> None:
@@ -213,26 +213,26 @@ def steps(run: Run) -> list[Step]:
                 models.append(other)
             elif other:  # by its content, wherever it lies
                 settings[key] = hash_folder(Path(other))
-        if not stage.start:
+        if not stage.init_from:
             settings["model"] = ModelConfig.load(recipe.model).model_dump(mode="json")
         if isinstance(stage, TrainedStage):
             own_data = settings.pop("data")
             if own_data.get("general"):
                 own_data["general"] = hash_folder(Path(own_data["general"]))
-            wanted = json.dumps([type(stage.data).__name__, own_data, stage.train.row_tokens])
+            wanted = json.dumps([type(stage.data).__name__, own_data, stage.train.seq_len])
             if wanted not in data:
                 data[wanted] = f"data-{name}"
-                work = functools.partial(write_data, run, stage.data, stage.train.row_tokens)
+                work = functools.partial(write_data, run, stage.data, stage.train.seq_len)
                 plan.append(Step(data[wanted], work, ("prepare",), wanted, ("data",)))
             work = functools.partial(train_stage, run, stage, run.folder / data[wanted])
             work = functools.partial(make_model, run, name, work)
-            plan.append(Step(name, work, (data[wanted], *models), settings, TRAIN, keep=True, together=True))
+            plan.append(Step(name, work, (data[wanted], *models), settings, TRAIN, protected=True, all_processes=True))
         else:
             does: Any = prune_stage if isinstance(stage, PruneStage) else quantize_stage
             work = functools.partial(make_model, run, name, functools.partial(does, run, stage))
-            plan.append(Step(name, work, ("prepare", *models), settings, COMPRESS, together=True))
+            plan.append(Step(name, work, ("prepare", *models), settings, COMPRESS, all_processes=True))
         work = functools.partial(evaluate_stage, run, name)
-        plan.append(Step(f"{EVALUATE}{name}", work, (name,), judged, SCORE, together=True))
+        plan.append(Step(f"{EVALUATE}{name}", work, (name,), judged, SCORE, all_processes=True))
     plan.append(Step("baselines", functools.partial(baselines_stage, run), ("prepare",), judged, ("evaluate",)))
     everything = tuple(step.name for step in plan)
     plan.append(Step("report", functools.partial(report_stage, run, everything), everything, [], ("evaluate",)))
@@ -249,9 +249,9 @@ def run_recipe(recipe: Recipe, folder: Path, any_code: bool = False, until: str 
     check_run(run)
     plan = steps(run)
     last = [step.name for step in plan].index(until)
-    with locked(folder) if hosts.is_first() else contextlib.nullcontext():
-        hosts.on_first(lambda: check_renames(folder))
-        run_steps(plan[: last + 1], folder, hosts.on_first(lambda: _hash_dataset(Path(recipe.dataset))), any_code)
+    with locked(folder) if hosts.is_process_zero() else contextlib.nullcontext():
+        hosts.run_on_process_zero(lambda: check_renames(folder))
+        run_steps(plan[: last + 1], folder, hosts.run_on_process_zero(lambda: _hash_dataset(Path(recipe.dataset))), any_code)
 
 
 def _hash_dataset(folder: Path) -> str:

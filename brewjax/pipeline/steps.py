@@ -42,11 +42,11 @@ class Step:
 
     name: str
     run: Callable[[Path], None]
-    after: tuple[str, ...]
+    depends_on: tuple[str, ...]
     settings: Any
     code: tuple[str, ...]
-    keep: bool = False
-    together: bool = False
+    protected: bool = False
+    all_processes: bool = False
 
 
 def run_steps(steps: Sequence[Step], folder: Path, data: str, any_code: bool = False) -> None:
@@ -61,8 +61,8 @@ def run_steps(steps: Sequence[Step], folder: Path, data: str, any_code: bool = F
     """
     console = plain_console()
     made = _fingerprints(steps, data)
-    records = hosts.on_first(
-        lambda: {step.name: _usable_record(folder / step.name, step.keep, made[step.name], any_code) for step in steps}
+    records = hosts.run_on_process_zero(
+        lambda: {step.name: _usable_record(folder / step.name, step.protected, made[step.name], any_code) for step in steps}
     )
     for step in steps:
         output, record = folder / step.name, records[step.name]
@@ -71,15 +71,15 @@ def run_steps(steps: Sequence[Step], folder: Path, data: str, any_code: bool = F
             continue
         console.print(bold(step.name))
         with storage_errors(output):
-            record = hosts.on_first(functools.partial(_begin, output, step.keep, record, made[step.name]))
+            record = hosts.run_on_process_zero(functools.partial(_begin, output, step.protected, record, made[step.name]))
             seconds = _seconds_before(output)
             start_time = time.perf_counter()
-            if step.together:
+            if step.all_processes:
                 step.run(output)
             else:
-                hosts.on_first(functools.partial(step.run, output))
+                hosts.run_on_process_zero(functools.partial(step.run, output))
             record["seconds"] = seconds + time.perf_counter() - start_time
-            hosts.on_first(functools.partial(_write_record, output, record))
+            hosts.run_on_process_zero(functools.partial(_write_record, output, record))
         gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KILOBYTE / 1e9
         console.print(bold(step.name, f": {record['seconds']:.0f} s, {gigabytes:.1f} GB of memory at most so far"))
 
@@ -88,7 +88,7 @@ def _fingerprints(steps: Sequence[Step], data: str) -> dict[str, dict[str, str]]
     """What each step's result depends on, with the steps before: `made_of`, data and settings; and `code`."""
     made: dict[str, dict[str, str]] = {}
     for step in steps:
-        before = [made[name] for name in step.after]
+        before = [made[name] for name in step.depends_on]
         made[step.name] = {
             "made_of": hash_json([data, step.settings, [fingerprint["made_of"] for fingerprint in before]]),
             "code": hash_json([_hash_code(step.code), [fingerprint["code"] for fingerprint in before]]),

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from brewjax.data.tokens import EncodedPrompt
-from brewjax.scoring.passes import LABELS_IN_PASS, PAGE, TOKENS_PER_QUESTION, Bucket, Part, Pass
-from brewjax.scoring.prefix_cache import PrefixCache, digests
-from brewjax.scoring.scorer import Against
+from brewjax.scoring.passes import LABELS_IN_PASS, PAGE, TOKENS_PER_QUESTION, Bucket, Chunk, Pass
+from brewjax.scoring.prefix_cache import PrefixCache, page_hashes
+from brewjax.scoring.scorer import NormalizeOver
 
 
 class Job:
@@ -29,54 +29,54 @@ class Job:
       turn: places of rows that it had since it last was put at the end of the line.
     """
 
-    def __init__(self, prompt: EncodedPrompt, against: Against = "labels", owner: Any = None):
-        self.prompt, self.against, self.owner = prompt, against, owner
-        self.chain = digests(prompt)
-        self.hits: int | None = None
-        self.computed = self.asked = self.turn = 0
+    def __init__(self, prompt: EncodedPrompt, against: NormalizeOver = "labels", owner: Any = None):
+        self.prompt, self.normalize_over, self.owner = prompt, against, owner
+        self.page_hashes = page_hashes(prompt)
+        self.num_cached_tokens: int | None = None
+        self.num_computed_tokens = self.num_scored = self.tokens_since_requeue = 0
         self.pages: list[int] = []
 
     @property
     def finished(self) -> bool:
-        return self.asked == len(self.prompt.questions)
+        return self.num_scored == len(self.prompt.questions)
 
     @property
     def past(self) -> int:
         """How many pages it goes on from."""
-        return _pages(self.computed)
+        return _pages(self.num_computed_tokens)
 
     def restart(self) -> None:
         """What is cached of its prefix is lost; it goes on with the questions that were not asked yet."""
-        self.hits, self.computed, self.pages = None, 0, []
+        self.num_cached_tokens, self.num_computed_tokens, self.pages = None, 0, []
 
     def left(self) -> int:
         """Places of rows that it still takes."""
-        prefix = _pages(self.prompt.prefix_length - self.computed) * PAGE
-        answers = len(self.prompt.questions) - self.asked
-        return prefix + max(int(self.prompt.starts[-1] - self.prompt.starts[self.asked]), TOKENS_PER_QUESTION * answers)
+        prefix = _pages(self.prompt.prefix_length - self.num_computed_tokens) * PAGE
+        answers = len(self.prompt.questions) - self.num_scored
+        return prefix + max(int(self.prompt.starts[-1] - self.prompt.starts[self.num_scored]), TOKENS_PER_QUESTION * answers)
 
     def least(self) -> int:
         """Places that the smallest step on takes."""
-        in_prefix = self.computed < self.prompt.prefix_length
-        return PAGE if in_prefix else int(self.prompt.starts[self.asked + 1] - self.prompt.starts[self.asked])
+        in_prefix = self.num_computed_tokens < self.prompt.prefix_length
+        return PAGE if in_prefix else int(self.prompt.starts[self.num_scored + 1] - self.prompt.starts[self.num_scored])
 
-    def step(self, tokens: int, answers: int) -> Part | None:
+    def step(self, tokens: int, answers: int) -> Chunk | None:
         """As much as there is room for; None where that is nothing."""
-        start, past = self.computed, self.past
+        start, past = self.num_computed_tokens, self.past
         stop = min(start + tokens // PAGE * PAGE, self.prompt.prefix_length)
         store = self.pages[past : past + _pages(stop - start)]
-        questions = range(self.asked, self.asked)
+        questions = range(self.num_scored, self.num_scored)
         if stop == self.prompt.prefix_length:
             room = tokens - len(store) * PAGE
-            fit = int(np.searchsorted(self.prompt.starts, self.prompt.starts[self.asked] + room, side="right")) - 1
-            questions = range(self.asked, max(self.asked, min(fit, self.asked + answers, len(self.prompt.questions))))
+            fit = int(np.searchsorted(self.prompt.starts, self.prompt.starts[self.num_scored] + room, side="right")) - 1
+            questions = range(self.num_scored, max(self.num_scored, min(fit, self.num_scored + answers, len(self.prompt.questions))))
         if stop == start and not questions:
             return None
-        self.computed, self.asked = stop, questions.stop
-        return Part(self, self.prompt, questions, start, stop, tuple(self.pages[:past]), tuple(store))
+        self.num_computed_tokens, self.num_scored = stop, questions.stop
+        return Chunk(self, self.prompt, questions, start, stop, tuple(self.pages[:past]), tuple(store))
 
 
-class Batcher:
+class Scheduler:
     """The jobs that wait.
 
     Args:
@@ -87,7 +87,7 @@ class Batcher:
     def __init__(self, costs: Mapping[Bucket, float], cache: PrefixCache):
         self._costs, self._cache = costs, cache
         self._lengths = sorted({bucket.tokens for bucket in costs})
-        self._pasts = sorted({bucket.past for bucket in costs})
+        self._pasts = sorted({bucket.cached_pages for bucket in costs})
         self._waiting: list[Job] = []
         # The least seconds for so many pages' worth of places, in passes that go on from something.
         self._least_cost = [0.0]
@@ -111,7 +111,7 @@ class Batcher:
 
     def check(self, prompt: EncodedPrompt) -> None:
         """Raises ValueError for a prompt that no sequence of passes can score."""
-        if prompt.prefix_length > (limit := min(self._pasts[-1], self._cache.most) * PAGE):
+        if prompt.prefix_length > (limit := min(self._pasts[-1], self._cache.capacity) * PAGE):
             raise ValueError(f"a prefix of {prompt.prefix_length} tokens; at most {limit} are served")
         longest = max(map(len, prompt.questions))
         if longest > self._lengths[-1]:
@@ -125,7 +125,7 @@ class Batcher:
         self._waiting.remove(job)
         self._cache.release(job.pages)
 
-    def lose(self) -> None:
+    def invalidate(self) -> None:
         """Forgets what is cached; the jobs that began with it begin anew."""
         for job in self._waiting:
             job.restart()
@@ -137,18 +137,18 @@ class Batcher:
         if not begun:
             return None
         bucket = self._choose(begun)
-        parts: list[Part] = []
-        tokens, answers, past, labels = bucket.tokens, bucket.answers, bucket.past, set[int]()
+        parts: list[Chunk] = []
+        tokens, answers, past, labels = bucket.tokens, bucket.max_candidates, bucket.cached_pages, set[int]()
         for job in begun:
             if job.past > past or len(labels | set(job.prompt.labels)) > LABELS_IN_PASS:
                 continue
             if part := job.step(tokens, answers):
                 parts.append(part)
-                tokens, answers, past = tokens - part.tokens, answers - len(part.questions), past - len(part.past)
+                tokens, answers, past = tokens - part.tokens, answers - len(part.questions), past - len(part.cached_pages)
                 labels |= set(job.prompt.labels)
         for part in parts:
-            job, first = part.owner, len(part.past)
-            self._cache.filled(job.chain[first : first + len(part.store)], part.store)
+            job, first = part.owner, len(part.cached_pages)
+            self._cache.commit(job.chain[first : first + len(part.new_pages)], part.new_pages)
             job.turn += part.tokens
             if job.finished:
                 self._waiting.remove(job)
@@ -172,18 +172,18 @@ class Batcher:
         for job in self._waiting:
             if tokens >= self._lengths[-1]:
                 break
-            if job.hits is None:
+            if job.num_cached_tokens is None:
                 if not new:
                     continue
-                if filling & set(job.chain):
+                if filling & set(job.page_hashes):
                     continue
-                held = self._cache.hold(job.chain)
+                held = self._cache.acquire(job.page_hashes)
                 if held is None:
                     new = False
                     continue
                 job.pages, hits = held
-                job.computed = job.hits = min(hits * PAGE, job.prompt.prefix_length)
-            filling |= set(job.chain[job.past :])
+                job.num_computed_tokens = job.num_cached_tokens = min(hits * PAGE, job.prompt.prefix_length)
+            filling |= set(job.page_hashes[job.past :])
             begun.append(job)
             tokens += job.left()
         return begun

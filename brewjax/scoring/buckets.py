@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from brewjax.data.tokens import EncodedPrompt
-from brewjax.scoring.passes import LABELS_IN_PASS, Bucket, Part, Pass
+from brewjax.scoring.passes import LABELS_IN_PASS, Bucket, Chunk, Pass
 
 STEP = 128  # lengths are multiples of the attention kernel's block
 PACK_TO = 4096  # short prompts share passes of about this many tokens
@@ -46,18 +46,18 @@ def plan_passes(prompts: Sequence[EncodedPrompt], buckets: Sequence[Bucket]) -> 
     question fits.
     """
     largest = max(buckets)
-    pieces: list[Part] = []
+    pieces: list[Chunk] = []
     for index, prompt in enumerate(prompts):
         done = 0
         try:
-            split = prompt.split(largest.tokens, largest.answers)
+            split = prompt.split(largest.tokens, largest.max_candidates)
         except ValueError as error:
             raise ValueError(f"prompt {index}: {error}") from None
         for piece in split:
-            pieces.append(Part.whole((index, done), piece))
+            pieces.append(Chunk.whole((index, done), piece))
             done += len(piece.questions)
     pieces.sort(key=lambda part: -part.tokens)
-    passes: list[list[Part]] = []
+    passes: list[list[Chunk]] = []
     rooms: list[tuple[int, int, set[int]]] = []  # tokens and answers left in each pass, and its label tokens
     target = Bucket(min(largest.tokens, PACK_TO))
     for part in pieces:
@@ -69,10 +69,10 @@ def plan_passes(prompts: Sequence[EncodedPrompt], buckets: Sequence[Bucket]) -> 
                 break
         else:
             passes.append([part])
-            rooms.append((target.tokens - part.tokens, target.answers - answers, labels))
+            rooms.append((target.tokens - part.tokens, target.max_candidates - answers, labels))
     return [Pass(_smallest(buckets, parts), parts) for parts in passes]
 
 
-def _smallest(buckets: Sequence[Bucket], parts: Sequence[Part]) -> Bucket:
+def _smallest(buckets: Sequence[Bucket], parts: Sequence[Chunk]) -> Bucket:
     tokens, answers = sum(part.tokens for part in parts), sum(len(part.questions) for part in parts)
-    return min(bucket for bucket in buckets if bucket.tokens >= tokens and bucket.answers >= answers)
+    return min(bucket for bucket in buckets if bucket.tokens >= tokens and bucket.max_candidates >= answers)

@@ -91,7 +91,7 @@ class Bundle:
 
     def save(self, folder: Path) -> None:
         """Writes the folder; weights last, so that a folder with weights is complete."""
-        if hosts.is_first():
+        if hosts.is_process_zero():
             folder.mkdir(parents=True, exist_ok=True)
             self.tokenizer.save(folder / TOKENIZER)
             self.prompts.save(folder / PROMPTS)
@@ -109,10 +109,10 @@ class Bundle:
         """Reads a folder; ValueError names what is missing."""
         check_folder(folder)
         mesh = mesh or MeshConfig()
-        return cls.around(*load_model(folder, mesh.build()), folder, mesh)
+        return cls.from_params(*load_model(folder, mesh.build()), folder, mesh)
 
     @classmethod
-    def around(cls, model: ModelConfig, params: Params, folder: Path, mesh: MeshConfig) -> Bundle:
+    def from_params(cls, model: ModelConfig, params: Params, folder: Path, mesh: MeshConfig) -> Bundle:
         """A model, on a mesh, with all that a bundle's folder holds beside its weights."""
         return cls(
             model,
@@ -146,7 +146,7 @@ class Bundle:
     def encode(self, prompt: Prompt) -> EncodedPrompt:
         """Tokens of a prompt as the model was trained to see them; ValueError where they are more than it reads."""
         encoded = encode(prompt, self.tokenizer, self.prompts.layout)
-        self.model.check_context(encoded.context, "a prompt with one question")
+        self.model.check_length(encoded.context, "a prompt with one question")
         return encoded
 
     def score(self, prompt: Prompt) -> Float[np.ndarray, "Q L"]:

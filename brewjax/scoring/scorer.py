@@ -17,22 +17,22 @@ from jaxtyping import Array, Float, Int
 from brewjax.data.prompt import Prompt
 from brewjax.data.tokenizer import Tokenizer
 from brewjax.data.tokens import EncodedPrompt, HistoryLayout, encode
-from brewjax.model.decoder import KeysValues, ModelConfig, Past
+from brewjax.model.decoder import KVCache, ModelConfig, PagedKVCache
 from brewjax.model.params import Params, bind
-from brewjax.model.sharding import FSDP_TENSOR, ROWS, MeshConfig, row_ways
+from brewjax.model.sharding import FSDP_TENSOR, BATCH_AXES, MeshConfig, data_parallel_size
 from brewjax.scoring.buckets import plan_passes
-from brewjax.scoring.passes import LABELS_IN_PASS, NOWHERE, PAGE, Bucket, Part, Pass, Rows, lay_out
+from brewjax.scoring.passes import LABELS_IN_PASS, NULL_PAGE, PAGE, Bucket, Chunk, Pass, PassInputs, build_inputs
 from pallas_kernels.label_scores import label_log_probs
 from pallas_kernels.token_labels import TokenLabels
 
-Against = Literal["labels", "vocabulary"]
+NormalizeOver = Literal["labels", "vocabulary"]
 
 
-class Running(NamedTuple):
+class InFlight(NamedTuple):
     """Passes that the device computes: their rows, and log-probabilities [R, answers, LABELS_IN_PASS] to come."""
 
     passes: Sequence[Pass]
-    rows: Rows
+    rows: PassInputs
     log_probs: jax.Array
 
 
@@ -59,14 +59,14 @@ class Scorer:
     ):
         self.model, self.tokenizer, self.layout, self.buckets = model, tokenizer, layout, tuple(sorted(buckets))
         self.params, self._mesh, self._cache_pages = params, mesh or MeshConfig().build(), cache_pages
-        self._rows = row_ways(self._mesh)
+        self._rows = data_parallel_size(self._mesh)
         if cache_pages and self._rows > 1:
             raise ValueError(f"a cache of prefixes needs data=1 and fsdp=1, not a mesh of {dict(self._mesh.shape)}")
         self._pass = jax.jit(functools.partial(compute_pass, model), donate_argnums=1)
         self._head = jax.jit(functools.partial(score_labels, model), static_argnums=3)
-        self.forget()
+        self.reset_cache()
 
-    def forget(self) -> None:
+    def reset_cache(self) -> None:
         """Makes the pool of cached pages anew."""
         shape = (self.model.layers, self._cache_pages, PAGE, self.model.kv_heads, self.model.head_dim)
         sharding = FSDP_TENSOR.named(self._mesh, shape, "layers", None, None, "heads", None)
@@ -94,7 +94,7 @@ class Scorer:
             if len(prompt.labels) > LABELS_IN_PASS:
                 raise ValueError(f"{len(prompt.labels)} labels; at most {LABELS_IN_PASS} are scored at once")
             encoded = encode(prompt, self.tokenizer, self.layout)
-            self.model.check_context(encoded.context, "with one question it")
+            self.model.check_length(encoded.context, "with one question it")
             return encoded
         except ValueError as error:
             raise ValueError(f"prompt {number}: {error}") from None
@@ -105,45 +105,45 @@ class Scorer:
         """As `score_many`, for prompts already encoded."""
         results = [np.empty((len(prompt.questions), len(prompt.labels)), np.float32) for prompt in prompts]
         by_bucket: dict[Bucket, list[Pass]] = {}
-        for one in plan_passes(prompts, [bucket for bucket in self.buckets if not bucket.past]):
+        for one in plan_passes(prompts, [bucket for bucket in self.buckets if not bucket.cached_pages]):
             by_bucket.setdefault(one.bucket, []).append(one)
         groups = [same[i : i + self._rows] for same in by_bucket.values() for i in range(0, len(same), self._rows)]
         running = None  # one group is computed by the device while the host prepares the next
         for group in [*groups, None]:
-            started = self.start(group) if group else None
+            started = self.dispatch(group) if group else None
             if running:
-                for one, found in zip(running.passes, self.finish(running), strict=True):
-                    for part, log_probs in zip(one.parts, found, strict=True):
+                for one, found in zip(running.passes, self.collect(running), strict=True):
+                    for part, log_probs in zip(one.chunks, found, strict=True):
                         index, done = part.owner
-                        results[index][done : done + len(log_probs)] = among_labels(log_probs)
-                on_pass(sum(len(part.questions) for one in running.passes for part in one.parts))
+                        results[index][done : done + len(log_probs)] = normalize_over_labels(log_probs)
+                on_pass(sum(len(part.questions) for one in running.passes for part in one.chunks))
             running = started
         return results
 
-    def start(self, passes: Sequence[Pass], against: Against = "labels") -> Running:
+    def dispatch(self, passes: Sequence[Pass], against: NormalizeOver = "labels") -> InFlight:
         """Dispatches passes of one bucket, at most one for each row of devices.
 
         What they store can be read by whatever is started after them.
         """
-        rows = lay_out(passes, self._rows)
-        sharding = NamedSharding(self._mesh, jax.P(ROWS, None))
+        rows = build_inputs(passes, self._rows)
+        sharding = NamedSharding(self._mesh, jax.P(BATCH_AXES, None))
         with jax.set_mesh(self._mesh):
             inputs, labels = jax.device_put(((*rows[:4], rows.pages, rows.store), rows.labels), sharding)
             asked, self._pool = self._pass(self.params, self._pool, *inputs)
-            return Running(passes, rows, self._head(self.params, asked, labels, against))
+            return InFlight(passes, rows, self._head(self.params, asked, labels, against))
 
-    def finish(self, running: Running) -> list[list[Float[np.ndarray, "Q L"]]]:
+    def collect(self, running: InFlight) -> list[list[Float[np.ndarray, "Q L"]]]:
         """Waits; returns float32 log-probabilities of the prompt's labels, for the questions of each part of each pass.
 
         Of the whole vocabulary where they were started so; else up to a constant for each question (`among_labels`).
         """
         log_probs, results = np.asarray(multihost_utils.process_allgather(running.log_probs, tiled=True)), []
         for one, of_row, columns in zip(running.passes, log_probs, running.rows.columns, strict=False):
-            ends = np.cumsum([len(part.questions) for part in one.parts])
+            ends = np.cumsum([len(part.questions) for part in one.chunks])
             results.append(
                 [
                     of_row[end - len(part.questions) : end, [columns[label] for label in part.prompt.labels]]
-                    for end, part in zip(ends, one.parts, strict=True)
+                    for end, part in zip(ends, one.chunks, strict=True)
                 ]
             )
         return results
@@ -151,22 +151,22 @@ class Scorer:
     def warm_up(self) -> None:
         """Compiles every bucket, so that no later request does."""
         for bucket in self.buckets:
-            for against in get_args(Against) if self._cache_pages else ("labels",):
-                self.start([Pass(bucket, [])], against)
+            for against in get_args(NormalizeOver) if self._cache_pages else ("labels",):
+                self.dispatch([Pass(bucket, [])], against)
 
-    def measure(self) -> dict[Bucket, float]:
+    def profile_buckets(self) -> dict[Bucket, float]:
         """Seconds that a full pass of each bucket takes: the quicker of two, half of it a prefix or all behind one."""
         seconds = {}
         for bucket in self.buckets:
-            prefix = bucket.past * PAGE or bucket.tokens // 2
-            items = (bucket.tokens - (0 if bucket.past else prefix)) // 16
+            prefix = bucket.cached_pages * PAGE or bucket.tokens // 2
+            items = (bucket.tokens - (0 if bucket.cached_pages else prefix)) // 16
             prompt = EncodedPrompt([[0] * prefix], [[0] * 16] * items, [0, 1], [None] * items, self.layout)
-            start = prefix if bucket.past else 0
-            part = Part(None, prompt, range(items), start, prefix, (NOWHERE,) * bucket.past)
+            start = prefix if bucket.cached_pages else 0
+            part = Chunk(None, prompt, range(items), start, prefix, (NULL_PAGE,) * bucket.cached_pages)
             times = []
             for _ in range(2):
                 began = time.perf_counter()
-                self.finish(self.start([Pass(bucket, [part])]))
+                self.collect(self.dispatch([Pass(bucket, [part])]))
                 times.append(time.perf_counter() - began)
             seconds[bucket] = min(times)
         return seconds
@@ -179,20 +179,20 @@ class Scorer:
 def compute_pass(
     model: ModelConfig,
     params: Params,
-    pool: KeysValues | None,
+    pool: KVCache | None,
     tokens: Int[Array, "R T"],
     positions: Int[Array, "R T"],
     token_labels: TokenLabels,
     ends: Int[Array, "R Q"],
     pages: Int[Array, "R M"],
     store: Int[Array, "R T/P"],
-) -> tuple[Float[Array, "R Q D"], KeysValues | None]:
+) -> tuple[Float[Array, "R Q D"], KVCache | None]:
     """Hidden states where the questions end, and the pool with what this pass stores."""
     decoder = bind(model, params)
     if pool is None:
         hidden = decoder(tokens, positions, token_labels)
     else:
-        hidden, own = decoder.extend(tokens, positions, token_labels, Past(*pool, pages))
+        hidden, own = decoder.forward_with_cache(tokens, positions, token_labels, PagedKVCache(*pool, pages))
         in_pages = (len(pool[0]), store.shape[1], *pool[0].shape[2:])
         by_heads = decoder.sharding.spec("layers", None, None, "heads", None)
         keys, values = (jnp.reshape(new, in_pages, out_sharding=by_heads) for new in own)
@@ -203,7 +203,7 @@ def compute_pass(
 
 
 def score_labels(
-    model: ModelConfig, params: Params, asked: Float[Array, "R Q D"], labels: Int[Array, "R L"], against: Against
+    model: ModelConfig, params: Params, asked: Float[Array, "R Q D"], labels: Int[Array, "R L"], against: NormalizeOver
 ) -> Float[Array, "R Q L"]:
     """float32 log-probabilities of each row's label tokens."""
     decoder = bind(model, params)
@@ -212,11 +212,11 @@ def score_labels(
     batch, whole = decoder.sharding.spec("batch", None, None), jax.P(None, None)
     specs = (batch, whole, decoder.sharding.spec("batch", None))
     return jax.shard_map(of_rows, in_specs=specs, out_specs=batch, check_vma=False)(
-        decoder.before_head(asked), decoder.head, labels
+        decoder.cast_for_head(asked), decoder.lm_head, labels
     )
 
 
-def among_labels(log_probs: Float[np.ndarray, "Q L"]) -> Float[np.ndarray, "Q L"]:
+def normalize_over_labels(log_probs: Float[np.ndarray, "Q L"]) -> Float[np.ndarray, "Q L"]:
     """Probabilities that add up to one over the labels, float32."""
     weights = np.exp(log_probs - log_probs.max(-1, keepdims=True))
     return weights / weights.sum(-1, keepdims=True)

@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from brewjax.serve.credentials import Credentials
-from brewjax.serve.refusals import HTTP_REASONS, Refusals, shortened
+from brewjax.serve.refusals import HTTP_REASONS, Refusals, truncate_message
 from brewjax.serve.service import Service
 
 
@@ -20,7 +20,7 @@ class Refused(Exception):  # noqa: N818
 
 def error_response(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
     """Every error, in one form, and of bounded length."""
-    return JSONResponse({"object": "error", "message": shortened(message), "code": status}, status, headers)
+    return JSONResponse({"object": "error", "message": truncate_message(message), "code": status}, status, headers)
 
 
 class Admission:
@@ -88,7 +88,7 @@ class Admission:
 
     async def _read(self, declared: str, receive: Receive) -> bytes | None:
         """The body; None where the caller hangs up."""
-        limit, seconds = self._service.config.request_bytes, self._service.config.body_seconds
+        limit, seconds = self._service.config.max_request_bytes, self._service.config.body_seconds
         if declared.isdigit() and int(declared) > limit:
             raise Refused(413, f"the body: over {limit:,} bytes")
         chunks: list[bytes] = []

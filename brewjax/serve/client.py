@@ -13,7 +13,7 @@ import numpy as np
 from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve import ranker_pb2_grpc
 
-PATIENCE = 300  # seconds for a server that is starting: it compiles its shapes first
+STARTUP_TIMEOUT_S = 300  # seconds for a server that is starting: it compiles its shapes first
 RETRIED_BYTES = 1 << 26  # larger requests are not tried again; gRPC's own limit is far less than 500 items
 # gRPC's own retries: with jitter, within the deadline, and not sooner than a full server asks for.
 RETRIES = {
@@ -112,7 +112,7 @@ def score_all(server: str, question: pb.Member | pb.Raw, token: str | None) -> t
     Waits for a server that is starting. RuntimeError with the server's own words where it refuses.
     """
     try:
-        with Client(server, token, timeout=PATIENCE) as client:
+        with Client(server, token, timeout=STARTUP_TIMEOUT_S) as client:
             most = client.describe().limits.items
             began = time.perf_counter()
             responses = [client.score(question)] if len(question.items) <= most else list(client.stream(question))

@@ -7,7 +7,7 @@ import ipaddress
 import pydantic
 
 from brewjax.config import Config, Seed
-from brewjax.model.generate import Sampling
+from brewjax.model.generate import SamplingParams
 from brewjax.model.sharding import MeshConfig
 from brewjax.scoring.passes import PAGE
 
@@ -25,7 +25,7 @@ class DecodeConfig(Config):
     slots: int = pydantic.Field(default=8, gt=0)
     context: int = pydantic.Field(default=2048, gt=1)
     queue: int = pydantic.Field(default=64, ge=0)
-    sampling: Sampling = Sampling()
+    sampling: SamplingParams = SamplingParams()
     seed: Seed = 0
 
 
@@ -84,19 +84,19 @@ class ServeConfig(Config):
     reload_below: str | None = None
     special_tokens: bool = False
     tasks: tuple[str, ...] = ()
-    row_tokens: tuple[int, ...] = pydantic.Field(default=(256, 512, 1024, 2048, 4096), min_length=1)
-    context: int | None = pydantic.Field(default=None, gt=0)
-    cache_gigabytes: float = pydantic.Field(default=1.0, gt=0)
+    token_buckets: tuple[int, ...] = pydantic.Field(default=(256, 512, 1024, 2048, 4096), min_length=1)
+    max_prefix_tokens: int | None = pydantic.Field(default=None, gt=0)
+    prefix_cache_gb: float = pydantic.Field(default=1.0, gt=0)
     mesh: MeshConfig | None = None
-    max_wait_ms: float = pydantic.Field(default=2.0, ge=0)
-    waiting_tokens: int = pydantic.Field(default=200_000, gt=0)
-    items: int = pydantic.Field(default=1_000, gt=0)
-    stream_items: int = pydantic.Field(default=50_000, gt=0)
-    item_tokens: int = pydantic.Field(default=1_024, gt=0)
-    events: int = pydantic.Field(default=10_000, gt=0)
-    request_bytes: int = pydantic.Field(default=8_000_000, gt=0)
-    streams: int = pydantic.Field(default=256, gt=0)
-    timeout: float = pydantic.Field(default=60.0, gt=0)
+    batch_timeout_ms: float = pydantic.Field(default=2.0, ge=0)
+    max_queued_tokens: int = pydantic.Field(default=200_000, gt=0)
+    max_candidates: int = pydantic.Field(default=1_000, gt=0)
+    max_stream_candidates: int = pydantic.Field(default=50_000, gt=0)
+    max_candidate_tokens: int = pydantic.Field(default=1_024, gt=0)
+    max_events: int = pydantic.Field(default=10_000, gt=0)
+    max_request_bytes: int = pydantic.Field(default=8_000_000, gt=0)
+    max_concurrent_requests: int = pydantic.Field(default=256, gt=0)
+    timeout_seconds: float = pydantic.Field(default=60.0, gt=0)
     connections: int = pydantic.Field(default=512, gt=0)
     header_seconds: float = pydantic.Field(default=10.0, gt=0)
     body_seconds: float = pydantic.Field(default=30.0, gt=0)
@@ -108,10 +108,10 @@ class ServeConfig(Config):
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> ServeConfig:
-        if any(length % (2 * PAGE) or length <= 0 for length in self.row_tokens):
-            raise ValueError(f"row_tokens {self.row_tokens}: lengths are multiples of {2 * PAGE}")
-        if self.item_tokens > max(self.row_tokens):
-            raise ValueError(f"item_tokens {self.item_tokens} is over the longest of row_tokens {self.row_tokens}")
+        if any(length % (2 * PAGE) or length <= 0 for length in self.token_buckets):
+            raise ValueError(f"row_tokens {self.token_buckets}: lengths are multiples of {2 * PAGE}")
+        if self.max_candidate_tokens > max(self.token_buckets):
+            raise ValueError(f"item_tokens {self.max_candidate_tokens} is over the longest of row_tokens {self.token_buckets}")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("give both tls_cert and tls_key, or neither")
         if not _loopback(self.host):

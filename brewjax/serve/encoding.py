@@ -13,7 +13,7 @@ from brewjax.scoring.bundle import Bundle
 from brewjax.scoring.passes import LABELS_IN_PASS
 from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve.config import ServeConfig
-from brewjax.serve.members import say
+from brewjax.serve.members import render_member
 from brewjax.serve.refusals import MAX_ID
 from brewjax.serve.texts import Texts
 
@@ -21,7 +21,7 @@ SLICE = 1_000  # items that are read at a time
 
 
 @dataclasses.dataclass(frozen=True)
-class Encoded:
+class EncodedRequest:
     """A request as tokens, and what its answer needs.
 
     Attributes:
@@ -35,11 +35,11 @@ class Encoded:
     values: np.ndarray
     ids: Sequence[str]
     model: str
-    events_cut: int = 0
-    tokens_cut: int = 0
+    num_truncated_events: int = 0
+    num_truncated_tokens: int = 0
 
 
-class Encoder:
+class RequestEncoder:
     """Encodes requests for one model.
 
     Args:
@@ -59,13 +59,13 @@ class Encoder:
             if len(task.labels) > LABELS_IN_PASS:
                 raise task.error(f"{len(task.labels)} of them; at most {LABELS_IN_PASS} are served", "labels")
 
-    def encode(self, request: pb.ScoreRequest, most_items: int) -> Encoded:
+    def encode(self, request: pb.ScoreRequest, most_items: int) -> EncodedRequest:
         """Raises ValueError naming the field that cannot be scored, and why."""
         if len(request.request_id) > MAX_ID:
             raise ValueError(f"request_id: {len(request.request_id):,} characters; give at most {MAX_ID}")
         size = request.ByteSize()
-        if size > self.config.request_bytes:
-            raise ValueError(f"the request: {size:,} bytes; at most {self.config.request_bytes:,} are read")
+        if size > self.config.max_request_bytes:
+            raise ValueError(f"the request: {size:,} bytes; at most {self.config.max_request_bytes:,} are read")
         asked = request.WhichOneof("question")
         if asked is None:
             raise ValueError("question: give a member or raw")
@@ -74,30 +74,30 @@ class Encoder:
             raise ValueError(f"{asked}.items: {items:,} of them; give 1 to {most_items:,}")
         history = "history" if asked == "member" else "events"
         events = len(getattr(getattr(request, asked), history))
-        if events > self.config.events:
-            raise ValueError(f"{asked}.{history}: {events:,} of them; give at most {self.config.events:,}")
+        if events > self.config.max_events:
+            raise ValueError(f"{asked}.{history}: {events:,} of them; give at most {self.config.max_events:,}")
         encoded = self._member(request) if asked == "member" else self._raw(request)
         for place, item in enumerate(encoded.prompt.questions):
-            if len(item) > self.config.item_tokens:
-                limit = self.config.item_tokens
+            if len(item) > self.config.max_candidate_tokens:
+                limit = self.config.max_candidate_tokens
                 raise ValueError(f"{asked}.items[{place}]: {len(item):,} tokens; at most {limit:,} are read")
         return encoded
 
-    def _member(self, request: pb.ScoreRequest) -> Encoded:
+    def _member(self, request: pb.ScoreRequest) -> EncodedRequest:
         member = request.member
         task = self.tasks.get(member.task)
         if task is None:
             raise ValueError(f"member.task: no task '{member.task}'; tasks: {', '.join(self.tasks)}")
         self._bound_values(member, request.too_long != pb.ScoreRequest.REFUSE)
-        prompt = say(self.bundle, task, member)
-        if prompt.cut and request.too_long == pb.ScoreRequest.REFUSE:
-            raise ValueError(f"member: {prompt.cut[0]}; ask for CUT or send less")
-        if prompt.dropped and request.too_long == pb.ScoreRequest.REFUSE:
+        prompt = render_member(self.bundle, task, member)
+        if prompt.truncated_texts and request.too_long == pb.ScoreRequest.REFUSE:
+            raise ValueError(f"member: {prompt.truncated_texts[0]}; ask for CUT or send less")
+        if prompt.num_truncated_events and request.too_long == pb.ScoreRequest.REFUSE:
             raise ValueError(
-                f"member.history: the oldest {prompt.dropped} events do not fit; ask for CUT or send fewer"
+                f"member.history: the oldest {prompt.num_truncated_events} events do not fit; ask for CUT or send fewer"
             )
         ids = [item.id for item in member.items]
-        return Encoded(self.bundle.encode(prompt), task.words, task.values, ids, self.model, prompt.dropped)
+        return EncodedRequest(self.bundle.encode(prompt), task.words, task.values, ids, self.model, prompt.num_truncated_events)
 
     def _bound_values(self, member: pb.Member, cut: bool) -> None:
         """Before they are put into words, cuts texts that are longer than all that is read, or refuses them.
@@ -119,7 +119,7 @@ class Encoder:
                 for index, text in enumerate(value.list.values):
                     value.list.values[index] = bound(text, self.context, field)
 
-    def _raw(self, request: pb.ScoreRequest) -> Encoded:
+    def _raw(self, request: pb.ScoreRequest) -> EncodedRequest:
         raw, cut = request.raw, request.too_long == pb.ScoreRequest.CUT
         prefix = self._prefix(raw.prefix, cut)
         events = self._events(raw.events, self.context - len(prefix), cut)
@@ -139,7 +139,7 @@ class Encoder:
         prompt = EncodedPrompt(pieces, items, labels, [None] * len(items), self.bundle.prompts.layout)
         words = [*raw.labels, *map(str, raw.label_tokens)]
         num_cut = len(raw.events) - len(events)
-        return Encoded(prompt, words, np.eye(len(labels))[0], [""] * len(items), self.model, num_cut, excess)
+        return EncodedRequest(prompt, words, np.eye(len(labels))[0], [""] * len(items), self.model, num_cut, excess)
 
     def _prefix(self, text: pb.Text, cut: bool) -> list[int]:
         """Its tokens; of a text that is cut, an end that is long enough."""
@@ -149,7 +149,7 @@ class Encoder:
             ids = self._texts.read_end(text.text, self.context, begins=True)
         else:
             (ids,) = self._texts.read([text.text], self.context, ["raw.prefix"], begins=True)
-        return self.bundle.tokenizer.begin(ids)
+        return self.bundle.tokenizer.with_bos(ids)
 
     def _events(self, texts: Sequence[pb.Text], room: int, cut: bool) -> list[list[int]]:
         """Tokens of the newest events that fit; where nothing is cut, of one more that does not."""
@@ -172,7 +172,7 @@ class Encoder:
         items: list[list[int]] = []
         for start in range(0, len(texts), SLICE):
             sliced = {f"raw.items[{start + index}]": text for index, text in enumerate(texts[start : start + SLICE])}
-            for field, item in zip(sliced, self._tokens(sliced, self.config.item_tokens), strict=True):
+            for field, item in zip(sliced, self._tokens(sliced, self.config.max_candidate_tokens), strict=True):
                 if not item:
                     raise ValueError(f"{field}: empty")
                 items.append(item)

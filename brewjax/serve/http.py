@@ -21,7 +21,7 @@ from brewjax.serve.admission import Admission, error_response
 from brewjax.serve.client import raw
 from brewjax.serve.credentials import Credentials
 from brewjax.serve.openapi import DESCRIPTION, describe, render_page
-from brewjax.serve.refusals import Refusals, shortened, status_of
+from brewjax.serve.refusals import Refusals, truncate_message, status_of
 from brewjax.serve.service import Service
 from brewjax.serve.worker import QueueFullError
 
@@ -100,7 +100,7 @@ def make_app(service: Service, credentials: Credentials, refusals: Refusals) -> 
             if code not in HTTP_STATUS:
                 log.exception("request failed", extra={"request_id": request.headers.get("x-request-id", "")})
             retry = {"Retry-After": str(round(error.retry_after + 0.5))} if isinstance(error, QueueFullError) else None
-            message = shortened(error)
+            message = truncate_message(error)
             for ours, theirs in FIELDS.items():
                 message = re.sub(ours, theirs, message)
             raise HTTPException(HTTP_STATUS.get(code, 500), message, retry) from None
@@ -161,7 +161,7 @@ async def _parse(request: Request) -> pb.ScoreRequest:
         field = "the body"
         if first["loc"]:
             field = str(first["loc"][0]) + "".join(f"[{part}]" for part in first["loc"][1:] if isinstance(part, int))
-        raise HTTPException(400, f"{shortened(field)}: {first['msg']}") from None
+        raise HTTPException(400, f"{truncate_message(field)}: {first['msg']}") from None
 
 
 def to_rpc(body: ScoreRequest) -> pb.ScoreRequest:

@@ -26,7 +26,7 @@ from brewjax.serve.jetstream_engine import (
     orchestrator,
     pb,
 )
-from brewjax.serve.refusals import shortened
+from brewjax.serve.refusals import truncate_message
 from brewjax.serve.texts import Texts
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Orchestrator"].full_name  # for reflection and health
@@ -92,14 +92,14 @@ class Decoding(orchestrator.LLMOrchestrator):
         device: contextlib.AbstractContextManager | None = None,
         special_tokens: bool = False,
     ):
-        bundle.model.check_context(config.context, "context")
+        bundle.model.check_length(config.context, "context")
         self.config = config
         self.generator = Generator(
             bundle.model, bundle.params, config.slots, config.context, config.sampling, config.seed, mesh
         )
         self.generator.warm_up()
         self._tokenizer = BrewTokenizer(bundle.tokenizer, self.generator)
-        self._begin, self._backend = bundle.tokenizer.begin, bundle.tokenizer.hf.backend_tokenizer
+        self._begin, self._backend = bundle.tokenizer.with_bos, bundle.tokenizer.hf.backend_tokenizer
         self._texts = Texts(bundle.tokenizer, special_tokens)
         self._open: set[DecodeCall] = set()
         self._draining = self.lame_duck = False
@@ -167,7 +167,7 @@ class Decoding(orchestrator.LLMOrchestrator):
         try:
             ours.tokens = await asyncio.to_thread(self._prompt, request)  # tokenizing a long text takes a while
         except ValueError as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, shortened(error))
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, truncate_message(error))
         as_text = request.WhichOneof("content") == "text_content"
         said, stream, text = [], DecodeStream(skip_special_tokens=False), ""
         ours.driven = True

@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Int
 
 from brewjax.data.tokenizer import Tokenizer
-from brewjax.model.generate import Generator, Prefix, Slots
+from brewjax.model.generate import Generator, Prefix, DecodeState
 from brewjax.model.params import Params
 
 
@@ -95,7 +95,7 @@ class BrewTokenizer(tokenizer_api.Tokenizer):
         """Padded token ids and their true number; `is_bos` (by default) puts the first token in front."""
         ids = self._tokenizer.hf.backend_tokenizer.encode(s, add_special_tokens=False).ids
         if kwargs.get("is_bos", True):
-            ids = self._tokenizer.begin(ids)
+            ids = self._tokenizer.with_bos(ids)
         return self._generator.pad(ids), len(ids)
 
     def decode(self, token_ids: list[int], **kwargs: Any) -> str:
@@ -145,16 +145,16 @@ class BrewEngine(engine_api.Engine):
         """Reads a prompt, behind a prefix that was read before where it is given."""
         return self.generator.prefill(padded_tokens, true_length, existing_prefix)
 
-    def insert(self, prefix: Prefix, decode_state: Slots, slot: int) -> Slots:
+    def insert(self, prefix: Prefix, decode_state: DecodeState, slot: int) -> DecodeState:
         return self.generator.insert(decode_state, prefix, slot)
 
-    def generate(self, params: Params, decode_state: Slots) -> tuple[Slots, engine_api.ResultTokens]:
+    def generate(self, params: Params, decode_state: DecodeState) -> tuple[DecodeState, engine_api.ResultTokens]:
         """A token in every slot. It waits for it: what fails, fails here."""
         slots, tokens = self.generator.step(decode_state)
         drawn = np.asarray(tokens)
-        return slots, _result(np.stack([drawn, np.ones_like(drawn), np.asarray(slots.drawn)], 1))
+        return slots, _result(np.stack([drawn, np.ones_like(drawn), np.asarray(slots.num_sampled)], 1))
 
-    def init_decode_state(self, *args: Any, **kwargs: Any) -> Slots:
+    def init_decode_state(self, *args: Any, **kwargs: Any) -> DecodeState:
         return self.generator.slots()
 
     def get_prefix_destination_sharding(self) -> Any:
@@ -248,12 +248,12 @@ class DrivenEngine(BrewEngine):
         self._device, self._released = device, released
         self._stop = BrewTokenizer(tokenizer, generator).stop_tokens
         self._requests: dict[int, DecodeCall] = {}  # by slot
-        self._slots: Slots | None = None
+        self._slots: DecodeState | None = None
         self._version = 0
 
     def load(self, params: Params) -> None:
         """Other weights, from the next step on; texts that are running are read again with them."""
-        placed = self.generator.place(params)
+        placed = self.generator.shard_params(params)
         with self._device:
             self.generator.params = placed
             self._version += 1

@@ -14,7 +14,7 @@ import pyarrow as pa
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from brewjax.data.dataset import Attribute, Card, Dataset
-from brewjax.data.examples import Example, history_before
+from brewjax.data.examples import RankingExample, history_before
 from brewjax.data.numbers import ItemStatistic
 from brewjax.data.prompt import Prompt
 from brewjax.data.task import Task
@@ -24,7 +24,7 @@ from brewjax.serve import ranker_pb2 as pb
 Attributes = Mapping[str, pb.Value]
 
 
-def say(bundle: Bundle, task: Task, member: pb.Member) -> Prompt:
+def render_member(bundle: Bundle, task: Task, member: pb.Member) -> Prompt:
     """What the model reads about the member of a request.
 
     Raises ValueError naming the field that is missing, unknown to the dataset's card, or of the wrong type.
@@ -63,7 +63,7 @@ def say(bundle: Bundle, task: Task, member: pb.Member) -> Prompt:
     now = _microseconds(member.now, "member.now") if member.HasField("now") else int(time.time() * 1e6)
     history, past = history_before(tables, task, 0, now)
     asked = np.arange(count, len(items), dtype=np.int32)
-    example = Example(task.name, 0, now, history, past, asked, np.full(len(asked), -1, np.int32))
+    example = RankingExample(task.name, 0, now, history, past, asked, np.full(len(asked), -1, np.int32))
     try:
         note = bundle.tokenizer.clean(member.note)
         return bundle.request_verbalizer(tables).prompt(task, example, bundle.prompts.score_style, note)
@@ -71,9 +71,9 @@ def say(bundle: Bundle, task: Task, member: pb.Member) -> Prompt:
         raise ValueError(f"member: {error}") from None
 
 
-def of_example(dataset: Dataset, task: Task, example: Example, note: str = "") -> pb.Member:
+def request_from_example(dataset: Dataset, task: Task, example: RankingExample, note: str = "") -> pb.Member:
     """An example of a dataset as a request: what `say` says of it is what a `Verbalizer` of the dataset says."""
-    card, rows, cut = dataset.card, example.history, example.cut
+    card, rows, cut = dataset.card, example.history, example.cutoff_time
     attributes = _attributes(card.members.attributes, dataset.members, np.array([example.member]))
     of_events = _attributes(card.events.attributes, dataset.events, rows)
     of_items = {
@@ -87,7 +87,7 @@ def of_example(dataset: Dataset, task: Task, example: Example, note: str = "") -
                 if attribute.derive
             },
         )
-        for where, items in (("history", dataset.event_item[rows]), ("question", example.items))
+        for where, items in (("history", dataset.event_item[rows]), ("question", example.candidates))
     }
     moment = Timestamp()
     moment.FromMicroseconds(cut)
@@ -96,7 +96,7 @@ def of_example(dataset: Dataset, task: Task, example: Example, note: str = "") -
         event = request.history.add(action=str(dataset.event_action[row]), attributes=of_event, item=of_item)
         event.time.FromMicroseconds(int(dataset.event_time[row]))
     ids = dataset.items[card.items.id]
-    for item, of_item in zip(example.items, of_items["question"], strict=True):
+    for item, of_item in zip(example.candidates, of_items["question"], strict=True):
         request.items.add(id=str(ids[int(item)].as_py()), attributes=of_item)
     return request
 

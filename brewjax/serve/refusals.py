@@ -70,7 +70,7 @@ def status_of(error: BaseException) -> grpc.StatusCode:
     return next((code for kind, code in kinds.items() if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
 
 
-def shortened(error: BaseException | str) -> str:
+def truncate_message(error: BaseException | str) -> str:
     """What an error says, however much of a request it quotes; nothing of what went wrong inside."""
     if isinstance(error, BaseException) and status_of(error) is grpc.StatusCode.INTERNAL:
         return INTERNAL

@@ -17,7 +17,7 @@ from brewjax.serve import ranker_pb2_grpc
 from brewjax.serve.config import ServeConfig
 from brewjax.serve.credentials import Credentials
 from brewjax.serve.metrics import Metrics
-from brewjax.serve.refusals import REASONS, Refusals, shortened, status_of
+from brewjax.serve.refusals import REASONS, Refusals, truncate_message, status_of
 from brewjax.serve.service import Service
 from brewjax.serve.worker import QueueFullError
 
@@ -35,8 +35,8 @@ def channel_options(config: ServeConfig) -> list[tuple[str, int]]:
     """What gRPC itself is to hold callers to."""
     return [
         # Larger ones are refused with a clear code by the service, much larger ones by gRPC.
-        ("grpc.max_receive_message_length", 4 * config.request_bytes),
-        ("grpc.max_concurrent_streams", 2 * config.streams),
+        ("grpc.max_receive_message_length", 4 * config.max_request_bytes),
+        ("grpc.max_concurrent_streams", 2 * config.max_concurrent_requests),
         ("grpc.max_allowed_incoming_connections", config.connections),
         ("grpc.server_handshake_timeout_ms", int(1000 * config.header_seconds)),
         # Go, Envoy and mesh sidecars ping to keep a connection open, with and without calls on it. By default gRPC
@@ -133,7 +133,7 @@ class Door(ServerInterceptor):
             return Code.UNAUTHENTICATED, "a bearer token is needed: authorization: Bearer .."
         if method == RELOAD and not self._credentials.may_reload(authorization):
             return Code.PERMISSION_DENIED, "Reload needs a token of its own, that of the server's admin_token_file"
-        limit = self._config.connections if is_open else 2 * self._config.streams  # every connection may watch health
+        limit = self._config.connections if is_open else 2 * self._config.max_concurrent_requests  # every connection may watch health
         if self._calls[is_open] >= limit:
             return Code.RESOURCE_EXHAUSTED, f"{self._calls[is_open]} calls are answered at a time; try again later"
         return None
@@ -189,4 +189,4 @@ class Door(ServerInterceptor):
             trailing: tuple[tuple[str, str], ...] = ()
             if isinstance(error, QueueFullError):
                 trailing = (("grpc-retry-pushback-ms", str(int(error.retry_after * 1000))),)
-            await context.abort(code, shortened(error), trailing)
+            await context.abort(code, truncate_message(error), trailing)

@@ -27,7 +27,7 @@ from brewjax.config import ConfigError
 from brewjax.data.task import Task
 from brewjax.fingerprint import hash_folder
 from brewjax.model.sharding import MeshConfig
-from brewjax.scoring.batcher import Batcher
+from brewjax.scoring.batcher import Scheduler
 from brewjax.scoring.bundle import Bundle
 from brewjax.scoring.passes import PAGE, Bucket
 from brewjax.scoring.prefix_cache import PrefixCache
@@ -42,7 +42,7 @@ from brewjax.serve.refusals import ForbiddenError, Refusals
 from brewjax.serve.rpc import RANKER, Door, Ranker, channel_options
 from brewjax.serve.service import Service
 from brewjax.serve.tracing import trace_to_collector
-from brewjax.serve.worker import Worker
+from brewjax.serve.worker import ScoringLoop
 
 if TYPE_CHECKING:
     from brewjax.serve.jetstream import Decoding
@@ -71,11 +71,11 @@ class Server:
             bundle.model, bundle.params, bundle.tokenizer, bundle.prompts.layout, buckets, self._mesh.build(), pages
         )
         scorer.warm_up()
-        costs = scorer.measure()
+        costs = scorer.profile_buckets()
         metrics.compilations.set(scorer.compilations())
-        batcher = Batcher(costs, PrefixCache(pages))
+        batcher = Scheduler(costs, PrefixCache(pages))
         device = threading.Lock()
-        worker = Worker(scorer, batcher, metrics, config.waiting_tokens, config.max_wait_ms / 1000, device)
+        worker = ScoringLoop(scorer, batcher, metrics, config.max_queued_tokens, config.batch_timeout_ms / 1000, device)
         self._decoding = _decoding(bundle, config, self._mesh.build(), device)
         self.service = Service(bundle, hash_folder(folder)[:8], tasks, worker, costs, config, metrics)
         self.port = self.http_port = 0
@@ -272,18 +272,18 @@ def _check_ports(config: ServeConfig) -> None:
 def _memory(bundle: Bundle, config: ServeConfig) -> tuple[list[Bucket], int]:
     """The shapes to compile, and how many pages the cache of prefixes has."""
     model = bundle.model
-    context = math.ceil((config.context or bundle.prompts.max_tokens) / PAGE)
+    context = math.ceil((config.max_prefix_tokens or bundle.prompts.max_tokens) / PAGE)
     bytes_in_page = 2 * PAGE * model.layers * model.kv_heads * model.head_dim * jnp.dtype(model.compute_dtype).itemsize
-    pages = int(config.cache_gigabytes * 1e9 / bytes_in_page)
+    pages = int(config.prefix_cache_gb * 1e9 / bytes_in_page)
     if pages <= context:
         raise config.error(
-            f"{config.cache_gigabytes} GB hold {pages * PAGE:,} tokens of this model, and one prefix may have "
+            f"{config.prefix_cache_gb} GB hold {pages * PAGE:,} tokens of this model, and one prefix may have "
             f"{context * PAGE:,}: give {math.ceil((context + 1) * bytes_in_page / 1e7) / 100} or more",
             "cache_gigabytes",
         )
-    most = max(context, max(config.row_tokens) // PAGE)
+    most = max(context, max(config.token_buckets) // PAGE)
     pasts = (0, math.ceil(most / 4), most)  # pages that are not needed are read all the same, which a CPU feels
-    return [Bucket(tokens, past) for tokens in config.row_tokens for past in pasts], pages
+    return [Bucket(tokens, past) for tokens in config.token_buckets for past in pasts], pages
 
 
 def _decoding(bundle: Bundle, config: ServeConfig, mesh: Mesh, device: threading.Lock) -> Decoding | None:

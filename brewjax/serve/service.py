@@ -20,16 +20,16 @@ from opentelemetry import trace
 
 from brewjax.data.dataset import Attribute
 from brewjax.data.task import Task
-from brewjax.model.params import count
+from brewjax.model.params import num_parameters
 from brewjax.scoring.bundle import Bundle
 from brewjax.scoring.passes import LABELS_IN_PASS, PAGE, Bucket
-from brewjax.scoring.scorer import Against
+from brewjax.scoring.scorer import NormalizeOver
 from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve.config import ServeConfig
-from brewjax.serve.encoding import Encoded, Encoder
+from brewjax.serve.encoding import EncodedRequest, RequestEncoder
 from brewjax.serve.metrics import Metrics
 from brewjax.serve.refusals import status_of
-from brewjax.serve.worker import QueueFullError, Worker
+from brewjax.serve.worker import QueueFullError, ScoringLoop
 from brewjax.serve.worker import Request as QueuedRequest
 
 log = logging.getLogger(__name__)
@@ -50,13 +50,13 @@ class Service:
         bundle: Bundle,
         version: str,
         tasks: Sequence[Task],
-        worker: Worker,
+        worker: ScoringLoop,
         costs: dict[Bucket, float],
         config: ServeConfig,
         metrics: Metrics,
     ):
         self.worker, self.config, self.metrics = worker, config, metrics
-        self._tasks, self._context = tasks, config.context or bundle.prompts.max_tokens
+        self._tasks, self._context = tasks, config.max_prefix_tokens or bundle.prompts.max_tokens
         self._encoder = self._encodes(bundle, version)
         self._costs = costs
         # Tokenizers release Python's lock. Long requests have threads of their own: short ones do not wait for them.
@@ -81,7 +81,7 @@ class Service:
         return not self.lame_duck and self.worker.healthy
 
     @contextlib.contextmanager
-    def observed(self, method: str, request_id: str) -> Iterator[None]:
+    def request_scope(self, method: str, request_id: str) -> Iterator[None]:
         """Counts, times and traces what is done of a request, logs that it was answered, and takes its place among the
         streams.
 
@@ -91,8 +91,8 @@ class Service:
         self._streams += 1
         with tracer.start_as_current_span(method, attributes={"brewjax.request_id": request_id}):
             try:
-                if self._streams > self.config.streams:
-                    raise QueueFullError(1.0, f"{self.config.streams} requests are answered at a time")
+                if self._streams > self.config.max_concurrent_requests:
+                    raise QueueFullError(1.0, f"{self.config.max_concurrent_requests} requests are answered at a time")
                 yield
             except BaseException as error:
                 code = status_of(error)
@@ -112,9 +112,9 @@ class Service:
         Raises ValueError (the field, what is wrong with it), QueueFullError, ClosedError, TimeoutError.
         """
         request_id = request.request_id or uuid.uuid4().hex
-        with self.observed("Score", request_id):
-            async with self._within(seconds) as deadline:
-                encoded, queued = await self._encode(request, self.config.items, deadline)
+        with self.request_scope("Score", request_id):
+            async with self._deadline(seconds) as deadline:
+                encoded, queued = await self._encode(request, self.config.max_candidates, deadline)
                 probabilities = np.empty((len(encoded.prompt.questions), len(encoded.prompt.labels)), np.float32)
 
                 def answer(first: int, found: np.ndarray) -> None:
@@ -134,11 +134,11 @@ class Service:
     ) -> None:
         """As `score`, a response for each pass; `seconds` count until the last one is sent."""
         request_id = request.request_id or uuid.uuid4().hex
-        with self.observed("ScoreStream", request_id):
+        with self.request_scope("ScoreStream", request_id):
             if request.top_k:
                 raise ValueError("top_k: not for ScoreStream, whose responses hold every item once")
-            async with self._within(seconds) as deadline:
-                encoded, queued = await self._encode(request, self.config.stream_items, deadline)
+            async with self._deadline(seconds) as deadline:
+                encoded, queued = await self._encode(request, self.config.max_stream_candidates, deadline)
                 loop = asyncio.get_running_loop()
                 found: asyncio.Queue[tuple[int, np.ndarray] | None] = asyncio.Queue()
 
@@ -150,7 +150,7 @@ class Service:
                 queued.add_done_callback(lambda _: loop.call_soon_threadsafe(found.put_nowait, None))
                 try:
                     while (chunk := await found.get()) is not None:
-                        await send(_response(request_id, encoded, *chunk, queued.job.hits or 0))
+                        await send(_response(request_id, encoded, *chunk, queued.job.num_cached_tokens or 0))
                     queued.result()
                 finally:
                     queued.cancel()
@@ -165,7 +165,7 @@ class Service:
 
         return pb.DescribeResponse(
             model=self.model,
-            parameters=count(bundle.params),
+            parameters=num_parameters(bundle.params),
             tasks=[
                 pb.TaskDescription(
                     name=task.name,
@@ -181,18 +181,18 @@ class Service:
                 if card is not None
             ],
             limits=pb.Limits(
-                items=config.items,
-                stream_items=config.stream_items,
+                items=config.max_candidates,
+                stream_items=config.max_stream_candidates,
                 prefix_tokens=self._context,
-                item_tokens=config.item_tokens,
+                item_tokens=config.max_candidate_tokens,
                 labels=LABELS_IN_PASS,
-                request_bytes=config.request_bytes,
-                waiting_tokens=config.waiting_tokens,
-                streams=config.streams,
-                events=config.events,
+                request_bytes=config.max_request_bytes,
+                waiting_tokens=config.max_queued_tokens,
+                streams=config.max_concurrent_requests,
+                events=config.max_events,
             ),
             shapes=[
-                pb.Shape(tokens=bucket.tokens, cached_tokens=bucket.past * PAGE, seconds=seconds)
+                pb.Shape(tokens=bucket.tokens, cached_tokens=bucket.cached_pages * PAGE, seconds=seconds)
                 for bucket, seconds in self._costs.items()
             ],
             compilations=self.worker.scorer.compilations(),
@@ -216,25 +216,25 @@ class Service:
         if not all(finite):
             raise ValueError("the checkpoint has weights that are not finite")
 
-    def _encodes(self, bundle: Bundle, version: str) -> Encoder:
-        return Encoder(bundle, f"{bundle.model.name}@{version}", self._tasks, self.config, self._context)
+    def _encodes(self, bundle: Bundle, version: str) -> RequestEncoder:
+        return RequestEncoder(bundle, f"{bundle.model.name}@{version}", self._tasks, self.config, self._context)
 
     @contextlib.asynccontextmanager
-    async def _within(self, seconds: float | None) -> AsyncIterator[float]:
+    async def _deadline(self, seconds: float | None) -> AsyncIterator[float]:
         """A limit of time: the caller's, or the server's; gives the moment when it ends, by `time.monotonic`."""
-        limit = min(self.config.timeout, math.inf if seconds is None else seconds)
+        limit = min(self.config.timeout_seconds, math.inf if seconds is None else seconds)
         try:
             async with asyncio.timeout(limit):
                 yield time.monotonic() + limit
         except TimeoutError:
             raise TimeoutError(f"not answered within {limit:.3g} seconds") from None
 
-    async def _encode(self, request: pb.ScoreRequest, max_items: int, deadline: float) -> tuple[Encoded, QueuedRequest]:
+    async def _encode(self, request: pb.ScoreRequest, max_items: int, deadline: float) -> tuple[EncodedRequest, QueuedRequest]:
         """By the encoder that is in use when it is done: its caller enqueues the result without an `await` between."""
         loop = asyncio.get_running_loop()
         threads = self._threads if request.ByteSize() <= LONG else self._threads_of_long
 
-        def encode(encoder: Encoder) -> tuple[Encoded, QueuedRequest]:
+        def encode(encoder: RequestEncoder) -> tuple[EncodedRequest, QueuedRequest]:
             encoded = encoder.encode(request, max_items)
             return encoded, self.worker.prepare(encoded.prompt, _against(request), deadline)
 
@@ -246,12 +246,12 @@ class Service:
                     return prepared
 
 
-def _against(request: pb.ScoreRequest) -> Against:
+def _against(request: pb.ScoreRequest) -> NormalizeOver:
     return "vocabulary" if request.over_vocabulary else "labels"
 
 
 def _response(
-    request_id: str, encoded: Encoded, first: int, found: np.ndarray, cached: int, top_k: int = 0
+    request_id: str, encoded: EncodedRequest, first: int, found: np.ndarray, cached: int, top_k: int = 0
 ) -> pb.ScoreResponse:
     order = np.argsort(-(found @ encoded.values), kind="stable")[: top_k or None]
     prompt = encoded.prompt
@@ -265,8 +265,8 @@ def _response(
             prefix_tokens=prompt.prefix_length,
             cached_tokens=cached,
             item_tokens=sum(map(len, prompt.questions[first : first + len(found)])),
-            events_cut=encoded.events_cut,
-            tokens_cut=encoded.tokens_cut,
+            events_cut=encoded.num_truncated_events,
+            tokens_cut=encoded.num_truncated_tokens,
         ),
         model=encoded.model,
     )

@@ -54,7 +54,7 @@ class Texts:
         """The id of a label word. Raises ValueError, naming the field, for what is not one token."""
         self.check_bytes(word, 1, field)
         try:
-            return self._tokenizer.word(word)
+            return self._tokenizer.label_token_id(word)
         except ValueError as error:
             raise ValueError(f"{field}: {error}") from None
 

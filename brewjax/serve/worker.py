@@ -18,9 +18,9 @@ import numpy as np
 
 from brewjax.data.tokens import EncodedPrompt
 from brewjax.model.params import Params
-from brewjax.scoring.batcher import Batcher, Job
-from brewjax.scoring.passes import Part, Pass
-from brewjax.scoring.scorer import Against, Running, Scorer, among_labels
+from brewjax.scoring.batcher import Scheduler, Job
+from brewjax.scoring.passes import Chunk, Pass
+from brewjax.scoring.scorer import NormalizeOver, InFlight, Scorer, normalize_over_labels
 from brewjax.serve.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class Request(Future):
     `cancel` takes it out of the queue. Fails with TimeoutError where its deadline passes first.
     """
 
-    def __init__(self, prompt: EncodedPrompt, against: Against, deadline: float):
+    def __init__(self, prompt: EncodedPrompt, against: NormalizeOver, deadline: float):
         super().__init__()
         self.job, self.deadline = Job(prompt, against, self), deadline
         self.on_answers: Answers = lambda first, probabilities: None
@@ -72,7 +72,7 @@ class _Reload:
     done: Future
 
 
-class Worker:
+class ScoringLoop:
     """Scores for as long as it runs.
 
     Args:
@@ -84,7 +84,7 @@ class Worker:
     def __init__(
         self,
         scorer: Scorer,
-        batcher: Batcher,
+        batcher: Scheduler,
         metrics: Metrics,
         most_waiting: int,
         max_wait: float = 0.002,
@@ -95,7 +95,7 @@ class Worker:
         self._full = max(bucket.tokens for bucket in scorer.buckets)
         self._changed = threading.Condition()  # a reentrant lock: `cancel` calls back from within
         self._inbox: deque[Request | _Reload] = deque()
-        self._running: tuple[Running, float] | None = None
+        self._running: tuple[InFlight, float] | None = None
         self._waiting = 0  # places, of all requests that are not done
         self._speed = 1e4  # places a second, lately
         self._stopping = self._collected = False
@@ -125,7 +125,7 @@ class Worker:
     def submit(
         self,
         prompt: EncodedPrompt,
-        against: Against = "labels",
+        against: NormalizeOver = "labels",
         deadline: float = math.inf,
         on_answers: Answers = lambda first, probabilities: None,
     ) -> Request:
@@ -138,7 +138,7 @@ class Worker:
         self.enqueue(request)
         return request
 
-    def prepare(self, prompt: EncodedPrompt, against: Against = "labels", deadline: float = math.inf) -> Request:
+    def prepare(self, prompt: EncodedPrompt, against: NormalizeOver = "labels", deadline: float = math.inf) -> Request:
         """All of `submit` that takes time for a long list; ValueError for what no pass can hold."""
         self._batcher.check(prompt)
         return Request(prompt, against, deadline)
@@ -152,7 +152,7 @@ class Worker:
                 raise QueueFullError(max(0.05, self._waiting / self._speed / 2))
             self._waiting += request.places
             self._metrics.waiting.set(self._waiting)
-            request.add_done_callback(self._left)
+            request.add_done_callback(self._on_done)
             self._inbox.append(request)
             self._changed.notify()
 
@@ -200,11 +200,11 @@ class Worker:
                 self._collect()
                 self._changed.wait(None if self._passes_work else TRY_AGAIN)
             if self._running is None:
-                self._fill_up()
+                self._wait_for_batch()
             while self._inbox and isinstance(one := self._inbox[0], Request):
                 self._batcher.add(one.job)
                 self._inbox.popleft()
-        self._drop()
+        self._drop_expired()
         # While a pass runs, the next one is put behind it only when it is full: later ones may share it.
         following = None
         if self._running is None or self._batcher.tokens >= self._full:
@@ -215,12 +215,12 @@ class Worker:
         if not self._running and not self._batcher:
             self._take_new_params()
             if not self._passes_work:
-                self._try()
+                self._probe()
         return True
 
     def _begun(self) -> list[Request]:
         """Who is in the running pass, or waits for the next ones."""
-        parts = self._running[0].passes[0].parts if self._running else ()
+        parts = self._running[0].passes[0].chunks if self._running else ()
         return [job.owner for job in (*(part.owner for part in parts), *self._batcher)]
 
     def _has_work(self) -> bool:
@@ -238,7 +238,7 @@ class Worker:
         if old:
             self._collect_old_at = time.monotonic() + 1.0
 
-    def _fill_up(self) -> None:
+    def _wait_for_batch(self) -> None:
         """Waits a little for requests to share a pass with the first one."""
         while not self._stopping:
             requests = [one for one in self._inbox if isinstance(one, Request)]
@@ -249,7 +249,7 @@ class Worker:
                 return
             self._changed.wait(seconds)
 
-    def _drop(self) -> None:
+    def _drop_expired(self) -> None:
         """Takes out jobs that nobody waits for."""
         now = time.monotonic()
         for job in list(self._batcher):
@@ -259,81 +259,81 @@ class Worker:
             if request.done():
                 self._batcher.remove(job)
 
-    def _begin_pass(self) -> tuple[Running, float] | None:
+    def _begin_pass(self) -> tuple[InFlight, float] | None:
         one = self._batcher.next_pass()
         if one is None:
             return None
         now = time.monotonic()
-        for part in one.parts:
+        for part in one.chunks:
             if not part.owner.owner.began:
                 part.owner.owner.began = now
                 self._metrics.queue_seconds.observe(now - part.owner.owner.arrived)
                 self._metrics.prefix_tokens.labels("cached").inc(part.owner.hits)
                 self._metrics.prefix_tokens.labels("computed").inc(part.prompt.prefix_length - part.owner.hits)
-        against: Against = "labels"
-        if any(part.owner.against == "vocabulary" for part in one.parts):
+        against: NormalizeOver = "labels"
+        if any(part.owner.against == "vocabulary" for part in one.chunks):
             against = "vocabulary"
         try:
             running = self._start(one, against)
         except Exception as error:
-            self._lose(one, error)
+            self._fail_pass(one, error)
             return None
         self._collect()
         return running, now
 
-    def _start(self, one: Pass, against: Against) -> Running:
+    def _start(self, one: Pass, against: NormalizeOver) -> InFlight:
         with self._device:
-            return self.scorer.start([one], against)
+            return self.scorer.dispatch([one], against)
 
-    def _finish_pass(self, running: Running, began: float) -> None:
+    def _finish_pass(self, running: InFlight, began: float) -> None:
         (one,) = running.passes
         try:
-            (found,) = self.scorer.finish(running)
+            (found,) = self.scorer.collect(running)
         except Exception as error:
-            self._lose(one, error)
+            self._fail_pass(one, error)
             return
         self._passes_work = True
         seconds, computed = (
             time.monotonic() - began,
-            sum(part.stop - part.start + len(part.asked) for part in one.parts),
+            sum(part.stop - part.start + len(part.question_tokens) for part in one.chunks),
         )
         self._speed += 0.2 * (one.tokens / seconds - self._speed)
         self._metrics.pass_seconds.observe(seconds)
         self._metrics.pass_tokens.observe(computed)
         self._metrics.padding_tokens.inc(one.bucket.tokens - computed)
-        self._metrics.pass_items.observe(sum(len(part.questions) for part in one.parts))
+        self._metrics.pass_items.observe(sum(len(part.questions) for part in one.chunks))
         self._metrics.compilations.set(self.scorer.compilations())
-        for part, log_probs in zip(one.parts, found, strict=True):
+        for part, log_probs in zip(one.chunks, found, strict=True):
             try:
                 self._answer(part, log_probs)
             except Exception as error:
                 _fail(part.owner.owner, error)
 
-    def _answer(self, part: Part, log_probs: np.ndarray) -> None:
+    def _answer(self, part: Chunk, log_probs: np.ndarray) -> None:
         job, request = part.owner, part.owner.owner
         if request.done() or not part.questions:
             return
         if not np.isfinite(log_probs).all():
             raise FloatingPointError("the model's scores are not finite")
         request.on_answers(
-            part.questions.start, among_labels(log_probs) if job.against == "labels" else np.exp(log_probs)
+            part.questions.start, normalize_over_labels(log_probs) if job.against == "labels" else np.exp(log_probs)
         )
         if part.questions.stop == len(part.prompt.questions):
             _succeed(request, job.hits)
 
-    def _try(self) -> None:
+    def _probe(self) -> None:
         """After a pass that failed: whether one without requests does."""
-        self.scorer.finish(self._start(Pass(min(self.scorer.buckets), []), "labels"))
+        self.scorer.collect(self._start(Pass(min(self.scorer.buckets), []), "labels"))
         self._passes_work = True
 
-    def _lose(self, one: Pass, error: Exception) -> None:
+    def _fail_pass(self, one: Pass, error: Exception) -> None:
         """A pass failed, and the pool of cached pages with it: its requests fail, and the others begin anew."""
         log.error("a pass failed", exc_info=error)
         self._passes_work = False
-        for part in one.parts:
+        for part in one.chunks:
             _fail(part.owner.owner, RuntimeError(f"the pass failed: {error}"))
-        self._batcher.lose()
-        self.scorer.forget()
+        self._batcher.invalidate()
+        self.scorer.reset_cache()
 
     def _lose_all(self, error: Exception) -> None:
         """Scoring failed outside of a pass: every request that is begun fails."""
@@ -342,8 +342,8 @@ class Worker:
         for request in self._begun():
             _fail(request, RuntimeError(f"scoring failed: {error}"))
         self._running = None
-        self._batcher.lose()
-        self.scorer.forget()
+        self._batcher.invalidate()
+        self.scorer.reset_cache()
 
     def _take_new_params(self) -> None:
         with self._changed:
@@ -352,10 +352,10 @@ class Worker:
                 return
             self._inbox.popleft()
         self.scorer.params = new.params
-        self._batcher.lose()  # what is cached is the old model's
+        self._batcher.invalidate()  # what is cached is the old model's
         _succeed(new.done, None)
 
-    def _left(self, request: Future) -> None:
+    def _on_done(self, request: Future) -> None:
         assert isinstance(request, Request)
         with self._changed:
             self._waiting -= request.places

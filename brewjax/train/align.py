@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from brewjax.config import Config
 from brewjax.data.loader import NO_TARGET, TokenBatch
 from brewjax.model.decoder import Decoder
-from brewjax.train.objectives import BASE, Given, Mean, per_token
+from brewjax.train.objectives import BASE, AuxInputs, WeightedSum, per_token
 from pallas_kernels.cross_entropy import linear_log_probs
 
 REFERENCE = "reference"
@@ -40,17 +40,17 @@ class Align(Config):
     """
 
     beta: float = pydantic.Field(default=0.1, gt=0)
-    against: Literal["all", "each"] = "all"
+    loss_type: Literal["all", "each"] = "all"
     label_smoothing: float = pydantic.Field(default=0.0, ge=0, lt=0.5)
-    sft: float = pydantic.Field(default=0.0, ge=0)
+    rpo_alpha: float = pydantic.Field(default=0.0, ge=0)
 
-    def __call__(self, decoder: Decoder, batch: TokenBatch, given: Given) -> tuple[Mean, dict[str, Mean]]:
+    def __call__(self, decoder: Decoder, batch: TokenBatch, given: AuxInputs) -> tuple[WeightedSum, dict[str, WeightedSum]]:
         reference = given.get(REFERENCE, given.get(BASE))
         if not isinstance(reference, Decoder):
             raise ValueError(
                 "align needs a reference to hold the policy to: give train() a frozen 'reference', or set train.lora"
             )
-        hidden, balance = decoder.with_balance(batch.tokens, batch.positions, batch.token_labels)
+        hidden, balance = decoder.forward_with_aux_loss(batch.tokens, batch.positions, batch.token_labels)
         policy = candidate_log_probs(decoder, hidden, batch)
         held_to = candidate_log_probs(reference, reference(batch.tokens, batch.positions, batch.token_labels), batch)
         sharding = decoder.sharding
@@ -59,15 +59,15 @@ class Align(Config):
         labels = (token_labels.example_id, token_labels.piece_id, batch.preference)
         fields = [policy, jax.lax.stop_gradient(held_to), batch.weights, *map(jnp.asarray, labels)]
 
-        def local(*fields: Array) -> dict[str, Mean]:
+        def local(*fields: Array) -> dict[str, WeightedSum]:
             of_rows = jax.vmap(self.lists)(*fields)
             return jax.tree.map(lambda x: jax.lax.psum(jnp.sum(x), axes), of_rows)
 
         means = jax.shard_map(local, in_specs=rows, out_specs=jax.P(), check_vma=False)(
             *(sharding.reshard(field, "batch", None) for field in fields)
         )
-        loss = means["loss_dpo"].total + self.sft * means["loss_sft"].total + balance * means["loss_dpo"].weight
-        return Mean(loss, means["loss_dpo"].weight), means
+        loss = means["loss_dpo"].total + self.rpo_alpha * means["loss_sft"].total + balance * means["loss_dpo"].weight
+        return WeightedSum(loss, means["loss_dpo"].weight), means
 
     def lists(
         self,
@@ -77,7 +77,7 @@ class Align(Config):
         example: Array,
         segment: Array,
         preference: Array,
-    ) -> dict[str, Mean]:
+    ) -> dict[str, WeightedSum]:
         """The losses and metrics of one row's lists, summed by the weights of the lists.
 
         Args:
@@ -111,7 +111,7 @@ class Align(Config):
         weight = jnp.where(whole, total(jnp.where(of_preferred, weights, 0), list_of_token) / targets, 0)
 
         chosen = total(jnp.where(preferred, score, 0), list_of)
-        if self.against == "all":
+        if self.loss_type == "all":
             top = jax.lax.stop_gradient(jax.ops.segment_max(jnp.where(rejected, score, -jnp.inf), list_of, T + 1))
             top = jnp.where(jnp.isfinite(top), top, 0)
             shares = total(jnp.where(rejected, jnp.exp(jnp.where(rejected, score - top[list_of], 0)), 0), list_of)
@@ -121,8 +121,8 @@ class Align(Config):
         reward_of_rejected = total(jnp.where(rejected, score, 0), list_of) / others
         beaten = total(jnp.where(rejected, (chosen[list_of] > score).astype(jnp.float32), 0), list_of) / others
 
-        def mean(x: Array) -> Mean:
-            return Mean(jnp.sum(weight * jnp.where(whole, x, 0)), jnp.sum(weight))
+        def mean(x: Array) -> WeightedSum:
+            return WeightedSum(jnp.sum(weight * jnp.where(whole, x, 0)), jnp.sum(weight))
 
         return {
             "loss_dpo": mean(loss),
@@ -142,4 +142,4 @@ class Align(Config):
 def candidate_log_probs(decoder: Decoder, hidden: Float[Array, "B T D"], batch: TokenBatch) -> Float[Array, "B T"]:
     """log p of every target that belongs to a list, float32; zero elsewhere."""
     targets = jnp.where(batch.preference != 0, batch.targets, NO_TARGET)
-    return per_token(decoder.sharding, linear_log_probs, [(hidden, decoder.head)], targets)
+    return per_token(decoder.sharding, linear_log_probs, [(hidden, decoder.lm_head)], targets)

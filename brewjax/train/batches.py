@@ -12,13 +12,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from brewjax.data.loader import Shards, TokenBatch, load_batches
-from brewjax.model.sharding import ROWS
+from brewjax.model.sharding import BATCH_AXES
 
-PARTS = jax.P(None, ROWS, None)  # how a batch [parts, rows, tokens] lies on a mesh, and what is beside it
-LookUp = Callable[[TokenBatch], Any]  # rows of numpy arrays to arrays [rows, ..] that belong to them
+BATCH_SPEC = jax.P(None, BATCH_AXES, None)  # how a batch [parts, rows, tokens] lies on a mesh, and what is beside it
+BatchLookup = Callable[[TokenBatch], Any]  # rows of numpy arrays to arrays [rows, ..] that belong to them
 
 
-class Batches:
+class ShardedBatches:
     """An endless iterator of batches: this process's rows as numpy arrays, the placed [parts, rows, tokens], and what
     each of `beside` finds for them, placed alike.
 
@@ -39,11 +39,11 @@ class Batches:
         row_tokens: int,
         streams: int,
         seed: int,
-        beside: Mapping[str, LookUp] = {},
+        beside: Mapping[str, BatchLookup] = {},
     ):
         self._beside = beside
         self._shape, self._block, self._streams = (parts, rows // parts, row_tokens), rows // parts // streams, streams
-        self._sharding = NamedSharding(mesh, PARTS)
+        self._sharding = NamedSharding(mesh, BATCH_SPEC)
         readers: dict[int, set[int]] = {}
         places: Any = self._sharding.devices_indices_map(self._shape)
         for device, index in places.items():
@@ -61,7 +61,7 @@ class Batches:
         start, stop, _ = rows.indices(self._shape[1])
         return range(start // self._block, -(-stop // self._block))
 
-    def __iter__(self) -> Batches:
+    def __iter__(self) -> ShardedBatches:
         return self
 
     def __next__(self) -> tuple[TokenBatch, TokenBatch, dict[str, Any]]:

@@ -19,7 +19,7 @@ from brewjax import hosts
 CHECKPOINTS = "checkpoints"
 
 
-class CheckpointError(RuntimeError):
+class UnreadableCheckpointError(RuntimeError):
     """No checkpoint of a run can be read."""
 
 
@@ -55,13 +55,13 @@ def restore(checkpointer: ocp.training.Checkpointer, abstract: dict[str, Any]) -
             damaged[step] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
             continue
         for bad, reason in damaged.items():
-            hosts.on_first(functools.partial(_set_aside, Path(checkpointer.directory), bad, reason, step))
+            hosts.run_on_process_zero(functools.partial(_set_aside, Path(checkpointer.directory), bad, reason, step))
         if damaged:
             checkpointer.reload()
         return restored
     if damaged:
         reasons = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
-        raise CheckpointError(
+        raise UnreadableCheckpointError(
             f"{checkpointer.directory}: no checkpoint there can be read ({reasons}). Delete the stage's folder to "
             "train it anew"
         )

@@ -16,9 +16,9 @@ from brewjax.model.config import ModelConfig
 from brewjax.model.decoder import Decoder
 from brewjax.model.sharding import MeshConfig
 from brewjax.train.loop import TrainConfig
-from brewjax.train.objectives import Given, Mean, TopK, cross_entropy, token_sums
-from brewjax.train.on_policy import with_own_answers
-from brewjax.train.teachers import Beside, Cache, Frozen, OnOwnMesh, write_cache
+from brewjax.train.objectives import AuxInputs, WeightedSum, TopK, cross_entropy, token_sums
+from brewjax.train.on_policy import replace_with_student_samples
+from brewjax.train.teachers import AuxModel, TeacherCache, FrozenModel, TeacherOnMesh, write_cache
 from pallas_kernels.distillation import (
     Divergence,
     forward_kl,
@@ -50,86 +50,86 @@ class Distill(Config):
         the teacher's layer at the same share of its depth).
     """
 
-    ratio: float = pydantic.Field(default=0.9, ge=0, le=1)
+    kd_weight: float = pydantic.Field(default=0.9, ge=0, le=1)
     divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon", "skewed_kl"] = "forward_kl"
     alpha: float = pydantic.Field(default=0.1, gt=0, lt=1)
     beta: float = pydantic.Field(default=0.5, gt=0, lt=1)
     temperature: float = pydantic.Field(default=1.0, gt=0)
-    teacher: Literal["same_mesh", "own_mesh", "cache"] = "same_mesh"
+    teacher_placement: Literal["same_mesh", "own_mesh", "cache"] = "same_mesh"
     mesh: MeshConfig = MeshConfig()
     top_k: int = pydantic.Field(default=64, gt=0)
-    on_policy: float = pydantic.Field(default=0.0, ge=0, le=1)
-    layers: float = pydantic.Field(default=0.0, ge=0)
+    on_policy_fraction: float = pydantic.Field(default=0.0, ge=0, le=1)
+    hidden_state_weight: float = pydantic.Field(default=0.0, ge=0)
 
     @pydantic.model_validator(mode="after")
     def _teacher_is_there(self) -> Distill:
         for name in ("on_policy", "layers"):
-            if getattr(self, name) and self.teacher != "same_mesh":
-                raise ValueError(f"{name} asks the teacher in the step: it needs teacher same_mesh, not {self.teacher}")
+            if getattr(self, name) and self.teacher_placement != "same_mesh":
+                raise ValueError(f"{name} asks the teacher in the step: it needs teacher same_mesh, not {self.teacher_placement}")
         return self
 
-    def frozen(
-        self, teacher: Frozen, student: ModelConfig, config: TrainConfig, shards: Shards, cache: Path
-    ) -> dict[str, Beside]:
+    def aux_models(
+        self, teacher: FrozenModel, student: ModelConfig, config: TrainConfig, shards: Shards, cache: Path
+    ) -> dict[str, AuxModel]:
         """What `train` is to be given as `frozen`. Writes the teacher's answers into the folder `cache` if need be.
 
         Raises ValueError where teacher and student differ in their words, and CacheError where the cache holds answers
         to other data, of another teacher or by other settings.
         """
         self.check_models(teacher.model, student)
-        if self.teacher == "same_mesh":
+        if self.teacher_placement == "same_mesh":
             return {TEACHER: teacher}
         k = min(self.top_k, teacher.model.vocab_size - 1)  # all words but one tell the last one, too
-        if self.teacher == "own_mesh":
-            return {TEACHER: OnOwnMesh(teacher, self.mesh.build(), k, self.temperature)}
-        write_cache(cache, shards, teacher, self.mesh, config.rows, config.row_tokens, k, self.temperature)
-        return {TEACHER: Cache(cache)}
+        if self.teacher_placement == "own_mesh":
+            return {TEACHER: TeacherOnMesh(teacher, self.mesh.build(), k, self.temperature)}
+        write_cache(cache, shards, teacher, self.mesh, config.batch_size, config.seq_len, k, self.temperature)
+        return {TEACHER: TeacherCache(cache)}
 
     def check_models(self, teacher: ModelConfig, student: ModelConfig) -> None:
         """ValueError where the teacher's vocabulary, or with `layers` its width, is not the student's."""
         _check_words(teacher.vocab_size, student.vocab_size)
-        if self.layers and teacher.d_model != student.d_model:
+        if self.hidden_state_weight and teacher.d_model != student.d_model:
             raise ValueError(
                 f"layers compares residual streams of one width: the teacher's is {teacher.d_model} wide, the "
                 f"student's {student.d_model}"
             )
 
-    def __call__(self, decoder: Decoder, batch: TokenBatch, given: Given) -> tuple[Mean, dict[str, Mean]]:
+    def __call__(self, decoder: Decoder, batch: TokenBatch, given: AuxInputs) -> tuple[WeightedSum, dict[str, WeightedSum]]:
         teacher = given.get(TEACHER)
         if teacher is None:
             raise ValueError("distill needs a teacher: give train() what Distill.frozen returns")
         learnt = batch.weights  # from the targets themselves
-        if self.on_policy:
-            batch, own = with_own_answers(decoder, batch, self.on_policy, min(self.top_k, decoder.config.vocab_size))
+        if self.on_policy_fraction:
+            batch, own = replace_with_student_samples(decoder, batch, self.on_policy_fraction, min(self.top_k, decoder.config.vocab_size))
             learnt = jnp.where(own, 0, learnt)
         inputs = (batch.tokens, batch.positions, batch.token_labels)
-        read = Decoder.with_layers if self.layers else Decoder.with_balance
+        read = Decoder.forward_with_hidden_states if self.hidden_state_weight else Decoder.forward_with_aux_loss
         hidden, balance, *streams = read(decoder, *inputs)
         if isinstance(teacher, TopK):
             kd = self._from_top_k(decoder, hidden, batch, teacher)
         else:
             self.check_models(teacher.config, decoder.config)
             said, _, *shown = jax.lax.stop_gradient(read(teacher, *inputs))
-            kd = self._from_teacher(decoder, hidden, batch, (said, teacher.head))
+            kd = self._from_teacher(decoder, hidden, batch, (said, teacher.lm_head))
             streams += shown
         sft = cross_entropy(decoder, hidden, batch._replace(weights=learnt))
-        loss = (1 - self.ratio) * sft.total + self.ratio * kd.total + balance * kd.weight
+        loss = (1 - self.kd_weight) * sft.total + self.kd_weight * kd.total + balance * kd.weight
         metrics = {"loss_sft": sft, "loss_kd": kd}
-        if self.layers:
+        if self.hidden_state_weight:
             match = _distance(streams, batch)
-            loss += self.layers * match.total / match.weight * kd.weight
+            loss += self.hidden_state_weight * match.total / match.weight * kd.weight
             metrics["loss_layers"] = match
-        return Mean(loss, kd.weight), metrics
+        return WeightedSum(loss, kd.weight), metrics
 
-    def _from_top_k(self, decoder: Decoder, hidden: jax.Array, batch: TokenBatch, teacher: TopK) -> Mean:
-        loss = functools.partial(top_k_distillation, divergence=self.how(), temperature=self.temperature)
-        return token_sums(decoder.sharding, loss, [(hidden, decoder.head)], *teacher, _weights(batch))
+    def _from_top_k(self, decoder: Decoder, hidden: jax.Array, batch: TokenBatch, teacher: TopK) -> WeightedSum:
+        loss = functools.partial(top_k_distillation, divergence=self.divergence_function(), temperature=self.temperature)
+        return token_sums(decoder.sharding, loss, [(hidden, decoder.lm_head)], *teacher, _weights(batch))
 
-    def _from_teacher(self, decoder: Decoder, hidden: jax.Array, batch: TokenBatch, teacher: HiddenAndHead) -> Mean:
-        loss = functools.partial(linear_distillation, divergence=self.how(), temperature=self.temperature)
-        return token_sums(decoder.sharding, loss, [(hidden, decoder.head), teacher], _weights(batch))
+    def _from_teacher(self, decoder: Decoder, hidden: jax.Array, batch: TokenBatch, teacher: HiddenAndHead) -> WeightedSum:
+        loss = functools.partial(linear_distillation, divergence=self.divergence_function(), temperature=self.temperature)
+        return token_sums(decoder.sharding, loss, [(hidden, decoder.lm_head), teacher], _weights(batch))
 
-    def how(self) -> Divergence:
+    def divergence_function(self) -> Divergence:
         match self.divergence:
             case "forward_kl":
                 return forward_kl
@@ -145,7 +145,7 @@ def _weights(batch: TokenBatch) -> jax.Array:
     return jnp.where(batch.targets != NO_TARGET, batch.weights, 0)
 
 
-def _distance(streams: list[jax.Array], batch: TokenBatch) -> Mean:
+def _distance(streams: list[jax.Array], batch: TokenBatch) -> WeightedSum:
     """1 - cos of the residual streams [L, B, T, D] of student and teacher, averaged over layers, summed over tokens."""
     student, teacher = streams
     layers, of_teacher = len(student), len(teacher)
@@ -154,7 +154,7 @@ def _distance(streams: list[jax.Array], batch: TokenBatch) -> Mean:
     lengths = jnp.sum(a * a, -1) * jnp.sum(b * b, -1)
     cosines = jnp.mean(jnp.sum(a * b, -1) * jax.lax.rsqrt(lengths + 1e-12), 0)
     real = batch.token_labels.example_id != PADDING
-    return Mean(jnp.sum(jnp.where(real, 1 - cosines, 0)), jnp.sum(real, dtype=jnp.float32))
+    return WeightedSum(jnp.sum(jnp.where(real, 1 - cosines, 0)), jnp.sum(real, dtype=jnp.float32))
 
 
 def _check_words(teacher: int, student: int) -> None:

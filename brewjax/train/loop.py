@@ -21,14 +21,14 @@ from brewjax.config import Config, Seed
 from brewjax.data.loader import NO_TARGET, Shards, TokenBatch, describe_sources
 from brewjax.model.config import Dtype, ModelConfig
 from brewjax.model.params import Params, abstract_params, bind, init_params
-from brewjax.model.sharding import MeshConfig, row_ways
-from brewjax.train.batches import PARTS, Batches
+from brewjax.model.sharding import MeshConfig, data_parallel_size
+from brewjax.train.batches import BATCH_SPEC, ShardedBatches
 from brewjax.train.checkpoints import open_checkpoints, restore
 from brewjax.train.lora import LoraConfig
 from brewjax.train.metrics import MetricsWriter
-from brewjax.train.objectives import BASE, Mean, Objective, TopK
+from brewjax.train.objectives import BASE, WeightedSum, Objective, TopK
 from brewjax.train.optimizer import OptimizerConfig
-from brewjax.train.teachers import Beside, Cache, Frozen, OnOwnMesh
+from brewjax.train.teachers import AuxModel, TeacherCache, FrozenModel, TeacherOnMesh
 from pallas_kernels.token_labels import PADDING, TokenLabels
 
 State = dict[str, Any]
@@ -48,33 +48,33 @@ class TrainConfig(Config):
     """
 
     steps: int = pydantic.Field(gt=0, lt=1 << 31)
-    rows: int = pydantic.Field(gt=0)
-    row_tokens: int = pydantic.Field(gt=1)  # a token and the one that follows
-    accumulate: int = pydantic.Field(default=1, gt=0)
-    streams: int = pydantic.Field(default=1, gt=0)
+    batch_size: int = pydantic.Field(gt=0)
+    seq_len: int = pydantic.Field(gt=1)  # a token and the one that follows
+    gradient_accumulation_steps: int = pydantic.Field(default=1, gt=0)
+    num_data_shards: int = pydantic.Field(default=1, gt=0)
     optimizer: OptimizerConfig = OptimizerConfig()
     lora: LoraConfig | None = None
     seed: Seed = 0
-    checkpoint_every: int = pydantic.Field(default=100, gt=0)
-    keep: int = pydantic.Field(default=2, gt=0)
+    checkpoint_every_steps: int = pydantic.Field(default=100, gt=0)
+    max_checkpoints_to_keep: int = pydantic.Field(default=2, gt=0)
     mesh: MeshConfig = MeshConfig()
 
     @pydantic.model_validator(mode="after")
-    def _parts_divide(self) -> TrainConfig:
-        if self.rows % self.accumulate:
-            raise ValueError(f"rows ({self.rows}) must be a multiple of accumulate ({self.accumulate})")
-        if self.rows // self.accumulate % self.streams:
+    def _micro_batches_divide(self) -> TrainConfig:
+        if self.batch_size % self.gradient_accumulation_steps:
+            raise ValueError(f"rows ({self.batch_size}) must be a multiple of accumulate ({self.gradient_accumulation_steps})")
+        if self.batch_size // self.gradient_accumulation_steps % self.num_data_shards:
             raise ValueError(
-                f"rows ({self.rows}) / accumulate ({self.accumulate}) must be a multiple of streams ({self.streams})"
+                f"rows ({self.batch_size}) / accumulate ({self.gradient_accumulation_steps}) must be a multiple of streams ({self.num_data_shards})"
             )
         return self
 
     def check_rows(self, mesh: Mesh) -> None:
         """ValueError where the rows do not divide over the mesh."""
-        ways = row_ways(mesh)
-        if self.rows // self.accumulate % ways:
+        ways = data_parallel_size(mesh)
+        if self.batch_size // self.gradient_accumulation_steps % ways:
             raise ValueError(
-                f"train.rows ({self.rows}) / accumulate ({self.accumulate}) must be a multiple of the {ways} devices "
+                f"train.rows ({self.batch_size}) / accumulate ({self.gradient_accumulation_steps}) must be a multiple of the {ways} devices "
                 "along data, fsdp and expert, which share the rows"
             )
 
@@ -90,7 +90,7 @@ def train(
     folder: Path,
     objective: Objective,
     init: Callable[[], Params] | None = None,
-    frozen: Mapping[str, Beside] = {},
+    aux_models: Mapping[str, AuxModel] = {},
 ) -> Params:
     """Trains from the newest checkpoint in `folder`, or from the start, to the last step; returns the parameters.
 
@@ -110,44 +110,44 @@ def train(
     """
     mesh = config.mesh.build()
     config.check_rows(mesh)
-    caches = {name: one.look_up for name, one in frozen.items() if isinstance(one, Cache)}
-    elsewhere = {name: one for name, one in frozen.items() if isinstance(one, OnOwnMesh)}
-    inside = {name: one for name, one in frozen.items() if isinstance(one, Frozen)}
+    caches = {name: one.look_up for name, one in aux_models.items() if isinstance(one, TeacherCache)}
+    elsewhere = {name: one for name, one in aux_models.items() if isinstance(one, TeacherOnMesh)}
+    inside = {name: one for name, one in aux_models.items() if isinstance(one, FrozenModel)}
     if config.lora:
         if init is None:
             raise ValueError("train.lora adapts the weights of a model: there is none to start from")
         inside[BASE] = _start(model, init, mesh)
     models = {name: one.model for name, one in inside.items()}
-    batches = Batches(
-        shards, mesh, config.accumulate, config.rows, config.row_tokens, config.streams, config.seed, caches
+    batches = ShardedBatches(
+        shards, mesh, config.gradient_accumulation_steps, config.batch_size, config.seq_len, config.num_data_shards, config.seed, caches
     )
-    with jax.set_mesh(mesh), hosts.patience(), open_checkpoints(folder, config.keep) as checkpointer:
+    with jax.set_mesh(mesh), hosts.defer_preemption(), open_checkpoints(folder, config.max_checkpoints_to_keep) as checkpointer:
         beside = {name: one.on(mesh) for name, one in inside.items()}
         state = _restore_or_init(checkpointer, model, config, mesh, batches, init)
         step = jax.jit(make_step(model, config, objective, models), donate_argnums=0)
-        start, ending = int(state["step"]), hosts.Ending(mesh)
+        start, ending = int(state["step"]), hosts.PreemptionSync(mesh)
         with contextlib.ExitStack() as stack:
-            writer = stack.enter_context(MetricsWriter(folder, start, config.steps)) if hosts.is_first() else None
+            writer = stack.enter_context(MetricsWriter(folder, start, config.steps)) if hosts.is_process_zero() else None
             pending = None  # the step whose metrics are still being computed while the next one is dispatched
             for number in range(start + 1, config.steps + 1):
                 batch, placed, said = next(batches)
                 if elsewhere:  # two programs at once on a CPU's devices may wait for each other for ever
                     jax.block_until_ready(state)
                 for name, teacher in elsewhere.items():
-                    said[name] = jax.device_put(teacher(placed), NamedSharding(mesh, PARTS))
+                    said[name] = jax.device_put(teacher(placed), NamedSharding(mesh, BATCH_SPEC))
                 state, metrics = step(state, placed, said, beside)
                 if pending:
                     _record(writer, folder, shards, *pending)
                 pending = (number, batch, metrics)
                 end = ending()
-                if end or number % config.checkpoint_every == 0 or number == config.steps:
+                if end or number % config.checkpoint_every_steps == 0 or number == config.steps:
                     _record(writer, folder, shards, *pending)  # refuses to save what a NaN has spoilt
                     pending = None
                     checkpointer.wait()
                     checkpointer.save_checkpointables_async(number, {"state": state, "data": batches}, force=True)
                 if end and number < config.steps:
                     checkpointer.wait()
-                    hosts.preempted(f"step {number} of {config.steps} is saved")
+                    hosts.exit_for_restart(f"step {number} of {config.steps} is saved")
         checkpointer.wait()
         if config.lora:
             return jax.jit(config.lora.merge)(beside[BASE], state["params"])
@@ -167,20 +167,20 @@ def make_step(
     def step(
         state: State, parts: TokenBatch, said: Mapping[str, TopK] = {}, frozen: Mapping[str, Params] = {}
     ) -> tuple[State, dict[str, Array]]:
-        def loss_sum(params: Params, part: TokenBatch, said: Mapping[str, TopK]) -> tuple[Array, dict[str, Mean]]:
+        def loss_sum(params: Params, part: TokenBatch, said: Mapping[str, TopK]) -> tuple[Array, dict[str, WeightedSum]]:
             decoder = config.lora.bind(model, frozen[BASE], params) if config.lora else bind(model, params)
             given = dict(said) | {name: bind(models[name], weights) for name, weights in frozen.items()}
             loss, metrics = objective(decoder, part, given)
             return loss.total, {"loss": loss} | metrics
 
-        def accumulate(sums: Params, inputs: tuple[TokenBatch, Mapping[str, TopK]]) -> tuple[Params, dict[str, Mean]]:
+        def accumulate(sums: Params, inputs: tuple[TokenBatch, Mapping[str, TopK]]) -> tuple[Params, dict[str, WeightedSum]]:
             (_, means), grads = jax.value_and_grad(loss_sum, has_aux=True)(state["params"], *inputs)
             return jax.tree.map(jnp.add, sums, grads), means
 
         zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), state["params"])
         grads, means = jax.lax.scan(accumulate, zeros, (parts, said))
         # Divided once, by the weights of all parts: accumulation and uneven rows change nothing.
-        means = {name: Mean(jnp.sum(mean.total), jnp.sum(mean.weight)) for name, mean in means.items()}
+        means = {name: WeightedSum(jnp.sum(mean.total), jnp.sum(mean.weight)) for name, mean in means.items()}
         weights = {name: jnp.where(mean.weight > 0, mean.weight, 1) for name, mean in means.items()}
         grads = jax.tree.map(lambda g: g / weights["loss"], grads)
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
@@ -203,7 +203,7 @@ def _restore_or_init(
     model: ModelConfig,
     config: TrainConfig,
     mesh: Mesh,
-    batches: Batches,
+    batches: ShardedBatches,
     init: Callable[[], Params] | None,
 ) -> State:
     restored = restore(checkpointer, {"state": abstract_state(model, config, mesh), "data": batches})
@@ -228,7 +228,7 @@ def _cast(params: Params, dtype: Dtype) -> Params:
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
-def _start(model: ModelConfig, init: Callable[[], Params], mesh: Mesh) -> Frozen:
+def _start(model: ModelConfig, init: Callable[[], Params], mesh: Mesh) -> FrozenModel:
     """What `init` makes; ValueError where it is not parameters of `model`."""
     params = init()
     sizes = [
@@ -241,7 +241,7 @@ def _start(model: ModelConfig, init: Callable[[], Params], mesh: Mesh) -> Frozen
             raise ValueError(
                 f"the parameters to start from do not fit model '{model.name}': {name} is {found}, not {expected}"
             )
-    return Frozen(model, params)
+    return FrozenModel(model, params)
 
 
 def _initial(config: TrainConfig) -> Callable[[Params], State]:
@@ -267,8 +267,8 @@ def abstract_state(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> State
 
 def abstract_batch(config: TrainConfig, mesh: Mesh) -> TokenBatch:
     """Shapes, dtypes and shardings of a step's batch."""
-    shape = (config.accumulate, config.rows // config.accumulate, config.row_tokens)
-    field: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, PARTS))
+    shape = (config.gradient_accumulation_steps, config.batch_size // config.gradient_accumulation_steps, config.seq_len)
+    field: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, BATCH_SPEC))
     weights: Any = field.update(dtype=jnp.float32)
     return TokenBatch(field, field, TokenLabels(field, field, field), field, weights, field, field)
 

@@ -19,7 +19,7 @@ from pallas_kernels.cross_entropy import linear_cross_entropy
 from pallas_kernels.linear_loss import HiddenAndHead
 
 
-class Mean(NamedTuple):
+class WeightedSum(NamedTuple):
     """A mean to be: a sum, and what to divide it by once the sums of all rows are known."""
 
     total: Float[Array, ""]
@@ -34,29 +34,29 @@ class TopK(NamedTuple):
 
 
 BASE = "base"  # the name of the weights that LoRA adapts, among what is given
-Given = Mapping[str, Decoder | TopK]  # frozen models, or what they said of this batch, by name
-Objective = Callable[[Decoder, TokenBatch, Given], tuple[Mean, dict[str, Mean]]]  # the loss, and metrics
+AuxInputs = Mapping[str, Decoder | TopK]  # frozen models, or what they said of this batch, by name
+Objective = Callable[[Decoder, TokenBatch, AuxInputs], tuple[WeightedSum, dict[str, WeightedSum]]]  # the loss, and metrics
 
 
-def supervised(decoder: Decoder, batch: TokenBatch, given: Given) -> tuple[Mean, dict[str, Mean]]:
+def supervised(decoder: Decoder, batch: TokenBatch, given: AuxInputs) -> tuple[WeightedSum, dict[str, WeightedSum]]:
     """Cross-entropy of the targets by their weights: -log P(target | everything that its token sees), natural log.
 
     Pre-training and supervised fine-tuning alike: they differ in their targets. A mixture of experts adds its
     load-balancing loss.
     """
-    hidden, balance = decoder.with_balance(batch.tokens, batch.positions, batch.token_labels)
+    hidden, balance = decoder.forward_with_aux_loss(batch.tokens, batch.positions, batch.token_labels)
     loss = cross_entropy(decoder, hidden, batch)
-    return Mean(loss.total + balance * loss.weight, loss.weight), {}
+    return WeightedSum(loss.total + balance * loss.weight, loss.weight), {}
 
 
-def cross_entropy(decoder: Decoder, hidden: Float[Array, "B T D"], batch: TokenBatch) -> Mean:
-    towers = [(hidden, decoder.head)]
+def cross_entropy(decoder: Decoder, hidden: Float[Array, "B T D"], batch: TokenBatch) -> WeightedSum:
+    towers = [(hidden, decoder.lm_head)]
     return token_sums(decoder.sharding, linear_cross_entropy, towers, batch.targets, batch.weights)
 
 
 def token_sums(
     sharding: Sharding, loss: Callable[..., tuple[Array, Array]], towers: Sequence[HiddenAndHead], *fields: Array
-) -> Mean:
+) -> WeightedSum:
     """The two sums that `loss` returns of each device's tokens, over all devices.
 
     Args:
@@ -65,7 +65,7 @@ def token_sums(
       fields: [B, T, ..] each.
     """
     axes = (*sharding.rules["batch"], *sharding.rules["length"])
-    return Mean(*_by_device(sharding, lambda *line: jax.lax.psum(loss(*line), axes), towers, fields, jax.P()))
+    return WeightedSum(*_by_device(sharding, lambda *line: jax.lax.psum(loss(*line), axes), towers, fields, jax.P()))
 
 
 def per_token(sharding: Sharding, function: Callable[..., Any], towers: Sequence[HiddenAndHead], *fields: Array) -> Any:

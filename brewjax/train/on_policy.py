@@ -23,7 +23,7 @@ class _Answers(NamedTuple):
     weights: Float[Array, "B T"]
 
 
-def with_own_answers(
+def replace_with_student_samples(
     decoder: Decoder, batch: TokenBatch, share: float, top_k: int
 ) -> tuple[TokenBatch, Bool[Array, "B T"]]:
     """The batch with this share of its whole answers as the decoder says them, and which of its targets are theirs.
@@ -62,7 +62,7 @@ def with_own_answers(
     def say(n: Array, answers: _Answers) -> _Answers:
         here = goes_on & (number == n)
         hidden = decoder(answers.tokens, batch.positions, batch.token_labels)
-        said = per_token(sharding, draw, [(hidden, decoder.head)], here, draws(n + 1))
+        said = per_token(sharding, draw, [(hidden, decoder.lm_head)], here, draws(n + 1))
         said = sharding.reshard(said, "batch", None)
         over = here & ((said == end) | (answers.weights == 0))
         return _Answers(

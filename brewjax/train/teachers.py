@@ -18,11 +18,11 @@ from jax.sharding import Mesh, NamedSharding
 from rich.progress import Progress
 
 from brewjax import hosts
-from brewjax.data.loader import NO_TARGET, Shards, TokenBatch, folders_of, read_counts
+from brewjax.data.loader import NO_TARGET, Shards, TokenBatch, shard_folders, read_counts
 from brewjax.model.config import ModelConfig
 from brewjax.model.params import Params, abstract_params, bind
-from brewjax.model.sharding import MeshConfig, row_ways
-from brewjax.train.batches import PARTS, Batches
+from brewjax.model.sharding import MeshConfig, data_parallel_size
+from brewjax.train.batches import BATCH_SPEC, ShardedBatches
 from brewjax.train.objectives import TopK, per_token
 from pallas_kernels.distillation import linear_top_k
 
@@ -34,7 +34,7 @@ class CacheError(ValueError):
     """A cache of a teacher's answers that is not of this data, this teacher or these settings."""
 
 
-class Frozen(NamedTuple):
+class FrozenModel(NamedTuple):
     """A model that answers and does not learn."""
 
     model: ModelConfig
@@ -46,25 +46,25 @@ class Frozen(NamedTuple):
         return jax.device_put(self.params, shardings)
 
 
-class OnOwnMesh:
+class TeacherOnMesh:
     """A teacher on a mesh other than the student's, over the same devices: its answers are moved over."""
 
-    def __init__(self, teacher: Frozen, mesh: Mesh, k: int, temperature: float):
+    def __init__(self, teacher: FrozenModel, mesh: Mesh, k: int, temperature: float):
         self._mesh, self._params = mesh, teacher.on(mesh)
         self._answer = jax.jit(functools.partial(_answers, teacher.model, k, temperature))
 
     def __call__(self, placed: TokenBatch) -> TopK:
         """[parts, rows, T, k], on the teacher's mesh, of a batch [parts, rows, T] on any."""
         _check_rows(placed.tokens.shape[1], self._mesh)
-        there = jax.device_put(placed, NamedSharding(self._mesh, PARTS))
+        there = jax.device_put(placed, NamedSharding(self._mesh, BATCH_SPEC))
         with jax.set_mesh(self._mesh):
             return self._answer(self._params, there)
 
 
 def _check_rows(rows: int, mesh: Mesh) -> None:
-    if rows % row_ways(mesh):
+    if rows % data_parallel_size(mesh):
         raise ValueError(
-            f"{rows} rows at a time do not divide over the {row_ways(mesh)} devices along data, fsdp and expert of the "
+            f"{rows} rows at a time do not divide over the {data_parallel_size(mesh)} devices along data, fsdp and expert of the "
             "teacher's mesh"
         )
 
@@ -77,7 +77,7 @@ def _answers(model: ModelConfig, k: int, temperature: float, params: Params, par
         ids, log_probs = per_token(
             decoder.sharding,
             functools.partial(linear_top_k, k=k, temperature=temperature),
-            [(hidden, decoder.head)],
+            [(hidden, decoder.lm_head)],
             batch.targets != NO_TARGET,
         )
         return TopK(ids, log_probs)
@@ -85,7 +85,7 @@ def _answers(model: ModelConfig, k: int, temperature: float, params: Params, par
     return jax.lax.map(one, parts)
 
 
-class Cache:
+class TeacherCache:
     """A teacher's answers, written by `write_cache`: of each record of the shards, in the order of its targets."""
 
     def __init__(self, folder: Path):
@@ -113,7 +113,7 @@ class Cache:
         return TopK(ids, log_probs)  # type: ignore[arg-type]  # numpy until it is placed
 
 
-Beside = Frozen | OnOwnMesh | Cache  # what can stand beside the model that learns
+AuxModel = FrozenModel | TeacherOnMesh | TeacherCache  # what can stand beside the model that learns
 
 
 class _Part(NamedTuple):
@@ -160,7 +160,7 @@ def _targets(batch: TokenBatch) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
 def write_cache(
     folder: Path,
     shards: Shards,
-    teacher: Frozen,
+    teacher: FrozenModel,
     mesh: MeshConfig,
     rows: int,
     row_tokens: int,
@@ -178,16 +178,16 @@ def write_cache(
     devices = mesh.build()
     _check_rows(rows, devices)
     card = {"teacher": fingerprint(teacher, devices), "k": k, "temperature": temperature}
-    done = hosts.on_first(functools.partial(_begin, folder, shards, card))
+    done = hosts.run_on_process_zero(functools.partial(_begin, folder, shards, card))
     if done is None:
         return
-    seen, answer = set(done), OnOwnMesh(teacher, devices, k, temperature)
-    counts = {one: read_counts(one) for one in folders_of(shards)}
+    seen, answer = set(done), TeacherOnMesh(teacher, devices, k, temperature)
+    counts = {one: read_counts(one) for one in shard_folders(shards)}
     records = sum(of["records"] for of in counts.values())
     # Each folder by its size, whatever its share in training: the first epochs of all end together.
-    batches = Batches({one: of["tokens"] for one, of in counts.items()}, devices, 1, rows, row_tokens, 1, seed=0)
+    batches = ShardedBatches({one: of["tokens"] for one, of in counts.items()}, devices, 1, rows, row_tokens, 1, seed=0)
     waiting: dict[int, TopK] = {}
-    with Progress(disable=not hosts.is_first()) as progress:
+    with Progress(disable=not hosts.is_process_zero()) as progress:
         bar = progress.add_task("the teacher answers", total=records, completed=len(seen))
         while len(seen) < records:
             _, placed, _ = next(batches)
@@ -205,13 +205,13 @@ def write_cache(
                     for record, (row, places) in fresh.items()
                 }
                 seen |= set(fresh)
-            if hosts.is_first() and (
+            if hosts.is_process_zero() and (
                 len(seen) == records or sum(answers.ids.size for answers in waiting.values()) >= PART_WORDS
             ):
                 _Part.of(waiting).write(folder / f"part-{len(_parts(folder)):05d}")
                 waiting = {}
             progress.update(bar, completed=len(seen))
-    hosts.on_first(lambda: (folder / BEGUN).replace(folder / CARD) and None)
+    hosts.run_on_process_zero(lambda: (folder / BEGUN).replace(folder / CARD) and None)
 
 
 def _begin(folder: Path, shards: Shards, card: dict) -> list[int] | None:
@@ -243,14 +243,14 @@ def _on_host(placed: Any) -> Any:
 def hash_shards(shards: Shards) -> str:
     """SHA-256 of the shards' files, in the order that their records are numbered in."""
     digest = hashlib.sha256()
-    for folder in folders_of(shards):
+    for folder in shard_folders(shards):
         for path in sorted(folder.glob("part-*.array_record")):
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 
-def fingerprint(model: Frozen, mesh: Mesh) -> str:
+def fingerprint(model: FrozenModel, mesh: Mesh) -> str:
     """Of a model's shape and every bit of its weights, whatever mesh they lie on; summed where they are."""
     with jax.set_mesh(mesh):
         sums = jax.device_get(jax.jit(lambda params: jax.tree.map(_bit_sums, params))(model.on(mesh)))

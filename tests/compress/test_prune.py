@@ -19,7 +19,7 @@ from pallas_kernels.token_labels import TokenLabels
 from tests.compress.conftest import DEEPER, hidden
 from tests.tiny import pack, params, prompt
 
-MIXTURE = DEEPER.model_copy(update={"layers": 2, "experts": ExpertsConfig(count=4, per_token=2)})
+MIXTURE = DEEPER.model_copy(update={"layers": 2, "experts": ExpertsConfig(num_experts=4, num_experts_per_tok=2)})
 BIASED = DEEPER.model_copy(update={"qkv_bias": True, "qk_norm": True})
 EXACT = {"damping": 1e-6}  # what is redundant goes without a trace, but for rounding
 
@@ -167,7 +167,7 @@ def test_the_experts_with_the_most_load_stay(bundle, prompts):
     loads = np.stack([one.load for one in calibrate(MIXTURE, weights, prompts, mesh)])
     np.testing.assert_allclose(loads.sum(1), sum(map(len, prompts)), rtol=1e-5)  # a token's weights add up to one
     smaller = prune(with_model(bundle, MIXTURE), prompts, PruneConfig(experts=3, d_ff=24))
-    assert smaller.model.experts == ExpertsConfig(count=3, per_token=2)
+    assert smaller.model.experts == ExpertsConfig(num_experts=3, num_experts_per_tok=2)
     for layer, load in enumerate(loads):
         router = np.asarray(weights["layers"]["experts"]["router"][layer])
         left = np.asarray(smaller.params["layers"]["experts"]["router"][layer])
@@ -191,7 +191,7 @@ def test_experts_that_say_the_same_go_without_a_trace(bundle, prompts, fold):
         smaller = prune(
             with_model(bundle, MIXTURE, weights), prompts, PruneConfig(experts=count, fold_experts=fold, **EXACT)
         )
-        assert smaller.model.experts.per_token == min(count, 2)
+        assert smaller.model.experts.num_experts_per_tok == min(count, 2)
         np.testing.assert_allclose(hidden(smaller.model, smaller.params, prompts[:8]), whole, atol=1e-3)
 
 

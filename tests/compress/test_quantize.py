@@ -23,17 +23,17 @@ from brewjax.model.config import ExpertsConfig, HeadPrecision, ModelConfig, Quan
 from brewjax.model.families import config_to_hf
 from brewjax.model.generate import Generator
 from brewjax.model.loading import CheckpointError
-from brewjax.model.params import Params, abstract_params, bind, count, read_params, size
-from brewjax.model.sharding import ROWS, MeshConfig
+from brewjax.model.params import Params, abstract_params, bind, num_parameters, read_params, model_size
+from brewjax.model.sharding import BATCH_AXES, MeshConfig
 from brewjax.scoring.bundle import Bundle, PromptConfig
 from brewjax.scoring.passes import Bucket
-from brewjax.scoring.scorer import Scorer, among_labels, score_labels
+from brewjax.scoring.scorer import Scorer, normalize_over_labels, score_labels
 from tests.processes import ROOT, finish, start
 from tests.tiny import MODEL, params
 
 LETTERS = list("abcdefghijklmnopqrstuvwxyz")
 DENSE = MODEL.model_copy(update={"d_model": 32, "d_ff": 64, "vocab_size": 300, "qkv_bias": True, "qk_norm": True})
-MIXTURE = DENSE.model_copy(update={"experts": ExpertsConfig(count=4)})
+MIXTURE = DENSE.model_copy(update={"experts": ExpertsConfig(num_experts=4)})
 MODELS = {"dense": DENSE, "mixture": MIXTURE}
 MATRICES = {
     "dense": ["query", "key", "value", "output", "gate", "up", "down"],
@@ -128,12 +128,12 @@ def test_every_value_is_within_half_a_step_of_what_it_was(saved, small, config):
 
 def test_sizes_are_those_of_the_same_model_in_fewer_bytes(saved, small):
     bundle, model = small(QuantizeConfig()), MODELS[saved.name]
-    before, after = size(model), size(bundle.model)
+    before, after = model_size(model), model_size(bundle.model)
     assert (after.parameters, after.active) == (before.parameters, before.active)
     assert after.weight_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(bundle.params))
     large = model.model_copy(update={"d_model": 1024, "d_ff": 4096, "layers": 8})
     quantized = large.model_copy(update={"quantized": Quantization()})
-    assert size(quantized).weight_bytes / size(large).weight_bytes == pytest.approx(0.25, abs=0.01)
+    assert model_size(quantized).weight_bytes / model_size(large).weight_bytes == pytest.approx(0.25, abs=0.01)
 
 
 def test_quantizing_holds_one_float_parameter_at_a_time(saved, monkeypatch):
@@ -151,7 +151,7 @@ def test_quantizing_holds_one_float_parameter_at_a_time(saved, monkeypatch):
     before = live()
     bundle = quantize(saved, QuantizeConfig())
     assert len(held) == len(jax.tree.leaves(abstract_params(MODELS[saved.name], MeshConfig().build())))
-    assert all(bytes_now <= of_leaf + size(bundle.model).weight_bytes for bytes_now, of_leaf in held)
+    assert all(bytes_now <= of_leaf + model_size(bundle.model).weight_bytes for bytes_now, of_leaf in held)
 
 
 def test_loading_never_holds_the_float_model(tmp_path, tokenizer):
@@ -164,8 +164,8 @@ def test_loading_never_holds_the_float_model(tmp_path, tokenizer):
     assert on_disk[1] < 0.3 * on_disk[0]
     command = [sys.executable, "-m", "tests.compress.test_quantize", "load", tmp_path / "small"]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    assert size(model).weight_bytes > 120e6
-    assert int(done.stdout.splitlines()[-1]) < 0.8 * size(model).weight_bytes  # a quarter, and what reading takes
+    assert model_size(model).weight_bytes > 120e6
+    assert int(done.stdout.splitlines()[-1]) < 0.8 * model_size(model).weight_bytes  # a quarter, and what reading takes
 
 
 # --- what it says
@@ -244,14 +244,14 @@ def test_heads_of_less_than_float32_move_scores_and_make_ties(tokenizer):
     mesh, found = MeshConfig().build(), {}
     asked, labels = np.random.default_rng(0).standard_normal((1, 4000, 32), np.float32), np.array([[5, 6]])
     asked, labels = (
-        jax.device_put(x, NamedSharding(mesh, jax.P(ROWS, *[None] * (x.ndim - 1)))) for x in (asked, labels)
+        jax.device_put(x, NamedSharding(mesh, jax.P(BATCH_AXES, *[None] * (x.ndim - 1)))) for x in (asked, labels)
     )
     for product in ("float32", "bfloat16", "e4m3"):
         for logits in ("float32", "bfloat16"):
             model = with_head(bundle, HeadPrecision(product=product, logits=logits)).model
             with jax.set_mesh(mesh):
                 log_probs = jax.jit(score_labels, static_argnums=(0, 4))(model, bundle.params, asked, labels, "labels")
-            found[product, logits] = among_labels(np.asarray(log_probs)[0])[:, 0]
+            found[product, logits] = normalize_over_labels(np.asarray(log_probs)[0])[:, 0]
     exact = found["float32", "float32"]
     moved = {name: np.abs(scores - exact).mean() for name, scores in found.items()}
     different = {name: len(np.unique(scores)) for name, scores in found.items()}
@@ -279,7 +279,7 @@ def test_all_that_reads_logits_has_the_precision_of_the_head():
 def test_what_is_quantised_is_not_quantised_pruned_or_exported(saved, tmp_path):
     bundle = quantize(saved, QuantizeConfig())
     bundle.save(tmp_path / "out")
-    assert count(bundle.params) > count(Bundle.load(saved).params)  # the scales
+    assert num_parameters(bundle.params) > num_parameters(Bundle.load(saved).params)  # the scales
     with pytest.raises(ConfigError, match="quantized: is quantised already"):
         quantize(tmp_path / "out", QuantizeConfig())
     with pytest.raises(ConfigError, match="quantized: a quantised model is for serving; prune"):
@@ -321,7 +321,7 @@ def on_mesh(source: Path, out: Path) -> None:
     bundle = Bundle.load(out.with_suffix(""), mesh)
     found |= gathered(bundle)
     found["scores"] = score(bundle, PROMPTS, mesh)
-    if hosts.is_first():
+    if hosts.is_process_zero():
         np.savez(out, **found)
 
 
@@ -341,7 +341,7 @@ def gathered(bundle: Bundle) -> dict[str, np.ndarray]:
 
 if __name__ == "__main__":
     if sys.argv[1] == "mesh":
-        with hosts.joined():
+        with hosts.distributed_runtime():
             on_mesh(Path(sys.argv[2]), Path(sys.argv[3]))
     else:
         measure(Path(sys.argv[2]))

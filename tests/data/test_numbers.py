@@ -9,7 +9,7 @@ import pytest
 from hypothesis import strategies as st
 
 from brewjax.data.dataset import Statistic
-from brewjax.data.numbers import ItemStatistic, Percentiles, age, say_number
+from brewjax.data.numbers import ItemStatistic, Percentiles, age, format_number
 from tests.data.conftest import Event, moment
 
 MINUTE, HOUR, DAY = 60_000_000, 3_600_000_000, 86_400_000_000
@@ -120,12 +120,12 @@ def test_an_age_is_said_in_the_largest_unit_that_fits(microseconds, said):
 def test_money_keeps_its_cents(cents):
     whole, rest = divmod(abs(cents), 100)
     written = f"{whole}.{rest:02d}".rstrip("0").rstrip(".")
-    assert say_number(cents / 100) == ("-" if cents < 0 else "") + written
+    assert format_number(cents / 100) == ("-" if cents < 0 else "") + written
 
 
 @hypothesis.given(st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(2**63), 2**63 - 1))
 def test_a_number_is_said_plainly_and_nearly_as_it_is(value):
-    said = say_number(value)
+    said = format_number(value)
     assert float(said) == pytest.approx(value, rel=1e-5, abs=0)
     assert abs(float(said) - value) <= max(0.005, 1e-15 * abs(value)) or abs(value) >= 1e21
     assert not said.endswith((".", ".0"))
@@ -145,4 +145,4 @@ def test_a_number_is_said_plainly_and_nearly_as_it_is(value):
     ],
 )
 def test_numbers_are_said_as_people_write_them(value, said):
-    assert say_number(value) == said
+    assert format_number(value) == said

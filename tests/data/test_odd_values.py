@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from brewjax.config import ConfigError
 from brewjax.data.dataset import CARD, Dataset
-from brewjax.data.examples import build_examples, example_now
+from brewjax.data.examples import build_examples, example_at
 from brewjax.data.numbers import Percentiles
 from brewjax.data.task import load_tasks
 from brewjax.data.tokenizer import Tokenizer
@@ -43,7 +43,7 @@ metrics: [auc]
 ODD = st.sampled_from(
     (None, 5, -1, 1.5, True, "x", "", [], {}, [1], ["x", "x"], {"a": 1}, [[]], "[/x]", "{0}", "%", float("inf"), 10**30)
 ) | st.sampled_from(("2025-01-01", "a b", "member_id", "time", "\x07"))
-BYTES = Tokenizer.of_bytes()
+BYTES = Tokenizer.byte_level()
 Place = tuple[str | int, ...]
 
 
@@ -69,10 +69,10 @@ def use(folder: Path, task: Path) -> None:
     """All that the command line does with a card and a task before there is a model."""
     dataset = Dataset.load(folder)
     (checked,) = load_tasks([task], dataset)
-    assert all(len(example.items) for example in build_examples(dataset, checked, "train"))
+    assert all(len(example.candidates) for example in build_examples(dataset, checked, "train"))
     percentiles = Percentiles.fit(dataset, checked.boundaries(dataset)[0])
     verbalizer = Verbalizer(dataset, percentiles, BYTES, 20_000)
-    verbalizer.prompt(checked, example_now(dataset, checked, 7).asking(slice(2)), "sectioned")
+    verbalizer.prompt(checked, example_at(dataset, checked, 7).select(slice(2)), "sectioned")
 
 
 @pytest.fixture(scope="module")

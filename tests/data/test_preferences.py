@@ -36,7 +36,7 @@ def candidates(record: EncodedPrompt) -> dict[int, list[tuple[int, int]]]:
 @hypothesis.settings(max_examples=15, deadline=None)
 def test_every_list_prefers_exactly_one(jobs_with, tokenizer, task, events, size, lists, notes):
     verbalizer = make_verbalizer(jobs_with(events), tokenizer)
-    config = AlignConfig(size=size, lists=lists, notes=notes)
+    config = AlignConfig(list_size=size, lists_per_example=lists, steering_fraction=notes)
     for record, _ in align_records(verbalizer, task, PROMPTS, config):
         found = candidates(record)
         assert list(found) == list(range(1, len(found) + 1))
@@ -53,13 +53,13 @@ def test_every_list_prefers_exactly_one(jobs_with, tokenizer, task, events, size
 def test_what_was_applied_to_is_preferred_to_what_was_not(jobs_with, tokenizer, task):
     dataset = jobs_with(MANY)
     verbalizer = make_verbalizer(dataset, tokenizer, task)
-    examples = {(e.member, e.cut): e for e in build_examples(dataset, task, "train")}
-    records = list(align_records(verbalizer, task, PROMPTS, AlignConfig(size=4, lists=3, notes=0)))
+    examples = {(e.member, e.cutoff_time): e for e in build_examples(dataset, task, "train")}
+    records = list(align_records(verbalizer, task, PROMPTS, AlignConfig(list_size=4, lists_per_example=3, steering_fraction=0)))
     assert records
     for record, note in records:
         example = examples[int(note["member"][1:]), note["cut"]]
         said = [question.text for question in verbalizer.prompt(task, example, "sectioned").questions]
-        for preference, question in zip(record.lists, record.questions, strict=True):
+        for preference, question in zip(record.preference_lists, record.questions, strict=True):
             text = tokenizer.hf.decode(question).removeprefix("## Question")
             answers = {task.words[label] for one, label in zip(said, example.labels, strict=True) if one == text}
             assert ("Yes" if preference > 0 else "No") in answers
@@ -67,13 +67,13 @@ def test_what_was_applied_to_is_preferred_to_what_was_not(jobs_with, tokenizer, 
 
 def test_a_list_is_never_split(jobs_with, tokenizer):
     verbalizer = make_verbalizer(jobs_with(MANY), tokenizer)
-    records = align_records(verbalizer, TASK, PROMPTS, AlignConfig(size=3, lists=4, notes=0))
-    record = max((record for record, _ in records), key=lambda record: len(record.lists))
+    records = align_records(verbalizer, TASK, PROMPTS, AlignConfig(list_size=3, lists_per_example=4, steering_fraction=0))
+    record = max((record for record, _ in records), key=lambda record: len(record.preference_lists))
     assert len(candidates(record)) == 4
     longest = 3 * max(map(len, record.questions))
     parts = record.split(record.prefix_length + longest)
     assert len(parts) > 1
-    assert [list(map(abs, part.lists)) for part in parts] != [list(map(abs, record.lists))]
+    assert [list(map(abs, part.preference_lists)) for part in parts] != [list(map(abs, record.preference_lists))]
     assert [number for part in parts for number in candidates(part)] == [1, 2, 3, 4]
     assert [len(one) for part in parts for one in candidates(part).values()] == [3] * 4
     with pytest.raises(ValueError, match="a list of 3 questions of"):
@@ -99,8 +99,8 @@ def test_a_note_ranks_what_has_the_same_answer_and_its_opposite_ranks_it_the_oth
     """Read back from the text alone: the preferred one is what the note asks for, the rejected ones are not."""
     dataset = jobs_with(MANY)
     verbalizer = make_verbalizer(dataset, tokenizer)
-    examples = {(e.member, e.cut): e for e in build_examples(dataset, TASK, "train")}
-    records = list(align_records(verbalizer, TASK, PROMPTS, AlignConfig(size=4, lists=3, notes=1)))
+    examples = {(e.member, e.cutoff_time): e for e in build_examples(dataset, TASK, "train")}
+    records = list(align_records(verbalizer, TASK, PROMPTS, AlignConfig(list_size=4, lists_per_example=3, steering_fraction=1)))
     noted = [(record, note) for record, note in records if "note" in note]
     assert len(noted) > 5
     assert len(noted) % 2 == 0
@@ -110,12 +110,12 @@ def test_a_note_ranks_what_has_the_same_answer_and_its_opposite_ranks_it_the_oth
         assert note["note"] != counter["note"]
         preferred, rejected = [], []
         for one, its in ((record, note), (other, counter)):
-            found = NOTE.search(tokenizer.hf.decode(one.pieces[0]))
+            found = NOTE.search(tokenizer.hf.decode(one.prefix_pieces[0]))
             assert found["note"] == its["note"]
             names.add(found["name"])
             texts = [tokenizer.hf.decode(question) for question in one.questions]
-            preferred.append({text for text, p in zip(texts, one.lists, strict=True) if p > 0})
-            rejected.append({text for text, p in zip(texts, one.lists, strict=True) if p < 0})
+            preferred.append({text for text, p in zip(texts, one.preference_lists, strict=True) if p > 0})
+            rejected.append({text for text, p in zip(texts, one.preference_lists, strict=True) if p < 0})
             if found["name"] != "Posted":  # said as an age: months and weeks
                 wanted = [satisfies(text, found["what"], found["name"]) for text in preferred[-1]]
                 unwanted = [satisfies(text, found["what"], found["name"]) for text in rejected[-1]]
@@ -147,7 +147,7 @@ def test_a_contrast_is_of_items_with_one_answer_and_puts_none_on_both_sides(jobs
     if contrast is None:
         assert max(np.bincount(labels)) < 2, "no two were posted on one day"
         return
-    assert len(contrast.one)
-    assert len(contrast.other)
-    assert not set(contrast.one) & set(contrast.other)
-    assert len(set(labels[[*contrast.one, *contrast.other]])) == 1
+    assert len(contrast.higher)
+    assert len(contrast.lower)
+    assert not set(contrast.higher) & set(contrast.lower)
+    assert len(set(labels[[*contrast.higher, *contrast.lower]])) == 1

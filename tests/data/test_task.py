@@ -211,7 +211,7 @@ def test_a_label_is_the_answer_to_the_events_it_names(jobs_with):
     assert matches("{seconds: [30, 60]}") == [True, True, False, True], "an unknown value matches nothing"
     assert matches("{action: viewed, seconds: 30}") == [True, False, False, False], "all that is named must hold"
     assert matches("null") == [False] * 4
-    assert Label(word="a", value=1, when={"action": "viewed"}).matches(dataset, np.array([3, 1])).tolist() == [
+    assert Label(word="a", value=1, match={"action": "viewed"}).matches(dataset, np.array([3, 1])).tolist() == [
         True,
         False,
     ]

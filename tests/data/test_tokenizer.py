@@ -18,7 +18,7 @@ HOSTILE = st.lists(
 @pytest.mark.parametrize("words", [["Yes", "No"], ["5", "4", "3", "2", "1"], ["Interested", "10"]])
 def test_label_words_are_one_token_each(words):
     tokenizer = Tokenizer.train([f"Title: {word} interest" for word in ("Nurse", "Teacher")], words, vocab_size=300)
-    ids = [tokenizer.word(word) for word in words]
+    ids = [tokenizer.label_token_id(word) for word in words]
     assert len(set(ids)) == len(words)
     assert tokenizer.encode([f"\n{words[0]}", f"answer={words[0]}"])[0][-1] == ids[0]
     assert [tokenizer.hf.decode([token]) for token in ids] == words
@@ -30,12 +30,12 @@ def test_a_word_of_several_tokens_is_refused_with_its_pieces(tokenizer):
     with pytest.raises(ValueError, match="label word '' is 0 tokens"):
         tokenizer.word("")
     with pytest.raises(ValueError, match="label word 'Very likely'"):
-        Tokenizer.train(["Very likely"], ["Very likely"], 400).word("Very likely")
+        Tokenizer.train(["Very likely"], ["Very likely"], 400).label_token_id("Very likely")
 
 
 def test_a_vocabulary_too_small_for_the_words_is_noticed():
     with pytest.raises(ValueError, match="label word 'Yes' is 3 tokens"):
-        Tokenizer.train(["Nurse"], ["Yes"], vocab_size=259).word("Yes")
+        Tokenizer.train(["Nurse"], ["Yes"], vocab_size=259).label_token_id("Yes")
 
 
 @hypothesis.given(st.text() | HOSTILE)
@@ -72,7 +72,7 @@ def test_no_text_is_cut_or_padded_whatever_tokenizer_json_asks_for(tokenizer, tm
 
 
 def test_a_token_a_byte_where_nothing_was_trained():
-    assert Tokenizer.of_bytes().lengths(["Zoë", "Yes\n"]) == [4, 4]
+    assert Tokenizer.byte_level().lengths(["Zoë", "Yes\n"]) == [4, 4]
 
 
 def test_saved_and_loaded_it_is_the_same(tokenizer, tmp_path):

@@ -93,8 +93,8 @@ def test_pieces_joined_are_the_tokens_of_the_whole_text(folder):
     ours.follow_own_bos()
     encoded = encode(PROMPT, ours, "dense")
     for number, question in enumerate(PROMPT.questions):
-        whole = "".join([PROMPT.center, *PROMPT.events, question.text, PROMPT.labels[question.label]])
-        pieces = [*encoded.pieces, encoded.questions[number], [encoded.labels[question.label]]]
+        whole = "".join([PROMPT.preamble, *PROMPT.events, question.text, PROMPT.labels[question.label]])
+        pieces = [*encoded.prefix_pieces, encoded.questions[number], [encoded.labels[question.label]]]
         assert list(itertools.chain(*pieces)) == theirs(whole)["input_ids"]
     assert [ours.hf.convert_ids_to_tokens(label) for label in encoded.labels] == ["Yes", "No"]
     assert encode_text("Nurse Yes", ours).tokens == [*theirs("Nurse Yes")["input_ids"], *ours.eos]
@@ -116,7 +116,7 @@ def test_an_answer_in_a_chat_is_the_token_that_the_assistant_says_there(family):
     encoded = encode(prompt, Tokenizer(hf), "dense")
     turns = [{"role": "user", "content": "Predict.\n\nNurse"}, {"role": "assistant", "content": "Yes"}]
     whole = hf.apply_chat_template(turns)["input_ids"]
-    assert [*encoded.pieces[0], *encoded.questions[0], encoded.labels[0], *Tokenizer(hf).eos] == whole
+    assert [*encoded.prefix_pieces[0], *encoded.questions[0], encoded.labels[0], *Tokenizer(hf).eos] == whole
     assert hf.convert_ids_to_tokens(encoded.labels) == ["▁Yes", "▁No"]
 
 

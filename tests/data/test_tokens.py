@@ -111,7 +111,7 @@ def test_splitting_loses_nothing_and_keeps_to_the_capacity(tokenizer, prompt, la
     assert all(part.questions and len(part) <= capacity for part in parts)
     assert [question for part in parts for question in part.questions] == encoded.questions
     assert [answer for part in parts for answer in part.answers] == encoded.answers
-    assert all((part.pieces, part.labels, part.layout) == (encoded.pieces, encoded.labels, layout) for part in parts)
+    assert all((part.prefix_pieces, part.labels, part.layout) == (encoded.prefix_pieces, encoded.labels, layout) for part in parts)
     assert all(len(one) + len(other.questions[0]) > capacity for one, other in itertools.pairwise(parts))
 
 
@@ -149,6 +149,6 @@ def test_a_sequence_begins_with_one_bos_even_where_the_chat_template_has_it(toke
     )
     center = llama.chat([{"role": "user", "content": "Nurse"}])
     encoded = encode(Prompt(center, (), (Question("b"),), ("Yes", "No")), llama, "dense")
-    assert encoded.pieces[0].count(llama.bos[0]) == 1
+    assert encoded.prefix_pieces[0].count(llama.bos[0]) == 1
     without = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend))
-    assert encode(Prompt("", (), (Question("b"),), ("Yes", "No")), without, "dense").pieces == [[]]
+    assert encode(Prompt("", (), (Question("b"),), ("Yes", "No")), without, "dense").prefix_pieces == [[]]

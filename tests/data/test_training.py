@@ -10,7 +10,7 @@ import pytest
 from hypothesis import strategies as st
 
 from brewjax.data.dataset import Dataset
-from brewjax.data.examples import build_examples, example_now
+from brewjax.data.examples import build_examples, example_at
 from brewjax.data.numbers import Percentiles
 from brewjax.data.preferences import AlignConfig, align_records
 from brewjax.data.prompt import Prompt, Question
@@ -67,11 +67,11 @@ def make_verbalizer(dataset: Dataset, tokenizer: Tokenizer, task: Task = TASK) -
 SCALE = Percentiles({"items.salary": [], "items.popularity": []})
 Records = Callable[[Verbalizer], Iterator[tuple[EncodedPrompt | Text, dict]]]
 RECORDS: dict[str, Records] = {
-    "pretrain": lambda v: pretrain_records(domain_texts(v, moment(BOUNDARY), PretrainConfig(passes=2)), v.tokenizer),
-    "sft": lambda v: sft_records(v, TASK, ALL_STYLES, SftConfig(passes=2, choices=0.5)),
-    "sft, sampled": lambda v: sft_records(v, SAMPLED, ALL_STYLES, SftConfig(choices=0.5)),
-    "align": lambda v: align_records(v, TASK, ALL_STYLES, AlignConfig(size=3, notes=0.5)),
-    "align, sampled": lambda v: align_records(v, SAMPLED, ALL_STYLES, AlignConfig(size=3, notes=0.5)),
+    "pretrain": lambda v: pretrain_records(domain_texts(v, moment(BOUNDARY), PretrainConfig(repeats=2)), v.tokenizer),
+    "sft": lambda v: sft_records(v, TASK, ALL_STYLES, SftConfig(repeats=2, choice_fraction=0.5)),
+    "sft, sampled": lambda v: sft_records(v, SAMPLED, ALL_STYLES, SftConfig(choice_fraction=0.5)),
+    "align": lambda v: align_records(v, TASK, ALL_STYLES, AlignConfig(list_size=3, steering_fraction=0.5)),
+    "align, sampled": lambda v: align_records(v, SAMPLED, ALL_STYLES, AlignConfig(list_size=3, steering_fraction=0.5)),
 }
 each_kind = pytest.mark.parametrize("kind", RECORDS)
 
@@ -142,11 +142,11 @@ def test_a_history_told_as_turns_is_learnt_with_the_questions(jobs_with, tokeniz
     verbalizer = make_verbalizer(jobs_with(MANY), tokenizer)
     prompts = ALL_STYLES.model_copy(update={"styles": {"turns": 1.0}})
     records = list(sft_records(verbalizer, TASK, prompts, SftConfig()))
-    assert any(len(record.pieces) > 9 for record, _ in records)
+    assert any(len(record.prefix_pieces) > 9 for record, _ in records)
     for record, _ in records:
         found = learnt(record, tokenizer)
-        assert len(found) == len(record.pieces) - 1 + len(record.questions)
-        for (said, answer), event in zip(found, record.pieces[1:], strict=False):
+        assert len(found) == len(record.prefix_pieces) - 1 + len(record.questions)
+        for (said, answer), event in zip(found, record.prefix_pieces[1:], strict=False):
             whole = tokenizer.hf.decode(event)
             assert said.endswith("<|im_start|>assistant\n")
             assert whole.startswith(said + answer)
@@ -171,7 +171,7 @@ def test_a_turn_does_not_hold_a_statistic_that_its_own_event_is_part_of(jobs_wit
     attributes = tuple(a.model_copy(update={"where": ("history", "question")}) for a in dataset.card.items.attributes)
     items = dataset.card.items.model_copy(update={"attributes": attributes})
     dataset = dataclasses.replace(dataset, card=dataset.card.model_copy(update={"items": items}))
-    example = dataclasses.replace(example_now(dataset, TASK, 0, moment(2)), items=np.array([1]), labels=np.array([0]))
+    example = dataclasses.replace(example_at(dataset, TASK, 0, moment(2)), items=np.array([1]), labels=np.array([0]))
     verbalizer = Verbalizer(dataset, SCALE, tokenizer, ALL_STYLES.max_tokens)
     for style, told in (("chat", True), ("turns", False)):
         prompt = verbalizer.prompt(TASK, example, style)
@@ -184,7 +184,7 @@ def test_choices_are_answered_by_the_name_of_the_one_that_was_applied_to(jobs_wi
     verbalizer = make_verbalizer(dataset, tokenizer)
     prompts = ALL_STYLES.model_copy(update={"styles": {"sectioned": 1.0}})
     plain = list(sft_records(verbalizer, TASK, prompts, SftConfig()))
-    both = list(sft_records(verbalizer, TASK, prompts, SftConfig(choices=1.0, candidates=3)))
+    both = list(sft_records(verbalizer, TASK, prompts, SftConfig(choice_fraction=1.0, num_choices=3)))
     chosen = [record for record, _ in both if isinstance(record.answers[0], list)]
     assert 0 < len(chosen) == len(both) - len(plain)
     for record in chosen:
@@ -210,9 +210,9 @@ def test_every_choice_has_one_right_answer(jobs_with, tokenizer, asked, candidat
     for choice in choices:
         names = verbalizer.names(choice.items)
         assert 2 <= len(names) == len(set(names)) <= candidates
-        right = choice.items[choice.right]
+        right = choice.items[choice.correct]
         assert (right, 0) in asked
-        assert all((item, 1) in asked for place, item in enumerate(choice.items) if place != choice.right)
+        assert all((item, 1) in asked for place, item in enumerate(choice.items) if place != choice.correct)
     name_of = dict(zip(items.tolist(), verbalizer.names(items), strict=True))
     worse = {name_of[item] for item, label in asked if label == 1}
     assert len(choices) == sum(label == 0 and bool(worse - {name_of[item]}) for item, label in asked)
@@ -240,7 +240,7 @@ def test_an_overlong_item_stops_no_training_unless_it_is_to(jobs_with, tokenizer
     verbalizer, prompts = Verbalizer(dataset, percentiles, tokenizer, 1_000), PromptConfig(max_tokens=1_000)
     records = {
         "sft": lambda: sft_records(verbalizer, task, prompts, SftConfig()),
-        "align": lambda: align_records(verbalizer, task, prompts, AlignConfig(notes=0, size=8, lists=8)),
+        "align": lambda: align_records(verbalizer, task, prompts, AlignConfig(steering_fraction=0, list_size=8, lists_per_example=8)),
     }[kind]
     if overlong == "error":
         with pytest.raises(ValueError, match=r"task 'applies': job 101 takes [\d,]+ tokens, most of them its 'title'"):

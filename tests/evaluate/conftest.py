@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from brewjax.data.examples import Example
+from brewjax.data.examples import RankingExample
 from brewjax.data.task import Task
 from brewjax.evaluate.predictions import from_examples
 from tests.data.conftest import jobs, jobs_with  # noqa: F401 (fixtures)
@@ -43,12 +43,12 @@ def three_label_task() -> Task:
     )
 
 
-def make_examples(rng: np.random.Generator, count: int, members: int = 20, labels: int = 2) -> list[Example]:
+def make_examples(rng: np.random.Generator, count: int, members: int = 20, labels: int = 2) -> list[RankingExample]:
     """Random examples of 4 questions each, of members with every number of past events."""
     nothing = np.zeros(0, np.int64)
     past = rng.choice([0, 3, 8, 50, 200], count)
     return [
-        Example(
+        RankingExample(
             "apply",
             int(rng.integers(members)),
             0,
@@ -61,7 +61,7 @@ def make_examples(rng: np.random.Generator, count: int, members: int = 20, label
     ]
 
 
-def informed_predictions(rng: np.random.Generator, examples: list[Example], noise: float = 1.0) -> pa.Table:
+def informed_predictions(rng: np.random.Generator, examples: list[RankingExample], noise: float = 1.0) -> pa.Table:
     """Two-label predictions that know something of the answers."""
     labels = np.concatenate([example.labels for example in examples])
     yes = 1 / (1 + np.exp(2 * labels - 1 + noise * rng.normal(size=len(labels))))

@@ -76,7 +76,7 @@ def test_popularity_with_sampled_negatives_counts_events(jobs_with, sampled_task
     positive = np.concatenate([example.labels for example in test]) == 0
     assert said[:, 0].mean() == pytest.approx(positive.mean(), abs=0.1)  # calibrated
     one_moment = popularity(dataset, sampled_task, train, [ask(0, list(range(40)), 59)])[:, 0]
-    counts = np.bincount(dataset.event_item[dataset.event_time < ask(0, [0], 59).cut], minlength=40)
+    counts = np.bincount(dataset.event_item[dataset.event_time < ask(0, [0], 59).cutoff_time], minlength=40)
     assert (np.diff(one_moment[np.argsort(counts)]) > -1e-12).all()
 
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from brewjax.data.as_of import AsOf
-from brewjax.data.examples import Example, build_examples
+from brewjax.data.as_of import PointInTimeIndex
+from brewjax.data.examples import RankingExample, build_examples
 from brewjax.evaluate.features import build_features
 from tests.data.conftest import Event, moment
 
@@ -25,12 +25,12 @@ EVENTS = st.lists(
 )
 
 
-def ask(member: int, items: list[int], day: float) -> Example:
+def ask(member: int, items: list[int], day: float) -> RankingExample:
     nothing = np.zeros(0, np.int64)
-    return Example("apply", member, moment(day), nothing, 0, np.array(items), np.zeros(len(items), int))
+    return RankingExample("apply", member, moment(day), nothing, 0, np.array(items), np.zeros(len(items), int))
 
 
-def rows(dataset, task, *examples: Example) -> list[dict[str, float]]:
+def rows(dataset, task, *examples: RankingExample) -> list[dict[str, float]]:
     features = build_features(dataset, task, examples)
     return [dict(zip(features.names, row.tolist(), strict=True)) for row in features.values]
 
@@ -115,7 +115,7 @@ def test_as_of_is_a_filter(events, data):
     keys, times, values = (np.array(column) for column in zip(*events, strict=True))
     key, moment_, days = data.draw(st.tuples(st.integers(0, 3), st.integers(-1, 11), st.sampled_from([np.inf, 3])))
     day = 86_400_000_000
-    as_of = AsOf(keys, times * day)
+    as_of = PointInTimeIndex(keys, times * day)
     window = as_of.window(np.array([key]), np.array([moment_ * day]), days)
     inside = (keys == key) & (times < moment_) & (times >= moment_ - days)
     assert as_of.sum(values, window) == values[inside].sum()

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from brewjax.evaluate.predictions import from_examples
 from brewjax.evaluate.report import print_models, print_results, write_report
-from brewjax.evaluate.results import Model, compare
+from brewjax.evaluate.results import ModelSummary, compare
 from tests.evaluate.conftest import informed_predictions, make_examples
 
 
@@ -37,8 +37,8 @@ def comparisons(task, three_label_task):
 
 
 MODELS = [
-    Model("brewjax", "sft", 1_234_567, 4_938_268, 61.0, 2.5e6, 700.0),
-    Model("LightGBM", "distilled from brewjax", 123_456, 123_456, 30.0, 5e5, 2_000.0),
+    ModelSummary("brewjax", "sft", 1_234_567, 4_938_268, 61.0, 2.5e6, 700.0),
+    ModelSummary("LightGBM", "distilled from brewjax", 123_456, 123_456, 30.0, 5e5, 2_000.0),
 ]
 
 

@@ -16,7 +16,7 @@ def test_predictions_have_a_row_per_question(task):
     said = np.random.default_rng(1).dirichlet([1, 1], 20)
     table = from_examples(examples, said)
     assert table["example"].to_pylist() == np.repeat(np.arange(5), 4).tolist()
-    assert table["item"].to_pylist() == np.concatenate([e.items for e in examples]).tolist()
+    assert table["item"].to_pylist() == np.concatenate([e.candidates for e in examples]).tolist()
     np.testing.assert_allclose(probabilities(table, task), said, atol=1e-7)
     np.testing.assert_allclose(scores(table, task), said[:, 0], atol=1e-7)
     assert true_values(table, task).tolist() == [1 - label for label in table["label"].to_pylist()]
@@ -41,11 +41,11 @@ def test_every_slice_has_its_questions(task):
     results = evaluate(informed_predictions(np.random.default_rng(1), examples), task, bootstrap=20)
     assert list(results) == list(SLICES)
     for name, past in {"0": 0, "1-5": 3, "6-10": 8, "11-100": 50, "over 100": 200}.items():
-        chosen = [example for example in examples if example.past == past]
+        chosen = [example for example in examples if example.num_past_events == past]
         assert results[name].rows == 4 * len(chosen)
         assert results[name].members == len({example.member for example in chosen})
         alone = evaluate(informed_predictions(np.random.default_rng(1), examples).filter(
-            np.repeat([example.past == past for example in examples], 4)), task, bootstrap=20)  # fmt: skip
+            np.repeat([example.num_past_events == past for example in examples], 4)), task, bootstrap=20)  # fmt: skip
         for metric, estimate in results[name].metrics.items():
             assert estimate.value == alone[OVERALL].metrics[metric].value
             assert estimate.interval[0] < estimate.value < estimate.interval[1]
@@ -102,8 +102,8 @@ def test_the_paired_difference_is_sharper_than_the_intervals(task):
     examples = make_examples(rng, 300)
     better = informed_predictions(np.random.default_rng(1), examples)
     both = compare(task, {"brewjax": better, "again": better, "noisier": _noisier(better, task, examples)})
-    assert both.lead("auc", "again").interval == (0, 0)
-    lead = both.lead("auc", "noisier")
+    assert both.difference("auc", "again").interval == (0, 0)
+    lead = both.difference("auc", "noisier")
     value = lambda name: both.results[name][OVERALL].metrics["auc"].value  # noqa: E731
     assert lead.value == value("brewjax") - value("noisier") > 0
     assert lead.error < both.results["brewjax"][OVERALL].metrics["auc"].error

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brewjax.data.tokens import EncodedPrompt
-from brewjax.model.decoder import Decoder, ModelConfig, Past, RMSNorm
+from brewjax.model.decoder import Decoder, ModelConfig, PagedKVCache, RMSNorm
 from brewjax.model.params import Params, bind
 from pallas_kernels.token_labels import ALL, PADDING, TokenLabels
 from tests.tiny import MODEL, pack, params, prompt
@@ -89,7 +89,7 @@ def test_one_question_behind_a_dense_history_reads_as_plain_text():
 def test_a_question_sees_the_whole_history():
     random = np.random.default_rng(0)
     one = prompt(random)
-    other = dataclasses.replace(one, pieces=[one.pieces[0], [63, 62, 61, 60], *one.pieces[2:]])
+    other = dataclasses.replace(one, pieces=[one.prefix_pieces[0], [63, 62, 61, 60], *one.prefix_pieces[2:]])
     first, second = run(row(one), row(other))
     assert np.abs(first - second)[one.ends].max(-1).min() > 1e-3
 
@@ -159,8 +159,8 @@ PAGE = 8
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def extended(model: ModelConfig, params: Params, tokens, positions, token_labels, past: Past):
-    return bind(model, params).extend(tokens, positions, token_labels, past)
+def extended(model: ModelConfig, params: Params, tokens, positions, token_labels, past: PagedKVCache):
+    return bind(model, params).forward_with_cache(tokens, positions, token_labels, past)
 
 
 @settings(deadline=None, max_examples=10)
@@ -180,11 +180,11 @@ def test_questions_after_a_cached_prefix_read_as_behind_it(seed, layout):
 
     size = (MODEL.layers, 11, PAGE, MODEL.kv_heads, MODEL.head_dim)
     poison = jnp.full(size, jnp.nan)  # what no page holds
-    nothing = Past(poison, poison, np.zeros((1, 0), np.int32))
+    nothing = PagedKVCache(poison, poison, np.zeros((1, 0), np.int32))
     of_prefix = TokenLabels(*map(prefix, token_labels))
     _, keys_values = extended(MODEL, PARAMS, prefix(tokens), prefix(positions), of_prefix, nothing)
     pages = random.permutation(size[1])[None, : room // PAGE]
     pools = [poison.at[:, pages[0]].set(x.reshape(MODEL.layers, -1, *size[2:])) for x in keys_values]
     both = TokenLabels(*(np.concatenate([prefix(x), questions(x)], 1) for x in token_labels))
-    hidden, _ = extended(MODEL, PARAMS, questions(tokens), questions(positions), both, Past(*pools, pages))
+    hidden, _ = extended(MODEL, PARAMS, questions(tokens), questions(positions), both, PagedKVCache(*pools, pages))
     np.testing.assert_allclose(hidden[0][one.ends - ends], whole[one.ends], atol=1e-5)

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brewjax.model.config import ExpertsConfig, ModelConfig
-from brewjax.model.experts import Experts, _in_turns, _said
+from brewjax.model.experts import Experts, _in_chunks, _expert_outputs
 from brewjax.model.params import bind
 from pallas_kernels.token_labels import ALL, PADDING, TokenLabels
 from tests.tiny import MODEL, params
 
 N, K = 5, 2
-CONFIG = MODEL.model_copy(update={"layers": 1, "d_ff": 12, "experts": ExpertsConfig(count=N, per_token=K)})
+CONFIG = MODEL.model_copy(update={"layers": 1, "d_ff": 12, "experts": ExpertsConfig(num_experts=N, num_experts_per_tok=K)})
 TOKENS = np.random.default_rng(0).integers(3, 64, (2, 11))
 REAL = np.arange(11) < [[11], [7]]
 
@@ -35,7 +35,7 @@ def states(seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_each_token_goes_through_its_best_experts(normalize):
-    module = experts(CONFIG.model_copy(update={"experts": ExpertsConfig(count=N, per_token=K, normalize=normalize)}))
+    module = experts(CONFIG.model_copy(update={"experts": ExpertsConfig(num_experts=N, num_experts_per_tok=K, norm_topk_prob=normalize)}))
     x = states()
     out, _ = module(x, REAL)
     router, gate, up, down = (np.asarray(w[...]) for w in (module.router, module.gate, module.up, module.down))
@@ -65,14 +65,14 @@ def test_in_turns_is_as_at_once(sizes, others, count):
     shapes = [(len(sizes), D, F)] * 2 + [(len(sizes), F, D)]
     matrices = tuple(random.standard_normal(shape, np.float32) for shape in shapes)
     token, direction = random.integers(0, 7, R), random.standard_normal((7, D), np.float32)
-    said, sizes = functools.partial(_said, None, ()), np.array(sizes)
+    said, sizes = functools.partial(_expert_outputs, None, ()), np.array(sizes)
 
     def at_once(x, weight, matrices):
         return jnp.zeros((7, D)).at[token].add(said(x[token], weight, matrices, sizes))
 
     def in_turns(x, weight, matrices):
         whole = (0, -R % count)
-        return _in_turns(said, count, x, jnp.pad(weight, whole), matrices, jnp.pad(token, whole), sizes)
+        return _in_chunks(said, count, x, jnp.pad(weight, whole), matrices, jnp.pad(token, whole), sizes)
 
     expected, found = (
         jax.jit(jax.value_and_grad(lambda *taken, add=add: jnp.sum(add(*taken) * direction), (0, 1, 2)))
@@ -97,7 +97,7 @@ def test_balance_is_of_the_real_tokens():
 
 
 def test_the_training_loss_has_the_mean_balance_of_the_layers():
-    config = CONFIG.model_copy(update={"layers": 2, "experts": ExpertsConfig(count=N, per_token=K, balance=0.25)})
+    config = CONFIG.model_copy(update={"layers": 2, "experts": ExpertsConfig(num_experts=N, num_experts_per_tok=K, router_aux_loss_coef=0.25)})
     weights = params(config)
     weights["layers"]["experts"]["router"] = jnp.zeros((2, MODEL.d_model, N))  # every expert is as probable
     batch = (
@@ -105,12 +105,12 @@ def test_the_training_loss_has_the_mean_balance_of_the_layers():
         np.broadcast_to(np.arange(11), (2, 11)),
         TokenLabels(np.where(REAL, 1, PADDING), 0 * TOKENS, 0 * TOKENS + ALL),
     )
-    hidden, loss = bind(config, weights).with_balance(*batch)
+    hidden, loss = bind(config, weights).forward_with_aux_loss(*batch)
     assert loss == pytest.approx(0.25 * K)
     np.testing.assert_array_equal(hidden, bind(config, weights)(*batch))
-    assert bind(MODEL, params(MODEL)).with_balance(*batch)[1] == 0
+    assert bind(MODEL, params(MODEL)).forward_with_aux_loss(*batch)[1] == 0
 
 
 def test_a_token_cannot_go_through_more_experts_than_there_are():
     with pytest.raises(pydantic.ValidationError, match=r"per_token \(3\) must be at most count \(2\)"):
-        ExpertsConfig(count=2, per_token=3)
+        ExpertsConfig(num_experts=2, num_experts_per_tok=3)

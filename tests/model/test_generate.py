@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from brewjax.model.generate import Generator, Sampling, sample
+from brewjax.model.generate import Generator, SamplingParams, sample
 from brewjax.model.params import bind
 from pallas_kernels.token_labels import ALL, PADDING, TokenLabels
 from tests.tiny import MODEL, params
@@ -95,7 +95,7 @@ def test_sampling_draws_by_temperature_among_the_likeliest():
     rows = jnp.tile(logits, (20_000, 1))
 
     def shares(**how: float) -> np.ndarray:
-        drawn = np.asarray(sample(rows, jax.random.key(0), Sampling(**how)))
+        drawn = np.asarray(sample(rows, jax.random.key(0), SamplingParams(**how)))
         return np.bincount(drawn, minlength=4) / len(drawn)
 
     np.testing.assert_array_equal(shares(), [1, 0, 0, 0])
@@ -109,7 +109,7 @@ def test_the_same_seed_says_the_same():
     prompts = some_prompts(4, 6)
 
     def said(seed: int) -> list[list[int]]:
-        sampling = Sampling(temperature=1.0, top_k=10)
+        sampling = SamplingParams(temperature=1.0, top_k=10)
         return Generator(MODEL, PARAMS, 2, 64, sampling, seed).generate(prompts, 12)
 
     assert said(1) == said(1)

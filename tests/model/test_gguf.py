@@ -32,7 +32,7 @@ def write_gguf(
     if kind.endswith("_K"):
         D, E, F = 256, 64, 256
     random = np.random.default_rng(0)
-    tokenizer = Tokenizer.of_bytes().hf.backend_tokenizer
+    tokenizer = Tokenizer.byte_level().hf.backend_tokenizer
     vocabulary = tokenizer.get_vocab()
     tokens = [*sorted(vocabulary, key=vocabulary.__getitem__), "Ye", "19"]
     shapes = {"token_embd": (len(tokens), D), "output_norm": (D,)}
@@ -95,7 +95,7 @@ def write_gguf(
 def test_a_gguf_file_has_the_weights_that_transformers_has(tmp_path, kind, architecture):
     weights = write_gguf(tmp_path / "tiny.gguf", kind, architecture=architecture)
     bundle = import_model(str(tmp_path / "tiny.gguf"), tmp_path / "model")
-    assert bundle.model.rope_base == 50_000
+    assert bundle.model.rope_theta == 50_000
     assert bundle.model.norm_eps == 1e-5
     export_model(tmp_path / "model", tmp_path / "out")
     out = load_file(tmp_path / "out" / "model.safetensors")

@@ -19,7 +19,7 @@ from brewjax.data.tokens import NO_TARGET
 from brewjax.model.config import ExpertsConfig, ModelConfig
 from brewjax.model.huggingface import read_config, read_params
 from brewjax.model.params import Params, abstract_params, bind
-from brewjax.model.sharding import FSDP_TENSOR, MESH_AXES, ROWS, MeshConfig, Sharding
+from brewjax.model.sharding import FSDP_TENSOR, MESH_AXES, BATCH_AXES, MeshConfig, Sharding
 from brewjax.model.upcycle import upcycle
 from brewjax.train.lora import LoraConfig
 from brewjax.train.objectives import supervised
@@ -37,7 +37,7 @@ MESHES = {
     "four slices, data=2 fsdp=4": MeshConfig(fsdp=4, slices=4),
 }
 EXPERTS = MODEL.model_copy(
-    update={"layers": 1, "d_ff": 12, "qkv_bias": True, "qk_norm": True, "experts": ExpertsConfig(count=4, balance=0.1)}
+    update={"layers": 1, "d_ff": 12, "qkv_bias": True, "qk_norm": True, "experts": ExpertsConfig(num_experts=4, router_aux_loss_coef=0.1)}
 )
 EXPERT_MESHES = {
     "experts, fsdp=2 expert=2 tensor=2": MeshConfig(fsdp=2, expert=2, tensor=2),
@@ -82,7 +82,7 @@ def loss_and_gradients(model: ModelConfig, lora: LoraConfig | None, mesh: Mesh) 
     abstract, weights = abstract_params(model, mesh), params(model)
     of_base = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, lora.abstract(abstract)) if lora else of_base
-    by_rows = NamedSharding(mesh, jax.P(ROWS, None))
+    by_rows = NamedSharding(mesh, jax.P(BATCH_AXES, None))
     with jax.set_mesh(mesh):
         (loss, count), gradients = jax.jit(loss)(
             jax.device_put(adapters(lora, model) if lora else weights, shardings),
@@ -136,7 +136,7 @@ def read_golden(mesh: Mesh) -> dict[str, np.ndarray]:
 def upcycled(mesh: Mesh) -> dict[str, np.ndarray]:
     """The tiny model as a mixture of experts, by path of the parameter."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(MODEL, mesh))
-    model, weights = upcycle(MODEL, jax.device_put(params(), shardings), ExpertsConfig(count=4), mesh)
+    model, weights = upcycle(MODEL, jax.device_put(params(), shardings), ExpertsConfig(num_experts=4), mesh)
     return gathered(model, weights, mesh)
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from brewjax.config import ConfigError
 from brewjax.model.config import ExpertsConfig, ModelConfig
-from brewjax.model.params import abstract_params, bind, size
+from brewjax.model.params import abstract_params, bind, model_size
 from brewjax.model.sharding import MeshConfig
 from brewjax.model.upcycle import upcycle
 from brewjax.paths import CONFIGS
@@ -17,7 +17,7 @@ def test_an_upcycled_model_says_the_same_at_the_start():
     mesh = MeshConfig().build()
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(MODEL, mesh))
     dense = jax.device_put(params(), shardings)
-    model, mixed = upcycle(MODEL, dense, ExpertsConfig(count=4, per_token=2), mesh)
+    model, mixed = upcycle(MODEL, dense, ExpertsConfig(num_experts=4, num_experts_per_tok=2), mesh)
     for leaf, expected in zip(jax.tree.leaves(mixed), jax.tree.leaves(abstract_params(model, mesh)), strict=True):
         assert (leaf.shape, leaf.dtype, leaf.sharding) == (expected.shape, expected.dtype, expected.sharding)
     router = np.asarray(mixed["layers"]["experts"]["router"])
@@ -32,11 +32,11 @@ def test_an_upcycled_model_says_the_same_at_the_start():
 
 
 def test_what_is_not_dense_or_would_not_say_the_same_is_refused():
-    mesh, experts = MeshConfig().build(), ExpertsConfig(count=4)
+    mesh, experts = MeshConfig().build(), ExpertsConfig(num_experts=4)
     with pytest.raises(ConfigError, match="experts: it has experts already"):
         upcycle(MODEL.model_copy(update={"experts": experts}), {}, experts, mesh)
     with pytest.raises(ValueError, match=r"experts.normalize: must be true"):
-        upcycle(MODEL, {}, ExpertsConfig(count=4, normalize=False), mesh)
+        upcycle(MODEL, {}, ExpertsConfig(num_experts=4, norm_topk_prob=False), mesh)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_what_is_not_dense_or_would_not_say_the_same_is_refused():
 )
 def test_shipped_models_have_the_sizes_they_say(name, parameters, active):
     config = ModelConfig.load(CONFIGS / "models" / f"{name}.yaml")
-    found = size(config)
+    found = model_size(config)
     assert found.parameters == pytest.approx(parameters, rel=5e-3)
     assert found.active == pytest.approx(active, rel=5e-3)
     assert config.name == name

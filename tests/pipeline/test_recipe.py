@@ -36,7 +36,7 @@ def test_a_stage_goes_on_from_the_one_before_and_says_what_differs():
             "random": {"do": "sft", "fresh": True},
         }
     ).stages
-    assert [stage.start for stage in stages.values()] == [None, "big", "big", None]
+    assert [stage.init_from for stage in stages.values()] == [None, "big", "big", None]
     assert (stages["big"].train.steps, stages["aligned"].train.steps) == (7, 100)
     assert (stages["big"].train.optimizer.learning_rate, stages["big"].train.optimizer.warmup) == (0.01, 1)
 
@@ -53,7 +53,7 @@ LADDER = {
 
 def test_a_ladder_stands_for_its_stages():
     stages = recipe({"big": SFT, "ladder": LADDER, "turbo": {"do": "quantize"}}).stages
-    assert {name: (stage.do, stage.start) for name, stage in stages.items()} == {
+    assert {name: (stage.do, stage.init_from) for name, stage in stages.items()} == {
         "big": ("sft", None),
         "half-pruned": ("prune", "big"),
         "half": ("distill", "half-pruned"),
@@ -62,25 +62,25 @@ def test_a_ladder_stands_for_its_stages():
         "turbo": ("quantize", "quarter"),
     }
     for name, count in {"half": 100, "quarter": 50}.items():
-        assert (stages[name].teacher, stages[name].loss.ratio, stages[name].train.steps) == ("big", 0.5, count)
+        assert (stages[name].teacher, stages[name].loss.kd_weight, stages[name].train.steps) == ("big", 0.5, count)
         assert stages[name].data == stages["big"].data
 
 
 def test_a_ladder_is_compared_with_other_ways_to_its_last_size():
     compare = LADDER | {"compare": ["direct", "sft", "fresh"]}
     stages = recipe({"big": SFT, "ladder": compare, "turbo": {"do": "quantize"}}).stages
-    assert stages["turbo"].start == "quarter"
-    assert (stages["direct-pruned"].start, stages["direct-pruned"].like) == ("big", "quarter")
+    assert stages["turbo"].init_from == "quarter"
+    assert (stages["direct-pruned"].init_from, stages["direct-pruned"].match_sizes_of) == ("big", "quarter")
     assert stages["direct-pruned"].method == "magnitude"
     assert (stages["direct"].do, stages["direct"].teacher, stages["direct"].train.steps) == ("distill", "big", 150)
-    assert [stages[name].start for name in ("sft-half-pruned", "sft-half", "sft-quarter-pruned", "sft-quarter")] == [
+    assert [stages[name].init_from for name in ("sft-half-pruned", "sft-half", "sft-quarter-pruned", "sft-quarter")] == [
         "big",
         "sft-half-pruned",
         "sft-half",
         "sft-quarter-pruned",
     ]
     fresh = stages["fresh"]
-    assert (fresh.do, fresh.start, fresh.fresh, fresh.train.steps) == ("sft", "quarter", True, 250)
+    assert (fresh.do, fresh.init_from, fresh.from_scratch, fresh.train.steps) == ("sft", "quarter", True, 250)
 
 
 def test_pruning_like_another_stage_takes_its_sizes():
@@ -94,7 +94,7 @@ def test_a_plan_is_that_of_the_first_stage_that_trains(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(BASE | {"stages": {"big": SFT | {"train": {"steps": 7}}}}, sort_keys=False))
     assert load_plan(path, ["stages.big.train.rows=4"]).train.model_dump()["steps"] == 7
-    assert load_plan(path, ["stages.big.train.rows=4"]).train.rows == 4
+    assert load_plan(path, ["stages.big.train.rows=4"]).train.batch_size == 4
 
 
 @pytest.mark.parametrize(

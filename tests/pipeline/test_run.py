@@ -215,7 +215,7 @@ def test_a_stage_is_a_verb_too(folder):
 
 def test_a_teacher_with_another_tokenizer_is_refused(folder):
     shutil.copytree(folder / "runs/jobs/big/model", folder / "foreign")
-    Tokenizer.of_bytes().save(folder / "foreign" / "tokenizer")
+    Tokenizer.byte_level().save(folder / "foreign" / "tokenizer")
     refused = distill(folder, "runs/jobs/half/model", "runs/verb3", teacher="foreign")
     assert refused.returncode == 2
     assert "stages.distill.teacher: the tokenizer of foreign is not this recipe's" in refused.stderr

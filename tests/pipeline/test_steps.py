@@ -46,7 +46,7 @@ def run(tmp_path, monkeypatch):
 
         all_steps = [
             Step("data", lambda folder: work("data", folder), (), [], ("data",)),
-            Step("train", lambda folder: work("train", folder), ("data",), [settings], ("train",), keep=keep),
+            Step("train", lambda folder: work("train", folder), ("data",), [settings], ("train",), protected=keep),
             Step("report", lambda folder: work("report", folder), ("train",), [], ()),
         ]
         run_steps(all_steps, tmp_path / "out", data, **arguments)

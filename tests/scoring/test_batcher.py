@@ -17,10 +17,10 @@ from brewjax.data.tokenizer import Tokenizer
 from brewjax.data.tokens import EncodedPrompt
 from brewjax.model.params import abstract_params
 from brewjax.model.sharding import MeshConfig
-from brewjax.scoring.batcher import Batcher, Job
+from brewjax.scoring.batcher import Scheduler, Job
 from brewjax.scoring.passes import PAGE, Bucket, Pass
 from brewjax.scoring.prefix_cache import PrefixCache
-from brewjax.scoring.scorer import Scorer, among_labels
+from brewjax.scoring.scorer import Scorer, normalize_over_labels
 from tests.tiny import MODEL, params, prompt
 
 LENGTHS, PASTS = (128, 256), (0, 4, 8)
@@ -30,12 +30,12 @@ CACHE = 24
 
 @pytest.fixture(scope="module")
 def scorer() -> Scorer:
-    return Scorer(MODEL, params(), Tokenizer.of_bytes(), "dense", list(COSTS), cache_pages=CACHE)
+    return Scorer(MODEL, params(), Tokenizer.byte_level(), "dense", list(COSTS), cache_pages=CACHE)
 
 
 @pytest.fixture(scope="module")
 def alone() -> Scorer:
-    return Scorer(MODEL, params(), Tokenizer.of_bytes(), "dense", [Bucket(1024), Bucket(4096)])
+    return Scorer(MODEL, params(), Tokenizer.byte_level(), "dense", [Bucket(1024), Bucket(4096)])
 
 
 @st.composite
@@ -54,7 +54,7 @@ def prompts(draw) -> list[EncodedPrompt]:
 items = st.lists(st.integers(1, 20), min_size=1, max_size=30) | st.just([1] * 100) | st.just([120])
 
 
-def run(scorer: Scorer, batcher: Batcher, jobs: list[Job]) -> list[np.ndarray]:
+def run(scorer: Scorer, batcher: Scheduler, jobs: list[Job]) -> list[np.ndarray]:
     """Probabilities of each job's labels. One pass is planned while the one before it is computed, as in serving."""
     results = [np.full((len(job.prompt.questions), 2), np.nan, np.float32) for job in jobs]
     for job, result in zip(jobs, results, strict=True):
@@ -63,10 +63,10 @@ def run(scorer: Scorer, batcher: Batcher, jobs: list[Job]) -> list[np.ndarray]:
     running = None
     while running or len(batcher):
         following = batcher.next_pass()
-        started = scorer.start([following]) if following else None
+        started = scorer.dispatch([following]) if following else None
         if running:
-            for part, found in zip(running.passes[0].parts, scorer.finish(running)[0], strict=True):
-                part.owner.owner[part.questions.start : part.questions.stop] = among_labels(found)
+            for part, found in zip(running.passes[0].chunks, scorer.collect(running)[0], strict=True):
+                part.owner.owner[part.questions.start : part.questions.stop] = normalize_over_labels(found)
         running = started
     return results
 
@@ -74,7 +74,7 @@ def run(scorer: Scorer, batcher: Batcher, jobs: list[Job]) -> list[np.ndarray]:
 @settings(deadline=None, max_examples=30)
 @given(st.lists(prompts(), min_size=1, max_size=3))
 def test_scores_are_those_of_each_prompt_alone_cold_or_hot(scorer, alone, rounds):
-    batcher = Batcher(COSTS, PrefixCache(CACHE))
+    batcher = Scheduler(COSTS, PrefixCache(CACHE))
     for asked in rounds:
         for found, expected in zip(
             run(scorer, batcher, [Job(one) for one in asked]), alone.score_encoded(asked), strict=True
@@ -86,14 +86,14 @@ def test_scores_are_those_of_each_prompt_alone_cold_or_hot(scorer, alone, rounds
 @given(prompts(), st.data())
 def test_passes_keep_to_their_shape_and_lose_nothing(asked, data):
     cache = PrefixCache(CACHE)
-    batcher = Batcher(COSTS, cache)
+    batcher = Scheduler(COSTS, cache)
     jobs = [Job(one) for one in asked]
     for job in jobs:
         batcher.add(job)
     done = {job: 0 for job in jobs}
     while one := batcher.next_pass():
         check_shape(one)
-        for part in one.parts:
+        for part in one.chunks:
             assert part.questions.start == done[part.owner]
             done[part.owner] = part.questions.stop
         if data.draw(st.integers(0, 9)) == 0 and len(batcher):  # somebody goes away
@@ -101,25 +101,25 @@ def test_passes_keep_to_their_shape_and_lose_nothing(asked, data):
             batcher.remove(gone)
             del done[gone]
     assert all(done[job] == len(job.prompt.questions) for job in done)
-    held = cache.hold([bytes([page]) for page in range(CACHE - 1)])
+    held = cache.acquire([bytes([page]) for page in range(CACHE - 1)])
     assert held is not None and held[1] == 0  # no page stays held  # noqa: PT018
 
 
 def check_shape(one: Pass) -> None:
     assert one.bucket in COSTS
-    assert one.parts
+    assert one.chunks
     assert one.tokens <= one.bucket.tokens
-    assert sum(len(part.questions) for part in one.parts) <= one.bucket.answers
-    assert sum(len(part.past) for part in one.parts) <= one.bucket.past
-    written = list(itertools.chain(*(part.store for part in one.parts)))
+    assert sum(len(part.questions) for part in one.chunks) <= one.bucket.max_candidates
+    assert sum(len(part.cached_pages) for part in one.chunks) <= one.bucket.cached_pages
+    written = list(itertools.chain(*(part.new_pages for part in one.chunks)))
     assert len(set(written)) == len(written)
-    assert not set(written) & set(itertools.chain(*(part.past for part in one.parts)))
+    assert not set(written) & set(itertools.chain(*(part.cached_pages for part in one.chunks)))
 
 
 def prompts_for_the_mesh() -> list[EncodedPrompt]:
     """The second of which finds most of its prefix cached."""
     one = prompt(np.random.default_rng(0), 100, [100], [3, 9, 5] * 20)
-    return [one, dataclasses.replace(one, pieces=[*one.pieces, [5] * 30])]
+    return [one, dataclasses.replace(one, pieces=[*one.prefix_pieces, [5] * 30])]
 
 
 def test_scores_are_the_same_on_a_mesh(alone, tmp_path):
@@ -135,34 +135,34 @@ def main(out: str) -> None:
     mesh = MeshConfig(context=2, tensor=2).build()
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(MODEL, mesh))
     sharded = jax.device_put(params(), shardings)
-    scorer = Scorer(MODEL, sharded, Tokenizer.of_bytes(), "dense", list(COSTS), mesh, CACHE)
-    batcher = Batcher(COSTS, PrefixCache(CACHE))
+    scorer = Scorer(MODEL, sharded, Tokenizer.byte_level(), "dense", list(COSTS), mesh, CACHE)
+    batcher = Scheduler(COSTS, PrefixCache(CACHE))
     np.save(out, np.concatenate([run(scorer, batcher, [Job(one)])[0] for one in prompts_for_the_mesh()]))
 
 
 def test_a_second_request_pays_only_for_its_items(scorer):
-    batcher = Batcher(COSTS, PrefixCache(CACHE))
+    batcher = Scheduler(COSTS, PrefixCache(CACHE))
     one = prompt(np.random.default_rng(0), 100, [100], [3, 3])
     cold, hot = Job(one), Job(one)
     for job in (cold, hot):
         run(scorer, batcher, [job])
-    assert (cold.hits, hot.hits) == (0, 200)
-    longer = dataclasses.replace(one, pieces=[*one.pieces, [5] * 30])
+    assert (cold.num_cached_tokens, hot.num_cached_tokens) == (0, 200)
+    longer = dataclasses.replace(one, pieces=[*one.prefix_pieces, [5] * 30])
     run(scorer, batcher, [grown := Job(longer)])
-    assert grown.hits == 200 // PAGE * PAGE
+    assert grown.num_cached_tokens == 200 // PAGE * PAGE
 
 
 def test_two_that_begin_alike_compute_it_once():
-    batcher = Batcher(COSTS, PrefixCache(CACHE))
+    batcher = Scheduler(COSTS, PrefixCache(CACHE))
     one = prompt(np.random.default_rng(0), 64, [], [3, 3])
     for job in (Job(one), Job(one)):
         batcher.add(job)
     first, second = batcher.next_pass(), batcher.next_pass()
-    assert [(len(part.store), len(part.past)) for part in first.parts + second.parts] == [(1, 0), (0, 1)]
+    assert [(len(part.store), len(part.past)) for part in first.chunks + second.chunks] == [(1, 0), (0, 1)]
 
 
 def test_a_short_request_does_not_wait_for_a_long_one():
-    batcher = Batcher(COSTS, PrefixCache(CACHE))
+    batcher = Scheduler(COSTS, PrefixCache(CACHE))
     long, short = (
         Job(prompt(np.random.default_rng(0), length, [], [9] * count)) for length, count in ((9, 500), (5, 3))
     )
@@ -170,7 +170,7 @@ def test_a_short_request_does_not_wait_for_a_long_one():
     batcher.next_pass()
     batcher.add(short)
     taken = [batcher.next_pass() for _ in range(2)]
-    assert short in [part.owner for one in taken for part in one.parts]
+    assert short in [part.owner for one in taken for part in one.chunks]
     assert not long.finished
 
 
@@ -178,7 +178,7 @@ def test_the_cheapest_shapes_are_chosen_by_cost():
     one = prompt(np.random.default_rng(0), 60, [], [8] * 20)  # 64 + 160 places
     for large, chosen in ((200, [256]), (300, [128, 128])):
         costs = {bucket: large if bucket.tokens == 256 else 110 for bucket in COSTS}
-        batcher = Batcher(costs, PrefixCache(CACHE))
+        batcher = Scheduler(costs, PrefixCache(CACHE))
         batcher.add(Job(one))
         passes = iter(batcher.next_pass, None)
         assert [one.bucket.tokens for one in passes] == chosen
@@ -193,7 +193,7 @@ def test_the_cheapest_shapes_are_chosen_by_cost():
 )
 def test_what_no_pass_can_hold_is_refused(sizes, message):
     with pytest.raises(ValueError, match=message):
-        Batcher(COSTS, PrefixCache(CACHE)).check(prompt(np.random.default_rng(0), *sizes))
+        Scheduler(COSTS, PrefixCache(CACHE)).check(prompt(np.random.default_rng(0), *sizes))
 
 
 if __name__ == "__main__":

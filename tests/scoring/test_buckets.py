@@ -36,7 +36,7 @@ def prompts(draw) -> list[EncodedPrompt]:
 def test_a_plan_loses_and_mixes_nothing(prompts):
     passes = plan_passes(prompts, BUCKETS)
     for index, prompt in enumerate(prompts):
-        parts = {part.owner[1]: part.prompt for one in passes for part in one.parts if part.owner[0] == index}
+        parts = {part.owner[1]: part.prompt for one in passes for part in one.chunks if part.owner[0] == index}
         joined: list[list[int]] = []
         for done, part in sorted(parts.items()):
             assert done == len(joined)
@@ -50,10 +50,10 @@ def test_a_plan_loses_and_mixes_nothing(prompts):
 @given(prompts())
 def test_a_pass_takes_the_smallest_bucket_that_holds_it(prompts):
     for one in plan_passes(prompts, BUCKETS):
-        tokens = sum(len(part.prompt) for part in one.parts)
-        asked = sum(len(part.prompt.questions) for part in one.parts)
-        assert one.bucket == min(bucket for bucket in BUCKETS if tokens <= bucket.tokens and asked <= bucket.answers)
-        assert len({label for part in one.parts for label in part.prompt.labels}) <= LABELS_IN_PASS
+        tokens = sum(len(part.prompt) for part in one.chunks)
+        asked = sum(len(part.prompt.questions) for part in one.chunks)
+        assert one.bucket == min(bucket for bucket in BUCKETS if tokens <= bucket.tokens and asked <= bucket.max_candidates)
+        assert len({label for part in one.chunks for label in part.prompt.labels}) <= LABELS_IN_PASS
 
 
 def test_a_question_that_does_not_fit_names_its_prompt():

@@ -95,7 +95,7 @@ class Undecided:
 def test_an_overlong_item_stops_no_evaluation(bundle, jobs, capsys, monkeypatch):  # noqa: F811
     monkeypatch.setattr(Bundle, "scorer", lambda *_: Undecided())
     examples = list(build_examples(jobs, TASK, "test"))[:2]
-    asked = np.concatenate([example.items for example in examples])
+    asked = np.concatenate([example.candidates for example in examples])
     row = int(asked[0])
     dataset = dataclasses.replace(jobs, items=put("title", row, "many words " * 900)(jobs.items))
     tasks = [

@@ -76,7 +76,7 @@ def test_a_model_comes_in_and_goes_out_as_it_was(folder, tmp_path, capsys):
     bundle = import_model(str(folder), tmp_path / "model")
     assert (bundle.model.name, bundle.model.param_dtype) == ("smollm2-0.1B", "float32")
     assert bundle.prompts.score_style == "chat"
-    assert bundle.prompts.max_tokens == bundle.model.max_context == 64
+    assert bundle.prompts.max_tokens == bundle.model.max_seq_len == 64
     again = Bundle.load(tmp_path / "model")
     assert again.model == bundle.model
     assert (again.scale, again.card, again.tasks) == (None, None, ())
@@ -365,7 +365,7 @@ def test_the_verbs_take_a_model_in_change_it_and_give_it_back(folder, tmp_path):
     for described in (tmp_path / "model", folder):
         assert "11,256" in brewjax("describe", described)
     brewjax("upcycle", tmp_path / "model", tmp_path / "mixed", "--experts", 3)
-    assert ModelConfig.load(tmp_path / "mixed" / "model.yaml").experts == ExpertsConfig(count=3)
+    assert ModelConfig.load(tmp_path / "mixed" / "model.yaml").experts == ExpertsConfig(num_experts=3)
     brewjax("export", tmp_path / "mixed", tmp_path / "out")
     assert transformers.AutoConfig.from_pretrained(tmp_path / "out").num_local_experts == 3
 

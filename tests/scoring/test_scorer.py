@@ -44,7 +44,7 @@ def text(random: np.random.Generator, words: int) -> str:
 def make_prompt(seed: int, questions: int) -> Prompt:
     random = np.random.default_rng(seed)
     return Prompt(
-        center=text(random, 5),
+        preamble=text(random, 5),
         events=tuple(text(random, count) for count in random.integers(1, 5, 4)),
         questions=tuple(Question(text(random, count)) for count in random.integers(1, 5, questions)),
         labels=("Yes", "No"),

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from brewjax.data.dataset import Dataset
-from brewjax.data.examples import example_now
+from brewjax.data.examples import example_at
 from brewjax.data.numbers import Percentiles
 from brewjax.data.styles import PromptConfig
 from brewjax.data.task import Task, load_tasks
@@ -59,8 +59,8 @@ def bundle(dataset, tasks) -> Bundle:
 
 def make_bundle(dataset: Dataset, tasks: tuple[Task, ...], seed: int = 0, max_tokens: int = 600) -> Bundle:
     scale = PercentileScale.fit(dataset, tasks[0].boundaries(dataset)[0])
-    by_bytes = Verbalizer(dataset, Percentiles(scale.quantiles), Tokenizer.of_bytes(), 1_000_000)
-    texts = [by_bytes.prompt(tasks[0], example_now(dataset, tasks[0], row), "compact").render() for row in range(8)]
+    by_bytes = Verbalizer(dataset, Percentiles(scale.quantiles), Tokenizer.byte_level(), 1_000_000)
+    texts = [by_bytes.prompt(tasks[0], example_at(dataset, tasks[0], row), "compact").render() for row in range(8)]
     tokenizer = Tokenizer.train(texts, ["Yes", "No"], vocab_size=600)
     model = MODEL.model_copy(update={"vocab_size": tokenizer.vocab_size})
     prompts = PromptConfig(max_tokens=max_tokens)

@@ -24,14 +24,14 @@ from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve.client import raw
 from brewjax.serve.config import ServeConfig
 from brewjax.serve.server import Server
-from brewjax.serve.worker import Worker
+from brewjax.serve.worker import ScoringLoop
 
 CONFIG = ServeConfig(
     port=0,
     http_port=0,
-    row_tokens=(256, 1024),
-    context=1024,
-    cache_gigabytes=0.01,
+    token_buckets=(256, 1024),
+    max_prefix_tokens=1024,
+    prefix_cache_gb=0.01,
     decode=False,
     lame_duck_seconds=0,
 )
@@ -87,9 +87,9 @@ class Gate:
 
 
 @contextmanager
-def held(worker: Worker) -> Iterator[Gate]:
+def held(worker: ScoringLoop) -> Iterator[Gate]:
     """Passes wait at the gate; it is open in the end."""
-    gate, start = Gate(), worker.scorer.start
+    gate, start = Gate(), worker.scorer.dispatch
 
     def wait(passes, *args):
         gate.go_through(passes)
@@ -103,7 +103,7 @@ def held(worker: Worker) -> Iterator[Gate]:
             eventually(lambda: waiting(worker) == 0)
 
 
-def waiting(worker: Worker) -> int:
+def waiting(worker: ScoringLoop) -> int:
     """Places that requests take up in the queue."""
     return int(worker._metrics.waiting._value.get())
 
@@ -122,7 +122,7 @@ def refusal(call: Callable[..., object], *args: Any, **kwargs: Any) -> tuple[grp
     return error.value.code(), error.value.details()  # type: ignore[attr-defined]
 
 
-def pages_held(worker: Worker) -> int:
+def pages_held(worker: ScoringLoop) -> int:
     return len(worker._batcher._cache._holders)
 
 

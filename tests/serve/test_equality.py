@@ -7,12 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from brewjax.data.examples import example_now
+from brewjax.data.examples import example_at
 from brewjax.data.tokens import EncodedPrompt
 from brewjax.model.params import bind
 from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve.client import raw
-from brewjax.serve.members import of_example
+from brewjax.serve.members import request_from_example
 from tests.serve.serving import LABELS, ask, draw, expected, probabilities
 from tests.tiny import pack
 
@@ -36,7 +36,7 @@ def test_permuting_items_permutes_scores_and_changing_one_changes_no_other(clien
 
 
 def test_scores_are_the_same_among_many_and_nothing_compiles(client, http, alone, bundle, dataset, tasks):
-    members = [of_example(dataset, tasks[row % 2], example_now(dataset, tasks[row % 2], row)) for row in (5, 6, 7)]
+    members = [request_from_example(dataset, tasks[row % 2], example_at(dataset, tasks[row % 2], row)) for row in (5, 6, 7)]
     of_members = [probabilities(client.score(member)) for member in members]
     asked = [ask(seed % 4, 1 + 7 * seed, prefix=150 * (seed % 4)) for seed in range(16)]
     of_asked = [expected(alone, question) for question in asked]
@@ -105,7 +105,7 @@ def test_the_oldest_goes_first_where_a_prompt_is_too_long(client, bundle, prefix
 
 
 def test_a_member_with_too_long_a_history_is_cut_unless_that_is_refused(client, dataset, tasks):
-    member = of_example(dataset, tasks[0], example_now(dataset, tasks[0], 7))
+    member = request_from_example(dataset, tasks[0], example_at(dataset, tasks[0], 7))
     for event in member.history:
         event.item["title"].text = "very " * 20 + event.item["title"].text
     cut = client.score(member).usage.events_cut

@@ -15,11 +15,11 @@ import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from brewjax.data.examples import example_now
+from brewjax.data.examples import example_at
 from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve import ranker_pb2_grpc
 from brewjax.serve.client import raw
-from brewjax.serve.members import of_example
+from brewjax.serve.members import request_from_example
 from tests.serve.serving import (
     LABELS,
     ask,
@@ -46,7 +46,7 @@ def bare(server):
 
 @pytest.fixture
 def member(dataset, tasks) -> pb.Member:
-    return of_example(dataset, tasks[0], example_now(dataset, tasks[0], 6).asking(slice(4)))
+    return request_from_example(dataset, tasks[0], example_at(dataset, tasks[0], 6).select(slice(4)))
 
 
 def request(question, **fields) -> pb.ScoreRequest:
@@ -276,7 +276,7 @@ def test_a_deadline_that_passes_frees_its_place(server, bare, http, worker):
         eventually(lambda: waiting(worker) == alone)
         gate.open()
         assert first.result()
-    assert all(part.prompt.prefix_length == 200 for one in gate.passes for part in one.parts)  # of the first alone
+    assert all(part.prompt.prefix_length == 200 for one in gate.passes for part in one.chunks)  # of the first alone
     assert len(gate.passes) == 1
 
 
@@ -319,7 +319,7 @@ def test_who_hangs_up_over_http_is_dropped_too(server, bare, worker):
         eventually(lambda: server.service._streams == 1)
         gate.open()
         assert first.result()
-    assert {part.prompt.prefix_length for one in gate.passes for part in one.parts} == {200}
+    assert {part.prompt.prefix_length for one in gate.passes for part in one.chunks} == {200}
 
 
 def test_who_vanishes_in_the_middle_of_a_stream_frees_place_and_pages(server, bare, worker):

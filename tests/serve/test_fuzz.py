@@ -16,11 +16,11 @@ import pytest
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 
-from brewjax.data.examples import example_now
+from brewjax.data.examples import example_at
 from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve.client import raw
 from brewjax.serve.http import make_app
-from brewjax.serve.members import of_example
+from brewjax.serve.members import request_from_example
 from brewjax.serve.refusals import status_of
 from tests.serve.serving import LABELS, ask, draw, eventually, expected, pages_held, probabilities, waiting
 
@@ -47,7 +47,7 @@ OF_TYPE: dict[int, list[Any]] = {
 @pytest.fixture(scope="module")
 def valid(dataset, tasks) -> list[pb.ScoreRequest]:
     """Small ones of every kind, that are then spoilt."""
-    members = [of_example(dataset, task, example_now(dataset, task, 2).asking(slice(3))) for task in tasks]
+    members = [request_from_example(dataset, task, example_at(dataset, task, 2).select(slice(3))) for task in tasks]
     prefix, items = draw(1, 3, prefix=9)
     raws = [raw(prefix, items, LABELS, [[7, 8], [9]]), raw("a member", ["b", "c d"], ["Yes", "No"], ["once"])]
     return [

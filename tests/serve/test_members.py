@@ -5,11 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from brewjax.data.examples import build_examples, example_now
+from brewjax.data.examples import build_examples, example_at
 from brewjax.data.styles import STYLES
 from brewjax.serve import ranker_pb2 as pb
-from brewjax.serve.encoding import Encoder
-from brewjax.serve.members import of_example, say
+from brewjax.serve.encoding import RequestEncoder
+from brewjax.serve.members import request_from_example, render_member
 from tests.serve.serving import CONFIG
 
 
@@ -19,24 +19,24 @@ def test_a_request_is_said_as_in_training(bundle, dataset, tasks, style):
     bundle = dataclasses.replace(bundle, prompts=prompts)
     for task in tasks:
         verbalizer = bundle.verbalizer(dataset, task)
-        examples = [*build_examples(dataset, task, "test"), example_now(dataset, task, 7)]
+        examples = [*build_examples(dataset, task, "test"), example_at(dataset, task, 7)]
         assert any(len(example.history) for example in examples)
         for example in examples:
-            unlabelled = dataclasses.replace(example, labels=np.full(len(example.items), -1, np.int32))
+            unlabelled = dataclasses.replace(example, labels=np.full(len(example.candidates), -1, np.int32))
             for note in ("", "focus on location"):
                 said = verbalizer.prompt(task, unlabelled, style, note)
-                assert say(bundle, task, of_example(dataset, task, example, note)) == said
+                assert render_member(bundle, task, request_from_example(dataset, task, example, note)) == said
 
 
 def test_events_come_in_any_order_and_later_ones_are_not_told(bundle, dataset, tasks):
-    request = of_example(dataset, tasks[0], example_now(dataset, tasks[0], 7).asking(slice(3)))
-    expected = say(bundle, tasks[0], request)
+    request = request_from_example(dataset, tasks[0], example_at(dataset, tasks[0], 7).select(slice(3)))
+    expected = render_member(bundle, tasks[0], request)
     events = list(request.history)
     del request.history[:]
     request.history.extend(reversed(events))
     later = request.history.add(action="applied", item=events[0].item)
     later.time.FromMicroseconds(request.now.ToMicroseconds())
-    assert say(bundle, tasks[0], request) == expected
+    assert render_member(bundle, tasks[0], request) == expected
 
 
 def put(attributes, **values: pb.Value) -> None:
@@ -59,17 +59,17 @@ def put(attributes, **values: pb.Value) -> None:
     ],
 )
 def test_errors_name_the_field(bundle, dataset, tasks, change, message):
-    request = of_example(dataset, tasks[0], example_now(dataset, tasks[0], 1).asking(slice(2)))
+    request = request_from_example(dataset, tasks[0], example_at(dataset, tasks[0], 1).select(slice(2)))
     assert len(request.history) == 1
     change(request)
     with pytest.raises(ValueError, match=message):
-        say(bundle, tasks[0], request)
+        render_member(bundle, tasks[0], request)
 
 
 def test_an_overlong_item_is_cut_or_refused_as_the_request_says(bundle, dataset, tasks):
-    request = of_example(dataset, tasks[0], example_now(dataset, tasks[0], 7).asking(slice(2)))
+    request = request_from_example(dataset, tasks[0], example_at(dataset, tasks[0], 7).select(slice(2)))
     put(request.items[1].attributes, title=pb.Value(text="many words " * 900))
-    encoder = Encoder(bundle, "tiny@1", tasks, CONFIG, 600)
+    encoder = RequestEncoder(bundle, "tiny@1", tasks, CONFIG, 600)
     encoded = encoder.encode(pb.ScoreRequest(member=request), 10)
     assert encoded.prompt.context <= 600
     refused = pb.ScoreRequest(member=request, too_long=pb.ScoreRequest.REFUSE)

@@ -22,7 +22,7 @@ from brewjax import cli
 from brewjax.data.task import Task
 from brewjax.serve import Client
 from brewjax.serve import ranker_pb2 as pb
-from brewjax.serve.encoding import Encoder
+from brewjax.serve.encoding import RequestEncoder
 from tests.serve.serving import CONFIG, TOKEN, ask, eventually, expected, probabilities, refusal
 from tests.tiny import params
 
@@ -276,4 +276,4 @@ def test_a_task_that_cannot_be_asked_is_refused_at_the_start(bundle, tasks, tmp_
     path.write_text(path.read_text().replace("word: 'Yes'", "word: several_words"))
     assert "several_words" in path.read_text()
     with pytest.raises(ValueError, match=r"odd.yaml:\d+: labels.0.word: label word 'several_words' is"):
-        Encoder(bundle, "tiny@1", [Task.load(path)], CONFIG, 600)
+        RequestEncoder(bundle, "tiny@1", [Task.load(path)], CONFIG, 600)

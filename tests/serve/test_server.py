@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 from jetstream.core.proto import jetstream_pb2, jetstream_pb2_grpc
 
-from brewjax.data.examples import example_now
+from brewjax.data.examples import example_at
 from brewjax.data.tokens import EncodedPrompt
 from brewjax.model.generate import Generator
 from brewjax.serve import Client
 from brewjax.serve.client import raw
 from brewjax.serve.config import DecodeConfig
-from brewjax.serve.members import of_example
+from brewjax.serve.members import request_from_example
 from tests.serve.serving import CONFIG, draw, probabilities, running
 
 
@@ -37,15 +37,15 @@ def test_every_way_to_ask_gives_the_same_scores(client, http, alone, count):
 
 def test_the_service_says_a_member_as_evaluation_does(client, bundle, dataset, tasks):
     for task in tasks:
-        example = example_now(dataset, task, 7)
+        example = example_at(dataset, task, 7)
         prompt = bundle.verbalizer(dataset, task).prompt(task, example, bundle.prompts.score_style)
-        response = client.score(of_example(dataset, task, example), request_id="mine")
+        response = client.score(request_from_example(dataset, task, example), request_id="mine")
         expected = bundle.scorer([bundle.encode(prompt)]).score(prompt)
         np.testing.assert_allclose(probabilities(response), expected, atol=1e-5)
         assert list(response.labels) == list(task.words)
         assert response.request_id == "mine"
         assert response.usage.events_cut == prompt.dropped
-        assert response.scores[0].id == str(100 + example.items[response.scores[0].index])
+        assert response.scores[0].id == str(100 + example.candidates[response.scores[0].index])
 
 
 def test_jetstreams_decode_is_on_the_same_port(model_folder, bundle, alone):

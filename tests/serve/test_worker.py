@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from brewjax.data.tokenizer import Tokenizer
-from brewjax.scoring.batcher import Batcher
+from brewjax.scoring.batcher import Scheduler
 from brewjax.scoring.passes import Bucket
 from brewjax.scoring.prefix_cache import PrefixCache
 from brewjax.scoring.scorer import Scorer
 from brewjax.serve.metrics import Metrics
-from brewjax.serve.worker import ClosedError, QueueFullError, Request, Worker
+from brewjax.serve.worker import ClosedError, QueueFullError, Request, ScoringLoop
 from tests.serve.serving import Gate, eventually, held, pages_held, waiting
 from tests.tiny import MODEL, params, prompt
 
@@ -25,21 +25,21 @@ PAGES = 12
 
 @pytest.fixture(scope="module")
 def scorer() -> Scorer:
-    scorer = Scorer(MODEL, params(), Tokenizer.of_bytes(), "dense", list(COSTS), cache_pages=PAGES)
+    scorer = Scorer(MODEL, params(), Tokenizer.byte_level(), "dense", list(COSTS), cache_pages=PAGES)
     scorer.warm_up()
     return scorer
 
 
 @pytest.fixture(scope="module")
 def alone() -> Scorer:
-    return Scorer(MODEL, params(), Tokenizer.of_bytes(), "dense", [Bucket(1024)])
+    return Scorer(MODEL, params(), Tokenizer.byte_level(), "dense", [Bucket(1024)])
 
 
 @pytest.fixture
-def worker(scorer) -> Iterator[Worker]:
+def worker(scorer) -> Iterator[ScoringLoop]:
     scorer.params = params()
     scorer.forget()
-    worker = Worker(scorer, Batcher(COSTS, PrefixCache(PAGES)), Metrics(), most_waiting=2_000)
+    worker = ScoringLoop(scorer, Scheduler(COSTS, PrefixCache(PAGES)), Metrics(), most_waiting=2_000)
     worker.start()
     yield worker
     worker.stop(60)
@@ -52,7 +52,7 @@ def question(seed: int, prefix: int = 70, items: int = 3):
 class Asked:
     """A prompt given to a worker, and the scores that come."""
 
-    def __init__(self, worker: Worker, one, **how):
+    def __init__(self, worker: ScoringLoop, one, **how):
         self.prompt, self.scores = one, np.full((len(one.questions), 2), np.nan, np.float32)
         self.request = worker.submit(one, on_answers=self._hear, **how)
 
@@ -65,7 +65,7 @@ class Asked:
         return np.allclose(self.scores, alone.score_encoded([self.prompt])[0], atol=1e-5)
 
 
-def is_idle(worker: Worker) -> bool:
+def is_idle(worker: ScoringLoop) -> bool:
     return waiting(worker) == 0 and pages_held(worker) == 0 and not worker._batcher
 
 
@@ -180,7 +180,7 @@ def test_what_nobody_waits_for_never_runs_and_leaves_no_trace(worker, alone):
         with pytest.raises(TimeoutError, match="the deadline passed while the request was queued"):
             late.request.result(60)
         assert first.is_right(alone)
-    assert all(part.prompt is first.prompt for one in gate.passes for part in one.parts)
+    assert all(part.prompt is first.prompt for one in gate.passes for part in one.chunks)
     eventually(lambda: is_idle(worker))
 
 
@@ -214,7 +214,7 @@ def test_a_full_queue_says_when_to_come_back_and_has_room_again(worker, alone):
 
 def test_a_long_prefix_gets_its_pages_though_short_ones_keep_coming(worker):
     """Eleven pages: two short ones hold four at any time, so that eight are never free by chance."""
-    batcher = Batcher({Bucket(128, past): 1.0 for past in (0, 4, 8)}, PrefixCache(PAGES))
+    batcher = Scheduler({Bucket(128, past): 1.0 for past in (0, 4, 8)}, PrefixCache(PAGES))
     jobs = [Request(question(seed, prefix=120, items=60), "labels", 1e9).job for seed in range(40)]
     long = Request(question(99, prefix=500, items=1), "labels", 1e9).job
     for job in (*jobs[:3], long):
@@ -230,7 +230,7 @@ def test_a_long_prefix_gets_its_pages_though_short_ones_keep_coming(worker):
 
 def test_each_request_is_scored_by_the_weights_of_when_it_came(worker, scorer, alone):
     new = params(seed=1)
-    of_new = Scorer(MODEL, new, Tokenizer.of_bytes(), "dense", [Bucket(1024)])
+    of_new = Scorer(MODEL, new, Tokenizer.byte_level(), "dense", [Bucket(1024)])
     with held(worker) as gate:
         before = [Asked(worker, question(seed, items=20)) for seed in range(4)]
         eventually(lambda: gate.passes)
@@ -272,7 +272,7 @@ def test_a_worker_that_stops_finishes_what_it_has_and_takes_no_more(worker, alon
 
 def test_the_garbage_collector_rests_while_a_worker_works(scorer):
     frozen = gc.get_freeze_count()
-    worker = Worker(scorer, Batcher(COSTS, PrefixCache(PAGES)), Metrics(), most_waiting=2_000)
+    worker = ScoringLoop(scorer, Scheduler(COSTS, PrefixCache(PAGES)), Metrics(), most_waiting=2_000)
     assert gc.isenabled()
     worker.start()
     assert not gc.isenabled()

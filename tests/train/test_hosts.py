@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from brewjax import hosts
-from brewjax.train.batches import Batches
+from brewjax.train.batches import ShardedBatches
 from brewjax.train.loop import train
 from brewjax.train.metrics import METRICS, read_metrics
 from brewjax.train.objectives import supervised
@@ -75,7 +75,7 @@ def test_one_killed_ends_the_other_and_a_restart_goes_on(shards, together, tmp_p
         started[killed].kill()
         code = started[1 - killed].wait(LIMIT)
         said = log(tmp_path, 1 - killed)
-        assert code in (hosts.RESTART, -signal.SIGABRT), said
+        assert code in (hosts.EXIT_RESTART, -signal.SIGABRT), said
         assert "one of them ended" in said or "another task died" in said, said
         assert len(read_metrics(tmp_path / METRICS)) < CONFIG.steps
     finish(tmp_path, start(shards, tmp_path, 2))
@@ -86,7 +86,7 @@ def test_sigterm_to_one_saves_and_one_process_goes_on_from_two(shards, alone, tm
     started = start(shards, tmp_path, 2)
     wait_for(12, tmp_path, started)
     started[1].terminate()
-    assert [process.wait(LIMIT) for process in started] == [hosts.RESTART] * 2, log(tmp_path, 0)
+    assert [process.wait(LIMIT) for process in started] == [hosts.EXIT_RESTART] * 2, log(tmp_path, 0)
     step, _ = newest_checkpoint(tmp_path)
     assert len(read_metrics(tmp_path / METRICS)) == step < CONFIG.steps
     assert f"step {step} of 40 is saved" in log(tmp_path, 0)
@@ -116,7 +116,7 @@ def test_wrong_variables_are_named(monkeypatch, variables, said):
         variables = {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "2"} | variables
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(hosts.HostError, match=said), hosts.joined():
+    with pytest.raises(hosts.DistributedError, match=said), hosts.distributed_runtime():
         pass
 
 
@@ -127,14 +127,14 @@ def test_rows_must_divide_into_streams():
 
 if __name__ == "__main__":
     shards_folder, run = map(Path, sys.argv[1:])
-    with hosts.joined():
+    with hosts.distributed_runtime():
 
         def check() -> None:
             if not list(shards_folder.glob("part-*")):
                 raise ValueError(f"{shards_folder}: no training shards there")
 
-        hosts.on_first(check)
-        sizes = CONFIG.accumulate, CONFIG.rows, CONFIG.row_tokens, CONFIG.streams, CONFIG.seed
-        reads = Batches(shards_folder, CONFIG.mesh.build(), *sizes).reads
+        hosts.run_on_process_zero(check)
+        sizes = CONFIG.gradient_accumulation_steps, CONFIG.batch_size, CONFIG.seq_len, CONFIG.num_data_shards, CONFIG.seed
+        reads = ShardedBatches(shards_folder, CONFIG.mesh.build(), *sizes).reads
         print(f"process {jax.process_index()} reads {reads}", file=sys.stderr)
         train(MODEL, CONFIG, shards_folder, run, supervised)

@@ -24,18 +24,18 @@ from brewjax.model.config import ModelConfig
 from brewjax.model.decoder import Decoder
 from brewjax.model.params import Params
 from brewjax.model.sharding import MeshConfig
-from brewjax.train.checkpoints import CheckpointError
+from brewjax.train.checkpoints import UnreadableCheckpointError
 from brewjax.train.loop import NonFiniteError, TrainConfig, abstract_state, train
 from brewjax.train.lora import LoraConfig
 from brewjax.train.metrics import METRICS, MetricsWriter, read_metrics
-from brewjax.train.objectives import Given, Mean, supervised
+from brewjax.train.objectives import AuxInputs, WeightedSum, supervised
 from brewjax.train.optimizer import OptimizerConfig
 from tests.tiny import MODEL, params, prompt
 
 ROOT = Path(__file__).parents[2]
 POISON = 2  # a token that no prompt has but the poisoned one
 ADAM = OptimizerConfig(learning_rate=0.02, warmup=5, schedule="constant")
-CONFIG = TrainConfig(steps=40, rows=4, row_tokens=64, optimizer=ADAM, checkpoint_every=5)
+CONFIG = TrainConfig(steps=40, batch_size=4, seq_len=64, optimizer=ADAM, checkpoint_every_steps=5)
 
 
 def toy(number: int) -> EncodedPrompt:
@@ -49,7 +49,7 @@ def toy(number: int) -> EncodedPrompt:
 def shards(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
     prompts = [toy(number) for number in range(200)]
-    write_shards(folder, [(one, {"prompt": number}) for number, one in enumerate(prompts)], CONFIG.row_tokens)
+    write_shards(folder, [(one, {"prompt": number}) for number, one in enumerate(prompts)], CONFIG.seq_len)
     return folder
 
 
@@ -179,7 +179,7 @@ def test_where_every_checkpoint_is_damaged_nothing_is_touched(shards, finished, 
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     for path in tmp_path.glob("checkpoints/*/state/manifest.ocdbt"):
         cut_in_half(path)
-    with pytest.raises(CheckpointError, match=r"step 40: .*; step 35: .*Delete the stage's folder"):
+    with pytest.raises(UnreadableCheckpointError, match=r"step 40: .*; step 35: .*Delete the stage's folder"):
         train(MODEL, CONFIG, shards, tmp_path, supervised)
     assert len(list(tmp_path.glob("checkpoints/*/state/manifest.ocdbt"))) == 2
 
@@ -229,16 +229,16 @@ def newest_checkpoint(folder: Path, config: TrainConfig = CONFIG) -> tuple[int, 
         return checkpointer.latest.step, state["params"]
 
 
-def poisoned(decoder: Decoder, batch: TokenBatch, given: Given) -> tuple[Mean, dict[str, Mean]]:
+def poisoned(decoder: Decoder, batch: TokenBatch, given: AuxInputs) -> tuple[WeightedSum, dict[str, WeightedSum]]:
     loss, metrics = supervised(decoder, batch, given)
     return loss._replace(total=loss.total * jnp.where(jnp.any(batch.tokens == POISON), jnp.nan, 1)), metrics
 
 
 def test_nan_stops_the_run_and_names_the_examples(tmp_path):
     prompts = [toy(number) for number in range(40)]
-    (_, *center), *events = prompts[21].pieces  # a prompt of the fourth batch
+    (_, *center), *events = prompts[21].prefix_pieces  # a prompt of the fourth batch
     prompts[21] = dataclasses.replace(prompts[21], pieces=[[POISON, *center], *events])
-    write_shards(tmp_path, [(one, {"prompt": number}) for number, one in enumerate(prompts)], CONFIG.row_tokens)
+    write_shards(tmp_path, [(one, {"prompt": number}) for number, one in enumerate(prompts)], CONFIG.seq_len)
     with pytest.raises(NonFiniteError, match=r"loss nan(.|\n)*\"prompt\": 21\b") as error:
         train(MODEL, CONFIG.model_copy(update={"checkpoint_every": 1}), tmp_path, tmp_path, poisoned)
     good = len(losses(tmp_path))

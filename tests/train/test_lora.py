@@ -22,7 +22,7 @@ from tests.tiny import MODEL, adapters, batch_of, params, prompt
 from tests.train.test_loop import CONFIG, losses, newest_checkpoint, shards
 
 __all__ = ["shards"]  # a fixture
-EXPERTS = MODEL.model_copy(update={"experts": ExpertsConfig(count=4)})
+EXPERTS = MODEL.model_copy(update={"experts": ExpertsConfig(num_experts=4)})
 REMAT = MODEL.model_copy(update={"remat": True})
 LORA = LoraConfig(rank=3, alpha=6.0)
 
@@ -82,7 +82,7 @@ def test_loss_and_gradients_are_those_through_merged_weights(model):
 def test_a_step_makes_neither_merged_weights_nor_their_gradient(model):
     """Nothing in the whole program has the shape of a stack of matrices; those of the base are given."""
     model = model.model_copy(update={"layers": 5, "remat": True})
-    config, mesh = TrainConfig(steps=10, rows=3, row_tokens=32, accumulate=3, lora=LORA), MeshConfig().build()
+    config, mesh = TrainConfig(steps=10, batch_size=3, seq_len=32, gradient_accumulation_steps=3, lora=LORA), MeshConfig().build()
     with jax.set_mesh(mesh):
         step = training_step(model, config, mesh).traced.jaxpr.jaxpr
         full = training_step(model, config.model_copy(update={"lora": None}), mesh).traced.jaxpr.jaxpr
@@ -94,7 +94,7 @@ def test_a_step_makes_neither_merged_weights_nor_their_gradient(model):
 
 def test_a_compiled_step_has_no_room_for_them():
     wide = MODEL.model_copy(update={"layers": 8, "d_model": 64, "d_ff": 512, "remat": True})
-    config, mesh = TrainConfig(steps=10, rows=1, row_tokens=32, lora=LORA), MeshConfig().build()
+    config, mesh = TrainConfig(steps=10, batch_size=1, seq_len=32, lora=LORA), MeshConfig().build()
     with jax.set_mesh(mesh):
         memory = training_step(wide, config, mesh).traced.lower().compile().memory_analysis()
     base = sum(4 * leaf.size for leaf in jax.tree.leaves(abstract_params(wide, mesh)["layers"]))

@@ -20,12 +20,12 @@ from jax.sharding import NamedSharding
 from brewjax.data.loader import NO_TARGET, TokenBatch
 from brewjax.data.tokens import EncodedPrompt
 from brewjax.model.params import Params, bind
-from brewjax.model.sharding import ROWS, MeshConfig
+from brewjax.model.sharding import BATCH_AXES, MeshConfig
 from brewjax.train.align import Align
-from brewjax.train.batches import PARTS
+from brewjax.train.batches import BATCH_SPEC
 from brewjax.train.distill import Distill
-from brewjax.train.objectives import Mean, Objective, TopK, supervised
-from brewjax.train.teachers import Frozen, OnOwnMesh
+from brewjax.train.objectives import WeightedSum, Objective, TopK, supervised
+from brewjax.train.teachers import FrozenModel, TeacherOnMesh
 from pallas_kernels.distillation import linear_distillation
 from tests.tiny import MODEL, batch_of, params, prompt
 
@@ -57,25 +57,25 @@ def batch() -> TokenBatch:
 
 OBJECTIVES: dict[str, Objective] = {
     "supervised": supervised,
-    "dpo": Align(beta=0.5, against="each", label_smoothing=0.1, sft=0.3),
+    "dpo": Align(beta=0.5, loss_type="each", label_smoothing=0.1, rpo_alpha=0.3),
     "softmax dpo": Align(beta=0.5),
-    "forward KL": Distill(ratio=0.7, temperature=2.0),
+    "forward KL": Distill(kd_weight=0.7, temperature=2.0),
     "Jensen-Shannon": Distill(divergence="jensen_shannon", beta=0.3),
     "skewed KL": Distill(divergence="skewed_kl", alpha=0.2),
     "reverse KL of few words": Distill(divergence="reverse_kl", temperature=2.0),
-    OWN: Distill(on_policy=0.5, layers=0.5),
+    OWN: Distill(on_policy_fraction=0.5, hidden_state_weight=0.5),
 }
 ON_MESH = ["dpo", "forward KL", "reverse KL of few words", OWN]  # for `supervised` see test_sharding
 WITH_GRADIENTS = ON_MESH[:2]
 
 
-def models(name: str) -> dict[str, Frozen]:
+def models(name: str) -> dict[str, FrozenModel]:
     objective = OBJECTIVES[name]
     if isinstance(objective, Align):
-        return {"reference": Frozen(MODEL, params(seed=1))}
+        return {"reference": FrozenModel(MODEL, params(seed=1))}
     if name == OWN:
-        return {"teacher": Frozen(DEEP, params(DEEP, seed=2))}
-    return {"teacher": Frozen(TEACHER, params(TEACHER, seed=2))} if isinstance(objective, Distill) else {}
+        return {"teacher": FrozenModel(DEEP, params(DEEP, seed=2))}
+    return {"teacher": FrozenModel(TEACHER, params(TEACHER, seed=2))} if isinstance(objective, Distill) else {}
 
 
 def said(name: str) -> dict[str, TopK]:
@@ -96,15 +96,15 @@ def run(name: str, mesh: MeshConfig) -> dict[str, np.ndarray]:
     if answers:
         frozen = {}
 
-    def loss(trained: Params, batch: TokenBatch, answers: dict, weights: dict) -> tuple[jax.Array, dict[str, Mean]]:
+    def loss(trained: Params, batch: TokenBatch, answers: dict, weights: dict) -> tuple[jax.Array, dict[str, WeightedSum]]:
         given = answers | {key: bind(frozen[key].model, one) for key, one in weights.items()}
         loss, metrics = OBJECTIVES[name](bind(MODEL, trained), batch, given)
         return loss.total, {"loss": loss} | metrics
 
     with jax.set_mesh(on):
-        rows = jax.device_put((batch(), answers), NamedSharding(on, jax.P(ROWS)))
+        rows = jax.device_put((batch(), answers), NamedSharding(on, jax.P(BATCH_AXES)))
         weights = {key: one.on(on) for key, one in frozen.items()}
-        trained = Frozen(MODEL, params()).on(on)
+        trained = FrozenModel(MODEL, params()).on(on)
         if name in WITH_GRADIENTS:
             (_, means), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(trained, *rows, weights)
         else:
@@ -119,7 +119,7 @@ def alone(name: str) -> dict[str, np.ndarray]:
 
 
 def assert_is(name: str, metric: str, expected: tuple[float, float]) -> None:
-    found = [alone(name)[f"[0]['{metric}'].{part}"] for part in Mean._fields]
+    found = [alone(name)[f"[0]['{metric}'].{part}"] for part in WeightedSum._fields]
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-5, err_msg=metric)
 
 
@@ -136,10 +136,10 @@ def hidden_and_head(model, seed: int) -> tuple[np.ndarray, np.ndarray]:
     decoder = bind(model, params(model, seed))
     with jax.set_mesh(MeshConfig().build()):
         hidden = jax.jit(lambda *inputs: decoder(*inputs))(*jax.tree.map(jnp.asarray, batch()[:3]))
-        return np.float64(hidden), np.float64(decoder.head)
+        return np.float64(hidden), np.float64(decoder.lm_head)
 
 
-def logits_of(frozen: Frozen | None) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+def logits_of(frozen: FrozenModel | None) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
     """float64 [targets, V] of the model, or of the one that learns, and where the targets stand."""
     model, seed = (MODEL, 0) if frozen is None else (frozen.model, {"tiny": 1, "teacher": 2}[frozen.model.name])
     hidden, head = hidden_and_head(model, seed)
@@ -280,7 +280,7 @@ def test_pairs_cost_what_trl_says(against):
         row = (policy, reference, ones, 1 + pairs // 4, np.arange(40) % 8, np.tile([1, -1], 20) * (1 + pairs % 4))
         for beta in (0.1, 0.5):
             for smoothing in (0.0, 0.1):
-                align = Align(beta=beta, label_smoothing=smoothing, against=against)
+                align = Align(beta=beta, label_smoothing=smoothing, loss_type=against)
                 losses, chosen, rejected = trl[f"dpo {beta} {smoothing}"]
                 found = {key: mean.total for key, mean in jax.jit(align.lists)(*map(jnp.asarray, row)).items()}
                 np.testing.assert_allclose(found["loss_dpo"], losses.sum(), rtol=1e-5)
@@ -303,7 +303,7 @@ def test_divergences_are_trls(beta, distill, temperature):
     with np.load(GOLDENS) as trl:
         student, teacher = np.float32(trl["student"]), np.float32(trl["teacher"])
         head = np.eye(64, dtype=np.float32)  # hidden states are logits
-        how = Distill(**distill).how()
+        how = Distill(**distill).divergence_function()
         total, _ = linear_distillation(student, head, teacher, head, np.ones(6, np.float32), how, temperature)
         np.testing.assert_allclose(total, temperature**2 * trl[f"jsd {beta} {temperature}"], rtol=1e-4)
 
@@ -363,10 +363,10 @@ def test_a_mesh_changes_nothing(sharded, name):
 
 def answers_moved(of_teacher: MeshConfig, of_student: MeshConfig) -> dict[str, np.ndarray]:
     """What a teacher on one mesh says of a batch on another, moved there."""
-    there = NamedSharding(of_student.build(), PARTS)
+    there = NamedSharding(of_student.build(), BATCH_SPEC)
     placed = jax.device_put(jax.tree.map(lambda x: x.reshape(1, 8, LENGTH), batch()), there)
     with jax.set_mesh(there.mesh):
-        said = jax.device_put(OnOwnMesh(*models("forward KL").values(), of_teacher.build(), K, 2.0)(placed), there)
+        said = jax.device_put(TeacherOnMesh(*models("forward KL").values(), of_teacher.build(), K, 2.0)(placed), there)
     assert said.ids.sharding == there
     return jax.tree.map(np.asarray, said._asdict())
 

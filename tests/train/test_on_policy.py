@@ -17,7 +17,7 @@ from brewjax.model.decoder import Decoder
 from brewjax.model.params import bind
 from brewjax.model.sharding import MeshConfig
 from brewjax.train.distill import Distill
-from brewjax.train.on_policy import with_own_answers
+from brewjax.train.on_policy import replace_with_student_samples
 from tests.tiny import MODEL, batch_of, pack, params, prompt
 
 ASKED = 3  # tokens of a question before its answer
@@ -52,7 +52,7 @@ def said(end: int = 0, share: float = 1.0, top_k: int = 1) -> tuple[TokenBatch, 
     """A batch; the same with the student's own answers, and which targets are theirs."""
     before = batch_of(prompts(end), LENGTH)
     with jax.set_mesh(MeshConfig().build()):
-        speak = jax.jit(lambda batch: with_own_answers(decoder(), batch, share, top_k))
+        speak = jax.jit(lambda batch: replace_with_student_samples(decoder(), batch, share, top_k))
         after, own = speak(jax.tree.map(jnp.asarray, before))
     return before, jax.tree.map(np.asarray, after), np.asarray(own)
 
@@ -128,7 +128,7 @@ def test_the_same_batch_is_answered_the_same():
 
 
 def test_its_own_answers_are_judged_by_the_teacher_alone():
-    distill = Distill(on_policy=1.0, top_k=1, ratio=0.5)
+    distill = Distill(on_policy_fraction=1.0, top_k=1, kd_weight=0.5)
     before, after, own = said()
     with jax.set_mesh(MeshConfig().build()):
         given = {"teacher": decoder(1)}
@@ -148,7 +148,7 @@ def test_its_own_answers_are_judged_by_the_teacher_alone():
 def layer_loss(student: Decoder, teacher: Decoder) -> float:
     batch = jax.tree.map(jnp.asarray, batch_of(prompts(), LENGTH))
     with jax.set_mesh(MeshConfig().build()):
-        _, metrics = jax.jit(lambda batch: Distill(layers=1.0)(student, batch, {"teacher": teacher}))(batch)
+        _, metrics = jax.jit(lambda batch: Distill(hidden_state_weight=1.0)(student, batch, {"teacher": teacher}))(batch)
     return float(metrics["loss_layers"].total / metrics["loss_layers"].weight)
 
 
@@ -181,4 +181,4 @@ def test_streams_of_two_widths_are_refused():
 @pytest.mark.parametrize("teacher", ["own_mesh", "cache"])
 def test_a_teacher_who_is_elsewhere_is_refused(option, teacher):
     with pytest.raises(pydantic.ValidationError, match=f"needs teacher same_mesh, not {teacher}"):
-        Distill(teacher=teacher, **option)
+        Distill(teacher_placement=teacher, **option)

@@ -15,19 +15,19 @@ from brewjax.model.params import bind
 from brewjax.model.sharding import MeshConfig
 from brewjax.train import teachers
 from brewjax.train.align import Align
-from brewjax.train.batches import Batches
+from brewjax.train.batches import ShardedBatches
 from brewjax.train.distill import Distill
 from brewjax.train.loop import train
 from brewjax.train.lora import LoraConfig
 from brewjax.train.metrics import METRICS, read_metrics
 from brewjax.train.objectives import supervised
-from brewjax.train.teachers import Cache, CacheError, Frozen, OnOwnMesh, fingerprint, write_cache
+from brewjax.train.teachers import TeacherCache, CacheError, FrozenModel, TeacherOnMesh, fingerprint, write_cache
 from tests.tiny import MODEL, params
 from tests.train.test_loop import CONFIG, newest_checkpoint, shards, toy, without_speed
 
 __all__ = ["shards"]  # a fixture
 BIG = MODEL.model_copy(update={"name": "big", "d_model": 24})
-TEACHER = Frozen(BIG, params(BIG, seed=7))
+TEACHER = FrozenModel(BIG, params(BIG, seed=7))
 SHORT = CONFIG.model_copy(update={"steps": 6, "checkpoint_every": 3})
 
 
@@ -41,18 +41,18 @@ def same_mesh(shards, tmp_path_factory):
     """The folder of a run with the teacher in memory."""
     folder = tmp_path_factory.mktemp("same_mesh")
     distill = Distill(temperature=2.0)
-    frozen = distill.frozen(TEACHER, MODEL, SHORT, shards, folder / "cache")
-    train(MODEL, SHORT, shards, folder, distill, init=params, frozen=frozen)
+    frozen = distill.aux_models(TEACHER, MODEL, SHORT, shards, folder / "cache")
+    train(MODEL, SHORT, shards, folder, distill, init=params, aux_models=frozen)
     return folder
 
 
 @pytest.mark.parametrize("teacher", ["own_mesh", "cache"])
 def test_all_words_but_one_of_a_teacher_elsewhere_teach_what_it_does_in_memory(shards, same_mesh, tmp_path, teacher):
     """The one left out is the tail."""
-    distill = Distill(temperature=2.0, teacher=teacher, top_k=1000)
+    distill = Distill(temperature=2.0, teacher_placement=teacher, top_k=1000)
     config = SHORT.model_copy(update={"accumulate": 2})  # which changes nothing either
-    frozen = distill.frozen(TEACHER, MODEL, config, shards, tmp_path / "cache")
-    train(MODEL, config, shards, tmp_path, distill, init=params, frozen=frozen)
+    frozen = distill.aux_models(TEACHER, MODEL, config, shards, tmp_path / "cache")
+    train(MODEL, config, shards, tmp_path, distill, init=params, aux_models=frozen)
     for name in ("loss", "loss_kd", "loss_sft", "grad_norm"):
         found, expected = ([row[name] for row in read_metrics(run / METRICS)] for run in (tmp_path, same_mesh))
         np.testing.assert_allclose(found, expected, rtol=2e-4, err_msg=name)
@@ -72,16 +72,16 @@ def test_the_student_learns_from_the_teacher_and_the_teacher_learns_nothing(same
 def test_a_run_with_a_frozen_model_goes_on_to_the_bit(shards, same_mesh, tmp_path):
     shutil.copytree(same_mesh, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "checkpoints" / str(SHORT.steps))  # as if killed after step 3, or later
-    train(MODEL, SHORT, shards, tmp_path, Distill(temperature=2.0), init=params, frozen={"teacher": TEACHER})
+    train(MODEL, SHORT, shards, tmp_path, Distill(temperature=2.0), init=params, aux_models={"teacher": TEACHER})
     assert without_speed(tmp_path) == without_speed(same_mesh)
     jax.tree.map(np.testing.assert_array_equal, newest_checkpoint(tmp_path)[1], newest_checkpoint(same_mesh)[1])
 
 
 def test_a_cache_has_the_answer_to_every_target(shards, tmp_path):
-    cache = Cache(written(tmp_path / "cache", shards))
+    cache = TeacherCache(written(tmp_path / "cache", shards))
     mesh = MeshConfig().build()
-    ask = OnOwnMesh(TEACHER, mesh, 4, 2.0)
-    batches = Batches(shards, mesh, 1, 4, 64, 1, 3, {"teacher": cache.look_up})
+    ask = TeacherOnMesh(TEACHER, mesh, 4, 2.0)
+    batches = ShardedBatches(shards, mesh, 1, 4, 64, 1, 3, {"teacher": cache.look_up})
     for _ in range(3):  # packed otherwise than the cache was
         batch, placed, beside = next(batches)
         said, found = jax.tree.map(lambda x: np.asarray(x)[0], (ask(placed), beside["teacher"]))
@@ -93,7 +93,7 @@ def test_a_cache_has_the_answer_to_every_target(shards, tmp_path):
 
 def test_a_cache_that_was_killed_goes_on_and_one_that_is_done_is_left_alone(shards, tmp_path, monkeypatch):
     monkeypatch.setattr(teachers, "PART_WORDS", 300)
-    answer, calls = OnOwnMesh.__call__, []
+    answer, calls = TeacherOnMesh.__call__, []
 
     def dies(self, placed):
         calls.append(None)
@@ -101,14 +101,14 @@ def test_a_cache_that_was_killed_goes_on_and_one_that_is_done_is_left_alone(shar
             raise KeyboardInterrupt
         return answer(self, placed)
 
-    monkeypatch.setattr(OnOwnMesh, "__call__", dies)
+    monkeypatch.setattr(TeacherOnMesh, "__call__", dies)
     with pytest.raises(KeyboardInterrupt):
         written(tmp_path, shards)
     with pytest.raises(CacheError, match="no complete cache"):
-        Cache(tmp_path)
+        TeacherCache(tmp_path)
     (tmp_path / "part-00099.tmp").mkdir()  # one that was being written
     before = len(calls)
-    cache = Cache(written(tmp_path, shards))
+    cache = TeacherCache(written(tmp_path, shards))
     batch = next(iter(load_batches(shards, 8, 64, seed=0)))
     assert (cache.look_up(batch).ids[..., 0] >= 0).tolist() == (batch.targets >= 0).tolist()
     asked = len(calls) - before
@@ -130,8 +130,8 @@ def test_a_cache_of_something_else_is_refused(shards, tmp_path):
     nudged = jax.tree.map(jnp.copy, TEACHER.params)
     nudged["layers"]["down"] = nudged["layers"]["down"].at[1, 2, 3].add(1e-6)
     with pytest.raises(CacheError, match="answers for teacher "):
-        written(tmp_path / "cache", shards, teacher=Frozen(BIG, nudged))
-    cache, batch = Cache(tmp_path / "cache"), next(iter(load_batches(shards, 2, 64, seed=0)))
+        written(tmp_path / "cache", shards, teacher=FrozenModel(BIG, nudged))
+    cache, batch = TeacherCache(tmp_path / "cache"), next(iter(load_batches(shards, 2, 64, seed=0)))
     unknown = batch._replace(source=batch.source + 10_000)
     with pytest.raises(CacheError, match="the teacher never saw record 10"):
         cache.look_up(unknown)
@@ -143,8 +143,8 @@ def test_a_cache_of_something_else_is_refused(shards, tmp_path):
 def test_weights_that_change_places_have_another_fingerprint():
     mesh = MeshConfig().build()
     swapped = TEACHER.params | {"embedding": TEACHER.params["embedding"][::-1]}
-    assert fingerprint(TEACHER, mesh) == fingerprint(Frozen(BIG, params(BIG, seed=7)), mesh)
-    assert fingerprint(TEACHER, mesh) != fingerprint(Frozen(BIG, swapped), mesh)
+    assert fingerprint(TEACHER, mesh) == fingerprint(FrozenModel(BIG, params(BIG, seed=7)), mesh)
+    assert fingerprint(TEACHER, mesh) != fingerprint(FrozenModel(BIG, swapped), mesh)
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig()], ids=["held to a copy", "held to the policy without LoRA"])
@@ -159,8 +159,8 @@ def test_align_learns_to_prefer_and_the_reference_stays(tmp_path, lora):
         prompts.append((dataclasses.replace(one, questions=questions, answers=[0] * 3, lists=[1, -1, -1]), {}))
     write_shards(tmp_path / "shards", prompts, 64)
     reference, config = params(), CONFIG.model_copy(update={"checkpoint_every": 40, "lora": lora})
-    frozen = {} if lora else {"reference": Frozen(MODEL, reference)}
-    train(MODEL, config, tmp_path / "shards", tmp_path, Align(beta=0.5), init=params, frozen=frozen)
+    frozen = {} if lora else {"reference": FrozenModel(MODEL, reference)}
+    train(MODEL, config, tmp_path / "shards", tmp_path, Align(beta=0.5), init=params, aux_models=frozen)
     rows = read_metrics(tmp_path / METRICS)
     assert rows[0]["reward_margin"] == 0
     np.testing.assert_allclose(rows[0]["loss_dpo"], np.log(3), rtol=1e-5)  # two rejected, all alike yet
@@ -171,7 +171,7 @@ def test_align_learns_to_prefer_and_the_reference_stays(tmp_path, lora):
 
 def test_training_starts_from_what_it_is_given(shards, same_mesh):
     mesh = SHORT.mesh.build()
-    batch, _, _ = next(Batches(shards, mesh, 1, SHORT.rows, SHORT.row_tokens, 1, SHORT.seed))
+    batch, _, _ = next(ShardedBatches(shards, mesh, 1, SHORT.batch_size, SHORT.seq_len, 1, SHORT.seed))
     with jax.set_mesh(mesh):
         loss, _ = jax.jit(lambda params, batch: supervised(bind(MODEL, params), batch, {}))(params(), batch)
     np.testing.assert_allclose(read_metrics(same_mesh / METRICS)[0]["loss_sft"], loss.total / loss.weight, rtol=1e-5)
