@@ -17,15 +17,15 @@ import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 
+from brewjax.bundle.bundle import Bundle
 from brewjax.compress.quantize import QuantizeConfig, quantize, with_head
-from brewjax.data.dataset import Dataset
-from brewjax.data.examples import sample_examples
-from brewjax.data.task import Task, load_tasks
+from brewjax.data.tables.dataset import Dataset
+from brewjax.data.tasks.examples import sample_examples
+from brewjax.data.tasks.task import Task, load_tasks
 from brewjax.evaluate.predict import predict
 from brewjax.evaluate.predictions import scores
 from brewjax.evaluate.results import OVERALL, evaluate
 from brewjax.model.config import HeadPrecision
-from brewjax.scoring.bundle import Bundle
 
 HEADS = {
     "head bfloat16, logits float32": HeadPrecision(product="bfloat16"),

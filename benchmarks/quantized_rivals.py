@@ -48,8 +48,8 @@ from jax.experimental.pallas import tpu as pltpu
 from qwix.contrib.kernels import quantized_matmul as qwix_kernel
 from rich.console import Console
 
-from brewjax.ahead.hlo import size_of
-from brewjax.ahead.topology import topology
+from brewjax.aot.hlo import size_of
+from brewjax.aot.topology import topology
 from brewjax.model.config import ModelConfig
 from brewjax.model.weights import DTYPES
 from pallas_kernels.quantized_matmul import Quantized, quantize, quantized_matmul

@@ -39,7 +39,7 @@ def ours(model: str) -> Play:
     os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(CORES)}
     import numpy as np
 
-    from brewjax.data.tokens import EncodedPrompt
+    from brewjax.data.text.encode import EncodedPrompt
     from brewjax.serve.config import ServeConfig
     from brewjax.serve.server import Server
 

@@ -29,13 +29,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from brewjax.data.dataset import Dataset
-from brewjax.data.examples import example_at
-from brewjax.data.task import Task
-from brewjax.scoring.bundle import Bundle
+from brewjax.bundle.bundle import Bundle
+from brewjax.data.tables.dataset import Dataset
+from brewjax.data.tasks.examples import example_at
+from brewjax.data.tasks.task import Task
 from brewjax.serve import Client, ranker_pb2_grpc
 from brewjax.serve import ranker_pb2 as pb
-from brewjax.serve.members import request_from_example
+from brewjax.serve.requests import request_from_example
 
 PORT, HTTP_PORT = 9100, 9101
 MEMBERS, ZIPF = 200, 1.1  # how many, and how much more often the first of them come

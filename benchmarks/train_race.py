@@ -42,10 +42,10 @@ def ours() -> tuple[Play, int]:
     import numpy as np
     from jax.sharding import NamedSharding
 
-    from brewjax.data.loader import TokenBatch
-    from brewjax.data.tokens import NO_TARGET
+    from brewjax.data.records.loader import TokenBatch
+    from brewjax.data.text.encode import NO_TARGET
     from brewjax.model.config import ModelConfig
-    from brewjax.model.params import num_parameters, init_params
+    from brewjax.model.params import init_params, num_parameters
     from brewjax.train.batches import BATCH_SPEC
     from brewjax.train.loop import TrainConfig, make_step
     from brewjax.train.objectives import supervised

@@ -13,10 +13,10 @@ import numpy as np
 import typer
 from rich.table import Table
 
+from brewjax.cli_errors import parse_moment, run_app
 from brewjax.config import decode, read_text, suggest
 from brewjax.console import bold, plain_console, print_ranking
 from brewjax.devices import device_per_core, hide_useless_libtpu
-from brewjax.refusals import parse_moment, run_app
 
 # Heavy imports (jax, transformers) are inside the verbs, so that --help answers at once.
 
@@ -57,7 +57,7 @@ def fetch(
     source: Annotated[Optional[Path], typer.Option("--from", help="A copy that you have, in its place.")] = None,
 ) -> None:
     """Fetch a public dataset as a dataset folder (its licence is printed)."""
-    from brewjax.data.fetch import fetch
+    from brewjax.data.tables.movielens import fetch
 
     fetch(name, out or Path("data") / name, source)
 
@@ -65,7 +65,7 @@ def fetch(
 @data.command()
 def check(folder: DatasetFolder) -> None:
     """Check a dataset folder: every problem is listed, with file, column and row."""
-    from brewjax.data.dataset import Dataset
+    from brewjax.data.tables.dataset import Dataset
 
     dataset = Dataset.load(folder)
     counts = f"{len(dataset.members):,} members, {len(dataset.items):,} items, {len(dataset.events):,} events"
@@ -86,11 +86,11 @@ def run(
     exits with 75: start it again to go on.
     """
     device_per_core()
-    from brewjax import hosts
+    from brewjax import distributed as hosts
     from brewjax.pipeline.check import check_run
+    from brewjax.pipeline.context import Run
     from brewjax.pipeline.dry_run import plan_table
     from brewjax.pipeline.recipe import Recipe
-    from brewjax.pipeline.run import Run
     from brewjax.pipeline.stages import run_recipe
 
     config = Recipe.load(recipe, overrides or ())
@@ -115,9 +115,9 @@ def _stage_verb(kind: str, does: str) -> None:
         overrides: Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE, as in a recipe.")] = None,
     ) -> None:
         device_per_core()
-        from brewjax import hosts
+        from brewjax import distributed as hosts
+        from brewjax.pipeline.context import Run
         from brewjax.pipeline.recipe import Recipe
-        from brewjax.pipeline.run import Run
         from brewjax.pipeline.stages import run_recipe
 
         of_recipe = ("prompts.", "tokenizer.")
@@ -148,9 +148,9 @@ def quantize_(
     overrides: Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE, e.g. dtype=int8.")] = None,
 ) -> None:
     """Quantise a model's weights to 8 bits, a tensor at a time."""
+    from brewjax.bundle.bundle import check_folder
     from brewjax.compress.quantize import QuantizeConfig, quantize
     from brewjax.paths import atomic_folder
-    from brewjax.scoring.bundle import check_folder
 
     check_folder(model)
     config = QuantizeConfig.of({}, "brewjax quantize", overrides or ())
@@ -169,13 +169,13 @@ def evaluate(
 ) -> None:
     """Judge a model on tasks, trained on or not: a task is a YAML file, no training and no code."""
     device_per_core()
-    from brewjax.data.dataset import Dataset
-    from brewjax.data.examples import sample_examples
-    from brewjax.data.task import load_tasks
+    from brewjax.bundle.bundle import Bundle
+    from brewjax.data.tables.dataset import Dataset
+    from brewjax.data.tasks.examples import sample_examples
+    from brewjax.data.tasks.task import load_tasks
     from brewjax.evaluate.predict import predict
     from brewjax.evaluate.report import print_results
     from brewjax.evaluate.results import compare
-    from brewjax.scoring.bundle import Bundle
 
     tables, bundle, asked = Dataset.load(dataset), Bundle.load(model), []
     for task in load_tasks(tasks, tables):
@@ -204,13 +204,13 @@ def prompt(
     ] = 20_000,
 ) -> None:
     """Print what a model would read about a member, without a model."""
-    from brewjax.data.dataset import Dataset
-    from brewjax.data.examples import build_examples, example_at
-    from brewjax.data.numbers import Percentiles
-    from brewjax.data.styles import STYLES
-    from brewjax.data.task import load_tasks
-    from brewjax.data.tokenizer import Tokenizer
-    from brewjax.data.verbalize import Verbalizer
+    from brewjax.data.prompts.styles import STYLES
+    from brewjax.data.prompts.verbalize import Verbalizer
+    from brewjax.data.tables.dataset import Dataset
+    from brewjax.data.tables.statistics import Percentiles
+    from brewjax.data.tasks.examples import build_examples, example_at
+    from brewjax.data.tasks.task import load_tasks
+    from brewjax.data.text.tokenizer import Tokenizer
 
     if style not in STYLES:
         raise typer.BadParameter(f"'{style}': {suggest(style, STYLES)}", param_hint="--style")
@@ -264,13 +264,13 @@ def score(
     if model is None and not server:
         raise typer.BadParameter("give a model folder, or --server")
     if prompt is not None:
-        from brewjax.data.prompt import Prompt
+        from brewjax.data.text.prompt import Prompt
 
         stdin = str(prompt) == "-"
         text = decode(sys.stdin.buffer.read(), "stdin") if stdin else read_text(prompt)
         said = Prompt.from_json(text, "stdin" if stdin else str(prompt))
         if model:
-            from brewjax.scoring.bundle import Bundle
+            from brewjax.bundle.bundle import Bundle
 
             bundle = Bundle.load(model)
             probabilities = bundle.score(said)
@@ -284,9 +284,9 @@ def score(
         values, names = np.arange(len(said.labels), 0, -1), [question.text.strip() for question in said.questions]
         print_ranking(console, probabilities, said.labels, values, names, top)
     elif dataset and task and member:
-        from brewjax.data.dataset import Dataset
-        from brewjax.data.examples import example_at
-        from brewjax.data.task import load_tasks
+        from brewjax.data.tables.dataset import Dataset
+        from brewjax.data.tasks.examples import example_at
+        from brewjax.data.tasks.task import load_tasks
 
         tables = Dataset.load(dataset)
         (checked,) = load_tasks([task], tables)
@@ -294,7 +294,7 @@ def score(
         if items is not None:
             example = example.select(np.sort(np.random.default_rng(0).permutation(len(example.candidates))[:items]))
         if model:
-            from brewjax.scoring.bundle import Bundle
+            from brewjax.bundle.bundle import Bundle
 
             bundle = Bundle.load(model)
             verbalizer, style = bundle.verbalizer(tables, checked), bundle.prompts.score_style
@@ -304,7 +304,7 @@ def score(
             probabilities = bundle.score(said)
         else:
             from brewjax.serve.client import score_all
-            from brewjax.serve.members import request_from_example
+            from brewjax.serve.requests import request_from_example
 
             question = request_from_example(tables, checked, example, note)
             probabilities, how = score_all(server, question, os.environ.get(TOKEN))
@@ -357,8 +357,8 @@ def import_(
     ] = None,
 ) -> None:
     """Make a model folder of an open model, which then scores, evaluates and trains as any other."""
+    from brewjax.bundle.exchange import import_model
     from brewjax.model.params import num_parameters
-    from brewjax.scoring.exchange import import_model
 
     bundle = import_model(source, out, name, dtype, overrides or ())
     _print(f"{out}: {bundle.model.name}, {num_parameters(bundle.params):,} parameters, {bundle.model.param_dtype}")
@@ -369,8 +369,8 @@ def export(
     model: ModelFolder, out: Annotated[Path, typer.Argument(help="The folder to write, for transformers to open.")]
 ) -> None:
     """Give a model back as a Hugging Face folder: config, safetensors, tokenizer and chat template."""
-    from brewjax.scoring.bundle import check_folder
-    from brewjax.scoring.exchange import export_model
+    from brewjax.bundle.bundle import check_folder
+    from brewjax.bundle.exchange import export_model
 
     check_folder(model)
     export_model(model, out)
@@ -388,8 +388,8 @@ def generate(
     plain: Annotated[bool, typer.Option("--plain", help="Go on from the prompt, without the chat template.")] = False,
 ) -> None:
     """Let a model speak: the answer to a prompt in its chat template, or what follows it where it has none."""
+    from brewjax.bundle.bundle import Bundle
     from brewjax.model.generate import Generator, SamplingParams
-    from brewjax.scoring.bundle import Bundle
 
     bundle = Bundle.load(model)
     tokenizer = bundle.tokenizer
@@ -415,10 +415,10 @@ def upcycle(
     seed: Annotated[int, typer.Option(help="Of the router's weights.")] = 0,
 ) -> None:
     """Make a mixture of experts of a dense model: it says the same until it is trained."""
+    from brewjax.bundle.bundle import check_folder
+    from brewjax.bundle.exchange import upcycle_model
     from brewjax.model.config import ExpertsConfig
     from brewjax.model.params import num_parameters
-    from brewjax.scoring.bundle import check_folder
-    from brewjax.scoring.exchange import upcycle_model
 
     check_folder(model)
     bundle = upcycle_model(model, out, ExpertsConfig(num_experts=experts, num_experts_per_tok=per_token), seed)
@@ -468,8 +468,8 @@ def compile_(
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is run; a chip that is here is left alone
     import jax
 
-    from brewjax.ahead import program, report
-    from brewjax.ahead.topology import topology as find
+    from brewjax.aot import program, report
+    from brewjax.aot.topology import topology as find
     from brewjax.model.config import ModelConfig
     from brewjax.model.params import model_size
     from brewjax.pipeline.recipe import load_plan

@@ -9,15 +9,15 @@ from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 import pydantic
 from pydantic.fields import FieldInfo
 
-from brewjax.compress.ladder import Ladder
 from brewjax.config import Config
-from brewjax.data.dataset import Card
-from brewjax.data.task import Task
+from brewjax.data.tables.card import Card
+from brewjax.data.tasks.task import Task
 from brewjax.model.config import ModelConfig
+from brewjax.pipeline.ladder import Ladder
 from brewjax.pipeline.recipe import (
     AlignStage,
-    DistillStage,
     CompilePlan,
+    DistillStage,
     PretrainStage,
     PruneStage,
     QuantizeStage,

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from brewjax.data.dataset import CARD, write_tables
+from brewjax.data.tables.card import CARD
+from brewjax.data.tables.dataset import write_tables
 
 Change = Callable[[pa.Table], pa.Table]
 

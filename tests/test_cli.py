@@ -14,9 +14,10 @@ import pyarrow as pa
 import pytest
 import yaml
 
-from brewjax.data.dataset import CARD, Dataset
-from brewjax.data.examples import build_examples
-from brewjax.data.task import load_tasks
+from brewjax.data.tables.card import CARD
+from brewjax.data.tables.dataset import Dataset
+from brewjax.data.tasks.examples import build_examples
+from brewjax.data.tasks.task import load_tasks
 from tests.command_line import check_parts, shown
 from tests.tables import write_dataset
 

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import pytest
 from typer.testing import CliRunner
 
-from brewjax.ahead import hlo
-from brewjax.ahead.program import TracedProgram, model_flops
-from brewjax.ahead.report import Memory, advice, compile_work
-from brewjax.ahead.topology import GIB, topology
+from brewjax.aot import hlo
+from brewjax.aot.program import TracedProgram
+from brewjax.aot.report import Memory, advice, compile_work
+from brewjax.aot.topology import GIB, topology
 from brewjax.cli import app
 from brewjax.model.config import ExpertsConfig, ModelConfig
+from brewjax.model.flops import model_flops
 from brewjax.model.params import model_size
 from brewjax.model.sharding import MeshConfig
 from brewjax.train.loop import TrainConfig
@@ -170,7 +171,9 @@ def test_what_does_not_fit_is_no_error():
 def test_flops_are_two_for_each_parameter_of_a_layer():
     model = ModelConfig.load("configs/models/brew-mini.yaml")
     products, attention = model_flops(model, 1, 1)
-    matrices = model_size(model).parameters - (2 * model.layers + 1) * model.d_model - 2 * model.vocab_size * model.d_model
+    matrices = (
+        model_size(model).parameters - (2 * model.layers + 1) * model.d_model - 2 * model.vocab_size * model.d_model
+    )
     assert products == 2 * matrices
     assert model_flops(model, 2, 10, 5)[1] / attention == 2 * 10 * (10 / 2 + 5) * 2
     model = model.model_copy(update={"experts": ExpertsConfig(num_experts=8, num_experts_per_tok=2)})

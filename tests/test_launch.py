@@ -17,7 +17,7 @@ import pytest
 import yaml
 from kubeflow_trainer_api.models import JobsetV1alpha2JobSet
 
-from brewjax.train.metrics import METRICS, read_metrics
+from brewjax.train.metrics_writer import METRICS, read_metrics
 from tests.pipeline.test_run import BASE, MODEL, TASK
 from tests.tables import write_dataset
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from brewjax.paths import LockedError, StorageError, check_renames, locked, atomic_folder, write_text
+from brewjax.paths import LockedError, StorageError, atomic_folder, check_renames, locked, write_text
 
 ROOT = Path(__file__).parents[1]
 HOLD = "import sys, time; from pathlib import Path; from brewjax.paths import locked\n"

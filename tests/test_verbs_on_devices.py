@@ -9,7 +9,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from brewjax.cli import app
-from brewjax.data.tokenizer import Tokenizer
+from brewjax.data.text.tokenizer import Tokenizer
 from brewjax.model import huggingface
 from tests.tiny import MODEL, params
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from brewjax.data.loader import TokenBatch
-from brewjax.data.tokens import NO_TARGET, EncodedPrompt, HistoryLayout
+from brewjax.data.records.loader import TokenBatch
+from brewjax.data.text.encode import NO_TARGET, EncodedPrompt, HistoryLayout
 from brewjax.model.config import ModelConfig
 from brewjax.model.params import Params, abstract_params
 from brewjax.model.sharding import MeshConfig

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
-from brewjax.data.tokens import EncodedPrompt
+from brewjax.data.text.encode import EncodedPrompt
 from brewjax.model.config import ModelConfig
 from brewjax.model.decoder import Layer
 from brewjax.model.experts import route
@@ -51,7 +51,9 @@ def calibrate(model: ModelConfig, params: Params, prompts: Sequence[EncodedPromp
     longest = max(ROW_TOKENS, *(len(prompt) for prompt in prompts))
     bucket = Bucket(-(-longest // STEP) * STEP)
     passes = plan_passes(prompts, [bucket])
-    count = data_parallel_size(mesh) * min(max(BATCH_TOKENS // bucket.tokens, 1), -(-len(passes) // data_parallel_size(mesh)))
+    count = data_parallel_size(mesh) * min(
+        max(BATCH_TOKENS // bucket.tokens, 1), -(-len(passes) // data_parallel_size(mesh))
+    )
     groups = [passes[start : start + count] for start in range(0, len(passes), count)]
     laid_out = [build_inputs(group, count) for group in groups]
     by_rows = NamedSharding(mesh, jax.P(BATCH_AXES, None))
@@ -121,7 +123,9 @@ def _of_experts(
     """`Statistics.neurons` and `load`. Every token goes through every expert: weights of zero leave no trace."""
     experts = layer.experts
     weights, chosen, _ = route(experts.config, h, experts.router[...].astype(jnp.float32))
-    weights_BTN = jnp.einsum("btk,btkn->btn", weights, jax.nn.one_hot(chosen, experts.config.num_experts)) * real[..., None]
+    weights_BTN = (
+        jnp.einsum("btk,btkn->btn", weights, jax.nn.one_hot(chosen, experts.config.num_experts)) * real[..., None]
+    )
 
     def one(matrices: tuple[Array, Array, Array]) -> Array:
         gate, up, weights = matrices

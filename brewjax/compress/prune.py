@@ -16,14 +16,14 @@ from jax.sharding import NamedSharding
 from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 
+from brewjax.bundle.bundle import Bundle
 from brewjax.compress.calibrate import Statistics, calibrate
 from brewjax.compress.least_squares import choose, damped, lost, resolve, rows_of
 from brewjax.config import Config
-from brewjax.data.tokens import EncodedPrompt
+from brewjax.data.text.encode import EncodedPrompt
 from brewjax.model.config import ModelConfig
 from brewjax.model.params import Params, abstract_params
 from brewjax.model.sharding import MeshConfig
-from brewjax.scoring.bundle import Bundle
 
 Arrays = dict[str, Any]  # one layer's weights, nested as in `Params`, on the host
 

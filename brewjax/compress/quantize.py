@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 import jax
 
+from brewjax.bundle.bundle import Bundle
 from brewjax.config import Config
 from brewjax.model.config import HeadPrecision, ModelConfig, Quantization
 from brewjax.model.params import MODEL, Params, abstract_decoder, abstract_params, read_params
 from brewjax.model.sharding import MeshConfig
 from brewjax.model.weights import QuantizedWeight
-from brewjax.scoring.bundle import Bundle
 
 
 class QuantizeConfig(Config):

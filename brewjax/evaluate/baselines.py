@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from scipy.special import expit
 
-from brewjax.data.as_of import PointInTimeIndex
-from brewjax.data.dataset import Dataset
-from brewjax.data.examples import RankingExample, labelled_events
-from brewjax.data.task import Task
-from brewjax.evaluate.features import Features, CandidateRows, build_features
+from brewjax.data.tables.dataset import Dataset
+from brewjax.data.tables.point_in_time import PointInTimeIndex
+from brewjax.data.tasks.examples import RankingExample, labelled_events
+from brewjax.data.tasks.task import Task
+from brewjax.evaluate.features import CandidateRows, Features, build_features
 from brewjax.evaluate.metrics import log_loss
 
 SMOOTHING = (1, 3, 10, 30, 100)  # how many events the prior may be worth
@@ -39,7 +39,9 @@ MAX_ROUNDS = 1000
 PATIENCE = 30  # rounds without a better validation log loss before a setting stops
 
 
-def popularity(dataset: Dataset, task: Task, train: Sequence[RankingExample], examples: Sequence[RankingExample]) -> np.ndarray:
+def popularity(
+    dataset: Dataset, task: Task, train: Sequence[RankingExample], examples: Sequence[RankingExample]
+) -> np.ndarray:
     """Probabilities float64 [questions of `examples`, labels] from the item alone.
 
     An item's label frequencies among the events before the cut, smoothed towards those of all items. Where negatives
@@ -71,11 +73,16 @@ def popularity(dataset: Dataset, task: Task, train: Sequence[RankingExample], ex
     return result
 
 
-def _label_counts(dataset: Dataset, task: Task, labels: np.ndarray, asked: CandidateRows) -> tuple[np.ndarray, np.ndarray]:
+def _label_counts(
+    dataset: Dataset, task: Task, labels: np.ndarray, asked: CandidateRows
+) -> tuple[np.ndarray, np.ndarray]:
     """[questions, labels]: events before the cut with each of the labels, of the item in question and of all items."""
     events, answers = labelled_events(dataset, task)
     times = dataset.event_time[events]
-    item, everything = PointInTimeIndex(dataset.event_item[events], times), PointInTimeIndex(np.zeros(len(events)), times)
+    item, everything = (
+        PointInTimeIndex(dataset.event_item[events], times),
+        PointInTimeIndex(np.zeros(len(events)), times),
+    )
     item_window = item.window(asked.item, asked.cutoff_time)
     window = everything.window(np.zeros(len(asked.cutoff_time)), asked.cutoff_time)
     counts = [item.sum(answers == label, item_window) for label in labels]

@@ -12,10 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from brewjax.data.as_of import PointInTimeIndex
-from brewjax.data.dataset import Attribute, Dataset
-from brewjax.data.examples import DAY, RankingExample, labelled_events
-from brewjax.data.task import Task
+from brewjax.data.tables.card import Attribute
+from brewjax.data.tables.dataset import Dataset
+from brewjax.data.tables.point_in_time import DAY, PointInTimeIndex
+from brewjax.data.tasks.examples import RankingExample, labelled_events
+from brewjax.data.tasks.task import Task
 from brewjax.evaluate.metrics import ratio
 
 MAX_CATEGORIES = 255  # values of a category, the most frequent; others count as missing
@@ -164,7 +165,9 @@ def _affinity(past: EventLog, asked: CandidateRows, items: pa.Table, attribute: 
     return columns
 
 
-def _cohort_features(past: EventLog, asked: CandidateRows, members: pa.Table, attribute: Attribute) -> dict[str, np.ndarray]:
+def _cohort_features(
+    past: EventLog, asked: CandidateRows, members: pa.Table, attribute: Attribute
+) -> dict[str, np.ndarray]:
     """The item's past with the members that share the member's category: its share of their events, and the mean of
     every signal."""
     of_member, names = _values(members, attribute)

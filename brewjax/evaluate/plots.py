@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from brewjax.data.task import MetricName
+from brewjax.data.tasks.task import MetricName
 from brewjax.evaluate.metrics import ratio, reliability
 from brewjax.evaluate.predictions import probabilities
 from brewjax.evaluate.results import METRICS, OVERALL, SLICES, Comparison, ModelSummary

@@ -10,13 +10,13 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from brewjax.bundle.bundle import Bundle
 from brewjax.console import plain_console, track
-from brewjax.data.dataset import Dataset
-from brewjax.data.examples import RankingExample
-from brewjax.data.task import Task
-from brewjax.data.tokens import EncodedPrompt
+from brewjax.data.tables.dataset import Dataset
+from brewjax.data.tasks.examples import RankingExample
+from brewjax.data.tasks.task import Task
+from brewjax.data.text.encode import EncodedPrompt
 from brewjax.evaluate.predictions import from_examples
-from brewjax.scoring.bundle import Bundle
 from brewjax.scoring.scorer import Scorer
 
 
@@ -35,7 +35,9 @@ class Predictions(NamedTuple):
     work: ScoringCost
 
 
-def predict(bundle: Bundle, dataset: Dataset, asked: Sequence[tuple[Task, Sequence[RankingExample]]]) -> list[Predictions]:
+def predict(
+    bundle: Bundle, dataset: Dataset, asked: Sequence[tuple[Task, Sequence[RankingExample]]]
+) -> list[Predictions]:
     """Predictions for every question of each task's examples, in their order, but for those that the task skips as
     overlong; prints what was cut or skipped, and how fast they were scored."""
     style, fitting, encoded = bundle.prompts.score_style, [], []
@@ -56,7 +58,9 @@ def predict(bundle: Bundle, dataset: Dataset, asked: Sequence[tuple[Task, Sequen
     ]
 
 
-def _score(scorer: Scorer, task: Task, examples: Sequence[RankingExample], prompts: Sequence[EncodedPrompt]) -> Predictions:
+def _score(
+    scorer: Scorer, task: Task, examples: Sequence[RankingExample], prompts: Sequence[EncodedPrompt]
+) -> Predictions:
     began = time.perf_counter()
     probabilities = scorer.score_encoded(prompts)
     seconds = time.perf_counter() - began

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from brewjax.data.examples import RankingExample
-from brewjax.data.task import Task
+from brewjax.data.tasks.examples import RankingExample
+from brewjax.data.tasks.task import Task
 
 SCHEMA = pa.schema(
     {

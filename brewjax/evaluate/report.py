@@ -13,10 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from brewjax.console import bold
-from brewjax.data.task import MetricName
+from brewjax.data.tasks.task import MetricName
 from brewjax.evaluate.plots import cost_plot, loss_plot, reliability_plot, size_plot, slice_plot
 from brewjax.evaluate.results import METRICS, OVERALL, SLICES, Comparison, Estimate, ModelSummary
-from brewjax.train.metrics import read_metrics
+from brewjax.train.metrics_writer import read_metrics
 
 UNDEFINED = "\N{EN DASH}"
 HOW_TO_READ = (

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 import pyarrow as pa
 
-from brewjax.data.task import MetricName, Task
+from brewjax.data.tasks.task import MetricName, Task
 from brewjax.evaluate.metrics import auc, calibration_error, log_loss, ndcg
 from brewjax.evaluate.predictions import check_same_questions, probabilities, scores, true_values
 

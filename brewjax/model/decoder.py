@@ -276,7 +276,9 @@ def _read(sharding: Sharding, past: PagedKVCache, layer: Array) -> KVCache:
     B, M = past.page_table.shape
 
     def read(pool: Array) -> Array:
-        pages = pool.at[layer, past.page_table].get(out_sharding=sharding.spec_or_none("batch", None, None, "heads", None))
+        pages = pool.at[layer, past.page_table].get(
+            out_sharding=sharding.spec_or_none("batch", None, None, "heads", None)
+        )
         tokens = (B, M * pool.shape[2], *pool.shape[3:])
         return jnp.reshape(pages, tokens, out_sharding=sharding.spec_or_none("batch", None, "heads", None))
 

@@ -28,7 +28,9 @@ from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.quantized_matmul import Activations, Quantized, round_tokens
 
 CAPACITY_FACTOR = 1.25  # of a turn's rows to those that come where all experts are liked alike
-CHUNK_MULTIPLE = 512  # a turn's rows are a multiple: 20,481 of them the TPU's compiler multiplied in full, 20,480 by its kernel
+CHUNK_MULTIPLE = (
+    512  # a turn's rows are a multiple: 20,481 of them the TPU's compiler multiplied in full, 20,480 by its kernel
+)
 
 
 class Experts(nnx.Module):
@@ -126,7 +128,10 @@ def _mix(
         rows = said(x_SD[token_R], weight_R, matrices, sizes_M, jnp.minimum(chosen[order], M - 1))
         out_SD = jnp.zeros(x_SD.shape, jnp.float32).at[token_R].add(rows)
     else:
-        count = math.ceil(CAPACITY_FACTOR * len(x_SD) * config.num_experts_per_tok * M / N / CHUNK_MULTIPLE) * CHUNK_MULTIPLE
+        count = (
+            math.ceil(CAPACITY_FACTOR * len(x_SD) * config.num_experts_per_tok * M / N / CHUNK_MULTIPLE)
+            * CHUNK_MULTIPLE
+        )
         count = min(count, len(token_R))
         token_R, weight_R = (jnp.pad(each, (0, -len(each) % count)) for each in (token_R, weight_R))
         out_SD = _in_chunks(said, count, x_SD, weight_R, matrices, token_R, sizes_M)
@@ -173,7 +178,9 @@ def _num_chunks(count: int, sizes_M: Array) -> Int[Array, ""]:
     return -(-jnp.sum(sizes_M) // count)
 
 
-def _chunk_rows(count: int, number: Array, token_R: Array, weight_R: Array, sizes_M: Array) -> tuple[Array, Array, Array]:
+def _chunk_rows(
+    count: int, number: Array, token_R: Array, weight_R: Array, sizes_M: Array
+) -> tuple[Array, Array, Array]:
     """A turn's rows, of whole turns of them, and how many each expert has among them."""
     token, weight = (jax.lax.dynamic_slice_in_dim(each, number * count, count) for each in (token_R, weight_R))
     ends_M = jnp.clip(jnp.cumsum(sizes_M) - number * count, 0, count)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from brewjax.data.tokenizer import Tokenizer
+from brewjax.data.text.tokenizer import Tokenizer
 from brewjax.model.config import ModelConfig
 from brewjax.model.loading import CheckpointError, Name, Stored, checked_config, load
 from brewjax.model.params import Params

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
-from brewjax import hosts
+from brewjax import distributed as hosts
 from brewjax.model.config import ModelConfig
 from brewjax.model.decoder import Decoder
 
@@ -85,7 +85,11 @@ def model_size(config: ModelConfig) -> ModelSize:
     parameters, idle = num_parameters(state), 0
     if config.experts:
         matrices = {name: leaf for name, leaf in state["layers"]["experts"].items() if name != "router"}
-        idle = num_parameters(matrices) // config.experts.num_experts * (config.experts.num_experts - config.experts.num_experts_per_tok)
+        idle = (
+            num_parameters(matrices)
+            // config.experts.num_experts
+            * (config.experts.num_experts - config.experts.num_experts_per_tok)
+        )
     if not config.tie_head:
         idle += state["embedding"].size  # looked up, not multiplied with
     cache = 2 * config.layers * config.kv_heads * config.head_dim * jnp.dtype(config.compute_dtype).itemsize

@@ -6,17 +6,17 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from brewjax.bundle.bundle import TOKENIZER
 from brewjax.config import Config, ConfigError
-from brewjax.data.preferences import AlignConfig
-from brewjax.data.prose import PretrainConfig, general_files
-from brewjax.data.tokenizer import Tokenizer
-from brewjax.data.training import SftConfig
+from brewjax.data.records.preferences import AlignConfig
+from brewjax.data.records.pretrain import PretrainConfig, general_files
+from brewjax.data.records.sft import SftConfig
+from brewjax.data.text.tokenizer import Tokenizer
 from brewjax.model.config import ModelConfig
 from brewjax.model.params import abstract_params
 from brewjax.model.sharding import MeshConfig
+from brewjax.pipeline.context import Run
 from brewjax.pipeline.recipe import DistillStage, Stage, TrainedStage
-from brewjax.pipeline.run import Run
-from brewjax.scoring.bundle import TOKENIZER
 
 
 def check_run(run: Run) -> None:

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from rich.markup import escape
 from rich.table import Table
 
-from brewjax.ahead.program import model_flops
 from brewjax.model.config import ModelConfig
-from brewjax.model.params import abstract_params, num_parameters, model_size
+from brewjax.model.flops import model_flops
+from brewjax.model.params import abstract_params, model_size, num_parameters
 from brewjax.model.sharding import MeshConfig
-from brewjax.pipeline.judgement import describe_stage
+from brewjax.pipeline.context import Run
+from brewjax.pipeline.evaluation import describe_stage
 from brewjax.pipeline.recipe import AlignStage, DistillStage, TrainedStage
-from brewjax.pipeline.run import Run
 
 UTILISATION = 0.4  # of what this machine's matrix product does: a small model's training on a quiet machine
 # Of a parameter in training: the weight, its gradient and AdamW's two means, float32 whatever the model is at rest.

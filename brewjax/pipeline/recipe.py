@@ -9,18 +9,18 @@ from typing import Annotated, Any, Literal
 import pydantic
 import yaml
 
-from brewjax.compress.ladder import Ladder, expand
+from brewjax.bundle.bundle import PROMPTS
 from brewjax.compress.prune import PruneConfig
 from brewjax.compress.quantize import QuantizeConfig
 from brewjax.config import Config, Location, misplaced, misplaced_within
-from brewjax.data.preferences import AlignConfig
-from brewjax.data.prose import PretrainConfig
-from brewjax.data.styles import PromptConfig
-from brewjax.data.training import SftConfig
+from brewjax.data.prompts.styles import PromptConfig
+from brewjax.data.records.preferences import AlignConfig
+from brewjax.data.records.pretrain import PretrainConfig
+from brewjax.data.records.sft import SftConfig
 from brewjax.model.config import ModelConfig
 from brewjax.model.params import MODEL
 from brewjax.model.sharding import MeshConfig
-from brewjax.scoring.bundle import PROMPTS
+from brewjax.pipeline.ladder import Ladder, expand
 from brewjax.train.align import Align
 from brewjax.train.distill import Distill
 from brewjax.train.loop import TrainConfig
@@ -231,7 +231,10 @@ class Recipe(Config):
                     ladder = Ladder.model_validate({"start": before, **stage})
                 except pydantic.ValidationError as error:
                     raise misplaced_within(error, "stages", name) from None
-                new, last = expand(ladder, stages.get(ladder.init_from, {}), shared.get("steps", 0)), [*ladder.rungs][-1]
+                new, last = (
+                    expand(ladder, stages.get(ladder.init_from, {}), shared.get("steps", 0)),
+                    [*ladder.rungs][-1],
+                )
             for key, keys in new.items():
                 if key in stages or key in OTHER_FOLDERS or key.startswith(("data-", "evaluate-")):
                     raise misplaced(f"the name '{key}' is taken; choose another", "stages", name)

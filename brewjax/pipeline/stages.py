@@ -13,27 +13,31 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from brewjax import hosts
+from brewjax import distributed as hosts
+from brewjax.bundle.bundle import PERCENTILES, TOKENIZER, Bundle, PercentileScale
 from brewjax.compress.prune import LayerReport, prune
 from brewjax.compress.quantize import quantize
 from brewjax.console import plain_console
-from brewjax.data.dataset import CARD
-from brewjax.data.examples import sample_examples
-from brewjax.data.loader import MixConfig, write_shards
-from brewjax.data.numbers import Percentiles
-from brewjax.data.preferences import AlignConfig, align_records
-from brewjax.data.prose import PretrainConfig, domain_texts, general_texts, pretrain_records
-from brewjax.data.task import Task
-from brewjax.data.tokenizer import Tokenizer
-from brewjax.data.tokens import EncodedPrompt, Text
-from brewjax.data.training import Provenance, SftConfig, sft_records
-from brewjax.data.verbalize import Verbalizer
+from brewjax.data.prompts.verbalize import Verbalizer
+from brewjax.data.records.mixture import MixConfig
+from brewjax.data.records.preferences import AlignConfig, align_records
+from brewjax.data.records.pretrain import PretrainConfig, domain_texts, general_texts, pretrain_records
+from brewjax.data.records.provenance import Provenance
+from brewjax.data.records.sft import SftConfig, sft_records
+from brewjax.data.records.shards import write_shards
+from brewjax.data.tables.card import CARD
+from brewjax.data.tables.statistics import Percentiles
+from brewjax.data.tasks.examples import sample_examples
+from brewjax.data.tasks.task import Task
+from brewjax.data.text.encode import EncodedPrompt, Text
+from brewjax.data.text.tokenizer import Tokenizer
 from brewjax.fingerprint import hash_files, hash_folder
 from brewjax.model.config import ModelConfig
 from brewjax.model.params import MODEL, Params, load_model
 from brewjax.paths import check_renames, locked
 from brewjax.pipeline.check import check_foreign_tokenizers, check_run
-from brewjax.pipeline.judgement import EVALUATE, baselines_stage, evaluate_stage, report_stage
+from brewjax.pipeline.context import Run
+from brewjax.pipeline.evaluation import EVALUATE, baselines_stage, evaluate_stage, report_stage
 from brewjax.pipeline.recipe import (
     AlignStage,
     DistillStage,
@@ -43,9 +47,7 @@ from brewjax.pipeline.recipe import (
     Recipe,
     TrainedStage,
 )
-from brewjax.pipeline.run import Run
-from brewjax.pipeline.steps import Step, run_steps
-from brewjax.scoring.bundle import PERCENTILES, TOKENIZER, Bundle, PercentileScale
+from brewjax.pipeline.runner import Step, run_steps
 from brewjax.train.align import REFERENCE
 from brewjax.train.loop import train
 from brewjax.train.objectives import Objective, supervised
@@ -251,7 +253,9 @@ def run_recipe(recipe: Recipe, folder: Path, any_code: bool = False, until: str 
     last = [step.name for step in plan].index(until)
     with locked(folder) if hosts.is_process_zero() else contextlib.nullcontext():
         hosts.run_on_process_zero(lambda: check_renames(folder))
-        run_steps(plan[: last + 1], folder, hosts.run_on_process_zero(lambda: _hash_dataset(Path(recipe.dataset))), any_code)
+        run_steps(
+            plan[: last + 1], folder, hosts.run_on_process_zero(lambda: _hash_dataset(Path(recipe.dataset))), any_code
+        )
 
 
 def _hash_dataset(folder: Path) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from brewjax.data.tokens import EncodedPrompt
+from brewjax.data.text.encode import EncodedPrompt
 from brewjax.scoring.passes import LABELS_IN_PASS, Bucket, Chunk, Pass
 
 STEP = 128  # lengths are multiples of the attention kernel's block

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from brewjax.data.tokens import EncodedPrompt
+from brewjax.data.text.encode import EncodedPrompt
 from pallas_kernels.token_labels import PADDING, TokenLabels
 
 PAGE = 64  # tokens in a page of the prefix cache; a multiple of the attention kernel's block on CPU

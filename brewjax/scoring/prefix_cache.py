@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from brewjax.data.tokens import EncodedPrompt
+from brewjax.data.text.encode import EncodedPrompt
 from brewjax.scoring.passes import NULL_PAGE, PAGE
 
 

@@ -14,12 +14,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
-from brewjax.data.prompt import Prompt
-from brewjax.data.tokenizer import Tokenizer
-from brewjax.data.tokens import EncodedPrompt, HistoryLayout, encode
+from brewjax.data.text.encode import EncodedPrompt, HistoryLayout, encode
+from brewjax.data.text.prompt import Prompt
+from brewjax.data.text.tokenizer import Tokenizer
 from brewjax.model.decoder import KVCache, ModelConfig, PagedKVCache
 from brewjax.model.params import Params, bind
-from brewjax.model.sharding import FSDP_TENSOR, BATCH_AXES, MeshConfig, data_parallel_size
+from brewjax.model.sharding import BATCH_AXES, FSDP_TENSOR, MeshConfig, data_parallel_size
 from brewjax.scoring.buckets import plan_passes
 from brewjax.scoring.passes import LABELS_IN_PASS, NULL_PAGE, PAGE, Bucket, Chunk, Pass, PassInputs, build_inputs
 from pallas_kernels.label_scores import label_log_probs

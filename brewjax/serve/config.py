@@ -111,7 +111,9 @@ class ServeConfig(Config):
         if any(length % (2 * PAGE) or length <= 0 for length in self.token_buckets):
             raise ValueError(f"row_tokens {self.token_buckets}: lengths are multiples of {2 * PAGE}")
         if self.max_candidate_tokens > max(self.token_buckets):
-            raise ValueError(f"item_tokens {self.max_candidate_tokens} is over the longest of row_tokens {self.token_buckets}")
+            raise ValueError(
+                f"item_tokens {self.max_candidate_tokens} is over the longest of row_tokens {self.token_buckets}"
+            )
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("give both tls_cert and tls_key, or neither")
         if not _loopback(self.host):

@@ -15,8 +15,8 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from brewjax.serve.config import ServeConfig
-from brewjax.serve.metrics import Metrics
 from brewjax.serve.refusals import Refusals
+from brewjax.serve.telemetry import Metrics
 
 LINGER = 2.0  # seconds for a caller to read the last answer before its connection is cut
 BACKLOG = 512  # connections that the system keeps until they are accepted,

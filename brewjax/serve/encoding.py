@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from brewjax.data.task import Task
-from brewjax.data.tokens import EncodedPrompt
-from brewjax.scoring.bundle import Bundle
+from brewjax.bundle.bundle import Bundle
+from brewjax.data.tasks.task import Task
+from brewjax.data.text.encode import EncodedPrompt
 from brewjax.scoring.passes import LABELS_IN_PASS
 from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve.config import ServeConfig
@@ -97,7 +97,9 @@ class RequestEncoder:
                 f"member.history: the oldest {prompt.num_truncated_events} events do not fit; ask for CUT or send fewer"
             )
         ids = [item.id for item in member.items]
-        return EncodedRequest(self.bundle.encode(prompt), task.words, task.values, ids, self.model, prompt.num_truncated_events)
+        return EncodedRequest(
+            self.bundle.encode(prompt), task.words, task.values, ids, self.model, prompt.num_truncated_events
+        )
 
     def _bound_values(self, member: pb.Member, cut: bool) -> None:
         """Before they are put into words, cuts texts that are longer than all that is read, or refuses them.

@@ -21,9 +21,9 @@ from brewjax.serve.admission import Admission, error_response
 from brewjax.serve.client import raw
 from brewjax.serve.credentials import Credentials
 from brewjax.serve.openapi import DESCRIPTION, describe, render_page
-from brewjax.serve.refusals import Refusals, truncate_message, status_of
+from brewjax.serve.refusals import Refusals, status_of, truncate_message
+from brewjax.serve.scoring_loop import QueueFullError
 from brewjax.serve.service import Service
-from brewjax.serve.worker import QueueFullError
 
 log = logging.getLogger(__name__)
 PARSED_AT_ONCE = 1 << 16  # bytes of a body that the event loop parses itself

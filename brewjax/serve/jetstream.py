@@ -14,9 +14,9 @@ import grpc
 import jax
 from tokenizers.decoders import DecodeStream
 
+from brewjax.bundle.bundle import Bundle
 from brewjax.model.generate import Generator
 from brewjax.model.params import Params
-from brewjax.scoring.bundle import Bundle
 from brewjax.serve.config import DecodeConfig
 from brewjax.serve.jetstream_engine import (
     BrewTokenizer,

@@ -26,8 +26,8 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from brewjax.data.tokenizer import Tokenizer
-from brewjax.model.generate import Generator, Prefix, DecodeState
+from brewjax.data.text.tokenizer import Tokenizer
+from brewjax.model.generate import DecodeState, Generator, Prefix
 from brewjax.model.params import Params
 
 

@@ -13,12 +13,12 @@ import numpy as np
 import pyarrow as pa
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from brewjax.data.dataset import Attribute, Card, Dataset
-from brewjax.data.examples import RankingExample, history_before
-from brewjax.data.numbers import ItemStatistic
-from brewjax.data.prompt import Prompt
-from brewjax.data.task import Task
-from brewjax.scoring.bundle import Bundle
+from brewjax.bundle.bundle import Bundle
+from brewjax.data.tables.card import Attribute, Card
+from brewjax.data.tables.dataset import Dataset
+from brewjax.data.tasks.examples import RankingExample, history_before
+from brewjax.data.tasks.task import Task
+from brewjax.data.text.prompt import Prompt
 from brewjax.serve import ranker_pb2 as pb
 
 Attributes = Mapping[str, pb.Value]
@@ -69,36 +69,6 @@ def render_member(bundle: Bundle, task: Task, member: pb.Member) -> Prompt:
         return bundle.request_verbalizer(tables).prompt(task, example, bundle.prompts.score_style, note)
     except ValueError as error:
         raise ValueError(f"member: {error}") from None
-
-
-def request_from_example(dataset: Dataset, task: Task, example: RankingExample, note: str = "") -> pb.Member:
-    """An example of a dataset as a request: what `say` says of it is what a `Verbalizer` of the dataset says."""
-    card, rows, cut = dataset.card, example.history, example.cutoff_time
-    attributes = _attributes(card.members.attributes, dataset.members, np.array([example.member]))
-    of_events = _attributes(card.events.attributes, dataset.events, rows)
-    of_items = {
-        where: _attributes(
-            [attribute for attribute in card.items.attributes if where in attribute.where],
-            dataset.items,
-            items,
-            {
-                attribute.column: ItemStatistic(dataset, attribute.derive).at(items, np.full(len(items), cut)).tolist()
-                for attribute in card.items.attributes
-                if attribute.derive
-            },
-        )
-        for where, items in (("history", dataset.event_item[rows]), ("question", example.candidates))
-    }
-    moment = Timestamp()
-    moment.FromMicroseconds(cut)
-    request = pb.Member(task=task.name, now=moment, attributes=attributes[0], note=note)
-    for row, of_event, of_item in zip(rows, of_events, of_items["history"], strict=True):
-        event = request.history.add(action=str(dataset.event_action[row]), attributes=of_event, item=of_item)
-        event.time.FromMicroseconds(int(dataset.event_time[row]))
-    ids = dataset.items[card.items.id]
-    for item, of_item in zip(example.candidates, of_items["question"], strict=True):
-        request.items.add(id=str(ids[int(item)].as_py()), attributes=of_item)
-    return request
 
 
 def _as_given(card: Card) -> Card:

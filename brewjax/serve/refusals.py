@@ -7,8 +7,8 @@ import logging
 
 import grpc
 
-from brewjax.serve.metrics import Metrics
-from brewjax.serve.worker import ClosedError, QueueFullError
+from brewjax.serve.scoring_loop import ClosedError, QueueFullError
+from brewjax.serve.telemetry import Metrics
 
 log = logging.getLogger(__name__)
 MAX_MESSAGE = 400  # characters of an error; gRPC sends no more than a few kilobytes

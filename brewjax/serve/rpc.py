@@ -16,10 +16,10 @@ from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve import ranker_pb2_grpc
 from brewjax.serve.config import ServeConfig
 from brewjax.serve.credentials import Credentials
-from brewjax.serve.metrics import Metrics
-from brewjax.serve.refusals import REASONS, Refusals, truncate_message, status_of
+from brewjax.serve.refusals import REASONS, Refusals, status_of, truncate_message
+from brewjax.serve.scoring_loop import QueueFullError
 from brewjax.serve.service import Service
-from brewjax.serve.worker import QueueFullError
+from brewjax.serve.telemetry import Metrics
 
 log = logging.getLogger(__name__)
 Code = grpc.StatusCode
@@ -133,7 +133,9 @@ class Door(ServerInterceptor):
             return Code.UNAUTHENTICATED, "a bearer token is needed: authorization: Bearer .."
         if method == RELOAD and not self._credentials.may_reload(authorization):
             return Code.PERMISSION_DENIED, "Reload needs a token of its own, that of the server's admin_token_file"
-        limit = self._config.connections if is_open else 2 * self._config.max_concurrent_requests  # every connection may watch health
+        limit = (
+            self._config.connections if is_open else 2 * self._config.max_concurrent_requests
+        )  # every connection may watch health
         if self._calls[is_open] >= limit:
             return Code.RESOURCE_EXHAUSTED, f"{self._calls[is_open]} calls are answered at a time; try again later"
         return None

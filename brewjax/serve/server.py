@@ -23,26 +23,26 @@ from grpc_reflection.v1alpha import reflection
 from jax.sharding import Mesh
 from pythonjsonlogger.json import JsonFormatter
 
+from brewjax.bundle.bundle import Bundle
 from brewjax.config import ConfigError
-from brewjax.data.task import Task
+from brewjax.data.tasks.task import Task
 from brewjax.fingerprint import hash_folder
 from brewjax.model.sharding import MeshConfig
-from brewjax.scoring.batcher import Scheduler
-from brewjax.scoring.bundle import Bundle
 from brewjax.scoring.passes import PAGE, Bucket
 from brewjax.scoring.prefix_cache import PrefixCache
+from brewjax.scoring.scheduler import Scheduler
 from brewjax.scoring.scorer import Scorer
 from brewjax.serve import ranker_pb2_grpc
 from brewjax.serve.config import ServeConfig
 from brewjax.serve.connections import WILDCARDS, HttpServer, listen
 from brewjax.serve.credentials import Credentials
 from brewjax.serve.http import make_app
-from brewjax.serve.metrics import Metrics
 from brewjax.serve.refusals import ForbiddenError, Refusals
 from brewjax.serve.rpc import RANKER, Door, Ranker, channel_options
+from brewjax.serve.scoring_loop import ScoringLoop
 from brewjax.serve.service import Service
+from brewjax.serve.telemetry import Metrics
 from brewjax.serve.tracing import trace_to_collector
-from brewjax.serve.worker import ScoringLoop
 
 if TYPE_CHECKING:
     from brewjax.serve.jetstream import Decoding

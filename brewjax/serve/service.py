@@ -18,19 +18,19 @@ import jax.numpy as jnp
 import numpy as np
 from opentelemetry import trace
 
-from brewjax.data.dataset import Attribute
-from brewjax.data.task import Task
+from brewjax.bundle.bundle import Bundle
+from brewjax.data.tables.card import Attribute
+from brewjax.data.tasks.task import Task
 from brewjax.model.params import num_parameters
-from brewjax.scoring.bundle import Bundle
 from brewjax.scoring.passes import LABELS_IN_PASS, PAGE, Bucket
 from brewjax.scoring.scorer import NormalizeOver
 from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve.config import ServeConfig
 from brewjax.serve.encoding import EncodedRequest, RequestEncoder
-from brewjax.serve.metrics import Metrics
 from brewjax.serve.refusals import status_of
-from brewjax.serve.worker import QueueFullError, ScoringLoop
-from brewjax.serve.worker import Request as QueuedRequest
+from brewjax.serve.scoring_loop import QueueFullError, ScoringLoop
+from brewjax.serve.scoring_loop import Request as QueuedRequest
+from brewjax.serve.telemetry import Metrics
 
 log = logging.getLogger(__name__)
 tracer = trace.get_tracer("brewjax.serve")
@@ -229,7 +229,9 @@ class Service:
         except TimeoutError:
             raise TimeoutError(f"not answered within {limit:.3g} seconds") from None
 
-    async def _encode(self, request: pb.ScoreRequest, max_items: int, deadline: float) -> tuple[EncodedRequest, QueuedRequest]:
+    async def _encode(
+        self, request: pb.ScoreRequest, max_items: int, deadline: float
+    ) -> tuple[EncodedRequest, QueuedRequest]:
         """By the encoder that is in use when it is done: its caller enqueues the result without an `await` between."""
         loop = asyncio.get_running_loop()
         threads = self._threads if request.ByteSize() <= LONG else self._threads_of_long

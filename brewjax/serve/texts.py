@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from brewjax.data.tokenizer import Tokenizer, batches
+from brewjax.data.text.tokenizer import Tokenizer, batches
 
 PIECE = 1 << 14  # characters of a long text that are counted at a time
 

@@ -11,7 +11,7 @@ import pydantic
 from jaxtyping import Array, Float
 
 from brewjax.config import Config
-from brewjax.data.loader import NO_TARGET, TokenBatch
+from brewjax.data.records.loader import NO_TARGET, TokenBatch
 from brewjax.model.decoder import Decoder
 from brewjax.train.objectives import BASE, AuxInputs, WeightedSum, per_token
 from pallas_kernels.cross_entropy import linear_log_probs
@@ -44,7 +44,9 @@ class Align(Config):
     label_smoothing: float = pydantic.Field(default=0.0, ge=0, lt=0.5)
     rpo_alpha: float = pydantic.Field(default=0.0, ge=0)
 
-    def __call__(self, decoder: Decoder, batch: TokenBatch, given: AuxInputs) -> tuple[WeightedSum, dict[str, WeightedSum]]:
+    def __call__(
+        self, decoder: Decoder, batch: TokenBatch, given: AuxInputs
+    ) -> tuple[WeightedSum, dict[str, WeightedSum]]:
         reference = given.get(REFERENCE, given.get(BASE))
         if not isinstance(reference, Decoder):
             raise ValueError(

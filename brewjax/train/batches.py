@@ -11,7 +11,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from brewjax.data.loader import Shards, TokenBatch, load_batches
+from brewjax.data.records.loader import TokenBatch, load_batches
+from brewjax.data.records.shards import Shards
 from brewjax.model.sharding import BATCH_AXES
 
 BATCH_SPEC = jax.P(None, BATCH_AXES, None)  # how a batch [parts, rows, tokens] lies on a mesh, and what is beside it

@@ -14,7 +14,7 @@ from typing import Any
 
 from orbax.checkpoint import v1 as ocp
 
-from brewjax import hosts
+from brewjax import distributed as hosts
 
 CHECKPOINTS = "checkpoints"
 

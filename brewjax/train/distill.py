@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import pydantic
 
 from brewjax.config import Config
-from brewjax.data.loader import NO_TARGET, Shards, TokenBatch
+from brewjax.data.records.loader import NO_TARGET, TokenBatch
+from brewjax.data.records.shards import Shards
 from brewjax.model.config import ModelConfig
 from brewjax.model.decoder import Decoder
 from brewjax.model.sharding import MeshConfig
 from brewjax.train.loop import TrainConfig
-from brewjax.train.objectives import AuxInputs, WeightedSum, TopK, cross_entropy, token_sums
+from brewjax.train.objectives import AuxInputs, TopK, WeightedSum, cross_entropy, token_sums
 from brewjax.train.on_policy import replace_with_student_samples
-from brewjax.train.teachers import AuxModel, TeacherCache, FrozenModel, TeacherOnMesh, write_cache
+from brewjax.train.teachers import AuxModel, FrozenModel, TeacherCache, TeacherOnMesh, write_cache
 from pallas_kernels.distillation import (
     Divergence,
     forward_kl,
@@ -65,7 +66,9 @@ class Distill(Config):
     def _teacher_is_there(self) -> Distill:
         for name in ("on_policy", "layers"):
             if getattr(self, name) and self.teacher_placement != "same_mesh":
-                raise ValueError(f"{name} asks the teacher in the step: it needs teacher same_mesh, not {self.teacher_placement}")
+                raise ValueError(
+                    f"{name} asks the teacher in the step: it needs teacher same_mesh, not {self.teacher_placement}"
+                )
         return self
 
     def aux_models(
@@ -94,13 +97,17 @@ class Distill(Config):
                 f"student's {student.d_model}"
             )
 
-    def __call__(self, decoder: Decoder, batch: TokenBatch, given: AuxInputs) -> tuple[WeightedSum, dict[str, WeightedSum]]:
+    def __call__(
+        self, decoder: Decoder, batch: TokenBatch, given: AuxInputs
+    ) -> tuple[WeightedSum, dict[str, WeightedSum]]:
         teacher = given.get(TEACHER)
         if teacher is None:
             raise ValueError("distill needs a teacher: give train() what Distill.frozen returns")
         learnt = batch.weights  # from the targets themselves
         if self.on_policy_fraction:
-            batch, own = replace_with_student_samples(decoder, batch, self.on_policy_fraction, min(self.top_k, decoder.config.vocab_size))
+            batch, own = replace_with_student_samples(
+                decoder, batch, self.on_policy_fraction, min(self.top_k, decoder.config.vocab_size)
+            )
             learnt = jnp.where(own, 0, learnt)
         inputs = (batch.tokens, batch.positions, batch.token_labels)
         read = Decoder.forward_with_hidden_states if self.hidden_state_weight else Decoder.forward_with_aux_loss
@@ -122,11 +129,17 @@ class Distill(Config):
         return WeightedSum(loss, kd.weight), metrics
 
     def _from_top_k(self, decoder: Decoder, hidden: jax.Array, batch: TokenBatch, teacher: TopK) -> WeightedSum:
-        loss = functools.partial(top_k_distillation, divergence=self.divergence_function(), temperature=self.temperature)
+        loss = functools.partial(
+            top_k_distillation, divergence=self.divergence_function(), temperature=self.temperature
+        )
         return token_sums(decoder.sharding, loss, [(hidden, decoder.lm_head)], *teacher, _weights(batch))
 
-    def _from_teacher(self, decoder: Decoder, hidden: jax.Array, batch: TokenBatch, teacher: HiddenAndHead) -> WeightedSum:
-        loss = functools.partial(linear_distillation, divergence=self.divergence_function(), temperature=self.temperature)
+    def _from_teacher(
+        self, decoder: Decoder, hidden: jax.Array, batch: TokenBatch, teacher: HiddenAndHead
+    ) -> WeightedSum:
+        loss = functools.partial(
+            linear_distillation, divergence=self.divergence_function(), temperature=self.temperature
+        )
         return token_sums(decoder.sharding, loss, [(hidden, decoder.lm_head), teacher], _weights(batch))
 
     def divergence_function(self) -> Divergence:

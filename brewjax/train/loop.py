@@ -16,19 +16,20 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 from orbax.checkpoint import v1 as ocp
 
-from brewjax import hosts
+from brewjax import distributed as hosts
 from brewjax.config import Config, Seed
-from brewjax.data.loader import NO_TARGET, Shards, TokenBatch, describe_sources
+from brewjax.data.records.loader import NO_TARGET, TokenBatch, describe_sources
+from brewjax.data.records.shards import Shards
 from brewjax.model.config import Dtype, ModelConfig
 from brewjax.model.params import Params, abstract_params, bind, init_params
 from brewjax.model.sharding import MeshConfig, data_parallel_size
 from brewjax.train.batches import BATCH_SPEC, ShardedBatches
 from brewjax.train.checkpoints import open_checkpoints, restore
 from brewjax.train.lora import LoraConfig
-from brewjax.train.metrics import MetricsWriter
-from brewjax.train.objectives import BASE, WeightedSum, Objective, TopK
+from brewjax.train.metrics_writer import MetricsWriter
+from brewjax.train.objectives import BASE, Objective, TopK, WeightedSum
 from brewjax.train.optimizer import OptimizerConfig
-from brewjax.train.teachers import AuxModel, TeacherCache, FrozenModel, TeacherOnMesh
+from brewjax.train.teachers import AuxModel, FrozenModel, TeacherCache, TeacherOnMesh
 from pallas_kernels.token_labels import PADDING, TokenLabels
 
 State = dict[str, Any]
@@ -62,7 +63,9 @@ class TrainConfig(Config):
     @pydantic.model_validator(mode="after")
     def _micro_batches_divide(self) -> TrainConfig:
         if self.batch_size % self.gradient_accumulation_steps:
-            raise ValueError(f"rows ({self.batch_size}) must be a multiple of accumulate ({self.gradient_accumulation_steps})")
+            raise ValueError(
+                f"rows ({self.batch_size}) must be a multiple of accumulate ({self.gradient_accumulation_steps})"
+            )
         if self.batch_size // self.gradient_accumulation_steps % self.num_data_shards:
             raise ValueError(
                 f"rows ({self.batch_size}) / accumulate ({self.gradient_accumulation_steps}) must be a multiple of streams ({self.num_data_shards})"
@@ -119,15 +122,28 @@ def train(
         inside[BASE] = _start(model, init, mesh)
     models = {name: one.model for name, one in inside.items()}
     batches = ShardedBatches(
-        shards, mesh, config.gradient_accumulation_steps, config.batch_size, config.seq_len, config.num_data_shards, config.seed, caches
+        shards,
+        mesh,
+        config.gradient_accumulation_steps,
+        config.batch_size,
+        config.seq_len,
+        config.num_data_shards,
+        config.seed,
+        caches,
     )
-    with jax.set_mesh(mesh), hosts.defer_preemption(), open_checkpoints(folder, config.max_checkpoints_to_keep) as checkpointer:
+    with (
+        jax.set_mesh(mesh),
+        hosts.defer_preemption(),
+        open_checkpoints(folder, config.max_checkpoints_to_keep) as checkpointer,
+    ):
         beside = {name: one.on(mesh) for name, one in inside.items()}
         state = _restore_or_init(checkpointer, model, config, mesh, batches, init)
         step = jax.jit(make_step(model, config, objective, models), donate_argnums=0)
         start, ending = int(state["step"]), hosts.PreemptionSync(mesh)
         with contextlib.ExitStack() as stack:
-            writer = stack.enter_context(MetricsWriter(folder, start, config.steps)) if hosts.is_process_zero() else None
+            writer = (
+                stack.enter_context(MetricsWriter(folder, start, config.steps)) if hosts.is_process_zero() else None
+            )
             pending = None  # the step whose metrics are still being computed while the next one is dispatched
             for number in range(start + 1, config.steps + 1):
                 batch, placed, said = next(batches)
@@ -167,13 +183,17 @@ def make_step(
     def step(
         state: State, parts: TokenBatch, said: Mapping[str, TopK] = {}, frozen: Mapping[str, Params] = {}
     ) -> tuple[State, dict[str, Array]]:
-        def loss_sum(params: Params, part: TokenBatch, said: Mapping[str, TopK]) -> tuple[Array, dict[str, WeightedSum]]:
+        def loss_sum(
+            params: Params, part: TokenBatch, said: Mapping[str, TopK]
+        ) -> tuple[Array, dict[str, WeightedSum]]:
             decoder = config.lora.bind(model, frozen[BASE], params) if config.lora else bind(model, params)
             given = dict(said) | {name: bind(models[name], weights) for name, weights in frozen.items()}
             loss, metrics = objective(decoder, part, given)
             return loss.total, {"loss": loss} | metrics
 
-        def accumulate(sums: Params, inputs: tuple[TokenBatch, Mapping[str, TopK]]) -> tuple[Params, dict[str, WeightedSum]]:
+        def accumulate(
+            sums: Params, inputs: tuple[TokenBatch, Mapping[str, TopK]]
+        ) -> tuple[Params, dict[str, WeightedSum]]:
             (_, means), grads = jax.value_and_grad(loss_sum, has_aux=True)(state["params"], *inputs)
             return jax.tree.map(jnp.add, sums, grads), means
 
@@ -267,7 +287,11 @@ def abstract_state(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> State
 
 def abstract_batch(config: TrainConfig, mesh: Mesh) -> TokenBatch:
     """Shapes, dtypes and shardings of a step's batch."""
-    shape = (config.gradient_accumulation_steps, config.batch_size // config.gradient_accumulation_steps, config.seq_len)
+    shape = (
+        config.gradient_accumulation_steps,
+        config.batch_size // config.gradient_accumulation_steps,
+        config.seq_len,
+    )
     field: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, BATCH_SPEC))
     weights: Any = field.update(dtype=jnp.float32)
     return TokenBatch(field, field, TokenLabels(field, field, field), field, weights, field, field)

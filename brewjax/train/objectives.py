@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, Float, Int
 
-from brewjax.data.loader import TokenBatch
+from brewjax.data.records.loader import TokenBatch
 from brewjax.model.decoder import Decoder
 from brewjax.model.sharding import Sharding
 from pallas_kernels.cross_entropy import linear_cross_entropy
@@ -35,7 +35,9 @@ class TopK(NamedTuple):
 
 BASE = "base"  # the name of the weights that LoRA adapts, among what is given
 AuxInputs = Mapping[str, Decoder | TopK]  # frozen models, or what they said of this batch, by name
-Objective = Callable[[Decoder, TokenBatch, AuxInputs], tuple[WeightedSum, dict[str, WeightedSum]]]  # the loss, and metrics
+Objective = Callable[
+    [Decoder, TokenBatch, AuxInputs], tuple[WeightedSum, dict[str, WeightedSum]]
+]  # the loss, and metrics
 
 
 def supervised(decoder: Decoder, batch: TokenBatch, given: AuxInputs) -> tuple[WeightedSum, dict[str, WeightedSum]]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from brewjax.data.loader import NO_TARGET, TokenBatch
+from brewjax.data.records.loader import NO_TARGET, TokenBatch
 from brewjax.model.decoder import Decoder
 from brewjax.train.objectives import per_token
 from pallas_kernels.distillation import linear_top_k

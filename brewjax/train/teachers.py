@@ -17,8 +17,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from rich.progress import Progress
 
-from brewjax import hosts
-from brewjax.data.loader import NO_TARGET, Shards, TokenBatch, shard_folders, read_counts
+from brewjax import distributed as hosts
+from brewjax.data.records.loader import NO_TARGET, TokenBatch
+from brewjax.data.records.shards import Shards, read_counts, shard_folders
 from brewjax.model.config import ModelConfig
 from brewjax.model.params import Params, abstract_params, bind
 from brewjax.model.sharding import MeshConfig, data_parallel_size

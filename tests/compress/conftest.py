@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from brewjax.data.tokenizer import Tokenizer
-from brewjax.data.tokens import EncodedPrompt
+from brewjax.bundle.bundle import Bundle, PromptConfig
+from brewjax.data.text.encode import EncodedPrompt
+from brewjax.data.text.tokenizer import Tokenizer
 from brewjax.model.config import ModelConfig
 from brewjax.model.params import Params, bind
-from brewjax.scoring.bundle import Bundle, PromptConfig
 from pallas_kernels.token_labels import TokenLabels
 from tests.tiny import MODEL, pack, params, prompt
 

@@ -6,15 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from brewjax.bundle.bundle import Bundle
 from brewjax.compress.calibrate import calibrate
 from brewjax.compress.prune import LayerReport, PruneConfig, prune
 from brewjax.config import ConfigError
-from brewjax.data.tokens import EncodedPrompt
+from brewjax.data.text.encode import EncodedPrompt
 from brewjax.model.config import ExpertsConfig, ModelConfig
 from brewjax.model.params import Params, abstract_params, bind
 from brewjax.model.rope import rotary
 from brewjax.model.sharding import MeshConfig
-from brewjax.scoring.bundle import Bundle
 from pallas_kernels.token_labels import TokenLabels
 from tests.compress.conftest import DEEPER, hidden
 from tests.tiny import pack, params, prompt

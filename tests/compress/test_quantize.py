@@ -13,19 +13,19 @@ import pytest
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
-from brewjax import hosts
+from brewjax import distributed as hosts
+from brewjax.bundle.bundle import Bundle, PromptConfig
 from brewjax.compress.calibrate import calibrate
 from brewjax.compress.prune import PruneConfig, prune
 from brewjax.compress.quantize import QuantizeConfig, quantize, with_head
 from brewjax.config import ConfigError
-from brewjax.data.prompt import Prompt, Question
+from brewjax.data.text.prompt import Prompt, Question
 from brewjax.model.config import ExpertsConfig, HeadPrecision, ModelConfig, Quantization
 from brewjax.model.families import config_to_hf
 from brewjax.model.generate import Generator
 from brewjax.model.loading import CheckpointError
-from brewjax.model.params import Params, abstract_params, bind, num_parameters, read_params, model_size
+from brewjax.model.params import Params, abstract_params, bind, model_size, num_parameters, read_params
 from brewjax.model.sharding import BATCH_AXES, MeshConfig
-from brewjax.scoring.bundle import Bundle, PromptConfig
 from brewjax.scoring.passes import Bucket
 from brewjax.scoring.scorer import Scorer, normalize_over_labels, score_labels
 from tests.processes import ROOT, finish, start

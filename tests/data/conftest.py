@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from brewjax.data.dataset import Dataset
-from brewjax.data.tokenizer import Tokenizer
+from brewjax.data.tables.dataset import Dataset
+from brewjax.data.text.tokenizer import Tokenizer
 from tests.tables import COMPANIES, LOCATIONS, POSITIONS, SKILLS, write_dataset
 
 DAY_ZERO = np.datetime64("2025-01-01", "us")

@@ -5,8 +5,8 @@ import datetime
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from brewjax.data.chat import Chat, ChatTemplate, chat_parts
-from brewjax.data.tokenizer import Tokenizer
+from brewjax.data.text.chat import Chat, ChatTemplate, chat_parts
+from brewjax.data.text.tokenizer import Tokenizer
 
 USUAL = ChatTemplate()
 REFUSES_SYSTEM = """\

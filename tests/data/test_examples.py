@@ -10,9 +10,15 @@ import pytest
 from hypothesis import strategies as st
 
 from brewjax.config import ConfigError
-from brewjax.data.dataset import Dataset
-from brewjax.data.examples import MIN_CANDIDATES_PER_EXAMPLE, RankingExample, build_examples, example_at, history_before
-from brewjax.data.task import Split, Task
+from brewjax.data.tables.dataset import Dataset
+from brewjax.data.tasks.examples import (
+    MIN_CANDIDATES_PER_EXAMPLE,
+    RankingExample,
+    build_examples,
+    example_at,
+    history_before,
+)
+from brewjax.data.tasks.task import Split, Task
 from tests.data.conftest import Event, moment
 from tests.tables import with_column
 
@@ -84,7 +90,9 @@ def test_every_question_once_in_its_split_with_only_the_past_before_it(jobs_with
                 ]
                 together = min(per_prompt, max(example.num_past_events, MIN_CANDIDATES_PER_EXAMPLE))
                 assert len(asked) == together or next(questions, None) is None, "prompts are filled"
-                assert example.cutoff_time == moment(min(event.day for event in asked)), "no question is older than the cut"
+                assert example.cutoff_time == moment(min(event.day for event in asked)), (
+                    "no question is older than the cut"
+                )
                 past = [event for event in own if moment(event.day) < example.cutoff_time]
                 assert dataset.event_item[example.history].tolist() == [event.item for event in past]
                 assert dataset.event_action[example.history].tolist() == [event.action for event in past]
@@ -126,7 +134,11 @@ def test_training_ends_where_validation_begins(jobs_with, events):
         return
     dataset = jobs_with(early, ITEMS)
     for example, other in zip(whole, build_examples(dataset, task, "train"), strict=True):
-        assert (example.member, example.cutoff_time, example.num_past_events) == (other.member, other.cutoff_time, other.num_past_events)
+        assert (example.member, example.cutoff_time, example.num_past_events) == (
+            other.member,
+            other.cutoff_time,
+            other.num_past_events,
+        )
         assert example.candidates.tolist() == other.candidates.tolist()
         assert len(example.history) == len(other.history)
         assert (days(dataset, other.history) < boundary).all()

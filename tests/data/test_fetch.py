@@ -9,9 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from brewjax.data import fetch as module
-from brewjax.data.dataset import Dataset
-from brewjax.data.fetch import FILM_COLUMNS, INSIDE, RATING_COLUMNS, USER_COLUMNS, DownloadError, article_first, fetch
+from brewjax.data.tables import movielens as module
+from brewjax.data.tables.dataset import Dataset
+from brewjax.data.tables.movielens import FILM_COLUMNS, INSIDE, RATING_COLUMNS, USER_COLUMNS, article_first, fetch
+from brewjax.download import DownloadError
 from tests.tables import write_dataset
 
 NAME = "movielens-100k"

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from brewjax.data.loader import TokenBatch, describe_sources, load_batches, write_shards
-from brewjax.data.tokens import NO_TARGET, EncodedPrompt
+from brewjax.data.records.loader import TokenBatch, describe_sources, load_batches
+from brewjax.data.records.shards import write_shards
+from brewjax.data.text.encode import NO_TARGET, EncodedPrompt
 from pallas_kernels.token_labels import PADDING
 
 ROW = 24  # tokens

@@ -11,8 +11,10 @@ import pytest
 from hypothesis import strategies as st
 
 from brewjax.config import ConfigError
-from brewjax.data.loader import MixConfig, describe_sources, load_batches, write_shards
-from brewjax.data.tokens import Text
+from brewjax.data.records.loader import describe_sources, load_batches
+from brewjax.data.records.mixture import MixConfig
+from brewjax.data.records.shards import write_shards
+from brewjax.data.text.encode import Text
 from tests.data.test_loader import GROUP, ROW, example, read, shards
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from brewjax.data.dataset import Statistic
-from brewjax.data.numbers import ItemStatistic, Percentiles, age, format_number
+from brewjax.data.prompts.numbers import age
+from brewjax.data.tables.card import Statistic
+from brewjax.data.tables.statistics import ItemStatistic, Percentiles, format_number
 from tests.data.conftest import Event, moment
 
 MINUTE, HOUR, DAY = 60_000_000, 3_600_000_000, 86_400_000_000

@@ -13,13 +13,14 @@ import yaml
 from hypothesis import strategies as st
 
 from brewjax.config import ConfigError
-from brewjax.data.dataset import CARD, Dataset
-from brewjax.data.examples import build_examples, example_at
-from brewjax.data.numbers import Percentiles
-from brewjax.data.task import load_tasks
-from brewjax.data.tokenizer import Tokenizer
-from brewjax.data.validate import DatasetError
-from brewjax.data.verbalize import Verbalizer
+from brewjax.data.prompts.verbalize import Verbalizer
+from brewjax.data.tables.card import CARD
+from brewjax.data.tables.dataset import Dataset
+from brewjax.data.tables.statistics import Percentiles
+from brewjax.data.tables.validate import DatasetError
+from brewjax.data.tasks.examples import build_examples, example_at
+from brewjax.data.tasks.task import load_tasks
+from brewjax.data.text.tokenizer import Tokenizer
 from tests.tables import CARD_YAML, write_dataset
 
 TASK_YAML = """

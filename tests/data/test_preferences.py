@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from brewjax.data.examples import build_examples
-from brewjax.data.preferences import AlignConfig, align_records, draw_contrast
-from brewjax.data.styles import PromptConfig
-from brewjax.data.tokens import NO_TARGET, EncodedPrompt
+from brewjax.data.prompts.styles import PromptConfig
+from brewjax.data.records.preferences import AlignConfig, align_records, draw_contrast
+from brewjax.data.tasks.examples import build_examples
+from brewjax.data.text.encode import NO_TARGET, EncodedPrompt
 from tests.data.test_training import EVENTS, MANY, SAMPLED, TASK, make_verbalizer
 
 PROMPTS = PromptConfig(styles={"sectioned": 1.0}, max_tokens=100_000)
@@ -54,7 +54,9 @@ def test_what_was_applied_to_is_preferred_to_what_was_not(jobs_with, tokenizer, 
     dataset = jobs_with(MANY)
     verbalizer = make_verbalizer(dataset, tokenizer, task)
     examples = {(e.member, e.cutoff_time): e for e in build_examples(dataset, task, "train")}
-    records = list(align_records(verbalizer, task, PROMPTS, AlignConfig(list_size=4, lists_per_example=3, steering_fraction=0)))
+    records = list(
+        align_records(verbalizer, task, PROMPTS, AlignConfig(list_size=4, lists_per_example=3, steering_fraction=0))
+    )
     assert records
     for record, note in records:
         example = examples[int(note["member"][1:]), note["cut"]]
@@ -67,7 +69,9 @@ def test_what_was_applied_to_is_preferred_to_what_was_not(jobs_with, tokenizer, 
 
 def test_a_list_is_never_split(jobs_with, tokenizer):
     verbalizer = make_verbalizer(jobs_with(MANY), tokenizer)
-    records = align_records(verbalizer, TASK, PROMPTS, AlignConfig(list_size=3, lists_per_example=4, steering_fraction=0))
+    records = align_records(
+        verbalizer, TASK, PROMPTS, AlignConfig(list_size=3, lists_per_example=4, steering_fraction=0)
+    )
     record = max((record for record, _ in records), key=lambda record: len(record.preference_lists))
     assert len(candidates(record)) == 4
     longest = 3 * max(map(len, record.questions))
@@ -100,7 +104,9 @@ def test_a_note_ranks_what_has_the_same_answer_and_its_opposite_ranks_it_the_oth
     dataset = jobs_with(MANY)
     verbalizer = make_verbalizer(dataset, tokenizer)
     examples = {(e.member, e.cutoff_time): e for e in build_examples(dataset, TASK, "train")}
-    records = list(align_records(verbalizer, TASK, PROMPTS, AlignConfig(list_size=4, lists_per_example=3, steering_fraction=1)))
+    records = list(
+        align_records(verbalizer, TASK, PROMPTS, AlignConfig(list_size=4, lists_per_example=3, steering_fraction=1))
+    )
     noted = [(record, note) for record, note in records if "note" in note]
     assert len(noted) > 5
     assert len(noted) % 2 == 0

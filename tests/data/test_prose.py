@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from brewjax.data.dataset import Dataset
-from brewjax.data.numbers import Percentiles
-from brewjax.data.prose import PretrainConfig, domain_texts, general_texts, pretrain_records
-from brewjax.data.tokenizer import Tokenizer
-from brewjax.data.tokens import Text, encode_text
-from brewjax.data.verbalize import Verbalizer
+from brewjax.data.prompts.verbalize import Verbalizer
+from brewjax.data.records.pretrain import PretrainConfig, domain_texts, general_texts, pretrain_records
+from brewjax.data.tables.dataset import Dataset
+from brewjax.data.tables.statistics import Percentiles
+from brewjax.data.text.encode import Text, encode_text
+from brewjax.data.text.tokenizer import Tokenizer
 from pallas_kernels.token_labels import ALL
 from tests.data.conftest import Event, moment
 

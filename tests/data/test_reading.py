@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import strategies as st
 
-from brewjax.data.reading import plain, show
+from brewjax.data.tables.reading import plain, show
 
 
 @pytest.mark.parametrize("width", [16, 32])

@@ -8,10 +8,10 @@ import pyarrow as pa
 import pytest
 
 from brewjax.config import ConfigError
-from brewjax.data.dataset import Card
-from brewjax.data.examples import build_examples
-from brewjax.data.reading import plain
-from brewjax.data.task import Label, Task, load_tasks
+from brewjax.data.tables.card import Card
+from brewjax.data.tables.reading import plain
+from brewjax.data.tasks.examples import build_examples
+from brewjax.data.tasks.task import Label, Task, load_tasks
 from tests.data.conftest import Event, moment
 
 CONFIGS = Path(__file__).parents[2] / "configs"

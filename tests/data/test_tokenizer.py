@@ -6,7 +6,7 @@ import tokenizers
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from brewjax.data.tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, Tokenizer
+from brewjax.data.text.tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, Tokenizer
 
 TURNS = [{"role": "system", "content": "Predict."}, {"role": "user", "content": "Nurse, Acme"}]
 # Texts of the kind that could go wrong: marks, halves of marks, white space of all sorts.
@@ -56,7 +56,7 @@ def test_a_text_is_encoded_alike_alone_and_among_others(tokenizer, texts):
 
 def test_forgetting_changes_nothing(tokenizer, monkeypatch):
     """What is remembered is bounded; a call with more texts than that works too."""
-    monkeypatch.setattr("brewjax.data.tokenizer.REMEMBERED", 3)
+    monkeypatch.setattr("brewjax.data.text.tokenizer.REMEMBERED", 3)
     fresh = Tokenizer(tokenizer.hf)
     for texts in (["a", "b"], ["b", "c", "c"], ["d", "a"], list("abcdefg"), ["a", "g"], []):
         assert fresh.encode(texts) == tokenizer.encode(texts)

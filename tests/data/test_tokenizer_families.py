@@ -9,10 +9,10 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from brewjax.data.chat import ChatTemplate, chat_parts
-from brewjax.data.prompt import Prompt, Question
-from brewjax.data.tokenizer import Tokenizer
-from brewjax.data.tokens import encode, encode_text
+from brewjax.data.text.chat import ChatTemplate, chat_parts
+from brewjax.data.text.encode import encode, encode_text
+from brewjax.data.text.prompt import Prompt, Question
+from brewjax.data.text.tokenizer import Tokenizer
 from brewjax.model.gguf import SPLITS
 
 TEXTS = [f"Title: Nurse, Company: Acme\n- Age: 2 days, Zoë {word} [INST]\n" for word in ("Yes", "No", "Yes No")] * 20

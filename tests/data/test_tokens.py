@@ -9,9 +9,9 @@ import pytest
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from brewjax.data.prompt import Prompt, Question
-from brewjax.data.tokenizer import CHAT_TEMPLATE, Tokenizer
-from brewjax.data.tokens import NO_TARGET, EncodedPrompt, encode
+from brewjax.data.text.encode import NO_TARGET, EncodedPrompt, encode
+from brewjax.data.text.prompt import Prompt, Question
+from brewjax.data.text.tokenizer import CHAT_TEMPLATE, Tokenizer
 from pallas_kernels.token_labels import ALL, QUESTIONS, SELF
 
 TEXT = st.sampled_from(["Title: Nurse\n", "Company: Acme, Skills: Care\n", "a", "[Age: 2 days]\n"])
@@ -111,7 +111,10 @@ def test_splitting_loses_nothing_and_keeps_to_the_capacity(tokenizer, prompt, la
     assert all(part.questions and len(part) <= capacity for part in parts)
     assert [question for part in parts for question in part.questions] == encoded.questions
     assert [answer for part in parts for answer in part.answers] == encoded.answers
-    assert all((part.prefix_pieces, part.labels, part.layout) == (encoded.prefix_pieces, encoded.labels, layout) for part in parts)
+    assert all(
+        (part.prefix_pieces, part.labels, part.layout) == (encoded.prefix_pieces, encoded.labels, layout)
+        for part in parts
+    )
     assert all(len(one) + len(other.questions[0]) > capacity for one, other in itertools.pairwise(parts))
 
 

@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from brewjax.data.dataset import Dataset
-from brewjax.data.examples import build_examples, example_at
-from brewjax.data.numbers import Percentiles
-from brewjax.data.preferences import AlignConfig, align_records
-from brewjax.data.prompt import Prompt, Question
-from brewjax.data.prose import PretrainConfig, domain_texts, pretrain_records
-from brewjax.data.styles import PromptConfig
-from brewjax.data.task import Task
-from brewjax.data.tokenizer import Tokenizer
-from brewjax.data.tokens import NO_TARGET, EncodedPrompt, Text, encode
-from brewjax.data.training import SftConfig, draw_choices, sft_records
-from brewjax.data.verbalize import CHOICES, Verbalizer
+from brewjax.data.prompts.styles import PromptConfig
+from brewjax.data.prompts.verbalize import CHOICES, Verbalizer
+from brewjax.data.records.preferences import AlignConfig, align_records
+from brewjax.data.records.pretrain import PretrainConfig, domain_texts, pretrain_records
+from brewjax.data.records.sft import SftConfig, draw_choices, sft_records
+from brewjax.data.tables.dataset import Dataset
+from brewjax.data.tables.statistics import Percentiles
+from brewjax.data.tasks.examples import build_examples, example_at
+from brewjax.data.tasks.task import Task
+from brewjax.data.text.encode import NO_TARGET, EncodedPrompt, Text, encode
+from brewjax.data.text.prompt import Prompt, Question
+from brewjax.data.text.tokenizer import Tokenizer
 from tests.data.conftest import Event, moment
 from tests.tables import put
 
@@ -240,7 +240,9 @@ def test_an_overlong_item_stops_no_training_unless_it_is_to(jobs_with, tokenizer
     verbalizer, prompts = Verbalizer(dataset, percentiles, tokenizer, 1_000), PromptConfig(max_tokens=1_000)
     records = {
         "sft": lambda: sft_records(verbalizer, task, prompts, SftConfig()),
-        "align": lambda: align_records(verbalizer, task, prompts, AlignConfig(steering_fraction=0, list_size=8, lists_per_example=8)),
+        "align": lambda: align_records(
+            verbalizer, task, prompts, AlignConfig(steering_fraction=0, list_size=8, lists_per_example=8)
+        ),
     }[kind]
     if overlong == "error":
         with pytest.raises(ValueError, match=r"task 'applies': job 101 takes [\d,]+ tokens, most of them its 'title'"):

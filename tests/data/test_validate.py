@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import strategies as st
 
-from brewjax.data.dataset import CARD, Card, Dataset
-from brewjax.data.validate import DatasetError, read_validated
+from brewjax.data.tables.card import CARD, Card
+from brewjax.data.tables.dataset import Dataset
+from brewjax.data.tables.validate import DatasetError, read_validated
 from tests.tables import put, with_column, write_dataset
 
 

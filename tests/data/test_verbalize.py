@@ -9,15 +9,16 @@ import pyarrow as pa
 import pytest
 from hypothesis import strategies as st
 
-from brewjax.data.dataset import Attribute, Dataset
-from brewjax.data.examples import RankingExample, build_examples, history_before
-from brewjax.data.numbers import Percentiles
-from brewjax.data.prompt import Prompt
-from brewjax.data.styles import STYLES
-from brewjax.data.task import Task
-from brewjax.data.tokenizer import Tokenizer
-from brewjax.data.tokens import encode
-from brewjax.data.verbalize import Verbalizer
+from brewjax.data.prompts.styles import STYLES
+from brewjax.data.prompts.verbalize import Verbalizer
+from brewjax.data.tables.card import Attribute
+from brewjax.data.tables.dataset import Dataset
+from brewjax.data.tables.statistics import Percentiles
+from brewjax.data.tasks.examples import RankingExample, build_examples, history_before
+from brewjax.data.tasks.task import Task
+from brewjax.data.text.encode import encode
+from brewjax.data.text.prompt import Prompt
+from brewjax.data.text.tokenizer import Tokenizer
 from tests.data.conftest import Event, moment
 from tests.data.test_chat import REFUSES_SYSTEM
 from tests.tables import put, with_column
@@ -70,10 +71,14 @@ each_style = pytest.mark.parametrize("style", STYLES)
 def ask(dataset: Dataset, member: int, day: float, items=(31, 20), labels=(0, 1), task: Task = TASK) -> RankingExample:
     """An example as the server makes it: a member, a moment, items."""
     history, past = history_before(dataset, task, member, moment(day))
-    return RankingExample(task.name, member, moment(day), history, past, np.array(items, np.int32), np.array(labels, np.int32))
+    return RankingExample(
+        task.name, member, moment(day), history, past, np.array(items, np.int32), np.array(labels, np.int32)
+    )
 
 
-def say(dataset: Dataset, tokenizer: Tokenizer, example: RankingExample, style: str, budget=PLENTY, task=TASK) -> Prompt:
+def say(
+    dataset: Dataset, tokenizer: Tokenizer, example: RankingExample, style: str, budget=PLENTY, task=TASK
+) -> Prompt:
     return Verbalizer(dataset, SCALE, tokenizer, budget).prompt(task, example, style)
 
 

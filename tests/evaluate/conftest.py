@@ -6,8 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from brewjax.data.examples import RankingExample
-from brewjax.data.task import Task
+from brewjax.data.tasks.examples import RankingExample
+from brewjax.data.tasks.task import Task
 from brewjax.evaluate.predictions import from_examples
 from tests.data.conftest import jobs, jobs_with  # noqa: F401 (fixtures)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_limits
 
-from brewjax.data.examples import build_examples
+from brewjax.data.tasks.examples import build_examples
 from brewjax.evaluate.baselines import LightGBM, popularity
 from brewjax.evaluate.predictions import from_examples
 from brewjax.evaluate.results import OVERALL, compare

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from brewjax.data.as_of import PointInTimeIndex
-from brewjax.data.examples import RankingExample, build_examples
+from brewjax.data.tables.point_in_time import PointInTimeIndex
+from brewjax.data.tasks.examples import RankingExample, build_examples
 from brewjax.evaluate.features import build_features
 from tests.data.conftest import Event, moment
 

@@ -10,7 +10,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from brewjax.data.tokens import EncodedPrompt
+from brewjax.data.text.encode import EncodedPrompt
 from brewjax.model.decoder import Decoder, ModelConfig, PagedKVCache, RMSNorm
 from brewjax.model.params import Params, bind
 from pallas_kernels.token_labels import ALL, PADDING, TokenLabels

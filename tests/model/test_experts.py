@@ -9,13 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brewjax.model.config import ExpertsConfig, ModelConfig
-from brewjax.model.experts import Experts, _in_chunks, _expert_outputs
+from brewjax.model.experts import Experts, _expert_outputs, _in_chunks
 from brewjax.model.params import bind
 from pallas_kernels.token_labels import ALL, PADDING, TokenLabels
 from tests.tiny import MODEL, params
 
 N, K = 5, 2
-CONFIG = MODEL.model_copy(update={"layers": 1, "d_ff": 12, "experts": ExpertsConfig(num_experts=N, num_experts_per_tok=K)})
+CONFIG = MODEL.model_copy(
+    update={"layers": 1, "d_ff": 12, "experts": ExpertsConfig(num_experts=N, num_experts_per_tok=K)}
+)
 TOKENS = np.random.default_rng(0).integers(3, 64, (2, 11))
 REAL = np.arange(11) < [[11], [7]]
 
@@ -35,7 +37,11 @@ def states(seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_each_token_goes_through_its_best_experts(normalize):
-    module = experts(CONFIG.model_copy(update={"experts": ExpertsConfig(num_experts=N, num_experts_per_tok=K, norm_topk_prob=normalize)}))
+    module = experts(
+        CONFIG.model_copy(
+            update={"experts": ExpertsConfig(num_experts=N, num_experts_per_tok=K, norm_topk_prob=normalize)}
+        )
+    )
     x = states()
     out, _ = module(x, REAL)
     router, gate, up, down = (np.asarray(w[...]) for w in (module.router, module.gate, module.up, module.down))
@@ -97,7 +103,9 @@ def test_balance_is_of_the_real_tokens():
 
 
 def test_the_training_loss_has_the_mean_balance_of_the_layers():
-    config = CONFIG.model_copy(update={"layers": 2, "experts": ExpertsConfig(num_experts=N, num_experts_per_tok=K, router_aux_loss_coef=0.25)})
+    config = CONFIG.model_copy(
+        update={"layers": 2, "experts": ExpertsConfig(num_experts=N, num_experts_per_tok=K, router_aux_loss_coef=0.25)}
+    )
     weights = params(config)
     weights["layers"]["experts"]["router"] = jnp.zeros((2, MODEL.d_model, N))  # every expert is as probable
     batch = (

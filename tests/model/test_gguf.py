@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from brewjax.data.tokenizer import Tokenizer
+from brewjax.bundle.exchange import export_model, import_model
+from brewjax.data.text.tokenizer import Tokenizer
 from brewjax.model import gguf as gguf_module
 from brewjax.model import huggingface
 from brewjax.model.loading import CheckpointError
 from brewjax.model.rope import FactorsScaling
-from brewjax.scoring.exchange import export_model, import_model
 
 
 def write_gguf(

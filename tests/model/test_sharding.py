@@ -13,13 +13,13 @@ from jax.experimental import topologies
 from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from brewjax.ahead.topology import topology
-from brewjax.data.loader import TokenBatch
-from brewjax.data.tokens import NO_TARGET
+from brewjax.aot.topology import topology
+from brewjax.data.records.loader import TokenBatch
+from brewjax.data.text.encode import NO_TARGET
 from brewjax.model.config import ExpertsConfig, ModelConfig
 from brewjax.model.huggingface import read_config, read_params
 from brewjax.model.params import Params, abstract_params, bind
-from brewjax.model.sharding import FSDP_TENSOR, MESH_AXES, BATCH_AXES, MeshConfig, Sharding
+from brewjax.model.sharding import BATCH_AXES, FSDP_TENSOR, MESH_AXES, MeshConfig, Sharding
 from brewjax.model.upcycle import upcycle
 from brewjax.train.lora import LoraConfig
 from brewjax.train.objectives import supervised
@@ -37,7 +37,13 @@ MESHES = {
     "four slices, data=2 fsdp=4": MeshConfig(fsdp=4, slices=4),
 }
 EXPERTS = MODEL.model_copy(
-    update={"layers": 1, "d_ff": 12, "qkv_bias": True, "qk_norm": True, "experts": ExpertsConfig(num_experts=4, router_aux_loss_coef=0.1)}
+    update={
+        "layers": 1,
+        "d_ff": 12,
+        "qkv_bias": True,
+        "qk_norm": True,
+        "experts": ExpertsConfig(num_experts=4, router_aux_loss_coef=0.1),
+    }
 )
 EXPERT_MESHES = {
     "experts, fsdp=2 expert=2 tensor=2": MeshConfig(fsdp=2, expert=2, tensor=2),

@@ -3,8 +3,8 @@
 import pytest
 
 from brewjax.pipeline import dry_run
+from brewjax.pipeline.context import Run
 from brewjax.pipeline.recipe import Recipe
-from brewjax.pipeline.run import Run
 
 MODEL = "{name: a, d_model: 1024, layers: 8, heads: 8, kv_heads: 8, head_dim: 128, d_ff: 4096, param_dtype: %s}"
 RECIPE = """

@@ -7,8 +7,8 @@ import yaml
 
 from brewjax.config import ConfigError
 from brewjax.model.config import ModelConfig
+from brewjax.pipeline.context import Run
 from brewjax.pipeline.recipe import Recipe, load_plan
-from brewjax.pipeline.run import Run
 from brewjax.pipeline.stages import steps
 
 BASE = {
@@ -73,7 +73,9 @@ def test_a_ladder_is_compared_with_other_ways_to_its_last_size():
     assert (stages["direct-pruned"].init_from, stages["direct-pruned"].match_sizes_of) == ("big", "quarter")
     assert stages["direct-pruned"].method == "magnitude"
     assert (stages["direct"].do, stages["direct"].teacher, stages["direct"].train.steps) == ("distill", "big", 150)
-    assert [stages[name].init_from for name in ("sft-half-pruned", "sft-half", "sft-quarter-pruned", "sft-quarter")] == [
+    assert [
+        stages[name].init_from for name in ("sft-half-pruned", "sft-half", "sft-quarter-pruned", "sft-quarter")
+    ] == [
         "big",
         "sft-half-pruned",
         "sft-half",

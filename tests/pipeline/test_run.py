@@ -18,7 +18,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from brewjax.cli import app
-from brewjax.data.tokenizer import Tokenizer
+from brewjax.data.text.tokenizer import Tokenizer
 from brewjax.model.config import ModelConfig
 from brewjax.paths import locked
 from tests.tables import write_dataset

@@ -10,8 +10,8 @@ import pytest
 
 from brewjax.config import ConfigError
 from brewjax.paths import StorageError
-from brewjax.pipeline import steps
-from brewjax.pipeline.steps import Step, run_steps
+from brewjax.pipeline import runner as steps
+from brewjax.pipeline.runner import Step, run_steps
 
 KILLED = KeyboardInterrupt()
 

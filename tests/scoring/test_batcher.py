@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from brewjax.data.tokenizer import Tokenizer
-from brewjax.data.tokens import EncodedPrompt
+from brewjax.data.text.encode import EncodedPrompt
+from brewjax.data.text.tokenizer import Tokenizer
 from brewjax.model.params import abstract_params
 from brewjax.model.sharding import MeshConfig
-from brewjax.scoring.batcher import Scheduler, Job
 from brewjax.scoring.passes import PAGE, Bucket, Pass
 from brewjax.scoring.prefix_cache import PrefixCache
+from brewjax.scoring.scheduler import Job, Scheduler
 from brewjax.scoring.scorer import Scorer, normalize_over_labels
 from tests.tiny import MODEL, params, prompt
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from brewjax.data.tokens import EncodedPrompt
+from brewjax.data.text.encode import EncodedPrompt
 from brewjax.scoring.buckets import PACK_TO, STEP, choose_buckets, plan_passes
 from brewjax.scoring.passes import LABELS_IN_PASS, Bucket
 
@@ -52,7 +52,9 @@ def test_a_pass_takes_the_smallest_bucket_that_holds_it(prompts):
     for one in plan_passes(prompts, BUCKETS):
         tokens = sum(len(part.prompt) for part in one.chunks)
         asked = sum(len(part.prompt.questions) for part in one.chunks)
-        assert one.bucket == min(bucket for bucket in BUCKETS if tokens <= bucket.tokens and asked <= bucket.max_candidates)
+        assert one.bucket == min(
+            bucket for bucket in BUCKETS if tokens <= bucket.tokens and asked <= bucket.max_candidates
+        )
         assert len({label for part in one.chunks for label in part.prompt.labels}) <= LABELS_IN_PASS
 
 

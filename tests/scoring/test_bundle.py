@@ -7,14 +7,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from brewjax.bundle.bundle import Bundle, PercentileScale
 from brewjax.config import ConfigError
-from brewjax.data.dataset import Dataset
-from brewjax.data.examples import build_examples
-from brewjax.data.styles import SECTIONED, PromptConfig
-from brewjax.data.task import Task
-from brewjax.data.tokens import EncodedPrompt
+from brewjax.data.prompts.styles import SECTIONED, PromptConfig
+from brewjax.data.tables.dataset import Dataset
+from brewjax.data.tasks.examples import build_examples
+from brewjax.data.tasks.task import Task
+from brewjax.data.text.encode import EncodedPrompt
 from brewjax.evaluate.predict import predict
-from brewjax.scoring.bundle import Bundle, PercentileScale
 from tests.data.conftest import jobs, jobs_with, tokenizer  # noqa: F401 (fixtures)
 from tests.tables import put, with_column, write_dataset
 from tests.tiny import MODEL, params

@@ -16,20 +16,20 @@ from safetensors.numpy import load_file, save_file
 from tokenizers.models import WordLevel
 from typer.testing import CliRunner
 
+from brewjax.bundle import exchange
+from brewjax.bundle.bundle import Bundle
+from brewjax.bundle.exchange import Packaged, export_model, import_model
 from brewjax.cli import app
-from brewjax.data.dataset import Dataset
-from brewjax.data.examples import sample_examples
-from brewjax.data.prompt import Prompt, Question
-from brewjax.data.task import load_tasks
-from brewjax.data.tokenizer import Tokenizer
+from brewjax.data.tables.dataset import Dataset
+from brewjax.data.tasks.examples import sample_examples
+from brewjax.data.tasks.task import load_tasks
+from brewjax.data.text.prompt import Prompt, Question
+from brewjax.data.text.tokenizer import Tokenizer
 from brewjax.evaluate.predict import predict
 from brewjax.model import huggingface
 from brewjax.model.config import ExpertsConfig, ModelConfig
 from brewjax.model.loading import CheckpointError
 from brewjax.model.params import bind
-from brewjax.scoring import exchange
-from brewjax.scoring.bundle import Bundle
-from brewjax.scoring.exchange import Packaged, export_model, import_model
 from pallas_kernels.token_labels import TokenLabels
 from tests.model.test_gguf import write_gguf
 from tests.serve.conftest import APPLY

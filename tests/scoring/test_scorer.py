@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from brewjax.data.prompt import Prompt, Question
-from brewjax.data.tokenizer import Tokenizer
-from brewjax.data.tokens import HistoryLayout, encode
+from brewjax.data.text.encode import HistoryLayout, encode
+from brewjax.data.text.prompt import Prompt, Question
+from brewjax.data.text.tokenizer import Tokenizer
 from brewjax.model.config import ModelConfig
 from brewjax.model.params import abstract_params, bind
 from brewjax.model.sharding import MeshConfig

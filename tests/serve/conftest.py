@@ -8,14 +8,14 @@ from pathlib import Path
 import httpx
 import pytest
 
-from brewjax.data.dataset import Dataset
-from brewjax.data.examples import example_at
-from brewjax.data.numbers import Percentiles
-from brewjax.data.styles import PromptConfig
-from brewjax.data.task import Task, load_tasks
-from brewjax.data.tokenizer import Tokenizer
-from brewjax.data.verbalize import Verbalizer
-from brewjax.scoring.bundle import Bundle, PercentileScale
+from brewjax.bundle.bundle import Bundle, PercentileScale
+from brewjax.data.prompts.styles import PromptConfig
+from brewjax.data.prompts.verbalize import Verbalizer
+from brewjax.data.tables.dataset import Dataset
+from brewjax.data.tables.statistics import Percentiles
+from brewjax.data.tasks.examples import example_at
+from brewjax.data.tasks.task import Task, load_tasks
+from brewjax.data.text.tokenizer import Tokenizer
 from brewjax.scoring.passes import Bucket
 from brewjax.scoring.scorer import Scorer
 from brewjax.serve import Client

@@ -17,14 +17,14 @@ import grpc
 import numpy as np
 import pytest
 
-from brewjax.data.tokens import EncodedPrompt
+from brewjax.data.text.encode import EncodedPrompt
 from brewjax.scoring.passes import Pass
 from brewjax.scoring.scorer import Scorer
 from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve.client import raw
 from brewjax.serve.config import ServeConfig
+from brewjax.serve.scoring_loop import ScoringLoop
 from brewjax.serve.server import Server
-from brewjax.serve.worker import ScoringLoop
 
 CONFIG = ServeConfig(
     port=0,

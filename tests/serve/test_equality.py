@@ -7,12 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from brewjax.data.examples import example_at
-from brewjax.data.tokens import EncodedPrompt
+from brewjax.data.tasks.examples import example_at
+from brewjax.data.text.encode import EncodedPrompt
 from brewjax.model.params import bind
 from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve.client import raw
-from brewjax.serve.members import request_from_example
+from brewjax.serve.requests import request_from_example
 from tests.serve.serving import LABELS, ask, draw, expected, probabilities
 from tests.tiny import pack
 
@@ -36,7 +36,9 @@ def test_permuting_items_permutes_scores_and_changing_one_changes_no_other(clien
 
 
 def test_scores_are_the_same_among_many_and_nothing_compiles(client, http, alone, bundle, dataset, tasks):
-    members = [request_from_example(dataset, tasks[row % 2], example_at(dataset, tasks[row % 2], row)) for row in (5, 6, 7)]
+    members = [
+        request_from_example(dataset, tasks[row % 2], example_at(dataset, tasks[row % 2], row)) for row in (5, 6, 7)
+    ]
     of_members = [probabilities(client.score(member)) for member in members]
     asked = [ask(seed % 4, 1 + 7 * seed, prefix=150 * (seed % 4)) for seed in range(16)]
     of_asked = [expected(alone, question) for question in asked]

@@ -15,11 +15,11 @@ import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from brewjax.data.examples import example_at
+from brewjax.data.tasks.examples import example_at
 from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve import ranker_pb2_grpc
 from brewjax.serve.client import raw
-from brewjax.serve.members import request_from_example
+from brewjax.serve.requests import request_from_example
 from tests.serve.serving import (
     LABELS,
     ask,

@@ -16,12 +16,12 @@ import pytest
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 
-from brewjax.data.examples import example_at
+from brewjax.data.tasks.examples import example_at
 from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve.client import raw
 from brewjax.serve.http import make_app
-from brewjax.serve.members import request_from_example
 from brewjax.serve.refusals import status_of
+from brewjax.serve.requests import request_from_example
 from tests.serve.serving import LABELS, ask, draw, eventually, expected, pages_held, probabilities, waiting
 
 TRIES = int(os.environ.get("BREWJAX_FUZZ", 10_000))

@@ -15,7 +15,7 @@ import grpc
 import numpy as np
 import pytest
 
-from brewjax.scoring.bundle import Bundle
+from brewjax.bundle.bundle import Bundle
 from brewjax.serve.config import DecodeConfig
 from brewjax.serve.jetstream import Decoding, jetstream_pb2_grpc, pb
 from brewjax.serve.jetstream_engine import BrewEngine
@@ -317,7 +317,7 @@ def test_the_engine_is_one_of_jetstreams(served, bundle):
 def test_importing_it_leaves_the_process_as_it_was():
     script = """
 import logging, sys
-import brewjax.scoring.bundle  # absl gives the root logger a handler
+import brewjax.bundle.bundle  # absl gives the root logger a handler
 before = logging.root.level, list(logging.root.handlers)
 import brewjax.serve.jetstream
 assert (logging.root.level, list(logging.root.handlers)) == before

@@ -5,11 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-from brewjax.data.examples import build_examples, example_at
-from brewjax.data.styles import STYLES
+from brewjax.data.prompts.styles import STYLES
+from brewjax.data.tasks.examples import build_examples, example_at
 from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve.encoding import RequestEncoder
-from brewjax.serve.members import request_from_example, render_member
+from brewjax.serve.members import render_member
+from brewjax.serve.requests import request_from_example
 from tests.serve.serving import CONFIG
 
 

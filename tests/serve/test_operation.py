@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from brewjax import cli
-from brewjax.data.task import Task
+from brewjax.data.tasks.task import Task
 from brewjax.serve import Client
 from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve.encoding import RequestEncoder

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from brewjax.data.tokenizer import Tokenizer
+from brewjax.data.text.tokenizer import Tokenizer
 from brewjax.scoring.passes import Bucket
 from brewjax.scoring.scorer import Scorer
 from tests.serve.serving import ask, eventually, expected, probabilities, refusal

@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 from jetstream.core.proto import jetstream_pb2, jetstream_pb2_grpc
 
-from brewjax.data.examples import example_at
-from brewjax.data.tokens import EncodedPrompt
+from brewjax.data.tasks.examples import example_at
+from brewjax.data.text.encode import EncodedPrompt
 from brewjax.model.generate import Generator
 from brewjax.serve import Client
 from brewjax.serve.client import raw
 from brewjax.serve.config import DecodeConfig
-from brewjax.serve.members import request_from_example
+from brewjax.serve.requests import request_from_example
 from tests.serve.serving import CONFIG, draw, probabilities, running
 
 

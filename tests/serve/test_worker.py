@@ -9,13 +9,13 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from brewjax.data.tokenizer import Tokenizer
-from brewjax.scoring.batcher import Scheduler
+from brewjax.data.text.tokenizer import Tokenizer
 from brewjax.scoring.passes import Bucket
 from brewjax.scoring.prefix_cache import PrefixCache
+from brewjax.scoring.scheduler import Scheduler
 from brewjax.scoring.scorer import Scorer
-from brewjax.serve.metrics import Metrics
-from brewjax.serve.worker import ClosedError, QueueFullError, Request, ScoringLoop
+from brewjax.serve.scoring_loop import ClosedError, QueueFullError, Request, ScoringLoop
+from brewjax.serve.telemetry import Metrics
 from tests.serve.serving import Gate, eventually, held, pages_held, waiting
 from tests.tiny import MODEL, params, prompt
 

@@ -10,10 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from brewjax import hosts
+from brewjax import distributed as hosts
 from brewjax.train.batches import ShardedBatches
 from brewjax.train.loop import train
-from brewjax.train.metrics import METRICS, read_metrics
+from brewjax.train.metrics_writer import METRICS, read_metrics
 from brewjax.train.objectives import supervised
 from tests import processes
 from tests.processes import finish, log
@@ -134,7 +134,13 @@ if __name__ == "__main__":
                 raise ValueError(f"{shards_folder}: no training shards there")
 
         hosts.run_on_process_zero(check)
-        sizes = CONFIG.gradient_accumulation_steps, CONFIG.batch_size, CONFIG.seq_len, CONFIG.num_data_shards, CONFIG.seed
+        sizes = (
+            CONFIG.gradient_accumulation_steps,
+            CONFIG.batch_size,
+            CONFIG.seq_len,
+            CONFIG.num_data_shards,
+            CONFIG.seed,
+        )
         reads = ShardedBatches(shards_folder, CONFIG.mesh.build(), *sizes).reads
         print(f"process {jax.process_index()} reads {reads}", file=sys.stderr)
         train(MODEL, CONFIG, shards_folder, run, supervised)

@@ -18,8 +18,9 @@ import pydantic
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from brewjax.data.loader import TokenBatch, write_shards
-from brewjax.data.tokens import EncodedPrompt
+from brewjax.data.records.loader import TokenBatch
+from brewjax.data.records.shards import write_shards
+from brewjax.data.text.encode import EncodedPrompt
 from brewjax.model.config import ModelConfig
 from brewjax.model.decoder import Decoder
 from brewjax.model.params import Params
@@ -27,7 +28,7 @@ from brewjax.model.sharding import MeshConfig
 from brewjax.train.checkpoints import UnreadableCheckpointError
 from brewjax.train.loop import NonFiniteError, TrainConfig, abstract_state, train
 from brewjax.train.lora import LoraConfig
-from brewjax.train.metrics import METRICS, MetricsWriter, read_metrics
+from brewjax.train.metrics_writer import METRICS, MetricsWriter, read_metrics
 from brewjax.train.objectives import AuxInputs, WeightedSum, supervised
 from brewjax.train.optimizer import OptimizerConfig
 from tests.tiny import MODEL, params, prompt

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.extend.core import Jaxpr, jaxprs_in_params
 
-from brewjax.ahead.program import training_step
+from brewjax.aot.program import training_step
 from brewjax.model.config import ExpertsConfig
 from brewjax.model.params import abstract_params, bind
 from brewjax.model.sharding import MeshConfig
@@ -82,7 +82,10 @@ def test_loss_and_gradients_are_those_through_merged_weights(model):
 def test_a_step_makes_neither_merged_weights_nor_their_gradient(model):
     """Nothing in the whole program has the shape of a stack of matrices; those of the base are given."""
     model = model.model_copy(update={"layers": 5, "remat": True})
-    config, mesh = TrainConfig(steps=10, batch_size=3, seq_len=32, gradient_accumulation_steps=3, lora=LORA), MeshConfig().build()
+    config, mesh = (
+        TrainConfig(steps=10, batch_size=3, seq_len=32, gradient_accumulation_steps=3, lora=LORA),
+        MeshConfig().build(),
+    )
     with jax.set_mesh(mesh):
         step = training_step(model, config, mesh).traced.jaxpr.jaxpr
         full = training_step(model, config.model_copy(update={"lora": None}), mesh).traced.jaxpr.jaxpr

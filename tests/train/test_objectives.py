@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from brewjax.data.loader import NO_TARGET, TokenBatch
-from brewjax.data.tokens import EncodedPrompt
+from brewjax.data.records.loader import NO_TARGET, TokenBatch
+from brewjax.data.text.encode import EncodedPrompt
 from brewjax.model.params import Params, bind
 from brewjax.model.sharding import BATCH_AXES, MeshConfig
 from brewjax.train.align import Align
 from brewjax.train.batches import BATCH_SPEC
 from brewjax.train.distill import Distill
-from brewjax.train.objectives import WeightedSum, Objective, TopK, supervised
+from brewjax.train.objectives import Objective, TopK, WeightedSum, supervised
 from brewjax.train.teachers import FrozenModel, TeacherOnMesh
 from pallas_kernels.distillation import linear_distillation
 from tests.tiny import MODEL, batch_of, params, prompt
@@ -96,7 +96,9 @@ def run(name: str, mesh: MeshConfig) -> dict[str, np.ndarray]:
     if answers:
         frozen = {}
 
-    def loss(trained: Params, batch: TokenBatch, answers: dict, weights: dict) -> tuple[jax.Array, dict[str, WeightedSum]]:
+    def loss(
+        trained: Params, batch: TokenBatch, answers: dict, weights: dict
+    ) -> tuple[jax.Array, dict[str, WeightedSum]]:
         given = answers | {key: bind(frozen[key].model, one) for key, one in weights.items()}
         loss, metrics = OBJECTIVES[name](bind(MODEL, trained), batch, given)
         return loss.total, {"loss": loss} | metrics

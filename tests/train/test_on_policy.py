@@ -11,8 +11,8 @@ import numpy as np
 import pydantic
 import pytest
 
-from brewjax.data.loader import NO_TARGET, TokenBatch
-from brewjax.data.tokens import EncodedPrompt
+from brewjax.data.records.loader import NO_TARGET, TokenBatch
+from brewjax.data.text.encode import EncodedPrompt
 from brewjax.model.decoder import Decoder
 from brewjax.model.params import bind
 from brewjax.model.sharding import MeshConfig
@@ -148,7 +148,9 @@ def test_its_own_answers_are_judged_by_the_teacher_alone():
 def layer_loss(student: Decoder, teacher: Decoder) -> float:
     batch = jax.tree.map(jnp.asarray, batch_of(prompts(), LENGTH))
     with jax.set_mesh(MeshConfig().build()):
-        _, metrics = jax.jit(lambda batch: Distill(hidden_state_weight=1.0)(student, batch, {"teacher": teacher}))(batch)
+        _, metrics = jax.jit(lambda batch: Distill(hidden_state_weight=1.0)(student, batch, {"teacher": teacher}))(
+            batch
+        )
     return float(metrics["loss_layers"].total / metrics["loss_layers"].weight)
 
 

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from brewjax.data.loader import load_batches, write_shards
+from brewjax.data.records.loader import load_batches
+from brewjax.data.records.shards import write_shards
 from brewjax.model.params import bind
 from brewjax.model.sharding import MeshConfig
 from brewjax.train import teachers
@@ -19,9 +20,9 @@ from brewjax.train.batches import ShardedBatches
 from brewjax.train.distill import Distill
 from brewjax.train.loop import train
 from brewjax.train.lora import LoraConfig
-from brewjax.train.metrics import METRICS, read_metrics
+from brewjax.train.metrics_writer import METRICS, read_metrics
 from brewjax.train.objectives import supervised
-from brewjax.train.teachers import TeacherCache, CacheError, FrozenModel, TeacherOnMesh, fingerprint, write_cache
+from brewjax.train.teachers import CacheError, FrozenModel, TeacherCache, TeacherOnMesh, fingerprint, write_cache
 from tests.tiny import MODEL, params
 from tests.train.test_loop import CONFIG, newest_checkpoint, shards, toy, without_speed
 

@@ -1,0 +1,78 @@
+"""The programs of a run, traced over abstract devices: nothing is allocated."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from brewjax.model.config import ModelConfig
+from brewjax.model.flops import model_flops
+from brewjax.model.params import abstract_params
+from brewjax.model.sharding import BATCH_AXES, FSDP_TENSOR, data_parallel_size
+from brewjax.scoring.passes import PAGE, Bucket, Pass, build_inputs
+from brewjax.scoring.scorer import compute_pass, score_labels
+from brewjax.train.loop import TrainConfig, abstract_batch, abstract_state, make_step
+from brewjax.train.objectives import BASE, supervised
+
+
+class TracedProgram(NamedTuple):
+    """A program to compile, and what it does.
+
+    Attributes:
+      arguments: shapes with shardings.
+      flops: of the model, over all devices (see `model_flops`).
+      in_kernels: those of them that kernels do, of which the compiler has no estimate.
+    """
+
+    name: str
+    traced: jax.stages.Traced
+    arguments: Any
+    flops: float
+    in_kernels: float
+
+
+def training_step(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> TracedProgram:
+    """The step that `brewjax run` trains with; to be called with the mesh in context."""
+    config.check_rows(mesh)
+    base = {BASE: model} if config.lora else {}
+    step = jax.jit(make_step(model, config, supervised, base), donate_argnums=0)
+    frozen = {name: abstract_params(one, mesh) for name, one in base.items()}
+    arguments: Any = abstract_state(model, config, mesh), abstract_batch(config, mesh), {}, frozen
+    outside, in_kernels = (3 * flops for flops in model_flops(model, config.batch_size, config.seq_len))
+    return TracedProgram("training step", step.trace(*arguments), arguments, outside + in_kernels, in_kernels)
+
+
+def scoring_pass(model: ModelConfig, bucket: Bucket, mesh: Mesh) -> list[TracedProgram]:
+    """The two programs of a pass that a `Scorer` runs; to be called with the mesh in context."""
+    ways = data_parallel_size(mesh)
+    if bucket.tokens % PAGE:
+        raise ValueError(f"--score: {bucket.tokens} tokens are not whole pages of {PAGE}")
+    if bucket.cached_pages and ways > 1:
+        raise ValueError(f"--score TOKENS,PAST: a past needs data=1, fsdp=1 and expert=1, not {dict(mesh.shape)}")
+    params = abstract_params(model, mesh)
+    of_rows = NamedSharding(mesh, jax.P(BATCH_AXES, None))
+    rows = build_inputs([Pass(bucket, [])], ways)
+    inputs, labels = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=of_rows),
+        ((*rows[:4], rows.pages, rows.store), rows.labels),
+    )
+    pool = None
+    if bucket.cached_pages:
+        pages = 1 + bucket.cached_pages + bucket.tokens // PAGE
+        shape = (model.layers, pages, PAGE, model.kv_heads, model.head_dim)
+        sharding = FSDP_TENSOR.named(mesh, shape, "layers", None, None, "heads", None)
+        pool = (jax.ShapeDtypeStruct(shape, model.compute_dtype, sharding=sharding),) * 2
+    run = jax.jit(functools.partial(compute_pass, model), donate_argnums=1)
+    asked_shape = (ways, bucket.max_candidates, model.d_model)
+    batch = NamedSharding(mesh, FSDP_TENSOR.spec("batch", None, None))
+    asked = jax.ShapeDtypeStruct(asked_shape, model.compute_dtype, sharding=batch)
+    head = jax.jit(functools.partial(score_labels, model), static_argnums=3)
+    outside, in_kernels = model_flops(model, ways, bucket.tokens, bucket.cached_pages * PAGE)
+    of_run, of_head = (params, pool, *inputs), (params, asked, labels)
+    return [
+        TracedProgram("scoring pass", run.trace(*of_run), of_run, outside + in_kernels, in_kernels),
+        TracedProgram("its label scores", head.trace(*of_head, "labels"), of_head, 0.0, 0.0),
+    ]

@@ -1,0 +1,324 @@
+"""Reads a dataset's tables and holds them against its card: every problem at once, with file, column, row and value."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from brewjax.config import suggest
+from brewjax.data.tables.card import Card
+from brewjax.data.tables.reading import DAY, FLOAT, INTEGER, TEXT, TEXTS, TIME, UnreadableError, open_table, plain, show
+
+SHOWN = 3  # rows listed of each kind of problem
+FEWEST_TIMES = 10  # events, from which on a log that spans less than a minute is questioned
+MINUTE, YEAR = 60_000_000, 31_557_600_000_000  # microseconds
+LATEST = 230 * YEAR  # a moment after this, in the year 2200, is a mistake
+
+# Texts that pandas.to_datetime and pandas.to_numeric read.
+DATE = r"^\s*\d{4}-\d{1,2}-\d{1,2}([ T]\d{1,2}:\d{2}(:\d{2}(\.\d+)?)?)?(Z|[+-]\d{2}:?\d{2})?\s*$"
+NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
+
+# What a column of each kind may be, after `plain` (nothing but nulls is read as the first), and how to say so.
+KINDS = {
+    "id": ((INTEGER, TEXT), "ids are whole numbers or strings, never floats"),
+    "time": ((TIME,), "expected timestamps"),
+    "text": ((TEXT,), "expected strings"),
+    "category": ((TEXT, INTEGER, pa.bool_()), "expected strings, whole numbers or booleans"),
+    "list": ((TEXTS,), "expected lists of strings"),
+    "number": ((FLOAT, INTEGER), "expected whole numbers or floats"),
+    "date": ((DAY, TIME), "expected dates or timestamps"),
+}
+
+
+class DatasetError(ValueError):
+    """Tables that do not fit their card; the message lists every problem, one a line."""
+
+
+def read_validated(path: Path, card: Card) -> tuple[pa.Table, pa.Table, pa.Table]:
+    """Reads members, items and events from the dataset folder `path`; each is a Parquet file or a folder of them.
+
+    In the tables returned integers are int64, other numbers float64, texts string, times timestamp[us, UTC] (those
+    without a zone are taken as UTC) and days date32, whichever widths and encodings the files have.
+
+    Raises DatasetError listing every problem found in the tables and in what the card says of them.
+    """
+    members, items, events = (_Table(path, part.file) for part in (card.members, card.items, card.events))
+    members.check_own_id(card.members.id)
+    items.check_own_id(card.items.id)
+    events.check_reference(card.events.member, "member", members, card.members.id)
+    events.check_reference(card.events.item, "item", items, card.items.id)
+    _check_actions(events, card)
+    _check_times(events, card)
+    _check_duplicates(events, card)
+    for table, part in ((members, card.members), (items, card.items), (events, card.events)):
+        for attribute in part.attributes:
+            if not attribute.derive:
+                _check_attribute(table, attribute.column, attribute.kind)
+    about_card = list(_card_problems(card, events))
+    # The same column may be named twice, as an attribute and under `derive`: say what is wrong with it once.
+    problems = list(dict.fromkeys([*members.problems, *items.problems, *events.problems, *about_card]))
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise DatasetError("\n  ".join([f"{path}: {count} in the dataset", *problems]))
+    return members.table, items.table, events.table
+
+
+class _Table:
+    """A table and what was found wrong with it. An unreadable file is a problem and then a table without columns."""
+
+    def __init__(self, folder: Path, file: str):
+        self.file = file
+        self.problems: list[str] = []
+        self.table = pa.table({})
+        self.found: dict[str, pa.DataType] = {}  # the types in the file, by column
+        self.readable = False
+        self.parts = [(0, "")]  # first row and name of each file of a folder
+        try:
+            table, self.parts = open_table(folder, file)
+        except UnreadableError as error:
+            self.problems.append(str(error))
+            return
+        if len(table) == 0:
+            self.problems.append(f"{file}: no rows; expected at least one")
+        self.found = {field.name: field.type for field in table.schema}
+        self.table = pa.table({name: plain(table[name]) for name in self.found})
+        self.readable = True
+
+    def read(self, column: str, kind: str) -> pa.ChunkedArray | None:
+        """The column, or None after noting that it is missing or not of this kind."""
+        if not self.readable:
+            return None
+        if column not in self.found:
+            self.problems.append(f"{self.file}: no column '{column}'; {suggest(column, self.found)}")
+            return None
+        values = self.table[column]
+        types, expected = KINDS[kind]
+        if pa.types.is_null(values.type):
+            values = values.cast(types[0])
+            self.table = self.table.set_column(self.table.column_names.index(column), column, values)
+        if values.type not in types:
+            found = f"found {self.found[column]}" + (f", {show(values[0])} in row 0" if len(values) else "")
+            hint = _how_to_mend(values, kind)
+            self.problems.append(f"{self.file}: column '{column}': {found}; {expected}{hint and f' ({hint})'}")
+            return None
+        return values
+
+    def refuse(self, column: str, wrong: pa.ChunkedArray | pa.Array, what: str, right: str) -> None:
+        """Notes the rows where `wrong` is true, the first few with their values."""
+        rows = pc.indices_nonzero(wrong)
+        if len(rows) == 0:
+            return
+        values = self.table[column].take(rows[:SHOWN])
+        shown = [
+            self.place(row) + (f" ({show(value)})" if value.is_valid else "")
+            for row, value in zip(rows[:SHOWN].to_pylist(), values, strict=True)
+        ]
+        more = f" and {len(rows) - SHOWN:,} more" if len(rows) > SHOWN else ""
+        self.problems.append(f"{self.file}: column '{column}': {what} in {', '.join(shown)}{more}; {right}")
+
+    def place(self, row: int) -> str:
+        """A row as an error names it: counted from 0, within its file."""
+        first, name = self.parts[bisect_right(self.parts, row, key=lambda part: part[0]) - 1]
+        return f"row {row - first}" + (f" of {name}" if name else "")
+
+    def check_own_id(self, column: str) -> None:
+        ids = self.read(column, "id")
+        if ids is None:
+            return
+        self.refuse(column, ids.is_null(), "no id", "every row needs one")
+        if ids.type == TEXT:
+            self.refuse(column, pc.equal(pc.utf8_trim_whitespace(ids), ""), "an empty id", "every row needs one")
+        first = pc.index_in(ids, ids.combine_chunks())
+        again = pc.and_(ids.is_valid(), pc.not_equal(first, pa.array(np.arange(len(ids)))))
+        self.refuse(column, again, "an id that an earlier row has", "give each id one row")
+
+    def check_reference(self, column: str, noun: str, other: _Table, other_column: str) -> None:
+        """Events name their member and item by the ids of the other table."""
+        ids = self.read(column, "id")
+        if ids is None:
+            return
+        self.refuse(column, ids.is_null(), f"no {noun}", f"every event needs the id of its {noun}")
+        known = other.table[other_column] if other_column in other.table.column_names else None
+        if known is None or known.type not in KINDS["id"][0] or ids.null_count == len(ids):
+            return
+        home = f"column '{other_column}' of {other.file}"
+        if ids.type != known.type:
+            found, expected = self.found[column], other.found[other_column]
+            self.problems.append(
+                f"{self.file}: column '{column}': found {found} where {home} is {expected}; make both the same"
+            )
+            return
+        unknown = pc.and_(ids.is_valid(), pc.invert(pc.is_in(ids, value_set=known)))
+        self.refuse(column, unknown, f"unknown {noun}", f"it must be in {home}")
+
+
+def _check_actions(events: _Table, card: Card) -> None:
+    column = card.events.action
+    actions = events.read(column, "text")
+    if actions is None:
+        return
+    known = pa.array(card.events.actions, pa.string())
+    events.refuse(column, actions.is_null(), "no action", "every event needs one")
+    unknown = pc.and_(actions.is_valid(), pc.invert(pc.is_in(actions, value_set=known)))
+    events.refuse(column, unknown, "unknown action", f"the card has: {', '.join(card.events.actions)}")
+
+
+def _check_times(events: _Table, card: Card) -> None:
+    column = card.events.time
+    times = events.read(column, "time")
+    if times is None:
+        return
+    events.refuse(column, times.is_null(), "no time", "every event needs one")
+    moments = _microseconds(times)
+    if hint := _mistaken_unit(moments):
+        events.problems.append(f"{events.file}: column '{column}': {hint}")
+    elif len(moments) >= FEWEST_TIMES and np.ptp(moments) < MINUTE:
+        span = f"lie within {np.ptp(moments) / 1e6:g} seconds, from {_iso(moments.min())} on"
+        events.problems.append(
+            f"{events.file}: column '{column}': all {len(moments):,} events {span}; expected the times at which they "
+            "happened, over days or more"
+        )
+    elif len(moments) and np.median(moments) > 10 * YEAR:
+        events.refuse(
+            column, pc.equal(times.cast(pa.int64()), 0), "a time of 0, which is 1970,", "leave out such events"
+        )
+        late = pc.greater(times.cast(pa.int64()), LATEST)
+        events.refuse(column, late, "a time after the year 2199", "give the time at which it happened")
+
+
+def _check_duplicates(events: _Table, card: Card) -> None:
+    """The same event twice would be asked about twice, its answer once in the history of the other."""
+    keys = [card.events.member, card.events.item, card.events.action, card.events.time]
+    if not len(events.table) or any(key not in events.table.column_names for key in keys):
+        return
+    columns = [_comparable(column) for column in events.table.columns if not pa.types.is_null(column.type)]
+    rows = pa.table([*columns, np.arange(len(events.table))], [str(number) for number in range(len(columns) + 1)])
+    *keys, row = rows.column_names
+    first = rows.group_by(keys, use_threads=False).aggregate([(row, "min")])[f"{row}_min"].to_numpy()
+    again = np.ones(len(rows), bool)
+    again[first] = False
+    if count := int(again.sum()):
+        shown = ", ".join(events.place(row) for row in np.flatnonzero(again)[:SHOWN].tolist())
+        nested = any(pa.types.is_nested(column.type) for column in events.table.columns)
+        hint = "" if nested else " (pandas: events.drop_duplicates())"
+        events.problems.append(
+            f"{events.file}: {count:,} of {len(rows):,} rows are the same in every column as an earlier one: "
+            f"{shown}{' ..' if count > SHOWN else ''}; keep one of each{hint}"
+        )
+
+
+def _comparable(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The column, or texts that tell its values apart where Arrow cannot group by them."""
+    if column.type in (INTEGER, FLOAT, TEXT, DAY, TIME):
+        return column
+    return pc.binary_join(column, "\x1f") if column.type == TEXTS else pa.chunked_array([[*map(show, column)]], TEXT)
+
+
+def _microseconds(moments: pa.ChunkedArray) -> np.ndarray:
+    """int64, since 1970, of dates or timestamps; those that are known."""
+    return moments.drop_null().cast(TIME).cast(pa.int64()).to_numpy()
+
+
+def _mistaken_unit(moments: np.ndarray) -> str:
+    """What is wrong with a column of which every moment (microseconds) lies in the first days of 1970, or centuries
+    ahead: numbers were read in another unit than theirs. Empty where nothing is."""
+    # Whole days are dates that somebody meant: a column of birthdays may hold nothing but one in January 1970.
+    if not len(moments) or not (moments % (24 * 60 * MINUTE)).any():
+        return ""
+    low, high = moments.min(), moments.max()
+    if low >= 0 and high < YEAR / 12:
+        span = f"from {_iso(low)} to {_iso(high)}" if low < high else f"at {_iso(low)}"
+        # Numbers of today, in each unit, read as nanoseconds, which is what pandas takes them for.
+        units = {"s": 10**9, "ms": 10**6, "us": 10**3, "D": 86_400 * 10**9}
+        fitting = [unit for unit, factor in units.items() if 5 * YEAR < np.median(moments) * factor < LATEST]
+        hint = f'pandas.to_datetime(column, unit="{fitting[0]}")' if fitting else "give pandas.to_datetime their unit"
+        return f"all {len(moments):,} times are in January 1970, {span}, as of numbers read in the wrong unit; {hint}"
+    if low > LATEST:
+        return (
+            f"all {len(moments):,} times are after the year 2199, from {_iso(low)} on, as of numbers read in the wrong "
+            'unit; give pandas.to_datetime the unit that they are in, for instance unit="ms"'
+        )
+    return ""
+
+
+def _iso(moment: int) -> str:
+    """A moment (microseconds since 1970) as people write it, UTC."""
+    return str(np.datetime64(int(moment), "us")).replace("T", " ").removesuffix(".000000")
+
+
+def _how_to_mend(values: pa.ChunkedArray, kind: str) -> str:
+    """How a column of another type is made one of this kind, with pandas; empty where nothing is sure to do it."""
+    type_ = values.type
+    if kind in ("time", "date"):
+        if type_ in (INTEGER, FLOAT):
+            biggest = pc.max(pc.abs(values)).as_py() or 0
+            unit = next((unit for unit, limit in (("s", 1e11), ("ms", 1e14), ("us", 1e17)) if biggest < limit), "ns")
+            return f'pandas.to_datetime(column, unit="{unit}") makes them of such numbers'
+        dates = type_ == DAY or (type_ == TEXT and _all_match(values, DATE))
+        return "pandas.to_datetime(column) makes them" if dates else ""
+    if kind == "id" and type_ == FLOAT:
+        return 'pandas: column.astype("Int64")'
+    if pa.types.is_duration(type_) and kind == "number":
+        return "pandas: column.dt.total_seconds()"
+    if kind == "number" and type_ == TEXT and _all_match(values, NUMBER):
+        return "pandas.to_numeric(column) makes them"
+    if kind == "list" and type_ == TEXT:
+        return 'pandas: column.str.split(",")'
+    if kind == "text" and type_ == INTEGER:
+        return "pandas: column.astype(str); or say kind: category"
+    if kind == "number" and type_ == pa.bool_():
+        return "say kind: category"
+    return ""
+
+
+def _all_match(values: pa.ChunkedArray, pattern: str) -> bool:
+    """Whether all known texts match, so that a hint does what it promises."""
+    return bool(pc.all(pc.match_substring_regex(values, pattern)).as_py())
+
+
+def _check_attribute(table: _Table, column: str, kind: str) -> None:
+    values = table.read(column, kind)
+    if values is None:
+        return
+    if kind == "number":
+        table.refuse(column, pc.invert(pc.is_finite(values)), "not a number", "leave it null where it is unknown")
+    elif kind == "list":
+        rows = pc.list_parent_indices(values).filter(pc.list_flatten(values).is_null())
+        table.refuse(column, _rows_in(values, rows), "a null within the list", "leave it out of the list")
+        empty = pc.equal(pc.utf8_trim_whitespace(pc.list_flatten(values)), "")
+        rows = pc.list_parent_indices(values).filter(empty)
+        table.refuse(column, _rows_in(values, rows), "an empty text within the list", "leave it out of the list")
+    elif kind == "date" and (hint := _mistaken_unit(_microseconds(values))):
+        table.problems.append(f"{table.file}: column '{column}': {hint}")
+
+
+def _rows_in(values: pa.ChunkedArray, rows: pa.Array) -> pa.Array:
+    """bool [len(values)]: whether each row is one of `rows`."""
+    return pc.is_in(pa.array(np.arange(len(values))), value_set=rows)
+
+
+def _card_problems(card: Card, events: _Table) -> Iterable[str]:
+    """What `derive` asks for that cannot be had; each names the card's file and line."""
+    for index, attribute in enumerate(card.items.attributes):
+        if not (derive := attribute.derive):
+            continue
+        place = ("items", "attributes", index, "derive")
+        for position, action in enumerate(derive.count or ()):
+            if action not in card.events.actions:
+                error = f"unknown action '{action}'; {suggest(action, card.events.actions)}"
+                yield str(card.error(error, *place, "count", position))
+        if derive.mean and events.readable:
+            found = events.found.get(derive.mean)
+            if found is None:
+                error = f"events have no column '{derive.mean}'; {suggest(derive.mean, events.found)}"
+                yield str(card.error(error, *place, "mean"))
+            elif events.table[derive.mean].type not in KINDS["number"][0]:
+                error = f"column '{derive.mean}' of {events.file} is {found}; only numbers have a mean"
+                yield str(card.error(error, *place, "mean"))
+            else:
+                _check_attribute(events, derive.mean, "number")

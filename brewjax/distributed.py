@@ -1,0 +1,185 @@
+"""Several processes, one run: how they find each other, wait for each other, and end together.
+
+A launcher starts the same command everywhere and says who is who by three variables, or that JAX can find out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax._src import distributed  # the coordination service has no public name yet
+from jax.sharding import Mesh, NamedSharding
+
+EXIT_RESTART = (
+    75  # EX_TEMPFAIL: what a process exits with when starting it again with the same arguments is all it needs
+)
+COORDINATOR, PROCESSES, PROCESS = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+AUTO_DETECT_ENV = "BREWJAX_HOSTS"  # "auto": TPU VMs, SLURM, MPI and GKE tell JAX themselves
+HEARTBEAT_TIMEOUT_S = 30  # seconds without a sign of life after which a process is given up
+POLL_MS = 2_000  # milliseconds that a wait takes before it looks whether the process was told to end
+
+_turns = itertools.count()
+_preemption_requested = _deferring = False
+
+
+class DistributedError(RuntimeError):
+    """Another process failed, or could not be found."""
+
+
+def is_process_zero() -> bool:
+    """Whether this process is the one that prepares data and writes logs, metrics and small files."""
+    return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def distributed_runtime() -> Iterator[None]:
+    """Within, the processes that a launcher started are one; without a launcher it is this process alone.
+
+    Standard output is the first process's. SIGTERM ends a process with exit code RESTART, at once, or, within
+    `patience`, when there is a checkpoint. Where another process was lost, this one says so and exits with RESTART.
+    """
+    _join()
+    if not is_process_zero():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (to the end of the process)
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        _exit_now(f"what the processes compute together failed, most likely because one of them ended: {reason}")
+
+
+def _join() -> None:
+    names = [name for name in (COORDINATOR, PROCESSES, PROCESS) if os.environ.get(name)]
+    automatic = os.environ.get(AUTO_DETECT_ENV)
+    if automatic not in (None, "", "auto"):
+        raise DistributedError(f"{AUTO_DETECT_ENV} is '{automatic}'; it may only be 'auto', or be left out")
+    if not names and not automatic:
+        return
+    who: dict[str, Any] = {}
+    if not automatic:
+        if missing := {COORDINATOR, PROCESSES, PROCESS} - set(names):
+            raise DistributedError(
+                f"{', '.join(names)} is set, but not {', '.join(sorted(missing))}: a launcher sets all three, "
+                f"or {AUTO_DETECT_ENV}=auto where JAX finds out by itself (TPU VMs, SLURM, MPI, GKE)"
+            )
+        try:
+            count, number = int(os.environ[PROCESSES]), int(os.environ[PROCESS])
+        except ValueError:
+            raise DistributedError(
+                f"{PROCESSES} is '{os.environ[PROCESSES]}' and {PROCESS} '{os.environ[PROCESS]}'; both must be numbers"
+            ) from None
+        if not 0 <= number < count:
+            raise DistributedError(
+                f"{PROCESS} is {number}; of {count} processes ({PROCESSES}) it is one of 0 to {count - 1}"
+            )
+        who = {"coordinator_address": os.environ[COORDINATOR], "num_processes": count, "process_id": number}
+    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is ours
+    try:
+        jax.distributed.initialize(
+            **who, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S, shutdown_timeout_seconds=HEARTBEAT_TIMEOUT_S // 3
+        )
+    except (ValueError, RuntimeError) as error:
+        where = os.environ.get(COORDINATOR, "the coordinator that JAX looks for")
+        _exit_now(
+            f"cannot join the other processes by {where}: {error}. Is the first process running, is its port free "
+            "and open between the hosts, and does every process have its own number?"
+        )
+    jax.devices()  # all take part in finding out who has which
+
+
+def run_on_process_zero(work: Callable[[], Any]) -> Any:
+    """What `work` returns (JSON) on the first process, which alone does it while the others wait, or its failure."""
+    if jax.process_count() == 1:
+        return work()
+    client, key = distributed.global_state.client, f"brewjax/{next(_turns)}"
+    assert client is not None
+    if is_process_zero():
+        try:
+            result = work()
+        except BaseException as error:
+            client.key_value_set(key, json.dumps({"error": str(error) or type(error).__name__}))
+            raise
+        client.key_value_set(key, json.dumps({"result": result}))
+        return result
+    while True:
+        try:
+            said = json.loads(client.blocking_key_value_get(key, POLL_MS))
+            break
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+    if "error" in said:
+        raise DistributedError(f"process 0 failed: {said['error']}")
+    return said["result"]
+
+
+# --- SIGTERM: the machine is wanted back
+
+
+@contextlib.contextmanager
+def defer_preemption() -> Iterator[None]:
+    """Within, SIGTERM is noted for `Ending` to find; at the end it is obeyed."""
+    global _deferring
+    _deferring = True
+    try:
+        yield
+    finally:
+        _deferring = False
+    if _preemption_requested:
+        _exit_now("told to end (SIGTERM): what is done is kept")
+
+
+class PreemptionSync:
+    """Whether any process was told to end, the same answer in each.
+
+    Asked once a step; the answer is that of the step before, so that nobody waits for it.
+    """
+
+    def __init__(self, mesh: Mesh):
+        self._sharding = NamedSharding(mesh, jax.P(mesh.axis_names))
+        self._any = jax.jit(jnp.any)
+        self._pending: jax.Array | None = None
+
+    def __call__(self) -> bool:
+        if jax.process_count() == 1:
+            return _preemption_requested
+        before = self._pending
+        mine = np.array([_preemption_requested])
+        flags = jax.make_array_from_callback((self._sharding.num_devices,), self._sharding, lambda _: mine)
+        self._pending = self._any(flags)
+        return before is not None and bool(before)
+
+
+def exit_for_restart(what: str) -> NoReturn:
+    """Ends this process, as all others do at the same step."""
+    print(f"told to end (SIGTERM): {what}; start the same command again to go on", file=sys.stderr, flush=True)
+    sys.exit(EXIT_RESTART)
+
+
+def _on_sigterm(*_: object) -> None:
+    global _preemption_requested
+    _preemption_requested = True
+    if not _deferring:
+        _exit_now("told to end (SIGTERM): what is done is kept")
+
+
+def _exit_now(why: str) -> NoReturn:
+    """Ends this process without waiting for others, which may be gone."""
+    number = f"process {distributed.global_state.process_id}: " if distributed.global_state.num_processes > 1 else ""
+    print(f"{number}{why}\nStart the same command again to go on; exit code {EXIT_RESTART}.", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(EXIT_RESTART)

@@ -1,0 +1,125 @@
+"""How good the models of a run are: predictions, baselines, and the report of all of them."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from brewjax import distributed as hosts
+from brewjax.bundle.bundle import Bundle
+from brewjax.console import plain_console
+from brewjax.data.tasks.examples import build_examples
+from brewjax.evaluate.baselines import LightGBM, popularity
+from brewjax.evaluate.predict import ScoringCost, predict
+from brewjax.evaluate.predictions import from_examples
+from brewjax.evaluate.report import print_models, print_results, write_report
+from brewjax.evaluate.results import ModelSummary, compare
+from brewjax.model.config import ModelConfig
+from brewjax.model.flops import model_flops
+from brewjax.model.params import MODEL, model_size
+from brewjax.pipeline.context import Run
+from brewjax.pipeline.recipe import (
+    DistillStage,
+    PruneStage,
+    Stage,
+    TrainedStage,
+)
+from brewjax.pipeline.runner import read_record
+from brewjax.train.metrics_writer import METRICS, read_metrics
+
+EVALUATE, WORK = "evaluate-", "work.json"
+BASELINES = ("popularity", "LightGBM")
+
+
+def evaluate_stage(run: Run, name: str, folder: Path) -> None:
+    """The model's predictions on the test period of every task, and what they cost."""
+    bundle = Bundle.load(run.model(name), run.recipe.evaluate.mesh)
+    found = predict(bundle, run.dataset, [(task, run.test_examples[task.name]) for task in run.tasks])
+    if hosts.is_process_zero():
+        for task, predictions in zip(run.tasks, found, strict=True):
+            pq.write_table(predictions.table, folder / f"{task.name}.parquet")
+        took = [sum(column) for column in zip(*(predictions.work for predictions in found), strict=True)]
+        (folder / WORK).write_text(json.dumps(took))
+
+
+def baselines_stage(run: Run, folder: Path) -> None:
+    """Popularity's and LightGBM's predictions on the same questions."""
+    for task in run.tasks:
+        train, validation = (list(build_examples(run.dataset, task, split)) for split in ("train", "validation"))
+        examples = run.test_examples[task.name]
+        trees = LightGBM.fit(run.dataset, task, train, validation, run.recipe.evaluate.baseline_settings)
+        for name, probabilities in {
+            "popularity": popularity(run.dataset, task, train, examples),
+            "LightGBM": trees.predict(run.dataset, task, examples),
+        }.items():
+            pq.write_table(from_examples(examples, probabilities), folder / f"{task.name}.{name}.parquet")
+        plain_console().print(f"{task.name}: LightGBM chose {trees.settings}, {trees.rounds} rounds")
+
+
+def report_stage(run: Run, before: Sequence[str], folder: Path) -> None:
+    """All models, and the last of them against the largest that it came from and the baselines: tables in the terminal,
+    report.md and report.html. `before` are the names of all steps before it."""
+    console, comparisons, stages = plain_console(), [], run.recipe.stages
+    for task in run.tasks:
+        files = {name: run.folder / f"{EVALUATE}{name}" / f"{task.name}.parquet" for name in stages}
+        for name in BASELINES:
+            files[name] = run.folder / "baselines" / f"{task.name}.{name}.parquet"
+        predictions = {name: pq.read_table(path) for name, path in files.items()}
+        comparisons.append(compare(task, predictions, run.recipe.evaluate.bootstrap))
+    models = {name: _describe(run, name) for name in stages}
+    line = [last := [*stages][-1]]
+    while (start := stages[line[-1]].init_from) in stages:
+        line.append(start)
+    largest = max(line, key=lambda name: models[name].parameters)
+    shown = list(dict.fromkeys([last, largest, *BASELINES]))
+    for comparison in comparisons:
+        print_results(comparison.select(*shown), console)
+    print_models(comparisons, [*models.values()], console)
+    trained = {name: run.folder / name / METRICS for name, stage in stages.items() if hasattr(stage, "train")}
+    write_report(folder, run.recipe.name, comparisons, [*models.values()], shown, _facts(run, before), trained)
+    console.print(f"report: {folder / 'report.html'}")
+
+
+def _describe(run: Run, name: str) -> ModelSummary:
+    """A stage's model, as the report's table has it."""
+    stage, config = run.recipe.stages[name], ModelConfig.load(run.model(name) / MODEL)
+    of = model_size(config)
+    work = ScoringCost(*json.loads((run.folder / f"{EVALUATE}{name}" / WORK).read_text()))
+    of_token, _ = model_flops(config, 1, 1)
+    flops = of_token * work.tokens / work.questions
+    seconds = read_record(run.folder / name)["seconds"]
+    return ModelSummary(
+        name, describe_stage(stage), of.parameters, of.weight_bytes, seconds, flops, work.questions / work.seconds
+    )
+
+
+def describe_stage(stage: Stage) -> str:
+    """What a stage does, in a few words."""
+    words: list[str] = [stage.do]
+    if isinstance(stage, PruneStage):
+        words.append(f"by {stage.method}")
+    if isinstance(stage, DistillStage):
+        words.append(f"by {stage.teacher}")
+    if isinstance(stage, TrainedStage):
+        words.append(f"{stage.train.steps} steps")
+        words += ["from random weights"] if stage.from_scratch else []
+    return " ".join(words + ([f"after {stage.init_from}"] if stage.init_from else []))
+
+
+def _facts(run: Run, names: Sequence[str]) -> dict[str, str]:
+    """What a reader needs to know of how the numbers came about."""
+    seconds = {name: read_record(run.folder / name).get("seconds") for name in names}
+    rows = [row for name in names for row in read_metrics(run.folder / name / METRICS)]
+    commits = {read_record(run.folder / name).get("commit") or "unknown" for name in names}
+    return {
+        "dataset": f"{run.dataset.card.name}: {len(run.dataset.members):,} members, {len(run.dataset.items):,} items, "
+        f"{len(run.dataset.events):,} events",
+        "training": f"{len(rows):,} steps, {sum(row['tokens'] for row in rows):,.0f} tokens",
+        "seconds": ", ".join(f"{name} {value:.0f}" for name, value in seconds.items() if value is not None),
+        "date": datetime.date.today().isoformat(),
+        "commit": ", ".join(sorted(commits)),
+    }

@@ -1,0 +1,176 @@
+"""Steps run in order, each into a folder of its own. What is done is not done again; what was killed goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from brewjax import distributed as hosts
+from brewjax.config import ConfigError
+from brewjax.console import bold, plain_console
+from brewjax.fingerprint import hash_code, hash_json
+from brewjax.paths import storage_errors, write_text
+from brewjax.train.metrics_writer import METRICS, read_metrics
+
+RECORD = "stage.json"
+KILOBYTE = 1 if sys.platform == "darwin" else 1024  # what the system counts a process's memory in, in bytes
+HERE = Path(__file__).parents[1]
+Record = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One step of a run.
+
+    Attributes:
+      run: does it, in the folder that it is given.
+      after: the steps whose results it needs.
+      settings: what else it depends on, as JSON has it.
+      code: the folders of the package whose code makes its result.
+      keep: what it leaves is too dear to be replaced unasked; begun, it goes on.
+      together: all processes run it, each on its devices; else the first one does, and the others wait.
+    """
+
+    name: str
+    run: Callable[[Path], None]
+    depends_on: tuple[str, ...]
+    settings: Any
+    code: tuple[str, ...]
+    protected: bool = False
+    all_processes: bool = False
+
+
+def run_steps(steps: Sequence[Step], folder: Path, data: str, any_code: bool = False) -> None:
+    """Runs steps into `folder/<name>`; what is done from the same data, settings and code is skipped.
+
+    Raises ConfigError instead of mixing outputs, before anything is written: what is dear, made otherwise, is neither
+    continued nor overwritten.
+
+    Args:
+      data: a hash of what all steps read.
+      any_code: takes what other code made for good.
+    """
+    console = plain_console()
+    made = _fingerprints(steps, data)
+    records = hosts.run_on_process_zero(
+        lambda: {
+            step.name: _usable_record(folder / step.name, step.protected, made[step.name], any_code) for step in steps
+        }
+    )
+    for step in steps:
+        output, record = folder / step.name, records[step.name]
+        if record and "seconds" in record:
+            console.print(bold(step.name, f": done before, in {record['seconds']:.0f} s"))
+            continue
+        console.print(bold(step.name))
+        with storage_errors(output):
+            record = hosts.run_on_process_zero(
+                functools.partial(_begin, output, step.protected, record, made[step.name])
+            )
+            seconds = _seconds_before(output)
+            start_time = time.perf_counter()
+            if step.all_processes:
+                step.run(output)
+            else:
+                hosts.run_on_process_zero(functools.partial(step.run, output))
+            record["seconds"] = seconds + time.perf_counter() - start_time
+            hosts.run_on_process_zero(functools.partial(_write_record, output, record))
+        gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KILOBYTE / 1e9
+        console.print(bold(step.name, f": {record['seconds']:.0f} s, {gigabytes:.1f} GB of memory at most so far"))
+
+
+def _fingerprints(steps: Sequence[Step], data: str) -> dict[str, dict[str, str]]:
+    """What each step's result depends on, with the steps before: `made_of`, data and settings; and `code`."""
+    made: dict[str, dict[str, str]] = {}
+    for step in steps:
+        before = [made[name] for name in step.depends_on]
+        made[step.name] = {
+            "made_of": hash_json([data, step.settings, [fingerprint["made_of"] for fingerprint in before]]),
+            "code": hash_json([_hash_code(step.code), [fingerprint["code"] for fingerprint in before]]),
+        }
+    return made
+
+
+def _usable_record(output: Path, keep: bool, now: dict[str, str], any_code: bool) -> Record | None:
+    """The record of a step that is done, or that can go on; None where it begins anew. Writes nothing.
+
+    Raises ConfigError where what is there is too dear to be replaced.
+    """
+    try:
+        before = read_record(output)
+    except ValueError as error:
+        if not keep:
+            return None
+        raise ConfigError(
+            f"{error}, so it cannot be told what {output} was made of; delete that folder to train it again, or give "
+            "another --out"
+        ) from None
+    same_settings = before.get("made_of") == now["made_of"]
+    if same_settings and (any_code or before.get("code") == now["code"]):
+        return before if keep or "seconds" in before else None
+    if before and keep:
+        code = f"other code ({before.get('commit') or 'of an unknown commit'})"
+        hint = ", or take it as it is with --any-code" if same_settings else ""
+        raise ConfigError(
+            f"{output}: made from {code if same_settings else 'other data or settings'}, so it is neither continued "
+            f"nor replaced; give another --out, or delete that folder{hint}"
+        )
+    return None
+
+
+def _begin(output: Path, keep: bool, record: Record | None, now: dict[str, str]) -> Record:
+    """The record of a step that goes on, or begins in an empty folder."""
+    if record is None:
+        if output.exists():
+            shutil.rmtree(output)
+        output.mkdir(parents=True)
+    record = now | {"commit": record.get("commit") if record else _commit()}
+    _write_record(output, record)
+    return record
+
+
+def _seconds_before(output: Path) -> float:
+    """What earlier, interrupted attempts at a training stage took."""
+    rows = read_metrics(output / METRICS)
+    return rows[-1]["seconds"] if rows else 0.0
+
+
+def read_record(output: Path) -> Record:
+    """What a step was made of, its commit, and its seconds once it is done; nothing where it was never begun.
+
+    Raises ValueError where the file is damaged.
+    """
+    path = output / RECORD
+    if not path.exists():
+        return {}
+    try:
+        record = json.loads(path.read_text())
+    except ValueError:
+        record = None
+    if not isinstance(record, dict):
+        raise ValueError(f"{path}: damaged, no JSON object")
+    return record
+
+
+def _write_record(output: Path, record: Record) -> None:
+    write_text(output / RECORD, json.dumps(record))
+
+
+@functools.cache
+def _hash_code(packages: tuple[str, ...]) -> str:
+    return hash_code(path for package in packages for path in sorted((HERE / package).rglob("*.py")))
+
+
+def _commit() -> str:
+    """The commit of the code that is run, where it is run from a clone."""
+    git = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
