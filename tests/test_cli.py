@@ -25,10 +25,10 @@ TASK = """\
 name: apply
 instruction: Predict whether they apply.
 history: {actions: [applied, viewed], max_events: 50}
-questions: {ask: Will the member apply to the following job, actions: [applied, viewed]}
+questions: {question: Will the member apply to the following job, actions: [applied, viewed]}
 labels:
-  - {word: "Yes", value: 1, when: {action: applied}}
-  - {word: "No", value: 0, when: {action: viewed}}
+  - {word: "Yes", value: 1, match: {action: applied}}
+  - {word: "No", value: 0, match: {action: viewed}}
 split: {validation: 60%, test: 80%}
 """
 
@@ -73,18 +73,18 @@ def test_a_broken_task(case, refuse, folder, tmp_path):
 
 
 # A prompt as JSON, and what the message must hold.
-PROMPT = {"center": "x\n", "events": ["e"], "questions": ["q"], "labels": ["Yes", "No"]}
+PROMPT = {"preamble": "x\n", "events": ["e"], "questions": ["q"], "labels": ["Yes", "No"]}
 PROMPTS = {
     "not_json": ("{center: 1}", (":1: not valid JSON: ", "at column 2")),
     "empty": ("", (":1: not valid JSON: ",)),
-    "list": ("[]", ('expected {"center": "..", "events": [".."]', "found []")),
+    "list": ("[]", ('expected {"preamble": "..", "events": [".."]', "found []")),
     "key_missing": (
         {name: value for name, value in PROMPT.items() if name != "labels"},
         ("'labels' is missing; expected {",),
     ),
     "key_unknown": (PROMPT | {"label": []}, ("unknown key 'label'; did you mean 'labels'?",)),
-    "key_twice": ('{"center": "a", "center": "b"}', ("'center' is given twice",)),
-    "center_number": (PROMPT | {"center": 5}, ("center: expected a text, found 5",)),
+    "key_twice": ('{"preamble": "a", "preamble": "b"}', ("'center' is given twice",)),
+    "center_number": (PROMPT | {"preamble": 5}, ("center: expected a text, found 5",)),
     "events_text": (PROMPT | {"events": "x"}, ('events: expected a list of texts, found "x"',)),
     "question_number": (PROMPT | {"questions": ["a", 5]}, ("questions[1]: expected a text, found 5",)),
     "no_questions": (PROMPT | {"questions": []}, ("questions: expected at least one",)),

@@ -28,7 +28,7 @@ MODEL = (
 PLAN = """
 name: small
 model: {model}
-train: {{steps: 10, rows: 8, row_tokens: 128, accumulate: 2, mesh: {{fsdp: 2, data: 2}}}}
+train: {{steps: 10, batch_size: 8, seq_len: 128, gradient_accumulation_steps: 2, mesh: {{fsdp: 2, data: 2}}}}
 """
 
 
@@ -52,7 +52,7 @@ def test_a_training_step_compiles_for_chips_that_are_not_there(plan):
     assert re.search(r"estimated cycles +│ [1-9]", result.output)
 
 
-SLICES = ["--topology", "2xv5e-2x2", "--set", "train.mesh.fsdp=4", "--set", "train.rows=16"]
+SLICES = ["--topology", "2xv5e-2x2", "--set", "train.mesh.fsdp=4", "--set", "train.batch_size=16"]
 
 
 def test_slices_send_each_other_gradients_and_no_more(plan):
@@ -72,7 +72,7 @@ def test_slices_send_each_other_gradients_and_no_more(plan):
         (["--topology", "v5e-2x2x2"], "chips of v5e lie in shapes such as v5e-16x16"),
         (["--topology", "v5e-3x3"], "the compiler refuses it"),
         (["--topology", "v5e-4x4"], "mesh data=2 fsdp=2 .*does not make use of 16 devices"),
-        (["--topology", "v5e-2x2", "--set", "train.rows=12"], "train.rows .12. / accumulate .2. must be a multiple"),
+        (["--topology", "v5e-2x2", "--set", "train.batch_size=12"], "train.batch_size .12. / accumulate .2. must be a multiple"),
         (["--topology", "v5e-2x2", "--set-model", "d_model=129"], "axis 'weight' of size 129 does not divide over 2"),
         (["--topology", "v5e-2x2", "--set", "train.row=6"], "did you mean 'rows'"),
         (["--topology", "v5e-2x2", "--score", "100"], "100 tokens are not whole pages of 64"),
@@ -190,6 +190,6 @@ def test_advice_begins_with_what_costs_least():
     little, much = Memory(GIB, 0, 0, 20 * GIB), Memory(15 * GIB, 0, 0, 20 * GIB)
     assert "optimiser state alone take 15.00 GiB" in advice(plain, config, mesh, much, 16 * GIB)
     assert "remat: true" in advice(plain, config, mesh, little, 16 * GIB)
-    assert "train.accumulate=4" in advice(saving, config, mesh, little, 16 * GIB)
-    single = config.model_copy(update={"accumulate": 4})
+    assert "train.gradient_accumulation_steps=4" in advice(saving, config, mesh, little, 16 * GIB)
+    single = config.model_copy(update={"gradient_accumulation_steps": 4})
     assert "train.mesh.context=2" in advice(saving, single, mesh, little, 16 * GIB)

@@ -232,7 +232,7 @@ def test_again_restarts_what_asks_for_it(tmp_path, code, runs):
 @pytest.mark.long
 def test_a_recipe_on_two_local_processes_survives_the_loss_of_one(tmp_path):
     write_dataset(tmp_path / "jobs")
-    recipe = BASE.replace("mesh: {data: 1}", "streams: 2").replace("steps: 4", "steps: 60")
+    recipe = BASE.replace("mesh: {data: 1}", "num_data_shards: 2").replace("steps: 4", "steps: 60")
     recipe += "stages: {big: {do: sft}, small: {do: prune, d_ff: 0.5}, turbo: {do: quantize}}\n"
     for name, text in {"apply": TASK, "model": MODEL, "recipe": recipe}.items():
         (tmp_path / f"{name}.yaml").write_text(text)

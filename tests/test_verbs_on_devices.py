@@ -14,7 +14,7 @@ from brewjax.model import huggingface
 from tests.tiny import MODEL, params
 
 ROOT = Path(__file__).parents[1]
-PROMPT = {"center": "Nurse", "events": ["Acme"], "questions": ["Nurse?", "Acme?"], "labels": ["Yes", "No"]}
+PROMPT = {"preamble": "Nurse", "events": ["Acme"], "questions": ["Nurse?", "Acme?"], "labels": ["Yes", "No"]}
 
 
 def test_a_mixture_goes_through_the_verbs_over_four_devices(tmp_path):

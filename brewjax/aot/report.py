@@ -110,7 +110,7 @@ def advice(model: ModelConfig, config: TrainConfig, mesh: Mesh, memory: Memory, 
         return "remat: true in the model recomputes activations instead of storing them"
     at_once = config.batch_size // config.gradient_accumulation_steps // ways
     if at_once > 1:
-        return f"{at_once} rows are computed at once on a device: train.accumulate={config.batch_size // ways} takes them singly"
+        return f"{at_once} rows are computed at once on a device: train.gradient_accumulation_steps={config.batch_size // ways} takes them singly"
     longer = 2 * sizes["context"]
     return f"one row of {config.seq_len} tokens is too much for a device: train.mesh.context={longer}; or {spread}"
 

@@ -100,7 +100,7 @@ class PruneConfig(Config):
         if mixture := model.experts:
             count = left("experts", mixture.num_experts)
             per_token = min(mixture.num_experts_per_tok, count)
-            sizes["experts"] = mixture.model_copy(update={"count": count, "per_token": per_token})
+            sizes["experts"] = mixture.model_copy(update={"num_experts": count, "num_experts_per_tok": per_token})
         return model.model_copy(update=sizes)
 
 

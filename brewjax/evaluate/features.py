@@ -53,7 +53,7 @@ class CandidateRows:
         sizes = [len(example.candidates) for example in examples]
         spread = lambda name: np.repeat(np.array([getattr(e, name) for e in examples], np.int64), sizes)  # noqa: E731
         joined = lambda name: np.concatenate([[], *(getattr(e, name) for e in examples)]).astype(np.int64)  # noqa: E731
-        return cls(spread("member"), joined("items"), spread("cut"), joined("labels"))
+        return cls(spread("member"), joined("candidates"), spread("cutoff_time"), joined("labels"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ SCHEMA = pa.schema(
         "example": pa.int64(),
         "member": pa.int64(),
         "item": pa.int64(),
-        "past": pa.int64(),
+        "num_past_events": pa.int64(),
         "label": pa.int64(),
         "probabilities": pa.list_(pa.float32()),
     }
@@ -48,7 +48,7 @@ def from_examples(examples: Sequence[RankingExample], probabilities: np.ndarray)
         "example": np.repeat(np.arange(len(examples)), sizes),
         "member": np.repeat(np.array([example.member for example in examples], int), sizes),
         "item": np.concatenate([example.candidates for example in examples]) if len(examples) else np.zeros(0, int),
-        "past": np.repeat(np.array([example.num_past_events for example in examples], int), sizes),
+        "num_past_events": np.repeat(np.array([example.num_past_events for example in examples], int), sizes),
         "label": labels,
         "probabilities": list(probabilities.astype(np.float32)),
     }

@@ -89,7 +89,7 @@ def evaluate(predictions: pa.Table, task: Task, bootstrap: int = 200, seed: int 
     if len(members):
         equally = np.full(len(members), 1 / len(members))
         member_weights[1:] = np.random.default_rng(seed).multinomial(len(members), equally, size=bootstrap)
-    past = predictions["past"].to_numpy()
+    past = predictions["num_past_events"].to_numpy()
     results = {}
     for name, (low, high) in SLICES.items():
         rows = np.flatnonzero((past >= low) & (past <= high))

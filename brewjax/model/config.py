@@ -16,10 +16,10 @@ class ExpertsConfig(Config):
     """A mixture of experts in place of each layer's MLP.
 
     Attributes:
-      count: experts of a layer, each of the model's d_ff.
-      per_token: how many of them each token goes through.
-      normalize: the router's weights of the chosen experts are made to sum to one.
-      balance: weight of the load-balancing loss in training.
+      num_experts: experts of a layer, each of the model's d_ff.
+      num_experts_per_tok: how many of them each token goes through.
+      norm_topk_prob: the router's weights of the chosen experts are made to sum to one.
+      router_aux_loss_coef: weight of the load-balancing loss in training.
     """
 
     num_experts: int = pydantic.Field(gt=0)
@@ -30,7 +30,9 @@ class ExpertsConfig(Config):
     @pydantic.model_validator(mode="after")
     def _enough(self) -> ExpertsConfig:
         if self.num_experts_per_tok > self.num_experts:
-            raise ValueError(f"per_token ({self.num_experts_per_tok}) must be at most count ({self.num_experts})")
+            raise ValueError(
+                f"num_experts_per_tok ({self.num_experts_per_tok}) must be at most num_experts ({self.num_experts})"
+            )
         return self
 
 
@@ -65,8 +67,8 @@ class ModelConfig(Config):
     Attributes:
       vocab_size: 0 takes the tokenizer's.
       d_ff: neurons of an MLP, or of one expert.
-      rope_base, rope_scaling: base of the rotary position angles, and how they are slowed (see `brewjax.model.rope`).
-      max_context: tokens that a prompt and one question may have; longer ones are refused, not cut. What the model's
+      rope_theta, rope_scaling: base of the rotary position angles, and how they are slowed (see `brewjax.model.rope`).
+      max_seq_len: tokens that a prompt and one question may have; longer ones are refused, not cut. What the model's
         positions were trained for, or its sliding window where that is less: windows are not computed.
       qkv_bias: queries, keys and values have biases (Qwen2).
       qk_norm: the heads of queries and keys are normed (Qwen3).
@@ -121,6 +123,6 @@ class ModelConfig(Config):
         """ValueError where `what` has more tokens than this model reads."""
         if self.max_seq_len is not None and tokens > self.max_seq_len:
             raise ValueError(
-                f"{what} has {tokens} tokens; model '{self.name}' reads at most {self.max_seq_len}, its max_context "
+                f"{what} has {tokens} tokens; model '{self.name}' reads at most {self.max_seq_len}, its max_seq_len "
                 "(the positions it was trained for, or its sliding window)"
             )

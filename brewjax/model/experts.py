@@ -53,7 +53,7 @@ class Experts(nnx.Module):
         """What the experts add to the residual stream, and the load-balancing loss over the `real` tokens.
 
         The loss (Fedus et al. 2021, eq. 4, for more than one expert as in Mixtral) is N * sum over experts of (share
-        of tokens that chose it) * (mean probability of it): `per_token` when all are chosen alike, and more else.
+        of tokens that chose it) * (mean probability of it): `num_experts_per_tok` when all are chosen alike, and more else.
         """
         matrices = [self.gate, self.up, self.down]
         weights = [self.router[...].astype(jnp.float32), *(gathered(self.sharding, w, x.dtype) for w in matrices)]

@@ -143,10 +143,10 @@ def config_from_hf(values: dict[str, Any], name: str, where: str) -> ModelConfig
     experts, head_dim = None, getattr(hf, "head_dim", None)
     if family.experts:
         experts = {
-            "count": getattr(hf, family.experts[0]),
-            "per_token": hf.num_experts_per_tok,
-            "normalize": getattr(hf, "norm_topk_prob", True),
-            "balance": hf.router_aux_loss_coef,
+            "num_experts": getattr(hf, family.experts[0]),
+            "num_experts_per_tok": hf.num_experts_per_tok,
+            "norm_topk_prob": getattr(hf, "norm_topk_prob", True),
+            "router_aux_loss_coef": hf.router_aux_loss_coef,
         }
     return checked_config(
         where,
@@ -159,9 +159,9 @@ def config_from_hf(values: dict[str, Any], name: str, where: str) -> ModelConfig
         head_dim=hf.hidden_size // hf.num_attention_heads if head_dim is None else head_dim,
         d_ff=getattr(hf, family.experts[1] if family.experts else "intermediate_size"),
         experts=experts,
-        rope_base=hf.rope_parameters["rope_theta"],
+        rope_theta=hf.rope_parameters["rope_theta"],
         rope_scaling=scaling,
-        max_context=min(hf.max_position_embeddings, _window(hf, where) or hf.max_position_embeddings),
+        max_seq_len=min(hf.max_position_embeddings, _window(hf, where) or hf.max_position_embeddings),
         norm_eps=hf.rms_norm_eps,
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,

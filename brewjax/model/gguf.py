@@ -153,9 +153,9 @@ class GGUFFile:
             kv_heads=value("attention.head_count_kv", heads),
             head_dim=value("attention.key_length", d_model // heads if isinstance(heads, int) and heads else 0),
             d_ff=value("feed_forward_length"),
-            rope_base=value("rope.freq_base", 10_000.0),
+            rope_theta=value("rope.freq_base", 10_000.0),
             rope_scaling=self._rope_scaling(tensors.get(FACTORS)),
-            max_context=min(context, value("attention.sliding_window", 0) or context),
+            max_seq_len=min(context, value("attention.sliding_window", 0) or context),
             norm_eps=round(value("attention.layer_norm_rms_epsilon"), 12),  # 1e-5 as float32 is 9.999999747e-06
             qkv_bias=self._architecture.qkv_bias,
             qk_norm=self._architecture.qk_norm,

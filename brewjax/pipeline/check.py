@@ -58,7 +58,7 @@ def _check_tokens(run: Run) -> None:
 def check_foreign_tokenizers(run: Run, name: str, tokenizer: Tokenizer | None) -> None:
     """What a stage takes from another folder must read the tokens of the recipe's tokenizer; one that is still to be
     trained (None) is nobody else's."""
-    for key in ("start", "teacher"):
+    for key in ("init_from", "teacher"):
         model = getattr(run.recipe.stages[name], key, None)
         if not model or model in run.recipe.stages:
             continue
@@ -114,4 +114,4 @@ def _check_data(run: Run, data: SftConfig | AlignConfig | PretrainConfig) -> Non
             if name not in names:
                 raise data.error(f"no task '{name}'; tasks: {', '.join(names)}", "tasks", index)
     elif data.general_text and not general_files(Path(data.general_text)):
-        raise data.error(f"{data.general_text}: no .txt or .jsonl files there", "general")
+        raise data.error(f"{data.general_text}: no .txt or .jsonl files there", "general_text")

@@ -69,23 +69,23 @@ def expand(ladder: Ladder, start: Values, steps: int) -> dict[str, Values]:
     stages = _down(rungs, ladder.init_from, "", taught)
     if "direct" in ladder.compare:
         # Of the last rung's method, to its size.
-        method = rungs[-1][1].prune | {"do": "prune", "start": ladder.init_from, "like": last}
+        method = rungs[-1][1].prune | {"do": "prune", "init_from": ladder.init_from, "match_sizes_of": last}
         train = rungs[-1][1].train | {"steps": in_all}
         stages["direct-pruned"] = method
-        stages["direct"] = taught | {"start": "direct-pruned", "train": train}
+        stages["direct"] = taught | {"init_from": "direct-pruned", "train": train}
     if "sft" in ladder.compare:
         stages |= _down(rungs, ladder.init_from, "sft-", tuned)
     if "fresh" in ladder.compare:
         before = start.get("train", {})
         train = before | {"steps": before.get("steps", steps) + in_all}
-        stages["fresh"] = tuned | {"start": last, "fresh": True, "train": train}
+        stages["fresh"] = tuned | {"init_from": last, "from_scratch": True, "train": train}
     return stages
 
 
 def _down(rungs: list[tuple[str, Rung]], start: str, prefix: str, learn: Values) -> dict[str, Values]:
     stages, before = {}, start
     for name, rung in rungs:
-        stages[f"{prefix}{name}-pruned"] = {"do": "prune", "start": before, **rung.prune}
+        stages[f"{prefix}{name}-pruned"] = {"do": "prune", "init_from": before, **rung.prune}
         before = f"{prefix}{name}"
-        stages[before] = learn | {"start": f"{before}-pruned", "train": rung.train}
+        stages[before] = learn | {"init_from": f"{before}-pruned", "train": rung.train}
     return stages

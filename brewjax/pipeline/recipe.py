@@ -228,7 +228,7 @@ class Recipe(Config):
             new, last = {name: stage}, name
             if isinstance(stage, dict) and stage.get("do") == "ladder":
                 try:
-                    ladder = Ladder.model_validate({"start": before, **stage})
+                    ladder = Ladder.model_validate({"init_from": before, **stage})
                 except pydantic.ValidationError as error:
                     raise misplaced_within(error, "stages", name) from None
                 new, last = (
@@ -242,8 +242,8 @@ class Recipe(Config):
                     own = keys.get("train") or {}
                     if keys.get("do") in TRAINING and isinstance(own, dict):
                         keys = keys | {"train": _over(shared, own)}
-                    if not keys.get("fresh"):
-                        keys = {"start": before} | keys
+                    if not keys.get("from_scratch"):
+                        keys = {"init_from": before} | keys
                 stages[key] = keys
             before = last
         file = Path(str(model)) / PROMPTS
@@ -260,7 +260,7 @@ class Recipe(Config):
     def _stages_follow(self) -> Recipe:
         earlier: list[str] = []
         for name, stage in self.stages.items():
-            for key in ("start", "teacher", "like"):
+            for key in ("init_from", "teacher", "match_sizes_of"):
                 other = getattr(stage, key, None)
                 if other is not None and other not in earlier and not (Path(other) / MODEL).is_file():
                     near = f"; before it there are: {', '.join(earlier)}" if earlier else ""
@@ -270,7 +270,7 @@ class Recipe(Config):
                 raise misplaced(message, "stages", name)
             if stage.init_from and self._is_quantised(stage.init_from):
                 message = f"'{stage.init_from}' is quantised, for serving; go on from the model that it was made from"
-                raise misplaced(message, "stages", name, "start")
+                raise misplaced(message, "stages", name, "init_from")
             if isinstance(stage, TrainedStage):
                 self._check_training(name, stage)
             earlier.append(name)
@@ -280,10 +280,10 @@ class Recipe(Config):
         train = stage.train
         if not isinstance(stage, PretrainStage) and self.prompts.max_tokens > train.seq_len:
             message = (
-                f"row_tokens ({train.seq_len}) is less than prompts.max_tokens ({self.prompts.max_tokens}): "
+                f"seq_len ({train.seq_len}) is less than prompts.max_tokens ({self.prompts.max_tokens}): "
                 "a prompt must fit in a row"
             )
-            raise misplaced(message, "stages", name, "train", "row_tokens")
+            raise misplaced(message, "stages", name, "train", "seq_len")
         if train.lora and (stage.from_scratch or not stage.init_from):
             message = "adapters of a model that is there: give 'start', or put the stage after another"
             raise misplaced(message, "stages", name, "train", "lora")

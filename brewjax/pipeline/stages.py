@@ -105,10 +105,10 @@ def _reads_prose(recipe: Recipe) -> bool:
     return any(isinstance(stage, PretrainStage) for stage in recipe.stages.values())
 
 
-def write_data(run: Run, config: DataConfig, row_tokens: int, folder: Path) -> None:
+def write_data(run: Run, config: DataConfig, seq_len: int, folder: Path) -> None:
     """What stages train on: a folder of shards for each source."""
     for name, records in _sources(run, config).items():
-        counts = write_shards(folder / name, records, row_tokens)
+        counts = write_shards(folder / name, records, seq_len)
         each = f"{counts['tokens'] / max(1, counts['targets']):.0f} tokens a target"
         plain_console().print(f"{name}: {counts['records']:,} records, {counts['targets']:,} targets, {each}")
 
@@ -209,7 +209,7 @@ def steps(run: Run) -> list[Step]:
     for name, stage in recipe.stages.items():
         settings = stage.model_dump(mode="json")
         models = []
-        for key in ("start", "teacher", "like"):
+        for key in ("init_from", "teacher", "match_sizes_of"):
             other = settings.get(key)
             if other in recipe.stages:
                 models.append(other)
@@ -219,8 +219,8 @@ def steps(run: Run) -> list[Step]:
             settings["model"] = ModelConfig.load(recipe.model).model_dump(mode="json")
         if isinstance(stage, TrainedStage):
             own_data = settings.pop("data")
-            if own_data.get("general"):
-                own_data["general"] = hash_folder(Path(own_data["general"]))
+            if own_data.get("general_text"):
+                own_data["general_text"] = hash_folder(Path(own_data["general_text"]))
             wanted = json.dumps([type(stage.data).__name__, own_data, stage.train.seq_len])
             if wanted not in data:
                 data[wanted] = f"data-{name}"

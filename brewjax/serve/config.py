@@ -46,20 +46,20 @@ class ServeConfig(Config):
       special_tokens: special tokens that callers write in raw texts (`<|im_start|>`) count as such; otherwise they are
         read as ordinary text.
       tasks: task files to answer beside those that the model was trained on.
-      row_tokens: lengths of rows that passes are compiled for.
-      context: most tokens of a prefix; by default as many as the model was trained to read.
-      cache_gigabytes: memory for the keys and values of prefixes; `tensor` splits it over devices, along `context` each
+      token_buckets: lengths of rows that passes are compiled for.
+      max_prefix_tokens: most tokens of a prefix; by default as many as the model was trained to read.
+      prefix_cache_gb: memory for the keys and values of prefixes; `tensor` splits it over devices, along `context` each
         has all of it.
       mesh: how devices share each pass, by `tensor` (heads) and `context` (tokens); by default all of them by heads, on
         a CPU by tokens.
-      max_wait_ms: how long an idle device waits for requests to share a pass.
-      waiting_tokens: tokens that may be queued or running; requests beyond them are told to come back.
-      items, stream_items: most items of a Score and of a ScoreStream.
-      item_tokens: most tokens of one item.
-      events: most events of a history.
-      request_bytes: most bytes of a request.
-      streams: most requests at a time.
-      timeout: seconds for requests that come without a deadline.
+      batch_timeout_ms: how long an idle device waits for requests to share a pass.
+      max_queued_tokens: tokens that may be queued or running; requests beyond them are told to come back.
+      max_candidates, max_stream_candidates: most items of a Score and of a ScoreStream.
+      max_candidate_tokens: most tokens of one item.
+      max_events: most events of a history.
+      max_request_bytes: most bytes of a request.
+      max_concurrent_requests: most requests at a time.
+      timeout_seconds: seconds for requests that come without a deadline.
       connections: most connections to each port. Where they are all in use, HTTP closes the one that is idle for
         longest, and gRPC refuses the next.
       header_seconds, body_seconds: how long a request's head and its body may take to arrive.
@@ -109,10 +109,10 @@ class ServeConfig(Config):
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> ServeConfig:
         if any(length % (2 * PAGE) or length <= 0 for length in self.token_buckets):
-            raise ValueError(f"row_tokens {self.token_buckets}: lengths are multiples of {2 * PAGE}")
+            raise ValueError(f"token_buckets {self.token_buckets}: lengths are multiples of {2 * PAGE}")
         if self.max_candidate_tokens > max(self.token_buckets):
             raise ValueError(
-                f"item_tokens {self.max_candidate_tokens} is over the longest of row_tokens {self.token_buckets}"
+                f"max_candidate_tokens {self.max_candidate_tokens} is over the longest of token_buckets {self.token_buckets}"
             )
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("give both tls_cert and tls_key, or neither")

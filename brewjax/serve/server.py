@@ -279,7 +279,7 @@ def _memory(bundle: Bundle, config: ServeConfig) -> tuple[list[Bucket], int]:
         raise config.error(
             f"{config.prefix_cache_gb} GB hold {pages * PAGE:,} tokens of this model, and one prefix may have "
             f"{context * PAGE:,}: give {math.ceil((context + 1) * bytes_in_page / 1e7) / 100} or more",
-            "cache_gigabytes",
+            "prefix_cache_gb",
         )
     most = max(context, max(config.token_buckets) // PAGE)
     pasts = (0, math.ceil(most / 4), most)  # pages that are not needed are read all the same, which a CPU feels

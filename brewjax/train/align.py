@@ -40,7 +40,7 @@ class Align(Config):
     """
 
     beta: float = pydantic.Field(default=0.1, gt=0)
-    loss_type: Literal["all", "each"] = "all"
+    loss_type: Literal["softmax", "sigmoid"] = "softmax"
     label_smoothing: float = pydantic.Field(default=0.0, ge=0, lt=0.5)
     rpo_alpha: float = pydantic.Field(default=0.0, ge=0)
 
@@ -113,7 +113,7 @@ class Align(Config):
         weight = jnp.where(whole, total(jnp.where(of_preferred, weights, 0), list_of_token) / targets, 0)
 
         chosen = total(jnp.where(preferred, score, 0), list_of)
-        if self.loss_type == "all":
+        if self.loss_type == "softmax":
             top = jax.lax.stop_gradient(jax.ops.segment_max(jnp.where(rejected, score, -jnp.inf), list_of, T + 1))
             top = jnp.where(jnp.isfinite(top), top, 0)
             shares = total(jnp.where(rejected, jnp.exp(jnp.where(rejected, score - top[list_of], 0)), 0), list_of)

@@ -37,13 +37,13 @@ class ShardedBatches:
         mesh: Mesh,
         parts: int,
         rows: int,
-        row_tokens: int,
+        seq_len: int,
         streams: int,
         seed: int,
         beside: Mapping[str, BatchLookup] = {},
     ):
         self._beside = beside
-        self._shape, self._block, self._streams = (parts, rows // parts, row_tokens), rows // parts // streams, streams
+        self._shape, self._block, self._streams = (parts, rows // parts, seq_len), rows // parts // streams, streams
         self._sharding = NamedSharding(mesh, BATCH_SPEC)
         readers: dict[int, set[int]] = {}
         places: Any = self._sharding.devices_indices_map(self._shape)
@@ -53,8 +53,7 @@ class ShardedBatches:
         here = jax.process_index()
         self.reads = [stream for stream in sorted(readers) if here in readers[stream]]
         self._iterators = {
-            stream: iter(load_batches(shards, rows // streams, row_tokens, seed, stream, streams))
-            for stream in self.reads
+            stream: iter(load_batches(shards, rows // streams, seq_len, seed, stream, streams)) for stream in self.reads
         }
         self._saves = [stream for stream in self.reads if min(readers[stream]) == here]
 

@@ -64,7 +64,7 @@ class Distill(Config):
 
     @pydantic.model_validator(mode="after")
     def _teacher_is_there(self) -> Distill:
-        for name in ("on_policy", "layers"):
+        for name in ("on_policy_fraction", "hidden_state_weight"):
             if getattr(self, name) and self.teacher_placement != "same_mesh":
                 raise ValueError(
                     f"{name} asks the teacher in the step: it needs teacher same_mesh, not {self.teacher_placement}"

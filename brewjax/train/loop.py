@@ -39,13 +39,13 @@ class TrainConfig(Config):
     """One training run.
 
     Attributes:
-      rows: packed rows in a step, over all devices and accumulation.
-      row_tokens: tokens in a row.
-      accumulate: a step's rows are taken in this many parts, one after the other, to save memory.
-      streams: the data are read as so many, which decides the order of the rows; a process reads those that fill its
-        rows. With fewer streams than processes, some processes read the same.
+      batch_size: packed rows in a step, over all devices and accumulation.
+      seq_len: tokens in a row.
+      gradient_accumulation_steps: a step's rows are taken in this many parts, one after the other, to save memory.
+      num_data_shards: the data are read as so many, which decides the order of the rows; a process reads those that fill its
+        rows. With fewer shards than processes, some processes read the same.
       lora: what is trained are adapters of the weights given, and not the weights.
-      checkpoint_every: steps between checkpoints; the newest `keep` stay.
+      checkpoint_every_steps: steps between checkpoints; the newest `max_checkpoints_to_keep` stay.
     """
 
     steps: int = pydantic.Field(gt=0, lt=1 << 31)
@@ -64,11 +64,12 @@ class TrainConfig(Config):
     def _micro_batches_divide(self) -> TrainConfig:
         if self.batch_size % self.gradient_accumulation_steps:
             raise ValueError(
-                f"rows ({self.batch_size}) must be a multiple of accumulate ({self.gradient_accumulation_steps})"
+                f"batch_size ({self.batch_size}) must be a multiple of gradient_accumulation_steps ({self.gradient_accumulation_steps})"
             )
         if self.batch_size // self.gradient_accumulation_steps % self.num_data_shards:
             raise ValueError(
-                f"rows ({self.batch_size}) / accumulate ({self.gradient_accumulation_steps}) must be a multiple of streams ({self.num_data_shards})"
+                f"batch_size ({self.batch_size}) / gradient_accumulation_steps ({self.gradient_accumulation_steps}) must be a "
+                f"multiple of num_data_shards ({self.num_data_shards})"
             )
         return self
 
@@ -77,7 +78,8 @@ class TrainConfig(Config):
         ways = data_parallel_size(mesh)
         if self.batch_size // self.gradient_accumulation_steps % ways:
             raise ValueError(
-                f"train.rows ({self.batch_size}) / accumulate ({self.gradient_accumulation_steps}) must be a multiple of the {ways} devices "
+                f"train.batch_size ({self.batch_size}) / gradient_accumulation_steps ({self.gradient_accumulation_steps}) must "
+                f"be a multiple of the {ways} devices "
                 "along data, fsdp and expert, which share the rows"
             )
 
@@ -176,7 +178,7 @@ Step = Callable[..., tuple[State, dict[str, Array]]]
 def make_step(
     model: ModelConfig, config: TrainConfig, objective: Objective, models: Mapping[str, ModelConfig] = {}
 ) -> Step:
-    """One step, to be compiled: a state, a batch in `accumulate` parts, what frozen models elsewhere said of it, and
+    """One step, to be compiled: a state, a batch in micro-batches, what frozen models elsewhere said of it, and
     the parameters of those here, whose shapes are `models`; to the state after it and metrics."""
     optimizer, rate = config.optimizer.build(config.steps), config.optimizer.rate(config.steps)
 

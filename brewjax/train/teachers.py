@@ -164,7 +164,7 @@ def write_cache(
     teacher: FrozenModel,
     mesh: MeshConfig,
     rows: int,
-    row_tokens: int,
+    seq_len: int,
     k: int,
     temperature: float = 1.0,
 ) -> None:
@@ -174,7 +174,7 @@ def write_cache(
     teacher, or of other settings.
 
     Args:
-      rows, row_tokens: what the teacher reads at a time, over all devices of the mesh.
+      rows, seq_len: what the teacher reads at a time, over all devices of the mesh.
     """
     devices = mesh.build()
     _check_rows(rows, devices)
@@ -186,7 +186,7 @@ def write_cache(
     counts = {one: read_counts(one) for one in shard_folders(shards)}
     records = sum(of["records"] for of in counts.values())
     # Each folder by its size, whatever its share in training: the first epochs of all end together.
-    batches = ShardedBatches({one: of["tokens"] for one, of in counts.items()}, devices, 1, rows, row_tokens, 1, seed=0)
+    batches = ShardedBatches({one: of["tokens"] for one, of in counts.items()}, devices, 1, rows, seq_len, 1, seed=0)
     waiting: dict[int, TopK] = {}
     with Progress(disable=not hosts.is_process_zero()) as progress:
         bar = progress.add_task("the teacher answers", total=records, completed=len(seen))

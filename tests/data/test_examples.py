@@ -36,22 +36,22 @@ EVENTS = st.lists(
 
 
 def make_task(
-    max_events=100, max_age_days="null", actions="[viewed, applied]", per_prompt=3, negatives="null", third_label=""
+    max_events=100, max_age_days="null", actions="[viewed, applied]", candidates_per_prompt=3, negatives="null", third_label=""
 ) -> Task:
     """Will a member apply; jobs that were only viewed say no, or, with `negatives`, jobs that were not even that."""
-    no = "when: {action: viewed}" if negatives == "null" else "when: null"
+    no = "match: {action: viewed}" if negatives == "null" else "when: null"
     return Task.parse(
         f"""\
 name: applies
 instruction: Predict.
 history: {{actions: {actions}, max_events: {max_events}, max_age_days: {max_age_days}}}
 questions:
-  ask: Will the member apply
+  question: Will the member apply
   actions: [viewed, applied]
-  per_prompt: {per_prompt}
+  candidates_per_prompt: {candidates_per_prompt}
   sampled_negatives: {negatives}
 labels:
-  - {{word: "Yes", value: 1, when: {{action: applied}}}}
+  - {{word: "Yes", value: 1, match: {{action: applied}}}}
   - {{word: "No", value: 0, {no}}}
 {third_label}
 split: {{validation: 2025-01-05, test: 2025-01-07}}
@@ -74,9 +74,9 @@ def same(one: RankingExample, other: RankingExample) -> bool:
 
 @hypothesis.given(EVENTS, st.integers(1, 12))
 @hypothesis.settings(max_examples=60, deadline=None)
-def test_every_question_once_in_its_split_with_only_the_past_before_it(jobs_with, events, per_prompt):
+def test_every_question_once_in_its_split_with_only_the_past_before_it(jobs_with, events, candidates_per_prompt):
     dataset = jobs_with(events, ITEMS)
-    task = make_task(per_prompt=per_prompt)
+    task = make_task(candidates_per_prompt=candidates_per_prompt)
     for split, (start, end) in SPLITS.items():
         examples = list(build_examples(dataset, task, split))
         for member, group in itertools.groupby(examples, key=lambda example: example.member):
@@ -88,7 +88,7 @@ def test_every_question_once_in_its_split_with_only_the_past_before_it(jobs_with
                 assert [task.words[label] for label in example.labels] == [
                     "Yes" if event.action == "applied" else "No" for event in asked
                 ]
-                together = min(per_prompt, max(example.num_past_events, MIN_CANDIDATES_PER_EXAMPLE))
+                together = min(candidates_per_prompt, max(example.num_past_events, MIN_CANDIDATES_PER_EXAMPLE))
                 assert len(asked) == together or next(questions, None) is None, "prompts are filled"
                 assert example.cutoff_time == moment(min(event.day for event in asked)), (
                     "no question is older than the cut"
@@ -147,10 +147,10 @@ def test_training_ends_where_validation_begins(jobs_with, events):
 @hypothesis.given(EVENTS, st.integers(1, 4), st.integers(1, 9))
 @hypothesis.settings(max_examples=60, deadline=None)
 def test_sampled_negatives_are_items_the_member_had_not_touched_by_the_end_of_the_split(
-    jobs_with, events, per_event, per_prompt
+    jobs_with, events, per_event, candidates_per_prompt
 ):
     dataset = jobs_with(events, ITEMS)
-    task = make_task(per_prompt=per_prompt, negatives=f'{{label: "No", per_event: {per_event}}}')
+    task = make_task(candidates_per_prompt=candidates_per_prompt, negatives=f'{{label: "No", per_event: {per_event}}}')
     for split, (start, end) in SPLITS.items():
         positives = {member: [] for member in range(3)}
         for example in build_examples(dataset, task, split):
@@ -159,7 +159,7 @@ def test_sampled_negatives_are_items_the_member_had_not_touched_by_the_end_of_th
             untouched = set(range(ITEMS)) - touched
             assert set(no) <= untouched
             assert len(set(no)) == len(no) == min(per_event * len(yes), len(untouched))
-            assert len(example.candidates) <= max(per_prompt, 1 + per_event)
+            assert len(example.candidates) <= max(candidates_per_prompt, 1 + per_event)
             positives[example.member] += yes
         for member, found in positives.items():
             applied = [e for e in in_order(events, member) if start <= e.day < end and e.action == "applied"]
@@ -195,7 +195,7 @@ def test_now_a_member_is_asked_about_every_item_not_touched_before(jobs_with, ev
 
 
 def test_an_event_that_matches_two_labels_is_refused(jobs):
-    task = make_task(third_label='  - {word: "Surely", value: 2, when: {action: [applied]}}')
+    task = make_task(third_label='  - {word: "Surely", value: 2, match: {action: [applied]}}')
     with pytest.raises(ConfigError) as error:
         next(build_examples(jobs, task, "train"))
     assert str(error.value) == "applies.yaml:12: labels.2.when: an event can be both 'Yes' and 'Surely'"

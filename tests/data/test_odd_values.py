@@ -29,15 +29,15 @@ instruction: Predict whether they apply.
 note: focus on location
 history: {actions: [applied, viewed], max_events: 50, max_age_days: 100.0}
 questions:
-  ask: Will the member apply
-  choose: To which of these will the member apply
+  question: Will the member apply
+  choice_question: To which of these will the member apply
   actions: [applied, viewed]
-  per_prompt: 3
+  candidates_per_prompt: 3
   sampled_negatives: {label: "No", per_event: 1}
   overlong: cut
 labels:
-  - {word: "Yes", value: 1, when: {action: applied}}
-  - {word: "No", value: 0, when: {action: viewed}}
+  - {word: "Yes", value: 1, match: {action: applied}}
+  - {word: "No", value: 0, match: {action: viewed}}
 split: {validation: 60%, test: 80%}
 metrics: [auc]
 """

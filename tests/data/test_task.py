@@ -24,14 +24,14 @@ history:
   actions: [viewed, applied]
   max_events: 20
 questions:
-  ask: Will the member apply to the following job
+  question: Will the member apply to the following job
   actions: [viewed, applied]
   sampled_negatives: {label: "No", per_event: 2}
 labels:
-  - {word: "Yes", value: 1, when: {action: applied}}
+  - {word: "Yes", value: 1, match: {action: applied}}
   - word: "No"
     value: 0
-    when: {action: viewed, seconds: 30}
+    match: {action: viewed, seconds: 30}
 split: {validation: 2025-01-05, test: 2025-01-09}
 """
 
@@ -82,8 +82,8 @@ def test_a_task_reads_as_written(jobs):
             "13: labels.1.value: 2000: NDCG's gain is 2^value - 1, so values are 0 to",
         ),
         ("value: 0", "value: .inf", "13: labels.1.value: expected a finite number, found inf"),
-        ("value: 1, when: {action: applied}", "value: 1", "11: labels.0: no event is ever 'Yes': say 'when' it is"),
-        ("when: {action: applied}", "when: {}", "11: labels.0.when: expected at least 1 of them, found no keys"),
+        ("value: 1, match: {action: applied}", "value: 1", "11: labels.0: no event is ever 'Yes': say 'when' it is"),
+        ("match: {action: applied}", "match: {}", "11: labels.0.when: expected at least 1 of them, found no keys"),
         (
             "[viewed, applied]\n  sampled",
             "[viewed, viewed]\n  sampled",
@@ -203,7 +203,7 @@ def test_a_label_is_the_answer_to_the_events_it_names(jobs_with):
     )
 
     def matches(when: str) -> list[bool]:
-        label = Label.parse(f"{{word: a, value: 1, when: {when}}}")
+        label = Label.parse(f"{{word: a, value: 1, match: {when}}}")
         return label.matches(dataset, np.arange(4)).tolist()
 
     assert matches("{action: viewed}") == [True, False, True, True]
@@ -239,11 +239,11 @@ def test_a_value_is_compared_in_the_type_of_its_column(jobs, column, matching, o
     events = jobs.events.slice(0, 2).append_column("extra", plain(pa.chunked_array([column])))
     dataset = dataclasses.replace(jobs, events=events)
     for value in matching:
-        assert Label.parse(f"{{word: a, value: 1, when: {{extra: {value}}}}}").matches(
+        assert Label.parse(f"{{word: a, value: 1, match: {{extra: {value}}}}}").matches(
             dataset, np.arange(2)
         ).tolist() == [True, False]
     for value in others:
-        label = Label.parse(f"{{word: a, value: 1, when: {{extra: {value}}}}}")
+        label = Label.parse(f"{{word: a, value: 1, match: {{extra: {value}}}}}")
         assert not label.matches(dataset, np.arange(2)).any()
 
 

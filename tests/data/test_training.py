@@ -30,17 +30,17 @@ name: applies
 instruction: Predict whether the member applies to the job in the "Question".
 history: {actions: [viewed, applied], max_events: 1000}
 questions:
-  ask: Will the member apply to the following job
-  choose: To which of the following jobs will the member apply
+  question: Will the member apply to the following job
+  choice_question: To which of the following jobs will the member apply
   actions: [viewed, applied]
 labels:
-  - {word: "Yes", value: 1, when: {action: applied}}
-  - {word: "No", value: 0, when: {action: viewed}}
+  - {word: "Yes", value: 1, match: {action: applied}}
+  - {word: "No", value: 0, match: {action: viewed}}
 split: {validation: 2025-01-05, test: 2025-01-07}
 """
 TASK = Task.parse(APPLIES)
 NEGATIVES = '  sampled_negatives: {label: "No", per_event: 3}\nlabels:'
-SAMPLED = Task.parse(APPLIES.replace("labels:", NEGATIVES).replace(", when: {action: viewed}", ""))
+SAMPLED = Task.parse(APPLIES.replace("labels:", NEGATIVES).replace(", match: {action: viewed}", ""))
 EVENTS = st.lists(
     st.builds(
         Event,

@@ -29,10 +29,10 @@ name: applies
 instruction: Predict whether the member applies to the job in the "Question".
 note: focus on location
 history: {actions: [viewed, applied], max_events: 1000}
-questions: {ask: Will the member apply to the following job, actions: [viewed, applied], per_prompt: 2}
+questions: {question: Will the member apply to the following job, actions: [viewed, applied], candidates_per_prompt: 2}
 labels:
-  - {word: "Yes", value: 1, when: {action: applied}}
-  - {word: "No", value: 0, when: {action: viewed}}
+  - {word: "Yes", value: 1, match: {action: applied}}
+  - {word: "No", value: 0, match: {action: viewed}}
 split: {validation: 2025-08-01, test: 2025-10-01}
 """)
 STRICT = TASK.model_copy(update={"questions": TASK.questions.model_copy(update={"overlong": "error"})})
@@ -462,7 +462,7 @@ def test_dates_are_said_as_ages(jobs, tokenizer, day, said, short, kind):
 
 def test_a_long_text_is_cut_and_a_name_of_ones_own_is_said(jobs, tokenizer):
     dataset = with_value(jobs, "items", "title", 3, "Head  of Everything\nand More")
-    text = question_of(dataset, tokenizer, {"title": "{column: title, kind: text, max_words: 3, say: Role}"}, 3)
+    text = question_of(dataset, tokenizer, {"title": "{column: title, kind: text, max_words: 3, display_name: Role}"}, 3)
     assert "[Role: Head of Everything, " in text
 
 

@@ -15,10 +15,10 @@ TASK = """\
 name: apply
 instruction: Predict.
 history: {actions: [viewed, applied]}
-questions: {ask: Will the member apply, actions: [viewed, applied], per_prompt: 3%s}
+questions: {question: Will the member apply, actions: [viewed, applied], candidates_per_prompt: 3%s}
 labels:
-  - {word: "Yes", value: 1, when: {action: applied}}
-  - {word: "No", value: 0, when: {action: viewed}}
+  - {word: "Yes", value: 1, match: {action: applied}}
+  - {word: "No", value: 0, match: {action: viewed}}
 """
 
 
@@ -32,14 +32,14 @@ def sampled_task() -> Task:
     """The same with two sampled negatives per event, and no other negatives."""
     text = TASK % ', sampled_negatives: {label: "No", per_event: 2}'
     return Task.parse(
-        text.replace("[viewed, applied], per_prompt", "[applied], per_prompt").replace("viewed}", "seen}")
+        text.replace("[viewed, applied], candidates_per_prompt", "[applied], candidates_per_prompt").replace("viewed}", "seen}")
     )
 
 
 @pytest.fixture(scope="session")
 def three_label_task() -> Task:
     return Task.parse(
-        (TASK % "").replace("apply\n", "three\n") + '  - {word: "Never", value: 0.5, when: {action: [dismissed]}}\n'
+        (TASK % "").replace("apply\n", "three\n") + '  - {word: "Never", value: 0.5, match: {action: [dismissed]}}\n'
     )
 
 

@@ -13,7 +13,7 @@ dataset: jobs
 tasks: [apply.yaml]
 model: %s
 tokenizer: {vocab_size: 32000}
-train: {steps: 1, rows: 1, row_tokens: 2048}
+train: {steps: 1, batch_size: 1, seq_len: 2048}
 stages:
   big: {do: sft}
   aligned: {do: align}

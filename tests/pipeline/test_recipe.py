@@ -18,7 +18,7 @@ BASE = {
     "model": "model.yaml",
     "tokenizer": {"vocab_size": 600},
     "prompts": {"max_tokens": 256},
-    "train": {"steps": 100, "rows": 2, "row_tokens": 512, "optimizer": {"learning_rate": 0.01, "warmup": 5}},
+    "train": {"steps": 100, "batch_size": 2, "seq_len": 512, "optimizer": {"learning_rate": 0.01, "warmup": 5}},
 }
 SFT = {"do": "sft", "data": {"max_examples": 7}}
 
@@ -32,8 +32,8 @@ def test_a_stage_goes_on_from_the_one_before_and_says_what_differs():
         {
             "big": SFT | {"train": {"steps": 7, "optimizer": {"warmup": 1}}},
             "aligned": {"do": "align"},
-            "other": {"do": "sft", "start": "big"},
-            "random": {"do": "sft", "fresh": True},
+            "other": {"do": "sft", "init_from": "big"},
+            "random": {"do": "sft", "from_scratch": True},
         }
     ).stages
     assert [stage.init_from for stage in stages.values()] == [None, "big", "big", None]
@@ -47,7 +47,7 @@ LADDER = {
         "half": {"prune": {"d_ff": 0.5}},
         "quarter": {"prune": {"d_ff": 0.5, "method": "magnitude"}, "train": {"steps": 50}},
     },
-    "distill": {"loss": {"ratio": 0.5}},
+    "distill": {"loss": {"kd_weight": 0.5}},
 }
 
 
@@ -95,23 +95,23 @@ def test_pruning_like_another_stage_takes_its_sizes():
 def test_a_plan_is_that_of_the_first_stage_that_trains(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(BASE | {"stages": {"big": SFT | {"train": {"steps": 7}}}}, sort_keys=False))
-    assert load_plan(path, ["stages.big.train.rows=4"]).train.model_dump()["steps"] == 7
-    assert load_plan(path, ["stages.big.train.rows=4"]).train.batch_size == 4
+    assert load_plan(path, ["stages.big.train.batch_size=4"]).train.model_dump()["steps"] == 7
+    assert load_plan(path, ["stages.big.train.batch_size=4"]).train.batch_size == 4
 
 
 @pytest.mark.parametrize(
     ("stages", "said"),
     [
-        ({"a": SFT | {"start": "b"}}, "stages.a.start: no stage 'b' before it, and no model there"),
+        ({"a": SFT | {"init_from": "b"}}, "stages.a.init_from: no stage 'b' before it, and no model there"),
         ({"a": SFT, "b": {"do": "distill", "teacher": "c"}}, "stages.b.teacher: no stage 'c' before it"),
-        ({"a": SFT, "b": {"do": "quantize"}, "c": SFT}, "stages.c.start: 'b' is quantised, for serving; go on from"),
+        ({"a": SFT, "b": {"do": "quantize"}, "c": SFT}, "stages.c.init_from: 'b' is quantised, for serving; go on from"),
         ({"a": SFT, "b": {"do": "distill"}}, "stages.b.teacher: missing; this key is needed"),
         ({"a": {"do": "sfd"}}, "'pretrain', 'sft', 'align'"),
         ({"a": SFT, "b": {"do": "prune"}}, "give at least one of layers, kv_heads, d_ff and experts"),
         ({"a": {"do": "align"}}, "stages.a: there is no model to go on from"),
         ({"report": SFT}, "the name 'report' is taken"),
         ({"half": SFT, "ladder": LADDER}, "the name 'half' is taken"),
-        ({"a": SFT | {"train": {"row_tokens": 100}}}, "a prompt must fit in a row"),
+        ({"a": SFT | {"train": {"seq_len": 100}}}, "a prompt must fit in a row"),
         ({"a": SFT | {"trane": {}}}, "unknown key 'trane'; did you mean 'train'?"),
         ({}, "at least 1"),
     ],
@@ -144,7 +144,7 @@ dataset: jobs
 tasks: [apply.yaml]
 model: model.yaml
 tokenizer: {vocab_size: 600}
-train: {steps: 10, rows: 2, row_tokens: 1024}
+train: {steps: 10, batch_size: 2, seq_len: 1024}
 stages:
   big:
     do: sft
@@ -164,17 +164,17 @@ stages:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("do: quantize", "do: sft\n    start: nowhere", "r.yaml:20: stages.turbo.start: no stage 'nowhere' before it"),
+        ("do: quantize", "do: sft\n    init_from: nowhere", "r.yaml:20: stages.turbo.init_from: no stage 'nowhere' before it"),
         ("half: {prune: {d_ff:", "half: {prune: {d_fff:", "r.yaml:13: stages.ladder.rungs.half.prune.d_fff"),
         ("steps: 5", "steps: many", "r.yaml:17: stages.ladder.rungs.quarter.train.steps: expected a whole number"),
         ("steps: 5", "step: 5", "r.yaml:17: stages.ladder.rungs.quarter.train.step: unknown key 'step'"),
         ("do: sft", "do: sft\n    train: {lora: {rank: 2}}", "r.yaml:10: stages.big.train.lora: adapters of a model"),
-        ("row_tokens: 1024", "row_tokens: 1", "r.yaml:6: train.row_tokens: expected more than 1, found 1"),
+        ("seq_len: 1024", "seq_len: 1", "r.yaml:6: train.seq_len: expected more than 1, found 1"),
         ("[apply.yaml]", "[]", "r.yaml:3: tasks: "),
         ("turbo:", "../turbo:", "stages.../turbo: "),
         ("turbo:", "evaluate-big:", "r.yaml:18: stages.evaluate-big: the name 'evaluate-big' is taken"),
         ("name: jobs", "name: ../jobs", "r.yaml:1: name: expected a text that fits"),
-        ("train: {steps: 10, rows: 2, row_tokens: 1024}", "train: 5", "r.yaml:6: train: expected keys and values"),
+        ("train: {steps: 10, batch_size: 2, seq_len: 1024}", "train: 5", "r.yaml:6: train: expected keys and values"),
         ("rungs:", "rung:", "r.yaml:12: stages.ladder.rung: unknown key 'rung'; did you mean 'rungs'?"),
     ],
 )

@@ -27,10 +27,10 @@ TASK = """\
 name: apply
 instruction: Predict whether the member applies to the job in the "Question".
 history: {actions: [viewed, applied], max_events: 8}
-questions: {ask: Will the member apply to the following job, actions: [viewed, applied], per_prompt: 8}
+questions: {question: Will the member apply to the following job, actions: [viewed, applied], candidates_per_prompt: 8}
 labels:
-  - {word: "Yes", value: 1, when: {action: applied}}
-  - {word: "No", value: 0, when: {action: viewed}}
+  - {word: "Yes", value: 1, match: {action: applied}}
+  - {word: "No", value: 0, match: {action: viewed}}
 split: {validation: 60%, test: 80%}
 """
 MODEL = "{name: smallest, d_model: 16, layers: 2, heads: 2, kv_heads: 2, head_dim: 8, d_ff: 16}"
@@ -41,7 +41,7 @@ tasks: [apply.yaml]
 model: model.yaml
 tokenizer: {vocab_size: 600}
 prompts: {styles: {compact: 1, sectioned: 1}, max_tokens: 512}
-train: {steps: 4, rows: 2, row_tokens: 512, checkpoint_every: 2, mesh: {data: 1}}
+train: {steps: 4, batch_size: 2, seq_len: 512, checkpoint_every_steps: 2, mesh: {data: 1}}
 evaluate: {max_examples: 5, bootstrap: 10, baseline_settings: 1}
 """
 STAGES = """\
@@ -51,7 +51,7 @@ stages:
   aligned: {do: align, train: {lora: {rank: 2}}}
   ladder:
     do: ladder
-    start: big
+    init_from: big
     rungs:
       half: {prune: {d_ff: 0.5, examples: 20}}
       quarter: {prune: {kv_heads: 1, examples: 20}, train: {steps: 2}}
@@ -77,7 +77,7 @@ def distill(folder: Path, model: str, out: str, teacher: str) -> subprocess.Comp
     """The verb, for a step."""
     return brewjax(
         folder, "distill", model, out, "--dataset", "jobs", "--task", "apply.yaml",
-        "--set", f"teacher={teacher}", "--set", "train={steps: 1, rows: 1, row_tokens: 512}",
+        "--set", f"teacher={teacher}", "--set", "train={steps: 1, batch_size: 1, seq_len: 512}",
     )  # fmt: skip
 
 
@@ -130,11 +130,11 @@ def test_a_plan_is_printed_and_nothing_is_done(folder):
         (["tasks=[nowhere.yaml]"], "nowhere.yaml: no such config file"),
         (["tasks=[apply.yaml, apply.yaml]"], "two tasks are named 'apply'"),
         (["train.mesh={data: 3}"], "recipe.yaml:7: train.mesh: mesh data=3"),
-        (["stages.big.train.rows=3", "stages.big.train.mesh={data: 2}"], "stages.big.train.mesh: mesh data=2"),
+        (["stages.big.train.batch_size=3", "stages.big.train.mesh={data: 2}"], "stages.big.train.mesh: mesh data=2"),
         (["evaluate.mesh={data: 5}"], "recipe.yaml:8: evaluate.mesh: mesh data=5"),
         (["stages.big.data={mix: {weights: {apple: 2}}}"], "stages.big.data.mix.weights.apple: no source 'apple'"),
         (["stages.aligned.data={tasks: [b]}"], "stages.aligned.data.tasks.0: no task 'b'"),
-        (["stages.text.data={general: nowhere}"], "stages.text.data.general: nowhere: no .txt or .jsonl files"),
+        (["stages.text.data={general_text: nowhere}"], "stages.text.data.general_text: nowhere: no .txt or .jsonl files"),
         (["stages.ladder.rungs.half.prune.d_ff=17"], "stages.ladder.rungs.half.prune.d_ff: 17 are more than the 16"),
     ],
 )
@@ -244,7 +244,7 @@ def test_a_member_is_ranked_and_a_prompt_answered(folder):
     )
     assert ranked.returncode == 0, ranked.stderr
     assert "P(Yes)" in ranked.stdout
-    prompt = {"center": "A nurse.\n", "events": [], "questions": ["Nurse\n", "Cook\n"], "labels": ["Yes", "No"]}
+    prompt = {"preamble": "A nurse.\n", "events": [], "questions": ["Nurse\n", "Cook\n"], "labels": ["Yes", "No"]}
     answered = brewjax(folder, "score", "runs/jobs/turbo/model", "--prompt", "-", stdin=json.dumps(prompt))
     assert answered.returncode == 0, answered.stderr
     assert "Nurse" in answered.stdout
@@ -255,7 +255,7 @@ def test_a_new_task_needs_a_file_and_nothing_else(folder):
     (folder / "long_look.yaml").write_text(
         TASK.replace("name: apply", "name: long_look")
         .replace("action: applied}", "seconds: [0]}", 1)
-        .replace("when: {seconds: [0]}", "when: {action: applied}")
+        .replace("match: {seconds: [0]}", "match: {action: applied}")
     )
     judged = brewjax(folder, "evaluate", "runs/jobs/turbo/model", "jobs", "long_look.yaml")
     assert judged.returncode == 0, judged.stderr

@@ -23,10 +23,10 @@ TASK = Task.parse("""
 name: apply
 instruction: Predict whether they apply.
 history: {actions: [viewed, applied], max_events: 30}
-questions: {ask: Will the member apply, actions: [viewed, applied], per_prompt: 8}
+questions: {question: Will the member apply, actions: [viewed, applied], candidates_per_prompt: 8}
 labels:
-  - {word: "Yes", value: 1, when: {action: applied}}
-  - {word: "No", value: 0, when: {action: viewed}}
+  - {word: "Yes", value: 1, match: {action: applied}}
+  - {word: "No", value: 0, match: {action: viewed}}
 split: {validation: 60%, test: 80%}
 """)
 

@@ -28,10 +28,10 @@ APPLY = """
 name: apply
 instruction: Predict whether the member applies to the job in the "Question".
 history: {actions: [viewed, applied], max_events: 30}
-questions: {ask: Will the member apply to the following job, actions: [viewed, applied], per_prompt: 8}
+questions: {question: Will the member apply to the following job, actions: [viewed, applied], candidates_per_prompt: 8}
 labels:
-  - {word: "Yes", value: 1, when: {action: applied}}
-  - {word: "No", value: 0, when: {action: viewed}}
+  - {word: "Yes", value: 1, match: {action: applied}}
+  - {word: "No", value: 0, match: {action: viewed}}
 split: {validation: 60%, test: 80%}
 """
 VIEW = APPLY.replace("name: apply", "name: view").replace(
@@ -105,8 +105,8 @@ def strict(model_folder, tmp_path_factory) -> Iterator[Server]:
     update = {
         "token_file": str(tokens / "token"),
         "admin_token_file": str(tokens / "admin"),
-        "row_tokens": (256,),
-        "item_tokens": 256,
+        "seq_len": (256,),
+        "max_candidate_tokens": 256,
         "context": 256,
         "connections": 8,
         "header_seconds": 0.5,

@@ -95,7 +95,7 @@ def held(worker: ScoringLoop) -> Iterator[Gate]:
         gate.go_through(passes)
         return start(passes, *args)
 
-    with mock.patch.object(worker.scorer, "start", wait):
+    with mock.patch.object(worker.scorer, "dispatch", wait):
         try:
             yield gate
         finally:

@@ -229,7 +229,7 @@ def test_a_large_request_is_tried_again_too(server, client, worker, member):
 
 
 def test_only_so_many_are_answered_at_a_time(server, client, bare, worker):
-    config = server.service.config.model_copy(update={"streams": 2})
+    config = server.service.config.model_copy(update={"max_concurrent_requests": 2})
     with mock.patch.object(server.service, "config", config), held(worker) as gate:
         two = [bare.Score.future(request(ask(seed, 3))) for seed in range(2)]
         eventually(lambda: server.service._streams == 2)
@@ -244,13 +244,13 @@ def test_only_so_many_are_answered_at_a_time(server, client, bare, worker):
 
 def test_the_limits_are_told(client):
     limits = client.describe().limits
-    assert (limits.items, limits.stream_items, limits.prefix_tokens, limits.item_tokens) == (
+    assert (limits.items, limits.max_stream_candidates, limits.prefix_tokens, limits.max_candidate_tokens) == (
         1_000,
         50_000,
         1_024,
         1_024,
     )
-    assert (limits.labels, limits.request_bytes, limits.waiting_tokens, limits.streams, limits.events) == (
+    assert (limits.labels, limits.max_request_bytes, limits.max_queued_tokens, limits.streams, limits.events) == (
         32, 8_000_000, 200_000, 256, 10_000,
     )  # fmt: skip
 

@@ -50,10 +50,10 @@ class Process:
     def __init__(self, folder: Path, log: Path, **settings: object):
         settings = {
             "host": "localhost",
-            "row_tokens": "[256]",
+            "seq_len": "[256]",
             "context": 256,
-            "item_tokens": 256,
-            "cache_gigabytes": 0.01,
+            "max_candidate_tokens": 256,
+            "prefix_cache_gb": 0.01,
             "lame_duck_seconds": 0.3,
         } | settings
         overrides = [f"--set={key}={value}" for key, value in settings.items()]
@@ -239,8 +239,8 @@ def test_what_cannot_start_says_why_in_one_message(model_folder, secrets, taken,
         ("portt=1",): "portt: unknown key",
         ("port=-1",): "port: expected at least 0, found -1",
         ("port=70000",): "port: expected less than 65536, found 70000",
-        ("row_tokens=[100]",): "row_tokens (100,): lengths are multiples of 128",
-        ("row_tokens=[256]",): "item_tokens 1024 is over the longest of row_tokens (256,)",
+        ("seq_len=[100]",): "seq_len (100,): lengths are multiples of 128",
+        ("seq_len=[256]",): "max_candidate_tokens 1024 is over the longest of seq_len (256,)",
         (
             "host=0.0.0.0",
         ): "host 0.0.0.0 can be reached from other machines: give tls_cert and tls_key (or plaintext: true), ",
@@ -253,7 +253,7 @@ def test_what_cannot_start_says_why_in_one_message(model_folder, secrets, taken,
         (f"port={taken}",): f"port: cannot listen at localhost:{taken}: Address already in use",
         (f"http_port={taken}",): f"http_port: cannot listen at localhost:{taken}: Address already in use",
         ("port=0", "http_port=0", "tasks=[nowhere.yaml]"): "nowhere.yaml: no such file",
-        ("port=0", "http_port=0", "cache_gigabytes=0.0001"): "cache_gigabytes: 0.0001 GB hold",
+        ("port=0", "http_port=0", "prefix_cache_gb=0.0001"): "prefix_cache_gb: 0.0001 GB hold",
     }
     monkeypatch.setattr("brewjax.serve.server.log_as_json", lambda: None)
     monkeypatch.setattr(cli, "device_per_core", lambda: None)  # of the environment of later tests,

@@ -160,7 +160,7 @@ def test_an_unknown_method_and_noise_are_counted(strict, channel):
 
 
 def test_a_message_that_is_far_too_large_is_refused(strict, channel):
-    size = 4 * strict.config.request_bytes + 1
+    size = 4 * strict.config.max_request_bytes + 1
     code, _ = refusal(channel.unary_unary(SCORE), bytes(size), metadata=BEARER)
     assert code in (Code.INVALID_ARGUMENT, Code.RESOURCE_EXHAUSTED)
 

@@ -72,14 +72,14 @@ def is_idle(worker: ScoringLoop) -> bool:
 # --- a pass that fails
 
 
-@pytest.mark.parametrize("step", ["start", "finish"])
+@pytest.mark.parametrize("step", ["dispatch", "collect"])
 def test_a_pass_that_fails_takes_only_its_own_requests_with_it(worker, scorer, alone, step):
     """The long one has begun when the pass of the bad one fails: it begins anew, and what it was told stays right."""
     real = getattr(scorer, step)
     bad = question(6)
 
     def fails(work, *args):
-        passes = work if step == "start" else work.passes
+        passes = work if step == "dispatch" else work.passes
         if any(part.prompt is bad for one in passes for part in one.parts):
             scorer._pool[0].delete()  # as a pass that failed on the device would leave it
             raise RuntimeError("the device is gone")
@@ -102,7 +102,7 @@ def test_a_pass_that_fails_takes_only_its_own_requests_with_it(worker, scorer, a
 
 
 def test_a_device_that_is_gone_is_unhealthy_until_it_is_back(worker, scorer, alone):
-    with mock.patch.object(scorer, "start", side_effect=RuntimeError("no device")):
+    with mock.patch.object(scorer, "dispatch", side_effect=RuntimeError("no device")):
         with pytest.raises(RuntimeError, match="no device"):
             Asked(worker, question(1)).request.result(60)
         assert not worker.healthy
@@ -283,7 +283,7 @@ def test_the_garbage_collector_rests_while_a_worker_works(scorer):
 
 
 def test_many_come_and_go_at_once(worker, alone):
-    """Threads that submit and cancel as they like: whoever stays is answered rightly."""
+    """Threads that submit and cancel as they match_sizes_of: whoever stays is answered rightly."""
     answered: list[Asked] = []
 
     def come_and_go(seed: int) -> None:

@@ -21,7 +21,7 @@ from tests.tiny import MODEL
 from tests.train.test_loop import CONFIG, assert_same_numbers, newest_checkpoint, shards, without_speed
 
 __all__ = ["shards"]  # a fixture
-CONFIG = CONFIG.model_copy(update={"streams": 2, "accumulate": 2})
+CONFIG = CONFIG.model_copy(update={"num_data_shards": 2, "gradient_accumulation_steps": 2})
 LIMIT = 60  # seconds in which a process must notice that another is gone
 
 
@@ -122,7 +122,7 @@ def test_wrong_variables_are_named(monkeypatch, variables, said):
 
 def test_rows_must_divide_into_streams():
     with pytest.raises(ValueError, match=r"rows \(4\) / accumulate \(2\) must be a multiple of streams \(3\)"):
-        type(CONFIG)(**CONFIG.model_dump() | {"streams": 3})
+        type(CONFIG)(**CONFIG.model_dump() | {"num_data_shards": 3})
 
 
 if __name__ == "__main__":

@@ -92,14 +92,14 @@ def test_a_finished_run_has_nothing_to_do(shards, finished):
 
 
 def test_accumulation_changes_no_loss(shards, finished, tmp_path):
-    config = CONFIG.model_copy(update={"accumulate": 4, "steps": 8})
+    config = CONFIG.model_copy(update={"gradient_accumulation_steps": 4, "steps": 8})
     train(MODEL, config, shards, tmp_path, supervised)
     assert_same_numbers(tmp_path, finished, range(1, 9))
 
 
 def test_rows_must_divide_into_parts():
     with pytest.raises(pydantic.ValidationError, match=r"rows \(4\) must be a multiple of accumulate \(3\)"):
-        TrainConfig(**CONFIG.model_dump() | {"accumulate": 3})
+        TrainConfig(**CONFIG.model_dump() | {"gradient_accumulation_steps": 3})
 
 
 # --- killed and started again
@@ -204,7 +204,7 @@ def as_dtype(weights: Params, model: ModelConfig) -> Params:
 
 def test_a_bfloat16_model_is_trained_in_float32_and_given_back_as_it_was(shards, finished, tmp_path):
     """Bit for bit as a float32 model; `finished` has compiled its step."""
-    config = CONFIG.model_copy(update={"steps": 4, "checkpoint_every": 4})
+    config = CONFIG.model_copy(update={"steps": 4, "checkpoint_every_steps": 4})
     at_rest = MODEL.model_copy(update={"param_dtype": "bfloat16"})
     start = jax.tree.map(lambda leaf: np.asarray(leaf.astype("bfloat16")), params(MODEL))
     learnt, expected = (
@@ -241,7 +241,7 @@ def test_nan_stops_the_run_and_names_the_examples(tmp_path):
     prompts[21] = dataclasses.replace(prompts[21], pieces=[[POISON, *center], *events])
     write_shards(tmp_path, [(one, {"prompt": number}) for number, one in enumerate(prompts)], CONFIG.seq_len)
     with pytest.raises(NonFiniteError, match=r"loss nan(.|\n)*\"prompt\": 21\b") as error:
-        train(MODEL, CONFIG.model_copy(update={"checkpoint_every": 1}), tmp_path, tmp_path, poisoned)
+        train(MODEL, CONFIG.model_copy(update={"checkpoint_every_steps": 1}), tmp_path, tmp_path, poisoned)
     good = len(losses(tmp_path))
     assert good == 3
     assert f"step {good + 1}:" in str(error.value)
@@ -255,7 +255,7 @@ def test_nan_stops_the_run_and_names_the_examples(tmp_path):
 def test_a_rate_that_is_far_too_high_stops_the_run_before_it_spoils_a_checkpoint(shards, tmp_path):
     adam = OptimizerConfig(warmup=5).model_copy(update={"learning_rate": 1e38})  # the first step has a rate of zero
     with pytest.raises(NonFiniteError, match=r"step 2: .* update norm inf"):
-        train(MODEL, CONFIG.model_copy(update={"optimizer": adam, "checkpoint_every": 1}), shards, tmp_path, supervised)
+        train(MODEL, CONFIG.model_copy(update={"optimizer": adam, "checkpoint_every_steps": 1}), shards, tmp_path, supervised)
     step, params = newest_checkpoint(tmp_path)
     assert step == 1
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))

@@ -179,7 +179,7 @@ def test_streams_of_two_widths_are_refused():
         layer_loss(decoder(), bind(wide, params(wide)))
 
 
-@pytest.mark.parametrize("option", [{"on_policy": 0.5}, {"layers": 1.0}])
+@pytest.mark.parametrize("option", [{"on_policy_fraction": 0.5}, {"hidden_state_weight": 1.0}])
 @pytest.mark.parametrize("teacher", ["own_mesh", "cache"])
 def test_a_teacher_who_is_elsewhere_is_refused(option, teacher):
     with pytest.raises(pydantic.ValidationError, match=f"needs teacher same_mesh, not {teacher}"):

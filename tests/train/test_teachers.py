@@ -29,7 +29,7 @@ from tests.train.test_loop import CONFIG, newest_checkpoint, shards, toy, withou
 __all__ = ["shards"]  # a fixture
 BIG = MODEL.model_copy(update={"name": "big", "d_model": 24})
 TEACHER = FrozenModel(BIG, params(BIG, seed=7))
-SHORT = CONFIG.model_copy(update={"steps": 6, "checkpoint_every": 3})
+SHORT = CONFIG.model_copy(update={"steps": 6, "checkpoint_every_steps": 3})
 
 
 def written(folder, shards, teacher=TEACHER, k=4, temperature=2.0):
@@ -51,7 +51,7 @@ def same_mesh(shards, tmp_path_factory):
 def test_all_words_but_one_of_a_teacher_elsewhere_teach_what_it_does_in_memory(shards, same_mesh, tmp_path, teacher):
     """The one left out is the tail."""
     distill = Distill(temperature=2.0, teacher_placement=teacher, top_k=1000)
-    config = SHORT.model_copy(update={"accumulate": 2})  # which changes nothing either
+    config = SHORT.model_copy(update={"gradient_accumulation_steps": 2})  # which changes nothing either
     frozen = distill.aux_models(TEACHER, MODEL, config, shards, tmp_path / "cache")
     train(MODEL, config, shards, tmp_path, distill, init=params, aux_models=frozen)
     for name in ("loss", "loss_kd", "loss_sft", "grad_norm"):
@@ -159,7 +159,7 @@ def test_align_learns_to_prefer_and_the_reference_stays(tmp_path, lora):
         ]
         prompts.append((dataclasses.replace(one, questions=questions, answers=[0] * 3, lists=[1, -1, -1]), {}))
     write_shards(tmp_path / "shards", prompts, 64)
-    reference, config = params(), CONFIG.model_copy(update={"checkpoint_every": 40, "lora": lora})
+    reference, config = params(), CONFIG.model_copy(update={"checkpoint_every_steps": 40, "lora": lora})
     frozen = {} if lora else {"reference": FrozenModel(MODEL, reference)}
     train(MODEL, config, tmp_path / "shards", tmp_path, Align(beta=0.5), init=params, aux_models=frozen)
     rows = read_metrics(tmp_path / METRICS)

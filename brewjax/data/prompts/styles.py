@@ -17,7 +17,7 @@ class Style:
     """How things are said. Templates are filled with `str.format`.
 
     Attributes:
-      center: filled with instruction, profile, member, item.
+      preamble: filled with instruction, profile, member, item.
       fact: one attribute, filled with name and value; facts are joined by `join`.
       group: said before the events of one action, filled with member, past, items; "" tells events in order of
         time instead, each with its action.
@@ -67,7 +67,7 @@ CHAT = dataclasses.replace(
 STYLES = {
     "sectioned": SECTIONED,
     "chat": CHAT,
-    "turns": dataclasses.replace(CHAT, center="{profile}\n", turns=True),
+    "turns": dataclasses.replace(CHAT, preamble="{profile}\n", turns=True),
     "compact": Style(
         preamble="{instruction}\n{profile}\n",
         fact="{value}",
@@ -99,7 +99,7 @@ class PromptConfig(Config):
     Attributes:
       styles: the styles that training draws from, with their weights.
       score_style: the one that evaluation and serving use.
-      max_tokens: budget for the center, the history and one question; the oldest events go first. Training packs the
+      max_tokens: budget for the preamble, the history and one question; the oldest events go first. Training packs the
         questions into what is left of a row: half a row or less lets many questions share a history.
       layout: dense, or star: events do not see each other.
       chat: of the styles that use the tokenizer's chat template.

@@ -35,7 +35,7 @@ class Verbalizer:
 
     Args:
       percentiles: fitted on training data.
-      max_tokens: the oldest events are dropped until center, events and the longest question fit.
+      max_tokens: the oldest events are dropped until preamble, events and the longest question fit.
       template: of the styles that use the tokenizer's chat template.
 
     Attributes:
@@ -106,46 +106,48 @@ class Verbalizer:
             questions = self._questions(task, example, style, chat)
         groups = self._groups(task, style)
         cut: list[str] = []
-        say_center = lambda longest=None: self._center(task, example, style, chat, note, longest)  # noqa: E731
-        center, budget = say_center(), self._max_tokens - 1 - sum(self.tokenizer.lengths([*groups.values()]))
-        center_size, needed = self._count(center), self._tokens_of(questions)
-        if max(needed, default=0) > budget - center_size:
+        render_preamble = lambda longest=None: self._preamble(task, example, style, chat, note, longest)  # noqa: E731
+        preamble, budget = render_preamble(), self._max_tokens - 1 - sum(self.tokenizer.lengths([*groups.values()]))
+        preamble_tokens, needed = self._count(preamble), self._tokens_of(questions)
+        if max(needed, default=0) > budget - preamble_tokens:
             bare = self._tokens_of(self._questions(task, example, style, chat, 0))
-            room = self._room_for_questions(task, budget, say_center, max(bare))
+            room = self._room_for_questions(task, budget, render_preamble, max(bare))
             if choices:
                 questions = tuple(question for question, size in zip(questions, needed, strict=True) if size <= room)
             else:
                 questions = self._cut_questions(task, example, style, chat, questions, needed, room, cut)
             needed = self._tokens_of(questions)
             room = budget - max(needed, default=0)
-            if center_size > room:
-                overlong = self._overlong("members", example.member, center, room, example.cutoff_time, style)
-                fitting = None if task.questions.overlong == "error" else self._cut(task, say_center, overlong, cut)
+            if preamble_tokens > room:
+                overlong = self._overlong("members", example.member, preamble, room, example.cutoff_time, style)
+                fitting = (
+                    None if task.questions.overlong == "error" else self._cut(task, render_preamble, overlong, cut)
+                )
                 if fitting is None:
                     raise self._too_long(task, overlong)
-                center, center_size = fitting, self._count(fitting)
+                preamble, preamble_tokens = fitting, self._count(fitting)
         texts, turns = self._history(task, example, style, chat, say_action=not style.group and len(groups) > 1)
-        dropped = self._num_events_over_budget(budget - center_size - max(needed, default=0), texts, turns)
+        dropped = self._num_events_over_budget(budget - preamble_tokens - max(needed, default=0), texts, turns)
         texts, rows = texts[dropped:], example.history[dropped:]
         if style.group:
             texts = _grouped(texts, self.dataset.event_action[rows], groups)
         answers = tuple(turns[dropped:]) if style.turns else ()
         words = tuple(chat.answer + word for word in task.words)
-        return Prompt(center, tuple(texts), questions, words, dropped, answers, tuple(cut))
+        return Prompt(preamble, tuple(texts), questions, words, dropped, answers, tuple(cut))
 
     def _room_for_questions(
-        self, task: Task, budget: int, say_center: Callable[[int | None], str], bare_question: int
+        self, task: Task, budget: int, render_preamble: Callable[[int | None], str], bare_question: int
     ) -> int:
         """Tokens for a question: what the profile leaves, or half of the budget where both are long. ValueError where
         the words of the task alone are too many."""
-        bare_center = self._count(say_center(0))
-        if bare_center + bare_question > budget:
+        bare_preamble = self._count(render_preamble(0))
+        if bare_preamble + bare_question > budget:
             raise ValueError(
-                f"task '{task.name}': its instruction and a question take {bare_center + bare_question} tokens without "
+                f"task '{task.name}': its instruction and a question take {bare_preamble + bare_question} tokens without "
                 f"any text of the tables, over the budget of {self._max_tokens}; raise max_tokens, or shorten them"
             )
-        half = min(max(budget // 2, bare_question), budget - bare_center)
-        return max(budget - self._count(say_center(None)), half)
+        half = min(max(budget // 2, bare_question), budget - bare_preamble)
+        return max(budget - self._count(render_preamble(None)), half)
 
     def fitting(self, task: Task, example: RankingExample, style_name: str) -> RankingExample:
         """The example without the questions that are to be skipped because they do not fit beside the profile."""
@@ -155,9 +157,9 @@ class Verbalizer:
         chat = self._chat_of(task.words) if style.chat else Chat()
         questions = self._questions(task, example, style, chat)
         budget = self._max_tokens - 1 - sum(self.tokenizer.lengths([*self._groups(task, style).values()]))
-        say_center = lambda longest: self._center(task, example, style, chat, "", longest)  # noqa: E731
+        render_preamble = lambda longest: self._preamble(task, example, style, chat, "", longest)  # noqa: E731
         bare = self._tokens_of(self._questions(task, example, style, chat, 0))
-        room = self._room_for_questions(task, budget, say_center, max(bare))
+        room = self._room_for_questions(task, budget, render_preamble, max(bare))
         fits = np.array(self._tokens_of(questions)) <= room
         for row, question in zip(example.candidates[~fits], np.array(questions, object)[~fits], strict=True):
             text = question.heading + question.text
@@ -187,7 +189,7 @@ class Verbalizer:
             if name in task.history.actions
         }
 
-    def _center(
+    def _preamble(
         self, task: Task, example: RankingExample, style: Style, chat: Chat, note: str, longest: int | None
     ) -> str:
         note = note or task.steering_note
@@ -196,15 +198,15 @@ class Verbalizer:
             np.array([example.member]), example.cutoff_time, style, "question", longest
         )[0]
         card = self.dataset.card
-        center = style.preamble.format(
+        preamble = style.preamble.format(
             instruction=instruction,
             profile=style.join.join(profile),
             member=card.members.noun.capitalize(),
             item=card.items.noun,
         )
         if style.turns:
-            return chat.begin + instruction + "\n" + center.rstrip("\n") + chat.user
-        return chat.begin + instruction + chat.user + center if style.chat else center
+            return chat.begin + instruction + "\n" + preamble.rstrip("\n") + chat.user
+        return chat.begin + instruction + chat.user + preamble if style.chat else preamble
 
     def _questions(
         self, task: Task, example: RankingExample, style: Style, chat: Chat, longest: int | None = None

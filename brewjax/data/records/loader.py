@@ -39,9 +39,9 @@ class TokenBatch(NamedTuple):
 
 
 def load_batches(
-    shards: Shards, rows: int, row_tokens: int, seed: int, process: int = 0, processes: int = 1
+    shards: Shards, rows: int, seq_len: int, seed: int, process: int = 0, processes: int = 1
 ) -> grain.IterDataset:
-    """An endless, checkpointable stream of TokenBatch of numpy arrays [rows, row_tokens].
+    """An endless, checkpointable stream of TokenBatch of numpy arrays [rows, seq_len].
 
     Every record is read once an epoch by exactly one process; each epoch is shuffled anew. Several folders of shards
     are mixed record by record, each folder in its own epochs, so that their shares of all tokens are as asked.
@@ -60,7 +60,7 @@ def load_batches(
     mixed = grain.MapDataset.mix(records, per_token) if len(records) > 1 else records[0]
     packed = grain.experimental.BestFitPackIterDataset(
         mixed.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=32)),
-        length_struct={name: row_tokens for name in FIELDS},
+        length_struct={name: seq_len for name in FIELDS},
         num_packing_bins=max(16, rows),
         seed=seed,
         padding_struct={name: NO_TARGET if name in ("targets", "source") else 0 for name in FIELDS},

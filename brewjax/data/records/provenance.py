@@ -23,4 +23,4 @@ def provenance(verbalizer: Verbalizer, task: Task, example: RankingExample, styl
     """The note on a record that was made from an example."""
     dataset = verbalizer.dataset
     member = dataset.members[dataset.card.members.id][example.member].as_py()
-    return {"task": task.name, "member": member, "cut": example.cutoff_time, "style": style}
+    return {"task": task.name, "member": member, "cutoff_time": example.cutoff_time, "style": style}

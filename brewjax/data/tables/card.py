@@ -43,7 +43,14 @@ class Attribute(Config):
       derive: computed from the events instead of read from a column (items only).
     """
 
-    ALIASES: ClassVar = {"type": "kind", "field": "column", "name": "column", "key": "column", "label": "say"}
+    ALIASES: ClassVar = {
+        "type": "kind",
+        "field": "column",
+        "name": "column",
+        "key": "column",
+        "label": "display_name",
+        "say": "display_name",
+    }
 
     column: Words
     kind: Literal["text", "category", "list", "number", "date"]

@@ -146,7 +146,7 @@ def event_labels(dataset: Dataset, task: Task, events: np.ndarray) -> np.ndarray
         match = asked & label.matches(dataset, events)
         if (labels[match] >= 0).any():
             other = task.words[labels[match & (labels >= 0)][0]]
-            raise task.error(f"an event can be both '{other}' and '{label.word}'", "labels", index, "when")
+            raise task.error(f"an event can be both '{other}' and '{label.word}'", "labels", index, "match")
         labels[match] = index
     return labels
 

@@ -59,7 +59,14 @@ class Label(Config):
         column's own type.
     """
 
-    ALIASES: ClassVar = {"label": "word", "answer": "word", "name": "word", "gain": "value", "if": "when"}
+    ALIASES: ClassVar = {
+        "label": "word",
+        "answer": "word",
+        "name": "word",
+        "gain": "value",
+        "if": "match",
+        "when": "match",
+    }
 
     word: Annotated[str, pydantic.BeforeValidator(_one_word)]
     value: float
@@ -101,7 +108,7 @@ class QuestionConfig(Config):
         for questions is cut too, unless it is to be an error.
     """
 
-    ALIASES: ClassVar = {"question": "ask", "text": "ask", "negatives": "sampled_negatives"}
+    ALIASES: ClassVar = {"ask": "question", "text": "question", "negatives": "sampled_negatives"}
 
     question: Words
     choice_question: str = ""
@@ -227,7 +234,7 @@ class Task(Config):
             for column in label.match or {}:
                 if column not in known:
                     hint = suggest(column, known, others="they have")
-                    raise self.error(f"events have no column '{column}'; {hint}", "labels", index, "when", column)
+                    raise self.error(f"events have no column '{column}'; {hint}", "labels", index, "match", column)
 
     def check_values(self, dataset: Dataset) -> None:
         """Raises ConfigError (file, line, key) for a label's value that is not of its column's type, or that no event
@@ -239,10 +246,10 @@ class Task(Config):
                     for value in label.wanted(column):
                         _check_type(value, dataset.event_column(column).type)
                 except ValueError as error:
-                    raise self.error(f"{error}", "labels", index, "when", column) from None
+                    raise self.error(f"{error}", "labels", index, "match", column) from None
             if label.match is not None and not label.matches(dataset, events).any():
                 matches = " and ".join(_matches(dataset, label, column, events) for column in label.match)
-                raise self.error(f"no event in question is {matches}", "labels", index, "when")
+                raise self.error(f"no event in question is {matches}", "labels", index, "match")
 
     def check_words(self, tokenizer: Tokenizer) -> None:
         """Raises ConfigError (file, line) for a label word that is not one token."""

@@ -23,12 +23,12 @@ class EncodedPrompt:
     """A prompt as token ids.
 
     Attributes:
-      pieces: center, then each event.
+      prefix_pieces: preamble, then each event.
       questions: the tokens of each question; its last one predicts the label word. A question that is answered in
         words of its own holds them too, but for their last token.
       labels: token id of each label word.
       answers: per question, index into `labels`, or the tokens of a whole answer, or None.
-      layout: dense: events see the past and each other; star: an event sees only the center and itself.
+      layout: dense: events see the past and each other; star: an event sees only the preamble and itself.
       turns: per event, which of its tokens is the right answer to those before it; 0 for none. They are targets too.
       lists: per question, +l: list l prefers it, -l: list l rejects it, 0: in none (see `TokenBatch.preference`).
         The questions of a list stand together, and the answer to each is a label word.
@@ -82,7 +82,7 @@ class EncodedPrompt:
                 what = "a question" if len(together) == 1 else f"a list of {len(together)} questions"
                 raise ValueError(
                     f"a prefix of {self.prefix_length} tokens and {what} of {size} "
-                    f"do not fit in a row of {capacity} tokens; raise row_tokens, or lower max_tokens or the size of "
+                    f"do not fit in a row of {capacity} tokens; raise seq_len, or lower max_tokens or the size of "
                     "lists"
                 )
             if used + size > room or len(chunks[-1]) == at_most:
@@ -165,13 +165,13 @@ def encode(prompt: Prompt, tokenizer: Tokenizer, layout: HistoryLayout) -> Encod
     )
     ids = iter(tokenizer.encode([text for group in groups for text in group]))
     heads, tails, asked, said = ([next(ids) for _ in group] for group in groups)
-    [center] = tokenizer.encode([prompt.preamble], begins=True)
+    [preamble] = tokenizer.encode([prompt.preamble], begins=True)
     empty = next((number for number, question in enumerate(asked, 1) if not question), None)
     if empty is not None:
         raise ValueError(f"question {empty} is empty")
     whole = [answer + tokenizer.eos if answer else [] for answer in said]
     return EncodedPrompt(
-        [tokenizer.with_bos(center), *(head + tail for head, tail in zip(heads, tails, strict=True))],
+        [tokenizer.with_bos(preamble), *(head + tail for head, tail in zip(heads, tails, strict=True))],
         [question + answer[:-1] for question, answer in zip(asked, whole, strict=True)],
         labels,
         [answer or question.label for question, answer in zip(prompt.questions, whole, strict=True)],

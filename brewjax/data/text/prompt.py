@@ -8,9 +8,16 @@ from typing import Any
 
 from brewjax.config import suggest
 
-NAMES = ("center", "events", "questions", "labels")  # of a prompt as JSON
-ALIASES = {"prefix": "center", "query": "center", "history": "events", "items": "questions", "words": "labels"}
-SHAPE = '{"center": "..", "events": [".."], "questions": [".."], "labels": ["Yes", "No"]}'
+NAMES = ("preamble", "events", "questions", "labels")  # of a prompt as JSON
+ALIASES = {
+    "prefix": "preamble",
+    "query": "preamble",
+    "center": "preamble",
+    "history": "events",
+    "items": "questions",
+    "words": "labels",
+}
+SHAPE = '{"preamble": "..", "events": [".."], "questions": [".."], "labels": ["Yes", "No"]}'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +41,7 @@ class Prompt:
     """One shared history with many questions behind it.
 
     Attributes:
-      center: instruction and member profile.
+      preamble: instruction and member profile.
       events: the history, oldest first (within each action, where a style groups by action).
       labels: the possible answers to every question.
       dropped: how many of the oldest events were left out to fit the token budget.
@@ -61,7 +68,7 @@ class Prompt:
 
     @classmethod
     def from_json(cls, text: str, place: str = "prompt") -> Prompt:
-        """Reads `{"center": str, "events": [str], "questions": [str], "labels": [str]}`.
+        """Reads `{"preamble": str, "events": [str], "questions": [str], "labels": [str]}`.
 
         Raises ValueError naming the field that is missing or has the wrong type; `place` is where the text is from.
         """
@@ -79,8 +86,8 @@ class Prompt:
         for name in NAMES:
             if name not in fields:
                 raise ValueError(f"{place}: '{name}' is missing; expected {SHAPE}")
-        if not isinstance(fields["center"], str):
-            raise ValueError(f"{place}: center: expected a text, found {_show(fields['center'])}")
+        if not isinstance(fields["preamble"], str):
+            raise ValueError(f"{place}: preamble: expected a text, found {_show(fields['preamble'])}")
         for name in NAMES[1:]:
             if not isinstance(fields[name], list):
                 raise ValueError(f"{place}: {name}: expected a list of texts, found {_show(fields[name])}")
@@ -93,7 +100,7 @@ class Prompt:
         if len(set(labels)) < max(2, len(labels)):
             raise ValueError(f"{place}: labels: expected at least two, no two of them the same, found {_show(labels)}")
         questions = tuple(Question(text) for text in fields["questions"])
-        return cls(fields["center"], tuple(fields["events"]), questions, tuple(labels))
+        return cls(fields["preamble"], tuple(fields["events"]), questions, tuple(labels))
 
 
 def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
