@@ -30,7 +30,7 @@ class Config(pydantic.BaseModel):
       ALIASES: keys that people write for others, and those; only for the hint.
     """
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
     ALIASES: ClassVar[Mapping[str, str]] = {}
 
     _file: _File | None = pydantic.PrivateAttr(default=None)

@@ -47,13 +47,10 @@ def check_folder(folder: Path) -> None:
 
 
 class PercentileScale(Config):
-    """`Percentiles`, and until when they were fitted on the dataset that a model was trained on.
-
-    Attributes:
-      until: microseconds since 1970; only what happened before it counted.
-    """
+    """`Percentiles`, and until when they were fitted on the dataset that a model was trained on."""
 
     until: int
+    """Microseconds since 1970; only what happened before it counted."""
     quantiles: dict[str, list[float]]
 
     @classmethod

@@ -38,31 +38,31 @@ Size = Annotated[int | float, pydantic.AfterValidator(_size)]
 
 
 class PruneConfig(Config):
-    """What is left of a model, and how that is chosen. A size is exact, or a share between 0 and 1 of what there is.
-
-    Attributes:
-      layers, kv_heads, d_ff, experts: what the smaller model has of each; None: all. A KV head goes with its query
-        heads, a neuron with its column of all three matrices.
-      method: of choosing heads and neurons: least_squares (OSSCAR), which also re-solves what remains; activation: the
-        squares of what each adds to the residual stream; magnitude: the squares of its weights. Layers go by block
-        influence (ShortGPT, Men et al. 2024, arXiv 2403.03853: 1 - the cosine of the residual stream before and
-        after), or by magnitude. Experts go by their load, the least used first.
-      fold_experts: an expert that goes is first averaged into the one that stays with the nearest router column, by
-        load, their neurons matched (after M-SMoE, Li et al. 2024, arXiv 2310.01334); else it is dropped.
-      swaps: exchanges of what is kept for what is not that are tried, in each matrix, after greedy removal.
-      damping: what is added to the diagonal of X^T X, as a share of its mean.
-      examples: prompts to gather X^T X from, at most.
-    """
+    """What is left of a model, and how that is chosen. A size is exact, or a share between 0 and 1 of what there is."""
 
     layers: Size | None = None
+    """What the smaller model has of each; None: all. A KV head goes with its query heads, a neuron with its column
+    of all three matrices."""
     kv_heads: Size | None = None
+    """See `layers`."""
     d_ff: Size | None = None
+    """See `layers`."""
     experts: Size | None = None
+    """See `layers`."""
     method: Literal["least_squares", "activation", "magnitude"] = "least_squares"
+    """Of choosing heads and neurons: least_squares (OSSCAR), which also re-solves what remains; activation: the
+    squares of what each adds to the residual stream; magnitude: the squares of its weights. Layers go by block
+    influence (ShortGPT, Men et al. 2024, arXiv 2403.03853: 1 - the cosine of the residual stream before and after),
+    or by magnitude. Experts go by their load, the least used first."""
     fold_experts: bool = False
+    """An expert that goes is first averaged into the one that stays with the nearest router column, by load, their
+    neurons matched (after M-SMoE, Li et al. 2024, arXiv 2310.01334); else it is dropped."""
     swaps: int = pydantic.Field(default=64, ge=0)
+    """Exchanges of what is kept for what is not that are tried, in each matrix, after greedy removal."""
     damping: float = pydantic.Field(default=0.01, gt=0)
+    """What is added to the diagonal of X^T X, as a share of its mean."""
     examples: int = pydantic.Field(default=1024, gt=0)
+    """Prompts to gather X^T X from, at most."""
     mesh: MeshConfig = MeshConfig()
 
     @pydantic.model_validator(mode="after")

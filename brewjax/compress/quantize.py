@@ -18,19 +18,16 @@ from brewjax.model.weights import QuantizedWeight
 
 
 class QuantizeConfig(Config):
-    """How a model is rounded for serving. Embedding, head, norms, biases and router stay as they are.
-
-    Attributes:
-      dtype: of the matrices of attention and MLP.
-      scales: of a matrix, one for each output channel, or the largest of them for all.
-      activations: see `Quantization`.
-      mesh: the devices that share the work; a bundle is loaded onto any.
-    """
+    """How a model is rounded for serving. Embedding, head, norms, biases and router stay as they are."""
 
     dtype: Literal["e4m3", "int8"] = "e4m3"
+    """Of the matrices of attention and MLP."""
     scales: Literal["per_channel", "per_tensor"] = "per_channel"
+    """Of a matrix, one for each output channel, or the largest of them for all."""
     activations: Literal["per_token", "per_tensor"] | None = "per_token"
+    """See `Quantization`."""
     mesh: MeshConfig = MeshConfig()
+    """The devices that share the work; a bundle is loaded onto any."""
 
     def target(self, model: ModelConfig) -> ModelConfig:
         """The model in 8 bits; ConfigError where it is already."""

@@ -13,19 +13,16 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 class ExpertsConfig(Config):
-    """A mixture of experts in place of each layer's MLP.
-
-    Attributes:
-      num_experts: experts of a layer, each of the model's d_ff.
-      num_experts_per_tok: how many of them each token goes through.
-      norm_topk_prob: the router's weights of the chosen experts are made to sum to one.
-      router_aux_loss_coef: weight of the load-balancing loss in training.
-    """
+    """A mixture of experts in place of each layer's MLP."""
 
     num_experts: int = pydantic.Field(gt=0)
+    """Experts of a layer, each of the model's d_ff."""
     num_experts_per_tok: int = pydantic.Field(default=2, gt=0)
+    """How many of them each token goes through."""
     norm_topk_prob: bool = True
+    """The router's weights of the chosen experts are made to sum to one."""
     router_aux_loss_coef: float = pydantic.Field(default=0.01, ge=0)
+    """Weight of the load-balancing loss in training."""
 
     @pydantic.model_validator(mode="after")
     def _enough(self) -> ExpertsConfig:
@@ -37,69 +34,62 @@ class ExpertsConfig(Config):
 
 
 class Quantization(Config):
-    """The layers' matrices in 8 bits, with a float32 scale for each output channel; the rest is as it was.
-
-    Attributes:
-      activations: what a matrix is multiplied with is rounded to the same 8 bits, with a scale for each token, or one
-        for all of them (see `pallas_kernels.quantized_matmul`); null: to bfloat16.
-    """
+    """The layers' matrices in 8 bits, with a float32 scale for each output channel; the rest is as it was."""
 
     dtype: Literal["e4m3", "int8"] = "e4m3"
     activations: Literal["per_token", "per_tensor"] | None = "per_token"
+    """What a matrix is multiplied with is rounded to the same 8 bits, with a scale for each token, or one for all
+    of them (see `pallas_kernels.quantized_matmul`); null: to bfloat16."""
 
 
 class HeadPrecision(Config):
-    """Of the output head. Less than float32 is for measuring what it costs.
-
-    Attributes:
-      product: what hidden states and the head are rounded to (e4m3: with a scale for each token and each word) before
-        a product that is exact in float32.
-      logits: what that is rounded to, before a softmax in float32.
-    """
+    """Of the output head. Less than float32 is for measuring what it costs."""
 
     product: Literal["float32", "bfloat16", "e4m3"] = "float32"
+    """What hidden states and the head are rounded to (e4m3: with a scale for each token and each word) before a
+    product that is exact in float32."""
     logits: Dtype = "float32"
+    """What that is rounded to, before a softmax in float32."""
 
 
 class ModelConfig(Config):
-    """The shape of a decoder.
-
-    Attributes:
-      vocab_size: 0 takes the tokenizer's.
-      d_ff: neurons of an MLP, or of one expert.
-      rope_theta, rope_scaling: base of the rotary position angles, and how they are slowed (see `brewjax.model.rope`).
-      max_seq_len: tokens that a prompt and one question may have; longer ones are refused, not cut. What the model's
-        positions were trained for, or its sliding window where that is less: windows are not computed.
-      qkv_bias: queries, keys and values have biases (Qwen2).
-      qk_norm: the heads of queries and keys are normed (Qwen3).
-      tie_head: the output head is the embedding.
-      param_dtype, compute_dtype: of the weights at rest, and of the matrix products; norms, softmax, router and logits
-        are float32 whatever these are.
-      quantized: of a model for serving; it is not trained.
-      remat: recompute each layer in the backward pass instead of storing its activations.
-    """
+    """The shape of a decoder."""
 
     name: str
     vocab_size: int = pydantic.Field(default=0, ge=0)
+    """0 takes the tokenizer's."""
     d_model: int = pydantic.Field(gt=0)
     layers: int = pydantic.Field(gt=0)
     heads: int = pydantic.Field(gt=0)
     kv_heads: int = pydantic.Field(gt=0)
     head_dim: int = pydantic.Field(gt=0, multiple_of=2)
     d_ff: int = pydantic.Field(gt=0)
+    """Neurons of an MLP, or of one expert."""
     experts: ExpertsConfig | None = None
     rope_theta: float = pydantic.Field(default=10_000.0, gt=1)
+    """Base of the rotary position angles, and how they are slowed (see `brewjax.model.rope`)."""
     rope_scaling: RopeScaling | None = None
+    """See `rope_theta`."""
     max_seq_len: int | None = pydantic.Field(default=None, gt=0)
+    """Tokens that a prompt and one question may have; longer ones are refused, not cut. What the model's positions
+    were trained for, or its sliding window where that is less: windows are not computed."""
     norm_eps: float = pydantic.Field(default=1e-5, gt=0, lt=1)
     qkv_bias: bool = False
+    """Queries, keys and values have biases (Qwen2)."""
     qk_norm: bool = False
+    """The heads of queries and keys are normed (Qwen3)."""
     tie_head: bool = True
+    """The output head is the embedding."""
     param_dtype: Dtype = "float32"
+    """Of the weights at rest, and of the matrix products; norms, softmax, router and logits are float32 whatever
+    these are."""
     compute_dtype: Dtype = "float32"
+    """See `param_dtype`."""
     quantized: Quantization | None = None
+    """Of a model for serving; it is not trained."""
     head: HeadPrecision = HeadPrecision()
     remat: bool = False
+    """Recompute each layer in the backward pass instead of storing its activations."""
 
     @pydantic.model_validator(mode="after")
     def _groups_divide(self) -> ModelConfig:

@@ -28,15 +28,12 @@ KEPT = (None, None, None, "heads", None)  # how the keys and values of slots lie
 
 
 class SamplingParams(Config):
-    """How the next token is drawn.
-
-    Attributes:
-      temperature: divides the logits; 0 takes the likeliest token.
-      top_k: only the k likeliest tokens may be drawn; 0: all.
-    """
+    """How the next token is drawn."""
 
     temperature: float = pydantic.Field(default=0.0, ge=0)
+    """Divides the logits; 0 takes the likeliest token."""
     top_k: int = pydantic.Field(default=0, ge=0)
+    """Only the k likeliest tokens may be drawn; 0: all."""
 
 
 class Prefix(NamedTuple):

@@ -17,19 +17,17 @@ if TYPE_CHECKING:
 
 
 class Llama3Scaling(Config):
-    """Llama 3.1's: angles that turn slowly turn slower by `factor`.
-
-    Attributes:
-      low, high: angles that turn less than `low` times in `original_length` tokens are slowed in full, those that
-        turn more than `high` times not at all; between them by degrees.
-      original_length: tokens in the rows that the model was first trained on.
-    """
+    """Llama 3.1's: angles that turn slowly turn slower by `factor`."""
 
     type: Literal["llama3"] = "llama3"
     factor: float = pydantic.Field(ge=1)
     low: float = pydantic.Field(default=1.0, gt=0)
+    """Angles that turn less than `low` times in `original_length` tokens are slowed in full, those that turn more
+    than `high` times not at all; between them by degrees."""
     high: float = pydantic.Field(default=4.0, gt=0)
+    """See `low`."""
     original_length: int = pydantic.Field(default=8192, gt=0)
+    """Tokens in the rows that the model was first trained on."""
 
     @pydantic.model_validator(mode="after")
     def _ordered(self) -> Llama3Scaling:
@@ -54,23 +52,21 @@ class LinearScaling(Config):
 
 
 class YarnScaling(Config):
-    """YaRN (Peng et al. 2023, arXiv 2309.00071): slow angles turn slower by `factor`, and the scores are sharpened.
-
-    Attributes:
-      fast, slow: angles that turn more than `fast` times in `original_length` tokens are left alone, those that turn
-        less than `slow` times are slowed in full; between them by their number.
-      original_length: tokens in the rows that the model was first trained on.
-      attention: multiplies queries and keys, each; null: 0.1 ln(factor) + 1.
-      truncate: the numbers of the angles between which it changes are whole.
-    """
+    """YaRN (Peng et al. 2023, arXiv 2309.00071): slow angles turn slower by `factor`, and the scores are sharpened."""
 
     type: Literal["yarn"]
     factor: float = pydantic.Field(ge=1)
     fast: float = pydantic.Field(default=32.0, gt=0)
+    """Angles that turn more than `fast` times in `original_length` tokens are left alone, those that turn less than
+    `slow` times are slowed in full; between them by their number."""
     slow: float = pydantic.Field(default=1.0, gt=0)
+    """See `fast`."""
     original_length: int = pydantic.Field(gt=0)
+    """Tokens in the rows that the model was first trained on."""
     attention: float | None = pydantic.Field(default=None, gt=0)
+    """Multiplies queries and keys, each; null: 0.1 ln(factor) + 1."""
     truncate: bool = True
+    """The numbers of the angles between which it changes are whole."""
 
     @pydantic.model_validator(mode="after")
     def _ordered(self) -> YarnScaling:

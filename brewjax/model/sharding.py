@@ -20,13 +20,7 @@ BATCH_AXES = ("data", "fsdp", "expert")  # the mesh axes that share the rows of 
 class MeshConfig(Config):
     """Devices along each mesh axis; -1 for `data` takes all that are left.
 
-    `data`, `fsdp` and `expert` share the rows of a batch, `context` the tokens of each row, `tensor` the heads.
-
-    Attributes:
-      slices: groups of chips that a slower network joins. Found by default where the devices tell; where they do not,
-        so many groups of equal size, in the order of the devices. `data` lies across slices, and `fsdp` where `data`
-        is too small for that; the other axes never do.
-    """
+    `data`, `fsdp` and `expert` share the rows of a batch, `context` the tokens of each row, `tensor` the heads."""
 
     data: int = pydantic.Field(default=-1, ge=-1)
     fsdp: int = pydantic.Field(default=1, gt=0)
@@ -34,6 +28,9 @@ class MeshConfig(Config):
     context: int = pydantic.Field(default=1, gt=0)
     tensor: int = pydantic.Field(default=1, gt=0)
     slices: int | None = pydantic.Field(default=None, gt=0)
+    """Groups of chips that a slower network joins. Found by default where the devices tell; where they do not, so
+    many groups of equal size, in the order of the devices. `data` lies across slices, and `fsdp` where `data` is
+    too small for that; the other axes never do."""
 
     def build(self, over: Sequence[jax.Device] | None = None) -> Mesh:
         """The mesh, with explicit axis types; ValueError where the devices do not divide.

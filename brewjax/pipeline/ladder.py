@@ -16,15 +16,12 @@ Values = dict[str, Any]  # as YAML has them
 
 
 class Rung(Config):
-    """One step down: to a smaller model, which then learns from the teacher again.
-
-    Attributes:
-      prune: a stage `prune` without its `do` and `start`.
-      train: what differs from the recipe's `train` in the distillation.
-    """
+    """One step down: to a smaller model, which then learns from the teacher again."""
 
     prune: Values
+    """A stage `prune` without its `do` and `start`."""
     train: Values = {}
+    """What differs from the recipe's `train` in the distillation."""
 
     @pydantic.field_validator("train")
     @classmethod
@@ -35,22 +32,19 @@ class Rung(Config):
 
 
 class Ladder(Config):
-    """From the model of the stage `start`, the teacher of all rungs, down.
-
-    Attributes:
-      rungs: by name, from large to small: stages NAME-pruned and NAME.
-      distill: a stage `distill` without its `do`, `start`, `teacher` and `train`, the same for all rungs.
-      compare: with the other ways to the size of the last rung, by stages whose names begin with these:
-        direct: pruned once, which is a result of its own, and distilled for as many steps as all rungs together;
-        sft: down the same rungs, but by fine-tuning instead of distillation;
-        fresh: trained from random weights on what `start` was, for the steps of `start` and of all rungs together.
-    """
+    """From the model of the stage `start`, the teacher of all rungs, down."""
 
     do: Literal["ladder"] = "ladder"
     init_from: str
     rungs: dict[str, Rung] = pydantic.Field(min_length=1)
+    """By name, from large to small: stages NAME-pruned and NAME."""
     distill: Values = {}
+    """A stage `distill` without its `do`, `start`, `teacher` and `train`, the same for all rungs."""
     compare: tuple[Literal["direct", "sft", "fresh"], ...] = ()
+    """With the other ways to the size of the last rung, by stages whose names begin with these: direct: pruned
+    once, which is a result of its own, and distilled for as many steps as all rungs together; sft: down the same
+    rungs, but by fine-tuning instead of distillation; fresh: trained from random weights on what `start` was, for
+    the steps of `start` and of all rungs together."""
 
 
 def expand(ladder: Ladder, start: Values, steps: int) -> dict[str, Values]:

@@ -40,19 +40,16 @@ class TokenizerConfig(Config):
 
 
 class EvaluateConfig(Config):
-    """Evaluation on the test period.
-
-    Attributes:
-      max_examples: of each task; a random choice where there are more, the same for all models and baselines.
-      bootstrap: resamples of members behind each interval.
-      baseline_settings: hyperparameter settings that LightGBM chooses from on the validation period.
-      mesh: that models score on.
-    """
+    """Evaluation on the test period."""
 
     max_examples: int | None = pydantic.Field(default=None, gt=0)
+    """Of each task; a random choice where there are more, the same for all models and baselines."""
     bootstrap: int = pydantic.Field(default=200, gt=0)
+    """Resamples of members behind each interval."""
     baseline_settings: int = pydantic.Field(default=8, gt=0)
+    """Hyperparameter settings that LightGBM chooses from on the validation period."""
     mesh: MeshConfig = MeshConfig()
+    """That models score on."""
 
 
 class _Stage(Config):
@@ -71,11 +68,11 @@ class _Trained(_Stage):
 
     Attributes:
       fresh: begins with random weights: in the shape of `start`'s model, if that is given.
-      train: what differs from the recipe's `train`.
     """
 
     from_scratch: bool = False
     train: TrainConfig
+    """What differs from the recipe's `train`."""
 
 
 class PretrainStage(_Trained):
@@ -180,25 +177,22 @@ class CompilePlan(Config):
 
 
 class Recipe(Config):
-    """What `brewjax run` runs. Paths are relative to the current directory.
-
-    Attributes:
-      model: a file with a model's config, or the folder of a model to go on from, with its tokenizer, and its prompts
-        unless there are others.
-      tokenizer: where `model` is a file.
-      train: what all stages that train share; each may say what differs.
-      stages: by name, in order. A `ladder` stands for many.
-    """
+    """What `brewjax run` runs. Paths are relative to the current directory."""
 
     name: Name
     dataset: str
     tasks: tuple[str, ...] = pydantic.Field(min_length=1)
     model: str
+    """A file with a model's config, or the folder of a model to go on from, with its tokenizer, and its prompts
+    unless there are others."""
     tokenizer: TokenizerConfig | None = None
+    """Where `model` is a file."""
     prompts: PromptConfig = PromptConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     train: dict[str, Any] = {}
+    """What all stages that train share; each may say what differs."""
     stages: dict[Name, Annotated[Stage, pydantic.Field(discriminator="do")]] = pydantic.Field(min_length=1)
+    """By name, in order. A `ladder` stands for many."""
 
     @classmethod
     def place(cls, location: Location, source: dict[str, Any]) -> Location:

@@ -31,17 +31,17 @@ class Align(Config):
     The reference is `given["reference"]`, or else the policy without its LoRA.
 
     Attributes:
-      beta: how firmly the reference holds.
-      against: the preferred candidate is held against all rejected of its list together, or against each alone: DPO's
-        mean over pairs.
-      label_smoothing: the chance that a preference is the wrong way round (conservative DPO, Mitchell 2023).
-      sft: weight of the preferred candidate's mean -log pi per target, which keeps it likely (RPO, Pang et al. 2024,
-        arXiv 2404.19733, eq. 1).
+      against: the preferred candidate is held against all rejected of its list together, or against each alone:
+        DPO's mean over pairs.
+      sft: weight of the preferred candidate's mean -log pi per target, which keeps it likely (RPO, Pang et al.
+        2024, arXiv 2404.19733, eq. 1).
     """
 
     beta: float = pydantic.Field(default=0.1, gt=0)
+    """How firmly the reference holds."""
     loss_type: Literal["softmax", "sigmoid"] = "softmax"
     label_smoothing: float = pydantic.Field(default=0.0, ge=0, lt=0.5)
+    """The chance that a preference is the wrong way round (conservative DPO, Mitchell 2023)."""
     rpo_alpha: float = pydantic.Field(default=0.0, ge=0)
 
     def __call__(

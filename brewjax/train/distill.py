@@ -40,25 +40,25 @@ class Distill(Config):
     objective. The defaults are those of arXiv 2502.14305.
 
     Attributes:
-      divergence: see `pallas_kernels.distillation`; `alpha` is the skewed KL's, `beta` the Jensen-Shannon divergence's.
-      temperature: both distributions are softmax(logits / temperature), and the divergence counts temperature^2 times.
-      teacher: same_mesh: in memory, laid out by its own rules on the student's mesh; own_mesh: on the same devices laid
-        out as `mesh`, its answers moved over; cache: its answers were written once, on `mesh`.
-      top_k: of how many words the probabilities are moved over or written; all others are one.
-      on_policy: the share of whole answers that are the student's own, drawn from its `top_k` likeliest words, which
-        the teacher alone judges (see `with_own_answers`).
-      layers: weight of the mean, over layers and tokens, of 1 - cos(residual stream after a layer of the student, after
-        the teacher's layer at the same share of its depth).
+      teacher: same_mesh: in memory, laid out by its own rules on the student's mesh; own_mesh: on the same devices
+        laid out as `mesh`, its answers moved over; cache: its answers were written once, on `mesh`.
+      on_policy: the share of whole answers that are the student's own, drawn from its `top_k` likeliest words,
+        which the teacher alone judges (see `with_own_answers`).
+      layers: weight of the mean, over layers and tokens, of 1 - cos(residual stream after a layer of the student,
+        after the teacher's layer at the same share of its depth).
     """
 
     kd_weight: float = pydantic.Field(default=0.9, ge=0, le=1)
     divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon", "skewed_kl"] = "forward_kl"
+    """See `pallas_kernels.distillation`; `alpha` is the skewed KL's, `beta` the Jensen-Shannon divergence's."""
     alpha: float = pydantic.Field(default=0.1, gt=0, lt=1)
     beta: float = pydantic.Field(default=0.5, gt=0, lt=1)
     temperature: float = pydantic.Field(default=1.0, gt=0)
+    """Both distributions are softmax(logits / temperature), and the divergence counts temperature^2 times."""
     teacher_placement: Literal["same_mesh", "own_mesh", "cache"] = "same_mesh"
     mesh: MeshConfig = MeshConfig()
     top_k: int = pydantic.Field(default=64, gt=0)
+    """Of how many words the probabilities are moved over or written; all others are one."""
     on_policy_fraction: float = pydantic.Field(default=0.0, ge=0, le=1)
     hidden_state_weight: float = pydantic.Field(default=0.0, ge=0)
 

@@ -36,27 +36,24 @@ State = dict[str, Any]
 
 
 class TrainConfig(Config):
-    """One training run.
-
-    Attributes:
-      batch_size: packed rows in a step, over all devices and accumulation.
-      seq_len: tokens in a row.
-      gradient_accumulation_steps: a step's rows are taken in this many parts, one after the other, to save memory.
-      num_data_shards: the data are read as so many, which decides the order of the rows; a process reads those that fill its
-        rows. With fewer shards than processes, some processes read the same.
-      lora: what is trained are adapters of the weights given, and not the weights.
-      checkpoint_every_steps: steps between checkpoints; the newest `max_checkpoints_to_keep` stay.
-    """
+    """One training run."""
 
     steps: int = pydantic.Field(gt=0, lt=1 << 31)
     batch_size: int = pydantic.Field(gt=0)
+    """Packed rows in a step, over all devices and accumulation."""
     seq_len: int = pydantic.Field(gt=1)  # a token and the one that follows
+    """Tokens in a row."""
     gradient_accumulation_steps: int = pydantic.Field(default=1, gt=0)
+    """A step's rows are taken in this many parts, one after the other, to save memory."""
     num_data_shards: int = pydantic.Field(default=1, gt=0)
+    """The data are read as so many, which decides the order of the rows; a process reads those that fill its rows.
+    With fewer shards than processes, some processes read the same."""
     optimizer: OptimizerConfig = OptimizerConfig()
     lora: LoraConfig | None = None
+    """What is trained are adapters of the weights given, and not the weights."""
     seed: Seed = 0
     checkpoint_every_steps: int = pydantic.Field(default=100, gt=0)
+    """Steps between checkpoints; the newest `max_checkpoints_to_keep` stay."""
     max_checkpoints_to_keep: int = pydantic.Field(default=2, gt=0)
     mesh: MeshConfig = MeshConfig()
 

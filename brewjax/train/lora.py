@@ -29,15 +29,12 @@ AXES |= dict.fromkeys(("gate", "up", "down"), (1, 1))
 
 
 class LoraConfig(Config):
-    """Low-rank adaptation (Hu et al. 2021, arXiv 2106.09685): W + (alpha / rank) A B, with A and B float32.
-
-    Attributes:
-      targets: the weights of each layer, or of each of its experts, that are adapted.
-    """
+    """Low-rank adaptation (Hu et al. 2021, arXiv 2106.09685): W + (alpha / rank) A B, with A and B float32."""
 
     rank: int = pydantic.Field(default=16, gt=0)
     alpha: float = pydantic.Field(default=32.0, gt=0)
     targets: tuple[Target, ...] = pydantic.Field(default=get_args(Target), min_length=1)
+    """The weights of each layer, or of each of its experts, that are adapted."""
 
     def abstract(self, params: Params) -> Params:
         """Shapes, dtypes and shardings of the adapters {"a", "b"} of abstract parameters, in their places."""

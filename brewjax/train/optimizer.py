@@ -12,23 +12,20 @@ from brewjax.config import Config
 
 
 class OptimizerConfig(Config):
-    """AdamW (Loshchilov and Hutter 2019).
-
-    Attributes:
-      learning_rate: about how far a step moves each weight.
-      warmup: steps over which the rate rises from zero to `learning_rate`.
-      schedule: what happens then, until the last step: a cosine or a straight line down to a tenth, or nothing.
-      weight_decay: on matrices only, not on norms and biases.
-      clip: the largest global norm of the gradient.
-    """
+    """AdamW (Loshchilov and Hutter 2019)."""
 
     learning_rate: float = pydantic.Field(default=1e-3, gt=0, le=1)
+    """About how far a step moves each weight."""
     warmup: int = pydantic.Field(default=100, ge=0)
+    """Steps over which the rate rises from zero to `learning_rate`."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """What happens then, until the last step: a cosine or a straight line down to a tenth, or nothing."""
     weight_decay: float = pydantic.Field(default=0.1, ge=0, le=10)
+    """On matrices only, not on norms and biases."""
     b1: float = pydantic.Field(default=0.9, ge=0, lt=1)
     b2: float = pydantic.Field(default=0.95, ge=0, lt=1)
     clip: float = pydantic.Field(default=1.0, gt=0)
+    """The largest global norm of the gradient."""
 
     def rate(self, steps: int) -> optax.Schedule:
         """Learning rate by step."""

@@ -36,7 +36,12 @@ EVENTS = st.lists(
 
 
 def make_task(
-    max_events=100, max_age_days="null", actions="[viewed, applied]", candidates_per_prompt=3, negatives="null", third_label=""
+    max_events=100,
+    max_age_days="null",
+    actions="[viewed, applied]",
+    candidates_per_prompt=3,
+    negatives="null",
+    third_label="",
 ) -> Task:
     """Will a member apply; jobs that were only viewed say no, or, with `negatives`, jobs that were not even that."""
     no = "match: {action: viewed}" if negatives == "null" else "when: null"

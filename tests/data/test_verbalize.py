@@ -462,7 +462,9 @@ def test_dates_are_said_as_ages(jobs, tokenizer, day, said, short, kind):
 
 def test_a_long_text_is_cut_and_a_name_of_ones_own_is_said(jobs, tokenizer):
     dataset = with_value(jobs, "items", "title", 3, "Head  of Everything\nand More")
-    text = question_of(dataset, tokenizer, {"title": "{column: title, kind: text, max_words: 3, display_name: Role}"}, 3)
+    text = question_of(
+        dataset, tokenizer, {"title": "{column: title, kind: text, max_words: 3, display_name: Role}"}, 3
+    )
     assert "[Role: Head of Everything, " in text
 
 

@@ -32,7 +32,9 @@ def sampled_task() -> Task:
     """The same with two sampled negatives per event, and no other negatives."""
     text = TASK % ', sampled_negatives: {label: "No", per_event: 2}'
     return Task.parse(
-        text.replace("[viewed, applied], candidates_per_prompt", "[applied], candidates_per_prompt").replace("viewed}", "seen}")
+        text.replace("[viewed, applied], candidates_per_prompt", "[applied], candidates_per_prompt").replace(
+            "viewed}", "seen}"
+        )
     )
 
 

@@ -104,7 +104,10 @@ def test_a_plan_is_that_of_the_first_stage_that_trains(tmp_path):
     [
         ({"a": SFT | {"init_from": "b"}}, "stages.a.init_from: no stage 'b' before it, and no model there"),
         ({"a": SFT, "b": {"do": "distill", "teacher": "c"}}, "stages.b.teacher: no stage 'c' before it"),
-        ({"a": SFT, "b": {"do": "quantize"}, "c": SFT}, "stages.c.init_from: 'b' is quantised, for serving; go on from"),
+        (
+            {"a": SFT, "b": {"do": "quantize"}, "c": SFT},
+            "stages.c.init_from: 'b' is quantised, for serving; go on from",
+        ),
         ({"a": SFT, "b": {"do": "distill"}}, "stages.b.teacher: missing; this key is needed"),
         ({"a": {"do": "sfd"}}, "'pretrain', 'sft', 'align'"),
         ({"a": SFT, "b": {"do": "prune"}}, "give at least one of layers, kv_heads, d_ff and experts"),
@@ -164,7 +167,11 @@ stages:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("do: quantize", "do: sft\n    init_from: nowhere", "r.yaml:20: stages.turbo.init_from: no stage 'nowhere' before it"),
+        (
+            "do: quantize",
+            "do: sft\n    init_from: nowhere",
+            "r.yaml:20: stages.turbo.init_from: no stage 'nowhere' before it",
+        ),
         ("half: {prune: {d_ff:", "half: {prune: {d_fff:", "r.yaml:13: stages.ladder.rungs.half.prune.d_fff"),
         ("steps: 5", "steps: many", "r.yaml:17: stages.ladder.rungs.quarter.train.steps: expected a whole number"),
         ("steps: 5", "step: 5", "r.yaml:17: stages.ladder.rungs.quarter.train.step: unknown key 'step'"),

@@ -134,7 +134,10 @@ def test_a_plan_is_printed_and_nothing_is_done(folder):
         (["evaluate.mesh={data: 5}"], "recipe.yaml:8: evaluate.mesh: mesh data=5"),
         (["stages.big.data={mix: {weights: {apple: 2}}}"], "stages.big.data.mix.weights.apple: no source 'apple'"),
         (["stages.aligned.data={tasks: [b]}"], "stages.aligned.data.tasks.0: no task 'b'"),
-        (["stages.text.data={general_text: nowhere}"], "stages.text.data.general_text: nowhere: no .txt or .jsonl files"),
+        (
+            ["stages.text.data={general_text: nowhere}"],
+            "stages.text.data.general_text: nowhere: no .txt or .jsonl files",
+        ),
         (["stages.ladder.rungs.half.prune.d_ff=17"], "stages.ladder.rungs.half.prune.d_ff: 17 are more than the 16"),
     ],
 )

@@ -255,7 +255,13 @@ def test_nan_stops_the_run_and_names_the_examples(tmp_path):
 def test_a_rate_that_is_far_too_high_stops_the_run_before_it_spoils_a_checkpoint(shards, tmp_path):
     adam = OptimizerConfig(warmup=5).model_copy(update={"learning_rate": 1e38})  # the first step has a rate of zero
     with pytest.raises(NonFiniteError, match=r"step 2: .* update norm inf"):
-        train(MODEL, CONFIG.model_copy(update={"optimizer": adam, "checkpoint_every_steps": 1}), shards, tmp_path, supervised)
+        train(
+            MODEL,
+            CONFIG.model_copy(update={"optimizer": adam, "checkpoint_every_steps": 1}),
+            shards,
+            tmp_path,
+            supervised,
+        )
     step, params = newest_checkpoint(tmp_path)
     assert step == 1
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))

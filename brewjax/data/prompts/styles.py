@@ -94,22 +94,19 @@ STYLES = {
 
 
 class PromptConfig(Config):
-    """How prompts are said and cut.
-
-    Attributes:
-      styles: the styles that training draws from, with their weights.
-      score_style: the one that evaluation and serving use.
-      max_tokens: budget for the preamble, the history and one question; the oldest events go first. Training packs the
-        questions into what is left of a row: half a row or less lets many questions share a history.
-      layout: dense, or star: events do not see each other.
-      chat: of the styles that use the tokenizer's chat template.
-    """
+    """How prompts are said and cut."""
 
     styles: dict[str, float] = {"compact": 1.0}
+    """The styles that training draws from, with their weights."""
     score_style: str = "compact"
+    """The one that evaluation and serving use."""
     max_tokens: int = pydantic.Field(default=1024, gt=0)
+    """Budget for the preamble, the history and one question; the oldest events go first. Training packs the
+    questions into what is left of a row: half a row or less lets many questions share a history."""
     layout: HistoryLayout = "dense"
+    """Dense, or star: events do not see each other."""
     chat: ChatTemplate = ChatTemplate()
+    """Of the styles that use the tokenizer's chat template."""
 
     @pydantic.model_validator(mode="after")
     def _known_styles(self) -> PromptConfig:

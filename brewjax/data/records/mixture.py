@@ -12,16 +12,13 @@ from brewjax.data.records.shards import read_counts
 
 
 class MixConfig(Config):
-    """How sources of training data (tasks, texts) share a run's tokens: p_i ~ weight_i n_i^(1 / temperature).
-
-    Attributes:
-      temperature: 1 leaves each source its share, n_i tokens of all; a higher one evens them out (T5, arXiv
-        1910.10683, section 3.5.2, where n_i are examples).
-      weights: by a source's name; 1 for one that is not named, 0 leaves it out.
-    """
+    """How sources of training data (tasks, texts) share a run's tokens: p_i ~ weight_i n_i^(1 / temperature)."""
 
     temperature: float = pydantic.Field(default=1.0, gt=0)
+    """1 leaves each source its share, n_i tokens of all; a higher one evens them out (T5, arXiv 1910.10683, section
+    3.5.2, where n_i are examples)."""
     weights: dict[str, pydantic.NonNegativeFloat] = {}
+    """By a source's name; 1 for one that is not named, 0 leaves it out."""
 
     def check_names(self, names: Iterable[str]) -> None:
         """ConfigError for a weight of a source that is not among `names`, and where all of these have weight 0."""

@@ -24,18 +24,18 @@ class AlignConfig(Config):
     """Lists of one preferred item among others that it should be ranked above.
 
     Attributes:
-      tasks: by name, those whose best answer is what should rank high; none: all.
       size: items of a list, where there are as many; 2: pairs.
       lists: of an example, at most. They share its history, each with its own copies of the questions.
       notes: the share of the examples that teach to follow a developer's note, in place of what the member did.
-      max_examples: of each task; a random choice where there are more.
     """
 
     tasks: tuple[str, ...] = ()
+    """By name, those whose best answer is what should rank high; none: all."""
     list_size: int = pydantic.Field(default=8, ge=2)
     lists_per_example: int = pydantic.Field(default=2, gt=0)
     steering_fraction: float = pydantic.Field(default=0.25, ge=0, le=1)
     max_examples: int | None = pydantic.Field(default=None, gt=0)
+    """Of each task; a random choice where there are more."""
     seed: Seed = 0
 
 

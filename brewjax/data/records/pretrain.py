@@ -24,8 +24,9 @@ class PretrainConfig(Config):
 
     Attributes:
       passes: how often every item and history is told, each time with its facts in another order.
-      general: a folder of general text, kept so that the model does not forget it: .txt files, each a text, and .jsonl
-        files, each line an object with its text as "text"; in folders of any depth. None: the dataset's text alone.
+      general: a folder of general text, kept so that the model does not forget it: .txt files, each a text, and
+        .jsonl files, each line an object with its text as "text"; in folders of any depth. None: the dataset's text
+        alone.
       general_share: of all tokens.
     """
 

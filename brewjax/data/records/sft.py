@@ -24,20 +24,20 @@ class SftConfig(Config):
 
     Attributes:
       passes: how often every example is said, each time in a style drawn anew.
-      max_examples: of each task and pass; a random choice where there are more.
       choices: the share of the examples that are said once more with questions of which item it is, answered by its
         name; of tasks that say how to ask (`questions.choose`).
       candidates: items to choose from, where there are as many.
-      loss_weights: of a task's targets; 1 for a task that is not named.
-      mix: how the tasks share the tokens of a run.
     """
 
     repeats: int = pydantic.Field(default=1, gt=0)
     max_examples: int | None = pydantic.Field(default=None, gt=0)
+    """Of each task and pass; a random choice where there are more."""
     choice_fraction: float = pydantic.Field(default=0.0, ge=0, le=1)
     num_choices: int = pydantic.Field(default=4, ge=2)
     loss_weights: dict[str, pydantic.PositiveFloat] = {}
+    """Of a task's targets; 1 for a task that is not named."""
     mix: MixConfig = MixConfig()
+    """How the tasks share the tokens of a run."""
     seed: Seed = 0
 
 

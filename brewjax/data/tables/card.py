@@ -33,14 +33,7 @@ class Attribute(Config):
     """One thing that is said of a member, an item or an event.
 
     Attributes:
-      column: the Parquet column, or the attribute's name where `derive` makes its values.
-      kind: text, category, list (of text), number or date.
       say: its name in the text; by default the column's, capitalised.
-      percentile: a number said as its percentile, 1 to 100, among the training data.
-      unit: said after a number, e.g. "years".
-      max_words: a text or category longer than this is cut.
-      where: said of items in the history, in questions, or both (items only).
-      derive: computed from the events instead of read from a column (items only).
     """
 
     ALIASES: ClassVar = {
@@ -53,13 +46,20 @@ class Attribute(Config):
     }
 
     column: Words
+    """The Parquet column, or the attribute's name where `derive` makes its values."""
     kind: Literal["text", "category", "list", "number", "date"]
+    """Text, category, list (of text), number or date."""
     display_name: str = ""
     percentile: bool = False
+    """A number said as its percentile, 1 to 100, among the training data."""
     unit: str = ""
+    """Said after a number, e.g. "years"."""
     max_words: int | None = pydantic.Field(default=None, gt=0)
+    """A text or category longer than this is cut."""
     where: tuple[Literal["history", "question"], ...] = pydantic.Field(("history", "question"), min_length=1)
+    """Said of items in the history, in questions, or both (items only)."""
     derive: Statistic | None = None
+    """Computed from the events instead of read from a column (items only)."""
 
     @pydantic.model_validator(mode="after")
     def _options_fit_the_kind(self) -> Self:

@@ -52,9 +52,6 @@ class Label(Config):
     """One possible answer.
 
     Attributes:
-      word: what the model says; one token.
-      value: what the answer is worth in a ranking: AUC orders by it, and NDCG, whose gain is 2^value - 1, takes none
-        below 0. No two labels have the same.
       when: event columns (or `action`) and their values for which this is the answer: one value or several, of the
         column's own type.
     """
@@ -69,7 +66,10 @@ class Label(Config):
     }
 
     word: Annotated[str, pydantic.BeforeValidator(_one_word)]
+    """What the model says; one token."""
     value: float
+    """What the answer is worth in a ranking: AUC orders by it, and NDCG, whose gain is 2^value - 1, takes none
+    below 0. No two labels have the same."""
     match: dict[str, Any] | None = pydantic.Field(default=None, min_length=1)
 
     def matches(self, dataset: Dataset, events: np.ndarray) -> np.ndarray:
@@ -103,9 +103,6 @@ class QuestionConfig(Config):
 
     Attributes:
       choose: how it is asked which one of several items has the best answer; to be answered by name.
-      overlong: what to do about an item whose question does not fit into the budget beside the profile: `cut` its
-        texts, `skip` the question in training and evaluation, or stop with an `error`. A profile that leaves no room
-        for questions is cut too, unless it is to be an error.
     """
 
     ALIASES: ClassVar = {"ask": "question", "text": "question", "negatives": "sampled_negatives"}
@@ -116,6 +113,9 @@ class QuestionConfig(Config):
     candidates_per_prompt: int = pydantic.Field(default=16, gt=0)
     sampled_negatives: NegativesConfig | None = None
     overlong: OverlongPolicy = "cut"
+    """What to do about an item whose question does not fit into the budget beside the profile: `cut` its texts,
+    `skip` the question in training and evaluation, or stop with an `error`. A profile that leaves no room for
+    questions is cut too, unless it is to be an error."""
 
     @pydantic.model_validator(mode="after")
     def _actions_differ(self) -> Self:
@@ -142,7 +142,6 @@ class Task(Config):
     """A question to ask of a member and an item. See `configs/tasks/` for examples.
 
     Attributes:
-      labels: the possible answers; the first is the one a ranking by a single probability would use.
       note: a developer's wish, said after the instruction ("focus on location").
     """
 
@@ -154,6 +153,7 @@ class Task(Config):
     history: HistoryConfig
     questions: QuestionConfig
     labels: tuple[Label, ...] = pydantic.Field(min_length=2)
+    """The possible answers; the first is the one a ranking by a single probability would use."""
     split: TimeSplit = TimeSplit(validation="80%", test="90%")
     metrics: tuple[MetricName, ...] = pydantic.Field(("auc", "log_loss", "ndcg@10", "calibration_error"), min_length=1)
 

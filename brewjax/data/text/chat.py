@@ -17,16 +17,13 @@ THINKING = re.compile(r"<think(?:ing)?>(?!.*</think)|\[THINK\](?!.*\[/THINK\])",
 
 
 class ChatTemplate(Config):
-    """What a chat template is filled with beside the turns.
-
-    Attributes:
-      arguments: by the names that the template has for them. `enable_thinking` is false unless it is here: an answer
-        is read where it is asked for, and not where a model begins to think.
-      date: the day that the template takes for today, always the same: scores would change with it.
-    """
+    """What a chat template is filled with beside the turns."""
 
     arguments: dict[str, bool | int | float | str] = {}
+    """By the names that the template has for them. `enable_thinking` is false unless it is here: an answer is read
+    where it is asked for, and not where a model begins to think."""
     date: datetime.date = datetime.date(2024, 7, 26)
+    """The day that the template takes for today, always the same: scores would change with it."""
 
 
 AS_IT_COMES = ChatTemplate()
