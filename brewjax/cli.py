@@ -78,7 +78,9 @@ def run(
     out: Annotated[Optional[Path], typer.Option(help="Output folder; runs/NAME by default.")] = None,
     overrides: Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE, e.g. train.steps=100.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan: sizes, memory, time.")] = False,
-    any_code: Annotated[bool, typer.Option("--any-code", help="Take what other versions of the code made.")] = False,
+    allow_code_mismatch: Annotated[
+        bool, typer.Option("--allow-code-mismatch", help="Take what other versions of the code made.")
+    ] = False,
 ) -> None:
     """Run a recipe stage by stage; what is done is skipped, what was killed goes on.
 
@@ -101,7 +103,7 @@ def run(
         check_run(planned)
         return
     with hosts.distributed_runtime():
-        run_recipe(config, folder, any_code)
+        run_recipe(config, folder, allow_code_mismatch)
 
 
 def _stage_verb(kind: str, does: str) -> None:
@@ -135,7 +137,7 @@ for _kind, _does in {
     "pretrain": "Train a model on a dataset's items and histories told as prose, and on general text.",
     "sft": "Fine-tune a model on the answers of tasks.",
     "align": "Align a model to what members prefer (DPO over pairs or lists).",
-    "distill": "Train a model on tasks and on what another says of them: --set teacher=FOLDER.",
+    "distill": "Distil from a teacher, on tasks: --set teacher=FOLDER.",
     "prune": "Take neurons, heads, layers or experts out of a model: --set d_ff=0.5.",
 }.items():
     _stage_verb(_kind, _does)
@@ -167,7 +169,7 @@ def evaluate(
     split: Annotated[Split, typer.Option(help="The period of time to ask about.")] = "test",
     max_examples: Annotated[Optional[int], typer.Option(help="Of each task; a random choice of them.", min=1)] = None,
 ) -> None:
-    """Judge a model on tasks, trained on or not: a task is a YAML file, no training and no code."""
+    """Evaluate a model on tasks, trained on or not: a task is a YAML file, no training and no code."""
     device_per_core()
     from brewjax.bundle.bundle import Bundle
     from brewjax.data.tables.dataset import Dataset
@@ -177,13 +179,14 @@ def evaluate(
     from brewjax.evaluate.report import print_results
     from brewjax.evaluate.results import compare
 
-    tables, bundle, asked = Dataset.load(dataset), Bundle.load(model), []
+    tables, bundle = Dataset.load(dataset), Bundle.load(model)
+    examples_by_task = []
     for task in load_tasks(tasks, tables):
         examples = sample_examples(tables, task, split, max_examples)
         if not examples:
             raise task.error(f"no question falls into the {split} period", "split")
-        asked.append((task, examples))
-    for (task, _), predictions in zip(asked, predict(bundle, tables, asked), strict=True):
+        examples_by_task.append((task, examples))
+    for (task, _), predictions in zip(examples_by_task, predict(bundle, tables, examples_by_task), strict=True):
         print_results(compare(task, {"model": predictions.table}), console)
 
 
@@ -193,7 +196,9 @@ def prompt(
     task: Annotated[Path, typer.Argument(help="A task file.")],
     member: Annotated[Optional[str], typer.Option(help="The member's id; with --split, any by default.")] = None,
     at: At = None,
-    split: Annotated[Optional[Split], typer.Option(help="Print what `evaluate` asks of it, with answers.")] = None,
+    split: Annotated[
+        Optional[Split], typer.Option(help="Print the prompts that `evaluate` scores, with answers.")
+    ] = None,
     examples: Annotated[int, typer.Option(help="How many prompts of the split.", min=1)] = 3,
     style: Annotated[str, typer.Option(help="sectioned, chat, compact or key-value")] = "sectioned",
     questions: Annotated[
@@ -222,11 +227,11 @@ def prompt(
     (checked,) = load_tasks([task], tables)
     row = None if member is None else tables.member_row(member)
     if split:
-        of_split = (example for example in build_examples(tables, checked, split) if row in (None, example.member))
-        printed = [example.select(slice(questions)) for example in itertools.islice(of_split, examples)]
+        in_split = (example for example in build_examples(tables, checked, split) if row in (None, example.member))
+        printed = [example.select(slice(questions)) for example in itertools.islice(in_split, examples)]
         if not printed:
-            of_member = f" of member '{member}'" if member else ""
-            raise checked.error(f"no question{of_member} falls into the {split} period", "split")
+            whose = f" of member '{member}'" if member else ""
+            raise checked.error(f"no question{whose} falls into the {split} period", "split")
     else:
         assert row is not None  # there is no split, so there is a member
         printed = [example_at(tables, checked, row, _microseconds(at)).select(slice(questions or 3))]
@@ -268,21 +273,22 @@ def score(
 
         stdin = str(prompt) == "-"
         text = decode(sys.stdin.buffer.read(), "stdin") if stdin else read_text(prompt)
-        said = Prompt.from_json(text, "stdin" if stdin else str(prompt))
+        request = Prompt.from_json(text, "stdin" if stdin else str(prompt))
         if model:
             from brewjax.bundle.bundle import Bundle
 
             bundle = Bundle.load(model)
-            probabilities = bundle.score(said)
+            probabilities = bundle.score(request)
         else:
             from brewjax.serve.client import raw, score_all
 
-            asked = [question.text for question in said.questions]
-            question = raw(said.preamble, asked, said.labels, said.events)
+            candidates = [question.text for question in request.questions]
+            question = raw(request.preamble, candidates, request.labels, request.events)
             probabilities, how = score_all(server, question, os.environ.get(TOKEN))
             console.print(how)
-        values, names = np.arange(len(said.labels), 0, -1), [question.text.strip() for question in said.questions]
-        print_ranking(console, probabilities, said.labels, values, names, top)
+        values = np.arange(len(request.labels), 0, -1)
+        names = [question.text.strip() for question in request.questions]
+        print_ranking(console, probabilities, request.labels, values, names, top)
     elif dataset and task and member:
         from brewjax.data.tables.dataset import Dataset
         from brewjax.data.tasks.examples import example_at
@@ -299,9 +305,9 @@ def score(
             bundle = Bundle.load(model)
             verbalizer, style = bundle.verbalizer(tables, checked), bundle.prompts.score_style
             example = verbalizer.fitting(checked, example, style)
-            said = verbalizer.prompt(checked, example, style, note)
+            request = verbalizer.prompt(checked, example, style, note)
             verbalizer.print_overlong()
-            probabilities = bundle.score(said)
+            probabilities = bundle.score(request)
         else:
             from brewjax.serve.client import score_all
             from brewjax.serve.requests import request_from_example
@@ -380,14 +386,14 @@ def export(
 @app.command()
 def generate(
     model: ModelFolder,
-    prompt: Annotated[str, typer.Option(help="What is said to the model.")],
+    prompt: Annotated[str, typer.Option(help="The user's text.")],
     max_tokens: Annotated[int, typer.Option(help="The longest answer.", min=1)] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0)] = 0.0,
     top_k: Annotated[int, typer.Option(help="Draw among so many; 0: all.", min=0)] = 0,
     seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
     plain: Annotated[bool, typer.Option("--plain", help="Go on from the prompt, without the chat template.")] = False,
 ) -> None:
-    """Let a model speak: the answer to a prompt in its chat template, or what follows it where it has none."""
+    """Generate text: the answer to a prompt in the chat template, or its continuation where there is none."""
     from brewjax.bundle.bundle import Bundle
     from brewjax.model.generate import Generator, SamplingParams
 
@@ -402,8 +408,8 @@ def generate(
     sampling = SamplingParams(temperature=temperature, top_k=top_k)
     generator = Generator(bundle.model, bundle.params, 1, context, sampling, seed)
     stop = [] if tokenizer.hf.eos_token_id is None else [tokenizer.hf.eos_token_id]
-    (said,) = generator.generate([ids], max_tokens, stop)
-    _print(tokenizer.hf.decode(said))
+    (answer,) = generator.generate([ids], max_tokens, stop)
+    _print(tokenizer.hf.decode(answer))
 
 
 @app.command()
@@ -439,17 +445,57 @@ def describe(
         config = read_config(model, model.resolve().name)
     else:
         config = ModelConfig.load(model / MODEL if model.is_dir() else model, overrides or ())
-    found = model_size(config)
+    size = model_size(config)
     table = Table(show_header=False)
-    for what, value in {
-        "parameters": f"{found.parameters:,}",
-        "used by a token": f"{found.active:,}",
-        f"weights at rest, {config.param_dtype}": f"{found.weight_bytes / 1e9:,.2f} GB",
-        "weights in bfloat16": f"{2 * found.parameters / 1e9:,.2f} GB",
-        f"keys and values of a token, {config.compute_dtype}": f"{found.cache_bytes:,} bytes",
+    for name, value in {
+        "parameters": f"{size.parameters:,}",
+        "used by a token": f"{size.active:,}",
+        f"weights at rest, {config.param_dtype}": f"{size.weight_bytes / 1e9:,.2f} GB",
+        "weights in bfloat16": f"{2 * size.parameters / 1e9:,.2f} GB",
+        f"keys and values of a token, {config.compute_dtype}": f"{size.cache_bytes:,} bytes",
     }.items():
-        table.add_row(what, value)
+        table.add_row(name, value)
     console.print(bold(config.name), table)
+
+
+@app.command("help")
+def help_(
+    key: Annotated[Optional[str], typer.Argument(help="A key of a YAML file, e.g. train.batch_size.")] = None,
+) -> None:
+    """Explain a setting: what it does, its type and default. Without a key, list the files that have settings."""
+    from brewjax.schemas import FILES, find, settings
+
+    table = Table(box=None, pad_edge=False)
+    if key is None:
+        for heading in ("file", "keys", "what it is"):
+            table.add_column(heading, overflow="fold")
+        for file, config in FILES.items():
+            table.add_row(file, str(len(settings(file))), (config.__doc__ or "").split("\n")[0])
+        console.print(table)
+        return
+    matches = find(key)
+    if not matches:
+        keys = dict.fromkeys(
+            part.partition("[")[0] for file in FILES for s in settings(file) for part in s.key.split(".")
+        )
+        raise typer.BadParameter(f"'{key}' is no setting; {suggest(key.split('.')[-1], keys)}", param_hint="KEY")
+    for heading in ("file", "key", "type", "default", ""):
+        table.add_column(heading, overflow="fold")
+    for file, name, type_, default, description in matches:
+        table.add_row(file, name, type_, default or "required", description)
+    console.print(table)
+
+
+@app.command("schema")
+def schema_(file: Annotated[str, typer.Argument(help="dataset, task, model, recipe, plan or serve")]) -> None:
+    """Print the JSON schema of a kind of YAML file, for an editor's completion and checks."""
+    import json
+
+    from brewjax.schemas import FILES, schema
+
+    if file not in FILES:
+        raise typer.BadParameter(f"'{file}': {suggest(file, FILES)}", param_hint="FILE")
+    typer.echo(json.dumps(schema(file), indent=2))
 
 
 @app.command("compile")
@@ -464,7 +510,7 @@ def compile_(
         Optional[list[str]], typer.Option("--set-model", help="KEY=VALUE, e.g. param_dtype=bfloat16.")
     ] = None,
 ) -> None:
-    """Compile a training step, or a scoring pass, for TPUs that are not there: does it fit, and how fast can it be?"""
+    """Compile a training step or a scoring pass for a TPU topology, without TPUs: does it fit, how fast can it be?"""
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is run; a chip that is here is left alone
     import jax
 
@@ -478,10 +524,10 @@ def compile_(
     plan = load_plan(recipe, overrides or ())
     model = ModelConfig.load(plan.model, of_model or ())
     parameters = model_size(model).parameters
-    where = find(topology)
-    mesh = plan.train.mesh.build(where.devices)
-    used = " ".join(f"{axis}={ways}" for axis, ways in mesh.shape.items() if ways > 1)
-    console.print(bold(model.name, f", {parameters:,} parameters, on {where.name}: {used or 'one device'}"))
+    target = find(topology)
+    mesh = plan.train.mesh.build(target.devices)
+    used = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+    console.print(bold(model.name, f", {parameters:,} parameters, on {target.name}: {used or 'one device'}"))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         if score is None:
             works = [program.training_step(model, plan.train, mesh)]
@@ -494,10 +540,10 @@ def compile_(
         for work in works:
             compiled = report.compile_work(work)
             if score is None:
-                suggestion = report.advice(model, plan.train, mesh, compiled.memory, where.chip.hbm)
+                suggestion = report.advice(model, plan.train, mesh, compiled.memory, target.chip.hbm)
             else:
                 suggestion = "--set-model param_dtype=bfloat16, fewer tokens, or more devices along train.mesh.tensor"
-            report.show(compiled, where, suggestion, console)
+            report.show(compiled, target, suggestion, console)
             if not compiled.program:
                 raise typer.Exit(1)
 

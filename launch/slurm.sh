@@ -26,7 +26,7 @@ script=$(
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=logs/%x-%j.log
-export BREWJAX_HOSTS=auto
+export BREWJAX_DISTRIBUTED=auto
 code=0
 srun --kill-on-bad-exit=1 --output=logs/%x-%j-%t.log --open-mode=append brewjax run ${*@Q} || code=\$?
 if (( (code == 75 || code > 128) && \${SLURM_RESTART_COUNT:-0} < ${RESTARTS:-10} )); then

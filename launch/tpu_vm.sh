@@ -14,7 +14,7 @@ if [[ -z ${1:-} || -z ${2:-} || -z ${3:-} ]]; then
 fi
 name=$1 zone=$2
 shift 2
-remote="cd ~/brewjax && set -o pipefail && BREWJAX_HOSTS=auto RESTARTS=${RESTARTS:-10} PATH=~/brewjax/.venv/bin:\$PATH \
+remote="cd ~/brewjax && set -o pipefail && BREWJAX_DISTRIBUTED=auto RESTARTS=${RESTARTS:-10} PATH=~/brewjax/.venv/bin:\$PATH \
 launch/again.sh brewjax run ${*@Q} 2>&1 | tee -a run.log"
 ssh=(gcloud compute tpus tpu-vm ssh "$name" "--zone=$zone" --worker=all "--command=$remote")
 create=()

@@ -20,7 +20,7 @@ check_name "$NAME"
 # By itself xpk starts again after 42 and 127-255 only, and gives 30 seconds after SIGTERM. `exec`: for SIGTERM to come.
 create=(
     xpk workload create "--cluster=$CLUSTER" "--workload=$NAME" "--tpu-type=$TPU_TYPE" "--num-slices=${SLICES:-1}"
-    "--docker-image=$IMAGE" "--storage=$STORAGE" --env=BREWJAX_HOSTS=auto "--max-restarts=${RESTARTS:-10}"
+    "--docker-image=$IMAGE" "--storage=$STORAGE" --env=BREWJAX_DISTRIBUTED=auto "--max-restarts=${RESTARTS:-10}"
     --restart-on-exit-codes=75 --termination-grace-period-seconds=300 "--command=cd /bucket && exec brewjax run ${*@Q}"
 )
 if [[ $dry == yes ]]; then

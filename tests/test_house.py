@@ -14,7 +14,9 @@ ROOT = Path(__file__).parents[1]
 # Lowest first: a floor imports from itself and from floors below it. Floors of one line do not see each other.
 FLOORS = (
     {"pallas_kernels"},
-    {"brewjax.paths", "brewjax.config", "brewjax.fingerprint", "brewjax.download", "brewjax.distributed"},
+    {"brewjax.paths"},
+    {"brewjax.config", "brewjax.fingerprint", "brewjax.devices", "brewjax.distributed"},
+    {"brewjax.console", "brewjax.download"},
     {"brewjax.data"},
     {"brewjax.model"},
     {"brewjax.scoring"},
@@ -24,7 +26,7 @@ FLOORS = (
     {"brewjax.evaluate", "brewjax.aot"},
     {"brewjax.serve"},
     {"brewjax.pipeline"},
-    {"brewjax.schemas"},
+    {"brewjax.schemas", "brewjax.cli_errors"},
     {"brewjax.cli"},
     {"brewjax"},
 )

@@ -167,7 +167,7 @@ def test_a_dry_run_is_what_is_submitted(tmp_path):
 def test_xpk_starts_again_on_75_and_passes_sigterm_on():
     planned = shlex.split(launch("xpk.sh", "--dry-run", "r.yaml", "--set", "name=a b", **XPK).stdout)
     assert planned[:3] == ["xpk", "workload", "create"]
-    assert {"--restart-on-exit-codes=75", "--max-restarts=10", "--env=BREWJAX_HOSTS=auto"} <= set(planned)
+    assert {"--restart-on-exit-codes=75", "--max-restarts=10", "--env=BREWJAX_DISTRIBUTED=auto"} <= set(planned)
     assert planned[-1] == "--command=cd /bucket && exec brewjax run 'r.yaml' '--set' 'name=a b'"
 
 

@@ -1,4 +1,4 @@
-"""What would stop a run, found before its first byte is written."""
+"""Finds everything that would stop a run, before its first byte is written."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def _check_tokens(run: Run) -> None:
 
 
 def check_foreign_tokenizers(run: Run, name: str, tokenizer: Tokenizer | None) -> None:
-    """What a stage takes from another folder must read the tokens of the recipe's tokenizer; one that is still to be
-    trained (None) is nobody else's."""
+    """Raises ConfigError where a model of another folder has another tokenizer than the recipe's, or where that is
+    still to be trained (None)."""
     for key in ("init_from", "teacher"):
         model = getattr(run.recipe.stages[name], key, None)
         if not model or model in run.recipe.stages:
@@ -93,7 +93,7 @@ def _check_mesh(config: Config, model: ModelConfig, mesh: MeshConfig, *location:
 
 @contextlib.contextmanager
 def _blame(config: Config, *location: str) -> Iterator[None]:
-    """Gives an error that names no key the one at `location`."""
+    """Blames the key at `location` for errors that name none."""
     try:
         yield
     except ConfigError:

@@ -34,12 +34,12 @@ class Run:
 
     @property
     def task_files(self) -> list[str]:
-        """The recipe's patterns filled in; one that fits no file is left as it is, to be refused by its name."""
+        """The files that fit the recipe's patterns; a pattern that fits none is kept, so that an error can name it."""
         return [path for pattern in self.recipe.tasks for path in sorted(glob(pattern)) or [pattern]]
 
     @cached_property
     def tasks(self) -> list[Task]:
-        """The recipe's tasks, checked; all must split time alike, or one's test would be another's training."""
+        """The recipe's tasks, checked. All must split time alike, or a test period would be trained on."""
         tasks = load_tasks(self.task_files, self.dataset)
         for task in tasks[1:]:
             if task.boundaries(self.dataset) != tasks[0].boundaries(self.dataset):
@@ -48,16 +48,18 @@ class Run:
 
     @property
     def base(self) -> Path | None:
-        """The folder of the model whose tokenizer is used, where the recipe goes on from one."""
+        """The folder of the model that the recipe starts from, if any; its tokenizer is used."""
         return Path(self.recipe.model) if Path(self.recipe.model).is_dir() else None
 
     @cached_property
     def test_examples(self) -> dict[str, list[RankingExample]]:
-        """The examples of the test period that models and baselines answer, by the name of their task."""
-        most = self.recipe.evaluate.max_examples
+        """The test examples that models and baselines score, by task name."""
+        max_examples = self.recipe.evaluate.max_examples
         style = self.recipe.prompts.score_style
         return {
-            task.name: [*self.verbalizer.all_fitting(task, sample_examples(self.dataset, task, "test", most), style)]
+            task.name: [
+                *self.verbalizer.all_fitting(task, sample_examples(self.dataset, task, "test", max_examples), style)
+            ]
             for task in self.tasks
         }
 
@@ -66,7 +68,7 @@ class Run:
         return Tokenizer.load(self.folder / "prepare" / TOKENIZER)
 
     def known_tokenizer(self) -> Tokenizer | None:
-        """The recipe's tokenizer, before anything is run; None where it is still to be trained."""
+        """The recipe's tokenizer, before any step has run; None where it is still to be trained."""
         trained = self.recipe.tokenizer
         if trained and not trained.path:
             return None
@@ -107,7 +109,7 @@ class Run:
         return config
 
     def _vocab_size(self) -> int:
-        """Of the tokenizer; of one that is still to be trained, what was asked for."""
+        """The tokenizer's size, or the size in the recipe where it is still to be trained."""
         if (self.folder / "prepare" / TOKENIZER).exists():
             return self.tokenizer.vocab_size
         tokenizer = self.known_tokenizer()

@@ -56,7 +56,7 @@ def plan_table(run: Run) -> Table:
 
 
 def _frozen(run: Run, stage: TrainedStage) -> list[ModelConfig]:
-    """The models that are asked beside the one that learns."""
+    """The frozen models of a stage: its teacher or its reference."""
     if isinstance(stage, DistillStage):
         return [run.shape(stage.teacher)]
     if isinstance(stage, AlignStage) and stage.init_from and not stage.train.lora:  # else the reference is LoRA's base
@@ -71,7 +71,7 @@ def _measure_flops() -> float:
     x = jnp.ones((n, n))
     product(x, x).block_until_ready()
     for _ in range(5):
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         product(x, x).block_until_ready()
-        times.append(time.perf_counter() - began)
+        times.append(time.perf_counter() - start_time)
     return 2 * n**3 / min(times)

@@ -38,12 +38,12 @@ BASELINES = ("popularity", "LightGBM")
 def evaluate_stage(run: Run, name: str, folder: Path) -> None:
     """The model's predictions on the test period of every task, and what they cost."""
     bundle = Bundle.load(run.model(name), run.recipe.evaluate.mesh)
-    found = predict(bundle, run.dataset, [(task, run.test_examples[task.name]) for task in run.tasks])
+    predicted = predict(bundle, run.dataset, [(task, run.test_examples[task.name]) for task in run.tasks])
     if hosts.is_process_zero():
-        for task, predictions in zip(run.tasks, found, strict=True):
+        for task, predictions in zip(run.tasks, predicted, strict=True):
             pq.write_table(predictions.table, folder / f"{task.name}.parquet")
-        took = [sum(column) for column in zip(*(predictions.work for predictions in found), strict=True)]
-        (folder / WORK).write_text(json.dumps(took))
+        cost = [sum(column) for column in zip(*(predictions.work for predictions in predicted), strict=True)]
+        (folder / WORK).write_text(json.dumps(cost))
 
 
 def baselines_stage(run: Run, folder: Path) -> None:

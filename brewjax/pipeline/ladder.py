@@ -1,7 +1,7 @@
-"""The ladder down: prune a little, distil, and again, and what that is compared with; a few lines for many stages.
+"""`Ladder`: prune a little, distil, and again, and what that is compared with; a few lines that stand for many stages.
 
 360Brew's report found many small steps better than a large one (arXiv 2501.16450; Faster LLMs for ranking and
-retrieval, arXiv 2502.14305): `compare` asks that of your data.
+retrieval, arXiv 2502.14305): `compare` adds the stages that test this on your data.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ class Rung(Config):
     """One step down: to a smaller model, which then learns from the teacher again."""
 
     prune: Values
-    """A stage `prune` without its `do` and `start`."""
+    """The settings of a stage `prune`, without `do` and `init_from`."""
     train: Values = {}
-    """What differs from the recipe's `train` in the distillation."""
+    """Training settings of the distillation that differ from the recipe's `train`."""
 
     @pydantic.field_validator("train")
     @classmethod
@@ -32,47 +32,48 @@ class Rung(Config):
 
 
 class Ladder(Config):
-    """From the model of the stage `start`, the teacher of all rungs, down."""
+    """Steps down in size from the model of the stage `init_from`, which teaches all of them."""
 
     do: Literal["ladder"] = "ladder"
+    """A ladder of pruning and distillation."""
     init_from: str
+    """The stage whose model is the largest, and the teacher of all rungs; the stage before by default."""
     rungs: dict[str, Rung] = pydantic.Field(min_length=1)
-    """By name, from large to small: stages NAME-pruned and NAME."""
+    """The rungs by name, from large to small; each becomes the stages NAME-pruned and NAME."""
     distill: Values = {}
-    """A stage `distill` without its `do`, `start`, `teacher` and `train`, the same for all rungs."""
+    """The settings of a stage `distill`, without `do`, `init_from`, `teacher` and `train`, the same for all rungs."""
     compare: tuple[Literal["direct", "sft", "fresh"], ...] = ()
-    """With the other ways to the size of the last rung, by stages whose names begin with these: direct: pruned
-    once, which is a result of its own, and distilled for as many steps as all rungs together; sft: down the same
-    rungs, but by fine-tuning instead of distillation; fresh: trained from random weights on what `start` was, for
-    the steps of `start` and of all rungs together."""
+    """Other methods that reach the size of the last rung, as stages whose names begin with these words. direct: prune
+    once, then distil for as many steps as all rungs together; sft: the same rungs, fine-tuned instead of distilled;
+    fresh: train from random weights, for the steps of `init_from` and of all rungs together."""
 
 
 def expand(ladder: Ladder, start: Values, steps: int) -> dict[str, Values]:
-    """The ladder as ordinary stages, its rungs before what they are compared with.
+    """The ladder as ordinary stages, its rungs before the stages that they are compared with.
 
     Args:
-      start: the stage `ladder.start`.
-      steps: of a training stage that does not say how many.
+      start: the settings of the stage `ladder.init_from`.
+      steps: the training steps of a stage that does not set its own.
     """
     data = {"data": start["data"]} if start.get("do") == "sft" and "data" in start else {}
-    taught = {"do": "distill", "teacher": ladder.init_from} | data | ladder.distill
-    tuned = {"do": "sft"} | data
+    distill = {"do": "distill", "teacher": ladder.init_from} | data | ladder.distill
+    sft = {"do": "sft"} | data
     rungs, last = list(ladder.rungs.items()), list(ladder.rungs)[-1]
-    in_all = sum(rung.train.get("steps", steps) for _, rung in rungs)
+    total_steps = sum(rung.train.get("steps", steps) for _, rung in rungs)
 
-    stages = _down(rungs, ladder.init_from, "", taught)
+    stages = _down(rungs, ladder.init_from, "", distill)
     if "direct" in ladder.compare:
         # Of the last rung's method, to its size.
         method = rungs[-1][1].prune | {"do": "prune", "init_from": ladder.init_from, "match_sizes_of": last}
-        train = rungs[-1][1].train | {"steps": in_all}
+        train = rungs[-1][1].train | {"steps": total_steps}
         stages["direct-pruned"] = method
-        stages["direct"] = taught | {"init_from": "direct-pruned", "train": train}
+        stages["direct"] = distill | {"init_from": "direct-pruned", "train": train}
     if "sft" in ladder.compare:
-        stages |= _down(rungs, ladder.init_from, "sft-", tuned)
+        stages |= _down(rungs, ladder.init_from, "sft-", sft)
     if "fresh" in ladder.compare:
         before = start.get("train", {})
-        train = before | {"steps": before.get("steps", steps) + in_all}
-        stages["fresh"] = tuned | {"init_from": last, "from_scratch": True, "train": train}
+        train = before | {"steps": before.get("steps", steps) + total_steps}
+        stages["fresh"] = sft | {"init_from": last, "from_scratch": True, "train": train}
     return stages
 
 

@@ -30,10 +30,12 @@ class TokenizerConfig(Config):
     """A tokenizer trained on the prompts, of `vocab_size` tokens, or the one in the folder `path`."""
 
     vocab_size: int | None = pydantic.Field(default=None, gt=300)
+    """Tokens of a byte-level BPE that is trained on prompts of the training period."""
     path: str | None = None
+    """A folder with a `tokenizer.json`, which is used as it is."""
 
     @pydantic.model_validator(mode="after")
-    def _one_of(self) -> TokenizerConfig:
+    def _exactly(self) -> TokenizerConfig:
         if (self.vocab_size is None) == (self.path is None):
             raise ValueError("give either 'vocab_size' or 'path'")
         return self
@@ -43,106 +45,110 @@ class EvaluateConfig(Config):
     """Evaluation on the test period."""
 
     max_examples: int | None = pydantic.Field(default=None, gt=0)
-    """Of each task; a random choice where there are more, the same for all models and baselines."""
+    """Examples of each task; a random choice where there are more, the same for all models and baselines."""
     bootstrap: int = pydantic.Field(default=200, gt=0)
     """Resamples of members behind each interval."""
     baseline_settings: int = pydantic.Field(default=8, gt=0)
-    """Hyperparameter settings that LightGBM chooses from on the validation period."""
+    """Hyperparameter settings of LightGBM that are compared on the validation period."""
     mesh: MeshConfig = MeshConfig()
-    """That models score on."""
+    """The mesh that models are scored on."""
 
 
 class _Stage(Config):
-    """A step from one model to the next.
-
-    Attributes:
-      start: the stage whose model it goes on from, or the folder of any model: by default the stage before, and for
-        the first one the recipe's `model`.
-    """
+    """A step from one model to the next."""
 
     init_from: str | None = None
+    """The stage whose model this one starts from, or the folder of any model; the stage before by default, and the
+    recipe's `model` for the first stage."""
 
 
 class _Trained(_Stage):
-    """A stage that trains.
-
-    Attributes:
-      fresh: begins with random weights: in the shape of `start`'s model, if that is given.
-    """
+    """A stage that trains."""
 
     from_scratch: bool = False
+    """Train from random weights, in the sizes of the model of `init_from` if that is given."""
     train: TrainConfig
-    """What differs from the recipe's `train`."""
+    """Settings that differ from the recipe's `train`."""
 
 
 class PretrainStage(_Trained):
     """Continued pre-training on the domain's text."""
 
     do: Literal["pretrain"]
+    """Continued pre-training on text."""
     data: PretrainConfig = PretrainConfig()
+    """The text that is trained on."""
 
 
 class SftStage(_Trained):
     """Supervised fine-tuning."""
 
     do: Literal["sft"]
+    """Supervised fine-tuning on the recipe's tasks."""
     data: SftConfig = SftConfig()
+    """How training records are made of the tasks' examples."""
 
 
 class AlignStage(_Trained):
     """Alignment to what members prefer. The reference is the model that it starts from."""
 
     do: Literal["align"]
+    """Preference alignment (DPO) of the model of `init_from`, which is also its reference."""
     data: AlignConfig = AlignConfig()
+    """How lists of chosen and rejected candidates are made."""
     loss: Align = Align()
+    """The preference loss."""
 
 
 class DistillStage(_Trained):
     """Distillation from the model of the stage `teacher`, or of that folder."""
 
     do: Literal["distill"]
+    """Distillation from a teacher."""
     teacher: str
+    """The stage whose model is the teacher, or the folder of any model with the same tokenizer."""
     data: SftConfig = SftConfig()
+    """How training records are made of the tasks' examples."""
     loss: Distill = Distill()
+    """The distillation loss."""
 
 
 class PruneStage(_Stage, PruneConfig):
-    """Structured pruning.
-
-    Attributes:
-      like: the stage to whose model's sizes it prunes, instead of to sizes of its own.
-    """
+    """Structured pruning."""
 
     do: Literal["prune"]
+    """Structured pruning of the model of `init_from`."""
     match_sizes_of: str | None = None
+    """The stage to whose model's sizes this one prunes, instead of to sizes of its own."""
 
     def has_target(self) -> bool:
         return bool(self.match_sizes_of) or super().has_target()
 
-    def config(self, like: ModelConfig | None) -> PruneConfig:
-        """With the sizes of the model of the stage `like`."""
-        if not like:
+    def config(self, target: ModelConfig | None) -> PruneConfig:
+        """The settings, with the sizes of the model `target` of `match_sizes_of` where there is one."""
+        if not target:
             return self
-        sizes = {"layers": like.layers, "kv_heads": like.kv_heads, "d_ff": like.d_ff}
-        return self.model_copy(update=sizes | ({"experts": like.experts.num_experts} if like.experts else {}))
+        sizes = {"layers": target.layers, "kv_heads": target.kv_heads, "d_ff": target.d_ff}
+        return self.model_copy(update=sizes | ({"experts": target.experts.num_experts} if target.experts else {}))
 
 
 class QuantizeStage(_Stage, QuantizeConfig):
     """Weights of 8 bits."""
 
     do: Literal["quantize"]
+    """Quantisation of the model of `init_from` to 8 bits."""
 
 
 TrainedStage = PretrainStage | SftStage | AlignStage | DistillStage
 Stage = TrainedStage | PruneStage | QuantizeStage
-OTHER_FOLDERS = ("prepare", "baselines", "report")  # of a run, beside its stages'
+OTHER_FOLDERS = ("prepare", "baselines", "report")  # of a run, which no stage may be called after
 TRAINING = ("pretrain", "sft", "align", "distill")
 KINDS = (*TRAINING, "prune", "quantize")
 Name = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # of a folder
 
 
 def _in_ladder(name: str, stages: dict[str, Any]) -> Location:
-    """The keys that a stage of this name comes from: its own, or those of a ladder's rung."""
+    """The keys of the file that define the stage `name`: its own, or those of a ladder's rung."""
     for ladder, values in stages.items() if name not in stages else ():
         rungs = values.get("rungs") if isinstance(values, dict) else None
         for rung in rungs if isinstance(rungs, dict) else ():
@@ -154,7 +160,7 @@ def _in_ladder(name: str, stages: dict[str, Any]) -> Location:
 
 
 def _depth(values: Any, keys: Location) -> int:
-    """How many of `keys`, each in the value of the one before, are there."""
+    """The number of leading `keys` that can be looked up, each in the value of the key before it."""
     for depth, key in enumerate(keys):
         if not isinstance(values, dict) or key not in values:
             return depth
@@ -172,32 +178,40 @@ class CompilePlan(Config):
     """What `brewjax compile` compiles: the part of a recipe that needs no data. Paths are as in a recipe."""
 
     name: str
+    """A name, for people."""
     model: str
+    """A file with a model's config."""
     train: TrainConfig
+    """Settings of the training step."""
 
 
 class Recipe(Config):
     """What `brewjax run` runs. Paths are relative to the current directory."""
 
     name: Name
+    """The run's name; its outputs are in runs/NAME by default."""
     dataset: str
+    """A dataset folder."""
     tasks: tuple[str, ...] = pydantic.Field(min_length=1)
+    """Task files, or patterns that fit several, such as configs/tasks/movielens/*.yaml."""
     model: str
-    """A file with a model's config, or the folder of a model to go on from, with its tokenizer, and its prompts
-    unless there are others."""
+    """A file with a model's config, or the folder of a model to start from; its tokenizer is used, and its prompts
+    unless the recipe has its own."""
     tokenizer: TokenizerConfig | None = None
-    """Where `model` is a file."""
+    """The tokenizer, where `model` is a file; a model's folder has one."""
     prompts: PromptConfig = PromptConfig()
+    """How prompts are rendered."""
     evaluate: EvaluateConfig = EvaluateConfig()
+    """How every stage's model is evaluated."""
     train: dict[str, Any] = {}
-    """What all stages that train share; each may say what differs."""
+    """Training settings shared by all stages that train; a stage's own `train` overrides them key by key."""
     stages: dict[Name, Annotated[Stage, pydantic.Field(discriminator="do")]] = pydantic.Field(min_length=1)
-    """By name, in order. A `ladder` stands for many."""
+    """The stages by name, in order. A `ladder` stands for many."""
 
     @classmethod
     def place(cls, location: Location, source: dict[str, Any]) -> Location:
-        """Without the stage's kind, which pydantic puts behind its name; of a ladder's stage, the rung; and the
-        recipe's own `train` where that has the key and the stage has not."""
+        """Drops the stage's kind, which pydantic puts behind its name; maps a ladder's stage to its rung, and a training
+        setting that only the recipe's own `train` spells out to that."""
         if location[:1] != ("stages",) or len(location) < 2:
             return location
         name, keys = location[1], location[2:]
@@ -211,7 +225,7 @@ class Recipe(Config):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _spell_out(cls, values: Any) -> Any:
-        """Ladders as stages, what all training shares in each, and who goes on from whom."""
+        """Expands ladders into stages, and fills in each stage's shared training settings and `init_from`."""
         shared = values.get("train") or {} if isinstance(values, dict) else None
         if not isinstance(shared, dict) or not isinstance(values.get("stages"), dict):
             return values

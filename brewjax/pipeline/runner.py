@@ -1,4 +1,4 @@
-"""Steps run in order, each into a folder of its own. What is done is not done again; what was killed goes on."""
+"""Runs steps in order, each into a folder of its own: skips what is done, resumes what was interrupted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from brewjax.paths import storage_errors, write_text
 from brewjax.train.metrics_writer import METRICS, read_metrics
 
 RECORD = "stage.json"
-KILOBYTE = 1 if sys.platform == "darwin" else 1024  # what the system counts a process's memory in, in bytes
+MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024  # the unit of ru_maxrss
 HERE = Path(__file__).parents[1]
 Record = dict[str, Any]
 
@@ -32,12 +32,12 @@ class Step:
     """One step of a run.
 
     Attributes:
-      run: does it, in the folder that it is given.
-      after: the steps whose results it needs.
-      settings: what else it depends on, as JSON has it.
+      run: does the work, in the folder that it gets.
+      depends_on: the names of the steps whose results it needs.
+      settings: everything else that its result depends on, as values that JSON can hold.
       code: the folders of the package whose code makes its result.
-      keep: what it leaves is too dear to be replaced unasked; begun, it goes on.
-      together: all processes run it, each on its devices; else the first one does, and the others wait.
+      protected: its result took long: it is resumed, and never replaced unless the user deletes it.
+      all_processes: all processes run it, each on its devices; otherwise process zero runs it while the others wait.
     """
 
     name: str
@@ -49,21 +49,22 @@ class Step:
     all_processes: bool = False
 
 
-def run_steps(steps: Sequence[Step], folder: Path, data: str, any_code: bool = False) -> None:
-    """Runs steps into `folder/<name>`; what is done from the same data, settings and code is skipped.
+def run_steps(steps: Sequence[Step], folder: Path, data: str, allow_code_mismatch: bool = False) -> None:
+    """Runs steps into `folder/<name>`, and skips those that are done from the same data, settings and code.
 
-    Raises ConfigError instead of mixing outputs, before anything is written: what is dear, made otherwise, is neither
-    continued nor overwritten.
+    Raises ConfigError before anything is written where a protected step has a result of other data, settings or code:
+    outputs are never mixed.
 
     Args:
-      data: a hash of what all steps read.
-      any_code: takes what other code made for good.
+      data: a hash of the dataset, which all steps read.
+      allow_code_mismatch: accept results that other code made.
     """
     console = plain_console()
     made = _fingerprints(steps, data)
     records = hosts.run_on_process_zero(
         lambda: {
-            step.name: _usable_record(folder / step.name, step.protected, made[step.name], any_code) for step in steps
+            step.name: _usable_record(folder / step.name, step.protected, made[step.name], allow_code_mismatch)
+            for step in steps
         }
     )
     for step in steps:
@@ -84,7 +85,7 @@ def run_steps(steps: Sequence[Step], folder: Path, data: str, any_code: bool = F
                 hosts.run_on_process_zero(functools.partial(step.run, output))
             record["seconds"] = seconds + time.perf_counter() - start_time
             hosts.run_on_process_zero(functools.partial(_write_record, output, record))
-        gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KILOBYTE / 1e9
+        gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_BYTES / 1e9
         console.print(bold(step.name, f": {record['seconds']:.0f} s, {gigabytes:.1f} GB of memory at most so far"))
 
 
@@ -100,10 +101,10 @@ def _fingerprints(steps: Sequence[Step], data: str) -> dict[str, dict[str, str]]
     return made
 
 
-def _usable_record(output: Path, keep: bool, now: dict[str, str], any_code: bool) -> Record | None:
-    """The record of a step that is done, or that can go on; None where it begins anew. Writes nothing.
+def _usable_record(output: Path, keep: bool, now: dict[str, str], allow_code_mismatch: bool) -> Record | None:
+    """The record of a step that is done or can be resumed; None where it starts anew. Writes nothing.
 
-    Raises ConfigError where what is there is too dear to be replaced.
+    Raises ConfigError where a protected result would be replaced.
     """
     try:
         before = read_record(output)
@@ -111,15 +112,15 @@ def _usable_record(output: Path, keep: bool, now: dict[str, str], any_code: bool
         if not keep:
             return None
         raise ConfigError(
-            f"{error}, so it cannot be told what {output} was made of; delete that folder to train it again, or give "
+            f"{error}, so what {output} was made of is unknown; delete that folder to train it again, or give "
             "another --out"
         ) from None
     same_settings = before.get("made_of") == now["made_of"]
-    if same_settings and (any_code or before.get("code") == now["code"]):
+    if same_settings and (allow_code_mismatch or before.get("code") == now["code"]):
         return before if keep or "seconds" in before else None
     if before and keep:
         code = f"other code ({before.get('commit') or 'of an unknown commit'})"
-        hint = ", or take it as it is with --any-code" if same_settings else ""
+        hint = ", or take it as it is with --allow-code-mismatch" if same_settings else ""
         raise ConfigError(
             f"{output}: made from {code if same_settings else 'other data or settings'}, so it is neither continued "
             f"nor replaced; give another --out, or delete that folder{hint}"
@@ -128,7 +129,7 @@ def _usable_record(output: Path, keep: bool, now: dict[str, str], any_code: bool
 
 
 def _begin(output: Path, keep: bool, record: Record | None, now: dict[str, str]) -> Record:
-    """The record of a step that goes on, or begins in an empty folder."""
+    """Starts or resumes a step: makes its folder ready and returns its record."""
     if record is None:
         if output.exists():
             shutil.rmtree(output)
@@ -139,13 +140,13 @@ def _begin(output: Path, keep: bool, record: Record | None, now: dict[str, str])
 
 
 def _seconds_before(output: Path) -> float:
-    """What earlier, interrupted attempts at a training stage took."""
+    """Seconds of training in earlier, interrupted attempts."""
     rows = read_metrics(output / METRICS)
     return rows[-1]["seconds"] if rows else 0.0
 
 
 def read_record(output: Path) -> Record:
-    """What a step was made of, its commit, and its seconds once it is done; nothing where it was never begun.
+    """Fingerprints of a step, its commit, and its seconds once it is done; {} where it was never started.
 
     Raises ValueError where the file is damaged.
     """
@@ -171,6 +172,6 @@ def _hash_code(packages: tuple[str, ...]) -> str:
 
 
 def _commit() -> str:
-    """The commit of the code that is run, where it is run from a clone."""
+    """The commit of the running code; "" outside a clone."""
     git = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
     return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()

@@ -65,7 +65,7 @@ TOKENIZER_EXAMPLES = 400  # prompts of each task that a tokenizer is trained on
 
 
 def prepare(run: Run, folder: Path) -> None:
-    """The tokenizer, and the scale that numbers are said on."""
+    """Writes the tokenizer, and the percentiles of number attributes."""
     if run.base:
         Tokenizer.load(run.base / TOKENIZER).save(folder / TOKENIZER)
     scale = PercentileScale.fit(run.dataset, run.tasks[0].boundaries(run.dataset)[0])
@@ -96,8 +96,8 @@ def _train_tokenizer(run: Run, percentiles: Percentiles, vocab_size: int) -> Tok
                 texts.append(verbalizer.prompt(task, fitting, style).render())
     if _reads_prose(run.recipe):
         until = run.tasks[0].boundaries(run.dataset)[0]
-        told = domain_texts(verbalizer, until, PretrainConfig())
-        texts += [text for text, _ in itertools.islice(told, len(texts))]
+        prose = domain_texts(verbalizer, until, PretrainConfig())
+        texts += [text for text, _ in itertools.islice(prose, len(texts))]
     return Tokenizer.train(texts, words, vocab_size)
 
 
@@ -174,13 +174,13 @@ def prune_stage(run: Run, stage: PruneStage, folder: Path) -> None:
     like = ModelConfig.load(run.model(stage.match_sizes_of) / MODEL) if stage.match_sizes_of else None
     config = stage.config(like)
     bundle = Bundle.load(run.model(stage.init_from), config.mesh)
-    prune(bundle, run.calibration(bundle, stage.examples), config, _say).save(folder / "model")
+    prune(bundle, run.calibration(bundle, stage.examples), config, _print_layer).save(folder / "model")
 
 
-def _say(layer: LayerReport) -> None:
+def _print_layer(layer: LayerReport) -> None:
     if hosts.is_process_zero():
-        said = f"{layer.attention:.2%} of what attention says is lost, {layer.mlp:.2%} of what the MLP says"
-        plain_console().print(f"layer {layer.layer}: {said}")
+        loss = f"{layer.attention:.2%} of attention's output is lost, {layer.mlp:.2%} of the MLP's"
+        plain_console().print(f"layer {layer.layer}: {loss}")
 
 
 def quantize_stage(run: Run, stage: QuantizeStage, folder: Path) -> None:
@@ -241,7 +241,7 @@ def steps(run: Run) -> list[Step]:
     return plan
 
 
-def run_recipe(recipe: Recipe, folder: Path, any_code: bool = False, until: str = "report") -> None:
+def run_recipe(recipe: Recipe, folder: Path, allow_code_mismatch: bool = False, until: str = "report") -> None:
     """Runs a recipe's stages into `folder/<stage>`, each followed by its evaluation; see `run_steps`.
 
     Raises ConfigError before anything is written where the run cannot be done (see `check_run`), and LockedError where
@@ -254,7 +254,10 @@ def run_recipe(recipe: Recipe, folder: Path, any_code: bool = False, until: str 
     with locked(folder) if hosts.is_process_zero() else contextlib.nullcontext():
         hosts.run_on_process_zero(lambda: check_renames(folder))
         run_steps(
-            plan[: last + 1], folder, hosts.run_on_process_zero(lambda: _hash_dataset(Path(recipe.dataset))), any_code
+            plan[: last + 1],
+            folder,
+            hosts.run_on_process_zero(lambda: _hash_dataset(Path(recipe.dataset))),
+            allow_code_mismatch,
         )
 
 

@@ -119,9 +119,9 @@ def test_a_disk_that_cannot_be_written_to_is_one_line(run, error):
 def test_other_code_is_said_and_can_be_taken(run):
     run()
     assert run(code='"""A docstring."""\n# a comment\nx = 1') == []
-    with pytest.raises(ConfigError, match=r"made from other code .* --any-code"):
+    with pytest.raises(ConfigError, match=r"made from other code .* --allow-code-mismatch"):
         run(code="x = 2")
-    assert run(code="x = 2", any_code=True) == []
+    assert run(code="x = 2", allow_code_mismatch=True) == []
 
 
 def test_cheap_steps_are_done_anew_by_other_code(run):

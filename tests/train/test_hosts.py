@@ -108,7 +108,7 @@ def test_a_failure_of_the_first_ends_the_others(tmp_path):
         ({"JAX_NUM_PROCESSES": "2"}, "is set, but not JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID"),
         ({"JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID is 2; of 2 processes .* one of 0 to 1"),
         ({"JAX_PROCESS_ID": "x"}, "both must be numbers"),
-        ({"BREWJAX_HOSTS": "yes"}, "BREWJAX_HOSTS is 'yes'; it may only be 'auto'"),
+        ({"BREWJAX_DISTRIBUTED": "yes"}, "BREWJAX_DISTRIBUTED is 'yes'; it may only be 'auto'"),
     ],
 )
 def test_wrong_variables_are_named(monkeypatch, variables, said):
