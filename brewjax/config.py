@@ -170,28 +170,26 @@ def nearest(name: str, known: Iterable[str], aliases: Mapping[str, str] | None =
     """The one of `known` that was most likely meant by `name`, whatever the case; None where none is near."""
     fold = lambda word: str(word).casefold().replace("-", "_").strip()  # noqa: E731
     folded = {fold(word): word for word in known}
-    wanted = fold(name)
-    if wanted in folded:
-        return folded[wanted]
-    if (aliases or {}).get(wanted) in folded.values():
-        return (aliases or {})[wanted]
-    if near := difflib.get_close_matches(wanted, folded, n=1):
+    key = fold(name)
+    if key in folded:
+        return folded[key]
+    if (aliases or {}).get(key) in folded.values():
+        return (aliases or {})[key]
+    if near := difflib.get_close_matches(key, folded, n=1):
         return folded[near[0]]
-    within = [
-        word for key, word in folded.items() if min(len(key), len(wanted)) > 1 and (wanted in key or key in wanted)
-    ]
+    within = [word for key, word in folded.items() if min(len(key), len(key)) > 1 and (key in key or key in key)]
     return within[0] if len(within) == 1 else None
 
 
 def suggest(
-    name: str, known: Iterable[str], aliases: Mapping[str, str] | None = None, others: str = "there are"
+    name: str, known: Iterable[str], aliases: Mapping[str, str] | None = None, listing: str = "there are"
 ) -> str:
     """A hint for an error: the one that was most likely meant by `name`, or else all that there are."""
     known = list(known)
     if near := nearest(name, known, aliases):
         return f"did you mean '{near}'?"
     more = f" and {len(known) - SHOWN:,} more" if len(known) > SHOWN else ""
-    return f"{others}: {', '.join(map(str, known[:SHOWN])) or 'none'}{more}"
+    return f"{listing}: {', '.join(map(str, known[:SHOWN])) or 'none'}{more}"
 
 
 def read_text(path: Path) -> str:
@@ -199,8 +197,8 @@ def read_text(path: Path) -> str:
     if path.is_dir():
         raise ConfigError(f"{path}: a folder; expected a file")
     if not path.is_file():
-        there = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
-        near = nearest(path.name, there)
+        siblings = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
+        near = nearest(path.name, siblings)
         missing = "no file fits this pattern" if set(path.name) & set("*?[") else "no such file"
         raise ConfigError(f"{path}: {missing}" + (f"; did you mean '{path.parent / near}'?" if near else ""))
     try:

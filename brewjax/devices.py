@@ -27,8 +27,10 @@ def hide_useless_libtpu(root: Path = Path("/")) -> None:
     Args:
       root: where the file systems /dev and /sys are.
     """
-    wanted = "tpu" in os.environ.get("JAX_PLATFORMS", "") or {"JAX_FORCE_TPU_INIT", "TPU_LIBRARY_PATH"} & {*os.environ}
-    if not wanted and not has_tpu(root) and "libtpu" not in sys.modules:
+    tpu_requested = "tpu" in os.environ.get("JAX_PLATFORMS", "") or {"JAX_FORCE_TPU_INIT", "TPU_LIBRARY_PATH"} & {
+        *os.environ
+    }
+    if not tpu_requested and not has_tpu(root) and "libtpu" not in sys.modules:
         sys.modules["libtpu"] = None  # type: ignore[assignment]  # `import libtpu` then fails, as if it were not there
         logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # that it has no libtpu.so is no news
 

@@ -70,12 +70,12 @@ def settings(file: str) -> list[Setting]:
 
 def find(key: str) -> list[Setting]:
     """The settings whose dotted key is `key`, or ends in it."""
-    wanted = key.split(".")
+    parts = key.split(".")
     return [
         setting
         for file in FILES
         for setting in settings(file)
-        if [part.partition("[")[0] for part in setting.key.split(".")][-len(wanted) :] == wanted
+        if [part.partition("[")[0] for part in setting.key.split(".")][-len(parts) :] == parts
     ]
 
 

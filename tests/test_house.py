@@ -62,7 +62,8 @@ def imports(tree: ast.Module) -> Iterator[str]:
         if isinstance(node, ast.ImportFrom) and node.module:
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"
-                yield inner if inner in modules() else node.module
+                if not alias.name.endswith(("_pb2", "_pb2_grpc")):  # which import nothing of ours
+                    yield inner if inner in modules() else node.module
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
 
@@ -114,7 +115,7 @@ def bindings(tree: ast.Module) -> Iterator[tuple[str, int]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.id, node.lineno
-        elif isinstance(node, ast.arg):
+        elif isinstance(node, ast.arg) and node.arg != "other":  # of a binary operation
             yield node.arg, node.lineno
         elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             yield node.name, node.lineno

@@ -168,10 +168,14 @@ def _depth(values: Any, keys: Location) -> int:
     return len(keys)
 
 
-def _over(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """`own`, and of `shared` what it does not say, group by group."""
-    both = {key: _over(shared[key], own[key]) for key in shared.keys() & own.keys() if isinstance(own[key], dict)}
-    return shared | own | both
+def _merge(shared: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """`overrides`, and `shared` where these have no value, group by group."""
+    groups = {
+        key: _merge(shared[key], overrides[key])
+        for key in shared.keys() & overrides.keys()
+        if isinstance(shared[key], dict) and isinstance(overrides[key], dict)
+    }
+    return shared | overrides | groups
 
 
 class CompilePlan(Config):
@@ -210,8 +214,8 @@ class Recipe(Config):
 
     @classmethod
     def place(cls, location: Location, source: dict[str, Any]) -> Location:
-        """Drops the stage's kind, which pydantic puts behind its name; maps a ladder's stage to its rung, and a training
-        setting that only the recipe's own `train` spells out to that."""
+        """Drops the stage's kind, which pydantic puts behind its name; maps a ladder's stage to its rung, and training
+        settings that only the recipe's own `train` spells out to that."""
         if location[:1] != ("stages",) or len(location) < 2:
             return location
         name, keys = location[1], location[2:]
@@ -247,9 +251,9 @@ class Recipe(Config):
                 if key in stages or key in OTHER_FOLDERS or key.startswith(("data-", "evaluate-")):
                     raise misplaced(f"the name '{key}' is taken; choose another", "stages", name)
                 if isinstance(keys, dict):
-                    own = keys.get("train") or {}
-                    if keys.get("do") in TRAINING and isinstance(own, dict):
-                        keys = keys | {"train": _over(shared, own)}
+                    overrides = keys.get("train") or {}
+                    if keys.get("do") in TRAINING and isinstance(overrides, dict):
+                        keys = keys | {"train": _merge(shared, overrides)}
                     if not keys.get("from_scratch"):
                         keys = {"init_from": before} | keys
                 stages[key] = keys
@@ -269,10 +273,10 @@ class Recipe(Config):
         earlier: list[str] = []
         for name, stage in self.stages.items():
             for key in ("init_from", "teacher", "match_sizes_of"):
-                other = getattr(stage, key, None)
-                if other is not None and other not in earlier and not (Path(other) / MODEL).is_file():
+                source = getattr(stage, key, None)
+                if source is not None and source not in earlier and not (Path(source) / MODEL).is_file():
                     near = f"; before it there are: {', '.join(earlier)}" if earlier else ""
-                    raise misplaced(f"no stage '{other}' before it, and no model there{near}", "stages", name, key)
+                    raise misplaced(f"no stage '{source}' before it, and no model there{near}", "stages", name, key)
             if stage.init_from is None and isinstance(stage, (AlignStage, PruneStage, QuantizeStage)):
                 message = "there is no model to go on from; put it after another, or give 'start'"
                 raise misplaced(message, "stages", name)

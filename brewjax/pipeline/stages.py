@@ -200,8 +200,8 @@ def steps(run: Run) -> list[Step]:
     """Everything that a recipe asks for, in order."""
     recipe = run.recipe
     tasks = [Path(path).read_text() for path in run.task_files]
-    own = recipe.tokenizer.path if recipe.tokenizer else run.base and run.base / TOKENIZER
-    tokenizer = hash_folder(Path(own)) if own else recipe.model_dump(mode="json")["tokenizer"]
+    tokenizer_path = recipe.tokenizer.path if recipe.tokenizer else run.base and run.base / TOKENIZER
+    tokenizer = hash_folder(Path(tokenizer_path)) if tokenizer_path else recipe.model_dump(mode="json")["tokenizer"]
     prompts, judged = (recipe.model_dump(mode="json")[key] for key in ("prompts", "evaluate"))
     settings: Any = [tasks, tokenizer, prompts, _reads_prose(recipe)]
     plan = [Step("prepare", functools.partial(prepare, run), (), settings, ("data",))]
@@ -210,25 +210,27 @@ def steps(run: Run) -> list[Step]:
         settings = stage.model_dump(mode="json")
         models = []
         for key in ("init_from", "teacher", "match_sizes_of"):
-            other = settings.get(key)
-            if other in recipe.stages:
-                models.append(other)
-            elif other:  # by its content, wherever it lies
-                settings[key] = hash_folder(Path(other))
+            source = settings.get(key)
+            if source in recipe.stages:
+                models.append(source)
+            elif source:  # by its content, wherever it lies
+                settings[key] = hash_folder(Path(source))
         if not stage.init_from:
             settings["model"] = ModelConfig.load(recipe.model).model_dump(mode="json")
         if isinstance(stage, TrainedStage):
             own_data = settings.pop("data")
             if own_data.get("general_text"):
                 own_data["general_text"] = hash_folder(Path(own_data["general_text"]))
-            wanted = json.dumps([type(stage.data).__name__, own_data, stage.train.seq_len])
-            if wanted not in data:
-                data[wanted] = f"data-{name}"
+            data_key = json.dumps([type(stage.data).__name__, own_data, stage.train.seq_len])
+            if data_key not in data:
+                data[data_key] = f"data-{name}"
                 work = functools.partial(write_data, run, stage.data, stage.train.seq_len)
-                plan.append(Step(data[wanted], work, ("prepare",), wanted, ("data",)))
-            work = functools.partial(train_stage, run, stage, run.folder / data[wanted])
+                plan.append(Step(data[data_key], work, ("prepare",), data_key, ("data",)))
+            work = functools.partial(train_stage, run, stage, run.folder / data[data_key])
             work = functools.partial(make_model, run, name, work)
-            plan.append(Step(name, work, (data[wanted], *models), settings, TRAIN, protected=True, all_processes=True))
+            plan.append(
+                Step(name, work, (data[data_key], *models), settings, TRAIN, protected=True, all_processes=True)
+            )
         else:
             does: Any = prune_stage if isinstance(stage, PruneStage) else quantize_stage
             work = functools.partial(make_model, run, name, functools.partial(does, run, stage))

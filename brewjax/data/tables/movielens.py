@@ -53,7 +53,7 @@ def fetch(name: str, out: Path, source: Path | None = None) -> Path:
     something else.
     """
     if name not in FETCHERS:
-        raise DownloadError(f"unknown dataset '{name}'; {suggest(name, FETCHERS, others='known')}")
+        raise DownloadError(f"unknown dataset '{name}'; {suggest(name, FETCHERS, listing='known')}")
     card = Card.load(CONFIGS / "datasets" / f"{name}.yaml")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         _check_is_complete(out, name)

@@ -187,7 +187,7 @@ class Task(Config):
     def _labels_have_events(self) -> Self:
         negatives = self.questions.sampled_negatives
         if negatives and negatives.label not in self.words:
-            message = f"'{negatives.label}' is not a label; {suggest(negatives.label, self.words, others='labels')}"
+            message = f"'{negatives.label}' is not a label; {suggest(negatives.label, self.words, listing='labels')}"
             raise misplaced(message, "questions", "sampled_negatives", "label")
         for index, label in enumerate(self.labels):
             if label.match is None and not (negatives and negatives.label == label.word):
@@ -227,13 +227,13 @@ class Task(Config):
         for part in ("history", "questions"):
             for index, action in enumerate(getattr(self, part).actions):
                 if action not in card.events.actions:
-                    hint = suggest(action, card.events.actions, others="it has")
+                    hint = suggest(action, card.events.actions, listing="it has")
                     raise self.error(f"the dataset has no action '{action}'; {hint}", part, "actions", index)
         known = list(dict.fromkeys(["action", *event_columns]))
         for index, label in enumerate(self.labels):
             for column in label.match or {}:
                 if column not in known:
-                    hint = suggest(column, known, others="they have")
+                    hint = suggest(column, known, listing="they have")
                     raise self.error(f"events have no column '{column}'; {hint}", "labels", index, "match", column)
 
     def check_values(self, dataset: Dataset) -> None:
