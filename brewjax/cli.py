@@ -16,7 +16,7 @@ from rich.table import Table
 from brewjax.cli_errors import parse_moment, run_app
 from brewjax.config import decode, read_text, suggest
 from brewjax.console import bold, plain_console, print_ranking
-from brewjax.devices import device_per_core, hide_useless_libtpu
+from brewjax.devices import cache_compilations, device_per_core, hide_useless_libtpu
 
 # Heavy imports (jax, transformers) are inside the verbs, so that --help answers at once.
 
@@ -47,6 +47,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if sys.argv[1:2] != ["compile"]:
         hide_useless_libtpu()
+    cache_compilations()
     run_app(app)
 
 

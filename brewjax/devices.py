@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
+import platform
 import sys
 from pathlib import Path
 
 GOOGLE = "0x1ae0"  # a vendor on the PCI bus: of TPUs, and of Google Cloud's disks and network cards
 DISK, NETWORK = "0x01", "0x02"  # classes of PCI devices
+MAX_CACHE_BYTES = 4 << 30  # of compiled programs; the least recently used go first
 
 
 def device_per_core() -> None:
@@ -44,3 +47,28 @@ def has_tpu(root: Path = Path("/")) -> bool:
         if vendor.read_text().strip() == GOOGLE and not kind.read_text().startswith((DISK, NETWORK)):
             return True
     return False
+
+
+def cache_compilations() -> None:
+    """Lets JAX keep compiled programs in the user's cache folder, where later processes find them.
+
+    JAX keys them by program, compiler and options; the folder's name adds the processor, whose instructions a program for
+    a CPU may use, for home folders that several machines share. An entry that cannot be read is compiled again. To be
+    called before JAX is imported; JAX's own environment variables take precedence (JAX_ENABLE_COMPILATION_CACHE=false
+    turns it off).
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "brewjax" / "xla" / _processor()
+    for name, value in {
+        "JAX_COMPILATION_CACHE_DIR": cache,
+        "JAX_COMPILATION_CACHE_MAX_SIZE": MAX_CACHE_BYTES,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0,
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": 0,
+    }.items():
+        os.environ.setdefault(name, str(value))
+
+
+def _processor(info: Path = Path("/proc/cpuinfo")) -> str:
+    """A name for this machine's kind of processor, by the instructions that it has."""
+    lines = info.read_text().splitlines() if info.is_file() else []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    return f"{platform.machine()}-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"

@@ -40,16 +40,16 @@ def _cli() -> Iterator[str]:
 
 
 def _commands(command: click.Command, path: str) -> Iterator[tuple[str, click.Command]]:
-    if isinstance(command, click.Group):
-        for name, child in command.commands.items():
+    if isinstance(getattr(command, "commands", None), dict):
+        for name, child in command.commands.items():  # type: ignore[attr-defined]
             yield from _commands(child, f"{path} {name}")
     else:
         yield path, command
 
 
 def _parameter(parameter: click.Parameter) -> tuple[str, str, str]:
-    if isinstance(parameter, click.Argument):
-        return parameter.make_metavar(click.Context(click.Command("brewjax"))), "", getattr(parameter, "help", "") or ""
+    if parameter.param_type_name == "argument":
+        return (parameter.name or "").upper(), "", getattr(parameter, "help", "") or ""
     default = "" if parameter.default in (None, "", False) else f"`{parameter.default}`"
     return ", ".join(parameter.opts), default, getattr(parameter, "help", "") or ""
 

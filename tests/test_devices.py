@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 
 import pytest
 
-from brewjax.devices import has_tpu, hide_useless_libtpu
+from brewjax.devices import _processor, cache_compilations, has_tpu, hide_useless_libtpu
 
 
 @pytest.fixture
@@ -66,3 +67,39 @@ def test_on_a_machine_with_a_tpu_nothing_changes(tmp_path, no_libtpu_yet):
     (tmp_path / "dev/accel0").touch()
     hide_useless_libtpu(tmp_path)
     assert "libtpu" not in sys.modules
+
+
+def test_compiled_programs_are_kept_unless_the_environment_says_where(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "environ", {"XDG_CACHE_HOME": str(tmp_path)})
+    cache_compilations()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"].startswith(str(tmp_path / "brewjax" / "xla"))
+    monkeypatch.setattr(os, "environ", {"XDG_CACHE_HOME": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": "elsewhere"})
+    cache_compilations()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "elsewhere"
+
+
+def test_processors_with_other_instructions_share_no_programs(tmp_path):
+    names = []
+    for number, flags in enumerate(("flags : avx2", "flags : avx2 avx512f", "flags : avx2")):
+        info = tmp_path / str(number)
+        info.write_text(f"processor : 0\n{flags}\n")
+        names.append(_processor(info))
+    assert names[0] == names[2] != names[1]
+
+
+def test_a_damaged_compiled_program_is_compiled_again(tmp_path):
+    code = "import jax; print(jax.jit(lambda x: (x @ x.T).sum())(jax.numpy.ones((64, 64))))"
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+    }
+    printed = []
+    for _ in range(2):
+        command = [sys.executable, "-W", "ignore", "-c", code]
+        printed.append(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+        entries = [path for path in tmp_path.rglob("*") if path.name.endswith("-cache")]
+        assert entries
+        for path in entries:
+            path.write_bytes(path.read_bytes()[:50])
+    assert printed[0] == printed[1] == "262144.0\n"
