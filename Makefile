@@ -30,7 +30,7 @@ test-long: .venv/test.installed docs
 	$(BIN)/python -m benchmarks.attention_static v5e
 
 docs: .venv/docs.installed
-	NO_MKDOCS_2_WARNING=1 TRANSFORMERS_VERBOSITY=error $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 TRANSFORMERS_VERBOSITY=error $(BIN)/mkdocs build
 
 lint: .venv/test.installed
 	$(BIN)/ruff check .
