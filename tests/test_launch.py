@@ -59,9 +59,8 @@ def test_the_image_is_linted_and_has_all_that_it_installs(tmp_path):
     (file,) = (tmp_path / "wheels").glob("brewjax-*.whl")
     inside = zipfile.ZipFile(file).namelist()
     assert {"brewjax/cli.py", "brewjax/configs/recipes/demo.yaml", "pallas_kernels/attention.py"} <= set(inside)
-    assert {path.name for path in (LAUNCH.parent / "brewjax").iterdir() if path.is_dir()} - {"__pycache__"} <= {
-        name.split("/")[1] for name in inside if name.startswith("brewjax/")
-    }
+    modules = (path for package in ("brewjax", "pallas_kernels") for path in (LAUNCH.parent / package).rglob("*.py"))
+    assert {path.relative_to(LAUNCH.parent).as_posix() for path in modules} <= set(inside)
 
 
 def test_gke_submits_a_pod_for_each_host_of_the_slice():
