@@ -13,6 +13,7 @@ import numpy as np
 import typer
 from rich.table import Table
 
+from brewjax import cli_index
 from brewjax.cli_errors import parse_moment, run_app
 from brewjax.config import decode, read_text, suggest
 from brewjax.console import bold, plain_console, print_ranking
@@ -25,6 +26,7 @@ Split = Literal["train", "validation", "test"]
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__, rich_markup_mode="markdown")
 data = typer.Typer(no_args_is_help=True, help="Fetch and check datasets.")
 app.add_typer(data, name="data")
+app.add_typer(cli_index.app, name="index")
 console = plain_console()
 
 ModelFolder = Annotated[Path, typer.Argument(help="A model folder, e.g. runs/demo/turbo/model.")]

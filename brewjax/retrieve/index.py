@@ -1,0 +1,271 @@
+"""`Index`: vectors by id, searched exhaustively, with another filter for each query, while they are updated."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import threading
+from collections.abc import Hashable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+import pydantic
+
+from brewjax.config import Config
+from brewjax.paths import atomic_folder
+from brewjax.retrieve.log import Change, ChangeLog
+from pallas_kernels.search import ALIVE, BINS, Filter, Rows, jitted_top_k
+
+CONFIG = "index.yaml"
+ID_TYPES = {"int64": pa.int64(), "text": pa.string()}
+Id = int | str
+
+
+class IndexConfig(Config):
+    """The shape of an index."""
+
+    dimensions: int = pydantic.Field(gt=0)
+    """Dimensions of the vectors."""
+    ids: Literal["int64", "text"] = "int64"
+    """The type of the ids."""
+    model: str = ""
+    """Name and version of the encoder that made the vectors; empty where that is not known."""
+
+
+class Hits(NamedTuple):
+    """What a search found for one query, best first.
+
+    Attributes:
+      ids: at most k; fewer where the filter admits fewer.
+      scores: float32, inner products.
+    """
+
+    ids: list[Id]
+    scores: np.ndarray
+
+
+class VectorError(ValueError):
+    """A vector, an id or a folder that an index cannot take."""
+
+
+class Index:
+    """Vectors by id. Searches see every change that was acknowledged before they began, and no part of a later one.
+
+    Thread-safe. Scores are inner products in float32; equal scores come in the order of slots.
+    """
+
+    def __init__(self, folder: Path):
+        self._lock = threading.Lock()
+        self.config = IndexConfig.load(folder / CONFIG)
+        self._slots: dict[Hashable, int] = {}
+        self._ids: list[Id | None] = []
+        self._free: list[int] = []
+        # Slots of deleted ids, with the number of the newest search that may still find them.
+        self._retired: collections.deque[tuple[int, int]] = collections.deque()
+        self._searches = 0
+        self._running: set[int] = set()
+        self._rows = _empty(BINS, self._width)
+        self._log = ChangeLog(folder, self.config.dimensions, ID_TYPES[self.config.ids])
+        for change in self._log.replay():
+            self._apply(change)
+
+    @classmethod
+    def create(cls, folder: Path, config: IndexConfig) -> Index:
+        """Makes an empty index; ValueError where the folder is taken."""
+        with atomic_folder(folder) as building:
+            config.save(building / CONFIG)
+        return cls(folder)
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def upsert(self, ids: Sequence[Id], vectors: np.ndarray, attributes: np.ndarray | None = None) -> None:
+        """Adds vectors, or replaces those of ids that are there. When this returns, they are on disk and found.
+
+        Args:
+          vectors: [n, dimensions], as they are to be multiplied: of length 1 for cosines.
+          attributes: int32 [n], bits that filters require or ban; bit 0 belongs to the index.
+
+        Raises VectorError naming the row that cannot be taken; then none is.
+        """
+        change = self._check(ids, vectors, attributes)
+        with self._lock:
+            self._log.append(change)
+            self._apply(change)
+
+    def delete(self, ids: Sequence[Id]) -> int:
+        """Takes ids out; returns how many of them were there. When this returns, no later search finds them."""
+        with self._lock:
+            present = [id_ for id_ in dict.fromkeys(ids) if id_ in self._slots]
+            if present:
+                change = Change(pa.array(present, ID_TYPES[self.config.ids]), None, None)
+                self._log.append(change)
+                self._apply(change)
+        return len(present)
+
+    def search(
+        self,
+        queries: np.ndarray,
+        k: int,
+        required: int | Sequence[int] = 0,
+        banned: int | Sequence[int] = 0,
+        exclude: Sequence[Iterable[Id]] | None = None,
+    ) -> list[Hits]:
+        """The k ids with the largest inner products for each query.
+
+        Args:
+          queries: float32 [Q, dimensions].
+          required, banned: attribute bits that a row must and must not have: for all queries, or one for each.
+          exclude: ids that are left out, for each query: what a member has seen.
+        """
+        queries = self._pad(np.asarray(queries, np.float32))
+        excluded = [{*ids} for ids in exclude] if exclude is not None else [set()] * len(queries)
+        filters = Filter(*(jnp.asarray(np.broadcast_to(bits, len(queries)), jnp.int32) for bits in (required, banned)))
+        with self._lock:
+            self._searches += 1
+            number = self._searches
+            self._running.add(number)
+            rows = self._rows
+            most = min(len(rows.vectors), k + max(map(len, excluded), default=0))
+            found = jitted_top_k(jnp.asarray(queries), rows, filters, k=_round_up(most, len(rows.vectors)))
+        try:
+            scores, slots, exact = (np.asarray(x) for x in jax.device_get(found))
+            if not exact.all():  # a TPU's kernel dropped what could have mattered
+                with self._lock:
+                    found = jitted_top_k(
+                        jnp.asarray(queries), self._rows, filters, k=len(scores[0]), implementation="xla"
+                    )
+                scores, slots, _ = (np.asarray(x) for x in jax.device_get(found))
+            return [self._hits(*row, k) for row in zip(scores, slots, excluded, strict=True)]
+        finally:
+            with self._lock:
+                self._running.discard(number)
+
+    def snapshot(self) -> None:
+        """Writes all rows anew, so that the next start replays no changes."""
+        with self._lock:
+            slots = sorted(self._slots.values())
+            vectors = np.asarray(self._rows.vectors)[slots, : self.config.dimensions]
+            attributes = np.asarray(self._rows.attributes)[slots] & ~ALIVE
+            ids = pa.array([self._ids[slot] for slot in slots], ID_TYPES[self.config.ids])
+            self._log.snapshot(Change(ids, vectors, attributes))
+
+    def rows(self) -> pa.Table:
+        """All ids, vectors and attributes, in the order of slots."""
+        with self._lock:
+            slots = sorted(self._slots.values())
+            vectors = np.asarray(self._rows.vectors)[slots, : self.config.dimensions]
+            lists = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), self.config.dimensions)
+            return pa.table(
+                {
+                    "id": pa.array([self._ids[slot] for slot in slots], ID_TYPES[self.config.ids]),
+                    "vector": lists,
+                    "attributes": pa.array(np.asarray(self._rows.attributes)[slots] & ~ALIVE, pa.int32()),
+                }
+            )
+
+    def close(self) -> None:
+        self._log.close()
+
+    @property
+    def _width(self) -> int:
+        """Dimensions as stored: whole lanes of a TPU."""
+        return -(-self.config.dimensions // 128) * 128
+
+    def _pad(self, vectors: np.ndarray) -> np.ndarray:
+        if vectors.ndim != 2 or vectors.shape[1] != self.config.dimensions:
+            raise VectorError(f"vectors of shape {vectors.shape}; expected [n, {self.config.dimensions}]")
+        if not np.isfinite(vectors).all():
+            row = int(np.flatnonzero(~np.isfinite(vectors).all(1))[0])
+            raise VectorError(f"row {row}: not all numbers are finite")
+        return np.pad(vectors, ((0, 0), (0, self._width - self.config.dimensions)))
+
+    def _check(self, ids: Sequence[Id], vectors: np.ndarray, attributes: np.ndarray | None) -> Change:
+        vectors = np.asarray(vectors, np.float32)
+        self._pad(vectors)
+        attributes = np.zeros(len(ids), np.int32) if attributes is None else np.asarray(attributes)
+        if not len(ids) == len(vectors) == len(attributes):
+            raise VectorError(f"{len(ids)} ids, {len(vectors)} vectors and {len(attributes)} attributes")
+        if len({*ids}) < len(ids):
+            twice = next(id_ for id_, count in collections.Counter(ids).items() if count > 1)
+            raise VectorError(f"id {twice!r} is given twice")
+        try:
+            array = pa.array(ids, ID_TYPES[self.config.ids])
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+            raise VectorError(f"ids of this index are {self.config.ids}: {error}") from None
+        if attributes.size and (attributes & ALIVE).any():
+            raise VectorError("attributes: bit 0 belongs to the index")
+        return Change(array, vectors, attributes.astype(np.int32))
+
+    def _apply(self, change: Change) -> None:
+        ids = change.ids.to_pylist()
+        if change.vectors is None or change.attributes is None:
+            slots = [self._slots.pop(id_) for id_ in ids]
+            self._retired += [(slot, self._searches) for slot in slots]
+            self._rows = _write(self._rows, *_padded(slots, np.zeros(len(slots), np.int32)), None)
+            return
+        slots = [self._slot(id_) for id_ in ids]
+        vectors = self._pad(change.vectors)
+        self._rows = _write(self._rows, *_padded(slots, change.attributes | ALIVE, vectors))
+
+    def _slot(self, id_: Id) -> int:
+        """The slot of an id; a new one, in rows twice as many where all are taken, for an id that is not there."""
+        if id_ in self._slots:
+            return self._slots[id_]
+        oldest = min(self._running, default=self._searches + 1)
+        while self._retired and self._retired[0][1] < oldest:
+            self._free.append(self._retired.popleft()[0])
+        if self._free:
+            slot = self._free.pop()
+            self._ids[slot] = id_
+        else:
+            slot = len(self._ids)
+            self._ids.append(id_)
+            if slot == len(self._rows.vectors):
+                self._rows = _grow(self._rows)
+        self._slots[id_] = slot
+        return slot
+
+    def _hits(self, scores: np.ndarray, slots: np.ndarray, excluded: set[Id], k: int) -> Hits:
+        ids: list[Id] = []
+        kept: list[float] = []
+        for score, slot in zip(scores.tolist(), slots.tolist(), strict=True):
+            if slot < 0 or len(ids) == k:
+                break
+            id_ = self._ids[slot]
+            if id_ is not None and id_ not in excluded:
+                ids.append(id_)
+                kept.append(score)
+        return Hits(ids, np.array(kept, np.float32))
+
+
+def _empty(count: int, width: int) -> Rows:
+    return Rows(jnp.zeros((count, width), jnp.float32), jnp.zeros(count, jnp.int32))
+
+
+def _grow(rows: Rows) -> Rows:
+    return Rows(*(jnp.concatenate([x, jnp.zeros_like(x)]) for x in rows))
+
+
+def _round_up(count: int, limit: int) -> int:
+    """The next power of two, so that few programs are compiled."""
+    return min(1 << (count - 1).bit_length(), limit)
+
+
+def _padded(slots: list[int], attributes: np.ndarray, vectors: np.ndarray | None = None) -> tuple[Any, ...]:
+    """Arrays of a power of two rows; those behind the last one are written nowhere."""
+    size = 1 << max(len(slots) - 1, 0).bit_length()
+    extra = size - len(slots)
+    padded_slots = jnp.asarray(np.pad(np.array(slots, np.int32), (0, extra), constant_values=np.iinfo(np.int32).max))
+    padded = [padded_slots, jnp.asarray(np.pad(attributes, (0, extra)))]
+    return (*padded, jnp.asarray(np.pad(vectors, ((0, extra), (0, 0))))) if vectors is not None else tuple(padded)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write(rows: Rows, slots: jax.Array, attributes: jax.Array, vectors: jax.Array | None) -> Rows:
+    written = rows.vectors if vectors is None else rows.vectors.at[slots].set(vectors, mode="drop")
+    return Rows(written, rows.attributes.at[slots].set(attributes, mode="drop"))

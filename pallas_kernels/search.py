@@ -1,0 +1,174 @@
+"""Exhaustive search: for each query the k rows with the largest inner products, among those that its own filter admits.
+
+`top_k` is exact, and ties go to the lower row. It sorts nothing of size queries x rows: the k blocks with the largest
+maxima hold the k largest scores, so only those blocks are sorted. On a TPU, where even the scores would be more traffic
+than the rows, a kernel keeps the best few scores of each bin while the rows pass (the idea of TPU-KNN, arXiv
+2206.14286, with more than one kept per bin as in arXiv 2506.04165); `TopK.exact` says whether anything that it dropped
+could have mattered.
+
+Axis letters: Q queries, N rows, D dimensions; see docs/glossary.md.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.platform import platform
+
+ALIVE = 1  # the attribute bit of a row that is there
+BLOCK = 32  # rows whose maximum is taken first
+BINS = 2048  # of the TPU's kernel: row i is in bin i % BINS
+KEPT = 4  # scores that it keeps of each bin
+
+
+class Rows(NamedTuple):
+    """The rows of an index on one device.
+
+    Attributes:
+      vectors: float32 or bfloat16 [N, D], N a multiple of `BINS`.
+      attributes: int32 [N]: bit 0 (`ALIVE`) of a row that is there, the other bits as the index likes.
+    """
+
+    vectors: Float[Array, "N D"]
+    attributes: Int[Array, " N"]
+
+
+class Filter(NamedTuple):
+    """The attribute bits that a row must have, and must not have, for each query; `ALIVE` is always required."""
+
+    required: Int[Array, " Q"]
+    banned: Int[Array, " Q"]
+
+
+class TopK(NamedTuple):
+    """The best rows of each query, best first.
+
+    Attributes:
+      scores: float32 inner products; -inf behind the last row that the filter admits.
+      rows: -1 where there is none.
+      exact: whether these are surely the k best.
+    """
+
+    scores: Float[Array, "Q k"]
+    rows: Int[Array, "Q k"]
+    exact: Bool[Array, " Q"]
+
+
+def top_k(queries: Float[Array, "Q D"], rows: Rows, filters: Filter, k: int, implementation: str | None = None) -> TopK:
+    """The k rows with the largest inner products that each query's filter admits; products are float32 in truth.
+
+    Args:
+      k: at most the number of rows.
+      implementation: "xla", "tpu", or "tpu-interpreted"; the platform's own by default.
+    """
+    if not 0 < k <= len(rows.vectors):
+        raise ValueError(f"k is {k}; the index has {len(rows.vectors):,} rows")
+    implementation = implementation or ("tpu" if platform() == "tpu" else "xla")
+    if implementation == "xla":
+        return _by_blocks(queries, rows, filters, k)
+    return _by_bins(queries, rows, filters, k, implementation == "tpu-interpreted")
+
+
+def admitted(rows: Rows, filters: Filter) -> Bool[Array, "Q N"]:
+    """Whether each query's filter admits each row."""
+    required = (filters.required | ALIVE)[:, None]
+    return ((rows.attributes & required) == required) & ((rows.attributes & filters.banned[:, None]) == 0)
+
+
+def _scores(queries: Array, vectors: Array) -> Float[Array, "Q N"]:
+    return jax.lax.dot_general(
+        queries,
+        vectors.astype(queries.dtype),
+        (((1,), (1,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _by_blocks(queries: Array, rows: Rows, filters: Filter, k: int) -> TopK:
+    scores = jnp.where(admitted(rows, filters), _scores(queries, rows.vectors), -jnp.inf)
+    Q, N = scores.shape
+    padded = jnp.pad(scores, ((0, 0), (0, -N % BLOCK)), constant_values=-jnp.inf).reshape(Q, -1, BLOCK)
+    blocks = min(k, padded.shape[1])
+    # A block that is not among the k best has k maxima before it, in the order of scores and then of rows.
+    _, best = jax.lax.top_k(padded.max(-1), blocks)
+    best = jnp.sort(best, -1)  # so that positions, by which top_k breaks ties, are in the order of rows
+    candidates = jnp.take_along_axis(padded, best[..., None], 1).reshape(Q, -1)
+    values, positions = jax.lax.top_k(candidates, k)
+    best_rows = jnp.take_along_axis(best, positions // BLOCK, 1) * BLOCK + positions % BLOCK
+    return TopK(values, jnp.where(values == -jnp.inf, -1, best_rows), jnp.ones(Q, bool))
+
+
+def _by_bins(queries: Array, rows: Rows, filters: Filter, k: int, interpret: Any) -> TopK:
+    values, steps = _scan(queries, rows, filters, interpret)
+    Q = len(queries)
+    values, steps = jnp.moveaxis(values, 0, 1), jnp.moveaxis(steps, 0, 1)  # [Q, KEPT, BINS]
+    positions = steps * BINS + jnp.arange(BINS, dtype=jnp.int32)
+    # In the order of rows, so that ties are broken as everywhere.
+    flat_rows, flat_values = positions.reshape(Q, -1), values.reshape(Q, -1)
+    order = jnp.argsort(flat_rows, -1)
+    flat_rows, flat_values = (jnp.take_along_axis(x, order, 1) for x in (flat_rows, flat_values))
+    best, indices = jax.lax.top_k(flat_values, k)
+    best_rows = jnp.take_along_axis(flat_rows, indices, 1)
+    # Whatever a bin dropped is at most the last score that it kept.
+    exact = values[:, -1].max(-1) < best[:, -1]
+    nothing_dropped = (values[:, -1] == -jnp.inf).all(-1)
+    return TopK(best, jnp.where(best == -jnp.inf, -1, best_rows), exact | nothing_dropped)
+
+
+def _kernel(q, required, banned, vectors, attributes, values, steps):
+    step = pl.program_id(0)
+
+    @pl.when(step == 0)
+    def _() -> None:
+        values[...] = jnp.full(values.shape, -jnp.inf, jnp.float32)
+        steps[...] = jnp.zeros(steps.shape, jnp.int32)
+
+    score = jax.lax.dot_general(
+        q[...], vectors[...].astype(q.dtype), (((1,), (1,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    bits = attributes[...]
+    is_admitted = ((bits & required[...]) == required[...]) & ((bits & banned[...]) == 0)
+    score = jnp.where(is_admitted, score, -jnp.inf)
+    index = jnp.full(score.shape, step, jnp.int32)
+    for n in range(KEPT):  # insertion into the bin's sorted list; the earlier row stays ahead at a tie
+        kept, kept_index = values[n], steps[n]
+        better = score > kept
+        values[n], steps[n] = jnp.where(better, score, kept), jnp.where(better, index, kept_index)
+        score, index = jnp.where(better, kept, score), jnp.where(better, kept_index, index)
+
+
+def _scan(queries: Array, rows: Rows, filters: Filter, interpret: Any) -> tuple[Array, Array]:
+    """float32 and int32 [KEPT, Q, BINS]: the best scores of each bin, and at which step of the scan they came."""
+    (Q, D), N = queries.shape, len(rows.vectors)
+    if N % BINS:
+        raise ValueError(f"{N:,} rows; the kernel takes a multiple of {BINS}")
+    whole = lambda *shape: pl.BlockSpec(shape, lambda step: (0,) * len(shape))  # noqa: E731
+    kept = [jax.ShapeDtypeStruct((KEPT, Q, BINS), dtype) for dtype in (jnp.float32, jnp.int32)]
+    return pl.pallas_call(
+        _kernel,
+        name="search_top_k",
+        grid=(N // BINS,),
+        in_specs=[
+            whole(Q, D),
+            whole(Q, 1),
+            whole(Q, 1),
+            pl.BlockSpec((BINS, D), lambda step: (step, 0)),
+            pl.BlockSpec((1, BINS), lambda step: (0, step)),
+        ],
+        out_specs=[whole(KEPT, Q, BINS)] * 2,
+        out_shape=kept,
+        interpret=interpret,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=100 << 20),
+    )(queries, (filters.required | ALIVE)[:, None], filters.banned[:, None], rows.vectors, rows.attributes[None])
+
+
+jitted_top_k = functools.partial(jax.jit, static_argnames=("k", "implementation"))(top_k)
