@@ -3,7 +3,7 @@
 `top_k` is exact, and ties go to the lower row. It sorts nothing of size queries x rows: the k blocks with the largest
 maxima hold the k largest scores, so only those blocks are sorted. On a TPU, where even the scores would be more traffic
 than the rows, a kernel keeps the best few scores of each bin while the rows pass (the idea of TPU-KNN, arXiv
-2206.14286, with more than one kept per bin as in arXiv 2506.04165); `TopK.exact` says whether anything that it dropped
+2206.14286, with more than one kept per bin as in arXiv 2506.04165); `BestRows.exact` says whether anything that it dropped
 could have mattered.
 
 Axis letters: Q queries, N rows, D dimensions; see docs/glossary.md.
@@ -47,7 +47,7 @@ class Filter(NamedTuple):
     banned: Int[Array, " Q"]
 
 
-class TopK(NamedTuple):
+class BestRows(NamedTuple):
     """The best rows of each query, best first.
 
     Attributes:
@@ -61,7 +61,7 @@ class TopK(NamedTuple):
     exact: Bool[Array, " Q"]
 
 
-def top_k(queries: Float[Array, "Q D"], rows: Rows, filters: Filter, k: int, implementation: str | None = None) -> TopK:
+def top_k(queries: Float[Array, "Q D"], rows: Rows, filters: Filter, k: int, implementation: str | None = None) -> BestRows:
     """The k rows with the largest inner products that each query's filter admits; products are float32 in truth.
 
     Args:
@@ -92,7 +92,7 @@ def _scores(queries: Array, vectors: Array) -> Float[Array, "Q N"]:
     )
 
 
-def _by_blocks(queries: Array, rows: Rows, filters: Filter, k: int) -> TopK:
+def _by_blocks(queries: Array, rows: Rows, filters: Filter, k: int) -> BestRows:
     scores = jnp.where(admitted(rows, filters), _scores(queries, rows.vectors), -jnp.inf)
     Q, N = scores.shape
     padded = jnp.pad(scores, ((0, 0), (0, -N % BLOCK)), constant_values=-jnp.inf).reshape(Q, -1, BLOCK)
@@ -103,10 +103,10 @@ def _by_blocks(queries: Array, rows: Rows, filters: Filter, k: int) -> TopK:
     candidates = jnp.take_along_axis(padded, best[..., None], 1).reshape(Q, -1)
     values, positions = jax.lax.top_k(candidates, k)
     best_rows = jnp.take_along_axis(best, positions // BLOCK, 1) * BLOCK + positions % BLOCK
-    return TopK(values, jnp.where(values == -jnp.inf, -1, best_rows), jnp.ones(Q, bool))
+    return BestRows(values, jnp.where(values == -jnp.inf, -1, best_rows), jnp.ones(Q, bool))
 
 
-def _by_bins(queries: Array, rows: Rows, filters: Filter, k: int, interpret: Any) -> TopK:
+def _by_bins(queries: Array, rows: Rows, filters: Filter, k: int, interpret: Any) -> BestRows:
     values, steps = _scan(queries, rows, filters, interpret)
     Q = len(queries)
     values, steps = jnp.moveaxis(values, 0, 1), jnp.moveaxis(steps, 0, 1)  # [Q, KEPT, BINS]
@@ -120,7 +120,7 @@ def _by_bins(queries: Array, rows: Rows, filters: Filter, k: int, interpret: Any
     # Whatever a bin dropped is at most the last score that it kept.
     exact = values[:, -1].max(-1) < best[:, -1]
     nothing_dropped = (values[:, -1] == -jnp.inf).all(-1)
-    return TopK(best, jnp.where(best == -jnp.inf, -1, best_rows), exact | nothing_dropped)
+    return BestRows(best, jnp.where(best == -jnp.inf, -1, best_rows), exact | nothing_dropped)
 
 
 def _kernel(q, required, banned, vectors, attributes, values, steps):

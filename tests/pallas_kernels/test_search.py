@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.search import ALIVE, BINS, Filter, Rows, TopK, admitted, jitted_top_k
+from pallas_kernels.search import ALIVE, BINS, Filter, Rows, BestRows, admitted, jitted_top_k
 from tests.pallas_kernels.tpu import compile_for
 
 N, D, Q = 2 * BINS, 16, 3
@@ -36,7 +36,7 @@ def problem(seed: int, kinds: int) -> tuple[np.ndarray, Rows, Filter]:
     return queries, Rows(jnp.asarray(vectors), jnp.asarray(attributes)), filters
 
 
-def check(found: TopK, queries: np.ndarray, rows: Rows, filters: Filter, k: int) -> None:
+def check(found: BestRows, queries: np.ndarray, rows: Rows, filters: Filter, k: int) -> None:
     scores, indices = definition(queries, rows, filters, k)
     exact = np.asarray(found.exact)
     np.testing.assert_array_equal(np.asarray(found.scores)[exact], scores[exact])
