@@ -12,12 +12,12 @@ import numpy as np
 import pyarrow as pa
 
 from brewjax.console import plain_console
-from brewjax.data.prompts.numbers import age
+from brewjax.data.prompts.numbers import age, format_number
 from brewjax.data.prompts.overlong import Overlong, OverlongLog, cut_to_fit
 from brewjax.data.prompts.styles import STYLES, Style
 from brewjax.data.tables.card import Attribute
 from brewjax.data.tables.dataset import Dataset
-from brewjax.data.tables.statistics import ItemStatistic, Percentiles, format_number
+from brewjax.data.tables.statistics import ItemStatistic, Percentiles
 from brewjax.data.tasks.examples import Choice, RankingExample, event_labels
 from brewjax.data.tasks.task import Task
 from brewjax.data.text.chat import AS_IT_COMES, Chat, ChatTemplate, chat_parts

@@ -79,7 +79,7 @@ def align_records(
                     for one in rng.permutation(best)[: config.lists_per_example]
                 ]
                 said = _say(verbalizer, task, prompts, example, style, lists, note)
-                yield said, provenance(verbalizer, task, example, style) | {"note": note}
+                yield said, provenance(verbalizer, task, example, style) | {"steering_note": note}
         elif lists := _draw_lists(task, example, config, rng):
             yield _say(verbalizer, task, prompts, example, style, lists), provenance(verbalizer, task, example, style)
     verbalizer.print_overlong()

@@ -86,7 +86,10 @@ def general_files(folder: Path) -> list[Path]:
 
 def general_texts(folder: Path) -> Iterator[tuple[str, Provenance]]:
     """The texts of a folder (see `PretrainConfig`), in the order of their names. ValueError naming file and line."""
-    for path in general_files(folder):
+    files = general_files(folder)
+    if not files:
+        raise ValueError(f"{folder}: no .txt or .jsonl files there")
+    for path in files:
         if path.suffix == ".txt":
             yield read_text(path), {"file": str(path)}
             continue

@@ -199,7 +199,7 @@ class Card(Config):
     events: Events
 
 
-def _load_card(path: Path) -> Card:
+def load_card(path: Path) -> Card:
     """The card of a dataset folder; ConfigError where that is no folder, or has none."""
     if path.is_dir() and not (path / CARD).exists():
         there = ", ".join(sorted(entry.name for entry in path.iterdir())[:10]) or "nothing"

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from brewjax.data.tables.card import Card, _load_card
+from brewjax.data.tables.card import Card, load_card
+from brewjax.data.tables.validate import read_validated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +32,8 @@ class Dataset:
     @classmethod
     def load(cls, path: str | Path) -> Dataset:
         """Reads and validates a dataset folder; raises DatasetError listing every problem found."""
-        from brewjax.data.tables.validate import read_validated
-
         path = Path(path)
-        card = _load_card(path)
+        card = load_card(path)
         members, items, events = read_validated(path, card)
         rows = lambda ids, table, key: pc.index_in(ids, table[key].combine_chunks())  # noqa: E731
         columns = pa.table(

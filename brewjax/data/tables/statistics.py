@@ -3,33 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import decimal
-import math
 from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
 
-from brewjax.data.prompts.numbers import DIGITS, LARGEST, SMALLEST
 from brewjax.data.tables.card import Attribute, Statistic
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.point_in_time import PointInTimeIndex
-
-
-def format_number(value: float) -> str:
-    """A number as people write it: a whole one in full, another with DIGITS significant digits but never fewer than two
-    decimals, so that money keeps its cents; no zeros at the end, and no exponent but for what is too small or too large
-    to be read without one, e.g. "129.99", "0.000000001", "1.5e-20"."""
-    if isinstance(value, int):
-        return str(value)
-    if value and not SMALLEST <= abs(value) < LARGEST:
-        digits, exponent = f"{value:.{DIGITS - 1}e}".split("e")
-        return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
-    decimals = max(2, DIGITS - 1 - math.floor(math.log10(abs(value)))) if value else 0
-    # By way of the shortest text that reads as this float: 0.125 is that and not a bit less or more.
-    text = f"{round(decimal.Decimal(repr(float(value))), decimals):f}"
-    text = text.rstrip("0").rstrip(".") if "." in text else text
-    return "0" if text == "-0" else text
 
 
 class ItemStatistic:

@@ -192,7 +192,7 @@ class Task(Config):
         for index, label in enumerate(self.labels):
             if label.match is None and not (negatives and negatives.label == label.word):
                 message = (
-                    f"no event is ever '{label.word}': say 'when' it is the answer, or make it the label of "
+                    f"no event is ever '{label.word}': say by 'match' when it is the answer, or make it the label of "
                     "questions.sampled_negatives"
                 )
                 raise misplaced(message, "labels", index)

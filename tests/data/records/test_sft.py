@@ -171,7 +171,9 @@ def test_a_turn_does_not_hold_a_statistic_that_its_own_event_is_part_of(jobs_wit
     attributes = tuple(a.model_copy(update={"where": ("history", "question")}) for a in dataset.card.items.attributes)
     items = dataset.card.items.model_copy(update={"attributes": attributes})
     dataset = dataclasses.replace(dataset, card=dataset.card.model_copy(update={"items": items}))
-    example = dataclasses.replace(example_at(dataset, TASK, 0, moment(2)), items=np.array([1]), labels=np.array([0]))
+    example = dataclasses.replace(
+        example_at(dataset, TASK, 0, moment(2)), candidates=np.array([1]), labels=np.array([0])
+    )
     verbalizer = Verbalizer(dataset, SCALE, tokenizer, ALL_STYLES.max_tokens)
     for style, told in (("chat", True), ("turns", False)):
         prompt = verbalizer.prompt(TASK, example, style)
@@ -205,7 +207,7 @@ def test_every_choice_has_one_right_answer(jobs_with, tokenizer, asked, candidat
     verbalizer = make_verbalizer(dataset, tokenizer)
     example = next(build_examples(dataset, TASK, "train"))
     items, labels = (np.array(column, np.int32) for column in zip(*asked, strict=True))
-    example = dataclasses.replace(example, items=items, labels=labels)
+    example = dataclasses.replace(example, candidates=items, labels=labels)
     choices = draw_choices(verbalizer, TASK, example, candidates, np.random.default_rng(0))
     for choice in choices:
         names = verbalizer.names(choice.items)
