@@ -26,16 +26,18 @@ def age(microseconds: int) -> tuple[int, str]:
 
 
 def format_number(value: float) -> str:
-    """A number as people write it: a whole one in full, another with DIGITS significant digits but never fewer than two
-    decimals, so that money keeps its cents; no zeros at the end, and no exponent but for what is too small or too large
-    to be read without one, e.g. "129.99", "0.000000001", "1.5e-20"."""
+    """Writes a number as people do, e.g. "129.99", "0.000000001", "1.5e-20".
+
+    Whole numbers are written in full; others with DIGITS significant digits, but never fewer than two decimals, so that
+    money keeps its cents. There are no trailing zeros, and an exponent only for values outside [SMALLEST, LARGEST).
+    """
     if isinstance(value, int):
         return str(value)
     if value and not SMALLEST <= abs(value) < LARGEST:
         digits, exponent = f"{value:.{DIGITS - 1}e}".split("e")
         return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
     decimals = max(2, DIGITS - 1 - math.floor(math.log10(abs(value)))) if value else 0
-    # By way of the shortest text that reads as this float: 0.125 is that and not a bit less or more.
+    # Rounds the shortest decimal that reads as this float: 0.125 is exactly that.
     text = f"{round(decimal.Decimal(repr(float(value))), decimals):f}"
     text = text.rstrip("0").rstrip(".") if "." in text else text
     return "0" if text == "-0" else text

@@ -115,7 +115,7 @@ def _say(
     asked = dataclasses.replace(asked, labels=np.full(len(asked.candidates), np.argmax(task.values), np.int32))
     encoded = encode(verbalizer.prompt(task, asked, style, note), verbalizer.tokenizer, prompts.layout)
     preference = [number if place == 0 else -number for number, one in enumerate(lists, 1) for place in range(len(one))]
-    return dataclasses.replace(encoded, preference_lists=preference, turns=[])
+    return dataclasses.replace(encoded, preference_lists=preference, answer_offsets=[])
 
 
 def draw_contrast(

@@ -28,7 +28,7 @@ MAX_CACHED_CHARACTERS = 1_000  # each of at most so many characters
 PIECES = (
     ("## Past jobs\n", "[Age: 2 days]\n"),
     ("[Title: Nurse]\n## Answer\n", "Yes"),
-)  # adjacent pieces of typical prompts
+)  # as in prompts
 BEGINS = "begins_with_bos"  # key of tokenizer_config.json, because transformers drops its own add_bos_token
 BATCH_CHARACTERS = 1 << 16  # characters that are tokenized at a time, in some 20 ms
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -51,8 +51,8 @@ def batches(texts: Iterable[str]) -> Iterator[list[str]]:
 class Tokenizer:
     """A Hugging Face tokenizer behind the few methods that brewjax needs.
 
-    In the prompt-learning literature a "verbalizer" maps labels to words; here that is `label_token_id`, and `Verbalizer`
-    renders data as text (360Brew's use of the word).
+    In the prompt-learning literature a "verbalizer" maps labels to words; here that is `label_token_id`, and
+    `Verbalizer` renders data as text (360Brew's use of the word).
     """
 
     def __init__(self, hf: PreTrainedTokenizerBase):
@@ -159,8 +159,8 @@ class Tokenizer:
 
         Args:
           texts: the texts, tokenized independently.
-          begins: whether the texts begin a sequence, rather than continue it. SentencePiece tokenizers mark the beginning
-            of a text as they mark a space, and a piece in the middle of a prompt must not get that mark.
+          begins: whether the texts begin a sequence, rather than continue it. SentencePiece tokenizers mark the
+            beginning of a text as they mark a space, and a piece in the middle of a prompt must not get that mark.
 
         Returns:
           The ids of each text. The lists are shared with the cache: do not change them.

@@ -275,7 +275,7 @@ def with_long_texts(jobs, tokenizer, budget: int, overlong: str) -> tuple[Verbal
 @hypothesis.given(budget=st.integers(450, 900))
 @hypothesis.settings(max_examples=4, deadline=None)
 def test_an_overlong_item_is_cut_to_what_fits(jobs, tokenizer, style, budget):
-    verbalizer, task = with_long_texts(jobs, tokenizer, budget, "cut")
+    verbalizer, task = with_long_texts(jobs, tokenizer, budget, "truncate")
     example = ask(jobs, 7, 330, items=(0, 1, 2), labels=(0, 1, 0))
     prompt = verbalizer.prompt(task, example, style)
     whole = say(jobs, tokenizer, example, style)
@@ -285,7 +285,7 @@ def test_an_overlong_item_is_cut_to_what_fits(jobs, tokenizer, style, budget):
     assert "Nurse of many words many" in prompt.questions[1].text
     assert [cut.split(" takes ")[0] for cut in prompt.truncated_texts] == ["job 101", "job 102"]
     (line,) = verbalizer.overlong.lines()
-    assert line.startswith("applies: 2 texts too long were cut, the longest: job 10")
+    assert line.startswith("applies: 2 texts too long were truncated, the longest: job 10")
     assert verbalizer.overlong.lines() == []
 
 

@@ -231,7 +231,7 @@ def test_a_whole_answer_takes_the_place_of_a_label_word(tokenizer):
 
 
 @pytest.mark.parametrize("kind", ["sft", "align"])
-@pytest.mark.parametrize("overlong", ["cut", "skip", "error"])
+@pytest.mark.parametrize("overlong", ["truncate", "skip", "error"])
 def test_an_overlong_item_stops_no_training_unless_it_is_to(jobs_with, tokenizer, kind, overlong, capsys):
     events = [Event(0, item, ("viewed", "applied")[item % 2], 1 + item / 10) for item in range(8)]
     dataset = jobs_with([*events, Event(1, 0, "viewed", 6), Event(1, 2, "viewed", 9)])
@@ -252,5 +252,5 @@ def test_an_overlong_item_stops_no_training_unless_it_is_to(jobs_with, tokenizer
         return
     (record,) = (record for record, _ in records())
     assert record.context <= 1_000
-    done = {"cut": "cut", "skip": "skipped"}[overlong]
+    done = {"truncate": "truncated", "skip": "skipped"}[overlong]
     assert f"applies: 1 text too long was {done}, job 101 takes " in capsys.readouterr().err

@@ -56,7 +56,7 @@ def test_a_text_is_encoded_alike_alone_and_among_others(tokenizer, texts):
 
 def test_forgetting_changes_nothing(tokenizer, monkeypatch):
     """What is remembered is bounded; a call with more texts than that works too."""
-    monkeypatch.setattr("brewjax.data.text.tokenizer.REMEMBERED", 3)
+    monkeypatch.setattr("brewjax.data.text.tokenizer.CACHE_SIZE", 3)
     fresh = Tokenizer(tokenizer.hf)
     for texts in (["a", "b"], ["b", "c", "c"], ["d", "a"], list("abcdefg"), ["a", "g"], []):
         assert fresh.encode(texts) == tokenizer.encode(texts)
