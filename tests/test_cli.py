@@ -75,7 +75,7 @@ def test_a_broken_task(case, refuse, folder, tmp_path):
 # A prompt as JSON, and what the message must hold.
 PROMPT = {"preamble": "x\n", "events": ["e"], "questions": ["q"], "labels": ["Yes", "No"]}
 PROMPTS = {
-    "not_json": ("{center: 1}", (":1: not valid JSON: ", "at column 2")),
+    "not_json": ("{preamble: 1}", (":1: not valid JSON: ", "at column 2")),
     "empty": ("", (":1: not valid JSON: ",)),
     "list": ("[]", ('expected {"preamble": "..", "events": [".."]', "found []")),
     "key_missing": (
@@ -83,8 +83,8 @@ PROMPTS = {
         ("'labels' is missing; expected {",),
     ),
     "key_unknown": (PROMPT | {"label": []}, ("unknown key 'label'; did you mean 'labels'?",)),
-    "key_twice": ('{"preamble": "a", "preamble": "b"}', ("'center' is given twice",)),
-    "center_number": (PROMPT | {"preamble": 5}, ("center: expected a text, found 5",)),
+    "key_twice": ('{"preamble": "a", "preamble": "b"}', ("'preamble' is given twice",)),
+    "preamble_number": (PROMPT | {"preamble": 5}, ("preamble: expected a text, found 5",)),
     "events_text": (PROMPT | {"events": "x"}, ('events: expected a list of texts, found "x"',)),
     "question_number": (PROMPT | {"questions": ["a", 5]}, ("questions[1]: expected a text, found 5",)),
     "no_questions": (PROMPT | {"questions": []}, ("questions: expected at least one",)),

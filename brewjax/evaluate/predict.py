@@ -1,4 +1,4 @@
-"""A model's predictions on tasks: examples said, scored and laid out as the baselines' are."""
+"""A model's predictions on tasks: examples are rendered, encoded and scored, and tabulated as the baselines' are."""
 
 from __future__ import annotations
 
@@ -21,7 +21,13 @@ from brewjax.scoring.scorer import Scorer
 
 
 class ScoringCost(NamedTuple):
-    """What scoring took; `seconds` on this machine, packing included and compiling not."""
+    """What scoring took.
+
+    Attributes:
+      questions: how many were scored.
+      tokens: of all prompts, prefixes and questions.
+      seconds: on this machine, with packing and without compilation.
+    """
 
     questions: int
     tokens: int
@@ -29,22 +35,35 @@ class ScoringCost(NamedTuple):
 
 
 class Predictions(NamedTuple):
-    """Of one task, as `evaluate.predictions` has them, and what they took."""
+    """The predictions of one task (a table as `from_examples` makes it), and what they took."""
 
     table: pa.Table
-    work: ScoringCost
+    cost: ScoringCost
 
 
 def predict(
-    bundle: Bundle, dataset: Dataset, asked: Sequence[tuple[Task, Sequence[RankingExample]]]
+    bundle: Bundle, dataset: Dataset, task_examples: Sequence[tuple[Task, Sequence[RankingExample]]]
 ) -> list[Predictions]:
-    """Predictions for every question of each task's examples, in their order, but for those that the task skips as
-    overlong; prints what was cut or skipped, and how fast they were scored."""
-    style, fitting, encoded = bundle.prompts.score_style, [], []
-    for task, examples in asked:
+    """Scores every candidate of each task's examples, in order, except those that the task skips as overlong.
+
+    Prints what was truncated or skipped, and the speed.
+
+    Args:
+      task_examples: tasks with their examples, all of whose labels are known.
+
+    Returns:
+      The predictions of each task.
+
+    Raises:
+      ConfigError: every question of a task was skipped.
+    """
+    style = bundle.prompts.score_style
+    fitting: list[list[RankingExample]] = []
+    encoded: list[list[EncodedPrompt]] = []
+    for task, examples in task_examples:
         verbalizer = bundle.verbalizer(dataset, task)
-        answered = verbalizer.all_fitting(task, track(examples, f"{task.name}: say"), style)
-        pairs = [(example, bundle.encode(verbalizer.prompt(task, example, style))) for example in answered]
+        scored_examples = verbalizer.all_fitting(task, track(examples, f"{task.name}: render"), style)
+        pairs = [(example, bundle.encode(verbalizer.prompt(task, example, style))) for example in scored_examples]
         verbalizer.print_overlong()
         if not pairs:
             raise task.error("every question is too long and was skipped; raise max_tokens", "questions", "overlong")
@@ -54,17 +73,18 @@ def predict(
     scorer.warm_up()
     return [
         _score(scorer, task, examples, prompts)
-        for (task, _), examples, prompts in zip(asked, fitting, encoded, strict=True)
+        for (task, _), examples, prompts in zip(task_examples, fitting, encoded, strict=True)
     ]
 
 
 def _score(
     scorer: Scorer, task: Task, examples: Sequence[RankingExample], prompts: Sequence[EncodedPrompt]
 ) -> Predictions:
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     probabilities = scorer.score_encoded(prompts)
-    seconds = time.perf_counter() - began
-    questions, tokens = sum(len(prompt.questions) for prompt in prompts), sum(len(prompt) for prompt in prompts)
+    seconds = time.perf_counter() - start_time
+    questions = sum(len(prompt.questions) for prompt in prompts)
+    tokens = sum(len(prompt) for prompt in prompts)
     speed = f"{seconds:.1f} s, {tokens / seconds:,.0f} tokens/s"
     plain_console().print(f"{task.name}: {questions:,} questions scored in {tokens:,} tokens, {speed}")
     return Predictions(from_examples(examples, np.concatenate(probabilities)), ScoringCost(questions, tokens, seconds))

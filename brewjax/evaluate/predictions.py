@@ -1,4 +1,4 @@
-"""Predictions: one row per question, the same rows for the model and for every baseline of a task."""
+"""Tables of predictions: one row per question, the same rows for the model and for every baseline of a task."""
 
 from __future__ import annotations
 
@@ -25,13 +25,17 @@ QUESTION = [name for name in SCHEMA.names if name != "probabilities"]
 
 
 def from_examples(examples: Sequence[RankingExample], probabilities: np.ndarray) -> pa.Table:
-    """The predictions table of a split: `example` is the index in `examples`, the other columns as in `Example`.
+    """The table of predictions for some examples.
 
     Args:
-      examples: every question of them has a known label.
-      probabilities: [questions of all examples, labels], in their order; each row sums to 1.
+      examples: all of their labels are known.
+      probabilities: float [questions, labels], of all candidates of all examples in order; each row sums to 1.
 
-    Raises ValueError naming the first row that is wrong.
+    Returns:
+      A table with the columns of SCHEMA; `example` is the index in `examples`, the others are as in `RankingExample`.
+
+    Raises:
+      ValueError: a row is wrong; names the first.
     """
     sizes = np.array([len(example.candidates) for example in examples], int)
     if len(probabilities) != sizes.sum():
@@ -56,14 +60,14 @@ def from_examples(examples: Sequence[RankingExample], probabilities: np.ndarray)
 
 
 def probabilities(predictions: pa.Table, task: Task) -> np.ndarray:
-    """float64 [rows, labels]."""
+    """float64 [rows, labels]: the predicted probability of each label."""
     flat = predictions["probabilities"].combine_chunks().flatten().to_numpy().astype(np.float64)
     return flat.reshape(len(predictions), len(task.labels))
 
 
 def scores(predictions: pa.Table, task: Task) -> np.ndarray:
     """float64 [rows]: the expected value of the answer, by which items are ranked."""
-    # Not `@`: BLAS may round equal rows differently by their place, and that would break ties.
+    # Not `@`: BLAS may round equal rows differently by their position, and that would break ties.
     return (probabilities(predictions, task) * task.values).sum(axis=1)
 
 
@@ -73,7 +77,11 @@ def true_values(predictions: pa.Table, task: Task) -> np.ndarray:
 
 
 def check_same_questions(first: pa.Table, second: pa.Table) -> None:
-    """Raises ValueError unless both tables answer the same questions in the same order."""
+    """Checks that two tables answer the same questions in the same order.
+
+    Raises:
+      ValueError: they do not; names the first row that differs.
+    """
     if len(first) != len(second):
         raise ValueError(f"predictions of {len(first)} and {len(second)} questions cannot be compared")
     for name in QUESTION:

@@ -1,4 +1,4 @@
-"""Results: every metric with its bootstrap interval, overall and by how much is known of a member."""
+"""Results: every metric with its bootstrap interval, overall and by the member's number of past events."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from brewjax.evaluate.metrics import auc, calibration_error, log_loss, ndcg
 from brewjax.evaluate.predictions import check_same_questions, probabilities, scores, true_values
 
 OVERALL = "all"
-SLICES = {
+SLICES = {  # by name, the least and the greatest number of past events
     OVERALL: (0, np.inf),
     "0": (0, 0),
     "1-5": (1, 5),
@@ -21,12 +21,12 @@ SLICES = {
     "11-100": (11, 100),
     "over 100": (101, np.inf),
 }
-CHUNK = 1_000_000  # weights held at once: 8 MB
+CHUNK = 1_000_000  # weights in memory at a time: 8 MB
 
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A metric as a report names it, and its range."""
+    """A metric's title in reports, its direction and its range."""
 
     title: str
     higher_is_better: bool
@@ -43,7 +43,7 @@ METRICS: dict[MetricName, Metric] = {
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A value with its bootstrap resamples (float64 [bootstrap]); NaN where it is not defined."""
+    """The value of a metric, and of each bootstrap resample (float64 [bootstrap]); NaN if undefined."""
 
     value: float
     resamples: np.ndarray
@@ -51,9 +51,9 @@ class Estimate:
 
     @property
     def error(self) -> float:
-        """Half of the 95% interval: 1.96 standard errors; NaN where fewer than two resamples are defined.
+        """Half of the 95% interval, 1.96 standard errors; NaN if fewer than two resamples are defined.
 
-        Not the percentiles of the resamples: those need thousands, and miss a biased statistic such as ECE.
+        The percentiles of the resamples would need thousands, and miss a biased statistic such as ECE.
         """
         defined = self.resamples[np.isfinite(self.resamples)]
         return 1.96 * float(defined.std(ddof=1)) if len(defined) > 1 else np.nan
@@ -64,14 +64,20 @@ class Estimate:
         low, high = np.clip([self.value - self.error, self.value + self.error], *self.bounds)
         return float(low), float(high)
 
-    def __sub__(self, other: Estimate) -> Estimate:
-        """The paired difference: both must come from the same questions and the same seed."""
-        return Estimate(self.value - other.value, self.resamples - other.resamples)
+    def __sub__(self, baseline: Estimate) -> Estimate:
+        """The paired difference: both must be of the same questions and the same seed."""
+        return Estimate(self.value - baseline.value, self.resamples - baseline.resamples)
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """How well the questions of one slice were answered."""
+    """The metrics of one slice.
+
+    Attributes:
+      rows: number of questions.
+      members: number of members.
+      metrics: the estimates by metric.
+    """
 
     rows: int
     members: int
@@ -79,37 +85,45 @@ class Result:
 
 
 def evaluate(predictions: pa.Table, task: Task, bootstrap: int = 200, seed: int = 0) -> dict[str, Result]:
-    """A result for each of SLICES, by the number of the member's past events; the first, "all", is of every question.
+    """Computes the task's metrics for each of SLICES; the first, "all", has every question.
 
-    Intervals resample members, not questions: the answers of one member are alike. The same seed draws the same
-    members for every table of the same questions, so that two results can be subtracted.
+    The bootstrap resamples members, not questions, because the answers of one member are correlated. The same seed
+    draws the same members for every table of the same questions, so that two results can be subtracted.
+
+    Args:
+      predictions: as `from_examples` makes them.
+      bootstrap: number of resamples.
+      seed: of the resamples.
+
+    Returns:
+      The result of each slice, by name.
     """
     members, member = np.unique(predictions["member"].to_numpy(), return_inverse=True)
     member_weights = np.ones((1 + bootstrap, len(members)))  # the first is the sample itself
     if len(members):
         equally = np.full(len(members), 1 / len(members))
         member_weights[1:] = np.random.default_rng(seed).multinomial(len(members), equally, size=bootstrap)
-    past = predictions["num_past_events"].to_numpy()
+    num_past_events = predictions["num_past_events"].to_numpy()
     results = {}
     for name, (low, high) in SLICES.items():
-        rows = np.flatnonzero((past >= low) & (past <= high))
-        answered_by = len(np.unique(member[rows]))
-        weights = member_weights if answered_by > 1 else member_weights[:1]  # one member cannot be resampled
+        rows = np.flatnonzero((num_past_events >= low) & (num_past_events <= high))
+        num_members = len(np.unique(member[rows]))
+        weights = member_weights if num_members > 1 else member_weights[:1]  # one member cannot be resampled
         estimates = _estimates(predictions.take(rows), task, weights, member[rows])
-        results[name] = Result(len(rows), answered_by, estimates)
+        results[name] = Result(len(rows), num_members, estimates)
     return results
 
 
 def _estimates(
     predictions: pa.Table, task: Task, member_weights: np.ndarray, member: np.ndarray
 ) -> dict[MetricName, Estimate]:
-    said, label = probabilities(predictions, task), predictions["label"].to_numpy()
+    predicted, label = probabilities(predictions, task), predictions["label"].to_numpy()
     score, value = scores(predictions, task), true_values(predictions, task)
     functions = {
         "auc": lambda weights: auc(score, value, weights),
-        "log_loss": lambda weights: log_loss(said, label, weights),
+        "log_loss": lambda weights: log_loss(predicted, label, weights),
         "ndcg@10": lambda weights: ndcg(score, value, predictions["example"].to_numpy(), weights),
-        "calibration_error": lambda weights: calibration_error(said, label, weights),
+        "calibration_error": lambda weights: calibration_error(predicted, label, weights),
     }
     values = {name: np.full(len(member_weights), np.nan) for name in task.metrics}
     for chunk in np.array_split(np.arange(len(member_weights)), member_weights.shape[0] * len(member) // CHUNK + 1):
@@ -121,20 +135,20 @@ def _estimates(
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One task's predictions by name, the model first and then the baselines, and `evaluate`'s results of each."""
+    """One task's predictions by name, first the model and then the baselines, and the results of each by slice."""
 
     task: Task
     predictions: dict[str, pa.Table]
     results: dict[str, dict[str, Result]]
 
     def select(self, *names: str) -> Comparison:
-        """Of these, the first of them in the model's place."""
+        """The comparison of these names alone, with the first as the model."""
         return Comparison(
             self.task, {name: self.predictions[name] for name in names}, {name: self.results[name] for name in names}
         )
 
     def best(self, metric: MetricName, slice_: str = OVERALL) -> str | None:
-        """Whose value is best; None where nobody's is defined."""
+        """The name with the best value; None if no value is defined."""
         values = {name: result[slice_].metrics[metric].value for name, result in self.results.items()}
         defined = {name: value for name, value in values.items() if np.isfinite(value)}
         choose = max if METRICS[metric].higher_is_better else min
@@ -148,13 +162,16 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True)
 class ModelSummary:
-    """A model of a run, as one row of its table.
+    """A model of a run: one row of its table of models.
 
     Attributes:
-      how: what was done to make it, and from which model.
-      seconds: that took, on this machine.
-      item_flops: of the matrix products of a question, with its share of the history; attention is not counted.
-      speed: questions a second, on this machine.
+      name: of the stage that made it.
+      how: the stage's work, and its parent model.
+      parameters: their number.
+      weight_bytes: size of the weights.
+      seconds: duration of the stage on this machine.
+      item_flops: FLOPs of the matrix products of a question, with its share of the prefix, without attention.
+      speed: questions per second on this machine.
     """
 
     name: str
@@ -167,7 +184,16 @@ class ModelSummary:
 
 
 def compare(task: Task, predictions: Mapping[str, pa.Table], bootstrap: int = 200, seed: int = 0) -> Comparison:
-    """Evaluates predictions of the same questions, the model's first; raises ValueError where the questions differ."""
+    """Evaluates predictions of the same questions.
+
+    Args:
+      predictions: tables by name, the model's first and then the baselines'.
+      bootstrap: number of resamples.
+      seed: of the resamples.
+
+    Raises:
+      ValueError: the questions differ.
+    """
     tables = dict(predictions)
     for table in tables.values():
         check_same_questions(next(iter(tables.values())), table)

@@ -26,7 +26,7 @@ from tests.tables import CARD_YAML, write_dataset
 TASK_YAML = """
 name: apply
 instruction: Predict whether they apply.
-note: focus on location
+steering_note: focus on location
 history: {actions: [applied, viewed], max_events: 50, max_age_days: 100.0}
 questions:
   question: Will the member apply

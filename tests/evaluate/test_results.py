@@ -54,7 +54,9 @@ def test_every_slice_has_its_questions(task):
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("count", [0, 1])
 def test_too_little_to_judge_is_no_crash(task, count):
-    examples = [dataclasses.replace(example, past=0) for example in make_examples(np.random.default_rng(0), count)]
+    examples = [
+        dataclasses.replace(example, num_past_events=0) for example in make_examples(np.random.default_rng(0), count)
+    ]
     results = evaluate(from_examples(examples, np.full((4 * count, 2), 0.5)), task, bootstrap=5)
     assert results["6-10"].rows == 0
     for result in results.values():
@@ -88,7 +90,7 @@ def test_the_interval_covers_the_truth_where_members_differ(task):
     for seed in range(100):
         _, labels, yes = draw(np.random.default_rng(1 + seed), 50)
         examples = [
-            dataclasses.replace(template, member=m, items=np.arange(12), labels=labels[12 * m : 12 * m + 12])
+            dataclasses.replace(template, member=m, candidates=np.arange(12), labels=labels[12 * m : 12 * m + 12])
             for m in range(50)
         ]
         table = from_examples(examples, np.stack([yes, 1 - yes], axis=1))

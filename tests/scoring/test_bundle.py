@@ -102,13 +102,15 @@ def test_an_overlong_item_stops_no_evaluation(bundle, jobs, capsys, monkeypatch)
         TASK.model_copy(
             update={"name": overlong, "questions": TASK.questions.model_copy(update={"overlong": overlong})}
         )
-        for overlong in ("cut", "skip")
+        for overlong in ("truncate", "skip")
     ]
     cut, skipped = predict(bundle, dataset, [(task, examples) for task in tasks])
     assert cut.table["item"].to_pylist() == asked.tolist()
     assert skipped.table["item"].to_pylist() == [item for item in asked.tolist() if item != row]
     lines = capsys.readouterr().err.splitlines()
-    for line, done in zip(lines, ("cut: 1 text too long was cut", "skip: 1 text too long was skipped"), strict=True):
+    for line, done in zip(
+        lines, ("truncate: 1 text too long was truncated", "skip: 1 text too long was skipped"), strict=True
+    ):
         assert line.startswith(f"{done}, job {100 + row} takes ")
         assert "most of them its 'title', where " in line
 

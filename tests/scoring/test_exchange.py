@@ -272,14 +272,14 @@ def test_a_tokenizer_that_cannot_be_asked_is_refused_before_the_weights_are_read
             import_model(str(folder), tmp_path / "model")
 
     (folder / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
-    refused("its chat template cannot say the turns of user, assistant, user: no")
+    refused("its chat template cannot render the turns of user, assistant, user: no")
     (folder / "chat_template.jinja").write_text(CHAT + "<think>")
     refused(r"its chat template lets the assistant think .* \(--set chat.arguments.NAME=VALUE\), or do without it")
     with pytest.raises(TypeError, match="not callable"):  # it is not refused, and so the weights are read
         import_model(str(folder), tmp_path / "model", overrides=["score_style=sectioned", "styles={sectioned: 1}"])
     (folder / "chat_template.jinja").write_text(CHAT)
     edit(folder / "tokenizer.json", pre_tokenizer=None)  # a text is one word
-    refused("this tokenizer cannot be asked piece by piece: ")
+    refused("this tokenizer cannot tokenize prompts piece by piece: ")
 
 
 def test_a_tokenizer_that_is_no_tokenizer_is_named(folder, tmp_path):

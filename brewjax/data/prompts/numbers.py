@@ -1,13 +1,12 @@
-"""TODO."""
+"""How prompts write numbers and spans of time."""
 
 from __future__ import annotations
 
-DIGITS = 6  # significant, of a number that is said
+import decimal
+import math
 
-
-SMALLEST, LARGEST = 1e-15, 1e21  # of a number that is said without an exponent
-
-
+DIGITS = 6  # significant digits of a number
+SMALLEST, LARGEST = 1e-15, 1e21  # absolute values that are written without an exponent
 MICROSECOND_UNITS = {
     "year": 31_557_600_000_000,
     "month": 2_629_800_000_000,
@@ -24,3 +23,21 @@ def age(microseconds: int) -> tuple[int, str]:
         if microseconds >= size:
             return microseconds // size, unit
     return 0, "minute"
+
+
+def format_number(value: float) -> str:
+    """Writes a number as people do, e.g. "129.99", "0.000000001", "1.5e-20".
+
+    Whole numbers are written in full; others with DIGITS significant digits, but never fewer than two decimals, so that
+    money keeps its cents. There are no trailing zeros, and an exponent only for values outside [SMALLEST, LARGEST).
+    """
+    if isinstance(value, int):
+        return str(value)
+    if value and not SMALLEST <= abs(value) < LARGEST:
+        digits, exponent = f"{value:.{DIGITS - 1}e}".split("e")
+        return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
+    decimals = max(2, DIGITS - 1 - math.floor(math.log10(abs(value)))) if value else 0
+    # Rounds the shortest decimal that reads as this float: 0.125 is exactly that.
+    text = f"{round(decimal.Decimal(repr(float(value))), decimals):f}"
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return "0" if text == "-0" else text

@@ -1,21 +1,22 @@
-"""Texts that do not fit into the budget of a prompt: cut to what fits, named and counted."""
+"""Texts that do not fit into the token budget of a prompt: truncated to what fits, named and counted."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import NamedTuple
 
-LONGEST_TOKEN = 128  # characters, of those that tokenizers have
+MAX_TOKEN_CHARACTERS = 128  # no token of a common tokenizer is longer
 
 
 class Overlong(NamedTuple):
-    """An item, or a member, of which more is to be said than fits.
+    """An item, or a member, whose text does not fit.
 
     Attributes:
-      row: of the table.
-      noun: what the dataset's card calls it, and its id: "job 107".
-      column: the attribute that takes most tokens.
-      tokens: that all of it takes, where there are `room`.
+      row: of its table.
+      noun: its noun on the card, and its id: "job 107".
+      column: the attribute with the longest text.
+      tokens: of the whole text.
+      room: tokens that would fit.
     """
 
     row: int
@@ -29,40 +30,41 @@ class Overlong(NamedTuple):
 
 
 class OverlongLog:
-    """What was cut or skipped, each row of a table once for a task."""
+    """Counts the texts that were truncated or skipped: each row of a table once per task."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[str, str], dict[str, Overlong]] = {}
+        self._entries: dict[tuple[str, str], dict[str, Overlong]] = {}
 
-    def add(self, task: str, done: str, overlong: Overlong) -> None:
-        """Notes that `done` ("cut", "skipped") was done about it."""
-        self._found.setdefault((task, done), {}).setdefault(overlong.noun, overlong)
+    def add(self, task: str, outcome: str, overlong: Overlong) -> None:
+        """Notes the outcome, "truncated" or "skipped", of an overlong text of a task."""
+        self._entries.setdefault((task, outcome), {}).setdefault(overlong.noun, overlong)
 
     def lines(self) -> list[str]:
-        """A line for each task and what was done, with the longest; begins anew."""
-        entries, self._found = self._found, {}
+        """A line per task and outcome, which names the longest text; the count starts anew."""
+        entries, self._entries = self._entries, {}
         lines = []
-        for (task, done), by_noun in entries.items():
+        for (task, outcome), by_noun in entries.items():
             longest = max(by_noun.values(), key=lambda overlong: overlong.tokens)
             count = "1 text too long was" if len(by_noun) == 1 else f"{len(by_noun):,} texts too long were"
-            lines.append(f"{task}: {count} {done}, {'the longest: ' if len(by_noun) > 1 else ''}{longest}")
+            lines.append(f"{task}: {count} {outcome}, {'the longest: ' if len(by_noun) > 1 else ''}{longest}")
         return lines
 
 
-def cut_to_fit(say: Callable[[int | None], str], count: Callable[[str], int], room: int) -> str | None:
-    """The longest text of at most `room` tokens that `say` makes; None where it makes none.
+def truncate_to_fit(render: Callable[[int | None], str], count: Callable[[str], int], room: int) -> str | None:
+    """The longest rendering of at most `room` tokens; None if even the shortest has more.
 
     Args:
-      say: makes the text, each value in it cut to so many characters; None: uncut.
-      count: tokens of a text.
+      render: renders a text with each value in it truncated to so many characters; None: not truncated.
+      count: counts the tokens of a text.
+      room: tokens.
     """
-    whole = say(None)
-    if count(whole) <= room:
-        return whole
-    if count(say(0)) > room:
+    full_text = render(None)
+    if count(full_text) <= room:
+        return full_text
+    if count(render(0)) > room:
         return None
-    low, high = 0, min(len(whole), room * LONGEST_TOKEN)
+    low, high = 0, min(len(full_text), room * MAX_TOKEN_CHARACTERS)
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if count(say(middle)) <= room else (low, middle - 1)
-    return say(low)
+        low, high = (middle, high) if count(render(middle)) <= room else (low, middle - 1)
+    return render(low)

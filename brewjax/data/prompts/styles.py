@@ -1,4 +1,4 @@
-"""The styles in which prompts are said, and which of them a model is trained and scored in."""
+"""The styles in which prompts are rendered, and the settings that choose among them."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from brewjax.data.text.encode import HistoryLayout
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """How things are said. Templates are filled with `str.format`.
+    """The templates of a style, filled by `str.format`.
 
     Attributes:
-      preamble: filled with instruction, profile, member, item.
-      fact: one attribute, filled with name and value; facts are joined by `join`.
-      group: said before the events of one action, filled with member, past, items; "" tells events in order of
+      preamble: the instruction and the profile; fields: instruction, profile, member, item.
+      fact: one attribute; fields: name, value.
+      join: the text between facts.
+      group: the words before the events of one action; fields: member, past, items. If empty, events are in order of
         time instead, each with its action.
-      event, question: filled with facts (and ask, for a question).
-      heading: what a question begins with.
-      percentile: filled with a number from 1 to 100.
-      short: ages as "2d", not "2 days".
-      chat: the parts are put into the tokenizer's own chat template.
-      turns: the history is told as turns of the chat: what is asked of each event's item, its answer, then the event.
-        All is as in `chat` otherwise: the events see each other, and the questions share them. But an event told as
-        a turn says its answer in the task's own words, and training learns it (where the answers to events differ:
-        not with sampled negatives), so one record has as many answers more as its history has turns. A turn sees
-        the turns before it, also those of its own moment.
+      event: a past event; field: facts.
+      heading: the beginning of every question.
+      question: a question; fields: question, facts.
+      percentile: a percentile; its field is a number from 1 to 100.
+      short: whether ages are short, "2d" and not "2 days".
+      chat: whether the parts are put into the tokenizer's own chat template.
+      turns: whether each past event is rendered as a chat turn: the question about its item, then the label word, then
+        the event. The label words are training targets as well, so a history of n turns adds n targets. Not so with
+        sampled negatives, where every past event has the same label. A turn attends to all earlier turns, including
+        those with the same timestamp.
     """
 
     preamble: str
@@ -53,7 +54,7 @@ SECTIONED = Style(
     group="{member} {past} the following {items}:\n",
     event="[{facts}]\n",
     heading="## Question",
-    question="\n{ask}: [{facts}]\n## Answer\n",
+    question="\n{question}: [{facts}]\n## Answer\n",
 )
 CHAT = dataclasses.replace(
     SECTIONED,
@@ -61,7 +62,7 @@ CHAT = dataclasses.replace(
     group="",
     event="- {facts}\n",
     heading="Question",
-    question=": {ask}? {facts}",
+    question=": {question}? {facts}",
     chat=True,
 )
 STYLES = {
@@ -86,7 +87,7 @@ STYLES = {
         group="",
         event="event: {facts}\n",
         heading="question",
-        question=": {ask}; {facts}; answer=",
+        question=": {question}; {facts}; answer=",
         percentile="p{}",
         short=True,
     ),
@@ -94,19 +95,19 @@ STYLES = {
 
 
 class PromptConfig(Config):
-    """How prompts are said and cut."""
+    """How prompts are rendered, and how long they may be."""
 
     styles: dict[str, float] = {"compact": 1.0}
-    """The styles that training draws from, with their weights."""
+    """The styles that training draws from, by name, with their weights."""
     score_style: str = "compact"
-    """The one that evaluation and serving use."""
+    """The style of prompts in evaluation and serving."""
     max_tokens: int = pydantic.Field(default=1024, gt=0)
-    """Budget for the preamble, the history and one question; the oldest events go first. Training packs the
-    questions into what is left of a row: half a row or less lets many questions share a history."""
+    """Token budget for the preamble, the history and one question; the oldest events are left out to fit. Training
+    packs the questions into the rest of a row of `seq_len`: half of it or less lets many questions share a history."""
     layout: HistoryLayout = "dense"
-    """Dense, or star: events do not see each other."""
+    """Attention within the history: "dense", causal; or "star", in which events do not attend to each other."""
     chat: ChatTemplate = ChatTemplate()
-    """Of the styles that use the tokenizer's chat template."""
+    """Variables of the tokenizer's chat template, for the styles that use it."""
 
     @pydantic.model_validator(mode="after")
     def _known_styles(self) -> PromptConfig:
@@ -118,6 +119,6 @@ class PromptConfig(Config):
         return self
 
     def draw(self, rng: np.random.Generator) -> str:
-        """A style to train on."""
+        """Draws the name of a style to train on."""
         names, weights = zip(*self.styles.items(), strict=True)
         return names[rng.choice(len(names), p=np.array(weights) / sum(weights))]

@@ -1,4 +1,4 @@
-"""From a member, their past and the items asked about to a `Prompt`, in one of several styles."""
+"""`Verbalizer`: renders ranking examples as prompts, in one of several styles, within a budget of tokens."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import numpy as np
 import pyarrow as pa
 
 from brewjax.console import plain_console
-from brewjax.data.prompts.numbers import age
-from brewjax.data.prompts.overlong import Overlong, OverlongLog, cut_to_fit
+from brewjax.data.prompts.numbers import age, format_number
+from brewjax.data.prompts.overlong import Overlong, OverlongLog, truncate_to_fit
 from brewjax.data.prompts.styles import STYLES, Style
 from brewjax.data.tables.card import Attribute
 from brewjax.data.tables.dataset import Dataset
-from brewjax.data.tables.statistics import ItemStatistic, Percentiles, format_number
+from brewjax.data.tables.statistics import ItemStatistic, Percentiles
 from brewjax.data.tasks.examples import Choice, RankingExample, event_labels
 from brewjax.data.tasks.task import Task
 from brewjax.data.text.chat import AS_IT_COMES, Chat, ChatTemplate, chat_parts
@@ -26,20 +26,30 @@ from brewjax.data.text.tokenizer import Tokenizer
 
 Table = Literal["members", "items", "events"]
 Where = Literal["history", "question"]
-TEXTUAL = ("text", "category", "list")  # kinds of attributes that can be cut
-CHOICES = " / "  # between the names of the items to choose from
+TEXTUAL = ("text", "category", "list")  # kinds of attributes that can be truncated
+CHOICES = " / "  # between the names of the items of a multiple-choice question
 
 
 class Verbalizer:
-    """Says examples of one dataset as prompts, within a budget of tokens.
+    """Renders the examples of one dataset as prompts.
+
+    Usage:
+      >>> percentiles = Percentiles.fit(dataset, until=task.boundaries(dataset)[0])
+      >>> verbalizer = Verbalizer(dataset, percentiles, tokenizer, max_tokens=1024)
+      >>> example = next(build_examples(dataset, task, "test"))
+      >>> print(verbalizer.prompt(task, example, "sectioned").render())  # doctest: +ELLIPSIS
+      ## Instruction
+      ...
 
     Args:
-      percentiles: fitted on training data.
-      max_tokens: the oldest events are dropped until preamble, events and the longest question fit.
-      template: of the styles that use the tokenizer's chat template.
+      dataset: the tables.
+      percentiles: scales fitted on training data.
+      tokenizer: counts the tokens of the budget, and has the chat template.
+      max_tokens: budget for preamble, history and the longest question; the oldest events are left out to fit.
+      template: variables of the chat template, for the styles that use it.
 
     Attributes:
-      overlong: the items and members of which more was to be said than fits.
+      overlong: counts the items and members whose texts did not fit.
     """
 
     def __init__(
@@ -66,122 +76,139 @@ class Verbalizer:
     def _chat(self) -> Chat:
         return chat_parts(self.tokenizer, self._template)
 
-    def _chat_of(self, words: Sequence[str]) -> Chat:
-        """Where an answer and the space before it are not one token, the space is a token of the question."""
+    def _chat_for(self, words: Sequence[str]) -> Chat:
+        """The parts of the chat template. If the space before an answer and a label word are not one token, the space
+        becomes a token of the question."""
         chat = self._chat
         if chat.answer and max(self.tokenizer.lengths([chat.answer + word for word in words])) > 1:
             return chat._replace(assistant=chat.assistant + chat.answer, answer="")
         return chat
 
     def names(self, items: np.ndarray) -> list[str]:
-        """What people call each item (rows)."""
+        """A name for people to read, of each item (int [items], rows)."""
         return [self.tokenizer.clean(self.dataset.item_name(row)) for row in items]
 
     def facts(
-        self, table: Table, rows: np.ndarray, moment: int | np.ndarray, style: Style, where: Where = "question"
+        self, table: Table, rows: np.ndarray, time: int | np.ndarray, style: Style, where: Where = "question"
     ) -> list[list[str]]:
-        """What is said of each row as of `moment`, one for all or one each (microseconds)."""
-        return self._facts[table].render(rows, moment, style, where)
+        """Renders the attributes of rows of a table.
 
-    def item_values(self, attribute: Attribute, items: np.ndarray, moment: int) -> list[Any]:
-        """What `attribute` is of each item as of `moment`; None or NaN where it is not known."""
-        return self._facts["items"].values(attribute, items, np.full(len(items), moment))
+        Args:
+          rows: int [rows].
+          time: microseconds since 1970 as of which ages and statistics are computed, one for all rows or one each.
+          where: whether the facts stand in the history or in a question.
+
+        Returns:
+          The facts of each row.
+        """
+        return self._facts[table].render(rows, time, style, where)
+
+    def item_values(self, attribute: Attribute, items: np.ndarray, time: int) -> list[Any]:
+        """The value of `attribute` of each item (int [items], rows) as of a time; None or NaN if it is unknown."""
+        return self._facts["items"].values(attribute, items, np.full(len(items), time))
 
     def prompt(
         self, task: Task, example: RankingExample, style_name: str, note: str = "", choices: Sequence[Choice] = ()
     ) -> Prompt:
-        """Says an example. What does not fit is cut as `task.questions.overlong` says; choices that do not, left out.
+        """Renders an example.
 
-        Raises ValueError, naming the item or member and the column, where that is not to be cut, or cannot be.
+        The oldest events are left out to fit the budget. If a question does not fit without any event, its texts, and
+        those of the profile, are truncated, provided that `task.questions.overlong` allows it. Choices that do not fit
+        are left out.
 
         Args:
-          note: a developer's wish, said in place of the task's own.
-          choices: asked, each to be answered by an item's name, in place of the example's items.
+          style_name: a key of STYLES.
+          note: a developer's steering note, in place of the task's.
+          choices: multiple-choice questions, asked in place of the example's candidates.
+
+        Raises:
+          ValueError: a text that must not, or cannot, be truncated does not fit; names the item or member, and its
+            longest column.
         """
         style = STYLES[style_name]
-        chat = self._chat_of(task.words) if style.chat else Chat()
+        chat = self._chat_for(task.words) if style.chat else Chat()
         if choices:
-            questions = self._choices(task, choices, style, chat)
+            questions = self._choice_questions(task, choices, style, chat)
         else:
             questions = self._questions(task, example, style, chat)
         groups = self._groups(task, style)
-        cut: list[str] = []
+        truncated: list[str] = []
         render_preamble = lambda longest=None: self._preamble(task, example, style, chat, note, longest)  # noqa: E731
         preamble, budget = render_preamble(), self._max_tokens - 1 - sum(self.tokenizer.lengths([*groups.values()]))
-        preamble_tokens, needed = self._count(preamble), self._tokens_of(questions)
-        if max(needed, default=0) > budget - preamble_tokens:
-            bare = self._tokens_of(self._questions(task, example, style, chat, 0))
-            room = self._room_for_questions(task, budget, render_preamble, max(bare))
+        preamble_tokens, question_tokens = self._count(preamble), self._count_questions(questions)
+        if max(question_tokens, default=0) > budget - preamble_tokens:
+            bare_tokens = self._count_questions(self._questions(task, example, style, chat, 0))
+            room = self._room_for_questions(task, budget, render_preamble, max(bare_tokens))
             if choices:
-                questions = tuple(question for question, size in zip(questions, needed, strict=True) if size <= room)
-            else:
-                questions = self._cut_questions(task, example, style, chat, questions, needed, room, cut)
-            needed = self._tokens_of(questions)
-            room = budget - max(needed, default=0)
-            if preamble_tokens > room:
-                overlong = self._overlong("members", example.member, preamble, room, example.cutoff_time, style)
-                fitting = (
-                    None if task.questions.overlong == "error" else self._cut(task, render_preamble, overlong, cut)
+                questions = tuple(
+                    question for question, size in zip(questions, question_tokens, strict=True) if size <= room
                 )
-                if fitting is None:
-                    raise self._too_long(task, overlong)
-                preamble, preamble_tokens = fitting, self._count(fitting)
-        texts, turns = self._history(task, example, style, chat, say_action=not style.group and len(groups) > 1)
-        dropped = self._num_events_over_budget(budget - preamble_tokens - max(needed, default=0), texts, turns)
-        texts, rows = texts[dropped:], example.history[dropped:]
+            else:
+                questions = self._truncate_questions(
+                    task, example, style, chat, questions, question_tokens, room, truncated
+                )
+            question_tokens = self._count_questions(questions)
+            room = budget - max(question_tokens, default=0)
+            if preamble_tokens > room:
+                preamble = self._truncate_preamble(task, example, style, preamble, render_preamble, room, truncated)
+                preamble_tokens = self._count(preamble)
+        events, offsets = self._history(task, example, style, chat, name_action=not style.group and len(groups) > 1)
+        room = budget - preamble_tokens - max(question_tokens, default=0)
+        num_truncated = self._num_events_over_budget(room, events, offsets)
+        events, rows = events[num_truncated:], example.history[num_truncated:]
         if style.group:
-            texts = _grouped(texts, self.dataset.event_action[rows], groups)
-        answers = tuple(turns[dropped:]) if style.turns else ()
+            events = _group_events(events, self.dataset.event_action[rows], groups)
+        answer_offsets = tuple(offsets[num_truncated:]) if style.turns else ()
         words = tuple(chat.answer + word for word in task.words)
-        return Prompt(preamble, tuple(texts), questions, words, dropped, answers, tuple(cut))
+        return Prompt(preamble, tuple(events), questions, words, num_truncated, answer_offsets, tuple(truncated))
 
     def _room_for_questions(
         self, task: Task, budget: int, render_preamble: Callable[[int | None], str], bare_question: int
     ) -> int:
-        """Tokens for a question: what the profile leaves, or half of the budget where both are long. ValueError where
-        the words of the task alone are too many."""
+        """Tokens for a question: what the profile leaves, but at least half of the budget if both are long. ValueError
+        if the words of the task alone exceed the budget."""
         bare_preamble = self._count(render_preamble(0))
         if bare_preamble + bare_question > budget:
             raise ValueError(
-                f"task '{task.name}': its instruction and a question take {bare_preamble + bare_question} tokens without "
-                f"any text of the tables, over the budget of {self._max_tokens}; raise max_tokens, or shorten them"
+                f"task '{task.name}': its instruction and a question take {bare_preamble + bare_question} tokens "
+                f"without any text of the tables, over the budget of {self._max_tokens}; raise max_tokens, or shorten "
+                "them"
             )
         half = min(max(budget // 2, bare_question), budget - bare_preamble)
         return max(budget - self._count(render_preamble(None)), half)
 
     def fitting(self, task: Task, example: RankingExample, style_name: str) -> RankingExample:
-        """The example without the questions that are to be skipped because they do not fit beside the profile."""
+        """The example without the candidates whose questions do not fit, if the task's policy is to skip them."""
         if task.questions.overlong != "skip":
             return example
         style = STYLES[style_name]
-        chat = self._chat_of(task.words) if style.chat else Chat()
+        chat = self._chat_for(task.words) if style.chat else Chat()
         questions = self._questions(task, example, style, chat)
         budget = self._max_tokens - 1 - sum(self.tokenizer.lengths([*self._groups(task, style).values()]))
         render_preamble = lambda longest: self._preamble(task, example, style, chat, "", longest)  # noqa: E731
-        bare = self._tokens_of(self._questions(task, example, style, chat, 0))
-        room = self._room_for_questions(task, budget, render_preamble, max(bare))
-        fits = np.array(self._tokens_of(questions)) <= room
+        bare_tokens = self._count_questions(self._questions(task, example, style, chat, 0))
+        room = self._room_for_questions(task, budget, render_preamble, max(bare_tokens))
+        fits = np.array(self._count_questions(questions)) <= room
         for row, question in zip(example.candidates[~fits], np.array(questions, object)[~fits], strict=True):
             text = question.heading + question.text
-            self.overlong.add(
-                task.name, "skipped", self._overlong("items", row, text, room, example.cutoff_time, style)
-            )
+            overlong = self._describe_overlong("items", row, text, room, example.cutoff_time, style)
+            self.overlong.add(task.name, "skipped", overlong)
         return example.select(fits)
 
     def all_fitting(self, task: Task, examples: Iterable[RankingExample], style_name: str) -> Iterator[RankingExample]:
-        """The examples without what is to be skipped (see `fitting`), those left without questions left out."""
+        """Applies `fitting` to each example, and leaves out examples without any candidate left."""
         for example in examples:
             fitting = self.fitting(task, example, style_name)
             if len(fitting.candidates):
                 yield fitting
 
     def print_overlong(self) -> None:
-        """Says what was cut or skipped since the last time."""
+        """Prints, on stderr, what was truncated or skipped since the last call."""
         for line in self.overlong.lines():
             plain_console(stderr=True).print(line, soft_wrap=True)
 
     def _groups(self, task: Task, style: Style) -> dict[str, str]:
-        """What is said before the events of each action that the task tells."""
+        """By action of the history, the words before its events."""
         card = self.dataset.card
         return {
             name: style.group.format(member=f"The {card.members.noun}", past=action.past, items=card.items.plural)
@@ -214,120 +241,150 @@ class Verbalizer:
         facts = self._facts["items"].render(example.candidates, example.cutoff_time, style, "question", longest)
         return tuple(
             Question(
-                style.question.format(ask=task.questions.question, facts=style.join.join(of_item)) + chat.assistant,
+                style.question.format(question=task.questions.question, facts=style.join.join(item_facts))
+                + chat.assistant,
                 int(label) if label >= 0 else None,
                 style.heading,
             )
-            for of_item, label in zip(facts, example.labels, strict=True)
+            for item_facts, label in zip(facts, example.labels, strict=True)
         )
 
-    def _cut_questions(
+    def _truncate_questions(
         self,
         task: Task,
         example: RankingExample,
         style: Style,
         chat: Chat,
         questions: Sequence[Question],
-        needed: Sequence[int],
+        question_tokens: Sequence[int],
         room: int,
-        cut: list[str],
+        truncated: list[str],
     ) -> tuple[Question, ...]:
-        """Each question that needs more than `room` tokens with its item's texts cut; notes them in `cut`."""
+        """Truncates the item texts of each question of more than `room` tokens, and notes the items in `truncated`."""
         fitting = list(questions)
-        for place in np.flatnonzero(np.array(needed) > room).tolist():
-            single = example.select(slice(place, place + 1))
-            whole = questions[place].heading + questions[place].text
-            overlong = self._overlong("items", int(single.candidates[0]), whole, room, example.cutoff_time, style)
-            say = lambda longest, single=single: (  # noqa: E731
+        for index in np.flatnonzero(np.array(question_tokens) > room).tolist():
+            single = example.select(slice(index, index + 1))
+            full_text = questions[index].heading + questions[index].text
+            item = int(single.candidates[0])
+            overlong = self._describe_overlong("items", item, full_text, room, example.cutoff_time, style)
+            render = lambda longest, single=single: (  # noqa: E731
                 style.heading + self._questions(task, single, style, chat, longest)[0].text
             )
-            text = self._cut(task, say, overlong, cut) if task.questions.overlong == "cut" else None
+            allowed = task.questions.overlong == "truncate"
+            text = self._truncate(task, render, overlong, truncated) if allowed else None
             if text is None:
-                raise self._too_long(task, overlong)
-            fitting[place] = dataclasses.replace(questions[place], text=text.removeprefix(style.heading))
+                raise self._overlong_error(task, overlong)
+            fitting[index] = dataclasses.replace(questions[index], text=text.removeprefix(style.heading))
         return tuple(fitting)
 
-    def _cut(self, task: Task, say: Callable[[int | None], str], overlong: Overlong, cut: list[str]) -> str | None:
-        text = cut_to_fit(say, self._count, overlong.room)
-        if text is not None:
-            cut.append(str(overlong))
-            self.overlong.add(task.name, "cut", overlong)
+    def _truncate_preamble(
+        self,
+        task: Task,
+        example: RankingExample,
+        style: Style,
+        preamble: str,
+        render_preamble: Callable[[int | None], str],
+        room: int,
+        truncated: list[str],
+    ) -> str:
+        """Truncates the profile's texts until the preamble has at most `room` tokens, and notes it in `truncated`."""
+        overlong = self._describe_overlong("members", example.member, preamble, room, example.cutoff_time, style)
+        allowed = task.questions.overlong != "error"
+        text = self._truncate(task, render_preamble, overlong, truncated) if allowed else None
+        if text is None:
+            raise self._overlong_error(task, overlong)
         return text
 
-    def _overlong(self, table: Table, row: int, text: str, room: int, moment: int, style: Style) -> Overlong:
+    def _truncate(
+        self, task: Task, render: Callable[[int | None], str], overlong: Overlong, truncated: list[str]
+    ) -> str | None:
+        text = truncate_to_fit(render, self._count, overlong.room)
+        if text is not None:
+            truncated.append(str(overlong))
+            self.overlong.add(task.name, "truncated", overlong)
+        return text
+
+    def _describe_overlong(self, table: Table, row: int, text: str, room: int, time: int, style: Style) -> Overlong:
         if table == "items":
             noun = f"{self.dataset.card.items.noun} {self.dataset.item_id(row)}"
         else:
             noun = f"the instruction with {self.dataset.card.members.noun} {self.dataset.member_id(row)}"
-        return Overlong(row, noun, self._facts[table].longest(row, moment, style), self._count(text), room)
+        return Overlong(row, noun, self._facts[table].longest(row, time, style), self._count(text), room)
 
-    def _too_long(self, task: Task, overlong: Overlong) -> ValueError:
-        cut = "" if task.questions.overlong == "cut" else ", or say 'overlong: cut' under 'questions' of the task"
+    def _overlong_error(self, task: Task, overlong: Overlong) -> ValueError:
+        allowed = task.questions.overlong == "truncate"
+        hint = "" if allowed else ", or set 'overlong: truncate' under 'questions' of the task"
         return ValueError(
             f"task '{task.name}': {overlong} beside the rest of a prompt of {self._max_tokens:,}; raise max_tokens, or "
-            f"shorten the attribute by max_words{cut}"
+            f"shorten the attribute by max_words{hint}"
         )
 
     def _count(self, text: str) -> int:
-        """Tokens of a text that a prompt begins with."""
+        """Tokens of a text at the beginning of a prompt."""
         return len(self.tokenizer.encode([text], begins=True)[0])
 
-    def _tokens_of(self, questions: Sequence[Question]) -> list[int]:
-        """Tokens of each question and its own answer."""
-        asked = self.tokenizer.lengths([question.heading + question.text for question in questions])
+    def _count_questions(self, questions: Sequence[Question]) -> list[int]:
+        """Tokens of each question with its text answer, if it has one."""
+        texts = self.tokenizer.lengths([question.heading + question.text for question in questions])
         answers = self.tokenizer.lengths([question.answer for question in questions])
-        return [question + answer for question, answer in zip(asked, answers, strict=True)]
+        return [text + answer for text, answer in zip(texts, answers, strict=True)]
 
-    def _choices(self, task: Task, choices: Sequence[Choice], style: Style, chat: Chat) -> tuple[Question, ...]:
+    def _choice_questions(
+        self, task: Task, choices: Sequence[Choice], style: Style, chat: Chat
+    ) -> tuple[Question, ...]:
         questions = []
         for choice in choices:
             names = self.names(choice.items)
-            text = style.question.format(ask=task.questions.choice_question, facts=CHOICES.join(names)) + chat.assistant
-            questions.append(Question(text, None, style.heading, chat.answer + names[choice.correct]))
+            text = style.question.format(question=task.questions.choice_question, facts=CHOICES.join(names))
+            answer = chat.answer + names[choice.correct]
+            questions.append(Question(text + chat.assistant, None, style.heading, answer))
         return tuple(questions)
 
     def _history(
-        self, task: Task, example: RankingExample, style: Style, chat: Chat, say_action: bool
+        self, task: Task, example: RankingExample, style: Style, chat: Chat, name_action: bool
     ) -> tuple[list[str], list[int]]:
-        """The text of each event: its age, the action, and what is said of the event and of its item; and where in it
-        the answer begins, 0 where it is no turn."""
-        rows, cut = example.history, example.cutoff_time
+        """The text of each event: its age, its action if `name_action`, and the facts of the event and of its item; and
+        the character in the text at which the answer begins, 0 if the event is no turn with an answer."""
+        rows, cutoff_time = example.history, example.cutoff_time
         times = self.dataset.event_time[rows]
-        of_events = self.facts("events", rows, cut, style)
-        # A turn asks as of its own moment: a statistic that its event is part of would tell its answer.
-        of_items = self.facts("items", self.dataset.event_item[rows], times if style.turns else cut, style, "history")
-        answers = np.full(len(rows), -1)
+        event_facts = self.facts("events", rows, cutoff_time, style)
+        # A turn asks as of the event's own time: a statistic that includes the event would give its answer away.
+        item_times = times if style.turns else cutoff_time
+        item_facts = self.facts("items", self.dataset.event_item[rows], item_times, style, "history")
+        labels = np.full(len(rows), -1)
         if style.turns and not task.questions.sampled_negatives:
-            answers = event_labels(self.dataset, task, rows)
-        texts, turns = [], []
-        for row, time, of_event, of_item, answer in zip(rows, times, of_events, of_items, answers, strict=True):
-            facts = [style.fact.format(name="Age", value=_age_fact(cut - int(time), style))]
-            if say_action:
+            labels = event_labels(self.dataset, task, rows)
+        texts, offsets = [], []
+        for row, time, row_facts, row_item_facts, label in zip(
+            rows, times, event_facts, item_facts, labels, strict=True
+        ):
+            facts = [style.fact.format(name="Age", value=_render_age(cutoff_time - int(time), style))]
+            if name_action:
                 action = self.dataset.card.events.actions[self.dataset.event_action[row]].past
                 facts.append(style.fact.format(name="Action", value=action))
-            question = ""
-            if answer >= 0:
-                asked = style.question.format(ask=task.questions.question, facts=style.join.join(of_item))
-                question = style.heading + asked + chat.assistant
-                facts += of_event
+            question = answer = ""
+            if label >= 0:
+                text = style.question.format(question=task.questions.question, facts=style.join.join(row_item_facts))
+                question = style.heading + text + chat.assistant
+                answer = chat.answer + task.words[label] + chat.user_again
+                facts += row_facts
             else:
-                facts += of_event + of_item
-            answered = chat.answer + task.words[answer] + chat.user_again if question else ""
-            texts.append(question + answered + style.event.format(facts=style.join.join(facts)))
-            turns.append(len(question))
-        return texts, turns
+                facts += row_facts + row_item_facts
+            texts.append(question + answer + style.event.format(facts=style.join.join(facts)))
+            offsets.append(len(question))
+        return texts, offsets
 
-    def _num_events_over_budget(self, room: int, events: list[str], turns: list[int]) -> int:
-        """How many of the oldest events must go for the others to take at most `room` tokens."""
+    def _num_events_over_budget(self, room: int, events: list[str], offsets: list[int]) -> int:
+        """How many of the oldest events must be left out for the others to take at most `room` tokens."""
         lengths = lambda texts: np.array(self.tokenizer.lengths(list(texts)), np.int64)  # noqa: E731
-        told = lengths(event[:turn] for event, turn in zip(events, turns, strict=True))
-        told += lengths(event[turn:] for event, turn in zip(events, turns, strict=True))
-        newest_first = np.cumsum(told[::-1])
+        event_tokens = lengths(event[:offset] for event, offset in zip(events, offsets, strict=True))
+        event_tokens += lengths(event[offset:] for event, offset in zip(events, offsets, strict=True))
+        newest_first = np.cumsum(event_tokens[::-1])
         return len(events) - int(np.searchsorted(newest_first, room, side="right"))
 
 
 class _Facts:
-    """Says the attributes of one table's rows."""
+    """Renders the attributes of the rows of one table."""
 
     def __init__(
         self,
@@ -338,60 +395,61 @@ class _Facts:
         tokenizer: Tokenizer,
     ):
         self._name, self._attributes, self._percentiles = name, attributes, percentiles
-        self._columns = {a.column: _values(table[a.column], a.kind) for a in attributes if not a.derive}
+        self._columns = {a.column: _read_values(table[a.column], a.kind) for a in attributes if not a.derive}
         self._clean: Callable[[str], str] = tokenizer.clean
         self.statistics: dict[str, ItemStatistic] = {}
 
     def render(
         self,
         rows: np.ndarray,
-        moment: int | np.ndarray,
+        time: int | np.ndarray,
         style: Style,
         where: Where,
         longest: int | None = None,
     ) -> list[list[str]]:
-        """The facts of each row as of `moment`, texts cut to `longest` characters; unknown values are left out, or
-        empty where places stand for names."""
-        moments = np.broadcast_to(moment, len(rows))
+        """The facts of each row as of `time`, texts truncated to `longest` characters. Unknown values are left out, or
+        empty in a style in which the position of a value stands for its name."""
+        times = np.broadcast_to(time, len(rows))
         attributes = [attribute for attribute in self._attributes if where in attribute.where]
-        named = "{name}" in style.fact
-        said: list[list[str]] = [[] for _ in rows]
+        style_has_names = "{name}" in style.fact
+        facts_by_row: list[list[str]] = [[] for _ in rows]
         for attribute in attributes:
-            values = self.values(attribute, rows, moments)
-            for facts, value, of in zip(said, values, moments.tolist(), strict=True):
-                text = "" if is_unknown(value) else self._value(attribute, value, of, style)
+            values = self.values(attribute, rows, times)
+            for facts, value, row_time in zip(facts_by_row, values, times.tolist(), strict=True):
+                text = "" if is_unknown(value) else self._render_value(attribute, value, row_time, style)
                 if attribute.kind in TEXTUAL:
                     text = text[:longest].rstrip()
-                if text or not named:
+                if text or not style_has_names:
                     facts.append(style.fact.format(name=attribute.name, value=text))
-        return said
+        return facts_by_row
 
-    def longest(self, row: int, moment: int, style: Style) -> str:
-        """The column of which most is said of a row."""
+    def longest(self, row: int, time: int, style: Style) -> str:
+        """The column whose text is the longest of a row."""
         attributes = [attribute for attribute in self._attributes if "question" in attribute.where]
         sizes = {}
         for attribute in attributes:
-            (value,) = self.values(attribute, np.array([row]), np.array([moment]))
-            sizes[attribute.column] = 0 if is_unknown(value) else len(self._value(attribute, value, moment, style))
+            (value,) = self.values(attribute, np.array([row]), np.array([time]))
+            sizes[attribute.column] = 0 if is_unknown(value) else len(self._render_value(attribute, value, time, style))
         return max(sizes, key=sizes.__getitem__, default="instruction")
 
-    def values(self, attribute: Attribute, rows: np.ndarray, moments: np.ndarray) -> list[Any]:
+    def values(self, attribute: Attribute, rows: np.ndarray, times: np.ndarray) -> list[Any]:
+        """The value of an attribute of each row; of a derived one, as of the row's time."""
         if attribute.derive:
-            return self.statistics[attribute.column].at(rows, moments).tolist()
+            return self.statistics[attribute.column].at(rows, times).tolist()
         column = self._columns[attribute.column]
         return [column[row] for row in rows]
 
-    def _value(self, attribute: Attribute, value: Any, moment: int, style: Style) -> str:
+    def _render_value(self, attribute: Attribute, value: Any, time: int, style: Style) -> str:
         if attribute.kind == "number":
             if attribute.percentile:
                 return style.percentile.format(self._percentiles.of(self._name, attribute.column, value))
             number = format_number(value)
             return f"{number} {attribute.unit}".strip() if not style.short else number
         if attribute.kind == "date":
-            since = moment - value
-            if since < 0:
-                return f"in {_age_fact(-since, style)}"
-            return _age_fact(since, style) + ("" if style.short else " ago")
+            elapsed = time - value
+            if elapsed < 0:
+                return f"in {_render_age(-elapsed, style)}"
+            return _render_age(elapsed, style) + ("" if style.short else " ago")
         if attribute.kind == "list":
             return ("," if style.short else ", ").join(text for entry in value if (text := self._clean(str(entry))))
         text = self._clean(str(value))
@@ -399,27 +457,27 @@ class _Facts:
 
 
 def is_unknown(value: Any) -> bool:
-    """Whether a value of an attribute is none: null, an empty list, or not a number."""
+    """Whether an attribute has no value: null, an empty list, or NaN."""
     return value is None or value == [] or (isinstance(value, float) and math.isnan(value))
 
 
-def _values(column: pa.ChunkedArray, kind: str) -> list[Any]:
+def _read_values(column: pa.ChunkedArray, kind: str) -> list[Any]:
     """The values of a column; dates as microseconds since 1970."""
     return (column.cast(pa.timestamp("us")).cast(pa.int64()) if kind == "date" else column).to_pylist()
 
 
-def _age_fact(microseconds: int, style: Style) -> str:
+def _render_age(microseconds: int, style: Style) -> str:
     count, unit = age(microseconds)
     if style.short:
         return f"{count}{'mo' if unit == 'month' else unit[0]}"
     return f"{count} {unit}{'' if count == 1 else 's'}"
 
 
-def _grouped(texts: list[str], actions: np.ndarray, groups: dict[str, str]) -> list[str]:
-    """The events of each action together, the group's words before its first event."""
+def _group_events(texts: list[str], actions: np.ndarray, groups: dict[str, str]) -> list[str]:
+    """The events of each action together, with the group's words before its first event."""
     grouped = []
     for action, words in groups.items():
-        members = [text for text, own in zip(texts, actions, strict=True) if own == action]
+        members = [text for text, event_action in zip(texts, actions, strict=True) if event_action == action]
         if members:
             grouped += [words + members[0], *members[1:]]
     return grouped

@@ -1,4 +1,7 @@
-"""Token rows for training: ArrayRecord shards shuffled, mixed, packed and batched by Grain, resumable to the row."""
+"""Batches of packed token rows for training: Grain shuffles, mixes, packs and batches ArrayRecord shards.
+
+The position in the data can be saved and restored to the row.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +20,18 @@ from pallas_kernels.token_labels import TokenLabels
 
 
 class TokenBatch(NamedTuple):
-    """What a step takes: rows of packed examples.
+    """The data of a training step: rows of packed examples. B is rows, T is tokens.
 
     Attributes:
-      positions: for RoPE; restart with every example, and with every question where its history ends.
+      tokens: ids.
+      positions: for RoPE; they restart with every example, and for every question where its history ends.
+      token_labels: which tokens attend to which.
       targets: the token that follows, `NO_TARGET` where there is no loss.
-      weights: of each target's loss, 0 where there is none. A step's loss is sum(weight x loss) / sum(weight).
-      preference: +l at the targets of the candidate that list l of its example prefers, -l at those of one that it
-        rejects, 0 elsewhere. Lists are numbered from 1 within an example; a candidate is one segment.
-      source: which record a token came from, a line of the shards' sources.jsonl, those of all folders one after the
-        other; -1 for padding.
+      weights: loss weight of each target, 0 where there is none. A step's loss is sum(weight * loss) / sum(weight).
+      preference: +l at the targets of the chosen candidate of list l of its example, -l at those of a rejected one, 0
+        elsewhere. Lists are numbered from 1 within an example; a candidate is one piece.
+      source: index of the record that a token came from, -1 for padding: a line of the sources.jsonl of all folders,
+        concatenated.
     """
 
     tokens: Int[Array, "B T"]
@@ -39,39 +44,53 @@ class TokenBatch(NamedTuple):
 
 
 def load_batches(
-    shards: Shards, rows: int, seq_len: int, seed: int, process: int = 0, processes: int = 1
+    shards: Shards, batch_size: int, seq_len: int, seed: int, process: int = 0, processes: int = 1
 ) -> grain.IterDataset:
-    """An endless, checkpointable stream of TokenBatch of numpy arrays [rows, seq_len].
+    """An endless, checkpointable stream of batches.
 
-    Every record is read once an epoch by exactly one process; each epoch is shuffled anew. Several folders of shards
-    are mixed record by record, each folder in its own epochs, so that their shares of all tokens are as asked.
+    Every record is read once per epoch by exactly one process, and each epoch is shuffled anew. Several folders of
+    shards are mixed record by record, each in its own epochs, so that they have the given shares of all tokens.
+
+    Args:
+      shards: a folder, or folders with their shares of all tokens.
+      batch_size: rows of a batch.
+      seq_len: tokens of a row.
+      seed: of the order.
+      process: which of the `processes` readers this is; each reads a disjoint part of the records.
+      processes: number of readers.
+
+    Returns:
+      A Grain dataset of `TokenBatch` with numpy arrays [batch_size, seq_len].
+
+    Raises:
+      ValueError: a folder is incomplete, or has fewer records than there are processes.
     """
     folders = {shards: 1.0} if isinstance(shards, Path) else shards
-    records, per_token, before = [], [], 0
-    for number, (folder, share) in enumerate(folders.items()):
+    datasets, record_weights, first_record = [], [], 0
+    for folder_index, (folder, share) in enumerate(folders.items()):
         counts = read_counts(folder)
         source = grain.sources.ArrayRecordDataSource(sorted(str(path) for path in folder.glob("part-*.array_record")))
         if len(source) < processes:
             raise ValueError(f"{folder}: {len(source)} examples are too few for {processes} processes")
-        own = grain.MapDataset.source(source).seed(seed + number)[process::processes].shuffle().repeat()
-        records.append(own.map(functools.partial(_parse, before=before)))
-        per_token.append(share * counts["records"] / counts["tokens"])
-        before += counts["records"]
-    mixed = grain.MapDataset.mix(records, per_token) if len(records) > 1 else records[0]
+        dataset = grain.MapDataset.source(source).seed(seed + folder_index)[process::processes].shuffle().repeat()
+        datasets.append(dataset.map(functools.partial(_parse_record, first_record=first_record)))
+        record_weights.append(share * counts["records"] / counts["tokens"])
+        first_record += counts["records"]
+    mixed = grain.MapDataset.mix(datasets, record_weights) if len(datasets) > 1 else datasets[0]
     packed = grain.experimental.BestFitPackIterDataset(
         mixed.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=32)),
         length_struct={name: seq_len for name in FIELDS},
-        num_packing_bins=max(16, rows),
+        num_packing_bins=max(16, batch_size),
         seed=seed,
         padding_struct={name: NO_TARGET if name in ("targets", "source") else 0 for name in FIELDS},
     )
-    return packed.batch(rows, drop_remainder=True).map(_to_batch)
+    return packed.batch(batch_size, drop_remainder=True).map(_to_batch)
 
 
-def _parse(record: bytes, before: int) -> dict[str, np.ndarray]:
-    """`before`: how many records the folders before this one have."""
+def _parse_record(record: bytes, first_record: int) -> dict[str, np.ndarray]:
+    """The arrays of a record; `first_record` is the number of records of all folders before its own."""
     arrays = dict(zip(FIELDS, np.frombuffer(record, np.int32).reshape(len(FIELDS), -1), strict=True))
-    return arrays | {"weights": arrays["weights"].view(np.float32), "source": arrays["source"] + np.int32(before)}
+    return arrays | {"weights": arrays["weights"].view(np.float32), "source": arrays["source"] + np.int32(first_record)}
 
 
 def _to_batch(packed: dict[str, np.ndarray]) -> TokenBatch:
@@ -81,6 +100,6 @@ def _to_batch(packed: dict[str, np.ndarray]) -> TokenBatch:
 
 
 def describe_sources(shards: Shards, batch: TokenBatch) -> list[str]:
-    """The notes of every example in a batch, for an error message."""
+    """The provenance of every example in a batch, as JSON, for an error message."""
     lines = [line for folder in shard_folders(shards) for line in (folder / SOURCES).read_text().splitlines()]
     return [lines[index] for index in np.unique(jax.device_get(batch.source)) if index >= 0]

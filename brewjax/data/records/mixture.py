@@ -1,4 +1,4 @@
-"""TODO."""
+"""How several sources of training data share the tokens of a run."""
 
 from __future__ import annotations
 
@@ -12,16 +12,24 @@ from brewjax.data.records.shards import read_counts
 
 
 class MixConfig(Config):
-    """How sources of training data (tasks, texts) share a run's tokens: p_i ~ weight_i n_i^(1 / temperature)."""
+    """How sources of training data (tasks, texts) share a run's tokens.
+
+    Source i gets a share proportional to weight_i * n_i^(1 / temperature) of all tokens, where n_i is its number of
+    tokens.
+    """
 
     temperature: float = pydantic.Field(default=1.0, gt=0)
-    """1 leaves each source its share, n_i tokens of all; a higher one evens them out (T5, arXiv 1910.10683, section
-    3.5.2, where n_i are examples)."""
+    """At 1 a source's share is proportional to its size; a higher temperature evens the shares out (T5, arXiv
+    1910.10683, section 3.5.2, which counts examples instead of tokens)."""
     weights: dict[str, pydantic.NonNegativeFloat] = {}
-    """By a source's name; 1 for one that is not named, 0 leaves it out."""
+    """Weights by the name of a source; 1 for a source that is not named, 0 leaves a source out."""
 
     def check_names(self, names: Iterable[str]) -> None:
-        """ConfigError for a weight of a source that is not among `names`, and where all of these have weight 0."""
+        """Checks the weights against the names of the sources.
+
+        Raises:
+          ConfigError: a weight is of no source, or every source has weight 0.
+        """
         for name in self.weights:
             if name not in names:
                 raise self.error(f"no source '{name}'; sources: {', '.join(names)}", "weights", name)
@@ -29,8 +37,16 @@ class MixConfig(Config):
             raise self.error("every source has weight 0", "weights")
 
     def shares(self, folders: Mapping[str, Path]) -> dict[Path, float]:
-        """The share of each named folder of shards, 1 in all. ConfigError for a weight of a name that is not there."""
+        """The share of all tokens of each folder of shards; the shares sum to 1, and a source of weight 0 is left out.
+
+        Args:
+          folders: of shards, by the name of the source.
+
+        Raises:
+          ConfigError: as `check_names`.
+          ValueError: a folder is incomplete.
+        """
         self.check_names(folders)
         sizes = {folder: read_counts(folder)["tokens"] ** (1 / self.temperature) for folder in folders.values()}
-        weighed = {folder: self.weights.get(name, 1.0) * sizes[folder] for name, folder in folders.items()}
-        return {folder: weight / sum(weighed.values()) for folder, weight in weighed.items() if weight}
+        weighted = {folder: self.weights.get(name, 1.0) * sizes[folder] for name, folder in folders.items()}
+        return {folder: weight / sum(weighted.values()) for folder, weight in weighted.items() if weight}

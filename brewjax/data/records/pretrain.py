@@ -1,4 +1,4 @@
-"""Text for continued pre-training: a dataset's items and histories told as prose, and general text from a folder."""
+"""Records for continued pre-training: a dataset's items and histories as prose, and general text from a folder."""
 
 from __future__ import annotations
 
@@ -20,96 +20,109 @@ from brewjax.data.text.tokenizer import Tokenizer
 
 
 class PretrainConfig(Config):
-    """Text for continued pre-training.
-
-    Attributes:
-      passes: how often every item and history is told, each time with its facts in another order.
-      general: a folder of general text, kept so that the model does not forget it: .txt files, each a text, and
-        .jsonl files, each line an object with its text as "text"; in folders of any depth. None: the dataset's text
-        alone.
-      general_share: of all tokens.
-    """
+    """The data of continued pre-training."""
 
     repeats: int = pydantic.Field(default=1, gt=0)
+    """How many times every item and history is rendered, each time with its facts in another order."""
     general_text: str | None = None
+    """A folder of general text, mixed in so that the model does not forget language: .txt files, each a text, and
+    .jsonl files, each line an object with its text as "text", in folders of any depth. By default there is none."""
     general_fraction: float = pydantic.Field(default=0.25, gt=0, lt=1)
+    """The share of general text in all tokens."""
     seed: Seed = 0
+    """Seed of the orders of facts."""
 
 
 def domain_texts(verbalizer: Verbalizer, until: int, config: PretrainConfig) -> Iterator[tuple[str, Provenance]]:
-    """Every item, and every member's profile and history, that has an event before `until` (microseconds; where
-    validation begins), told as of then: nothing that happened later shows, neither an event, nor a statistic, nor that
-    an item or a member was there at all."""
+    """Yields prose about every item and every member with an event before `until`, with its provenance.
+
+    All of it is as of `until`: nothing that happened later shows, neither an event, nor a statistic, nor the existence
+    of an item or a member.
+
+    Args:
+      until: microseconds since 1970, where validation begins.
+    """
     rng = np.random.default_rng(config.seed)
     dataset = verbalizer.dataset
     events = np.flatnonzero(dataset.event_time < until)
     items = np.unique(dataset.event_item[events])
-    for number in range(config.repeats):
+    for repeat in range(config.repeats):
         facts = verbalizer.facts("items", items, until, SECTIONED)
-        for item, of_item in zip(items, facts, strict=True):
-            text = _sentences(dataset.card.items.noun.capitalize(), of_item, rng)
-            yield text, {"item": dataset.items[dataset.card.items.id][int(item)].as_py(), "pass": number}
-        for member, own in itertools.groupby(events, key=lambda event: dataset.event_member[event]):
-            note = {"member": dataset.members[dataset.card.members.id][int(member)].as_py(), "pass": number}
-            yield _history(verbalizer, int(member), np.array(list(own)), until, rng), note
+        for item, item_facts in zip(items, facts, strict=True):
+            text = _sentences(dataset.card.items.noun.capitalize(), item_facts, rng)
+            yield text, {"item": dataset.items[dataset.card.items.id][int(item)].as_py(), "repeat": repeat}
+        for member, member_events in itertools.groupby(events, key=lambda event: dataset.event_member[event]):
+            provenance = {"member": dataset.members[dataset.card.members.id][int(member)].as_py(), "repeat": repeat}
+            yield _history(verbalizer, int(member), np.array(list(member_events)), until, rng), provenance
 
 
 def _history(verbalizer: Verbalizer, member: int, events: np.ndarray, until: int, rng: np.random.Generator) -> str:
-    """A profile, then what the member did, month by month: the items by name, with what is said of the events."""
+    """A member's profile, then the events month by month: the items by name, with the facts of each event."""
     dataset, card = verbalizer.dataset, verbalizer.dataset.card
     profile = verbalizer.facts("members", np.array([member]), until, SECTIONED)[0]
     parts = [_sentences(card.members.noun.capitalize(), profile, rng)]
     times = dataset.event_time[events]
     names = verbalizer.names(dataset.event_item[events])
     facts = verbalizer.facts("events", events, times, SECTIONED)
-    told = [f"{name} ({', '.join(said)})" if said else name for name, said in zip(names, facts, strict=True)]
+    texts = [
+        f"{name} ({', '.join(event_facts)})" if event_facts else name
+        for name, event_facts in zip(names, facts, strict=True)
+    ]
     months = times.astype("M8[us]").astype("M8[M]")
-    for (month, action), some in itertools.groupby(
-        zip(months, dataset.event_action[events], told, strict=True), key=lambda event: event[:2]
+    for (month, action), group_events in itertools.groupby(
+        zip(months, dataset.event_action[events], texts, strict=True), key=lambda event: event[:2]
     ):
         group = SECTIONED.group.format(
             member=f"the {card.members.noun}", past=card.events.actions[action].past, items=card.items.plural
         )
-        parts.append(f"{month.item():%B %Y}: {group.strip()} {', '.join(text for *_, text in some)}.\n")
+        parts.append(f"{month.item():%B %Y}: {group.strip()} {', '.join(text for *_, text in group_events)}.\n")
     return "".join(parts)
 
 
 def _sentences(subject: str, facts: list[str], rng: np.random.Generator) -> str:
-    """The subject, then each fact, in an order of its own."""
+    """The subject, then each fact, in random order."""
     return ". ".join([subject, *rng.permutation(facts).tolist()]) + ".\n"
 
 
 def general_files(folder: Path) -> list[Path]:
-    """The files of general text in a folder, in the order of their names."""
+    """The files of general text in a folder (see `PretrainConfig.general_text`), sorted by name."""
     return sorted(path for path in folder.rglob("*") if path.suffix in (".txt", ".jsonl"))
 
 
 def general_texts(folder: Path) -> Iterator[tuple[str, Provenance]]:
-    """The texts of a folder (see `PretrainConfig`), in the order of their names. ValueError naming file and line."""
-    for path in general_files(folder):
+    """Yields the general texts of a folder with their provenance, sorted by file name.
+
+    Raises:
+      ValueError: the folder has no such files, or a line is wrong; names file and line.
+    """
+    files = general_files(folder)
+    if not files:
+        raise ValueError(f"{folder}: no .txt or .jsonl files there")
+    for path in files:
         if path.suffix == ".txt":
             yield read_text(path), {"file": str(path)}
             continue
         with open(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                yield _read_line(line, f"{path}:{number}"), {"file": str(path), "line": number}
+            for line_number, line in enumerate(lines, 1):
+                text = _read_line(line, f"{path}:{line_number}")
+                yield text, {"file": str(path), "line": line_number}
 
 
-def _read_line(line: bytes, place: str) -> str:
+def _read_line(line: bytes, source: str) -> str:
     try:
         record: Any = json.loads(line.decode())
     except UnicodeDecodeError as error:
-        raise ValueError(f"{place}: not UTF-8: byte 0x{line[error.start]:02x}; save it as UTF-8") from None
+        raise ValueError(f"{source}: not UTF-8: byte 0x{line[error.start]:02x}; save it as UTF-8") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not valid JSON: {error.msg} at column {error.colno}") from None
+        raise ValueError(f"{source}: not valid JSON: {error.msg} at column {error.colno}") from None
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
-        raise ValueError(f'{place}: expected an object such as {{"text": ".."}}')
+        raise ValueError(f'{source}: expected an object such as {{"text": ".."}}')
     return text
 
 
 def pretrain_records(
     texts: Iterable[tuple[str, Provenance]], tokenizer: Tokenizer
 ) -> Iterator[tuple[Text, Provenance]]:
-    """Records of `domain_texts` or `general_texts`, for `write_shards`; an empty text is none."""
-    return ((encode_text(text, tokenizer), note) for text, note in texts if text.strip())
+    """Encodes `domain_texts` or `general_texts` for `write_shards`, without empty texts."""
+    return ((encode_text(text, tokenizer), provenance) for text, provenance in texts if text.strip())

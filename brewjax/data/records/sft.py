@@ -1,4 +1,4 @@
-"""Supervised fine-tuning data: a task's training examples said as prompts, their answers label words or item names."""
+"""Supervised fine-tuning records: training examples rendered as prompts, answered by label words or item names."""
 
 from __future__ import annotations
 
@@ -20,55 +20,59 @@ from brewjax.data.text.encode import EncodedPrompt, encode
 
 
 class SftConfig(Config):
-    """Supervised fine-tuning data.
-
-    Attributes:
-      passes: how often every example is said, each time in a style drawn anew.
-      choices: the share of the examples that are said once more with questions of which item it is, answered by its
-        name; of tasks that say how to ask (`questions.choose`).
-      candidates: items to choose from, where there are as many.
-    """
+    """The data of supervised fine-tuning."""
 
     repeats: int = pydantic.Field(default=1, gt=0)
+    """How many times every example is rendered, each time in a newly drawn style."""
     max_examples: int | None = pydantic.Field(default=None, gt=0)
-    """Of each task and pass; a random choice where there are more."""
+    """The most examples of each task and repeat, chosen at random if there are more; by default all."""
     choice_fraction: float = pydantic.Field(default=0.0, ge=0, le=1)
+    """The fraction of examples that are rendered once more, with multiple-choice questions answered by an item's name;
+    only of tasks with a `choice_question`."""
     num_choices: int = pydantic.Field(default=4, ge=2)
+    """The most items to choose from in a multiple-choice question."""
     loss_weights: dict[str, pydantic.PositiveFloat] = {}
-    """Of a task's targets; 1 for a task that is not named."""
+    """Loss weight of each target by the name of its task; 1 for a task that is not named."""
     mix: MixConfig = MixConfig()
     """How the tasks share the tokens of a run."""
     seed: Seed = 0
+    """Seed of the choice of examples, styles and choices."""
 
 
 def sft_records(
     verbalizer: Verbalizer, task: Task, prompts: PromptConfig, config: SftConfig
 ) -> Iterator[tuple[EncodedPrompt, Provenance]]:
-    """Records of the training period of one task, for `write_shards`. The same seed gives the same records."""
+    """Yields the records of a task's training period with their provenance, for `write_shards`.
+
+    The same seed gives the same records.
+    """
     rng = task_rng(config.seed, task)
     weight = config.loss_weights.get(task.name, 1.0)
-    for number in range(config.repeats):
-        examples = sample_examples(verbalizer.dataset, task, "train", config.max_examples, config.seed + number)
+    for repeat in range(config.repeats):
+        examples = sample_examples(verbalizer.dataset, task, "train", config.max_examples, config.seed + repeat)
         for example in track(examples, f"sft {task.name}"):
             style = prompts.draw(rng)
             example = verbalizer.fitting(task, example, style)
-            said = [verbalizer.prompt(task, example, style)] if len(example.candidates) else []
+            rendered = [verbalizer.prompt(task, example, style)] if len(example.candidates) else []
             if task.questions.choice_question and rng.random() < config.choice_fraction:
                 choices = draw_choices(verbalizer, task, example, config.num_choices, rng)
-                chosen = verbalizer.prompt(task, example, style, choices=choices) if choices else None
-                said += [chosen] if chosen and chosen.questions else []
-            for prompt in said:
+                choice_prompt = verbalizer.prompt(task, example, style, choices=choices) if choices else None
+                rendered += [choice_prompt] if choice_prompt and choice_prompt.questions else []
+            for prompt in rendered:
                 encoded = encode(prompt, verbalizer.tokenizer, prompts.layout)
                 yield dataclasses.replace(encoded, weight=weight), provenance(verbalizer, task, example, style)
     verbalizer.print_overlong()
 
 
 def draw_choices(
-    verbalizer: Verbalizer, task: Task, example: RankingExample, candidates: int, rng: np.random.Generator
+    verbalizer: Verbalizer, task: Task, example: RankingExample, num_choices: int, rng: np.random.Generator
 ) -> list[Choice]:
-    """Each item of the example with the task's best answer once, among others with worse ones, in random order.
+    """Draws, for each candidate with the task's best answer, a multiple-choice question with worse candidates.
 
-    No two of them have the same name, or the answer would be in doubt.
+    The items of a question are in random order, and no two have the same name: the answer would be ambiguous.
+
+    Args:
+      num_choices: the most items of a question.
     """
     values = task.values[example.labels]
     names = np.array(verbalizer.names(example.candidates))
@@ -76,7 +80,7 @@ def draw_choices(
     for best in rng.permutation(np.flatnonzero(values == task.values.max())):
         worse = rng.permutation(np.flatnonzero((values < values[best]) & (names != names[best])))
         _, first = np.unique(names[worse], return_index=True)
-        chosen = np.append(worse[np.sort(first)][: candidates - 1], best)
+        chosen = np.append(worse[np.sort(first)][: num_choices - 1], best)
         if len(chosen) > 1:
             order = rng.permutation(chosen)
             choices.append(Choice(example.candidates[order], int(np.flatnonzero(order == best)[0])))

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Training records on disk: folders of ArrayRecord shards, each record with its provenance."""
 
 from __future__ import annotations
 
@@ -14,10 +14,7 @@ from brewjax.data.text.encode import NO_TARGET, EncodedPrompt, Text
 from brewjax.paths import write_text
 
 FIELDS = ("tokens", "positions", "piece_id", "visibility", "targets", "weights", "preference", "source")
-
-
-SOURCES, COUNTS = "sources.jsonl", "counts.json"
-
+SOURCES, COUNTS = "sources.jsonl", "counts.json"  # files of a folder: a line of provenance per record; totals
 
 Shards = Path | Mapping[Path, float]  # a folder of shards, or several with their shares of all tokens
 
@@ -25,27 +22,41 @@ Shards = Path | Mapping[Path, float]  # a folder of shards, or several with thei
 def write_shards(
     folder: Path, examples: Iterable[tuple[EncodedPrompt | Text, dict]], capacity: int, shards: int = 4
 ) -> dict[str, int]:
-    """Writes examples, each with a note on where it came from, as ArrayRecord shards of at most `capacity` tokens each.
+    """Writes examples with their provenance as records of at most `capacity` tokens.
 
-    What is longer is split, prompts by questions, so nothing is lost. Returns counts of records, targets and tokens,
-    which it leaves in the folder too, last: a folder with counts is complete.
+    A longer example is split, a prompt between questions, so nothing is lost. The counts are written last: a folder
+    with counts is complete.
+
+    Args:
+      folder: replaced if it exists.
+      examples: encoded prompts or texts, each with its provenance.
+      capacity: tokens of a record, the length of a packed row.
+      shards: number of files.
+
+    Returns:
+      Counts of "records", "targets" and "tokens".
+
+    Raises:
+      ValueError: an example cannot be split to fit; names its provenance.
     """
-    shutil.rmtree(folder, ignore_errors=True)  # no shard of an earlier writing may stay
+    shutil.rmtree(folder, ignore_errors=True)  # a shard of an earlier call must not remain
     folder.mkdir(parents=True)
-    writers = [ArrayRecordWriter(str(folder / f"part-{n:03d}.array_record"), "group_size:1") for n in range(shards)]
+    paths = [folder / f"part-{index:03d}.array_record" for index in range(shards)]
+    writers = [ArrayRecordWriter(str(path), "group_size:1") for path in paths]
     counts = {"records": 0, "targets": 0, "tokens": 0}
     with open(folder / SOURCES, "w") as sources:
-        for whole, note in examples:
+        for example, provenance in examples:
             try:
-                parts = whole.split(capacity)
+                parts = example.split(capacity)
             except ValueError as error:
-                raise ValueError(f"{', '.join(f'{name} {value}' for name, value in note.items())}: {error}") from None
+                origin = ", ".join(f"{name} {value}" for name, value in provenance.items())
+                raise ValueError(f"{origin}: {error}") from None
             for encoded in parts:
                 arrays = encoded.arrays
                 arrays["source"] = np.full(len(encoded), counts["records"], np.int32)
                 record = b"".join(arrays[name].tobytes() for name in FIELDS)
                 writers[counts["records"] % shards].write(record)
-                sources.write(json.dumps(note) + "\n")
+                sources.write(json.dumps(provenance) + "\n")
                 counts["records"] += 1
                 counts["targets"] += int((arrays["targets"] != NO_TARGET).sum())
                 counts["tokens"] += len(encoded)
@@ -56,7 +67,11 @@ def write_shards(
 
 
 def read_counts(folder: Path) -> dict[str, int]:
-    """What `write_shards` counted; ValueError where it has not finished."""
+    """The counts that `write_shards` returned.
+
+    Raises:
+      ValueError: the folder is missing or incomplete.
+    """
     if not (folder / COUNTS).is_file():
         raise ValueError(f"{folder}: no training shards there, or not all of them; run the recipe again")
     counts: dict[str, int] = json.loads((folder / COUNTS).read_text())
@@ -64,4 +79,5 @@ def read_counts(folder: Path) -> dict[str, int]:
 
 
 def shard_folders(shards: Shards) -> list[Path]:
+    """The folders of `shards`, in order."""
     return [shards] if isinstance(shards, Path) else list(shards)

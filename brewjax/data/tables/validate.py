@@ -1,4 +1,4 @@
-"""Reads a dataset's tables and holds them against its card: every problem at once, with file, column, row and value."""
+"""Reads a dataset's tables and checks them against its card; reports every problem at once, by file, column and row."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from brewjax.data.tables.card import Card
 from brewjax.data.tables.reading import DAY, FLOAT, INTEGER, TEXT, TEXTS, TIME, UnreadableError, open_table, plain, show
 
 SHOWN = 3  # rows listed of each kind of problem
-FEWEST_TIMES = 10  # events, from which on a log that spans less than a minute is questioned
+MIN_TIMES = 10  # events; a log of at least so many that spans less than a minute is refused
 MINUTE, YEAR = 60_000_000, 31_557_600_000_000  # microseconds
-LATEST = 230 * YEAR  # a moment after this, in the year 2200, is a mistake
+LATEST = 230 * YEAR  # microseconds since 1970; a time after this, in the year 2200, is a mistake
 
 # Texts that pandas.to_datetime and pandas.to_numeric read.
 DATE = r"^\s*\d{4}-\d{1,2}-\d{1,2}([ T]\d{1,2}:\d{2}(:\d{2}(\.\d+)?)?)?(Z|[+-]\d{2}:?\d{2})?\s*$"
 NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
 
-# What a column of each kind may be, after `plain` (nothing but nulls is read as the first), and how to say so.
+# The types that a column of each kind may have after `plain` (a column of nulls gets the first), and the error's words.
 KINDS = {
     "id": ((INTEGER, TEXT), "ids are whole numbers or strings, never floats"),
     "time": ((TIME,), "expected timestamps"),
@@ -36,16 +36,18 @@ KINDS = {
 
 
 class DatasetError(ValueError):
-    """Tables that do not fit their card; the message lists every problem, one a line."""
+    """Tables that do not fit their card; the message lists every problem, one per line."""
 
 
 def read_validated(path: Path, card: Card) -> tuple[pa.Table, pa.Table, pa.Table]:
     """Reads members, items and events from the dataset folder `path`; each is a Parquet file or a folder of them.
 
-    In the tables returned integers are int64, other numbers float64, texts string, times timestamp[us, UTC] (those
-    without a zone are taken as UTC) and days date32, whichever widths and encodings the files have.
+    Returns:
+      The three tables. Integers are int64, other numbers float64, texts string, times timestamp[us, UTC] (times without
+      a zone are read as UTC) and days date32, whatever widths and encodings the files have.
 
-    Raises DatasetError listing every problem found in the tables and in what the card says of them.
+    Raises:
+      DatasetError: lists every problem of the tables, and of what the card states about them.
     """
     members, items, events = (_Table(path, part.file) for part in (card.members, card.items, card.events))
     members.check_own_id(card.members.id)
@@ -59,9 +61,9 @@ def read_validated(path: Path, card: Card) -> tuple[pa.Table, pa.Table, pa.Table
         for attribute in part.attributes:
             if not attribute.derive:
                 _check_attribute(table, attribute.column, attribute.kind)
-    about_card = list(_card_problems(card, events))
-    # The same column may be named twice, as an attribute and under `derive`: say what is wrong with it once.
-    problems = list(dict.fromkeys([*members.problems, *items.problems, *events.problems, *about_card]))
+    card_problems = list(_card_problems(card, events))
+    # A column may be named twice, as an attribute and under `derive`: its problems are reported once.
+    problems = list(dict.fromkeys([*members.problems, *items.problems, *events.problems, *card_problems]))
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise DatasetError("\n  ".join([f"{path}: {count} in the dataset", *problems]))
@@ -69,13 +71,13 @@ def read_validated(path: Path, card: Card) -> tuple[pa.Table, pa.Table, pa.Table
 
 
 class _Table:
-    """A table and what was found wrong with it. An unreadable file is a problem and then a table without columns."""
+    """A table and its problems. An unreadable file is one problem, and then a table without columns."""
 
     def __init__(self, folder: Path, file: str):
         self.file = file
         self.problems: list[str] = []
         self.table = pa.table({})
-        self.found: dict[str, pa.DataType] = {}  # the types in the file, by column
+        self.types: dict[str, pa.DataType] = {}  # as they are in the file, by column
         self.readable = False
         self.parts = [(0, "")]  # first row and name of each file of a folder
         try:
@@ -85,16 +87,16 @@ class _Table:
             return
         if len(table) == 0:
             self.problems.append(f"{file}: no rows; expected at least one")
-        self.found = {field.name: field.type for field in table.schema}
-        self.table = pa.table({name: plain(table[name]) for name in self.found})
+        self.types = {field.name: field.type for field in table.schema}
+        self.table = pa.table({name: plain(table[name]) for name in self.types})
         self.readable = True
 
     def read(self, column: str, kind: str) -> pa.ChunkedArray | None:
-        """The column, or None after noting that it is missing or not of this kind."""
+        """The column; None, with a problem noted, if it is missing or not of this kind."""
         if not self.readable:
             return None
-        if column not in self.found:
-            self.problems.append(f"{self.file}: no column '{column}'; {suggest(column, self.found)}")
+        if column not in self.types:
+            self.problems.append(f"{self.file}: no column '{column}'; {suggest(column, self.types)}")
             return None
         values = self.table[column]
         types, expected = KINDS[kind]
@@ -102,14 +104,14 @@ class _Table:
             values = values.cast(types[0])
             self.table = self.table.set_column(self.table.column_names.index(column), column, values)
         if values.type not in types:
-            found = f"found {self.found[column]}" + (f", {show(values[0])} in row 0" if len(values) else "")
-            hint = _how_to_mend(values, kind)
-            self.problems.append(f"{self.file}: column '{column}': {found}; {expected}{hint and f' ({hint})'}")
+            actual = f"found {self.types[column]}" + (f", {show(values[0])} in row 0" if len(values) else "")
+            hint = _suggest_cast(values, kind)
+            self.problems.append(f"{self.file}: column '{column}': {actual}; {expected}{hint and f' ({hint})'}")
             return None
         return values
 
-    def refuse(self, column: str, wrong: pa.ChunkedArray | pa.Array, what: str, right: str) -> None:
-        """Notes the rows where `wrong` is true, the first few with their values."""
+    def refuse(self, column: str, wrong: pa.ChunkedArray | pa.Array, problem: str, advice: str) -> None:
+        """Notes a problem of the rows where `wrong` is true, the first few with their values."""
         rows = pc.indices_nonzero(wrong)
         if len(rows) == 0:
             return
@@ -119,7 +121,7 @@ class _Table:
             for row, value in zip(rows[:SHOWN].to_pylist(), values, strict=True)
         ]
         more = f" and {len(rows) - SHOWN:,} more" if len(rows) > SHOWN else ""
-        self.problems.append(f"{self.file}: column '{column}': {what} in {', '.join(shown)}{more}; {right}")
+        self.problems.append(f"{self.file}: column '{column}': {problem} in {', '.join(shown)}{more}; {advice}")
 
     def place(self, row: int) -> str:
         """A row as an error names it: counted from 0, within its file."""
@@ -127,6 +129,7 @@ class _Table:
         return f"row {row - first}" + (f" of {name}" if name else "")
 
     def check_own_id(self, column: str) -> None:
+        """Every row has an id, and no two have the same."""
         ids = self.read(column, "id")
         if ids is None:
             return
@@ -134,23 +137,23 @@ class _Table:
         if ids.type == TEXT:
             self.refuse(column, pc.equal(pc.utf8_trim_whitespace(ids), ""), "an empty id", "every row needs one")
         first = pc.index_in(ids, ids.combine_chunks())
-        again = pc.and_(ids.is_valid(), pc.not_equal(first, pa.array(np.arange(len(ids)))))
-        self.refuse(column, again, "an id that an earlier row has", "give each id one row")
+        repeated = pc.and_(ids.is_valid(), pc.not_equal(first, pa.array(np.arange(len(ids)))))
+        self.refuse(column, repeated, "an id that an earlier row has", "give each id one row")
 
-    def check_reference(self, column: str, noun: str, other: _Table, other_column: str) -> None:
-        """Events name their member and item by the ids of the other table."""
+    def check_reference(self, column: str, noun: str, target: _Table, target_column: str) -> None:
+        """Every value of `column` is an id in `target_column` of the members or items table."""
         ids = self.read(column, "id")
         if ids is None:
             return
         self.refuse(column, ids.is_null(), f"no {noun}", f"every event needs the id of its {noun}")
-        known = other.table[other_column] if other_column in other.table.column_names else None
+        known = target.table[target_column] if target_column in target.table.column_names else None
         if known is None or known.type not in KINDS["id"][0] or ids.null_count == len(ids):
             return
-        home = f"column '{other_column}' of {other.file}"
+        home = f"column '{target_column}' of {target.file}"
         if ids.type != known.type:
-            found, expected = self.found[column], other.found[other_column]
+            actual, expected = self.types[column], target.types[target_column]
             self.problems.append(
-                f"{self.file}: column '{column}': found {found} where {home} is {expected}; make both the same"
+                f"{self.file}: column '{column}': found {actual} where {home} is {expected}; make both the same"
             )
             return
         unknown = pc.and_(ids.is_valid(), pc.invert(pc.is_in(ids, value_set=known)))
@@ -174,16 +177,16 @@ def _check_times(events: _Table, card: Card) -> None:
     if times is None:
         return
     events.refuse(column, times.is_null(), "no time", "every event needs one")
-    moments = _microseconds(times)
-    if hint := _mistaken_unit(moments):
+    known_times = _microseconds(times)
+    if hint := _mistaken_unit(known_times):
         events.problems.append(f"{events.file}: column '{column}': {hint}")
-    elif len(moments) >= FEWEST_TIMES and np.ptp(moments) < MINUTE:
-        span = f"lie within {np.ptp(moments) / 1e6:g} seconds, from {_iso(moments.min())} on"
+    elif len(known_times) >= MIN_TIMES and np.ptp(known_times) < MINUTE:
+        span = f"lie within {np.ptp(known_times) / 1e6:g} seconds, from {_iso(known_times.min())} on"
         events.problems.append(
-            f"{events.file}: column '{column}': all {len(moments):,} events {span}; expected the times at which they "
-            "happened, over days or more"
+            f"{events.file}: column '{column}': all {len(known_times):,} events {span}; expected the times at which "
+            "they happened, over days or more"
         )
-    elif len(moments) and np.median(moments) > 10 * YEAR:
+    elif len(known_times) and np.median(known_times) > 10 * YEAR:
         events.refuse(
             column, pc.equal(times.cast(pa.int64()), 0), "a time of 0, which is 1970,", "leave out such events"
         )
@@ -192,7 +195,7 @@ def _check_times(events: _Table, card: Card) -> None:
 
 
 def _check_duplicates(events: _Table, card: Card) -> None:
-    """The same event twice would be asked about twice, its answer once in the history of the other."""
+    """No two events are the same in every column: a copy in the history would give the answer to the other away."""
     keys = [card.events.member, card.events.item, card.events.action, card.events.time]
     if not len(events.table) or any(key not in events.table.column_names for key in keys):
         return
@@ -200,10 +203,10 @@ def _check_duplicates(events: _Table, card: Card) -> None:
     rows = pa.table([*columns, np.arange(len(events.table))], [str(number) for number in range(len(columns) + 1)])
     *keys, row = rows.column_names
     first = rows.group_by(keys, use_threads=False).aggregate([(row, "min")])[f"{row}_min"].to_numpy()
-    again = np.ones(len(rows), bool)
-    again[first] = False
-    if count := int(again.sum()):
-        shown = ", ".join(events.place(row) for row in np.flatnonzero(again)[:SHOWN].tolist())
+    repeated = np.ones(len(rows), bool)
+    repeated[first] = False
+    if count := int(repeated.sum()):
+        shown = ", ".join(events.place(row) for row in np.flatnonzero(repeated)[:SHOWN].tolist())
         nested = any(pa.types.is_nested(column.type) for column in events.table.columns)
         hint = "" if nested else " (pandas: events.drop_duplicates())"
         events.problems.append(
@@ -213,51 +216,51 @@ def _check_duplicates(events: _Table, card: Card) -> None:
 
 
 def _comparable(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The column, or texts that tell its values apart where Arrow cannot group by them."""
+    """The column itself, or as distinct texts if Arrow cannot group by its type."""
     if column.type in (INTEGER, FLOAT, TEXT, DAY, TIME):
         return column
     return pc.binary_join(column, "\x1f") if column.type == TEXTS else pa.chunked_array([[*map(show, column)]], TEXT)
 
 
-def _microseconds(moments: pa.ChunkedArray) -> np.ndarray:
-    """int64, since 1970, of dates or timestamps; those that are known."""
-    return moments.drop_null().cast(TIME).cast(pa.int64()).to_numpy()
+def _microseconds(times: pa.ChunkedArray) -> np.ndarray:
+    """int64: the dates or timestamps that are not null, as microseconds since 1970."""
+    return times.drop_null().cast(TIME).cast(pa.int64()).to_numpy()
 
 
-def _mistaken_unit(moments: np.ndarray) -> str:
-    """What is wrong with a column of which every moment (microseconds) lies in the first days of 1970, or centuries
-    ahead: numbers were read in another unit than theirs. Empty where nothing is."""
-    # Whole days are dates that somebody meant: a column of birthdays may hold nothing but one in January 1970.
-    if not len(moments) or not (moments % (24 * 60 * MINUTE)).any():
+def _mistaken_unit(times: np.ndarray) -> str:
+    """Describes a column whose numbers were read in the wrong unit: every time (microseconds) lies in January 1970, or
+    centuries ahead. Empty if that is not so."""
+    # Whole days are real dates: a column of birthdays may hold a single one, in January 1970.
+    if not len(times) or not (times % (24 * 60 * MINUTE)).any():
         return ""
-    low, high = moments.min(), moments.max()
+    low, high = times.min(), times.max()
     if low >= 0 and high < YEAR / 12:
         span = f"from {_iso(low)} to {_iso(high)}" if low < high else f"at {_iso(low)}"
-        # Numbers of today, in each unit, read as nanoseconds, which is what pandas takes them for.
+        # The factor by which a present-day time in each unit is too small when pandas reads it as nanoseconds.
         units = {"s": 10**9, "ms": 10**6, "us": 10**3, "D": 86_400 * 10**9}
-        fitting = [unit for unit, factor in units.items() if 5 * YEAR < np.median(moments) * factor < LATEST]
+        fitting = [unit for unit, factor in units.items() if 5 * YEAR < np.median(times) * factor < LATEST]
         hint = f'pandas.to_datetime(column, unit="{fitting[0]}")' if fitting else "give pandas.to_datetime their unit"
-        return f"all {len(moments):,} times are in January 1970, {span}, as of numbers read in the wrong unit; {hint}"
+        return f"all {len(times):,} times are in January 1970, {span}, as of numbers read in the wrong unit; {hint}"
     if low > LATEST:
         return (
-            f"all {len(moments):,} times are after the year 2199, from {_iso(low)} on, as of numbers read in the wrong "
+            f"all {len(times):,} times are after the year 2199, from {_iso(low)} on, as of numbers read in the wrong "
             'unit; give pandas.to_datetime the unit that they are in, for instance unit="ms"'
         )
     return ""
 
 
-def _iso(moment: int) -> str:
-    """A moment (microseconds since 1970) as people write it, UTC."""
-    return str(np.datetime64(int(moment), "us")).replace("T", " ").removesuffix(".000000")
+def _iso(time: int) -> str:
+    """Renders a time (microseconds since 1970) in UTC, for instance 2025-01-02 12:00:00."""
+    return str(np.datetime64(int(time), "us")).replace("T", " ").removesuffix(".000000")
 
 
-def _how_to_mend(values: pa.ChunkedArray, kind: str) -> str:
-    """How a column of another type is made one of this kind, with pandas; empty where nothing is sure to do it."""
+def _suggest_cast(values: pa.ChunkedArray, kind: str) -> str:
+    """How pandas casts a column of another type to this kind; empty if no cast is sure to work."""
     type_ = values.type
     if kind in ("time", "date"):
         if type_ in (INTEGER, FLOAT):
-            biggest = pc.max(pc.abs(values)).as_py() or 0
-            unit = next((unit for unit, limit in (("s", 1e11), ("ms", 1e14), ("us", 1e17)) if biggest < limit), "ns")
+            largest = pc.max(pc.abs(values)).as_py() or 0
+            unit = next((unit for unit, limit in (("s", 1e11), ("ms", 1e14), ("us", 1e17)) if largest < limit), "ns")
             return f'pandas.to_datetime(column, unit="{unit}") makes them of such numbers'
         dates = type_ == DAY or (type_ == TEXT and _all_match(values, DATE))
         return "pandas.to_datetime(column) makes them" if dates else ""
@@ -277,7 +280,7 @@ def _how_to_mend(values: pa.ChunkedArray, kind: str) -> str:
 
 
 def _all_match(values: pa.ChunkedArray, pattern: str) -> bool:
-    """Whether all known texts match, so that a hint does what it promises."""
+    """Whether all texts that are not null match, so that the hint is sure to work."""
     return bool(pc.all(pc.match_substring_regex(values, pattern)).as_py())
 
 
@@ -303,7 +306,7 @@ def _rows_in(values: pa.ChunkedArray, rows: pa.Array) -> pa.Array:
 
 
 def _card_problems(card: Card, events: _Table) -> Iterable[str]:
-    """What `derive` asks for that cannot be had; each names the card's file and line."""
+    """Yields the problems of `derive`, unknown actions and event columns, each with the card's file and line."""
     for index, attribute in enumerate(card.items.attributes):
         if not (derive := attribute.derive):
             continue
@@ -313,12 +316,12 @@ def _card_problems(card: Card, events: _Table) -> Iterable[str]:
                 error = f"unknown action '{action}'; {suggest(action, card.events.actions)}"
                 yield str(card.error(error, *place, "count", position))
         if derive.mean and events.readable:
-            found = events.found.get(derive.mean)
-            if found is None:
-                error = f"events have no column '{derive.mean}'; {suggest(derive.mean, events.found)}"
+            type_ = events.types.get(derive.mean)
+            if type_ is None:
+                error = f"events have no column '{derive.mean}'; {suggest(derive.mean, events.types)}"
                 yield str(card.error(error, *place, "mean"))
             elif events.table[derive.mean].type not in KINDS["number"][0]:
-                error = f"column '{derive.mean}' of {events.file} is {found}; only numbers have a mean"
+                error = f"column '{derive.mean}' of {events.file} is {type_}; only numbers have a mean"
                 yield str(card.error(error, *place, "mean"))
             else:
                 _check_attribute(events, derive.mean, "number")

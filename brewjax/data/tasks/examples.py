@@ -1,4 +1,7 @@
-"""From events to examples: a cut in a member's time, the history before it, the questions from it on."""
+"""Makes ranking examples from events: a cutoff time of a member, the history before it, and candidates from it on.
+
+Every example is point-in-time correct: what happens at or after its cutoff time is invisible to it.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +15,21 @@ from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.point_in_time import DAY
 from brewjax.data.tasks.task import Split, Task
 
-MIN_CANDIDATES_PER_EXAMPLE = 8
+MIN_CANDIDATES_PER_EXAMPLE = 8  # a chunk of events may always be so large, however short the history
 
 
 @dataclasses.dataclass(frozen=True)
 class RankingExample:
-    """One history and the questions asked behind it, as rows of the dataset's tables.
+    """One context (a member's history) and its candidates, as rows of the dataset's tables.
 
     Attributes:
       task: the task's name.
       member: row of the member.
-      cut: microseconds since 1970; every event of `history` is strictly older, no question's event is.
-      history: int64 [events], rows of the events told, oldest first.
-      past: how many events the member had before the cut, told or not.
-      items: int32 [questions], rows of the items asked about.
-      labels: int32 [questions], indices into `Task.labels`; -1 where the answer is not known.
+      cutoff_time: microseconds since 1970; every event of `history` is strictly older, no candidate's event is.
+      history: int64 [events], rows of the events in the history, oldest first.
+      num_past_events: how many events the member had before the cutoff time, in the history or not.
+      candidates: int32 [candidates], rows of the items to rank.
+      labels: int32 [candidates], indices into `Task.labels`; -1 if the answer is unknown.
     """
 
     task: str
@@ -37,17 +40,17 @@ class RankingExample:
     candidates: np.ndarray
     labels: np.ndarray
 
-    def select(self, some: slice | np.ndarray) -> RankingExample:
-        """The same with some of its questions."""
-        return dataclasses.replace(self, candidates=self.candidates[some], labels=self.labels[some])
+    def select(self, indices: slice | np.ndarray) -> RankingExample:
+        """The same context with some of its candidates, by index or mask."""
+        return dataclasses.replace(self, candidates=self.candidates[indices], labels=self.labels[indices])
 
 
 class Choice(NamedTuple):
-    """A question of which item it is, to be answered by name.
+    """A multiple-choice question, answered by an item's name.
 
     Attributes:
-      items: int32 [candidates], rows of the items to choose from, in the order they are said.
-      right: which of them is the answer.
+      items: int32 [items], rows of the items to choose from, in the order of the prompt.
+      correct: index in `items` of the answer.
     """
 
     items: np.ndarray
@@ -55,69 +58,103 @@ class Choice(NamedTuple):
 
 
 def history_before(dataset: Dataset, task: Task, member: int, cutoff_time: int) -> tuple[np.ndarray, int]:
-    """Rows of the events that `task` tells of a member at `cut`, oldest first, and how many events precede the cut."""
+    """The history of a member as of a time.
+
+    Args:
+      member: row of the member.
+      cutoff_time: microseconds since 1970.
+
+    Returns:
+      Rows of the events that the task's history holds, oldest first, and how many events precede the cutoff time.
+    """
     start, end = dataset.member_offsets[member : member + 2]
     end = start + np.searchsorted(dataset.event_time[start:end], cutoff_time, side="left")
     rows = np.arange(start, end)
-    told = np.isin(dataset.event_action[rows], task.history.actions)
+    in_history = np.isin(dataset.event_action[rows], task.history.actions)
     if task.history.max_age_days is not None:
-        told &= dataset.event_time[rows] >= cutoff_time - task.history.max_age_days * DAY
-    return rows[told][len(rows[told]) - min(told.sum(), task.history.max_events) :], len(rows)
+        in_history &= dataset.event_time[rows] >= cutoff_time - task.history.max_age_days * DAY
+    history_rows = rows[in_history]
+    return history_rows[max(0, len(history_rows) - task.history.max_events) :], len(rows)
 
 
 def example_at(dataset: Dataset, task: Task, member: int, time: int | None = None) -> RankingExample:
-    """A member at `moment` (microseconds; after the last event of all by default), asked about every item that the
-    member had no event with by then. ValueError where there is none."""
-    cut = int(dataset.event_time.max()) + 1 if time is None else time
-    history, past = history_before(dataset, task, member, cut)
+    """An example of a member as of a time, with every item that the member had no event with before as a candidate.
+
+    Args:
+      member: row of the member.
+      time: microseconds since 1970; by default just after the last event of the dataset.
+
+    Raises:
+      ValueError: the member had an event with every item.
+    """
+    cutoff_time = int(dataset.event_time.max()) + 1 if time is None else time
+    history, num_past_events = history_before(dataset, task, member, cutoff_time)
     start = dataset.member_offsets[member]
-    items = np.setdiff1d(np.arange(len(dataset.items)), dataset.event_item[start : start + past]).astype(np.int32)
-    if not len(items):
+    past_items = dataset.event_item[start : start + num_past_events]
+    candidates = np.setdiff1d(np.arange(len(dataset.items)), past_items).astype(np.int32)
+    if not len(candidates):
         raise ValueError("the member had an event with every item; there is none left to rank")
-    return RankingExample(task.name, member, cut, history, past, items, np.full(len(items), -1, np.int32))
+    labels = np.full(len(candidates), -1, np.int32)
+    return RankingExample(task.name, member, cutoff_time, history, num_past_events, candidates, labels)
 
 
 def build_examples(dataset: Dataset, task: Task, split: Split, seed: int = 0) -> Iterator[RankingExample]:
-    """Every question of the split exactly once, in chunks of a member's time; negatives drawn from `seed`.
+    """Yields every labelled event of a split as a candidate exactly once, with sampled negatives.
 
-    A chunk asks about at most as many events as the member had before it (but `FEWEST_TOGETHER` are fine), so that
-    the history is never far behind the last question and short histories are met as often as they are in life.
-    A question belongs to the split that its event's time falls in. Since history is strictly older than the cut,
-    and the cut is the oldest question's time, no prompt holds an event of a later split, or a question's own.
-    Events that match no label are not questions. Raises ConfigError where an event matches two.
+    A member's events are cut into consecutive chunks; each becomes one example whose cutoff time is that of its first
+    event. A chunk has at most min(candidates_per_prompt, max(events before it, MIN_CANDIDATES_PER_EXAMPLE)) events:
+    later candidates of a chunk see an older history, and this bounds how old, and keeps short histories as frequent as
+    they are in serving.
+
+    An event belongs to the split that its time falls in. History is strictly older than the cutoff time, which is the
+    oldest candidate's, so no prompt holds an event of a later split, or a candidate's own event. Events that match no
+    label are no candidates.
+
+    Args:
+      seed: of the sampled negatives.
+
+    Raises:
+      ConfigError: an event matches two labels.
     """
     start, end = _period(dataset, task, split)
-    asked, labels = labelled_events(dataset, task)
-    within = (dataset.event_time[asked] >= start) & (dataset.event_time[asked] < end)
-    asked, labels = asked[within], labels[within]
+    events, labels = labelled_events(dataset, task)
+    in_split = (dataset.event_time[events] >= start) & (dataset.event_time[events] < end)
+    events, labels = events[in_split], labels[in_split]
     negatives = task.questions.sampled_negatives
     events_per_prompt = max(1, task.questions.candidates_per_prompt // (1 + negatives.per_event if negatives else 1))
     rng = np.random.default_rng([seed, ["train", "validation", "test"].index(split)])
-    member_of = dataset.event_member[asked]
-    for member in np.unique(member_of):
-        first, last = np.searchsorted(member_of, [member, member + 1])
-        unseen = _unseen(dataset, member, end)
-        begin = first
-        while begin < last:
-            cut = int(dataset.event_time[asked[begin]])  # a member's events are in order of time
-            history, past = history_before(dataset, task, member, cut)
-            size = min(max(past, MIN_CANDIDATES_PER_EXAMPLE), events_per_prompt)
-            chunk = slice(begin, min(begin + size, last))
-            begin = chunk.stop
-            items, answers = dataset.event_item[asked[chunk]], labels[chunk]
+    event_members = dataset.event_member[events]
+    for member in np.unique(event_members):
+        first, last = np.searchsorted(event_members, [member, member + 1])
+        unseen_items = _unseen_items(dataset, member, end)
+        chunk_start = first
+        while chunk_start < last:
+            cutoff_time = int(dataset.event_time[events[chunk_start]])  # a member's events are sorted by time
+            history, num_past_events = history_before(dataset, task, member, cutoff_time)
+            size = min(max(num_past_events, MIN_CANDIDATES_PER_EXAMPLE), events_per_prompt)
+            chunk = slice(chunk_start, min(chunk_start + size, last))
+            chunk_start = chunk.stop
+            candidates, answers = dataset.event_item[events[chunk]], labels[chunk]
             if negatives:
-                drawn = rng.choice(unseen, min(negatives.per_event * len(items), len(unseen)), replace=False)
-                items = np.concatenate([items, drawn])
-                answers = np.concatenate([answers, np.full(len(drawn), task.words.index(negatives.label))])
+                num_sampled = min(negatives.per_event * len(candidates), len(unseen_items))
+                sampled = rng.choice(unseen_items, num_sampled, replace=False)
+                candidates = np.concatenate([candidates, sampled])
+                answers = np.concatenate([answers, np.full(len(sampled), task.words.index(negatives.label))])
             yield RankingExample(
-                task.name, int(member), cut, history, past, items.astype(np.int32), answers.astype(np.int32)
+                task.name,
+                int(member),
+                cutoff_time,
+                history,
+                num_past_events,
+                candidates.astype(np.int32),
+                answers.astype(np.int32),
             )
 
 
 def sample_examples(
     dataset: Dataset, task: Task, split: Split, max_examples: int | None = None, seed: int = 0
 ) -> list[RankingExample]:
-    """The examples of a split, or a random `at_most` of them in their order."""
+    """The examples of a split; if there are more than `max_examples`, a random choice of so many, in their order."""
     examples = list(build_examples(dataset, task, split, seed))
     if max_examples is None or len(examples) <= max_examples:
         return examples
@@ -126,34 +163,45 @@ def sample_examples(
 
 
 def _period(dataset: Dataset, task: Task, split: Split) -> tuple[int, int]:
+    """Start and end of a split, in microseconds since 1970."""
     validation, test = task.boundaries(dataset)
     infinity = np.iinfo(np.int64).max
     return {"train": (-infinity, validation), "validation": (validation, test), "test": (test, infinity)}[split]
 
 
 def labelled_events(dataset: Dataset, task: Task) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the events that can be asked about, and the index of each one's label."""
+    """Rows of the events that match a label, and the index of the label of each."""
     labels = event_labels(dataset, task, np.arange(len(dataset.events)))
     events = np.flatnonzero(labels >= 0)
     return events, labels[events]
 
 
 def event_labels(dataset: Dataset, task: Task, events: np.ndarray) -> np.ndarray:
-    """int64 [events]: the index of the label that each of these events (rows) has, asked about; -1 where none."""
+    """The label of each event.
+
+    Args:
+      events: int [events], rows of the events table.
+
+    Returns:
+      int64 [events]: index into `Task.labels`; -1 if the event is of another action or matches no label.
+
+    Raises:
+      ConfigError: an event matches two labels.
+    """
     labels = np.full(len(events), -1)
-    asked = np.isin(dataset.event_action[events], task.questions.actions)
+    in_question = np.isin(dataset.event_action[events], task.questions.actions)
     for index, label in enumerate(task.labels):
-        match = asked & label.matches(dataset, events)
+        match = in_question & label.matches(dataset, events)
         if (labels[match] >= 0).any():
-            other = task.words[labels[match & (labels >= 0)][0]]
-            raise task.error(f"an event can be both '{other}' and '{label.word}'", "labels", index, "match")
+            word = task.words[labels[match & (labels >= 0)][0]]
+            raise task.error(f"an event can be both '{word}' and '{label.word}'", "labels", index, "match")
         labels[match] = index
     return labels
 
 
-def _unseen(dataset: Dataset, member: int, until: int) -> np.ndarray:
-    """Rows of the items that the member had no event with before `until`, the end of the split: what comes after it
-    must not be told by what is missing."""
+def _unseen_items(dataset: Dataset, member: int, until: int) -> np.ndarray:
+    """Rows of the items that the member had no event with before `until`, the end of the split. Later events do not
+    exclude an item: its absence from the negatives would give them away."""
     start, end = dataset.member_offsets[member : member + 2]
     end = start + np.searchsorted(dataset.event_time[start:end], until)
     return np.setdiff1d(np.arange(len(dataset.items)), dataset.event_item[start:end])

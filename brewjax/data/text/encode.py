@@ -1,4 +1,4 @@
-"""From a `Prompt` or a text to tokens labelled with `TokenLabels`: the same in training, evaluation and serving."""
+"""Encodes a `Prompt` or a plain text as tokens with attention labels, the same in training, evaluation and serving."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from brewjax.data.text.prompt import Prompt
 from pallas_kernels.token_labels import ALL, QUESTIONS, SELF
 
 if TYPE_CHECKING:
-    from brewjax.data.text.tokenizer import Tokenizer  # imports transformers, for seconds, which training does without
+    from brewjax.data.text.tokenizer import Tokenizer  # importing transformers takes seconds, which training saves
 
 HistoryLayout = Literal["dense", "star"]
 NO_TARGET = -1
@@ -23,16 +23,18 @@ class EncodedPrompt:
     """A prompt as token ids.
 
     Attributes:
-      prefix_pieces: preamble, then each event.
-      questions: the tokens of each question; its last one predicts the label word. A question that is answered in
-        words of its own holds them too, but for their last token.
+      prefix_pieces: the tokens of the preamble, then of each event.
+      questions: the tokens of each question, the last of which predicts the label word. If the answer is a text, the
+        question also holds its tokens except the last.
       labels: token id of each label word.
-      answers: per question, index into `labels`, or the tokens of a whole answer, or None.
-      layout: dense: events see the past and each other; star: an event sees only the preamble and itself.
-      turns: per event, which of its tokens is the right answer to those before it; 0 for none. They are targets too.
-      lists: per question, +l: list l prefers it, -l: list l rejects it, 0: in none (see `TokenBatch.preference`).
-        The questions of a list stand together, and the answer to each is a label word.
-      weight: of every target's loss.
+      answers: per question, the index of the right answer in `labels`, or the tokens of a text answer, or None.
+      layout: "dense": an event attends to all earlier events; "star": an event attends to the preamble and itself only.
+      answer_offsets: per event, the position within it of the token that is the right answer to the tokens before it,
+        0 if it has none. These tokens are training targets too. Empty if no event has one.
+      preference_lists: per question, +l if it is the chosen one of list l, -l if list l rejects it, 0 if it is in no
+        list (see `TokenBatch.preference`). The questions of a list are adjacent, each answered by a label word. Empty
+        if there are no lists.
+      weight: loss weight of every target.
     """
 
     prefix_pieces: list[list[int]]
@@ -40,27 +42,34 @@ class EncodedPrompt:
     labels: list[int]
     answers: list[int | list[int] | None]
     layout: HistoryLayout
-    turns: list[int] = dataclasses.field(default_factory=list)
+    answer_offsets: list[int] = dataclasses.field(default_factory=list)
     preference_lists: list[int] = dataclasses.field(default_factory=list)
     weight: float = 1.0
 
     @property
     def prefix_length(self) -> int:
+        """Tokens of the preamble and the history."""
         return sum(map(len, self.prefix_pieces))
 
     @property
     def context(self) -> int:
-        """Tokens that the longest question ends: those before it and its own."""
+        """Tokens of the prefix and of the longest question: what the model must be able to read at once."""
         return self.prefix_length + max(map(len, self.questions), default=0)
 
     def __len__(self) -> int:
         return self.prefix_length + sum(map(len, self.questions))
 
-    def split(self, capacity: int, at_most: int | None = None) -> list[EncodedPrompt]:
-        """The same questions over as few prompts as needed for none to exceed `capacity` tokens, `at_most` questions.
+    def split(self, capacity: int, max_questions: int | None = None) -> list[EncodedPrompt]:
+        """Distributes the questions, in order, over prompts that share the prefix and each fit the capacity.
 
-        A list stays whole; the turns of the history are learnt once. Raises ValueError where the prefix and one
-        question, or one list, do not fit.
+        A preference list is never split, and the answers within the history are targets of the first prompt only.
+
+        Args:
+          capacity: tokens of a prompt.
+          max_questions: of a prompt; None for no limit.
+
+        Raises:
+          ValueError: the prefix with one question, or with one list, exceeds the capacity.
         """
         room = capacity - self.prefix_length
         groups: list[list[int]] = []
@@ -76,54 +85,54 @@ class EncodedPrompt:
                 groups.append([index])
         chunks: list[list[int]] = [[]]
         used = 0
-        for together in groups:
-            size = sum(len(self.questions[index]) for index in together)
+        for group in groups:
+            size = sum(len(self.questions[index]) for index in group)
             if size > room:
-                what = "a question" if len(together) == 1 else f"a list of {len(together)} questions"
+                noun = "a question" if len(group) == 1 else f"a list of {len(group)} questions"
                 raise ValueError(
-                    f"a prefix of {self.prefix_length} tokens and {what} of {size} "
-                    f"do not fit in a row of {capacity} tokens; raise seq_len, or lower max_tokens or the size of "
-                    "lists"
+                    f"a prefix of {self.prefix_length} tokens and {noun} of {size} "
+                    f"do not fit in a row of {capacity} tokens; raise seq_len, or lower max_tokens or "
+                    "list_size"
                 )
-            if used + size > room or len(chunks[-1]) == at_most:
+            if used + size > room or len(chunks[-1]) == max_questions:
                 chunks.append([])
                 used = 0
-            chunks[-1] += together
+            chunks[-1] += group
             used += size
         return [
             dataclasses.replace(
                 self,
                 questions=[self.questions[i] for i in chunk],
                 answers=[self.answers[i] for i in chunk],
-                turns=self.turns if number == 0 else [],
+                answer_offsets=self.answer_offsets if chunk_index == 0 else [],
                 preference_lists=[self.preference_lists[i] for i in chunk] if self.preference_lists else [],
             )
-            for number, chunk in enumerate(chunks)
+            for chunk_index, chunk in enumerate(chunks)
         ]
 
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
-        """[T] each, as in `TokenBatch`: tokens, positions, segment, reach, targets (`NO_TARGET` but where an answer
-        follows), preference, int32; and weights, float32: `weight` at every target.
+        """The fields of `TokenBatch` by name, each [T]: tokens, positions, piece_id, visibility, targets (`NO_TARGET`
+        except before an answer) and preference, int32; and weights, float32, which is `weight` at every target.
 
-        Positions of every question restart where the history ends, so that it reads the same alone.
+        The positions of every question start where the history ends, so that a question reads the same alone.
         """
         pieces = self.prefix_pieces + self.questions
         lengths = [len(piece) for piece in pieces]
-        prefix, events = self.prefix_length, len(self.prefix_pieces) - 1
-        event_reach = {"dense": ALL, "star": QUESTIONS}[self.layout]
-        reach = [ALL] + [event_reach] * events + [SELF] * len(self.questions)
+        prefix, num_events = self.prefix_length, len(self.prefix_pieces) - 1
+        event_visibility = {"dense": ALL, "star": QUESTIONS}[self.layout]
+        visibility = [ALL] + [event_visibility] * num_events + [SELF] * len(self.questions)
         positions = [np.arange(prefix)] + [prefix + np.arange(len(question)) for question in self.questions]
         targets = np.full(len(self), NO_TARGET)
         for end, answer in zip(self.ends, self.answers, strict=True):
             if answer is not None:
-                words = answer if isinstance(answer, list) else [self.labels[answer]]
-                targets[end + 1 - len(words) : end + 1] = words
-        begin = len(self.prefix_pieces[0])
-        for event, turn in zip(self.prefix_pieces[1:], self.turns, strict=False):
-            if turn:
-                targets[begin + turn - 1] = event[turn]
-            begin += len(event)
+                answer_ids = answer if isinstance(answer, list) else [self.labels[answer]]
+                targets[end + 1 - len(answer_ids) : end + 1] = answer_ids
+        start = len(self.prefix_pieces[0])
+        for event, offset in zip(self.prefix_pieces[1:], self.answer_offsets, strict=False):
+            if offset:
+                targets[start + offset - 1] = event[offset]
+            start += len(event)
         preference = np.zeros(len(self))
         if self.preference_lists:
             preference[prefix:] = np.repeat(self.preference_lists, lengths[len(self.prefix_pieces) :])
@@ -131,7 +140,7 @@ class EncodedPrompt:
             "tokens": np.concatenate([np.asarray(piece, np.int32) for piece in pieces]),
             "positions": np.concatenate(positions),
             "piece_id": np.repeat(np.arange(len(pieces)), lengths),
-            "visibility": np.repeat(reach, lengths),
+            "visibility": np.repeat(visibility, lengths),
             "targets": targets,
             "preference": np.where(targets == NO_TARGET, 0, preference),
         }
@@ -140,52 +149,55 @@ class EncodedPrompt:
 
     @cached_property
     def starts(self) -> np.ndarray:
-        """int64 [questions + 1]: where the first token of each question stands, and where the last question ends."""
+        """int64 [questions + 1]: position of the first token of each question, and the end of the last question."""
         return self.prefix_length + np.cumsum([0, *map(len, self.questions)])
 
     @property
     def ends(self) -> np.ndarray:
-        """int64 [questions]: where the last token of each question stands."""
+        """int64 [questions]: position of the last token of each question."""
         return self.starts[1:] - 1
 
 
 def encode(prompt: Prompt, tokenizer: Tokenizer, layout: HistoryLayout) -> EncodedPrompt:
-    """Tokens of each piece by itself, so that no piece's tokens depend on its neighbour's, nor an answer's on what it
-    answers; of all but the first, as they are behind other text. A whole answer ends with the token that ends a text.
+    """Tokenizes each piece of a prompt separately.
 
-    Raises ValueError where a label word is not one token, or a question is empty.
+    No piece's tokens then depend on its neighbours, nor an answer's on its question, and a cached prefix fits every
+    question. All pieces except the preamble are tokenized as continuations of other text. A text answer ends with EOS.
+
+    Raises:
+      ValueError: a label word is not one token, or a question is empty.
     """
     labels = [tokenizer.label_token_id(word) for word in prompt.labels]
-    turns = prompt.answer_offsets or (0,) * len(prompt.events)
+    offsets = prompt.answer_offsets or (0,) * len(prompt.events)
     groups = (
-        [event[:turn] for event, turn in zip(prompt.events, turns, strict=True)],
-        [event[turn:] for event, turn in zip(prompt.events, turns, strict=True)],
+        [event[:offset] for event, offset in zip(prompt.events, offsets, strict=True)],
+        [event[offset:] for event, offset in zip(prompt.events, offsets, strict=True)],
         [question.heading + question.text for question in prompt.questions],
         [question.answer for question in prompt.questions],
     )
     ids = iter(tokenizer.encode([text for group in groups for text in group]))
-    heads, tails, asked, said = ([next(ids) for _ in group] for group in groups)
+    heads, tails, question_ids, answer_ids = ([next(ids) for _ in group] for group in groups)
     [preamble] = tokenizer.encode([prompt.preamble], begins=True)
-    empty = next((number for number, question in enumerate(asked, 1) if not question), None)
+    empty = next((number for number, question in enumerate(question_ids, 1) if not question), None)
     if empty is not None:
         raise ValueError(f"question {empty} is empty")
-    whole = [answer + tokenizer.eos if answer else [] for answer in said]
+    text_answers = [answer + tokenizer.eos if answer else [] for answer in answer_ids]
     return EncodedPrompt(
         [tokenizer.with_bos(preamble), *(head + tail for head, tail in zip(heads, tails, strict=True))],
-        [question + answer[:-1] for question, answer in zip(asked, whole, strict=True)],
+        [question + answer[:-1] for question, answer in zip(question_ids, text_answers, strict=True)],
         labels,
-        [answer or question.label for question, answer in zip(prompt.questions, whole, strict=True)],
+        [answer or question.label for question, answer in zip(prompt.questions, text_answers, strict=True)],
         layout,
-        turns=[len(head) for head in heads] if prompt.answer_offsets else [],
+        answer_offsets=[len(head) for head in heads] if prompt.answer_offsets else [],
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Plain text as token ids: one segment that sees all before it; every token is learnt but the first.
+    """Plain text as token ids: one piece with causal attention, in which every token except the first is a target.
 
     Attributes:
-      tokens: at least two; the last one is only a target.
+      tokens: at least two; the last one is a target only.
     """
 
     tokens: list[int]
@@ -194,12 +206,12 @@ class Text:
         return len(self.tokens) - 1
 
     def split(self, capacity: int) -> list[Text]:
-        """Parts of at most `capacity` tokens; each begins with the last token that the part before it learnt."""
+        """Parts of at most `capacity` tokens; each begins with the last target of the part before it."""
         return [Text(self.tokens[start : start + capacity + 1]) for start in range(0, len(self), capacity)]
 
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
-        """[T] each, as in `TokenBatch`: every token has the next one as its target, with weight 1."""
+        """The fields of `TokenBatch` by name, each [T]: the target of every token is the next token, with weight 1."""
         fields = {
             "tokens": self.tokens[:-1],
             "positions": np.arange(len(self)),
@@ -213,5 +225,5 @@ class Text:
 
 
 def encode_text(text: str, tokenizer: Tokenizer) -> Text:
-    """A text with the tokens that one begins and ends with."""
+    """Tokenizes a plain text, with BOS and EOS if the tokenizer has them."""
     return Text(tokenizer.bos + tokenizer.encode([text], begins=True)[0] + tokenizer.eos)

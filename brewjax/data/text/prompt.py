@@ -1,4 +1,4 @@
-"""`Prompt`: what the model reads, as text; the same noun in training, evaluation and serving."""
+"""`Prompt`: one context with its candidates as text pieces, the same in training, evaluation and serving."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from brewjax.config import suggest
 
-NAMES = ("preamble", "events", "questions", "labels")  # of a prompt as JSON
+NAMES = ("preamble", "events", "questions", "labels")  # keys of a prompt as JSON
 ALIASES = {
     "prefix": "preamble",
     "query": "preamble",
@@ -22,12 +22,14 @@ SHAPE = '{"preamble": "..", "events": [".."], "questions": [".."], "labels": ["Y
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One item asked about. The model reads `heading` and `text` and answers with a label word, or in words of its own.
+    """The question about one candidate. The model reads `heading` and `text`, and answers with a label word or a text.
 
     Attributes:
-      heading: the same for every question: a question reads the same wherever it stands. `Prompt.render` numbers it.
-      label: index of the right answer in `Prompt.labels`; None where it is not known.
-      answer: the right answer of a question that no label word answers.
+      text: the question, up to where the answer begins.
+      label: index of the right answer in `Prompt.labels`; None if it is unknown, or is a text.
+      heading: comes before `text`. It is the same for every question, so that a question's tokens do not depend on its
+        position; only `Prompt.render` adds a number.
+      answer: the right answer, if it is a text and not a label word.
     """
 
     text: str
@@ -38,15 +40,17 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """One shared history with many questions behind it.
+    """One context (preamble and history), and the questions about its candidates.
 
     Attributes:
       preamble: instruction and member profile.
-      events: the history, oldest first (within each action, where a style groups by action).
-      labels: the possible answers to every question.
-      dropped: how many of the oldest events were left out to fit the token budget.
-      turns: of a history told as turns, where in each event's text its answer begins; 0 where it has none.
-      cut: the items, and the profile, whose texts were cut to fit, and why.
+      events: the history, oldest first (within each action, if the style groups by action).
+      questions: one per candidate; each sees the preamble and the history, and no other question.
+      labels: the possible answers (label words) to every question.
+      num_truncated_events: how many of the oldest events were left out to fit the token budget.
+      answer_offsets: where a history consists of chat turns, the character in each event's text at which its answer
+        begins, 0 if it has none; else empty.
+      truncated_texts: a line for each item, and for the profile, whose texts were truncated to fit.
     """
 
     preamble: str
@@ -58,7 +62,7 @@ class Prompt:
     truncated_texts: tuple[str, ...] = ()
 
     def render(self) -> str:
-        """The prompt for people to read: questions numbered, known answers filled in."""
+        """Renders the prompt for people to read: questions numbered, known answers filled in."""
         parts = [self.preamble, *self.events]
         for number, question in enumerate(self.questions, 1):
             heading = f"{question.heading} {number}" if question.heading else ""
@@ -67,38 +71,43 @@ class Prompt:
         return "".join(parts)
 
     @classmethod
-    def from_json(cls, text: str, place: str = "prompt") -> Prompt:
+    def from_json(cls, text: str, source: str = "prompt") -> Prompt:
         """Reads `{"preamble": str, "events": [str], "questions": [str], "labels": [str]}`.
 
-        Raises ValueError naming the field that is missing or has the wrong type; `place` is where the text is from.
+        Args:
+          text: the JSON.
+          source: the name of the file or input that the text is from, for errors.
+
+        Raises:
+          ValueError: names the key that is unknown, missing or of the wrong type.
         """
         try:
             fields: Any = json.loads(text, object_pairs_hook=_refuse_twice)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{place}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from None
+            raise ValueError(f"{source}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from None
         except ValueError as error:
-            raise ValueError(f"{place}: {error}") from None
+            raise ValueError(f"{source}: {error}") from None
         if not isinstance(fields, dict):
-            raise ValueError(f"{place}: expected {SHAPE}, found {_show(fields)}")
+            raise ValueError(f"{source}: expected {SHAPE}, found {_show(fields)}")
         for name in fields:
             if name not in NAMES:
-                raise ValueError(f"{place}: unknown key '{name}'; {suggest(name, NAMES, ALIASES, 'valid keys')}")
+                raise ValueError(f"{source}: unknown key '{name}'; {suggest(name, NAMES, ALIASES, 'valid keys')}")
         for name in NAMES:
             if name not in fields:
-                raise ValueError(f"{place}: '{name}' is missing; expected {SHAPE}")
+                raise ValueError(f"{source}: '{name}' is missing; expected {SHAPE}")
         if not isinstance(fields["preamble"], str):
-            raise ValueError(f"{place}: preamble: expected a text, found {_show(fields['preamble'])}")
+            raise ValueError(f"{source}: preamble: expected a text, found {_show(fields['preamble'])}")
         for name in NAMES[1:]:
             if not isinstance(fields[name], list):
-                raise ValueError(f"{place}: {name}: expected a list of texts, found {_show(fields[name])}")
+                raise ValueError(f"{source}: {name}: expected a list of texts, found {_show(fields[name])}")
             for index, entry in enumerate(fields[name]):
                 if not isinstance(entry, str):
-                    raise ValueError(f"{place}: {name}[{index}]: expected a text, found {_show(entry)}")
+                    raise ValueError(f"{source}: {name}[{index}]: expected a text, found {_show(entry)}")
         if not fields["questions"]:
-            raise ValueError(f"{place}: questions: expected at least one")
+            raise ValueError(f"{source}: questions: expected at least one")
         labels = fields["labels"]
         if len(set(labels)) < max(2, len(labels)):
-            raise ValueError(f"{place}: labels: expected at least two, no two of them the same, found {_show(labels)}")
+            raise ValueError(f"{source}: labels: expected at least two, no two of them the same, found {_show(labels)}")
         questions = tuple(Question(text) for text in fields["questions"])
         return cls(fields["preamble"], tuple(fields["events"]), questions, tuple(labels))
 

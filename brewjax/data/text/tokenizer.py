@@ -23,16 +23,19 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-REMEMBERED = 1 << 17  # texts,
-LONGEST_REMEMBERED = 1_000  # of at most so many characters
-PIECES = (("## Past jobs\n", "[Age: 2 days]\n"), ("[Title: Nurse]\n## Answer\n", "Yes"))  # as prompts have them
-BEGINS = "begins_with_bos"  # in a tokenizer_config.json: transformers drops its own add_bos_token
-BATCH_CHARACTERS = 1 << 16  # that are tokenised at a time: some 20 ms
+CACHE_SIZE = 1 << 17  # texts whose tokens are cached,
+MAX_CACHED_CHARACTERS = 1_000  # each of at most so many characters
+PIECES = (
+    ("## Past jobs\n", "[Age: 2 days]\n"),
+    ("[Title: Nurse]\n## Answer\n", "Yes"),
+)  # as in prompts
+BEGINS = "begins_with_bos"  # key of tokenizer_config.json, because transformers drops its own add_bos_token
+BATCH_CHARACTERS = 1 << 16  # characters that are tokenized at a time, in some 20 ms
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
 def batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """The texts in order, so many at a time that they have `BATCH_CHARACTERS`; a longer one is alone."""
+    """Groups texts, in order, into batches of at most `BATCH_CHARACTERS`; a longer text is a batch of its own."""
     batch: list[str] = []
     size = 0
     for text in texts:
@@ -46,30 +49,44 @@ def batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 class Tokenizer:
-    """A Hugging Face tokenizer with the few verbs brewjax needs."""
+    """A Hugging Face tokenizer behind the few methods that brewjax needs.
+
+    In the prompt-learning literature a "verbalizer" maps labels to words; here that is `label_token_id`, and
+    `Verbalizer` renders data as text (360Brew's use of the word).
+    """
 
     def __init__(self, hf: PreTrainedTokenizerBase):
         self.hf = hf
-        hf.backend_tokenizer.no_truncation()  # which many a tokenizer.json asks for, and padding
+        hf.backend_tokenizer.no_truncation()  # many a tokenizer.json sets truncation and padding
         hf.backend_tokenizer.no_padding()
         self._encode_batch = hf.backend_tokenizer.encode_batch_fast
-        self._mark = _Mark.of(hf.backend_tokenizer)
-        self._known: dict[str, list[int]] = {}
-        # `all_special_tokens` is not all of them: Llama's <|eot_id|>, for one, is only among the added tokens.
-        marks = sorted({*hf.all_special_tokens, *hf.get_added_vocab()}, key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, marks)) or r"(?!)")
+        self._mark = _PrefixMark.detect(hf.backend_tokenizer)
+        self._cache: dict[str, list[int]] = {}
+        # `all_special_tokens` is incomplete: Llama's <|eot_id|>, for instance, is only among the added tokens.
+        special_tokens = sorted({*hf.all_special_tokens, *hf.get_added_vocab()}, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, special_tokens)) or r"(?!)")
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
-        """Reads a folder that holds `tokenizer.json`, as Hugging Face models have it."""
+        """Reads a folder with a `tokenizer.json`, such as that of a Hugging Face model.
+
+        Raises:
+          ValueError: the folder has no `tokenizer.json`.
+        """
         if not (Path(folder) / "tokenizer.json").is_file():
             raise ValueError(f"{folder}: no tokenizer.json there; expected the folder of a Hugging Face tokenizer")
-        # Not AutoTokenizer: beside a config.json it may put a family's own splitting in place of the file's.
+        # Not AutoTokenizer: next to a config.json it may replace the file's splitting rule by that of a model family.
         return cls(PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True))
 
     @classmethod
     def train(cls, texts: Iterable[str], words: Sequence[str], vocab_size: int) -> Tokenizer:
-        """Trains a byte-level BPE (GPT-2's, Radford et al. 2019) in which each of `words` is one token."""
+        """Trains a byte-level BPE (as GPT-2's, Radford et al. 2019).
+
+        Args:
+          texts: the corpus.
+          words: label words, each of which becomes one token.
+          vocab_size: number of token ids, of which 259 are the bytes and the special tokens.
+        """
         bpe = tokenizers.Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=False), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -82,7 +99,7 @@ class Tokenizer:
             show_progress=False,
         )
         corpus = list(texts)
-        # A word alone on its line, as often as there are texts, is merged into one token before anything rarer is.
+        # A label word on a line of its own, repeated as often as there are texts, is merged before anything rarer.
         bpe.train_from_iterator(corpus + [f"\n{word}" for word in words] * max(len(corpus), 100), trainer)
         return cls(
             PreTrainedTokenizerFast(
@@ -97,10 +114,11 @@ class Tokenizer:
 
     @classmethod
     def byte_level(cls) -> Tokenizer:
-        """A token a byte: for text that no tokenizer was trained on yet."""
+        """A tokenizer with one token per byte, for use before one is trained."""
         return cls.train([], [], vocab_size=0)
 
     def save(self, folder: str | Path) -> None:
+        """Writes the tokenizer's files, `tokenizer.json` among them, into the folder."""
         self.hf.save_pretrained(folder)
 
     @property
@@ -110,81 +128,93 @@ class Tokenizer:
 
     @property
     def bos(self) -> list[int]:
-        """The tokens that a sequence begins with: one or none."""
+        """The ids that a sequence begins with: one or none."""
         none = self.hf.bos_token_id is None or not self.hf.init_kwargs.get(BEGINS, True)
         return [] if none else [self.hf.bos_token_id]
 
     def follow_own_bos(self) -> None:
-        """From now on, and when it is saved, sequences begin with that token only if the tokenizer of a model of others
-        puts it there itself; many only have it."""
+        """Sets `bos` to what the tokenizer of an imported model does itself: many define a BOS token and never use it.
+        The setting is saved with the tokenizer."""
         self.hf.init_kwargs[BEGINS] = self.hf.bos_token_id in self.hf("")["input_ids"]
 
     def with_bos(self, ids: list[int]) -> list[int]:
-        """These ids with what a sequence begins with in front, unless it is there: a chat template may have said it."""
+        """The ids with BOS in front, unless they begin with it already: a chat template may have added it."""
         return ids if ids[: len(self.bos)] == self.bos else self.bos + ids
 
     @property
     def eos(self) -> list[int]:
-        """The tokens that a text ends with: one or none."""
+        """The ids that a text ends with: one or none."""
         return [] if self.hf.eos_token_id is None else [self.hf.eos_token_id]
 
     def without_special_tokens(self) -> Tokenizer:
-        """The same tokenizer, but that special tokens written in a text are text like any other."""
+        """A copy that tokenizes special tokens written in a text as ordinary text."""
         hf = copy.deepcopy(self.hf)
         hf.backend_tokenizer.encode_special_tokens = True  # as text
         return type(self)(hf)
 
     def encode(self, texts: Sequence[str], begins: bool = False) -> list[list[int]]:
-        """Token ids of each text, not to be changed; special tokens written in a text count as such, none is added.
+        """Tokenizes each text. Special tokens written in a text are recognised; none is added.
 
-        A text `begins` a sequence, or stands behind others: SentencePiece's tokenizers mark the beginning as they mark
-        a space, and a piece that goes on from another would get a mark that the whole text has not.
+        Results are cached, because prompts repeat the same items and events.
 
-        Remembered: the same items and events are said again and again.
+        Args:
+          texts: the texts, tokenized independently.
+          begins: whether the texts begin a sequence, rather than continue it. SentencePiece tokenizers mark the
+            beginning of a text as they mark a space, and a piece in the middle of a prompt must not get that mark.
+
+        Returns:
+          The ids of each text. The lists are shared with the cache: do not change them.
         """
         if begins and self._mark:
             return [encoding.ids for encoding in self._encode_batch(list(texts), add_special_tokens=False)]
-        known = self._known
-        new = [text for text in dict.fromkeys(texts) if text not in known]
-        if len(known) + len(new) > REMEMBERED:
-            self._known = known = {}  # not cleared: another thread may be reading it
-            new = list(dict.fromkeys(texts))
-        fresh: dict[str, list[int]] = {}
-        for batch in batches(new):  # an encoding takes a hundred times the memory of its text
-            fresh |= zip(batch, self._encode_behind(batch), strict=True)
-        known.update((text, ids) for text, ids in fresh.items() if len(text) <= LONGEST_REMEMBERED)
-        return [fresh[text] if text in fresh else known[text] for text in texts]
+        cache = self._cache
+        new_texts = [text for text in dict.fromkeys(texts) if text not in cache]
+        if len(cache) + len(new_texts) > CACHE_SIZE:
+            self._cache = cache = {}  # replaced, not cleared: a concurrent call may be reading it
+            new_texts = list(dict.fromkeys(texts))
+        new_ids: dict[str, list[int]] = {}
+        for batch in batches(new_texts):  # an encoding takes a hundred times the memory of its text
+            new_ids |= zip(batch, self._encode_continuations(batch), strict=True)
+        cache.update((text, ids) for text, ids in new_ids.items() if len(text) <= MAX_CACHED_CHARACTERS)
+        return [new_ids[text] if text in new_ids else cache[text] for text in texts]
 
-    def _encode_behind(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of texts behind others."""
+    def _encode_continuations(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts that continue a sequence."""
         if not self._mark:
             return [encoding.ids for encoding in self._encode_batch(texts, add_special_tokens=False)]
-        # What stands behind a special token is marked as a beginning is, or is not.
+        # Text behind a special token is marked as a beginning by some tokenizers, and not by others.
         ends = [len(text) for text in texts]
-        if self._mark.behind_special:
+        if self._mark.after_special:
             matches = map(self._special.search, texts)
             ends = [match.start() if match else end for match, end in zip(matches, ends, strict=True)]
         heads = [text[:end] for text, end in zip(texts, ends, strict=True)]
         tails = [text[end:] for text, end in zip(texts, ends, strict=True)]
-        head_encodings = self._mark.without.encode_batch_fast(heads, add_special_tokens=False)
+        head_encodings = self._mark.unmarked.encode_batch_fast(heads, add_special_tokens=False)
         tail_encodings = self._encode_batch(tails, add_special_tokens=False)
         return [head.ids + tail.ids for head, tail in zip(head_encodings, tail_encodings, strict=True)]
 
     def check_pieces(self, pairs: Iterable[tuple[str, str]] = PIECES) -> None:
-        """ValueError unless the tokens of each two pieces, joined, are those of their text."""
-        for text, more in pairs:
-            [joined], [first] = self.encode([text + more], begins=True), self.encode([text], begins=True)
-            [second] = self.encode([more])
-            if first + second != joined:
-                whole, pieces = (self.hf.convert_ids_to_tokens(ids) for ids in (joined, first + second))
+        """Checks that prompts may be tokenized piece by piece.
+
+        Args:
+          pairs: adjacent pieces of prompts.
+
+        Raises:
+          ValueError: the tokens of two pieces, joined, are not those of their joined text.
+        """
+        for text, continuation in pairs:
+            [whole_ids], [text_ids] = self.encode([text + continuation], begins=True), self.encode([text], begins=True)
+            piece_ids = text_ids + self.encode([continuation])[0]
+            if piece_ids != whole_ids:
+                whole, pieces = (self.hf.convert_ids_to_tokens(ids) for ids in (whole_ids, piece_ids))
                 raise ValueError(
-                    f"this tokenizer cannot be asked piece by piece: {text + more!r} is {whole}, but {text!r} and then "
-                    f"{more!r} are {pieces}"
+                    f"this tokenizer cannot tokenize prompts piece by piece: {text + continuation!r} is {whole}, but "
+                    f"{text!r} and then {continuation!r} are {pieces}"
                 )
 
     @cached_property
     def max_token_bytes(self) -> int:
-        """No token stands for more bytes of a text: it has no more than its name."""
+        """The most bytes of text that a token stands for: those of its name, at most."""
         return max(len(name.encode()) for name in self.hf.get_vocab())
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
@@ -192,8 +222,11 @@ class Tokenizer:
         return [len(ids) for ids in self.encode(texts)]
 
     def label_token_id(self, word: str) -> int:
-        """The id of a label word behind other text; ValueError unless it is exactly one token that reads back as the
-        word, but for a space in front."""
+        """The id of a label word that continues a prompt.
+
+        Raises:
+          ValueError: the word is not exactly one token that decodes to the word, apart from a space in front.
+        """
         ids = self.encode([word])[0]
         if len(ids) != 1 or str(self.hf.decode(ids)).removeprefix(" ") != word.removeprefix(" "):
             pieces = self.hf.convert_ids_to_tokens(ids)
@@ -203,48 +236,53 @@ class Tokenizer:
         return ids[0]
 
     def clean(self, text: str) -> str:
-        """A value from a table, made unable to pass for markup: one line, no special tokens."""
+        """Cleans a value of a table, so that it cannot forge markup: one line, no special tokens."""
         return " ".join(self._special.sub(" ", text).split())
 
     def chat(self, turns: list[dict[str, str]], template: ChatTemplate = AS_IT_COMES) -> str:
-        """The turns in this tokenizer's chat template, up to where the assistant's answer begins.
+        """Renders turns in this tokenizer's chat template, up to where the assistant's answer begins.
 
-        Raises ValueError where there is none, or it refuses them.
+        Args:
+          turns: `role` and `content` of each turn.
+          template: the other variables of the template.
+
+        Raises:
+          ValueError: the tokenizer has no chat template, or the template refuses the turns.
         """
         if not self.hf.chat_template:
             raise ValueError("this tokenizer has no chat template; use another prompt style")
         today = datetime.datetime.combine(template.date, datetime.time())
-        # `apply_chat_template` makes text of all that it is given, functions too.
+        # Not `apply_chat_template`, which renders every argument as text, functions too.
         arguments: dict[str, Any] = {"messages": turns, "tools": None, "documents": None, "add_generation_prompt": True}
         arguments |= {"enable_thinking": False, "strftime_now": today.strftime} | self.hf.special_tokens_map
         try:
             return _compile_jinja_template(self.hf.get_chat_template()).render(arguments | template.arguments)
         except (jinja2.TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
             roles = ", ".join(turn["role"] for turn in turns)
-            raise ValueError(f"its chat template cannot say the turns of {roles}: {error}") from None
+            raise ValueError(f"its chat template cannot render the turns of {roles}: {error}") from None
 
 
-class _Mark(NamedTuple):
-    """What a tokenizer puts in front of a text, as SentencePiece's do with a space.
+class _PrefixMark(NamedTuple):
+    """The mark that a tokenizer puts in front of a text, as SentencePiece tokenizers do with a space.
 
     Attributes:
-      without: the tokenizer without it.
-      behind_special: it is put behind every special token, too.
+      unmarked: the same tokenizer without the mark.
+      after_special: whether the mark is also put behind every special token.
     """
 
-    without: tokenizers.Tokenizer
-    behind_special: bool
+    unmarked: tokenizers.Tokenizer
+    after_special: bool
 
     @classmethod
-    def of(cls, backend: tokenizers.Tokenizer) -> _Mark | None:
-        """None where nothing is put in front."""
+    def detect(cls, backend: tokenizers.Tokenizer) -> _PrefixMark | None:
+        """Reads the mark from the tokenizer's JSON; None if it has no mark."""
         parts, schemes = json.loads(backend.to_str()), set[str]()
 
-        def unmarked(part: Any) -> Any:
+        def remove_mark(part: Any) -> Any:
             kind = part and part["type"]
             if kind == "Sequence":
                 [(name, members)] = [(key, value) for key, value in part.items() if key != "type"]
-                return part | {name: [own for own in map(unmarked, members) if own]}
+                return part | {name: [member for member in map(remove_mark, members) if member]}
             if kind == "Prepend":
                 schemes.add("always")
                 return None
@@ -256,5 +294,5 @@ class _Mark(NamedTuple):
                 return part | {"add_prefix_space": False}
             return part
 
-        bare = parts | {name: unmarked(parts[name]) for name in ("normalizer", "pre_tokenizer")}
+        bare = parts | {name: remove_mark(parts[name]) for name in ("normalizer", "pre_tokenizer")}
         return cls(tokenizers.Tokenizer.from_str(json.dumps(bare)), "always" in schemes) if schemes else None

@@ -12,7 +12,7 @@ from brewjax.data.prompts.styles import PromptConfig
 from brewjax.data.records.preferences import AlignConfig, align_records, draw_contrast
 from brewjax.data.tasks.examples import build_examples
 from brewjax.data.text.encode import NO_TARGET, EncodedPrompt
-from tests.data.test_training import EVENTS, MANY, SAMPLED, TASK, make_verbalizer
+from tests.data.records.test_sft import EVENTS, MANY, SAMPLED, TASK, make_verbalizer
 
 PROMPTS = PromptConfig(styles={"sectioned": 1.0}, max_tokens=100_000)
 
@@ -46,7 +46,7 @@ def test_every_list_prefers_exactly_one(jobs_with, tokenizer, task, events, size
             assert sum(preference > 0 for preference, _ in one) == 1
             assert len({segment for _, segment in one}) == len(one), "a candidate is a segment"
         targets = record.arrays["targets"]
-        assert set(targets[targets != NO_TARGET]) == {tokenizer.word("Yes")}
+        assert set(targets[targets != NO_TARGET]) == {tokenizer.label_token_id("Yes")}
 
 
 @pytest.mark.parametrize("task", [TASK, SAMPLED], ids=["shown", "sampled"])
@@ -59,7 +59,7 @@ def test_what_was_applied_to_is_preferred_to_what_was_not(jobs_with, tokenizer, 
     )
     assert records
     for record, note in records:
-        example = examples[int(note["member"][1:]), note["cut"]]
+        example = examples[int(note["member"][1:]), note["cutoff_time"]]
         said = [question.text for question in verbalizer.prompt(task, example, "sectioned").questions]
         for preference, question in zip(record.preference_lists, record.questions, strict=True):
             text = tokenizer.hf.decode(question).removeprefix("## Question")
@@ -107,17 +107,17 @@ def test_a_note_ranks_what_has_the_same_answer_and_its_opposite_ranks_it_the_oth
     records = list(
         align_records(verbalizer, TASK, PROMPTS, AlignConfig(list_size=4, lists_per_example=3, steering_fraction=1))
     )
-    noted = [(record, note) for record, note in records if "note" in note]
+    noted = [(record, note) for record, note in records if "steering_note" in note]
     assert len(noted) > 5
     assert len(noted) % 2 == 0
     names = set()
     for (record, note), (other, counter) in zip(noted[::2], noted[1::2], strict=True):
-        assert (note["member"], note["cut"]) == (counter["member"], counter["cut"])
-        assert note["note"] != counter["note"]
+        assert (note["member"], note["cutoff_time"]) == (counter["member"], counter["cutoff_time"])
+        assert note["steering_note"] != counter["steering_note"]
         preferred, rejected = [], []
         for one, its in ((record, note), (other, counter)):
             found = NOTE.search(tokenizer.hf.decode(one.prefix_pieces[0]))
-            assert found["note"] == its["note"]
+            assert found["note"] == its["steering_note"]
             names.add(found["name"])
             texts = [tokenizer.hf.decode(question) for question in one.questions]
             preferred.append({text for text, p in zip(texts, one.preference_lists, strict=True) if p > 0})
@@ -131,7 +131,7 @@ def test_a_note_ranks_what_has_the_same_answer_and_its_opposite_ranks_it_the_oth
                 assert min(wanted) >= max(unwanted)
         assert not preferred[0] & preferred[1]
         assert not preferred[0] & rejected[0]
-        example = examples[int(note["member"][1:]), note["cut"]]
+        example = examples[int(note["member"][1:]), note["cutoff_time"]]
         said = [question.text for question in verbalizer.prompt(TASK, example, "sectioned").questions]
         answers = [
             {int(label) for one, label in zip(said, example.labels, strict=True) if "## Question" + one == text}
@@ -147,7 +147,7 @@ def test_a_contrast_is_of_items_with_one_answer_and_puts_none_on_both_sides(jobs
     dataset = jobs_with(MANY)
     example = next(build_examples(dataset, TASK, "train"))
     labels = np.array([item % 2 for item in items], np.int32)
-    example = dataclasses.replace(example, items=np.array(items, np.int32), labels=labels)
+    example = dataclasses.replace(example, candidates=np.array(items, np.int32), labels=labels)
     verbalizer = make_verbalizer(dataset, tokenizer)
     contrast = draw_contrast(verbalizer, TASK, example, np.random.default_rng(seed))
     if contrast is None:

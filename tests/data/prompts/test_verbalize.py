@@ -20,14 +20,14 @@ from brewjax.data.text.encode import encode
 from brewjax.data.text.prompt import Prompt
 from brewjax.data.text.tokenizer import Tokenizer
 from tests.data.conftest import Event, moment
-from tests.data.test_chat import REFUSES_SYSTEM
+from tests.data.text.test_chat import REFUSES_SYSTEM
 from tests.tables import put, with_column
 
 PLENTY = 1_000_000  # tokens
 TASK = Task.parse("""
 name: applies
 instruction: Predict whether the member applies to the job in the "Question".
-note: focus on location
+steering_note: focus on location
 history: {actions: [viewed, applied], max_events: 1000}
 questions: {question: Will the member apply to the following job, actions: [viewed, applied], candidates_per_prompt: 2}
 labels:
@@ -252,7 +252,7 @@ def test_the_budget_drops_the_oldest_events_and_no_more_than_it_must(jobs, token
         return say(jobs, tokenizer, dataclasses.replace(example, history=rows), style, task=STRICT)
 
     kept = len(prompt.events)
-    assert prompt == dataclasses.replace(newest(kept), dropped=prompt.num_truncated_events)
+    assert prompt == dataclasses.replace(newest(kept), num_truncated_events=prompt.num_truncated_events)
     if prompt.num_truncated_events and style != "sectioned":  # which counts the words of both groups, said or not
         assert tokens_needed(newest(kept + 1), tokenizer) > budget
 
@@ -275,7 +275,7 @@ def with_long_texts(jobs, tokenizer, budget: int, overlong: str) -> tuple[Verbal
 @hypothesis.given(budget=st.integers(450, 900))
 @hypothesis.settings(max_examples=4, deadline=None)
 def test_an_overlong_item_is_cut_to_what_fits(jobs, tokenizer, style, budget):
-    verbalizer, task = with_long_texts(jobs, tokenizer, budget, "cut")
+    verbalizer, task = with_long_texts(jobs, tokenizer, budget, "truncate")
     example = ask(jobs, 7, 330, items=(0, 1, 2), labels=(0, 1, 0))
     prompt = verbalizer.prompt(task, example, style)
     whole = say(jobs, tokenizer, example, style)
@@ -285,7 +285,7 @@ def test_an_overlong_item_is_cut_to_what_fits(jobs, tokenizer, style, budget):
     assert "Nurse of many words many" in prompt.questions[1].text
     assert [cut.split(" takes ")[0] for cut in prompt.truncated_texts] == ["job 101", "job 102"]
     (line,) = verbalizer.overlong.lines()
-    assert line.startswith("applies: 2 texts too long were cut, the longest: job 10")
+    assert line.startswith("applies: 2 texts too long were truncated, the longest: job 10")
     assert verbalizer.overlong.lines() == []
 
 
@@ -357,8 +357,8 @@ def test_what_is_not_known_is_left_out(jobs_with, tokenizer, style):
 @each_style
 @hypothesis.given(events=EVENTS, others=EVENTS, data=st.data())
 @hypothesis.settings(max_examples=25, deadline=None)
-def test_nothing_at_or_after_the_cut_changes_a_character(jobs_with, tokenizer, style, events, others, data):
-    """The leak property, over all splits: all that happens from the cut on is replaced, and no prompt changes."""
+def test_nothing_at_or_after_the_cutoff_changes_a_character(jobs_with, tokenizer, style, events, others, data):
+    """The leak property, over all splits: all that happens from the cutoff time on is replaced, and no prompt changes."""
     boundary = 4  # days, where validation begins and percentiles are fitted
     split = TASK.split.model_copy(update={"validation": "2025-01-05", "test": "2025-01-09"})
     task = TASK.model_copy(update={"split": split})
@@ -366,13 +366,13 @@ def test_nothing_at_or_after_the_cut_changes_a_character(jobs_with, tokenizer, s
     scale = Percentiles.fit(dataset, moment(boundary))
     examples = [e for name in ("train", "validation", "test") for e in build_examples(dataset, task, name)]
     example = data.draw(st.sampled_from(examples))
-    day = (example.cut - moment(0)) / 86_400_000_000
+    day = (example.cutoff_time - moment(0)) / 86_400_000_000
     changed = [event for event in events if event.day < day] + [event for event in others if event.day >= day]
     hypothesis.assume(changed)
     other = jobs_with(changed)
     other_scale = Percentiles.fit(other, moment(boundary)) if day >= boundary else scale
-    history, past = history_before(other, task, example.member, example.cut)
-    other_example = dataclasses.replace(example, history=history, past=past)
+    history, past = history_before(other, task, example.member, example.cutoff_time)
+    other_example = dataclasses.replace(example, history=history, num_past_events=past)
     assert Verbalizer(dataset, scale, tokenizer, PLENTY).prompt(task, example, style) == Verbalizer(
         other, other_scale, tokenizer, PLENTY
     ).prompt(task, other_example, style)
@@ -389,10 +389,12 @@ def test_the_compact_style_spends_the_fewest_tokens(jobs, tokenizer):
 @each_style
 def test_the_note_follows_the_instruction(jobs, tokenizer, style):
     example = ask(jobs, 7, 330)
-    center = say(jobs, tokenizer, example, style).preamble
-    assert TASK.instruction + "\nNote: focus on location" in center
-    assert center.index("Note:") < center.index("Teacher"), "the profile comes after it"
-    assert "Note" not in say(jobs, tokenizer, example, style, task=TASK.model_copy(update={"note": ""})).preamble
+    preamble = say(jobs, tokenizer, example, style).preamble
+    assert TASK.instruction + "\nNote: focus on location" in preamble
+    assert preamble.index("Note:") < preamble.index("Teacher"), "the profile comes after it"
+    assert (
+        "Note" not in say(jobs, tokenizer, example, style, task=TASK.model_copy(update={"steering_note": ""})).preamble
+    )
 
 
 def test_the_sections_are_those_of_360brew(jobs, tokenizer):

@@ -134,6 +134,6 @@ def test_a_tokenizer_that_strips_its_texts_cannot_be_asked_piece_by_piece():
     backend = byte_level("smollm")
     backend.normalizer = normalizers.Strip()
     with pytest.raises(
-        ValueError, match=r"cannot be asked piece by piece: 'Nurse\\nYes' is .*, but 'Nurse\\n' and then"
+        ValueError, match=r"cannot tokenize prompts piece by piece: 'Nurse\\nYes' is .*, but 'Nurse\\n' and then"
     ):
         Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend)).check_pieces([("Nurse\n", "Yes")])

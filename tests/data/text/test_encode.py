@@ -17,7 +17,7 @@ from pallas_kernels.token_labels import ALL, QUESTIONS, SELF
 TEXT = st.sampled_from(["Title: Nurse\n", "Company: Acme, Skills: Care\n", "a", "[Age: 2 days]\n"])
 PROMPTS = st.builds(
     Prompt,
-    center=st.just("") | TEXT,
+    preamble=st.just("") | TEXT,
     events=st.lists(TEXT, max_size=4).map(tuple),
     questions=st.lists(
         st.builds(Question, TEXT, st.sampled_from([None, 0, 1]), st.sampled_from(["", "## Question"])),
@@ -63,7 +63,7 @@ def test_a_small_prompt_by_hand():
 @hypothesis.settings(deadline=None)
 def test_the_tokens_are_the_text_and_nothing_is_lost(tokenizer, prompt, layout):
     encoded = encode(prompt, tokenizer, layout)
-    texts = [prompt.center, *prompt.events, *(question.heading + question.text for question in prompt.questions)]
+    texts = [prompt.preamble, *prompt.events, *(question.heading + question.text for question in prompt.questions)]
     arrays = encoded.arrays
     assert tokenizer.hf.decode(arrays["tokens"]) == "<|endoftext|>" + "".join(texts)
     lengths = tokenizer.lengths(texts)
@@ -93,7 +93,7 @@ def test_loss_is_only_on_the_label_word_after_each_known_question(tokenizer, pro
     encoded = encode(prompt, tokenizer, layout)
     targets = encoded.arrays["targets"]
     known = [question.label for question in prompt.questions if question.label is not None]
-    assert targets[targets != NO_TARGET].tolist() == [tokenizer.word(prompt.labels[label]) for label in known]
+    assert targets[targets != NO_TARGET].tolist() == [tokenizer.label_token_id(prompt.labels[label]) for label in known]
     assert set(np.flatnonzero(targets != NO_TARGET)) <= set(encoded.ends)
 
 
@@ -150,8 +150,8 @@ def test_a_sequence_begins_with_one_bos_even_where_the_chat_template_has_it(toke
             tokenizer_object=backend, bos_token="<|endoftext|>", chat_template="{{ bos_token }}" + CHAT_TEMPLATE
         )
     )
-    center = llama.chat([{"role": "user", "content": "Nurse"}])
-    encoded = encode(Prompt(center, (), (Question("b"),), ("Yes", "No")), llama, "dense")
+    preamble = llama.chat([{"role": "user", "content": "Nurse"}])
+    encoded = encode(Prompt(preamble, (), (Question("b"),), ("Yes", "No")), llama, "dense")
     assert encoded.prefix_pieces[0].count(llama.bos[0]) == 1
     without = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend))
     assert encode(Prompt("", (), (Question("b"),), ("Yes", "No")), without, "dense").prefix_pieces == [[]]

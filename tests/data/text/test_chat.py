@@ -76,12 +76,12 @@ def test_arguments_reach_the_template():
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (UPSIDE_DOWN, "does not say the turns of user, assistant, user once each and in order"),
-        ("{{ raise_exception('not for you') }}", "cannot say the turns of user, assistant, user: not for you"),
-        ("{% for m in messages %}", "cannot say the turns of user, assistant, user: Unexpected end of template"),
-        ("{{ messages[0].content + 1 }}", "cannot say the turns of user, assistant, user: can only concatenate str"),
+        (UPSIDE_DOWN, "does not render the turns of user, assistant, user once each and in order"),
+        ("{{ raise_exception('not for you') }}", "cannot render the turns of user, assistant, user: not for you"),
+        ("{% for m in messages %}", "cannot render the turns of user, assistant, user: Unexpected end of template"),
+        ("{{ messages[0].content + 1 }}", "cannot render the turns of user, assistant, user: can only concatenate str"),
     ],
 )
-def test_what_cannot_be_asked_is_said(template, message):
+def test_a_template_that_cannot_render_the_turns_is_refused(template, message):
     with pytest.raises(ValueError, match=f"its chat template {message}"):
         chat_parts(with_template(template), USUAL)

@@ -15,7 +15,7 @@ from brewjax.data.records.loader import describe_sources, load_batches
 from brewjax.data.records.mixture import MixConfig
 from brewjax.data.records.shards import write_shards
 from brewjax.data.text.encode import Text
-from tests.data.test_loader import GROUP, ROW, example, read, shards
+from tests.data.records.test_loader import GROUP, ROW, example, read, shards
 
 
 def source(folder: Path, name: str, records: int, length: int) -> Path:

@@ -171,7 +171,9 @@ def test_a_turn_does_not_hold_a_statistic_that_its_own_event_is_part_of(jobs_wit
     attributes = tuple(a.model_copy(update={"where": ("history", "question")}) for a in dataset.card.items.attributes)
     items = dataset.card.items.model_copy(update={"attributes": attributes})
     dataset = dataclasses.replace(dataset, card=dataset.card.model_copy(update={"items": items}))
-    example = dataclasses.replace(example_at(dataset, TASK, 0, moment(2)), items=np.array([1]), labels=np.array([0]))
+    example = dataclasses.replace(
+        example_at(dataset, TASK, 0, moment(2)), candidates=np.array([1]), labels=np.array([0])
+    )
     verbalizer = Verbalizer(dataset, SCALE, tokenizer, ALL_STYLES.max_tokens)
     for style, told in (("chat", True), ("turns", False)):
         prompt = verbalizer.prompt(TASK, example, style)
@@ -205,7 +207,7 @@ def test_every_choice_has_one_right_answer(jobs_with, tokenizer, asked, candidat
     verbalizer = make_verbalizer(dataset, tokenizer)
     example = next(build_examples(dataset, TASK, "train"))
     items, labels = (np.array(column, np.int32) for column in zip(*asked, strict=True))
-    example = dataclasses.replace(example, items=items, labels=labels)
+    example = dataclasses.replace(example, candidates=items, labels=labels)
     choices = draw_choices(verbalizer, TASK, example, candidates, np.random.default_rng(0))
     for choice in choices:
         names = verbalizer.names(choice.items)
@@ -229,7 +231,7 @@ def test_a_whole_answer_takes_the_place_of_a_label_word(tokenizer):
 
 
 @pytest.mark.parametrize("kind", ["sft", "align"])
-@pytest.mark.parametrize("overlong", ["cut", "skip", "error"])
+@pytest.mark.parametrize("overlong", ["truncate", "skip", "error"])
 def test_an_overlong_item_stops_no_training_unless_it_is_to(jobs_with, tokenizer, kind, overlong, capsys):
     events = [Event(0, item, ("viewed", "applied")[item % 2], 1 + item / 10) for item in range(8)]
     dataset = jobs_with([*events, Event(1, 0, "viewed", 6), Event(1, 2, "viewed", 9)])
@@ -250,5 +252,5 @@ def test_an_overlong_item_stops_no_training_unless_it_is_to(jobs_with, tokenizer
         return
     (record,) = (record for record, _ in records())
     assert record.context <= 1_000
-    done = {"cut": "cut", "skip": "skipped"}[overlong]
+    done = {"truncate": "truncated", "skip": "skipped"}[overlong]
     assert f"applies: 1 text too long was {done}, job 101 takes " in capsys.readouterr().err

@@ -26,9 +26,9 @@ def test_label_words_are_one_token_each(words):
 
 def test_a_word_of_several_tokens_is_refused_with_its_pieces(tokenizer):
     with pytest.raises(ValueError, match=r"label word 'Qqq' is 3 tokens \['Q', 'q', 'q'\] .*; choose one-token words"):
-        tokenizer.word("Qqq")
+        tokenizer.label_token_id("Qqq")
     with pytest.raises(ValueError, match="label word '' is 0 tokens"):
-        tokenizer.word("")
+        tokenizer.label_token_id("")
     with pytest.raises(ValueError, match="label word 'Very likely'"):
         Tokenizer.train(["Very likely"], ["Very likely"], 400).label_token_id("Very likely")
 
@@ -56,7 +56,7 @@ def test_a_text_is_encoded_alike_alone_and_among_others(tokenizer, texts):
 
 def test_forgetting_changes_nothing(tokenizer, monkeypatch):
     """What is remembered is bounded; a call with more texts than that works too."""
-    monkeypatch.setattr("brewjax.data.text.tokenizer.REMEMBERED", 3)
+    monkeypatch.setattr("brewjax.data.text.tokenizer.CACHE_SIZE", 3)
     fresh = Tokenizer(tokenizer.hf)
     for texts in (["a", "b"], ["b", "c", "c"], ["d", "a"], list("abcdefg"), ["a", "g"], []):
         assert fresh.encode(texts) == tokenizer.encode(texts)

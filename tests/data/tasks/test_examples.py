@@ -44,7 +44,7 @@ def make_task(
     third_label="",
 ) -> Task:
     """Will a member apply; jobs that were only viewed say no, or, with `negatives`, jobs that were not even that."""
-    no = "match: {action: viewed}" if negatives == "null" else "when: null"
+    no = "match: {action: viewed}" if negatives == "null" else "match: null"
     return Task.parse(
         f"""\
 name: applies
@@ -203,7 +203,7 @@ def test_an_event_that_matches_two_labels_is_refused(jobs):
     task = make_task(third_label='  - {word: "Surely", value: 2, match: {action: [applied]}}')
     with pytest.raises(ConfigError) as error:
         next(build_examples(jobs, task, "train"))
-    assert str(error.value) == "applies.yaml:12: labels.2.when: an event can be both 'Yes' and 'Surely'"
+    assert str(error.value) == "applies.yaml:12: labels.2.match: an event can be both 'Yes' and 'Surely'"
 
 
 def test_an_event_that_matches_no_label_is_not_a_question_but_is_told(jobs_with):

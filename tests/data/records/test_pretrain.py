@@ -67,7 +67,7 @@ def test_items_and_histories_read_as_they_should(jobs_with, tokenizer):
 
 
 def test_every_pass_has_its_own_order_of_facts(jobs_with, tokenizer):
-    found = texts(jobs_with(STORY), tokenizer, passes=3)
+    found = texts(jobs_with(STORY), tokenizer, repeats=3)
     told = [found[f"110/{number}"] for number in range(3)]
     assert len(set(told)) == 3
     assert len({tuple(sorted(text.rstrip(".\n").split(". "))) for text in told}) == 1

@@ -22,8 +22,8 @@ GROUP = 16  # rows that are packed together, at least: read so many at a time, t
 TOKENS = st.lists(st.integers(1, 99), min_size=1, max_size=5)
 EXAMPLES = st.lists(
     st.builds(
-        lambda center, events, questions, layout: EncodedPrompt(
-            [center, *events], questions, [5, 6], [index % 2 for index in range(len(questions))], layout
+        lambda preamble, events, questions, layout: EncodedPrompt(
+            [preamble, *events], questions, [5, 6], [index % 2 for index in range(len(questions))], layout
         ),
         TOKENS,
         st.lists(TOKENS, max_size=2),
@@ -35,9 +35,9 @@ EXAMPLES = st.lists(
 )
 
 
-def example(center: int, questions: int = 1) -> EncodedPrompt:
-    """`center` + 2 * `questions` tokens."""
-    return EncodedPrompt([[7] * center], [[8, 9]] * questions, [5, 6], [0] * questions, "dense")
+def example(preamble: int, questions: int = 1) -> EncodedPrompt:
+    """`preamble` + 2 * `questions` tokens."""
+    return EncodedPrompt([[7] * preamble], [[8, 9]] * questions, [5, 6], [0] * questions, "dense")
 
 
 def shards(folder: Path, examples: list[EncodedPrompt], capacity: int = ROW, **kwargs) -> Path:
@@ -138,8 +138,8 @@ def test_epochs_and_seeds_are_shuffled_differently(tmp_path):
 def test_several_examples_share_a_row(tmp_path):
     folder = shards(tmp_path, [example(2) for _ in range(200)])
     batch = next(iter(load_batches(folder, GROUP, ROW, seed=0)))
-    assert (batch.token_labels.example != PADDING).all()
-    assert (batch.token_labels.example.max(axis=1) == ROW // 4).all()
+    assert (batch.token_labels.example_id != PADDING).all()
+    assert (batch.token_labels.example_id.max(axis=1) == ROW // 4).all()
     assert {array.shape for array in jax.tree.leaves(batch)} == {(GROUP, ROW)}
     assert {array.dtype for array in jax.tree.leaves(batch._replace(weights=batch.source))} == {np.dtype(np.int32)}
     assert batch.weights.dtype == np.float32
@@ -163,7 +163,7 @@ def test_a_batch_can_be_described_on_the_device(tmp_path):
 
 
 def test_a_folder_without_shards_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no training shards there, or not all; run `brewjax prepare` first"):
+    with pytest.raises(ValueError, match="no training shards there, or not all of them; run the recipe again"):
         load_batches(tmp_path, 2, ROW, seed=0)
 
 

@@ -14,7 +14,7 @@ from brewjax.data.tasks.examples import build_examples
 from brewjax.data.tasks.task import Label, Task, load_tasks
 from tests.data.conftest import Event, moment
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 EVENT_COLUMNS = ["member_id", "item_id", "action", "time", "seconds"]
 
 TASK = """\
@@ -82,8 +82,12 @@ def test_a_task_reads_as_written(jobs):
             "13: labels.1.value: 2000: NDCG's gain is 2^value - 1, so values are 0 to",
         ),
         ("value: 0", "value: .inf", "13: labels.1.value: expected a finite number, found inf"),
-        ("value: 1, match: {action: applied}", "value: 1", "11: labels.0: no event is ever 'Yes': say 'when' it is"),
-        ("match: {action: applied}", "match: {}", "11: labels.0.when: expected at least 1 of them, found no keys"),
+        (
+            "value: 1, match: {action: applied}",
+            "value: 1",
+            "11: labels.0: no event is ever 'Yes': say by 'match' when it is",
+        ),
+        ("match: {action: applied}", "match: {}", "11: labels.0.match: expected at least 1 of them, found no keys"),
         (
             "[viewed, applied]\n  sampled",
             "[viewed, viewed]\n  sampled",
@@ -124,7 +128,7 @@ def test_one_label_is_not_a_question():
         (
             "seconds: 30",
             "second: 30",
-            "14: labels.1.when.second: events have no column 'second'; did you mean 'seconds'?",
+            "14: labels.1.match.second: events have no column 'second'; did you mean 'seconds'?",
         ),
     ],
 )
@@ -150,7 +154,7 @@ def test_tasks_are_loaded_together_under_different_names(jobs_with, tmp_path):
     paths[1].write_text(TASK.replace("name: applies", "name: idle").replace("seconds: 30", 'seconds: "30"'))
     with pytest.raises(
         ConfigError,
-        match=r"two\.yaml:14: labels.1.when.seconds: this column holds numbers, found '30'",
+        match=r"two\.yaml:14: labels.1.match.seconds: this column holds numbers, found '30'",
     ):
         load_tasks(paths, jobs)
 
@@ -268,12 +272,12 @@ def test_a_value_that_the_column_cannot_have_is_refused(jobs, column, value, sai
     task = Task.parse(TASK.replace("action: applied}}", f"extra: {value}}}}}"), "applies.yaml")
     with pytest.raises(ConfigError) as error:
         task.check_values(dataclasses.replace(jobs, events=events))
-    assert str(error.value).startswith(f"applies.yaml:11: labels.0.when.extra: {said}")
+    assert str(error.value).startswith(f"applies.yaml:11: labels.0.match.extra: {said}")
 
 
 def test_a_label_that_no_event_has_shows_what_there_is(jobs):
     task = Task.parse(TASK.replace("seconds: 30}", "seconds: 30.5}"), "a.yaml")
     with pytest.raises(
-        ConfigError, match=r"a\.yaml:14: labels\.1\.when: no event .* and seconds: 30\.5 \(there is: 46\.4,"
+        ConfigError, match=r"a\.yaml:14: labels\.1\.match: no event .* and seconds: 30\.5 \(there is: 46\.4,"
     ):
         task.check_values(jobs)
