@@ -156,14 +156,14 @@ class Scheduler:
                 labels |= set(job.prompt.labels)
         for part in parts:
             job, first = part.owner, len(part.cached_pages)
-            self._cache.commit(job.chain[first : first + len(part.new_pages)], part.new_pages)
-            job.turn += part.tokens
+            self._cache.commit(job.page_hashes[first : first + len(part.new_pages)], part.new_pages)
+            job.tokens_since_requeue += part.tokens
             if job.finished:
                 self._waiting.remove(job)
                 self._cache.release(job.pages)
-            elif job.turn >= self._lengths[-1]:
+            elif job.tokens_since_requeue >= self._lengths[-1]:
                 # Who had the places of a whole pass goes to the end of the line: a long list does not hold up others.
-                job.turn = 0
+                job.tokens_since_requeue = 0
                 self._waiting.remove(job)
                 self._waiting.append(job)
         return Pass(bucket, parts)

@@ -65,7 +65,7 @@ def render_member(bundle: Bundle, task: Task, member: pb.Member) -> Prompt:
     asked = np.arange(count, len(items), dtype=np.int32)
     example = RankingExample(task.name, 0, now, history, past, asked, np.full(len(asked), -1, np.int32))
     try:
-        note = bundle.tokenizer.clean(member.note)
+        note = bundle.tokenizer.clean(member.steering_note)
         return bundle.request_verbalizer(tables).prompt(task, example, bundle.prompts.score_style, note)
     except ValueError as error:
         raise ValueError(f"member: {error}") from None

@@ -13,7 +13,7 @@ from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve.members import _attributes
 
 
-def request_from_example(dataset: Dataset, task: Task, example: RankingExample, note: str = "") -> pb.Member:
+def request_from_example(dataset: Dataset, task: Task, example: RankingExample, steering_note: str = "") -> pb.Member:
     """An example of a dataset as a request: what `say` says of it is what a `Verbalizer` of the dataset says."""
     card, rows, cut = dataset.card, example.history, example.cutoff_time
     attributes = _attributes(card.members.attributes, dataset.members, np.array([example.member]))
@@ -33,7 +33,7 @@ def request_from_example(dataset: Dataset, task: Task, example: RankingExample, 
     }
     moment = Timestamp()
     moment.FromMicroseconds(cut)
-    request = pb.Member(task=task.name, now=moment, attributes=attributes[0], note=note)
+    request = pb.Member(task=task.name, now=moment, attributes=attributes[0], steering_note=steering_note)
     for row, of_event, of_item in zip(rows, of_events, of_items["history"], strict=True):
         event = request.history.add(action=str(dataset.event_action[row]), attributes=of_event, item=of_item)
         event.time.FromMicroseconds(int(dataset.event_time[row]))

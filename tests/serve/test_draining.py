@@ -21,7 +21,7 @@ CALLERS = 32
 
 def test_nothing_is_lost_under_load_while_a_server_leaves(server, model_folder):
     """Its callers go by its health, as balancers do, and are served by another one from then on."""
-    config = CONFIG.model_copy(update={"lame_duck_seconds": 60, "seq_len": (256,), "max_candidate_tokens": 256})
+    config = CONFIG.model_copy(update={"lame_duck_seconds": 60, "token_buckets": (256,), "max_candidate_tokens": 256})
     with running(model_folder, config) as leaving:
         first, done = threading.Event(), threading.Event()
         first.set()

@@ -50,7 +50,7 @@ def encoder(bundle, tokenizer: Tokenizer, **settings: object) -> RequestEncoder:
         (raw("a", ["b", HUGE], LABELS), r"raw.items\[1\]"),
         (raw("a", ["b"], LABELS, ["c", HUGE]), r"raw.events\[1\]"),
         (raw("a", ["b"], ["Yes", HUGE]), r"raw.labels\[1\]"),
-        (pb.Member(task="apply", note=HUGE, items=[pb.Item()]), "member.note"),
+        (pb.Member(task="apply", steering_note=HUGE, items=[pb.Item()]), "member.steering_note"),
         (pb.Member(task="apply", attributes={"position": pb.Value(text=HUGE)}, items=[pb.Item()]), "member.attributes"),
         (
             pb.Member(
@@ -109,7 +109,7 @@ def test_the_end_that_is_read_has_the_tokens_that_are_kept(bundle, words, limit)
 def test_events_that_do_not_fit_are_not_read(bundle, counting):
     encode = encoder(bundle, counting).encode
     type(counting).characters = 0
-    request = pb.ScoreRequest(raw=raw("a", ["b"], LABELS, [f"a b {n} " * 300 for n in range(1000)]), too_long="CUT")
+    request = pb.ScoreRequest(raw=raw("a", ["b"], LABELS, [f"a b {n} " * 300 for n in range(1000)]), truncation="TRUNCATE")
     encoded = encode(request, 1000)
     assert encoded.num_truncated_events == 1000 - len(encoded.prompt.prefix_pieces[1:])
     assert counting.characters < 10_000

@@ -124,7 +124,7 @@ def prompts_for_the_mesh() -> list[EncodedPrompt]:
 
 def test_scores_are_the_same_on_a_mesh(alone, tmp_path):
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    command = [sys.executable, "-m", "tests.scoring.test_batcher", tmp_path / "scores.npy"]
+    command = [sys.executable, "-m", "tests.scoring.test_scheduler", tmp_path / "scores.npy"]
     subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, check=True)
     expected = np.concatenate(alone.score_encoded(prompts_for_the_mesh()))
     np.testing.assert_allclose(np.load(tmp_path / "scores.npy"), expected, atol=1e-5)
@@ -158,7 +158,7 @@ def test_two_that_begin_alike_compute_it_once():
     for job in (Job(one), Job(one)):
         batcher.add(job)
     first, second = batcher.next_pass(), batcher.next_pass()
-    assert [(len(part.store), len(part.past)) for part in first.chunks + second.chunks] == [(1, 0), (0, 1)]
+    assert [(len(part.new_pages), len(part.cached_pages)) for part in first.chunks + second.chunks] == [(1, 0), (0, 1)]
 
 
 def test_a_short_request_does_not_wait_for_a_long_one():

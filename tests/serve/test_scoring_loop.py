@@ -142,7 +142,7 @@ def test_scores_that_are_not_finite_are_never_answers(worker, scorer, alone):
         found = finish(work)
         return [[np.full_like(one, np.nan) if at == 0 else one for at, one in enumerate(row)] for row in found]
 
-    with mock.patch.object(scorer, "finish", spoilt), held(worker) as gate:
+    with mock.patch.object(scorer, "collect", spoilt), held(worker) as gate:
         bad, good = Asked(worker, question(1)), Asked(worker, question(2))
         gate.open()
         with pytest.raises(FloatingPointError):
@@ -153,7 +153,7 @@ def test_scores_that_are_not_finite_are_never_answers(worker, scorer, alone):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_worker_that_dies_is_noticed_and_nobody_waits_for_it(worker, scorer):
-    with mock.patch.object(scorer, "finish", side_effect=SystemExit), held(worker) as gate:
+    with mock.patch.object(scorer, "collect", side_effect=SystemExit), held(worker) as gate:
         asked = [Asked(worker, question(seed)) for seed in range(3)]
         gate.open()
         for one in asked:
