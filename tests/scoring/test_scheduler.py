@@ -119,7 +119,7 @@ def check_shape(one: Pass) -> None:
 def prompts_for_the_mesh() -> list[EncodedPrompt]:
     """The second of which finds most of its prefix cached."""
     one = prompt(np.random.default_rng(0), 100, [100], [3, 9, 5] * 20)
-    return [one, dataclasses.replace(one, pieces=[*one.prefix_pieces, [5] * 30])]
+    return [one, dataclasses.replace(one, prefix_pieces=[*one.prefix_pieces, [5] * 30])]
 
 
 def test_scores_are_the_same_on_a_mesh(alone, tmp_path):
@@ -147,7 +147,7 @@ def test_a_second_request_pays_only_for_its_items(scorer):
     for job in (cold, hot):
         run(scorer, batcher, [job])
     assert (cold.num_cached_tokens, hot.num_cached_tokens) == (0, 200)
-    longer = dataclasses.replace(one, pieces=[*one.prefix_pieces, [5] * 30])
+    longer = dataclasses.replace(one, prefix_pieces=[*one.prefix_pieces, [5] * 30])
     run(scorer, batcher, [grown := Job(longer)])
     assert grown.num_cached_tokens == 200 // PAGE * PAGE
 

@@ -98,9 +98,6 @@ WRONG_MEMBERS = {
     "member.items[2].attributes['posted']: Timestamp is not valid": lambda m: put(
         m.items[2].attributes, "posted", date=at(-(2**63))
     ),
-    "member: task 'apply': the instruction, the profile and one question take": lambda m: put(
-        m.attributes, "position", text="nurse " * 600
-    ),
 }
 
 
@@ -131,6 +128,10 @@ def wrong(member: pb.Member) -> dict[str, pb.ScoreRequest]:
         changed.CopyFrom(member)
         change(changed)
         requests[message] = request(changed)
+    overlong = pb.Member()
+    overlong.CopyFrom(member)
+    put(overlong.attributes, "position", text="nurse " * 600)
+    requests["member: "] = request(overlong, truncation="REJECT")
     requests["question: give a member or raw"] = pb.ScoreRequest(top_k=3)
     requests["request_id: 300 characters; give at most 200"] = request(ask(1, 2), request_id="a" * 300)
     return requests
