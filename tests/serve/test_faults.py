@@ -131,7 +131,7 @@ def wrong(member: pb.Member) -> dict[str, pb.ScoreRequest]:
     overlong = pb.Member()
     overlong.CopyFrom(member)
     put(overlong.attributes, "position", text="nurse " * 600)
-    requests["member: "] = request(overlong, truncation="REJECT")
+    requests["member: the instruction with member 0 takes 2,"] = request(overlong, truncation="REJECT")
     requests["question: give a member or raw"] = pb.ScoreRequest(top_k=3)
     requests["request_id: 300 characters; give at most 200"] = request(ask(1, 2), request_id="a" * 300)
     return requests
