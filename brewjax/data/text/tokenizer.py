@@ -257,4 +257,8 @@ class _Mark(NamedTuple):
             return part
 
         bare = parts | {name: unmarked(parts[name]) for name in ("normalizer", "pre_tokenizer")}
-        return cls(tokenizers.Tokenizer.from_str(json.dumps(bare)), "always" in schemes) if schemes else None
+        if not schemes:
+            return None
+        without = tokenizers.Tokenizer.from_str(json.dumps(bare))
+        without.encode_special_tokens = backend.encode_special_tokens  # tokenizer.json does not hold this setting
+        return cls(without, "always" in schemes and not backend.encode_special_tokens)
