@@ -59,7 +59,7 @@ class Request(Future):
         super().__init__()
         self.job, self.deadline = Job(prompt, against, self), deadline
         self.on_answers: Answers = lambda first, probabilities: None
-        self.places = self.job.left()
+        self.places = self.job.remaining_tokens()
         self.arrived = time.monotonic()
         self.began = 0.0
 

@@ -187,8 +187,8 @@ def test_the_cheapest_shapes_are_chosen_by_cost():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((600, [], [3]), "a prefix of 600 tokens; at most 512"),
-        ((6, [], [3, 300]), "an item of 300 tokens; at most 256"),
+        ((600, [], [3]), r"the prefix has 600 tokens, over the limit of 512 \(max_prefix_tokens\)"),
+        ((6, [], [3, 300]), r"an item has 300 tokens, over the longest row of 256 \(token_buckets\)"),
     ],
 )
 def test_what_no_pass_can_hold_is_refused(sizes, message):

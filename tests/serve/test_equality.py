@@ -112,7 +112,9 @@ def test_a_member_with_too_long_a_history_is_cut_unless_that_is_refused(client, 
         event.item["title"].text = "very " * 20 + event.item["title"].text
     cut = client.score(member).usage.truncated_events
     assert 0 < cut < len(member.history)
-    with pytest.raises(grpc.RpcError, match=f"member.history: the oldest {cut} events do not fit; set truncation to TRUNCATE"):
+    with pytest.raises(
+        grpc.RpcError, match=f"member.history: the oldest {cut} events do not fit; set truncation to TRUNCATE"
+    ):
         client.score(member, truncation="REJECT")
 
 

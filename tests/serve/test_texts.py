@@ -109,7 +109,9 @@ def test_the_end_that_is_read_has_the_tokens_that_are_kept(bundle, words, limit)
 def test_events_that_do_not_fit_are_not_read(bundle, counting):
     encode = encoder(bundle, counting).encode
     type(counting).characters = 0
-    request = pb.ScoreRequest(raw=raw("a", ["b"], LABELS, [f"a b {n} " * 300 for n in range(1000)]), truncation="TRUNCATE")
+    request = pb.ScoreRequest(
+        raw=raw("a", ["b"], LABELS, [f"a b {n} " * 300 for n in range(1000)]), truncation="TRUNCATE"
+    )
     encoded = encode(request, 1000)
     assert encoded.num_truncated_events == 1000 - len(encoded.prompt.prefix_pieces[1:])
     assert counting.characters < 10_000
