@@ -57,7 +57,7 @@ def scoring_pass(model: ModelConfig, bucket: Bucket, mesh: Mesh) -> list[TracedP
     rows = build_inputs([Pass(bucket, [])], ways)
     inputs, labels = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=of_rows),
-        ((*rows[:4], rows.pages, rows.store), rows.labels),
+        ((*rows[:4], rows.cached_pages, rows.new_pages), rows.labels),
     )
     pool = None
     if bucket.cached_pages:

@@ -1,4 +1,4 @@
-"""A model as a folder that scores: weights, tokenizer, and how prompts were said when it was trained."""
+"""`Bundle`: a folder with all that scoring needs: weights, tokenizer, and how prompts were rendered in training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from brewjax import distributed as hosts
+from brewjax import distributed
 from brewjax.config import Config, ConfigError
 from brewjax.console import plain_console
 from brewjax.data.prompts.styles import PromptConfig
@@ -31,51 +31,61 @@ TOKENIZER, PROMPTS, PERCENTILES, TASKS = "tokenizer", "prompts.yaml", "percentil
 
 
 def check_folder(folder: Path) -> None:
-    """Raises ConfigError where `folder` is not a model's, with what it may be instead."""
+    """Raises ConfigError, with a guess at what was meant, unless `folder` is a model folder."""
     if (folder / MODEL).is_file():
         return
     if not folder.exists():
-        raise ConfigError(f"{folder}: no such model folder; `brewjax run` and `brewjax import` leave some")
+        raise ConfigError(f"{folder}: no such model folder; `brewjax run` and `brewjax import` write model folders")
     if folder.is_file():
         hint = f"; `brewjax import {folder} OUT` makes one of it" if folder.suffix == ".gguf" else ""
         raise ConfigError(f"{folder}: a file; expected a model's folder, which holds {MODEL}{hint}")
     if (folder / "config.json").is_file():
         raise ConfigError(f"{folder}: a Hugging Face folder; `brewjax import {folder} OUT` makes a model folder of it")
     inside = sorted(path.parent for path in [*folder.glob(f"*/{MODEL}"), *folder.glob(f"*/*/{MODEL}")])
-    hint = f"did you mean '{inside[0]}'?" if inside else "`brewjax run` and `brewjax import` leave some"
+    hint = f"did you mean '{inside[0]}'?" if inside else "`brewjax run` and `brewjax import` write model folders"
     raise ConfigError(f"{folder}: no {MODEL} there, so not a model's folder; {hint}")
 
 
 class PercentileScale(Config):
-    """`Percentiles`, and until when they were fitted on the dataset that a model was trained on."""
+    """`Percentiles` of the dataset that a model was trained on, and the time before which they were fitted."""
 
     until: int
-    """Microseconds since 1970; only what happened before it counted."""
+    """Microseconds since 1970; the percentiles were fitted to values from before this time."""
     quantiles: dict[str, list[float]]
+    """Quantiles of each attribute that is shown as a percentile, in ascending order, by the attribute's name."""
 
     @classmethod
     def fit(cls, dataset: Dataset, until: int) -> PercentileScale:
-        """Those of a dataset as of `until`."""
+        """Fits the percentiles of a dataset as of `until`, in microseconds since 1970."""
         return cls(until=until, quantiles=Percentiles.fit(dataset, until).quantiles)
 
     def fits(self, dataset: Dataset) -> bool:
-        """Whether these are the percentiles of `dataset`: it has the same attributes, and until then the same values,
-        whatever it is called and whatever came later."""
-        own = Percentiles.fit(dataset, self.until).quantiles
-        return own.keys() == self.quantiles.keys() and all(
-            len(own[name]) == len(scale) and np.allclose(own[name], scale, rtol=1e-9, atol=0)
+        """Whether `dataset` has the same attributes and, before `until`, the same values; its name does not matter."""
+        refitted = Percentiles.fit(dataset, self.until).quantiles
+        return refitted.keys() == self.quantiles.keys() and all(
+            len(refitted[name]) == len(scale) and np.allclose(refitted[name], scale, rtol=1e-9, atol=0)
             for name, scale in self.quantiles.items()
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """What `brewjax run` and `brewjax import` leave, and what evaluation, `brewjax score` and serving start from.
+    """A model with all that turns requests into scores.
+
+    `brewjax run` and `brewjax import` write bundles; evaluation, `brewjax score` and serving start from them.
+
+        bundle = Bundle.load(Path("runs/demo/turbo/model"))
+        prompt = Prompt("Member: a nurse.\\n", ("viewed: Nurse, Berlin\\n",), (Question("Cook? "),), ("Yes", "No"))
+        bundle.score(prompt)  # float32 [questions, labels]
 
     Attributes:
-      scale, card, tasks: of the dataset it was trained on, and what it was trained to answer; an imported model was
-        trained on none.
-      mesh: where the parameters lie.
+      model, params: sizes and parameters of the decoder.
+      tokenizer: encodes prompts.
+      prompts: styles, token budget and layout of prompts in training.
+      scale: percentiles of the training dataset; None for an imported model, which has no dataset.
+      card: the card of the training dataset; None for an imported model.
+      tasks: the tasks that it was trained to answer.
+      mesh: the devices that hold the parameters.
     """
 
     model: ModelConfig
@@ -88,8 +98,8 @@ class Bundle:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def save(self, folder: Path) -> None:
-        """Writes the folder; weights last, so that a folder with weights is complete."""
-        if hosts.is_process_zero():
+        """Writes the folder, the weights last, so that a folder with weights is complete."""
+        if distributed.is_process_zero():
             folder.mkdir(parents=True, exist_ok=True)
             self.tokenizer.save(folder / TOKENIZER)
             self.prompts.save(folder / PROMPTS)
@@ -104,14 +114,17 @@ class Bundle:
 
     @classmethod
     def load(cls, folder: Path, mesh: MeshConfig | None = None) -> Bundle:
-        """Reads a folder; ValueError names what is missing."""
+        """Reads a folder, with the parameters placed on `mesh` (by default all devices, split by batch only).
+
+        Raises ValueError, naming the file that is missing or broken.
+        """
         check_folder(folder)
         mesh = mesh or MeshConfig()
         return cls.from_params(*load_model(folder, mesh.build()), folder, mesh)
 
     @classmethod
     def from_params(cls, model: ModelConfig, params: Params, folder: Path, mesh: MeshConfig) -> Bundle:
-        """A model, on a mesh, with all that a bundle's folder holds beside its weights."""
+        """A bundle of parameters that are on a mesh already; tokenizer, prompts and the rest are read from `folder`."""
         return cls(
             model,
             params,
@@ -124,34 +137,38 @@ class Bundle:
         )
 
     def verbalizer(self, dataset: Dataset, task: Task) -> Verbalizer:
-        """Says examples as in training; on a dataset other than that, percentiles are fitted before `task`'s split."""
+        """A verbalizer that renders examples of a dataset as in training.
+
+        On a dataset other than that of training, percentiles are fitted to it, before `task`'s validation split.
+        Raises ValueError for a label word that is not one token.
+        """
         task.check_words(self.tokenizer)
         if self.scale and self.scale.fits(dataset):
             return self.request_verbalizer(dataset)
         percentiles = Percentiles.fit(dataset, task.boundaries(dataset)[0])
         if self.scale and percentiles.quantiles:
-            line = f"{dataset.path}: not the data that the model was trained on; percentiles are fitted to it"
+            line = f"{dataset.path}: not the dataset that the model was trained on; percentiles are fitted to this one"
             plain_console(stderr=True).print(line, soft_wrap=True)
         return self._verbalizer(dataset, percentiles)
 
     def request_verbalizer(self, dataset: Dataset) -> Verbalizer:
-        """Says examples of a request, which has what the model's own card says, on the scale of training."""
+        """A verbalizer for a request, whose tables follow the model's card, with the percentiles of training."""
         return self._verbalizer(dataset, Percentiles(self.scale.quantiles if self.scale else {}))
 
     def _verbalizer(self, dataset: Dataset, percentiles: Percentiles) -> Verbalizer:
         return Verbalizer(dataset, percentiles, self.tokenizer, self.prompts.max_tokens, self.prompts.chat)
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:
-        """Tokens of a prompt as the model was trained to see them; ValueError where they are more than it reads."""
+        """Tokens of a prompt in the layout of training. Raises ValueError if they are more than the model reads."""
         encoded = encode(prompt, self.tokenizer, self.prompts.layout)
         self.model.check_length(encoded.context, "a prompt with one question")
         return encoded
 
     def score(self, prompt: Prompt) -> Float[np.ndarray, "Q L"]:
-        """Probability of each label for each question of one prompt, by a scorer made for it."""
+        """float32 probability of each label for each question of one prompt; compiles a scorer for its length."""
         return self.scorer([self.encode(prompt)]).score(prompt)
 
     def scorer(self, prompts: Sequence[EncodedPrompt]) -> Scorer:
-        """A scorer with shapes chosen for prompts like these."""
+        """A scorer whose compiled shapes are chosen for the lengths of these prompts."""
         buckets = choose_buckets([len(prompt) for prompt in prompts])
         return Scorer(self.model, self.params, self.tokenizer, self.prompts.layout, buckets, self.mesh.build())

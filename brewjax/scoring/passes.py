@@ -1,4 +1,4 @@
-"""What one run of the model computes: prompts, or parts of them, side by side in rows of a compiled shape."""
+"""A pass: one forward call of the model over chunks of prompts, packed into rows of a compiled shape."""
 
 from __future__ import annotations
 
@@ -12,32 +12,33 @@ from brewjax.data.text.encode import EncodedPrompt
 from pallas_kernels.token_labels import PADDING, TokenLabels
 
 PAGE = 64  # tokens in a page of the prefix cache; a multiple of the attention kernel's block on CPU
-NULL_PAGE = 0  # the page that takes what nobody will read
-TOKENS_PER_QUESTION = 4  # a pass has a place for one answer in so many tokens
+NULL_PAGE = 0  # the page that takes writes which are never read
+TOKENS_PER_QUESTION = 4  # a row has room for one candidate per so many tokens
 LABELS_IN_PASS = 32  # different label tokens in one row
 
 
 class Bucket(NamedTuple):
-    """A shape that passes are compiled for: tokens in a row, and pages of cached prefixes that they go on from."""
+    """A compiled shape: tokens in a row, and pages of cached prefixes that a row can read."""
 
     tokens: int
     cached_pages: int = 0
 
     @property
     def max_candidates(self) -> int:
-        """How many questions a row can answer."""
+        """How many questions a row can score."""
         return self.tokens // TOKENS_PER_QUESTION
 
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """What a pass does of one prompt: a stretch of its prefix, some of its questions, or both.
+    """The share of one prompt that one pass computes: tokens of its prefix, some of its questions, or both.
 
     Attributes:
-      owner: whose it is; means nothing here.
-      questions: which are answered; none unless the prefix is complete by then.
-      start, stop: the tokens of the prefix that are computed; those before `start` are in the pages `past`.
-      store: the pages that keep what is computed of the prefix; none: it is not kept.
+      owner: what the caller knows the chunk by; not used here.
+      questions: indices of the questions to score; empty unless the prefix is complete after this pass.
+      start, stop: the tokens of the prefix to compute; tokens before `start` are read from `cached_pages`.
+      cached_pages: pages that hold the prefix up to `start`.
+      new_pages: pages that keep the computed part of the prefix; empty if it is not kept.
     """
 
     owner: Any
@@ -50,42 +51,46 @@ class Chunk:
 
     @classmethod
     def whole(cls, owner: Any, prompt: EncodedPrompt) -> Chunk:
+        """All of a prompt in one pass, without the cache."""
         return cls(owner, prompt, range(len(prompt.questions)), 0, prompt.prefix_length)
 
     @property
     def tokens(self) -> int:
-        """What it takes of a row: a stretch that is kept is filled up to whole pages."""
+        """Tokens of a row that the chunk takes: a prefix that is kept is padded to whole pages."""
         prefix = self.stop - self.start
         return (len(self.new_pages) * PAGE if self.new_pages else prefix) + len(self.question_tokens)
 
     @property
     def question_tokens(self) -> range:
-        """Where the tokens of its questions stand in the prompt."""
+        """Positions of the questions' tokens in the prompt's arrays."""
         starts = self.prompt.starts
         return range(int(starts[self.questions.start]), int(starts[self.questions.stop]))
 
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """Parts that share a row of one shape."""
+    """Chunks that share a row of one shape."""
 
     bucket: Bucket
     chunks: Sequence[Chunk]
 
     @property
     def tokens(self) -> int:
-        return sum(part.tokens for part in self.chunks)
+        """Tokens of the row that the chunks take."""
+        return sum(chunk.tokens for chunk in self.chunks)
 
 
 class PassInputs(NamedTuple):
-    """Passes as arrays, a row each; the first axis is rows but for `columns`.
+    """Passes as int32 arrays, a row each. R rows, T tokens in a row, M cached pages, Q candidates.
 
     Attributes:
-      token_labels: labels of the cached tokens, and then of the row's own.
-      ends: int32 [R, answers], where the questions end, in the order of the parts.
-      labels: int32 [R, LABELS_IN_PASS], label tokens; -1 is none.
-      pages: int32 [R, past]; store: int32 [R, tokens / PAGE].
-      columns: per row, the place of each label token in `labels`.
+      tokens, positions: [R, T].
+      token_labels: [R, M * PAGE + T], of the cached tokens and then of the row's own.
+      ends: [R, Q], index in the row of each question's last token, in the order of the chunks; 0 is padding.
+      labels: [R, LABELS_IN_PASS], label tokens; -1 is padding.
+      cached_pages: [R, M], pages to read.
+      new_pages: [R, T / PAGE], the page that keeps each page of the row; NULL_PAGE where it is not kept.
+      label_columns: per pass, the index of each label token in its row of `labels`.
     """
 
     tokens: np.ndarray
@@ -93,66 +98,67 @@ class PassInputs(NamedTuple):
     token_labels: TokenLabels
     ends: np.ndarray
     labels: np.ndarray
-    pages: np.ndarray
-    store: np.ndarray
-    columns: list[dict[int, int]]
+    cached_pages: np.ndarray
+    new_pages: np.ndarray
+    label_columns: list[dict[int, int]]
 
 
 def build_inputs(passes: Sequence[Pass], rows: int) -> PassInputs:
-    """Arrays of at most `rows` passes of one bucket; rows without a pass are padding."""
+    """Arrays of at most `rows` passes, all of one bucket; rows without a pass are padding."""
     bucket = passes[0].bucket
-    before = bucket.cached_pages * PAGE
-    own = {name: np.zeros((rows, bucket.tokens), np.int32) for name in ("tokens", "positions")}
-    seen = {name: np.zeros((rows, before + bucket.tokens), np.int32) for name in ("piece_id", "visibility")}
-    example = np.full((rows, before + bucket.tokens), PADDING, np.int32)
+    cached_length = bucket.cached_pages * PAGE
+    row_fields = {name: np.zeros((rows, bucket.tokens), np.int32) for name in ("tokens", "positions")}
+    label_fields = {
+        name: np.zeros((rows, cached_length + bucket.tokens), np.int32) for name in ("piece_id", "visibility")
+    }
+    example_id = np.full((rows, cached_length + bucket.tokens), PADDING, np.int32)
     ends = np.zeros((rows, bucket.max_candidates), np.int32)
     labels = np.full((rows, LABELS_IN_PASS), -1, np.int32)
-    pages = np.full((rows, bucket.cached_pages), NULL_PAGE, np.int32)
-    store = np.full((rows, bucket.tokens // PAGE), NULL_PAGE, np.int32)
-    columns: list[dict[int, int]] = [{} for _ in passes]
+    cached_pages = np.full((rows, bucket.cached_pages), NULL_PAGE, np.int32)
+    new_pages = np.full((rows, bucket.tokens // PAGE), NULL_PAGE, np.int32)
+    label_columns: list[dict[int, int]] = [{} for _ in passes]
 
-    def put(row: int, number: int, start: int, part: Chunk, tokens: range) -> int:
-        """Tokens of a part's prompt at `start` of its row; returns where they end."""
-        arrays, stop, source = part.prompt.arrays, start + len(tokens), slice(tokens.start, tokens.stop)
-        for name, field in own.items():
+    def put(row: int, number: int, start: int, chunk: Chunk, tokens: range) -> int:
+        """Copies tokens of a chunk's prompt to `start` of its row; returns where they end."""
+        arrays, stop, source = chunk.prompt.arrays, start + len(tokens), slice(tokens.start, tokens.stop)
+        for name, field in row_fields.items():
             field[row, start:stop] = arrays[name][source]
-        for name, field in seen.items():
-            field[row, before + start : before + stop] = arrays[name][source]
-        example[row, before + start : before + stop] = number
+        for name, field in label_fields.items():
+            field[row, cached_length + start : cached_length + stop] = arrays[name][source]
+        example_id[row, cached_length + start : cached_length + stop] = number
         return stop
 
-    for row, one in enumerate(passes):
-        start = page = answered = 0
-        # Kept prefixes first, where pages begin; whatever sees them comes later in the row.
-        for number, part in enumerate(one.chunks, 1):
-            if part.new_pages:
-                put(row, number, start, part, range(part.start, part.stop))
-                store[row, start // PAGE : start // PAGE + len(part.new_pages)] = part.new_pages
-                start += len(part.new_pages) * PAGE
-        for number, part in enumerate(one.chunks, 1):
-            if part.cached_pages:
-                pages[row, page : page + len(part.cached_pages)] = part.cached_pages
-                cached = slice(page * PAGE, page * PAGE + part.start)
-                example[row, cached] = number
-                for name, field in seen.items():
-                    field[row, cached] = part.prompt.arrays[name][: part.start]
-                page += len(part.cached_pages)
-            if not part.new_pages:
-                start = put(row, number, start, part, range(part.start, part.stop))
-            asked, stop = part.question_tokens, answered + len(part.questions)
-            ends[row, answered:stop] = (
-                part.prompt.ends[part.questions.start : part.questions.stop] + start - asked.start
-            )
-            start, answered = put(row, number, start, part, asked), stop
-            for label in part.prompt.labels:
-                columns[row].setdefault(label, len(columns[row]))
-        labels[row, : len(columns[row])] = list(columns[row])
+    for row, pass_ in enumerate(passes):
+        start = page = num_scored = 0
+        # Prefixes to keep come first, where pages begin: tokens that attend to them must come later in the row.
+        for number, chunk in enumerate(pass_.chunks, 1):
+            if chunk.new_pages:
+                put(row, number, start, chunk, range(chunk.start, chunk.stop))
+                new_pages[row, start // PAGE : start // PAGE + len(chunk.new_pages)] = chunk.new_pages
+                start += len(chunk.new_pages) * PAGE
+        for number, chunk in enumerate(pass_.chunks, 1):
+            if chunk.cached_pages:
+                cached_pages[row, page : page + len(chunk.cached_pages)] = chunk.cached_pages
+                cached = slice(page * PAGE, page * PAGE + chunk.start)
+                example_id[row, cached] = number
+                for name, field in label_fields.items():
+                    field[row, cached] = chunk.prompt.arrays[name][: chunk.start]
+                page += len(chunk.cached_pages)
+            if not chunk.new_pages:
+                start = put(row, number, start, chunk, range(chunk.start, chunk.stop))
+            tokens, questions = chunk.question_tokens, chunk.questions
+            stop = num_scored + len(questions)
+            ends[row, num_scored:stop] = chunk.prompt.ends[questions.start : questions.stop] + start - tokens.start
+            start, num_scored = put(row, number, start, chunk, tokens), stop
+            for label in chunk.prompt.labels:
+                label_columns[row].setdefault(label, len(label_columns[row]))
+        labels[row, : len(label_columns[row])] = list(label_columns[row])
     return PassInputs(
-        **own,
-        token_labels=TokenLabels(example, **seen),
+        **row_fields,
+        token_labels=TokenLabels(example_id, **label_fields),
         ends=ends,
         labels=labels,
-        pages=pages,
-        store=store,
-        columns=columns,
+        cached_pages=cached_pages,
+        new_pages=new_pages,
+        label_columns=label_columns,
     )

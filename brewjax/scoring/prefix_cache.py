@@ -1,4 +1,4 @@
-"""Which page of the device's memory holds which part of which prefix: by content, the least recently used go first."""
+"""The prefix cache: which page of device memory holds which part of which prefix, by content, evicted by LRU."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ from brewjax.scoring.passes import NULL_PAGE, PAGE
 
 
 def page_hashes(prompt: EncodedPrompt) -> list[bytes]:
-    """One for each page of the prefix: of its tokens, who sees them, and all that is before them."""
+    """A digest for each page of the prefix: of its tokens, of which tokens attend to them, and of all pages before."""
     arrays = prompt.arrays
-    facts = np.stack([arrays[name][: prompt.prefix_length] for name in ("tokens", "piece_id", "visibility")], 1)
-    chain, digest = [], b""
-    for start in range(0, len(facts), PAGE):
-        digest = hashlib.blake2b(digest + facts[start : start + PAGE].tobytes(), digest_size=16).digest()
-        chain.append(digest)
-    return chain
+    content = np.stack([arrays[name][: prompt.prefix_length] for name in ("tokens", "piece_id", "visibility")], 1)
+    hashes, digest = [], b""
+    for start in range(0, len(content), PAGE):
+        digest = hashlib.blake2b(digest + content[start : start + PAGE].tobytes(), digest_size=16).digest()
+        hashes.append(digest)
+    return hashes
 
 
 class PrefixCache:
-    """The pages of a pool and what they hold. Pages that are held are never given to another.
+    """The pages of a pool and their contents. A page that is held is never given to another holder.
 
-    Members with the same beginning share its pages, so a member whose history grew pays only for what is new.
+    Members with the same beginning share its pages, so a member whose history grew pays only for the new part.
+
+    Args:
+      pages: size of the pool, `NULL_PAGE` included.
     """
 
     def __init__(self, pages: int):
@@ -40,46 +43,51 @@ class PrefixCache:
         return self._size - 1
 
     def clear(self) -> None:
-        """Forgets everything; nobody may hold a page."""
+        """Forgets all contents. No page may be held."""
         self._free = [page for page in range(self._size) if page != NULL_PAGE]
-        self._known: OrderedDict[bytes, int] = OrderedDict()  # the least recently used first
+        self._known: OrderedDict[bytes, int] = OrderedDict()  # readable pages by digest, the least recently used first
         self._digest_of: dict[int, bytes] = {}
         self._holders: Counter[int] = Counter()
 
-    def acquire(self, chain: Sequence[bytes]) -> tuple[list[int], int] | None:
-        """A page for each of a chain of digests, and how many of them, from the first on, are there to be read.
+    def acquire(self, hashes: Sequence[bytes]) -> tuple[list[int], int] | None:
+        """Holds a page for each digest of a prefix, until `release`.
 
-        The others are the caller's to fill. None where too many pages are held by others.
+        Returns:
+          the pages, and how many of them, from the first on, can be read already: the caller computes the others and
+          publishes them by `commit`. None, with nothing held, if too many pages are held by others.
         """
         hits = 0
-        while hits < len(chain) and chain[hits] in self._known:
+        while hits < len(hashes) and hashes[hits] in self._known:
             hits += 1
-        pages = [self._known[digest] for digest in chain[:hits]]
+        pages = [self._known[digest] for digest in hashes[:hits]]
         self._holders.update(pages)
-        for digest in reversed(chain[:hits]):  # the end of a chain is of no use without its beginning: it goes first
+        for digest in reversed(hashes[:hits]):  # the end of a prefix is useless without its beginning: evicted first
             self._known.move_to_end(digest)
-        new = len(chain) - hits
-        if new > len(self._free):
+        num_new = len(hashes) - hits
+        if num_new > len(self._free):
             idle = (digest for digest, page in self._known.items() if not self._holders[page])
-            for digest in list(itertools.islice(idle, new - len(self._free))):
+            for digest in list(itertools.islice(idle, num_new - len(self._free))):
                 page = self._known.pop(digest)
                 del self._digest_of[page]
                 self._free.append(page)
-        if new > len(self._free):
+        if num_new > len(self._free):
             self.release(pages)
             return None
-        mine = [self._free.pop() for _ in range(new)]
-        self._holders.update(mine)
-        return pages + mine, hits
+        new_pages = [self._free.pop() for _ in range(num_new)]
+        self._holders.update(new_pages)
+        return pages + new_pages, hits
 
-    def commit(self, chain: Sequence[bytes], pages: Sequence[int]) -> None:
-        """From the next pass on, these pages can be read; who filled the same at the same time keeps it for itself."""
-        for digest, page in zip(chain, pages, strict=True):
+    def commit(self, hashes: Sequence[bytes], pages: Sequence[int]) -> None:
+        """Publishes computed pages for reuse by later passes.
+
+        If another request published the same content first, the duplicate page stays private and is freed on release.
+        """
+        for digest, page in zip(hashes, pages, strict=True):
             if self._known.setdefault(digest, page) == page:
                 self._digest_of[page] = digest
 
     def release(self, pages: Sequence[int]) -> None:
-        """The holder is done with them."""
+        """Ends one hold of each page. Published pages stay readable until they are evicted."""
         for page in pages:
             self._holders[page] -= 1
             if not self._holders[page]:

@@ -1,8 +1,8 @@
-"""Continuous batching: which waiting prompts share the next pass, what of them, and in which compiled shape.
+"""Continuous batching: which waiting prompts share the next pass, which chunk of each, and in which compiled shape.
 
-A prompt is done over as many passes as it needs: stretches of its prefix, which the pages of the cache keep, and then
-its questions, as room is left. So a pass may hold the whole of one prompt, the questions of a member whose prefix is
-cached, and the beginning of a prefix longer than a pass, side by side.
+A prompt takes as many passes as it needs: chunks of its prefix, which pages of the cache keep, and then its questions,
+as room allows. So one pass may hold a whole prompt, the questions of a member whose prefix is cached, and the first
+chunk of a prefix longer than a pass, side by side.
 """
 
 from __future__ import annotations
@@ -20,17 +20,19 @@ from brewjax.scoring.scorer import NormalizeOver
 
 
 class Job:
-    """A prompt to be scored, and how far it is.
+    """A prompt to score, and its progress.
 
     Attributes:
-      against: what its log-probabilities are to be normalised over (see `Scorer.finish`).
-      hits: how many of its prefix's tokens were found in the cache; None before it is begun.
-      asked: how many of its questions were put into passes.
-      turn: places of rows that it had since it last was put at the end of the line.
+      normalize_over: what its log-probabilities are normalized over (see `Scorer.collect`).
+      num_cached_tokens: tokens of its prefix that were found in the cache; None before its pages are acquired.
+      num_computed_tokens: tokens of its prefix that are in the cache or in passes so far.
+      num_scored: questions that were put into passes so far.
+      tokens_since_requeue: tokens of rows that it took since it was last moved to the end of the queue.
+      pages: pages of the cache that it holds, one for each of `page_hashes`.
     """
 
-    def __init__(self, prompt: EncodedPrompt, against: NormalizeOver = "labels", owner: Any = None):
-        self.prompt, self.normalize_over, self.owner = prompt, against, owner
+    def __init__(self, prompt: EncodedPrompt, normalize_over: NormalizeOver = "labels", owner: Any = None):
+        self.prompt, self.normalize_over, self.owner = prompt, normalize_over, owner
         self.page_hashes = page_hashes(prompt)
         self.num_cached_tokens: int | None = None
         self.num_computed_tokens = self.num_scored = self.tokens_since_requeue = 0
@@ -38,69 +40,69 @@ class Job:
 
     @property
     def finished(self) -> bool:
+        """Whether every question was put into a pass."""
         return self.num_scored == len(self.prompt.questions)
 
     @property
-    def past(self) -> int:
-        """How many pages it goes on from."""
+    def num_cached_pages(self) -> int:
+        """Pages that its next chunk reads."""
         return _pages(self.num_computed_tokens)
 
     def restart(self) -> None:
-        """What is cached of its prefix is lost; it goes on with the questions that were not asked yet."""
+        """Computes the prefix again, whose pages are lost; questions that were scored stay scored."""
         self.num_cached_tokens, self.num_computed_tokens, self.pages = None, 0, []
 
-    def left(self) -> int:
-        """Places of rows that it still takes."""
+    def remaining_tokens(self) -> int:
+        """Tokens of rows that it still needs, each question counted as `TOKENS_PER_QUESTION` or more."""
         prefix = _pages(self.prompt.prefix_length - self.num_computed_tokens) * PAGE
-        answers = len(self.prompt.questions) - self.num_scored
-        return prefix + max(
-            int(self.prompt.starts[-1] - self.prompt.starts[self.num_scored]), TOKENS_PER_QUESTION * answers
-        )
+        num_questions = len(self.prompt.questions) - self.num_scored
+        question_tokens = int(self.prompt.starts[-1] - self.prompt.starts[self.num_scored])
+        return prefix + max(question_tokens, TOKENS_PER_QUESTION * num_questions)
 
-    def least(self) -> int:
-        """Places that the smallest step on takes."""
+    def min_step(self) -> int:
+        """Tokens of a row that its smallest next chunk takes."""
         in_prefix = self.num_computed_tokens < self.prompt.prefix_length
         return PAGE if in_prefix else int(self.prompt.starts[self.num_scored + 1] - self.prompt.starts[self.num_scored])
 
-    def step(self, tokens: int, answers: int) -> Chunk | None:
-        """As much as there is room for; None where that is nothing."""
-        start, past = self.num_computed_tokens, self.past
+    def next_chunk(self, tokens: int, max_questions: int) -> Chunk | None:
+        """Advances by the largest chunk that fits into `tokens` of a row; None, without progress, if none fits."""
+        start = self.num_computed_tokens
+        first_page = self.num_cached_pages
         stop = min(start + tokens // PAGE * PAGE, self.prompt.prefix_length)
-        store = self.pages[past : past + _pages(stop - start)]
+        new_pages = self.pages[first_page : first_page + _pages(stop - start)]
         questions = range(self.num_scored, self.num_scored)
         if stop == self.prompt.prefix_length:
-            room = tokens - len(store) * PAGE
+            room = tokens - len(new_pages) * PAGE
             fit = int(np.searchsorted(self.prompt.starts, self.prompt.starts[self.num_scored] + room, side="right")) - 1
-            questions = range(
-                self.num_scored, max(self.num_scored, min(fit, self.num_scored + answers, len(self.prompt.questions)))
-            )
+            last = min(fit, self.num_scored + max_questions, len(self.prompt.questions))
+            questions = range(self.num_scored, max(self.num_scored, last))
         if stop == start and not questions:
             return None
         self.num_computed_tokens, self.num_scored = stop, questions.stop
-        return Chunk(self, self.prompt, questions, start, stop, tuple(self.pages[:past]), tuple(store))
+        return Chunk(self, self.prompt, questions, start, stop, tuple(self.pages[:first_page]), tuple(new_pages))
 
 
 class Scheduler:
-    """The jobs that wait.
+    """The waiting jobs, and the choice of the next pass.
 
     Args:
-      costs: seconds that a pass of each bucket takes. Every row length comes with every length of past.
-      cache: of as many pages as the scorer has.
+      costs: seconds that a pass of each bucket takes. Every row length comes with every number of cached pages.
+      cache: with as many pages as the scorer has.
     """
 
     def __init__(self, costs: Mapping[Bucket, float], cache: PrefixCache):
         self._costs, self._cache = costs, cache
         self._lengths = sorted({bucket.tokens for bucket in costs})
-        self._pasts = sorted({bucket.cached_pages for bucket in costs})
+        self._page_counts = sorted({bucket.cached_pages for bucket in costs})
         self._waiting: list[Job] = []
-        # The least seconds for so many pages' worth of places, in passes that go on from something.
-        self._least_cost = [0.0]
+        # Minimum seconds for so many pages of row tokens, in passes that read cached pages.
+        self._min_cost = [0.0]
         for pages in range(1, 2 * self._lengths[-1] // PAGE + 1):
             options = (
-                costs[Bucket(length, self._pasts[-1])] + self._least_cost[max(0, pages - length // PAGE)]
+                costs[Bucket(length, self._page_counts[-1])] + self._min_cost[max(0, pages - length // PAGE)]
                 for length in self._lengths
             )
-            self._least_cost.append(min(options))
+            self._min_cost.append(min(options))
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -110,101 +112,109 @@ class Scheduler:
 
     @property
     def tokens(self) -> int:
-        """Places of rows that the waiting jobs take, a cached prefix counted only once it is found."""
-        return sum(job.left() for job in self._waiting)
+        """Tokens of rows that the waiting jobs need. A cached prefix is subtracted only once its pages are acquired."""
+        return sum(job.remaining_tokens() for job in self._waiting)
 
     def check(self, prompt: EncodedPrompt) -> None:
         """Raises ValueError for a prompt that no sequence of passes can score."""
-        if prompt.prefix_length > (limit := min(self._pasts[-1], self._cache.capacity) * PAGE):
-            raise ValueError(f"a prefix of {prompt.prefix_length} tokens; at most {limit} are served")
+        limit = min(self._page_counts[-1], self._cache.capacity) * PAGE
+        if prompt.prefix_length > limit:
+            raise ValueError(
+                f"the prefix has {prompt.prefix_length:,} tokens, over the limit of {limit:,} (max_prefix_tokens)"
+            )
         longest = max(map(len, prompt.questions))
         if longest > self._lengths[-1]:
-            raise ValueError(f"an item of {longest} tokens; at most {self._lengths[-1]} are served")
+            raise ValueError(
+                f"an item has {longest:,} tokens, over the longest row of {self._lengths[-1]:,} (token_buckets)"
+            )
 
     def add(self, job: Job) -> None:
+        """Queues a job."""
         self._waiting.append(job)
 
     def remove(self, job: Job) -> None:
-        """Nobody waits for it any more; what is under way of it is lost."""
+        """Drops a job and releases its pages; results of its passes in flight are ignored."""
         self._waiting.remove(job)
         self._cache.release(job.pages)
 
     def invalidate(self) -> None:
-        """Forgets what is cached; the jobs that began with it begin anew."""
+        """Drops all cached prefixes; jobs that used them compute theirs again."""
         for job in self._waiting:
             job.restart()
         self._cache.clear()
 
     def next_pass(self) -> Pass | None:
-        """The next pass, to be started before this is called again; None where there is nothing for it."""
-        begun = self._begin()
-        if not begun:
+        """The next pass, which must be dispatched before this is called again; None if no job can run."""
+        admitted = self._admit()
+        if not admitted:
             return None
-        bucket = self._choose(begun)
-        parts: list[Chunk] = []
-        tokens, answers, past, labels = bucket.tokens, bucket.max_candidates, bucket.cached_pages, set[int]()
-        for job in begun:
-            if job.past > past or len(labels | set(job.prompt.labels)) > LABELS_IN_PASS:
-                continue
-            if part := job.step(tokens, answers):
-                parts.append(part)
-                tokens, answers, past = (
-                    tokens - part.tokens,
-                    answers - len(part.questions),
-                    past - len(part.cached_pages),
-                )
-                labels |= set(job.prompt.labels)
-        for part in parts:
-            job, first = part.owner, len(part.cached_pages)
-            self._cache.commit(job.chain[first : first + len(part.new_pages)], part.new_pages)
-            job.turn += part.tokens
+        bucket = self._choose_bucket(admitted)
+        chunks = self._fill(bucket, admitted)
+        for chunk in chunks:
+            job, first = chunk.owner, len(chunk.cached_pages)
+            self._cache.commit(job.page_hashes[first : first + len(chunk.new_pages)], chunk.new_pages)
+            job.tokens_since_requeue += chunk.tokens
             if job.finished:
                 self._waiting.remove(job)
                 self._cache.release(job.pages)
-            elif job.turn >= self._lengths[-1]:
-                # Who had the places of a whole pass goes to the end of the line: a long list does not hold up others.
-                job.turn = 0
+            elif job.tokens_since_requeue >= self._lengths[-1]:
+                # After the tokens of a whole pass a job goes to the end of the queue: long lists delay no others.
+                job.tokens_since_requeue = 0
                 self._waiting.remove(job)
                 self._waiting.append(job)
-        return Pass(bucket, parts)
+        return Pass(bucket, chunks)
 
-    def _begin(self) -> list[Job]:
-        """Jobs, in their order, that have all their pages: enough of them for the largest pass.
+    def _fill(self, bucket: Bucket, admitted: list[Job]) -> list[Chunk]:
+        """The next chunk of each job, in order, as far as there is room in the bucket."""
+        chunks: list[Chunk] = []
+        tokens, candidates, pages = bucket.tokens, bucket.max_candidates, bucket.cached_pages
+        labels = set[int]()
+        for job in admitted:
+            if job.num_cached_pages > pages or len(labels | set(job.prompt.labels)) > LABELS_IN_PASS:
+                continue
+            if chunk := job.next_chunk(tokens, candidates):
+                chunks.append(chunk)
+                tokens -= chunk.tokens
+                candidates -= len(chunk.questions)
+                pages -= len(chunk.cached_pages)
+                labels |= set(job.prompt.labels)
+        return chunks
 
-        A job takes up all pages of its prefix or none, so that no two can wait for each other; where there are too few
-        for it, none behind it begins, so that there will be enough. One whose prefix is just being computed for another
-        waits to find it in the cache.
+    def _admit(self) -> list[Job]:
+        """Jobs that have all their pages, in queue order, until they fill the largest pass.
+
+        Pages are acquired all or nothing, which rules out deadlock. If the first job that needs pages cannot get them,
+        no later job is admitted either (those already admitted go on), so that pages free up for it. A job whose
+        prefix is being computed by another waits and then hits the cache.
         """
-        begun, filling, new = [], set[bytes](), True
+        admitted, in_progress, may_acquire = [], set[bytes](), True
         tokens = 0
         for job in self._waiting:
             if tokens >= self._lengths[-1]:
                 break
             if job.num_cached_tokens is None:
-                if not new:
+                if not may_acquire or in_progress & set(job.page_hashes):
                     continue
-                if filling & set(job.page_hashes):
+                acquired = self._cache.acquire(job.page_hashes)
+                if acquired is None:
+                    may_acquire = False
                     continue
-                held = self._cache.acquire(job.page_hashes)
-                if held is None:
-                    new = False
-                    continue
-                job.pages, hits = held
+                job.pages, hits = acquired
                 job.num_computed_tokens = job.num_cached_tokens = min(hits * PAGE, job.prompt.prefix_length)
-            filling |= set(job.page_hashes[job.past :])
-            begun.append(job)
-            tokens += job.left()
-        return begun
+            in_progress |= set(job.page_hashes[job.num_cached_pages :])
+            admitted.append(job)
+            tokens += job.remaining_tokens()
+        return admitted
 
-    def _choose(self, begun: list[Job]) -> Bucket:
-        """The row length that begins the cheapest way to do all of them, with enough past for them or the most."""
-        pages = sum(job.past for job in begun)
-        past = next((past for past in self._pasts if past >= pages), self._pasts[-1])
-        left = min(_pages(sum(job.left() for job in begun)), len(self._least_cost) - 1)
-        lengths = [length for length in self._lengths if length >= begun[0].least()]
+    def _choose_bucket(self, admitted: list[Job]) -> Bucket:
+        """The first bucket of the cheapest sequence of passes for all jobs, with pages for all or the maximum."""
+        pages = sum(job.num_cached_pages for job in admitted)
+        cached_pages = next((count for count in self._page_counts if count >= pages), self._page_counts[-1])
+        remaining = min(_pages(sum(job.remaining_tokens() for job in admitted)), len(self._min_cost) - 1)
+        lengths = [length for length in self._lengths if length >= admitted[0].min_step()]
         return min(
-            (Bucket(length, past) for length in lengths),
-            key=lambda bucket: self._costs[bucket] + self._least_cost[max(0, left - bucket.tokens // PAGE)],
+            (Bucket(length, cached_pages) for length in lengths),
+            key=lambda bucket: self._costs[bucket] + self._min_cost[max(0, remaining - bucket.tokens // PAGE)],
         )
 
 

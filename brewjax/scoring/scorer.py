@@ -1,4 +1,4 @@
-"""`Scorer`: prompts in, label probabilities out. The one path to a score, in evaluation and in serving."""
+"""`Scorer`: prompts in, label probabilities out. Evaluation and serving share this one path to a score."""
 
 from __future__ import annotations
 
@@ -25,14 +25,20 @@ from brewjax.scoring.passes import LABELS_IN_PASS, NULL_PAGE, PAGE, Bucket, Chun
 from pallas_kernels.label_scores import label_log_probs
 from pallas_kernels.token_labels import TokenLabels
 
-NormalizeOver = Literal["labels", "vocabulary"]
+NormalizeOver = Literal["labels", "vocabulary"]  # the tokens over which probabilities add up to one
 
 
 class InFlight(NamedTuple):
-    """Passes that the device computes: their rows, and log-probabilities [R, answers, LABELS_IN_PASS] to come."""
+    """Passes that the device computes.
+
+    Attributes:
+      passes: one for each row that is not padding.
+      inputs: the arrays of the passes.
+      log_probs: float32 [R, Q, LABELS_IN_PASS], still being computed.
+    """
 
     passes: Sequence[Pass]
-    rows: PassInputs
+    inputs: PassInputs
     log_probs: jax.Array
 
 
@@ -40,11 +46,17 @@ class Scorer:
     """A model, its tokenizer, and compiled passes of a few shapes.
 
     Args:
-      layout: how the model was trained to see history.
+      model: sizes of the model.
+      params: its parameters, on the devices of `mesh`.
+      tokenizer: encodes prompts.
+      layout: how history tokens attend to each other, as in training.
       buckets: the shapes of passes (see `choose_buckets`); a prompt longer than the largest takes several passes.
-      mesh: the devices; each along `data` and `fsdp` scores its own rows of a pass.
-      cache_pages: pages of memory for the keys and values of prefixes, which passes may then fill and go on from;
-        rows are then not spread over devices.
+      mesh: the devices; each along `data` and `fsdp` scores its own rows. All devices by default.
+      cache_pages: pages of memory for the keys and values of prefixes, which passes may then write and read. Needs a
+        mesh with `data` and `fsdp` of 1, because every row reads the same pages.
+
+    Raises:
+      ValueError: for a cache on a mesh that splits rows.
     """
 
     def __init__(
@@ -67,7 +79,7 @@ class Scorer:
         self.reset_cache()
 
     def reset_cache(self) -> None:
-        """Makes the pool of cached pages anew."""
+        """Allocates the pool of cached pages anew, in place of one that a failed pass took with it."""
         shape = (self.model.layers, self._cache_pages, PAGE, self.model.kv_heads, self.model.head_dim)
         sharding = FSDP_TENSOR.named(self._mesh, shape, "layers", None, None, "heads", None)
         zeros = functools.partial(jnp.zeros, shape, self.model.compute_dtype, device=sharding)
@@ -80,14 +92,19 @@ class Scorer:
     def score_many(
         self, prompts: Sequence[Prompt], on_pass: Callable[[int], None] = lambda questions: None
     ) -> list[Float[np.ndarray, "Q L"]]:
-        """As `score` for many prompts, packed together; `on_pass` hears how many questions each pass answered.
+        """As `score` for many prompts, packed together.
 
-        Raises ValueError (which prompt, why) before anything is computed.
+        Args:
+          prompts: to score, in any order of lengths.
+          on_pass: called after each pass with the number of questions that it scored.
+
+        Raises:
+          ValueError: naming the prompt and the reason, before anything is computed.
         """
-        return self.score_encoded([self.encode(prompt, number) for number, prompt in enumerate(prompts)], on_pass)
+        return self.score_encoded([self.encode(prompt, index) for index, prompt in enumerate(prompts)], on_pass)
 
-    def encode(self, prompt: Prompt, number: int = 0) -> EncodedPrompt:
-        """Tokens of a prompt; ValueError names it by its number where it cannot be scored."""
+    def encode(self, prompt: Prompt, index: int = 0) -> EncodedPrompt:
+        """Tokens of a prompt. Raises ValueError, naming it by its index, for a prompt that cannot be scored."""
         try:
             if not prompt.questions:
                 raise ValueError("no question")
@@ -97,53 +114,64 @@ class Scorer:
             self.model.check_length(encoded.context, "with one question it")
             return encoded
         except ValueError as error:
-            raise ValueError(f"prompt {number}: {error}") from None
+            raise ValueError(f"prompt {index}: {error}") from None
 
     def score_encoded(
         self, prompts: Sequence[EncodedPrompt], on_pass: Callable[[int], None] = lambda questions: None
     ) -> list[Float[np.ndarray, "Q L"]]:
-        """As `score_many`, for prompts already encoded."""
+        """As `score_many`, for prompts that are encoded already."""
         results = [np.empty((len(prompt.questions), len(prompt.labels)), np.float32) for prompt in prompts]
-        by_bucket: dict[Bucket, list[Pass]] = {}
-        for one in plan_passes(prompts, [bucket for bucket in self.buckets if not bucket.cached_pages]):
-            by_bucket.setdefault(one.bucket, []).append(one)
-        groups = [same[i : i + self._rows] for same in by_bucket.values() for i in range(0, len(same), self._rows)]
-        running = None  # one group is computed by the device while the host prepares the next
+        passes_by_bucket: dict[Bucket, list[Pass]] = {}
+        for pass_ in plan_passes(prompts, [bucket for bucket in self.buckets if not bucket.cached_pages]):
+            passes_by_bucket.setdefault(pass_.bucket, []).append(pass_)
+        groups = [
+            passes[start : start + self._rows]
+            for passes in passes_by_bucket.values()
+            for start in range(0, len(passes), self._rows)
+        ]
+        running = None  # the device computes one group while the host prepares the next
         for group in [*groups, None]:
-            started = self.dispatch(group) if group else None
+            following = self.dispatch(group) if group else None
             if running:
-                for one, found in zip(running.passes, self.collect(running), strict=True):
-                    for part, log_probs in zip(one.chunks, found, strict=True):
-                        index, done = part.owner
-                        results[index][done : done + len(log_probs)] = normalize_over_labels(log_probs)
-                on_pass(sum(len(part.questions) for one in running.passes for part in one.chunks))
-            running = started
+                for pass_, chunk_log_probs in zip(running.passes, self.collect(running), strict=True):
+                    for chunk, log_probs in zip(pass_.chunks, chunk_log_probs, strict=True):
+                        index, first_question = chunk.owner
+                        stop = first_question + len(log_probs)
+                        results[index][first_question:stop] = normalize_over_labels(log_probs)
+                on_pass(sum(len(chunk.questions) for pass_ in running.passes for chunk in pass_.chunks))
+            running = following
         return results
 
-    def dispatch(self, passes: Sequence[Pass], against: NormalizeOver = "labels") -> InFlight:
-        """Dispatches passes of one bucket, at most one for each row of devices.
+    def dispatch(self, passes: Sequence[Pass], normalize_over: NormalizeOver = "labels") -> InFlight:
+        """Starts passes on the devices without waiting for them. Later passes can read the pages that these write.
 
-        What they store can be read by whatever is started after them.
+        Args:
+          passes: of one bucket, at most one for each row.
+          normalize_over: what `collect` returns probabilities of.
         """
-        rows = build_inputs(passes, self._rows)
+        inputs = build_inputs(passes, self._rows)
         sharding = NamedSharding(self._mesh, jax.P(BATCH_AXES, None))
         with jax.set_mesh(self._mesh):
-            inputs, labels = jax.device_put(((*rows[:4], rows.pages, rows.store), rows.labels), sharding)
-            asked, self._pool = self._pass(self.params, self._pool, *inputs)
-            return InFlight(passes, rows, self._head(self.params, asked, labels, against))
+            row_inputs = (*inputs[:4], inputs.cached_pages, inputs.new_pages)
+            row_inputs, labels = jax.device_put((row_inputs, inputs.labels), sharding)
+            hidden, self._pool = self._pass(self.params, self._pool, *row_inputs)
+            return InFlight(passes, inputs, self._head(self.params, hidden, labels, normalize_over))
 
     def collect(self, running: InFlight) -> list[list[Float[np.ndarray, "Q L"]]]:
-        """Waits; returns float32 log-probabilities of the prompt's labels, for the questions of each part of each pass.
+        """Waits for dispatched passes.
 
-        Of the whole vocabulary where they were started so; else up to a constant for each question (`among_labels`).
+        Returns:
+          for each chunk of each pass, float32 log-probabilities [questions, labels of the prompt]: over the vocabulary
+          if they were dispatched so, else up to a constant per question, which `normalize_over_labels` removes.
         """
-        log_probs, results = np.asarray(multihost_utils.process_allgather(running.log_probs, tiled=True)), []
-        for one, of_row, columns in zip(running.passes, log_probs, running.rows.columns, strict=False):
-            ends = np.cumsum([len(part.questions) for part in one.chunks])
+        log_probs = np.asarray(multihost_utils.process_allgather(running.log_probs, tiled=True))
+        results = []
+        for pass_, row_log_probs, columns in zip(running.passes, log_probs, running.inputs.label_columns, strict=False):
+            ends = np.cumsum([len(chunk.questions) for chunk in pass_.chunks])
             results.append(
                 [
-                    of_row[end - len(part.questions) : end, [columns[label] for label in part.prompt.labels]]
-                    for end, part in zip(ends, one.chunks, strict=True)
+                    row_log_probs[end - len(chunk.questions) : end, [columns[label] for label in chunk.prompt.labels]]
+                    for end, chunk in zip(ends, pass_.chunks, strict=True)
                 ]
             )
         return results
@@ -151,28 +179,31 @@ class Scorer:
     def warm_up(self) -> None:
         """Compiles every bucket, so that no later request does."""
         for bucket in self.buckets:
-            for against in get_args(NormalizeOver) if self._cache_pages else ("labels",):
-                self.dispatch([Pass(bucket, [])], against)
+            for normalize_over in get_args(NormalizeOver) if self._cache_pages else ("labels",):
+                self.dispatch([Pass(bucket, [])], normalize_over)
 
     def profile_buckets(self) -> dict[Bucket, float]:
-        """Seconds that a full pass of each bucket takes: the quicker of two, half of it a prefix or all behind one."""
+        """Seconds that a full pass of each bucket takes: the faster of two.
+
+        A row without cached pages is half prefix, half questions; a row with cached pages has questions only.
+        """
         seconds = {}
         for bucket in self.buckets:
             prefix = bucket.cached_pages * PAGE or bucket.tokens // 2
             items = (bucket.tokens - (0 if bucket.cached_pages else prefix)) // 16
             prompt = EncodedPrompt([[0] * prefix], [[0] * 16] * items, [0, 1], [None] * items, self.layout)
             start = prefix if bucket.cached_pages else 0
-            part = Chunk(None, prompt, range(items), start, prefix, (NULL_PAGE,) * bucket.cached_pages)
+            chunk = Chunk(None, prompt, range(items), start, prefix, (NULL_PAGE,) * bucket.cached_pages)
             times = []
             for _ in range(2):
-                began = time.perf_counter()
-                self.collect(self.dispatch([Pass(bucket, [part])]))
-                times.append(time.perf_counter() - began)
+                start_time = time.perf_counter()
+                self.collect(self.dispatch([Pass(bucket, [chunk])]))
+                times.append(time.perf_counter() - start_time)
             seconds[bucket] = min(times)
         return seconds
 
     def compilations(self) -> int:
-        """How many different passes were compiled so far."""
+        """How many programs were compiled so far."""
         return self._pass._cache_size() + self._head._cache_size()  # type: ignore[attr-defined]
 
 
@@ -184,39 +215,47 @@ def compute_pass(
     positions: Int[Array, "R T"],
     token_labels: TokenLabels,
     ends: Int[Array, "R Q"],
-    pages: Int[Array, "R M"],
-    store: Int[Array, "R T/P"],
+    cached_pages: Int[Array, "R M"],
+    new_pages: Int[Array, "R T/P"],
 ) -> tuple[Float[Array, "R Q D"], KVCache | None]:
-    """Hidden states where the questions end, and the pool with what this pass stores."""
+    """Hidden states of the questions' last tokens, and the pool with the pages that this pass writes.
+
+    R rows of T tokens, Q candidates, M cached pages, P tokens in a page; see `PassInputs` for the arguments.
+    """
     decoder = bind(model, params)
     if pool is None:
         hidden = decoder(tokens, positions, token_labels)
     else:
-        hidden, own = decoder.forward_with_cache(tokens, positions, token_labels, PagedKVCache(*pool, pages))
-        in_pages = (len(pool[0]), store.shape[1], *pool[0].shape[2:])
-        by_heads = decoder.sharding.spec("layers", None, None, "heads", None)
-        keys, values = (jnp.reshape(new, in_pages, out_sharding=by_heads) for new in own)
-        page = jnp.reshape(store, -1, out_sharding=jax.P(None))
+        cache = PagedKVCache(*pool, cached_pages)
+        hidden, new_kv = decoder.forward_with_cache(tokens, positions, token_labels, cache)
+        page_shape = (len(pool[0]), new_pages.shape[1], *pool[0].shape[2:])
+        head_spec = decoder.sharding.spec("layers", None, None, "heads", None)
+        keys, values = (jnp.reshape(array, page_shape, out_sharding=head_spec) for array in new_kv)
+        page = jnp.reshape(new_pages, -1, out_sharding=jax.P(None))
         pool = pool[0].at[:, page].set(keys), pool[1].at[:, page].set(values)
     hidden = decoder.sharding.reshard(hidden, "batch", None, "model")
     return jnp.take_along_axis(hidden, ends[..., None], 1), pool
 
 
 def score_labels(
-    model: ModelConfig, params: Params, asked: Float[Array, "R Q D"], labels: Int[Array, "R L"], against: NormalizeOver
+    model: ModelConfig,
+    params: Params,
+    hidden: Float[Array, "R Q D"],
+    labels: Int[Array, "R L"],
+    normalize_over: NormalizeOver,
 ) -> Float[Array, "R Q L"]:
-    """float32 log-probabilities of each row's label tokens."""
+    """float32 log-probabilities of each row's label tokens; a label of -1 is padding."""
     decoder = bind(model, params)
-    score = functools.partial(label_log_probs, normalize_over=against, logits_dtype=model.head.logits)
-    of_rows = jax.vmap(score, (0, None, 0))
-    batch, whole = decoder.sharding.spec("batch", None, None), jax.P(None, None)
-    specs = (batch, whole, decoder.sharding.spec("batch", None))
-    return jax.shard_map(of_rows, in_specs=specs, out_specs=batch, check_vma=False)(
-        decoder.cast_for_head(asked), decoder.lm_head, labels
+    score = functools.partial(label_log_probs, normalize_over=normalize_over, logits_dtype=model.head.logits)
+    score_rows = jax.vmap(score, (0, None, 0))
+    batch, replicated = decoder.sharding.spec("batch", None, None), jax.P(None, None)
+    specs = (batch, replicated, decoder.sharding.spec("batch", None))
+    return jax.shard_map(score_rows, in_specs=specs, out_specs=batch, check_vma=False)(
+        decoder.cast_for_head(hidden), decoder.lm_head, labels
     )
 
 
 def normalize_over_labels(log_probs: Float[np.ndarray, "Q L"]) -> Float[np.ndarray, "Q L"]:
-    """Probabilities that add up to one over the labels, float32."""
+    """float32 probabilities that add up to one over the labels."""
     weights = np.exp(log_probs - log_probs.max(-1, keepdims=True))
     return weights / weights.sum(-1, keepdims=True)

@@ -71,7 +71,7 @@ class Client:
 
         Args:
           top_k: how many to return; 0: all.
-          fields: of ScoreRequest: request_id, too_long, over_vocabulary.
+          fields: of ScoreRequest: request_id, truncation, normalize_over.
         """
         return self._ranker.Score(_request(question, top_k=top_k, **fields), **self._call(timeout))
 
@@ -113,7 +113,7 @@ def score_all(server: str, question: pb.Member | pb.Raw, token: str | None) -> t
     """
     try:
         with Client(server, token, timeout=STARTUP_TIMEOUT_S) as client:
-            most = client.describe().limits.items
+            most = client.describe().limits.max_candidates
             began = time.perf_counter()
             responses = [client.score(question)] if len(question.items) <= most else list(client.stream(question))
             seconds = time.perf_counter() - began
@@ -123,7 +123,7 @@ def score_all(server: str, question: pb.Member | pb.Raw, token: str | None) -> t
     usage = responses[0].usage
     how = (
         f"{responses[0].model}: {len(scores)} items in {seconds * 1000:.0f} ms; {usage.prefix_tokens} prefix tokens, "
-        f"{usage.cached_tokens} cached; {usage.events_cut} older events left out"
+        f"{usage.cached_tokens} cached; {usage.truncated_events} older events left out"
     )
     return np.array([scores[index] for index in range(len(scores))], np.float32), how
 

@@ -88,13 +88,13 @@ class RequestEncoder:
         task = self.tasks.get(member.task)
         if task is None:
             raise ValueError(f"member.task: no task '{member.task}'; tasks: {', '.join(self.tasks)}")
-        self._bound_values(member, request.too_long != pb.ScoreRequest.REFUSE)
+        self._bound_values(member, request.truncation != pb.ScoreRequest.REJECT)
         prompt = render_member(self.bundle, task, member)
-        if prompt.truncated_texts and request.too_long == pb.ScoreRequest.REFUSE:
-            raise ValueError(f"member: {prompt.truncated_texts[0]}; ask for CUT or send less")
-        if prompt.num_truncated_events and request.too_long == pb.ScoreRequest.REFUSE:
+        if prompt.truncated_texts and request.truncation == pb.ScoreRequest.REJECT:
+            raise ValueError(f"member: {prompt.truncated_texts[0]}; set truncation to TRUNCATE or send less")
+        if prompt.num_truncated_events and request.truncation == pb.ScoreRequest.REJECT:
             raise ValueError(
-                f"member.history: the oldest {prompt.num_truncated_events} events do not fit; ask for CUT or send fewer"
+                f"member.history: the oldest {prompt.num_truncated_events} events do not fit; set truncation to TRUNCATE or send fewer"
             )
         ids = [item.id for item in member.items]
         return EncodedRequest(
@@ -113,7 +113,7 @@ class RequestEncoder:
         attributes |= {f"member.history[{row}].item": event.item for row, event in enumerate(member.history)}
         attributes |= {f"member.items[{row}].attributes": item.attributes for row, item in enumerate(member.items)}
         bound = self._texts.shorten if cut else self._texts.check_bytes
-        member.note = bound(member.note, self.context, "member.note")
+        member.steering_note = bound(member.steering_note, self.context, "member.steering_note")
         for field, values in attributes.items():
             for value in values.values():
                 if value.text:
@@ -122,7 +122,7 @@ class RequestEncoder:
                     value.list.values[index] = bound(text, self.context, field)
 
     def _raw(self, request: pb.ScoreRequest) -> EncodedRequest:
-        raw, cut = request.raw, request.too_long == pb.ScoreRequest.CUT
+        raw, cut = request.raw, request.truncation == pb.ScoreRequest.TRUNCATE
         prefix = self._prefix(raw.prefix, cut)
         events = self._events(raw.events, self.context - len(prefix), cut)
         length = len(prefix) + sum(map(len, events))
@@ -130,7 +130,7 @@ class RequestEncoder:
             more = "" if len(events) == len(raw.events) else "more than "
             raise ValueError(
                 f"raw: {more}{length:,} tokens before the items; at most {self.context:,} are read, "
-                "unless too_long is CUT"
+                "unless truncation is TRUNCATE"
             )
         excess = max(0, len(prefix) - self.context)
         begin = self.bundle.tokenizer.bos

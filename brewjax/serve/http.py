@@ -173,7 +173,8 @@ def to_rpc(body: ScoreRequest) -> pb.ScoreRequest:
             raise HTTPException(400, "items: with item_first, give texts with a text, tokens with tokens")
         items, prefix = [item + prefix for item in items], prefix[:0]
     asked = raw(prefix, items, body.label_token_ids)
-    return pb.ScoreRequest(raw=asked, over_vocabulary=not body.apply_softmax)
+    normalize_over = pb.ScoreRequest.LABELS if body.apply_softmax else pb.ScoreRequest.VOCABULARY
+    return pb.ScoreRequest(raw=asked, normalize_over=normalize_over)
 
 
 async def _unless_gone(request: Request, answer: Coroutine[Any, Any, pb.ScoreResponse]) -> pb.ScoreResponse:

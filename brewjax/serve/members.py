@@ -1,8 +1,7 @@
-"""A member as requests have it: said in words by the server as in training, and made from a dataset by a client."""
+"""From the member of a request to a prompt: the server renders the request's tables as training renders a dataset."""
 
 from __future__ import annotations
 
-import datetime
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,59 +24,71 @@ Attributes = Mapping[str, pb.Value]
 
 
 def render_member(bundle: Bundle, task: Task, member: pb.Member) -> Prompt:
-    """What the model reads about the member of a request.
+    """The prompt that the model reads for the member of a request.
 
-    Raises ValueError naming the field that is missing, unknown to the dataset's card, or of the wrong type.
+    The request becomes a dataset of one member, so that one code renders training examples and requests alike.
+
+    Args:
+      bundle: the served model, with the card of its training dataset.
+      task: the task that `member.task` names.
+      member: the request. Events at or after `member.now` are ignored.
+
+    Raises:
+      ValueError: naming the field that is missing, unknown to the card, or of the wrong type; or because the model
+        was imported and has no card.
     """
     if bundle.card is None:
-        raise ValueError("member: this model was imported and knows no dataset's card; ask raw")
-    card = _as_given(bundle.card)
-    for place, event in enumerate(member.history):
+        raise ValueError("member: this model was imported and has no dataset's card; send a raw request")
+    card = _without_derived(bundle.card)
+    for index, event in enumerate(member.history):
         if event.action not in card.events.actions:
             known = ", ".join(card.events.actions)
-            raise ValueError(f"member.history[{place}].action: no action '{event.action}'; actions: {known}")
+            raise ValueError(f"member.history[{index}].action: no action '{event.action}'; actions: {known}")
         if not event.HasField("time"):
-            raise ValueError(f"member.history[{place}].time: missing")
-    items = {f"member.history[{place}].item": event.item for place, event in enumerate(member.history)}
-    items |= {f"member.items[{place}].attributes": item.attributes for place, item in enumerate(member.items)}
-    told = {f"member.history[{place}].attributes": event.attributes for place, event in enumerate(member.history)}
+            raise ValueError(f"member.history[{index}].time: missing")
+    item_values = {f"member.history[{index}].item": event.item for index, event in enumerate(member.history)}
+    item_values |= {f"member.items[{index}].attributes": item.attributes for index, item in enumerate(member.items)}
+    event_values = {
+        f"member.history[{index}].attributes": event.attributes for index, event in enumerate(member.history)
+    }
     times = np.array(
-        [_microseconds(event.time, f"member.history[{place}].time") for place, event in enumerate(member.history)],
+        [_microseconds(event.time, f"member.history[{index}].time") for index, event in enumerate(member.history)],
         np.int64,
     )
     order = np.argsort(times, kind="stable")
-    events = _table(card.events.attributes, told).take(order)
-    count = len(order)
+    events = _table(card.events.attributes, event_values).take(order)
+    num_events = len(order)
     tables = Dataset(
         Path("request"),
         card,
         _table(card.members.attributes, {"member.attributes": member.attributes}).append_column(
             card.members.id, pa.array([0])
         ),
-        _table(card.items.attributes, items).append_column(card.items.id, pa.array(range(len(items)))),
-        events.append_column(card.events.member, pa.array(np.zeros(count, np.int64)))
+        _table(card.items.attributes, item_values).append_column(card.items.id, pa.array(range(len(item_values)))),
+        events.append_column(card.events.member, pa.array(np.zeros(num_events, np.int64)))
         .append_column(card.events.item, pa.array(order))
         .append_column(card.events.action, pa.array([member.history[row].action for row in order], pa.string()))
         .append_column(card.events.time, pa.array(times[order]).cast(pa.timestamp("us"))),
     )
     now = _microseconds(member.now, "member.now") if member.HasField("now") else int(time.time() * 1e6)
-    history, past = history_before(tables, task, 0, now)
-    asked = np.arange(count, len(items), dtype=np.int32)
-    example = RankingExample(task.name, 0, now, history, past, asked, np.full(len(asked), -1, np.int32))
+    history, num_past_events = history_before(tables, task, 0, now)
+    candidates = np.arange(num_events, len(item_values), dtype=np.int32)
+    labels = np.full(len(candidates), -1, np.int32)
+    example = RankingExample(task.name, 0, now, history, num_past_events, candidates, labels)
     try:
-        note = bundle.tokenizer.clean(member.note)
+        note = bundle.tokenizer.clean(member.steering_note)
         return bundle.request_verbalizer(tables).prompt(task, example, bundle.prompts.score_style, note)
     except ValueError as error:
         raise ValueError(f"member: {error}") from None
 
 
-def _as_given(card: Card) -> Card:
-    """The card with nothing to be derived: statistics of items come with a request, as of its moment."""
-    given = [attribute.model_copy(update={"derive": None}) for attribute in card.items.attributes]
-    return card.model_copy(update={"items": card.items.model_copy(update={"attributes": tuple(given)})})
+def _without_derived(card: Card) -> Card:
+    """The card with no attribute to derive: a request brings the statistics of its items, as of its cutoff time."""
+    attributes = tuple(attribute.model_copy(update={"derive": None}) for attribute in card.items.attributes)
+    return card.model_copy(update={"items": card.items.model_copy(update={"attributes": attributes})})
 
 
-# How an attribute of each kind is kept, and read from the kinds of value that it may come as.
+# For each kind of attribute: the type of its column, and a conversion from each kind of value that is accepted.
 _TEXTS: tuple[pa.DataType, dict[str, Callable[[Any], Any]]] = (
     pa.string(),
     {"text": str, "integer": str, "number": str, "truth": str},
@@ -92,67 +103,40 @@ _KINDS: dict[str, tuple[pa.DataType, dict[str, Callable[[Any], Any]]]] = {
 
 
 def _table(attributes: Sequence[Attribute], rows: Mapping[str, Attributes]) -> pa.Table:
-    """A column for each attribute; `rows` are named by where they stand in the request."""
+    """A table with a column for each attribute, and a row for each of `rows`, whose keys are fields of the request.
+
+    Raises ValueError naming the field of an unknown attribute, or of a value of the wrong kind.
+    """
     by_column = {attribute.column: attribute for attribute in attributes}
     columns: dict[str, list[Any]] = {column: [] for column in by_column}
-    for place, row in rows.items():
+    for field, row in rows.items():
         if unknown := set(row) - set(by_column):
-            raise ValueError(f"{place}: no attribute '{min(unknown)}'; attributes: {', '.join(by_column)}")
+            raise ValueError(f"{field}: no attribute '{min(unknown)}'; attributes: {', '.join(by_column)}")
         for column, attribute in by_column.items():
-            columns[column].append(_read(attribute, row[column], place) if column in row else None)
+            columns[column].append(_read(attribute, row[column], field) if column in row else None)
     arrays = {column: pa.array(values, _KINDS[by_column[column].kind][0]) for column, values in columns.items()}
-    # A table without columns would have no rows; the ids are put beside this one.
+    # A table without columns would have no rows: the null column keeps their number until the ids are appended.
     return pa.table({"_": pa.nulls(len(rows)), **arrays})
 
 
-def _read(attribute: Attribute, value: pb.Value, place: str) -> Any:
+def _read(attribute: Attribute, value: pb.Value, field: str) -> Any:
     kind = value.WhichOneof("kind")
     if kind is None:
         return None
-    reads = _KINDS[attribute.kind][1]
-    if kind not in reads:
-        raise ValueError(f"{place}['{attribute.column}']: a {kind}; for a {attribute.kind} give {' or '.join(reads)}")
+    conversions = _KINDS[attribute.kind][1]
+    if kind not in conversions:
+        accepted = " or ".join(conversions)
+        raise ValueError(f"{field}['{attribute.column}']: a {kind}; for a {attribute.kind} give {accepted}")
     if kind == "number" and not math.isfinite(value.number):
-        raise ValueError(f"{place}['{attribute.column}']: {value.number}; leave it out where it is unknown")
+        raise ValueError(f"{field}['{attribute.column}']: {value.number}; leave it out where it is unknown")
     if kind == "date":
-        return _microseconds(value.date, f"{place}['{attribute.column}']")
-    return reads[kind](getattr(value, kind))
+        return _microseconds(value.date, f"{field}['{attribute.column}']")
+    return conversions[kind](getattr(value, kind))
 
 
-def _microseconds(moment: Timestamp, place: str) -> int:
+def _microseconds(timestamp: Timestamp, field: str) -> int:
+    """Microseconds since 1970."""
     try:
-        return moment.ToMicroseconds()
-    except ValueError as error:  # not of the years 1 to 9999
-        raise ValueError(f"{place}: {error}") from None
-
-
-def _attributes(
-    attributes: Sequence[Attribute], table: pa.Table, rows: np.ndarray, derived: Mapping[str, list[float]] | None = None
-) -> list[dict[str, pb.Value]]:
-    """Of each row, what is known."""
-    said: list[dict[str, pb.Value]] = [{} for _ in rows]
-    for attribute in attributes:
-        values = (derived or {}).get(attribute.column)
-        if values is None:
-            values = table[attribute.column].take(pa.array(rows)).to_pylist()
-        for row, value in zip(said, values, strict=True):
-            if value is not None and not (isinstance(value, float) and math.isnan(value)):
-                row[attribute.column] = _value(value)
-    return said
-
-
-def _value(value: Any) -> pb.Value:
-    if isinstance(value, bool):
-        return pb.Value(truth=value)
-    if isinstance(value, int):
-        return pb.Value(integer=value)
-    if isinstance(value, float):
-        return pb.Value(number=value)
-    if isinstance(value, str):
-        return pb.Value(text=value)
-    if isinstance(value, datetime.date):
-        midnight = datetime.datetime.combine(value, datetime.time(), datetime.UTC)
-        moment = Timestamp()
-        moment.FromDatetime(value if isinstance(value, datetime.datetime) else midnight)
-        return pb.Value(date=moment)
-    return pb.Value(list=pb.Texts(values=[str(entry) for entry in value]))
+        return timestamp.ToMicroseconds()
+    except ValueError as error:  # outside of the years 1 to 9999
+        raise ValueError(f"{field}: {error}") from None

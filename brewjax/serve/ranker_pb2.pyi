@@ -11,31 +11,37 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class ScoreRequest(_message.Message):
-    __slots__ = ("request_id", "member", "raw", "top_k", "too_long", "over_vocabulary")
-    class TooLong(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ("request_id", "member", "raw", "top_k", "truncation", "normalize_over")
+    class Truncation(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
-        TOO_LONG_UNSPECIFIED: _ClassVar[ScoreRequest.TooLong]
-        REFUSE: _ClassVar[ScoreRequest.TooLong]
-        CUT: _ClassVar[ScoreRequest.TooLong]
-    TOO_LONG_UNSPECIFIED: ScoreRequest.TooLong
-    REFUSE: ScoreRequest.TooLong
-    CUT: ScoreRequest.TooLong
+        TRUNCATION_UNSPECIFIED: _ClassVar[ScoreRequest.Truncation]
+        REJECT: _ClassVar[ScoreRequest.Truncation]
+        TRUNCATE: _ClassVar[ScoreRequest.Truncation]
+    TRUNCATION_UNSPECIFIED: ScoreRequest.Truncation
+    REJECT: ScoreRequest.Truncation
+    TRUNCATE: ScoreRequest.Truncation
+    class NormalizeOver(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        LABELS: _ClassVar[ScoreRequest.NormalizeOver]
+        VOCABULARY: _ClassVar[ScoreRequest.NormalizeOver]
+    LABELS: ScoreRequest.NormalizeOver
+    VOCABULARY: ScoreRequest.NormalizeOver
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MEMBER_FIELD_NUMBER: _ClassVar[int]
     RAW_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
-    TOO_LONG_FIELD_NUMBER: _ClassVar[int]
-    OVER_VOCABULARY_FIELD_NUMBER: _ClassVar[int]
+    TRUNCATION_FIELD_NUMBER: _ClassVar[int]
+    NORMALIZE_OVER_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     member: Member
     raw: Raw
     top_k: int
-    too_long: ScoreRequest.TooLong
-    over_vocabulary: bool
-    def __init__(self, request_id: _Optional[str] = ..., member: _Optional[_Union[Member, _Mapping]] = ..., raw: _Optional[_Union[Raw, _Mapping]] = ..., top_k: _Optional[int] = ..., too_long: _Optional[_Union[ScoreRequest.TooLong, str]] = ..., over_vocabulary: _Optional[bool] = ...) -> None: ...
+    truncation: ScoreRequest.Truncation
+    normalize_over: ScoreRequest.NormalizeOver
+    def __init__(self, request_id: _Optional[str] = ..., member: _Optional[_Union[Member, _Mapping]] = ..., raw: _Optional[_Union[Raw, _Mapping]] = ..., top_k: _Optional[int] = ..., truncation: _Optional[_Union[ScoreRequest.Truncation, str]] = ..., normalize_over: _Optional[_Union[ScoreRequest.NormalizeOver, str]] = ...) -> None: ...
 
 class Member(_message.Message):
-    __slots__ = ("task", "now", "attributes", "history", "items", "note")
+    __slots__ = ("task", "now", "attributes", "history", "items", "steering_note")
     class AttributesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -48,14 +54,14 @@ class Member(_message.Message):
     ATTRIBUTES_FIELD_NUMBER: _ClassVar[int]
     HISTORY_FIELD_NUMBER: _ClassVar[int]
     ITEMS_FIELD_NUMBER: _ClassVar[int]
-    NOTE_FIELD_NUMBER: _ClassVar[int]
+    STEERING_NOTE_FIELD_NUMBER: _ClassVar[int]
     task: str
     now: _timestamp_pb2.Timestamp
     attributes: _containers.MessageMap[str, Value]
     history: _containers.RepeatedCompositeFieldContainer[Event]
     items: _containers.RepeatedCompositeFieldContainer[Item]
-    note: str
-    def __init__(self, task: _Optional[str] = ..., now: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., attributes: _Optional[_Mapping[str, Value]] = ..., history: _Optional[_Iterable[_Union[Event, _Mapping]]] = ..., items: _Optional[_Iterable[_Union[Item, _Mapping]]] = ..., note: _Optional[str] = ...) -> None: ...
+    steering_note: str
+    def __init__(self, task: _Optional[str] = ..., now: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., attributes: _Optional[_Mapping[str, Value]] = ..., history: _Optional[_Iterable[_Union[Event, _Mapping]]] = ..., items: _Optional[_Iterable[_Union[Item, _Mapping]]] = ..., steering_note: _Optional[str] = ...) -> None: ...
 
 class Event(_message.Message):
     __slots__ = ("action", "time", "attributes", "item")
@@ -173,18 +179,18 @@ class ItemScore(_message.Message):
     def __init__(self, index: _Optional[int] = ..., id: _Optional[str] = ..., probabilities: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("prefix_tokens", "cached_tokens", "item_tokens", "events_cut", "tokens_cut")
+    __slots__ = ("prefix_tokens", "cached_tokens", "item_tokens", "truncated_events", "truncated_tokens")
     PREFIX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ITEM_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    EVENTS_CUT_FIELD_NUMBER: _ClassVar[int]
-    TOKENS_CUT_FIELD_NUMBER: _ClassVar[int]
+    TRUNCATED_EVENTS_FIELD_NUMBER: _ClassVar[int]
+    TRUNCATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     prefix_tokens: int
     cached_tokens: int
     item_tokens: int
-    events_cut: int
-    tokens_cut: int
-    def __init__(self, prefix_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., item_tokens: _Optional[int] = ..., events_cut: _Optional[int] = ..., tokens_cut: _Optional[int] = ...) -> None: ...
+    truncated_events: int
+    truncated_tokens: int
+    def __init__(self, prefix_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., item_tokens: _Optional[int] = ..., truncated_events: _Optional[int] = ..., truncated_tokens: _Optional[int] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
     __slots__ = ()
@@ -235,26 +241,26 @@ class AttributeDescription(_message.Message):
     def __init__(self, column: _Optional[str] = ..., kind: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("items", "stream_items", "prefix_tokens", "item_tokens", "labels", "request_bytes", "waiting_tokens", "streams", "events")
-    ITEMS_FIELD_NUMBER: _ClassVar[int]
-    STREAM_ITEMS_FIELD_NUMBER: _ClassVar[int]
-    PREFIX_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    ITEM_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    LABELS_FIELD_NUMBER: _ClassVar[int]
-    REQUEST_BYTES_FIELD_NUMBER: _ClassVar[int]
-    WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    STREAMS_FIELD_NUMBER: _ClassVar[int]
-    EVENTS_FIELD_NUMBER: _ClassVar[int]
-    items: int
-    stream_items: int
-    prefix_tokens: int
-    item_tokens: int
-    labels: int
-    request_bytes: int
-    waiting_tokens: int
-    streams: int
-    events: int
-    def __init__(self, items: _Optional[int] = ..., stream_items: _Optional[int] = ..., prefix_tokens: _Optional[int] = ..., item_tokens: _Optional[int] = ..., labels: _Optional[int] = ..., request_bytes: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., streams: _Optional[int] = ..., events: _Optional[int] = ...) -> None: ...
+    __slots__ = ("max_candidates", "max_stream_candidates", "max_prefix_tokens", "max_candidate_tokens", "max_labels", "max_request_bytes", "max_queued_tokens", "max_concurrent_requests", "max_events")
+    MAX_CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    MAX_STREAM_CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    MAX_PREFIX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_CANDIDATE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_LABELS_FIELD_NUMBER: _ClassVar[int]
+    MAX_REQUEST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_CONCURRENT_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    MAX_EVENTS_FIELD_NUMBER: _ClassVar[int]
+    max_candidates: int
+    max_stream_candidates: int
+    max_prefix_tokens: int
+    max_candidate_tokens: int
+    max_labels: int
+    max_request_bytes: int
+    max_queued_tokens: int
+    max_concurrent_requests: int
+    max_events: int
+    def __init__(self, max_candidates: _Optional[int] = ..., max_stream_candidates: _Optional[int] = ..., max_prefix_tokens: _Optional[int] = ..., max_candidate_tokens: _Optional[int] = ..., max_labels: _Optional[int] = ..., max_request_bytes: _Optional[int] = ..., max_queued_tokens: _Optional[int] = ..., max_concurrent_requests: _Optional[int] = ..., max_events: _Optional[int] = ...) -> None: ...
 
 class Shape(_message.Message):
     __slots__ = ("tokens", "cached_tokens", "seconds")

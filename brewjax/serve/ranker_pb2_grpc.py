@@ -61,7 +61,7 @@ class RankerServicer:
 
     def Score(self, request, context):
         """Scores a list of items. Codes: INVALID_ARGUMENT names the field; RESOURCE_EXHAUSTED comes with
-        grpc-retry-pushback-ms; DEADLINE_EXCEEDED and CANCELLED requests are dropped before they run.
+        grpc-retry-pushback-ms; requests whose deadline passed, or that were cancelled, are dropped before they run.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -83,8 +83,8 @@ class RankerServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Reload(self, request, context):
-        """Serves another checkpoint of the same shape and tokenizer; what is running finishes with the one before. Needs the
-        server's admin token.
+        """Loads another checkpoint of the same shape and tokenizer; requests in progress finish with the previous one. Needs
+        the server's admin token.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -59,7 +59,7 @@ class Request(Future):
         super().__init__()
         self.job, self.deadline = Job(prompt, against, self), deadline
         self.on_answers: Answers = lambda first, probabilities: None
-        self.places = self.job.left()
+        self.places = self.job.remaining_tokens()
         self.arrived = time.monotonic()
         self.began = 0.0
 
@@ -268,10 +268,10 @@ class ScoringLoop:
             if not part.owner.owner.began:
                 part.owner.owner.began = now
                 self._metrics.queue_seconds.observe(now - part.owner.owner.arrived)
-                self._metrics.prefix_tokens.labels("cached").inc(part.owner.hits)
-                self._metrics.prefix_tokens.labels("computed").inc(part.prompt.prefix_length - part.owner.hits)
+                self._metrics.prefix_tokens.labels("cached").inc(part.owner.num_cached_tokens)
+                self._metrics.prefix_tokens.labels("computed").inc(part.prompt.prefix_length - part.owner.num_cached_tokens)
         against: NormalizeOver = "labels"
-        if any(part.owner.against == "vocabulary" for part in one.chunks):
+        if any(part.owner.normalize_over == "vocabulary" for part in one.chunks):
             against = "vocabulary"
         try:
             running = self._start(one, against)
@@ -316,10 +316,10 @@ class ScoringLoop:
         if not np.isfinite(log_probs).all():
             raise FloatingPointError("the model's scores are not finite")
         request.on_answers(
-            part.questions.start, normalize_over_labels(log_probs) if job.against == "labels" else np.exp(log_probs)
+            part.questions.start, normalize_over_labels(log_probs) if job.normalize_over == "labels" else np.exp(log_probs)
         )
         if part.questions.stop == len(part.prompt.questions):
-            _succeed(request, job.hits)
+            _succeed(request, job.num_cached_tokens)
 
     def _probe(self) -> None:
         """After a pass that failed: whether one without requests does."""

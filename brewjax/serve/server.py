@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import grpc
 import jax
 import jax.numpy as jnp
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from jax.sharding import Mesh
 from pythonjsonlogger.json import JsonFormatter
@@ -36,6 +36,7 @@ from brewjax.serve import ranker_pb2_grpc
 from brewjax.serve.config import ServeConfig
 from brewjax.serve.connections import WILDCARDS, HttpServer, listen
 from brewjax.serve.credentials import Credentials
+from brewjax.serve.health import Health
 from brewjax.serve.http import make_app
 from brewjax.serve.refusals import ForbiddenError, Refusals
 from brewjax.serve.rpc import RANKER, Door, Ranker, channel_options
@@ -90,7 +91,7 @@ class Server:
         door = Door(self._credentials, config, self.service.metrics, self._refusals)
         self._rpc = grpc.aio.server(interceptors=[*traced, door], options=channel_options(config))
         ranker_pb2_grpc.add_RankerServicer_to_server(Ranker(self.service, self.reload), self._rpc)
-        self._health = health.aio.HealthServicer()
+        self._health = Health()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._rpc)
         services = [RANKER, health.SERVICE_NAME, reflection.SERVICE_NAME]
         if self._decoding:
@@ -106,7 +107,7 @@ class Server:
         await self._rpc.start()
         if http:
             await self._start_http(http)
-        self._telling = asyncio.create_task(self._tell_health())
+        self._reporting_health = asyncio.create_task(self._report_health())
         log.info("ready", extra={"model": self.service.model, "port": self.port, "http_port": self.http_port})
 
     def _add_port(self) -> int:
@@ -126,21 +127,13 @@ class Server:
         while not self._http.started:
             await asyncio.sleep(0.01)
 
-    async def _tell_health(self) -> None:
-        """To those who ask in gRPC's way, by the name of the probe: what HTTP says."""
-        states: dict[str, bool] = {}
+    async def _report_health(self) -> None:
+        """Keeps gRPC's health service at what the HTTP probes answer, by the names of the probes."""
         while True:
             ready = self.service.ready
-            for name, state in {
-                "": ready,
-                RANKER: ready,
-                READINESS: ready,
-                LIVENESS: self.service.live,
-                STARTUP: True,
-            }.items():
-                if states.get(name) != state:
-                    states[name], response = state, health_pb2.HealthCheckResponse
-                    await self._health.set(name, response.SERVING if state else response.NOT_SERVING)
+            states = {"": ready, RANKER: ready, READINESS: ready, LIVENESS: self.service.live, STARTUP: True}
+            for name, serving in states.items():
+                await self._health.set(name, serving)
             await asyncio.sleep(0.2)
 
     def read_credentials(self) -> None:
@@ -196,8 +189,8 @@ class Server:
             await asyncio.wait_for((hurry or asyncio.Event()).wait(), self.config.lame_duck_seconds)
         log.info("draining")
         start_time, limit = time.monotonic(), self.config.drain_seconds
-        self._telling.cancel()
-        await self._health.enter_graceful_shutdown()
+        self._reporting_health.cancel()
+        await self._health.drain()
         draining = [self._rpc.stop(limit), self._stop_http(limit)]
         if self._decoding:
             draining.append(self._decoding.drain(limit))

@@ -181,15 +181,15 @@ class Service:
                 if card is not None
             ],
             limits=pb.Limits(
-                items=config.max_candidates,
-                stream_items=config.max_stream_candidates,
-                prefix_tokens=self._context,
-                item_tokens=config.max_candidate_tokens,
-                labels=LABELS_IN_PASS,
-                request_bytes=config.max_request_bytes,
-                waiting_tokens=config.max_queued_tokens,
-                streams=config.max_concurrent_requests,
-                events=config.max_events,
+                max_candidates=config.max_candidates,
+                max_stream_candidates=config.max_stream_candidates,
+                max_prefix_tokens=self._context,
+                max_candidate_tokens=config.max_candidate_tokens,
+                max_labels=LABELS_IN_PASS,
+                max_request_bytes=config.max_request_bytes,
+                max_queued_tokens=config.max_queued_tokens,
+                max_concurrent_requests=config.max_concurrent_requests,
+                max_events=config.max_events,
             ),
             shapes=[
                 pb.Shape(tokens=bucket.tokens, cached_tokens=bucket.cached_pages * PAGE, seconds=seconds)
@@ -249,7 +249,7 @@ class Service:
 
 
 def _against(request: pb.ScoreRequest) -> NormalizeOver:
-    return "vocabulary" if request.over_vocabulary else "labels"
+    return "vocabulary" if request.normalize_over == pb.ScoreRequest.VOCABULARY else "labels"
 
 
 def _response(
@@ -267,8 +267,8 @@ def _response(
             prefix_tokens=prompt.prefix_length,
             cached_tokens=cached,
             item_tokens=sum(map(len, prompt.questions[first : first + len(found)])),
-            events_cut=encoded.num_truncated_events,
-            tokens_cut=encoded.num_truncated_tokens,
+            truncated_events=encoded.num_truncated_events,
+            truncated_tokens=encoded.num_truncated_tokens,
         ),
         model=encoded.model,
     )

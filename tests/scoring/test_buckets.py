@@ -60,7 +60,9 @@ def test_a_pass_takes_the_smallest_bucket_that_holds_it(prompts):
 
 def test_a_question_that_does_not_fit_names_its_prompt():
     fits, long = (EncodedPrompt([[0] * prefix], [[0] * 5], [1, 2], [None], "dense") for prefix in (10, 380))
-    with pytest.raises(ValueError, match="prompt 1: a prefix of 380 tokens and a question of 5 do not fit in 384"):
+    with pytest.raises(
+        ValueError, match="prompt 1: a prefix of 380 tokens and a question of 5 do not fit in a row of 384"
+    ):
         plan_passes([fits, long], BUCKETS)
 
 

@@ -182,7 +182,7 @@ def test_nothing_is_compiled_after_warm_up(scorer):
         ({"labels": ("Yes", "Perhaps not")}, r"prompt 1: label word 'Perhaps not' is \d+ tokens"),
         ({"labels": tuple(map(str, range(33)))}, "prompt 1: 33 labels; at most 32"),
         ({"questions": (Question("Nurse"), Question(""))}, "prompt 1: question 2 is empty"),
-        ({"preamble": "Nurse " * 4000}, r"prompt 1: a prefix of \d+ tokens .* do not fit in 3072 tokens"),
+        ({"preamble": "Nurse " * 4000}, r"prompt 1: a prefix of \d+ tokens .* do not fit in a row of 3072 tokens"),
     ],
 )
 def test_errors_name_the_prompt(scorer, change, message):

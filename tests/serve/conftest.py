@@ -105,9 +105,9 @@ def strict(model_folder, tmp_path_factory) -> Iterator[Server]:
     update = {
         "token_file": str(tokens / "token"),
         "admin_token_file": str(tokens / "admin"),
-        "seq_len": (256,),
+        "token_buckets": (256,),
         "max_candidate_tokens": 256,
-        "context": 256,
+        "max_prefix_tokens": 256,
         "connections": 8,
         "header_seconds": 0.5,
         "body_seconds": 0.5,

@@ -43,7 +43,9 @@ TOKEN, ADMIN_TOKEN = "open sesame", "open everything"
 def running(folder: Path, config: ServeConfig) -> Iterator[Server]:
     """A server that is stopped in the end. Passes cost what they would on a quiet machine: fewer, longer ones are
     cheaper, whatever else runs beside the tests."""
-    with mock.patch.object(Scorer, "measure", lambda self: {bucket: 1000 + bucket.tokens for bucket in self.buckets}):
+    with mock.patch.object(
+        Scorer, "profile_buckets", lambda self: {bucket: 1000 + bucket.tokens for bucket in self.buckets}
+    ):
         server = Server(folder, config)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)

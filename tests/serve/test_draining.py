@@ -14,6 +14,7 @@ from brewjax.serve import ranker_pb2_grpc
 from brewjax.serve.client import raw
 from tests.serve.serving import CONFIG, eventually, running
 
+states = health_pb2.HealthCheckResponse
 QUESTION = raw([7] * 100, [[8]] * 20, [5, 9])
 BODY = json.dumps({"query": [7] * 100, "items": [[8]] * 20, "label_token_ids": [5, 9]}).encode()
 CALLERS = 32
@@ -21,7 +22,7 @@ CALLERS = 32
 
 def test_nothing_is_lost_under_load_while_a_server_leaves(server, model_folder):
     """Its callers go by its health, as balancers do, and are served by another one from then on."""
-    config = CONFIG.model_copy(update={"lame_duck_seconds": 60, "seq_len": (256,), "max_candidate_tokens": 256})
+    config = CONFIG.model_copy(update={"lame_duck_seconds": 60, "token_buckets": (256,), "max_candidate_tokens": 256})
     with running(model_folder, config) as leaving:
         first, done = threading.Event(), threading.Event()
         first.set()
@@ -35,6 +36,11 @@ def test_nothing_is_lost_under_load_while_a_server_leaves(server, model_folder):
                     first.clear()
                     channel.close()
                     return
+
+        def watch_to_the_end() -> list[int]:
+            with grpc.insecure_channel(f"127.0.0.1:{leaving.port}") as channel:
+                responses = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+                return [response.status for response in responses]
 
         def over_grpc() -> None:
             channels = [grpc.insecure_channel(f"127.0.0.1:{one.port}") for one in (server, leaving)]
@@ -55,16 +61,18 @@ def test_nothing_is_lost_under_load_while_a_server_leaves(server, model_folder):
                 closing += response.getheader("connection") == "close"
                 answered[target] += 1
 
-        with concurrent.futures.ThreadPoolExecutor(CALLERS + 1) as pool:
+        with concurrent.futures.ThreadPoolExecutor(CALLERS + 2) as pool:
             calls = [pool.submit(over_http if number % 2 else over_grpc) for number in range(CALLERS)]
             pool.submit(watch)
+            watched = pool.submit(watch_to_the_end)
             eventually(lambda: answered[1] > CALLERS)
             hurry = asyncio.Event()
             stopping = asyncio.run_coroutine_threadsafe(leaving.stop(hurry), leaving.loop)
             check_lame_duck(leaving)
             eventually(lambda: not first.is_set() and answered[0] > CALLERS)
             leaving.loop.call_soon_threadsafe(hurry.set)
-            assert stopping.result(60)
+            assert stopping.result(leaving.config.drain_seconds - 5)  # though its health is watched
+            assert watched.result(60) == [states.SERVING, states.NOT_SERVING]
             done.set()
             for call in calls:
                 call.result()

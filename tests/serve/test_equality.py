@@ -60,7 +60,7 @@ def test_scores_are_the_same_among_many_and_nothing_compiles(client, http, alone
         streamed = pool.submit(lambda: list(client.stream(long)))
         found = [pool.submit(lambda one=one: probabilities(client.score(one))) for one in [*members, *asked]]
         found += [pool.submit(over_http, question) for question in asked]
-        pool.submit(client.score, asked[3], over_vocabulary=True)
+        pool.submit(client.score, asked[3], normalize_over="VOCABULARY")
     assert len(streamed.result()) > 1
     np.testing.assert_allclose(probabilities(*streamed.result()), of_long, atol=1e-5)
     for one, right in zip(found, [*of_members, *of_asked, *of_asked], strict=True):
@@ -75,7 +75,7 @@ def test_over_the_vocabulary_it_is_the_softmax_of_all_logits(client, http, bundl
     hidden = decoder(*jax.tree.map(lambda field: field[None], pack([prompt], 128)))
     logits = decoder.logits(hidden[0, prompt.ends])
     right = np.exp(jax.nn.log_softmax(logits))[:, LABELS]
-    found = probabilities(client.score(raw(prefix, items, LABELS), over_vocabulary=True))
+    found = probabilities(client.score(raw(prefix, items, LABELS), normalize_over="VOCABULARY"))
     np.testing.assert_allclose(found, right, atol=1e-6, rtol=1e-4)
     body = {"query": prefix, "items": items, "label_token_ids": LABELS, "apply_softmax": False}
     np.testing.assert_allclose(http.post("/v1/score", json=body).json()["scores"], right, atol=1e-6, rtol=1e-4)
@@ -91,29 +91,31 @@ def test_the_oldest_goes_first_where_a_prompt_is_too_long(client, bundle, prefix
     start = [bos, *random.integers(3, 300, prefix - 1).tolist()]
     history = random.integers(3, 300, (events, 100)).tolist()
     items = draw(0, 3)[1]
-    response = client.score(raw(start, items, LABELS, history), too_long="CUT")
+    response = client.score(raw(start, items, LABELS, history), truncation="TRUNCATE")
     usage = response.usage
-    assert (usage.events_cut, usage.tokens_cut) == (events - events_left, prefix - prefix_left)
+    assert (usage.truncated_events, usage.truncated_tokens) == (events - events_left, prefix - prefix_left)
     assert usage.prefix_tokens == prefix_left + 100 * events_left
     kept = [bos, *start[1 + prefix - prefix_left :]]
-    same = client.score(raw(kept, items, LABELS, history[events - events_left :]), too_long="REFUSE")
+    same = client.score(raw(kept, items, LABELS, history[events - events_left :]), truncation="REJECT")
     np.testing.assert_allclose(probabilities(response), probabilities(same), atol=1e-6)
-    if usage.events_cut or usage.tokens_cut:
-        for policy in ("REFUSE", "TOO_LONG_UNSPECIFIED"):
+    if usage.truncated_events or usage.truncated_tokens:
+        for policy in ("REJECT", "TRUNCATION_UNSPECIFIED"):
             with pytest.raises(
                 grpc.RpcError, match=r"raw: (more than )?[\d,]+ tokens before the items; at most 1,024 are read"
             ):
-                client.score(raw(start, items, LABELS, history), too_long=policy)
+                client.score(raw(start, items, LABELS, history), truncation=policy)
 
 
 def test_a_member_with_too_long_a_history_is_cut_unless_that_is_refused(client, dataset, tasks):
     member = request_from_example(dataset, tasks[0], example_at(dataset, tasks[0], 7))
     for event in member.history:
         event.item["title"].text = "very " * 20 + event.item["title"].text
-    cut = client.score(member).usage.events_cut
+    cut = client.score(member).usage.truncated_events
     assert 0 < cut < len(member.history)
-    with pytest.raises(grpc.RpcError, match=f"member.history: the oldest {cut} events do not fit; ask for CUT"):
-        client.score(member, too_long="REFUSE")
+    with pytest.raises(
+        grpc.RpcError, match=f"member.history: the oldest {cut} events do not fit; set truncation to TRUNCATE"
+    ):
+        client.score(member, truncation="REJECT")
 
 
 def test_top_k_are_the_best(client):
@@ -137,7 +139,7 @@ def test_a_prefix_may_be_empty_and_an_item_a_single_text(client, http, bundle):
     single = http.post("/v1/score", json={"query": "a", "items": "b c", "label_token_ids": LABELS}).json()
     listed = http.post("/v1/score", json={"query": "a", "items": ["b c"], "label_token_ids": LABELS}).json()
     np.testing.assert_allclose(single["scores"], listed["scores"], atol=1e-6)
-    over_rpc = client.score(raw("a", ["b c"], LABELS), over_vocabulary=True)
+    over_rpc = client.score(raw("a", ["b c"], LABELS), normalize_over="VOCABULARY")
     np.testing.assert_allclose(single["scores"], probabilities(over_rpc), atol=1e-6)
 
 

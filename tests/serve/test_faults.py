@@ -98,9 +98,6 @@ WRONG_MEMBERS = {
     "member.items[2].attributes['posted']: Timestamp is not valid": lambda m: put(
         m.items[2].attributes, "posted", date=at(-(2**63))
     ),
-    "member: task 'apply': the instruction, the profile and one question take": lambda m: put(
-        m.attributes, "position", text="nurse " * 600
-    ),
 }
 
 
@@ -131,6 +128,10 @@ def wrong(member: pb.Member) -> dict[str, pb.ScoreRequest]:
         changed.CopyFrom(member)
         change(changed)
         requests[message] = request(changed)
+    overlong = pb.Member()
+    overlong.CopyFrom(member)
+    put(overlong.attributes, "position", text="nurse " * 600)
+    requests["member: the instruction with member 0 takes 2,"] = request(overlong, truncation="REJECT")
     requests["question: give a member or raw"] = pb.ScoreRequest(top_k=3)
     requests["request_id: 300 characters; give at most 200"] = request(ask(1, 2), request_id="a" * 300)
     return requests
@@ -174,7 +175,7 @@ def test_odd_texts_are_read_like_others(client, member, odd):
     put(attributes, "company", text=odd[:60])
     put(attributes, "skills", list=pb.Texts(values=[odd[:60]] * 2))
     assert np.isfinite(probabilities(client.score(member))).all()
-    found = probabilities(client.score(raw(odd, ["a", odd[:500], "b"], ["Yes", "No"]), too_long="CUT"))
+    found = probabilities(client.score(raw(odd, ["a", odd[:500], "b"], ["Yes", "No"]), truncation="TRUNCATE"))
     np.testing.assert_allclose(found.sum(-1), 1, atol=1e-5)
 
 
@@ -244,15 +245,10 @@ def test_only_so_many_are_answered_at_a_time(server, client, bare, worker):
 
 def test_the_limits_are_told(client):
     limits = client.describe().limits
-    assert (limits.items, limits.max_stream_candidates, limits.prefix_tokens, limits.max_candidate_tokens) == (
-        1_000,
-        50_000,
-        1_024,
-        1_024,
-    )
-    assert (limits.labels, limits.max_request_bytes, limits.max_queued_tokens, limits.streams, limits.events) == (
-        32, 8_000_000, 200_000, 256, 10_000,
-    )  # fmt: skip
+    assert (limits.max_candidates, limits.max_stream_candidates, limits.max_events) == (1_000, 50_000, 10_000)
+    assert (limits.max_prefix_tokens, limits.max_candidate_tokens, limits.max_labels) == (1_024, 1_024, 32)
+    assert (limits.max_request_bytes, limits.max_queued_tokens) == (8_000_000, 200_000)
+    assert limits.max_concurrent_requests == 256
 
 
 # --- deadlines
@@ -266,7 +262,7 @@ def test_a_deadline_that_passes_frees_its_place(server, bare, http, worker):
         assert refusal(bare.Score, request(ask(2, 3)), timeout=0.5)[0] is Code.DEADLINE_EXCEEDED
         assert refusal(lambda: list(bare.ScoreStream(request(ask(2, 3)), timeout=0.5)))[0] is Code.DEADLINE_EXCEEDED
         eventually(lambda: waiting(worker) == alone)
-        config = server.service.config.model_copy(update={"timeout": 0.2})
+        config = server.service.config.model_copy(update={"timeout_seconds": 0.2})
         with mock.patch.object(server.service, "config", config):
             body = {"query": [7], "items": [[8]], "label_token_ids": [5]}
             late = http.post("/v1/score", json=body)
@@ -367,7 +363,7 @@ def test_a_slow_client_holds_up_nobody_and_not_for_ever(server, client, bare, wo
         question = ask(seed, 20)
         np.testing.assert_allclose(probabilities(client.score(question)), expected(alone, question), atol=1e-5)
     np.testing.assert_allclose(probabilities(first, *stream), expected(alone, slow), atol=1e-5)
-    config = server.service.config.model_copy(update={"timeout": 4.0})
+    config = server.service.config.model_copy(update={"timeout_seconds": 4.0})
     with mock.patch.object(server.service, "config", config):
         before = answered(server, "DEADLINE_EXCEEDED", "ScoreStream")
         with grpc.insecure_channel(f"127.0.0.1:{server.port}", [("grpc.http2.bdp_probe", 0)]) as narrow:
@@ -390,7 +386,7 @@ def test_a_pass_that_fails_is_internal_and_health_says_so_until_it_is_over(serve
     question = ask(1, 10)
     compiled = client.describe().compilations
     eventually(lambda: told() == states.SERVING)
-    with mock.patch.object(worker.scorer, "finish", side_effect=RuntimeError("out of memory at 0x7f")):
+    with mock.patch.object(worker.scorer, "collect", side_effect=RuntimeError("out of memory at 0x7f")):
         code, details = refusal(bare.Score, request(question))
         assert (code, details) == (Code.INTERNAL, "internal error; the server's log has it")
         body = {"query": [7], "items": [[8]], "label_token_ids": [5]}

@@ -51,8 +51,8 @@ def valid(dataset, tasks) -> list[pb.ScoreRequest]:
     prefix, items = draw(1, 3, prefix=9)
     raws = [raw(prefix, items, LABELS, [[7, 8], [9]]), raw("a member", ["b", "c d"], ["Yes", "No"], ["once"])]
     return [
-        *(pb.ScoreRequest(member=member, too_long="CUT") for member in members),
-        *(pb.ScoreRequest(raw=one, over_vocabulary=True, top_k=2) for one in raws),
+        *(pb.ScoreRequest(member=member, truncation="TRUNCATE") for member in members),
+        *(pb.ScoreRequest(raw=one, normalize_over="VOCABULARY", top_k=2) for one in raws),
     ]
 
 

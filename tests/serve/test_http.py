@@ -110,7 +110,7 @@ def test_the_probes_are_three(http, server):
 def test_metrics(http):
     metrics = http.get("/metrics").text
     for name in ("requests_total", "queue_seconds", "pass_seconds", "pass_tokens", "pass_items", "padding_tokens_total",
-                 "prefix_tokens_total", "max_queued_tokens", "compilations", "reloads", "refused", "http_connections",
+                 "prefix_tokens_total", "waiting_tokens", "compilations", "reloads", "refused", "http_connections",
                  "grpc_calls"):  # fmt: skip
         assert f"# TYPE brewjax_{name.removesuffix('_total')}" in metrics, name
 

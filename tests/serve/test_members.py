@@ -73,6 +73,6 @@ def test_an_overlong_item_is_cut_or_refused_as_the_request_says(bundle, dataset,
     encoder = RequestEncoder(bundle, "tiny@1", tasks, CONFIG, 600)
     encoded = encoder.encode(pb.ScoreRequest(member=request), 10)
     assert encoded.prompt.context <= 600
-    refused = pb.ScoreRequest(member=request, too_long=pb.ScoreRequest.REFUSE)
+    refused = pb.ScoreRequest(member=request, truncation=pb.ScoreRequest.REJECT)
     with pytest.raises(ValueError, match=r"^member.items\[1\].attributes: 9,900 characters"):
         encoder.encode(refused, 10)

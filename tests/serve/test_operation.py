@@ -50,8 +50,8 @@ class Process:
     def __init__(self, folder: Path, log: Path, **settings: object):
         settings = {
             "host": "localhost",
-            "seq_len": "[256]",
-            "context": 256,
+            "token_buckets": "[256]",
+            "max_prefix_tokens": 256,
             "max_candidate_tokens": 256,
             "prefix_cache_gb": 0.01,
             "lame_duck_seconds": 0.3,
@@ -239,8 +239,8 @@ def test_what_cannot_start_says_why_in_one_message(model_folder, secrets, taken,
         ("portt=1",): "portt: unknown key",
         ("port=-1",): "port: expected at least 0, found -1",
         ("port=70000",): "port: expected less than 65536, found 70000",
-        ("seq_len=[100]",): "seq_len (100,): lengths are multiples of 128",
-        ("seq_len=[256]",): "max_candidate_tokens 1024 is over the longest of seq_len (256,)",
+        ("token_buckets=[100]",): "token_buckets (100,): lengths are multiples of 128",
+        ("token_buckets=[256]",): "max_candidate_tokens 1024 is over the longest of token_buckets (256,)",
         (
             "host=0.0.0.0",
         ): "host 0.0.0.0 can be reached from other machines: give tls_cert and tls_key (or plaintext: true), ",

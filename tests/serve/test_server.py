@@ -44,7 +44,7 @@ def test_the_service_says_a_member_as_evaluation_does(client, bundle, dataset, t
         np.testing.assert_allclose(probabilities(response), expected, atol=1e-5)
         assert list(response.labels) == list(task.words)
         assert response.request_id == "mine"
-        assert response.usage.events_cut == prompt.dropped
+        assert response.usage.truncated_events == prompt.num_truncated_events
         assert response.scores[0].id == str(100 + example.candidates[response.scores[0].index])
 
 

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +18,9 @@ from brewjax.config import Config, Words, misplaced, refuse_twice, suggest
 from brewjax.data.tables.card import Card
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.reading import show
-from brewjax.data.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from brewjax.data.text.tokenizer import Tokenizer
 
 MetricName = Literal["auc", "log_loss", "ndcg@10", "calibration_error"]
 Split = Literal["train", "validation", "test"]

@@ -294,5 +294,9 @@ class _PrefixMark(NamedTuple):
                 return part | {"add_prefix_space": False}
             return part
 
+        if not schemes:
+            return None
         bare = parts | {name: remove_mark(parts[name]) for name in ("normalizer", "pre_tokenizer")}
-        return cls(tokenizers.Tokenizer.from_str(json.dumps(bare)), "always" in schemes) if schemes else None
+        unmarked = tokenizers.Tokenizer.from_str(json.dumps(bare))
+        unmarked.encode_special_tokens = backend.encode_special_tokens  # tokenizer.json does not hold this setting
+        return cls(unmarked, "always" in schemes and not backend.encode_special_tokens)

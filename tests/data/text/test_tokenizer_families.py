@@ -137,3 +137,14 @@ def test_a_tokenizer_that_strips_its_texts_cannot_be_asked_piece_by_piece():
         ValueError, match=r"cannot tokenize prompts piece by piece: 'Nurse\\nYes' is .*, but 'Nurse\\n' and then"
     ):
         Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend)).check_pieces([("Nurse\n", "Yes")])
+
+
+def test_special_tokens_as_text_are_text_wherever_they_stand(folder):
+    plain = Tokenizer.load(folder).without_special_tokens()
+    special = set(plain.hf.convert_tokens_to_ids(["<s>", "</s>"]))
+    start, rest = "Nurse\n", "Yes</s> No<s>Yes"
+    [whole] = plain.encode([start + rest], begins=True)
+    [first], [behind] = plain.encode([start], begins=True), plain.encode([rest])
+    assert not special & {*whole, *behind}
+    assert plain.hf.decode(behind).replace(" ", "") == rest.replace(" ", "")
+    assert first + behind == whole

@@ -38,7 +38,7 @@ def alone() -> Scorer:
 @pytest.fixture
 def worker(scorer) -> Iterator[ScoringLoop]:
     scorer.params = params()
-    scorer.forget()
+    scorer.reset_cache()
     worker = ScoringLoop(scorer, Scheduler(COSTS, PrefixCache(PAGES)), Metrics(), most_waiting=2_000)
     worker.start()
     yield worker
@@ -80,7 +80,7 @@ def test_a_pass_that_fails_takes_only_its_own_requests_with_it(worker, scorer, a
 
     def fails(work, *args):
         passes = work if step == "dispatch" else work.passes
-        if any(part.prompt is bad for one in passes for part in one.parts):
+        if any(part.prompt is bad for one in passes for part in one.chunks):
             scorer._pool[0].delete()  # as a pass that failed on the device would leave it
             raise RuntimeError("the device is gone")
         return real(work, *args)
@@ -136,13 +136,13 @@ def test_a_caller_that_cannot_be_told_fails_alone(worker, alone):
 
 
 def test_scores_that_are_not_finite_are_never_answers(worker, scorer, alone):
-    finish = scorer.finish
+    collect = scorer.collect
 
     def spoilt(work):
-        found = finish(work)
+        found = collect(work)
         return [[np.full_like(one, np.nan) if at == 0 else one for at, one in enumerate(row)] for row in found]
 
-    with mock.patch.object(scorer, "finish", spoilt), held(worker) as gate:
+    with mock.patch.object(scorer, "collect", spoilt), held(worker) as gate:
         bad, good = Asked(worker, question(1)), Asked(worker, question(2))
         gate.open()
         with pytest.raises(FloatingPointError):
@@ -153,7 +153,7 @@ def test_scores_that_are_not_finite_are_never_answers(worker, scorer, alone):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_worker_that_dies_is_noticed_and_nobody_waits_for_it(worker, scorer):
-    with mock.patch.object(scorer, "finish", side_effect=SystemExit), held(worker) as gate:
+    with mock.patch.object(scorer, "collect", side_effect=SystemExit), held(worker) as gate:
         asked = [Asked(worker, question(seed)) for seed in range(3)]
         gate.open()
         for one in asked:
@@ -283,7 +283,7 @@ def test_the_garbage_collector_rests_while_a_worker_works(scorer):
 
 
 def test_many_come_and_go_at_once(worker, alone):
-    """Threads that submit and cancel as they match_sizes_of: whoever stays is answered rightly."""
+    """Threads that submit and cancel as they like: whoever stays is answered rightly."""
     answered: list[Asked] = []
 
     def come_and_go(seed: int) -> None:

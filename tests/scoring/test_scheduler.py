@@ -119,12 +119,12 @@ def check_shape(one: Pass) -> None:
 def prompts_for_the_mesh() -> list[EncodedPrompt]:
     """The second of which finds most of its prefix cached."""
     one = prompt(np.random.default_rng(0), 100, [100], [3, 9, 5] * 20)
-    return [one, dataclasses.replace(one, pieces=[*one.prefix_pieces, [5] * 30])]
+    return [one, dataclasses.replace(one, prefix_pieces=[*one.prefix_pieces, [5] * 30])]
 
 
 def test_scores_are_the_same_on_a_mesh(alone, tmp_path):
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    command = [sys.executable, "-m", "tests.scoring.test_batcher", tmp_path / "scores.npy"]
+    command = [sys.executable, "-m", "tests.scoring.test_scheduler", tmp_path / "scores.npy"]
     subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, check=True)
     expected = np.concatenate(alone.score_encoded(prompts_for_the_mesh()))
     np.testing.assert_allclose(np.load(tmp_path / "scores.npy"), expected, atol=1e-5)
@@ -147,7 +147,7 @@ def test_a_second_request_pays_only_for_its_items(scorer):
     for job in (cold, hot):
         run(scorer, batcher, [job])
     assert (cold.num_cached_tokens, hot.num_cached_tokens) == (0, 200)
-    longer = dataclasses.replace(one, pieces=[*one.prefix_pieces, [5] * 30])
+    longer = dataclasses.replace(one, prefix_pieces=[*one.prefix_pieces, [5] * 30])
     run(scorer, batcher, [grown := Job(longer)])
     assert grown.num_cached_tokens == 200 // PAGE * PAGE
 
@@ -158,7 +158,7 @@ def test_two_that_begin_alike_compute_it_once():
     for job in (Job(one), Job(one)):
         batcher.add(job)
     first, second = batcher.next_pass(), batcher.next_pass()
-    assert [(len(part.store), len(part.past)) for part in first.chunks + second.chunks] == [(1, 0), (0, 1)]
+    assert [(len(part.new_pages), len(part.cached_pages)) for part in first.chunks + second.chunks] == [(1, 0), (0, 1)]
 
 
 def test_a_short_request_does_not_wait_for_a_long_one():
@@ -187,8 +187,8 @@ def test_the_cheapest_shapes_are_chosen_by_cost():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((600, [], [3]), "a prefix of 600 tokens; at most 512"),
-        ((6, [], [3, 300]), "an item of 300 tokens; at most 256"),
+        ((600, [], [3]), r"the prefix has 600 tokens, over the limit of 512 \(max_prefix_tokens\)"),
+        ((6, [], [3, 300]), r"an item has 300 tokens, over the longest row of 256 \(token_buckets\)"),
     ],
 )
 def test_what_no_pass_can_hold_is_refused(sizes, message):

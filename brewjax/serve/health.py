@@ -1,0 +1,60 @@
+"""gRPC's health service, whose watches end when the server drains."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+from grpc.aio import ServicerContext
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+Status = health_pb2.HealthCheckResponse
+
+
+class Health(health_pb2_grpc.HealthServicer):
+    """Answers `Check`, and streams changes to `Watch`, for each name that `set` has given a state.
+
+    grpc_health's own servicer leaves a `Watch` open for as long as its caller likes, and a server that stops waits for
+    open calls: one watching balancer would make every stop last all of `drain_seconds`.
+    """
+
+    def __init__(self) -> None:
+        self._states: dict[str, Status.ServingStatus] = {}
+        self._draining = False
+        self._changed = asyncio.Condition()
+
+    async def Check(self, request: health_pb2.HealthCheckRequest, context: ServicerContext) -> Status:  # noqa: N802
+        """The state of a name; NOT_FOUND for an unknown one."""
+        if request.service not in self._states:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"no service '{request.service}'")
+        return Status(status=self._states[request.service])
+
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: ServicerContext) -> None:  # noqa: N802
+        """The state of a name, again whenever it changes, until the caller leaves or the server drains."""
+        sent = None
+        while True:
+            status = self._states.get(request.service, Status.SERVICE_UNKNOWN)
+            if status != sent:
+                await context.write(Status(status=status))
+                sent = status
+                continue  # the state may have changed while it was written
+            if self._draining:
+                return
+            async with self._changed:
+                await self._changed.wait()
+
+    async def set(self, name: str, serving: bool) -> None:
+        """Sets the state of a name; without effect once the server drains."""
+        status = Status.SERVING if serving else Status.NOT_SERVING
+        if self._draining or self._states.get(name) == status:
+            return
+        self._states[name] = status
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def drain(self) -> None:
+        """Sets every state to NOT_SERVING for good, and ends the watches once they have sent it."""
+        self._states = dict.fromkeys(self._states, Status.NOT_SERVING)
+        self._draining = True
+        async with self._changed:
+            self._changed.notify_all()
