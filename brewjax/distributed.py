@@ -24,7 +24,7 @@ EXIT_RESTART = (
     75  # EX_TEMPFAIL: what a process exits with when starting it again with the same arguments is all it needs
 )
 COORDINATOR, PROCESSES, PROCESS = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-AUTO_DETECT_ENV = "BREWJAX_HOSTS"  # "auto": TPU VMs, SLURM, MPI and GKE tell JAX themselves
+AUTO_DETECT_ENV = "BREWJAX_DISTRIBUTED"  # "auto": TPU VMs, SLURM, MPI and GKE tell JAX themselves
 HEARTBEAT_TIMEOUT_S = 30  # seconds without a sign of life after which a process is given up
 POLL_MS = 2_000  # milliseconds that a wait takes before it looks whether the process was told to end
 

@@ -107,7 +107,7 @@ def _backward(implementation: str, residuals: tuple, cotangents: tuple[Array, Ar
     q, k, v, q_labels, kv_labels, start, out, log_sum = residuals
     d_out, d_log_sum = cotangents
     # Padding may be taken for seeing keys that it did not see before: its weights must be finite, they meet zeros.
-    log_sum = jnp.where((q_labels.example != PADDING)[..., None], log_sum, 0)
+    log_sum = jnp.where((q_labels.example_id != PADDING)[..., None], log_sum, 0)
     # FlashAttention-2's D, section 3.1.2; the log-sum-exp's cotangent goes the way of its weights.
     correction = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1) - d_log_sum
     function = _choose(implementation, "backward")

@@ -82,7 +82,7 @@ def _forward_kernel(
 
     def visit(n: Array, state: tuple[Array, Array, Array], masked: bool) -> tuple[Array, Array, Array]:
         sums, top, total = state  # unnormalised output, running maximum, running sum
-        here = pl.ds(met.blocks[n] * cut.keys, cut.keys)
+        here = pl.ds(met.indices[n] * cut.keys, cut.keys)
         scores = _dot(queries, k[here, :].T) * (scale * LOG2E)
         if masked:
             scores = jnp.where(_mask(q_labels, slice(None), kv_labels, here, rows_axis=0), scores, MASKED)
@@ -128,7 +128,7 @@ def _dq_kernel(
     queries, d_outs, log_sums, corrections = q[...], d_out[...], log_sum[...][:, None], correction[...][:, None]
 
     def visit(n: Array, sums: Array, masked: bool) -> Array:
-        here = pl.ds(met.blocks[n] * cut.keys, cut.keys)
+        here = pl.ds(met.indices[n] * cut.keys, cut.keys)
         keys = k[here, :]
         scores = _dot(queries, keys.T) * (scale * LOG2E)
         if masked:
@@ -147,7 +147,7 @@ def _dk_dv_kernel(
 
     def visit(n: Array, state: tuple[Array, Array], masked: bool) -> tuple[Array, Array]:
         dk_sums, dv_sums = state
-        here = pl.ds(met.blocks[n] * cut.rows, cut.rows)
+        here = pl.ds(met.indices[n] * cut.rows, cut.rows)
         queries, d_outs = q[here, :], d_out[here, :]
         # Keys by queries: weights then meet `d_outs` as they are, not transposed.
         scores = _dot(keys, queries.T) * (scale * LOG2E)

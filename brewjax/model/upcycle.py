@@ -28,7 +28,7 @@ def upcycle(
     if config.quantized:
         raise config.error("a quantised model is for serving; upcycle the one that it was made from", "quantized")
     if not experts.norm_topk_prob:
-        raise ValueError("experts.normalize: must be true, for the copies of an MLP to say together what it said")
+        raise ValueError("experts.norm_topk_prob: must be true, for the copies of an MLP to say together what it said")
     new = config.model_copy(update={"experts": experts})
     expected = abstract_params(new, mesh)
     layers = dict(params["layers"])

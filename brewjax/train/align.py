@@ -129,7 +129,7 @@ class Align(Config):
         return {
             "loss_dpo": mean(loss),
             "loss_sft": mean(-total(jnp.where(of_preferred, policy, 0), list_of_token) / targets),
-            "reward_preferred": mean(chosen),
+            "reward_chosen": mean(chosen),
             "reward_rejected": mean(reward_of_rejected),
             "reward_margin": mean(chosen - reward_of_rejected),
             "preference_accuracy": mean(beaten),

@@ -67,7 +67,7 @@ class Distill(Config):
         for name in ("on_policy_fraction", "hidden_state_weight"):
             if getattr(self, name) and self.teacher_placement != "same_mesh":
                 raise ValueError(
-                    f"{name} asks the teacher in the step: it needs teacher same_mesh, not {self.teacher_placement}"
+                    f"{name} asks the teacher in the step: it needs teacher_placement same_mesh, not {self.teacher_placement}"
                 )
         return self
 
@@ -93,7 +93,7 @@ class Distill(Config):
         _check_words(teacher.vocab_size, student.vocab_size)
         if self.hidden_state_weight and teacher.d_model != student.d_model:
             raise ValueError(
-                f"layers compares residual streams of one width: the teacher's is {teacher.d_model} wide, the "
+                f"hidden_state_weight compares residual streams of one width: the teacher's is {teacher.d_model} wide, the "
                 f"student's {student.d_model}"
             )
 
@@ -102,7 +102,7 @@ class Distill(Config):
     ) -> tuple[WeightedSum, dict[str, WeightedSum]]:
         teacher = given.get(TEACHER)
         if teacher is None:
-            raise ValueError("distill needs a teacher: give train() what Distill.frozen returns")
+            raise ValueError("distill needs a teacher: give train() what Distill.aux_models returns")
         learnt = batch.weights  # from the targets themselves
         if self.on_policy_fraction:
             batch, own = replace_with_student_samples(
@@ -125,7 +125,7 @@ class Distill(Config):
         if self.hidden_state_weight:
             match = _distance(streams, batch)
             loss += self.hidden_state_weight * match.total / match.weight * kd.weight
-            metrics["loss_layers"] = match
+            metrics["loss_hidden_states"] = match
         return WeightedSum(loss, kd.weight), metrics
 
     def _from_top_k(self, decoder: Decoder, hidden: jax.Array, batch: TokenBatch, teacher: TopK) -> WeightedSum:

@@ -120,5 +120,5 @@ def test_the_training_loss_has_the_mean_balance_of_the_layers():
 
 
 def test_a_token_cannot_go_through_more_experts_than_there_are():
-    with pytest.raises(pydantic.ValidationError, match=r"per_token \(3\) must be at most count \(2\)"):
+    with pytest.raises(pydantic.ValidationError, match=r"num_experts_per_tok \(3\) must be at most num_experts \(2\)"):
         ExpertsConfig(num_experts=2, num_experts_per_tok=3)

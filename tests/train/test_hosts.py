@@ -108,7 +108,7 @@ def test_a_failure_of_the_first_ends_the_others(tmp_path):
         ({"JAX_NUM_PROCESSES": "2"}, "is set, but not JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID"),
         ({"JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID is 2; of 2 processes .* one of 0 to 1"),
         ({"JAX_PROCESS_ID": "x"}, "both must be numbers"),
-        ({"BREWJAX_HOSTS": "yes"}, "BREWJAX_HOSTS is 'yes'; it may only be 'auto'"),
+        ({"BREWJAX_DISTRIBUTED": "yes"}, "BREWJAX_DISTRIBUTED is 'yes'; it may only be 'auto'"),
     ],
 )
 def test_wrong_variables_are_named(monkeypatch, variables, said):
@@ -120,8 +120,9 @@ def test_wrong_variables_are_named(monkeypatch, variables, said):
         pass
 
 
-def test_rows_must_divide_into_streams():
-    with pytest.raises(ValueError, match=r"rows \(4\) / accumulate \(2\) must be a multiple of streams \(3\)"):
+def test_rows_must_divide_into_data_shards():
+    expected = r"batch_size \(4\) / gradient_accumulation_steps \(2\) must be a multiple of num_data_shards \(3\)"
+    with pytest.raises(ValueError, match=expected):
         type(CONFIG)(**CONFIG.model_dump() | {"num_data_shards": 3})
 
 

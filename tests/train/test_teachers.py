@@ -165,7 +165,7 @@ def test_align_learns_to_prefer_and_the_reference_stays(tmp_path, lora):
     rows = read_metrics(tmp_path / METRICS)
     assert rows[0]["reward_margin"] == 0
     np.testing.assert_allclose(rows[0]["loss_dpo"], np.log(3), rtol=1e-5)  # two rejected, all alike yet
-    assert rows[-1]["reward_preferred"] > 0 > rows[-1]["reward_rejected"]
+    assert rows[-1]["reward_chosen"] > 0 > rows[-1]["reward_rejected"]
     assert rows[-1]["preference_accuracy"] > 0.9
     jax.tree.map(np.testing.assert_array_equal, reference, params())
 
