@@ -47,8 +47,8 @@ def attention(
     # Whatever padding holds, a weight of zero times NaN included, reaches neither an output nor a gradient.
     q_real, kv_real = ((x.example_id != PADDING)[..., None, None] for x in (q_labels, kv_labels))
     q, k, v = jnp.where(q_real, q, 0), jnp.where(kv_real, k, 0), jnp.where(kv_real, v, 0)
-    out, log_sum = _attend(q, k, v, q_labels, kv_labels, start, implementation or _default(T))
-    return jnp.where(q_real, out, 0), log_sum
+    out, lse = _attend(q, k, v, q_labels, kv_labels, start, implementation or _default(T))
+    return jnp.where(q_real, out, 0), lse
 
 
 def attention_reference(
@@ -68,20 +68,20 @@ def attention_reference(
     scores = jnp.einsum("btkgd,bskd->bkgts", q.reshape(B, T, K, H // K, D), k) / D**0.5
     scores = jnp.where(mask, scores, MASKED)
     weights = jnp.where(mask, jax.nn.softmax(scores, axis=-1), 0)  # who sees nothing sees everything in the softmax
-    log_sum = jax.nn.logsumexp(scores, -1).transpose(0, 3, 1, 2).reshape(B, T, H)
-    return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(q.shape), log_sum
+    lse = jax.nn.logsumexp(scores, -1).transpose(0, 3, 1, 2).reshape(B, T, H)
+    return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(q.shape), lse
 
 
-def _default(queries: int) -> str:
+def _default(num_queries: int) -> str:
     """The platform's own. Not for one query on a GPU: our kernel would go through all keys of a head in one program."""
-    own = platform()
-    return own if own == "tpu" or (own == "gpu" and queries > 1) else "xla"
+    native = platform()
+    return native if native == "tpu" or (native == "gpu" and num_queries > 1) else "xla"
 
 
-def _choose(implementation: str, way: str) -> Callable:
+def _choose(implementation: str, direction: str) -> Callable:
     """The `forward` or `backward` of an implementation."""
     name, _, interpreted = implementation.partition("-")
-    function = getattr({"xla": attention_xla, "tpu": attention_tpu, "gpu": attention_gpu}[name], way)
+    function = getattr({"xla": attention_xla, "tpu": attention_tpu, "gpu": attention_gpu}[name], direction)
     return functools.partial(function, interpret=True) if interpreted else function
 
 
@@ -99,19 +99,19 @@ def _attend(
 
 
 def _forward(*args: Any) -> tuple[tuple[Array, Array], tuple]:
-    out, log_sum = _attend(*args)
-    return (out, log_sum), (*args[:6], out, log_sum)
+    out, lse = _attend(*args)
+    return (out, lse), (*args[:6], out, lse)
 
 
 def _backward(implementation: str, residuals: tuple, cotangents: tuple[Array, Array]) -> tuple:
-    q, k, v, q_labels, kv_labels, start, out, log_sum = residuals
-    d_out, d_log_sum = cotangents
+    q, k, v, q_labels, kv_labels, start, out, lse = residuals
+    d_out, d_lse = cotangents
     # Padding may be taken for seeing keys that it did not see before: its weights must be finite, they meet zeros.
-    log_sum = jnp.where((q_labels.example_id != PADDING)[..., None], log_sum, 0)
+    lse = jnp.where((q_labels.example_id != PADDING)[..., None], lse, 0)
     # FlashAttention-2's D, section 3.1.2; the log-sum-exp's cotangent goes the way of its weights.
-    correction = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1) - d_log_sum
+    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1) - d_lse
     function = _choose(implementation, "backward")
-    grads = function(q, k, v, q_labels, kv_labels, start, log_sum, correction, d_out)
+    grads = function(q, k, v, q_labels, kv_labels, start, lse, delta, d_out)
     return *(grad.astype(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True)), None, None, None
 
 

@@ -57,16 +57,16 @@ def forward(
     plan = AttentionPlan.of(q, k, interpret)
     kind, labels = kinds_and_labels(plan, q_token_labels, kv_token_labels, q_start)
     visits = worklist(kind, plan.max_visits)
-    q, k, v = plan.by_chunks(q), plan.by_keys(k), plan.by_keys(v).mT
+    q, k, v = plan.to_chunks(q), plan.to_keys(k), plan.to_keys(v).mT
     GC, D, C, S = plan.group * plan.chunks, plan.D, plan.chunk, plan.keys
-    out, log_sum = pl.pallas_call(
+    out, lse = pl.pallas_call(
         functools.partial(_forward_kernel, plan),
-        name="segment_attention_forward",
+        name="token_label_attention_forward",
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(plan.K, visits.length),
-            in_specs=[_at_queries(GC, D, C), _at_keys(S, D), _at_keys(D, S), *_at_labels(plan)],
-            out_specs=[_at_queries(GC, D, C), _at_queries(GC, 1, C)],
+            in_specs=[_query_spec(GC, D, C), _key_spec(S, D), _key_spec(D, S), *_label_specs(plan)],
+            out_specs=[_query_spec(GC, D, C), _query_spec(GC, 1, C)],
             scratch_shapes=[
                 pltpu.VMEM((GC, 1, C), jnp.float32),  # reference: what is taken off scores
                 pltpu.VMEM((GC, 1, C), jnp.float32),  # running sum
@@ -84,13 +84,13 @@ def forward(
         compiler_params=_COMPILER_PARAMS,
         interpret=interpret,
     )(q_start.reshape(1), *visits[:3], q, k, v, *labels)
-    return plan.from_chunks(out), plan.from_chunks(log_sum)[..., 0]
+    return plan.from_chunks(out), plan.from_chunks(lse)[..., 0]
 
 
 def _forward_kernel(
     plan: AttentionPlan, start, q_block, kv_block, kind, q, k, v, q_labels, kv_labels,  # read
-    out, log_sum,  # written
-    reference, total, sums, scores, weights, hidden, masks, columns,  # scratch
+    out, lse,  # written
+    reference, row_sum, acc, scores, weights, skip_mask, masks, columns,  # scratch
 ) -> None:  # fmt: skip
     i = pl.program_id(1)
     first, last = _edges(q_block, i)
@@ -99,73 +99,75 @@ def _forward_kernel(
     @pl.when(first)
     def _() -> None:
         reference[...] = jnp.full_like(reference, INITIAL_MAX)
-        total[...] = jnp.zeros_like(total)
-        sums[...] = jnp.zeros_like(sums)
+        row_sum[...] = jnp.zeros_like(row_sum)
+        acc[...] = jnp.zeros_like(acc)
 
-    def whole(jobs: list[Job]) -> None:
+    def attend_full(sub_blocks: list[SubBlock]) -> None:
         """Against the reference so far, or 0; queries of which that is far off are left as they were, and run again."""
-        good: dict[int, Array] = {}
+        accepted: dict[int, Array] = {}
 
-        def soften(n: int) -> None:
-            job, here = jobs[n], jobs[n].here
-            before = reference[here]
-            against = jnp.where(before == INITIAL_MAX, 0.0, before)
-            added = jnp.zeros((8, job.width), jnp.float32)
+        def compute_weights(n: int) -> None:
+            sub_block, index = sub_blocks[n], sub_blocks[n].index
+            previous = reference[index]
+            offset = jnp.where(previous == INITIAL_MAX, 0.0, previous)
+            added = jnp.zeros((8, sub_block.width), jnp.float32)
             for row in range(0, plan.keys, plan.chunk):  # fewest bundles, of 32 to 512 keys at a time
                 rows = pl.Slice(row, min(plan.chunk, plan.keys - row))
-                p = jnp.exp2(_dot(k[rows], q[here]) * scale - against)
+                p = jnp.exp2(_dot(k[rows], q[index]) * scale - offset)
                 weights[n % 2, rows] = p.astype(weights.dtype)
-                added += p.reshape(-1, 8, job.width).sum(0)
-            new = total[here] + added.sum(0, keepdims=True)
-            good[n] = (new > MIN_ROW_SUM) & (new < MAX_ROW_SUM)
-            total[here] = jnp.where(good[n], new, total[here])
-            reference[here] = jnp.where(good[n], against, before)
-            hidden[here] = jnp.where(good[n], MASKED, 0.0)
+                added += p.reshape(-1, 8, sub_block.width).sum(0)
+            new_sum = row_sum[index] + added.sum(0, keepdims=True)
+            accepted[n] = (new_sum > MIN_ROW_SUM) & (new_sum < MAX_ROW_SUM)
+            row_sum[index] = jnp.where(accepted[n], new_sum, row_sum[index])
+            reference[index] = jnp.where(accepted[n], offset, previous)
+            skip_mask[index] = jnp.where(accepted[n], MASKED, 0.0)
 
-        def weigh(n: int) -> None:
-            added = _dot(v[:, jobs[n].rows], weights[n % 2, jobs[n].rows])
-            sums[jobs[n].here] += jnp.where(good.pop(n), added, 0)
+        def accumulate(n: int) -> None:
+            added = _dot(v[:, sub_blocks[n].rows], weights[n % 2, sub_blocks[n].rows])
+            acc[sub_blocks[n].index] += jnp.where(accepted.pop(n), added, 0)
 
-        _pipeline(len(jobs), soften, weigh)
-        some_left = functools.reduce(jnp.maximum, [hidden[job.here] for job in jobs]).max() == 0
-        pl.when(some_left)(functools.partial(_again, masked, jobs, hidden))
+        _pipeline(len(sub_blocks), compute_weights, accumulate)
+        any_rejected = (
+            functools.reduce(jnp.maximum, [skip_mask[sub_block.index] for sub_block in sub_blocks]).max() == 0
+        )
+        pl.when(any_rejected)(functools.partial(_rerun, attend_masked, sub_blocks, skip_mask))
 
-    def masked(jobs: list[Job]) -> None:
+    def attend_masked(sub_blocks: list[SubBlock]) -> None:
         """Against the maximum so far, of these jobs too."""
-        tops: dict[int, Array] = {}
-        shrinks: dict[int, Array] = {}
+        block_maxima: dict[int, Array] = {}
+        rescales: dict[int, Array] = {}
 
         def score(n: int) -> None:
-            job = jobs[n]
-            s = _dot(k[job.rows], q[job.here]) * scale + job.mask[...]
-            scores[n % 2, *job.scratch] = s
-            tops[n] = s.reshape(-1, 8, job.width).max(0)
+            sub_block = sub_blocks[n]
+            s = _dot(k[sub_block.rows], q[sub_block.index]) * scale + sub_block.mask[...]
+            scores[n % 2, *sub_block.scratch] = s
+            block_maxima[n] = s.reshape(-1, 8, sub_block.width).max(0)
 
-        def soften(n: int) -> None:
-            job, here = jobs[n], jobs[n].here
-            before = reference[here]
-            top = jnp.maximum(before, tops.pop(n).max(0, keepdims=True))
-            p = jnp.exp2(scores[n % 2, *job.scratch] - top)
-            weights[n % 2, *job.scratch] = p.astype(weights.dtype)
-            shrinks[n] = jnp.exp2(before - top)
-            total[here] = total[here] * shrinks[n] + p.sum(0, keepdims=True)
-            reference[here] = top
+        def compute_weights(n: int) -> None:
+            sub_block, index = sub_blocks[n], sub_blocks[n].index
+            previous = reference[index]
+            row_max = jnp.maximum(previous, block_maxima.pop(n).max(0, keepdims=True))
+            p = jnp.exp2(scores[n % 2, *sub_block.scratch] - row_max)
+            weights[n % 2, *sub_block.scratch] = p.astype(weights.dtype)
+            rescales[n] = jnp.exp2(previous - row_max)
+            row_sum[index] = row_sum[index] * rescales[n] + p.sum(0, keepdims=True)
+            reference[index] = row_max
 
-        def weigh(n: int) -> None:
-            job, here = jobs[n], jobs[n].here
-            added = _dot(v[:, job.rows], weights[n % 2, *job.scratch])
-            sums[here] = sums[here] * shrinks.pop(n) + added
+        def accumulate(n: int) -> None:
+            sub_block, index = sub_blocks[n], sub_blocks[n].index
+            added = _dot(v[:, sub_block.rows], weights[n % 2, *sub_block.scratch])
+            acc[index] = acc[index] * rescales.pop(n) + added
 
-        _pipeline(len(jobs), score, soften, weigh)
+        _pipeline(len(sub_blocks), score, compute_weights, accumulate)
 
     tile_masks = Masks(plan, start[0], q_block[i], kv_block[i], q_labels, kv_labels, columns, masks)
-    _visit(plan, kind[i], whole, masked, tile_masks)
+    _visit(plan, kind[i], attend_full, attend_masked, tile_masks)
 
     @pl.when(last)
     def _() -> None:
-        safe = jnp.maximum(total[...], MIN_ROW_SUM)  # 0 for a query that saw nothing
-        out[...] = (sums[...] / safe).astype(out.dtype)
-        log_sum[...] = reference[...] / LOG2E + jnp.log(safe)
+        safe = jnp.maximum(row_sum[...], MIN_ROW_SUM)  # 0 for a query that saw nothing
+        out[...] = (acc[...] / safe).astype(out.dtype)
+        lse[...] = reference[...] / LOG2E + jnp.log(safe)
 
 
 def backward(
@@ -175,8 +177,8 @@ def backward(
     q_token_labels: TokenLabels,
     kv_token_labels: TokenLabels,
     q_start: Int[Array, ""],
-    log_sum: Float[Array, "B T H"],
-    correction: Float[Array, "B T H"],
+    lse: Float[Array, "B T H"],
+    delta: Float[Array, "B T H"],
     d_out: Float[Array, "B T H D"],
     interpret: Any = False,
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B S K D"], Float[Array, "B S K D"]]:
@@ -188,24 +190,24 @@ def backward(
     plan = AttentionPlan.of(q, k, interpret)
     kind, labels = kinds_and_labels(plan, q_token_labels, kv_token_labels, q_start)
     visits = worklist(kind, plan.max_visits, by_key=True)
-    per_query = plan.by_chunks(jnp.stack([log_sum * LOG2E, correction], -1))
-    q, d_out, k, v = plan.by_chunks(q), plan.by_chunks(d_out.astype(q.dtype)), plan.by_keys(k), plan.by_keys(v)
+    per_query = plan.to_chunks(jnp.stack([lse * LOG2E, delta], -1))
+    q, d_out, k, v = plan.to_chunks(q), plan.to_chunks(d_out.astype(q.dtype)), plan.to_keys(k), plan.to_keys(v)
     GC, D, C, S = plan.group * plan.chunks, plan.D, plan.chunk, plan.keys
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     dq, dk, dv = pl.pallas_call(
         functools.partial(_backward_kernel, plan),
-        name="segment_attention_backward",
+        name="token_label_attention_backward",
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(plan.K, visits.length),
             in_specs=[
-                *[_at_queries(GC, D, C)] * 2,
-                _at_queries(GC, 2, C),
-                *[_at_keys(S, D), _at_keys(D, S), _at_keys(S, D)],
-                *_at_labels(plan),
+                *[_query_spec(GC, D, C)] * 2,
+                _query_spec(GC, 2, C),
+                *[_key_spec(S, D), _key_spec(D, S), _key_spec(S, D)],
+                *_label_specs(plan),
                 anywhere,
             ],
-            out_specs=[anywhere, _at_keys(D, S), _at_keys(D, S)],
+            out_specs=[anywhere, _key_spec(D, S), _key_spec(D, S)],
             scratch_shapes=[
                 pltpu.VMEM((D, S), jnp.float32),  # dk
                 pltpu.VMEM((D, S), jnp.float32),  # dv
@@ -236,7 +238,7 @@ def _backward_kernel(
     plan: AttentionPlan, start, q_block, kv_block, kind, q, d_out, per_query, k, k_t, v, q_labels, kv_labels,
     zeros,  # read
     dq, dk, dv,  # written
-    dk_sums, dv_sums, dq_here, dq_sums, weights, d_scores, masks, columns, fetched, written,  # scratch
+    dk_sums, dv_sums, dq_visit, dq_sums, weights, d_scores, masks, columns, fetched, written,  # scratch
 ) -> None:  # fmt: skip
     h, i = pl.program_id(0), pl.program_id(1)
     first, last = _edges(kv_block, i)
@@ -245,16 +247,16 @@ def _backward_kernel(
     def fetch() -> Any:
         return pltpu.make_async_copy(dq.at[h, q_block[i]], dq_sums.at[i % 2], fetched.at[i % 2])
 
-    def write(at: Array) -> Any:
-        return pltpu.make_async_copy(dq_sums.at[at % 2], dq.at[h, q_block[at]], written.at[at % 2])
+    def write(visit: Array) -> Any:
+        return pltpu.make_async_copy(dq_sums.at[visit % 2], dq.at[h, q_block[visit]], written.at[visit % 2])
 
     # A buffer is free, and a block may be fetched again, once it is written. The visit before last is waited for here,
     # the last one too if it had the same queries (and then not again).
-    def again(at: Array) -> Array:
-        return (at >= 1) & (q_block[at] == q_block[jnp.maximum(at - 1, 0)])
+    def same_queries_as_before(visit: Array) -> Array:
+        return (visit >= 1) & (q_block[visit] == q_block[jnp.maximum(visit - 1, 0)])
 
-    pl.when((i >= 2) & ~again(jnp.maximum(i - 1, 0)))(lambda: write(i - 2).wait())
-    pl.when(again(i))(lambda: write(i - 1).wait())
+    pl.when((i >= 2) & ~same_queries_as_before(jnp.maximum(i - 1, 0)))(lambda: write(i - 2).wait())
+    pl.when(same_queries_as_before(i))(lambda: write(i - 1).wait())
     fetch().start()
 
     @pl.when(first)
@@ -264,35 +266,35 @@ def _backward_kernel(
 
     @pl.when(kind[i] != FULL_BLOCK)
     def _() -> None:
-        dq_here[...] = jnp.zeros_like(dq_here)
+        dq_visit[...] = jnp.zeros_like(dq_visit)
 
-    def run(jobs: list[Job]) -> None:
+    def run(sub_blocks: list[SubBlock]) -> None:
         def score(n: int) -> None:
-            job, here = jobs[n], jobs[n].here
-            log_sum, correction = (per_query[job.chunk, slice(m, m + 1), job.queries] for m in range(2))
-            s = _dot(k[job.rows], q[here]) * scale
-            if job.mask is not None:
-                s += job.mask[...]
-            p = jnp.exp2(s - log_sum)
-            weights[n % 2, *job.scratch] = p.astype(weights.dtype)
-            d_p = _dot(v[job.rows], d_out[here])
-            d_scores[n % 2, *job.scratch] = (p * (d_p - correction)).astype(d_scores.dtype)
+            sub_block, index = sub_blocks[n], sub_blocks[n].index
+            lse, delta = (per_query[sub_block.chunk, slice(m, m + 1), sub_block.queries] for m in range(2))
+            s = _dot(k[sub_block.rows], q[index]) * scale
+            if sub_block.mask is not None:
+                s += sub_block.mask[...]
+            p = jnp.exp2(s - lse)
+            weights[n % 2, *sub_block.scratch] = p.astype(weights.dtype)
+            d_p = _dot(v[sub_block.rows], d_out[index])
+            d_scores[n % 2, *sub_block.scratch] = (p * (d_p - delta)).astype(d_scores.dtype)
 
         def accumulate(n: int) -> None:
-            job, here = jobs[n], jobs[n].here
-            d_s = d_scores[n % 2, *job.scratch]
-            added = _dot(k_t[:, job.rows], d_s)
-            dq_here[here] = added if job.mask is None else dq_here[here] + added
-            dv_sums[:, job.rows] += _dot(d_out[here], weights[n % 2, *job.scratch], over_queries=True)
-            dk_sums[:, job.rows] += _dot(q[here], d_s, over_queries=True)
+            sub_block, index = sub_blocks[n], sub_blocks[n].index
+            d_s = d_scores[n % 2, *sub_block.scratch]
+            added = _dot(k_t[:, sub_block.rows], d_s)
+            dq_visit[index] = added if sub_block.mask is None else dq_visit[index] + added
+            dv_sums[:, sub_block.rows] += _dot(d_out[index], weights[n % 2, *sub_block.scratch], over_queries=True)
+            dk_sums[:, sub_block.rows] += _dot(q[index], d_s, over_queries=True)
 
-        _pipeline(len(jobs), score, accumulate)
+        _pipeline(len(sub_blocks), score, accumulate)
 
     tile_masks = Masks(plan, start[0], q_block[i], kv_block[i], q_labels, kv_labels, columns, masks)
     _visit(plan, kind[i], run, run, tile_masks)
 
     fetch().wait()
-    dq_sums[i % 2] += dq_here[...] * plan.scale
+    dq_sums[i % 2] += dq_visit[...] * plan.scale
     write(i).start()
 
     @pl.when(last)
@@ -302,7 +304,7 @@ def _backward_kernel(
 
     @pl.when(i == pl.num_programs(1) - 1)
     def _() -> None:
-        pl.when((i >= 1) & ~again(i))(lambda: write(i - 1).wait())
+        pl.when((i >= 1) & ~same_queries_as_before(i))(lambda: write(i - 1).wait())
         write(i).wait()
 
 
@@ -310,7 +312,7 @@ def _backward_kernel(
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class SubBlock:
     """A piece of work within a visit: some queries of a chunk against some keys of the block.
 
     Attributes:
@@ -325,7 +327,7 @@ class Job:
     mask: Any = None
 
     @property
-    def here(self) -> tuple[Any, slice, slice]:
+    def index(self) -> tuple[Any, slice, slice]:
         """Where its queries are in what is kept by chunks."""
         return self.chunk, slice(None), self.queries
 
@@ -347,72 +349,74 @@ def _pipeline(count: int, *stages: Callable[[int], None]) -> None:
                 stage(step - lag)
 
 
-Run = Callable[[list[Job]], None]
+Run = Callable[[list[SubBlock]], None]
 
 
-def _visit(plan: AttentionPlan, kind: Array, whole: Run, masked: Run, masks: Masks) -> None:
+def _visit(plan: AttentionPlan, kind: Array, run_full: Run, run_masked: Run, masks: Masks) -> None:
     """Runs the jobs of one visit: whole chunks where every query sees every key, else lines of tiles."""
-    pl.when(kind == FULL_BLOCK)(functools.partial(_whole, plan, whole))
+    pl.when(kind == FULL_BLOCK)(functools.partial(_run_full_block, plan, run_full))
 
     @pl.when(kind != FULL_BLOCK)
     def _() -> None:
         masks.prepare()
         for bit, line in enumerate(plan.diagonals):
-            pl.when((kind >> bit) & 1 == 1)(functools.partial(_along, plan, masked, masks, line))
+            pl.when((kind >> bit) & 1 == 1)(functools.partial(_run_line, plan, run_masked, masks, line))
 
         @pl.when((kind >> len(plan.diagonals)) != 0)
         def _() -> None:
             def row(n: Array, _: None) -> None:  # one piece of code for all rows: half as much to compile
                 line = [(q_tile, n) for q_tile, _ in plan.rows[0]]
                 seen = (kind >> len(plan.diagonals) + n) & 1 == 1
-                pl.when(seen)(functools.partial(_along, plan, masked, masks, line))
+                pl.when(seen)(functools.partial(_run_line, plan, run_masked, masks, line))
 
             jax.lax.fori_loop(0, len(plan.rows), row, None)
 
 
-def _whole(plan: AttentionPlan, run: Run) -> None:
+def _run_full_block(plan: AttentionPlan, run: Run) -> None:
     def piece(n: Array, size: int) -> None:
-        run([Job(n * size + m, slice(0, plan.chunk), pl.Slice(0, plan.keys)) for m in range(size)])
+        run([SubBlock(n * size + m, slice(0, plan.chunk), pl.Slice(0, plan.keys)) for m in range(size)])
 
-    _in_pieces(plan.group * plan.chunks, UNROLL, piece)
+    _loop_unrolled(plan.group * plan.chunks, UNROLL, piece)
 
 
-def _in_pieces(count: int, most: int, piece: Callable[[Array, int], None]) -> None:
+def _loop_unrolled(num_items: int, limit: int, piece: Callable[[Array, int], None]) -> None:
     """A loop over `count` things, in pieces of straight-line code with as many as divide it, `most` at most."""
-    size = largest_divisor(count, most)
-    jax.lax.fori_loop(0, count // size, lambda n, _: piece(n, size), None)
+    size = largest_divisor(num_items, limit)
+    jax.lax.fori_loop(0, num_items // size, lambda n, _: piece(n, size), None)
 
 
-def largest_divisor(count: int, most: int) -> int:
-    return max(n for n in range(1, most + 1) if count % n == 0)
+def largest_divisor(count: int, limit: int) -> int:
+    return max(n for n in range(1, limit + 1) if count % n == 0)
 
 
-def _again(run: Run, jobs: list[Job], mask: Any) -> None:
+def _rerun(run: Run, sub_blocks: list[SubBlock], mask: Any) -> None:
     """Jobs of consecutive chunks once more, one by one, for the queries that the mask does not hide."""
 
-    def one(n: Array, _: None) -> None:
-        chunk = jobs[0].chunk + n
-        run([dataclasses.replace(jobs[0], chunk=chunk, mask=mask.at[chunk])])
+    def rerun_chunk(n: Array, _: None) -> None:
+        chunk = sub_blocks[0].chunk + n
+        run([dataclasses.replace(sub_blocks[0], chunk=chunk, mask=mask.at[chunk])])
 
-    jax.lax.fori_loop(0, len(jobs), one, None)
+    jax.lax.fori_loop(0, len(sub_blocks), rerun_chunk, None)
 
 
-def _along(plan: AttentionPlan, run: Run, masks: Masks, line: Sequence[tuple[int, Any]]) -> None:
+def _run_line(plan: AttentionPlan, run: Run, masks: Masks, line: Sequence[tuple[int, Any]]) -> None:
     for n, tiles in enumerate(line):
         masks.make(n, *tiles)  # once for all heads
 
     def heads(g: Array, size: int) -> None:
-        jobs = []
+        sub_blocks = []
         for head, (n, (q_tile, kv_tile)) in itertools.product(range(size), enumerate(line)):
-            chunk, place = divmod(q_tile * TILE, plan.chunk)
+            chunk, start = divmod(q_tile * TILE, plan.chunk)
             chunk += (g * size + head) * plan.chunks
-            jobs.append(Job(chunk, slice(place, place + TILE), pl.Slice(_at(kv_tile), TILE), masks.masks.at[n]))
-        run(jobs)
+            sub_blocks.append(
+                SubBlock(chunk, slice(start, start + TILE), pl.Slice(_tile_start(kv_tile), TILE), masks.masks.at[n])
+            )
+        run(sub_blocks)
 
-    _in_pieces(plan.group, UNROLL // len(line), heads)
+    _loop_unrolled(plan.group, UNROLL // len(line), heads)
 
 
-def _at(tile: Any) -> Any:
+def _tile_start(tile: Any) -> Any:
     """Where a tile begins."""
     return pl.multiple_of(tile * TILE, TILE) if isinstance(tile, jax.Array) else tile * TILE
 
@@ -445,7 +449,7 @@ class Masks:
     def make(self, n: int, q_tile: int, kv_tile: int) -> None:
         """The `n`th mask, [keys, queries]."""
         shape, plan = (TILE, TILE), self.plan
-        queries, keys = (pl.ds(_at(tile), TILE) for tile in (q_tile, kv_tile))
+        queries, keys = (pl.ds(_tile_start(tile), TILE) for tile in (q_tile, kv_tile))
         q = unpack_labels(*(jnp.broadcast_to(self.q_labels[m : m + 1, queries], shape) for m in range(LABELS)))
         kv = unpack_labels(*(self.columns[m, keys] for m in range(LABELS)))
         q_index = self.start + self.q_block % plan.q_blocks * plan.queries + q_tile * TILE
@@ -482,15 +486,15 @@ def _mask_scratch(plan: AttentionPlan) -> list[Any]:
     ]
 
 
-def _at_queries(*shape: int) -> pl.BlockSpec:
+def _query_spec(*shape: int) -> pl.BlockSpec:
     return pl.BlockSpec((None, None, *shape), lambda h, i, start, q_block, *_: (h, q_block[i], *[0] * len(shape)))
 
 
-def _at_keys(*shape: int) -> pl.BlockSpec:
+def _key_spec(*shape: int) -> pl.BlockSpec:
     return pl.BlockSpec((None, None, *shape), lambda h, i, start, q_block, kv_block, _: (h, kv_block[i], 0, 0))
 
 
-def _at_labels(plan: AttentionPlan) -> list[pl.BlockSpec]:
+def _label_specs(plan: AttentionPlan) -> list[pl.BlockSpec]:
     return [
         pl.BlockSpec((None, 8, plan.queries), lambda h, i, start, q_block, *_: (q_block[i], 0, 0)),
         pl.BlockSpec((None, 8, plan.keys), lambda h, i, start, q_block, kv_block, _: (kv_block[i], 0, 0)),

@@ -105,7 +105,7 @@ class AttentionPlan:
 
     # How arrays are laid out for the kernels, and back.
 
-    def by_chunks(self, x: Float[Array, "B T H D"]) -> Float[Array, "K M GC D C"]:
+    def to_chunks(self, x: Float[Array, "B T H D"]) -> Float[Array, "K M GC D C"]:
         """Queries, transposed within chunks; M blocks of all rows, G heads of C chunks each."""
         x = jnp.pad(x, ((0, 0), (0, self.q_blocks * self.queries - self.T), (0, 0), (0, 0)))
         x = x.reshape(self.B, self.q_blocks, self.chunks, self.chunk, self.K, self.group, -1)
@@ -117,7 +117,7 @@ class AttentionPlan:
         x = x.transpose(1, 2, 4, 6, 0, 3, 5)
         return x.reshape(self.B, self.q_blocks * self.queries, self.K * self.group, -1)[:, : self.T]
 
-    def by_keys(self, x: Float[Array, "B S K D"]) -> Float[Array, "K M S D"]:
+    def to_keys(self, x: Float[Array, "B S K D"]) -> Float[Array, "K M S D"]:
         x = jnp.pad(x, ((0, 0), (0, self.kv_blocks * self.keys - self.S), (0, 0), (0, 0)))
         x = x.reshape(self.B, self.kv_blocks, self.keys, self.K, self.D).transpose(3, 0, 1, 2, 4)
         return x.reshape(self.K, self.B * self.kv_blocks, self.keys, self.D)
@@ -143,16 +143,16 @@ def kinds_and_labels(
         )
     )
     tiles = block_visibility(q_token_labels, kv_token_labels, q_start, TILE, TILE)
-    some, every = (
+    any_visible, all_visible = (
         x.reshape(plan.B, plan.q_blocks, plan.queries // TILE, plan.kv_blocks, plan.keys // TILE) for x in tiles
     )
-    seen = jnp.stack([sum(some[:, :, a, :, b] for a, b in line) > 0 for line in plan.lines], -1)
-    count = seen * np.array([len(line) for line in plan.lines])
+    line_visible = jnp.stack([sum(any_visible[:, :, a, :, b] for a, b in line) > 0 for line in plan.lines], -1)
+    num_tiles = line_visible * np.array([len(line) for line in plan.lines])
     diagonals = np.arange(len(plan.lines)) < len(plan.diagonals)
-    fewer = jnp.sum(count, -1, where=diagonals) <= jnp.sum(count, -1, where=~diagonals)
-    kind = jnp.sum((seen & (fewer[..., None] == diagonals)) << np.arange(len(plan.lines)), -1)
-    every |= ~some.any((3, 4), keepdims=True)  # a tile of padding: nobody asks what it sees
-    kind = jnp.where(every.all((2, 4)) & some.any((2, 4)), FULL_BLOCK, kind)
+    fewer = jnp.sum(num_tiles, -1, where=diagonals) <= jnp.sum(num_tiles, -1, where=~diagonals)
+    kind = jnp.sum((line_visible & (fewer[..., None] == diagonals)) << np.arange(len(plan.lines)), -1)
+    all_visible |= ~any_visible.any((3, 4), keepdims=True)  # a tile of padding: nobody asks what it sees
+    kind = jnp.where(all_visible.all((2, 4)) & any_visible.any((2, 4)), FULL_BLOCK, kind)
 
     def blocked(token_labels: TokenLabels, size: int) -> Int[Array, "M 8 N"]:
         packed = token_labels.example_id << 2 | token_labels.visibility, token_labels.piece_id

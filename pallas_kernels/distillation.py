@@ -41,15 +41,15 @@ def _reverse_kl(log_p: Array, log_q: Array) -> tuple[Array, Array]:
 
 
 def _skewed_kl(alpha: float, log_p: Array, log_q: Array) -> tuple[Array, Array]:
-    p, of_q = jnp.exp(log_p), math.log1p(-alpha) + log_q
-    log_m = jnp.logaddexp(math.log(alpha) + log_p, of_q)
-    return p * (log_p - log_m), -p * jnp.exp(of_q - log_m)
+    p, log_skewed_q = jnp.exp(log_p), math.log1p(-alpha) + log_q
+    log_m = jnp.logaddexp(math.log(alpha) + log_p, log_skewed_q)
+    return p * (log_p - log_m), -p * jnp.exp(log_skewed_q - log_m)
 
 
 def _jensen_shannon(beta: float, log_p: Array, log_q: Array) -> tuple[Array, Array]:
     log_m = jnp.logaddexp(math.log(beta) + log_p, math.log1p(-beta) + log_q)
-    of_q = (1 - beta) * jnp.exp(log_q) * (log_q - log_m)
-    return beta * jnp.exp(log_p) * (log_p - log_m) + of_q, of_q
+    q_term = (1 - beta) * jnp.exp(log_q) * (log_q - log_m)
+    return beta * jnp.exp(log_p) * (log_p - log_m) + q_term, q_term
 
 
 # KL(p || q): the student covers all that the teacher does (Hinton et al. 2015, arXiv 1503.02531).
@@ -140,10 +140,10 @@ def linear_top_k(
     logits of `chunk` tokens exist at a time.
     """
 
-    def visit(rows: Array, gather: Gather, found: tuple[Array, Array]) -> tuple[Array, Array]:
+    def visit(rows: Array, gather: Gather, results: tuple[Array, Array]) -> tuple[Array, Array]:
         logits = jnp.einsum("nd,vd->nv", gather(hidden), head, preferred_element_type=jnp.float32)
         log_probs, ids = jax.lax.top_k(jax.nn.log_softmax(logits / temperature), k)
-        return found[0].at[rows].set(ids, mode="drop"), found[1].at[rows].set(log_probs, mode="drop")
+        return results[0].at[rows].set(ids, mode="drop"), results[1].at[rows].set(log_probs, mode="drop")
 
     nothing = jnp.full((len(hidden), k), -1, jnp.int32), jnp.full((len(hidden), k), -jnp.inf, jnp.float32)
     return over_tokens(counts, chunk, visit, nothing)
@@ -233,8 +233,8 @@ class SparseTeacher(NamedTuple):
 
     def _tail(self, logits: Logits, words: Array, per_token: tuple[Array, Array], buckets: _Buckets) -> _Buckets:
         ids, _ = per_token
-        others = _replace(logits[0], words, ids, jnp.full(ids.shape, MASKED, jnp.float32))
-        return buckets._replace(tail=jnp.logaddexp(buckets.tail, jax.nn.logsumexp(others, -1)))
+        tail_logits = _replace(logits[0], words, ids, jnp.full(ids.shape, MASKED, jnp.float32))
+        return buckets._replace(tail=jnp.logaddexp(buckets.tail, jax.nn.logsumexp(tail_logits, -1)))
 
     def _log_probs(self, per_token: tuple[Array, Array], buckets: _Buckets) -> tuple[Array, Array]:
         """log p and log q of the buckets [n, k + 1]."""
@@ -251,8 +251,8 @@ def _replace(
     TPU compiler stores the comparisons.
     """
 
-    def one(x: Array, column: tuple[Array, Array]) -> tuple[Array, None]:
+    def replace_column(x: Array, column: tuple[Array, Array]) -> tuple[Array, None]:
         ids, values = column
         return jnp.where(words == ids[:, None], values[:, None], x), None
 
-    return jax.lax.scan(one, x, (ids.T, values.T), unroll=min(16, ids.shape[1]))[0]
+    return jax.lax.scan(replace_column, x, (ids.T, values.T), unroll=min(16, ids.shape[1]))[0]

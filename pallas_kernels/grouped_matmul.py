@@ -41,8 +41,8 @@ def _backward(implementation: str | None, saved: tuple[Array, Array, Array], d_o
         (d_matrices,) = jax.vjp(lambda matrices: jax.lax.ragged_dot(rows, matrices, sizes), matrices)[1](d_out)
         return d_rows, d_matrices, None
     # The TPU's compiler would multiply all rows with all of d_out once for each matrix, and mask.
-    whole = ((0, -len(rows) % TILES[0]), (0, 0))
-    rows, d_out = jnp.pad(rows, whole), jnp.pad(d_out, whole)
+    row_padding = ((0, -len(rows) % TILES[0]), (0, 0))
+    rows, d_out = jnp.pad(rows, row_padding), jnp.pad(d_out, row_padding)
     D, F = (min(tile, side + -side % 128) for tile, side in zip(TILES[1:], matrices.shape[1:], strict=True))
     interpret = implementation == "tpu-interpreted"
     return d_rows, tgmm(rows.T, d_out, sizes, matrices.dtype, (TILES[0], D, F), interpret=interpret), None

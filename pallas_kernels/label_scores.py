@@ -36,17 +36,17 @@ def label_log_probs(
     logits = _product("nd,ld->nl" if labels.ndim == 1 else "nd,nld->nl", hidden, columns, logits_dtype)
     logits = jnp.where(labels >= 0, logits, -jnp.inf)
     if normalize_over == "labels":
-        log_sum = jax.nn.logsumexp(logits, -1)
+        lse = jax.nn.logsumexp(logits, -1)
     else:
         block = min(block, len(head))
 
-        def visit(start: Any, words: Array, log_sum: Array) -> Array:
-            some = _product("nd,vd->nv", hidden, jax.lax.dynamic_slice_in_dim(head, start, block), logits_dtype)
-            return jnp.logaddexp(log_sum, jax.nn.logsumexp(jnp.where(words >= 0, some, MASKED), -1))
+        def visit(start: Any, words: Array, lse: Array) -> Array:
+            block_logits = _product("nd,vd->nv", hidden, jax.lax.dynamic_slice_in_dim(head, start, block), logits_dtype)
+            return jnp.logaddexp(lse, jax.nn.logsumexp(jnp.where(words >= 0, block_logits, MASKED), -1))
 
-        log_sum = over_vocabulary(len(head), block, visit, jnp.full(N, MASKED, jnp.float32))
+        lse = over_vocabulary(len(head), block, visit, jnp.full(N, MASKED, jnp.float32))
     # A row without a label has no sum either: -inf less -inf would be NaN.
-    return jnp.where(labels >= 0, logits - log_sum[:, None], -jnp.inf)
+    return jnp.where(labels >= 0, logits - lse[:, None], -jnp.inf)
 
 
 def _product(axes: str, a: Array, b: Array, dtype: DTypeLike) -> Float[Array, "N _"]:

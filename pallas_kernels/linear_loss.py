@@ -114,9 +114,9 @@ def _run(
         rows: Array, gather: Gather, carry: tuple[Array, HiddenAndHead | None]
     ) -> tuple[Array, HiddenAndHead | None]:
         losses, grads = carry
-        towers = [(gather(hidden), head) for hidden, head in (student, *teachers)]
+        models = [(gather(hidden), head) for hidden, head in (student, *teachers)]
         weight = gather(weights).astype(jnp.float32)
-        loss, updates = _chunk(plan, towers, jax.tree.map(gather, per_token), weight, grads[1] if grads else None)
+        loss, updates = _chunk(plan, models, jax.tree.map(gather, per_token), weight, grads[1] if grads else None)
         if grads and updates:
             grads = grads[0].at[rows].set(updates[0], mode="drop"), updates[1]
         return losses.at[rows].set(plan.temperature**2 * loss, mode="drop"), grads
@@ -153,10 +153,10 @@ def _sums(losses: Array, weights: Array) -> tuple[Array, Array]:
 
 
 def _chunk(
-    plan: LossPlan, towers: Sequence[HiddenAndHead], per_token: Any, weight: Array, d_head: Array | None
+    plan: LossPlan, models: Sequence[HiddenAndHead], per_token: Any, weight: Array, d_head: Array | None
 ) -> tuple[Array, HiddenAndHead | None]:
     """The loss [n] of one chunk and, when `d_head` is given, d_hidden and `d_head` with this chunk's part added."""
-    hidden, head = towers[0]
+    hidden, head = models[0]
     block = min(plan.block, head.shape[0])
 
     def part(x: Array, start: Array) -> Float[Array, "block D"]:
@@ -165,37 +165,37 @@ def _chunk(
     def logits(start: Array, words: Array) -> Logits:
         products = (
             jnp.einsum("nd,vd->nv", hidden, part(head, start), preferred_element_type=jnp.float32)
-            for hidden, head in towers
+            for hidden, head in models
         )
         return tuple(jnp.where(words >= 0, product / plan.temperature, MASKED) for product in products)
 
     def pick(ids: Int[Array, "n k"]) -> Float[Array, "n k"]:
-        def one(ids: Int[Array, " n"]) -> Float[Array, " n"]:
+        def pick_column(ids: Int[Array, " n"]) -> Float[Array, " n"]:
             rows = jnp.take(head, ids, 0, mode="fill", fill_value=jnp.nan)  # a word beyond the vocabulary shows
             return jnp.einsum("nd,nd->n", hidden, rows, preferred_element_type=jnp.float32) / plan.temperature
 
-        return jax.lax.map(one, ids.T).T  # one after the other: [n, k, D] may be larger than a block of logits
+        return jax.lax.map(pick_column, ids.T).T  # one after the other: [n, k, D] may be larger than a block of logits
 
-    def look(visit: Visit, start: Array, words: Array, state: State) -> State:
+    def run_visit(visit: Visit, start: Array, words: Array, state: State) -> State:
         return visit(logits(start, words), words, per_token, state)
 
-    def learn(start: Array, words: Array, carry: tuple[State, Array, Array]) -> tuple[State, Array, Array]:
+    def add_gradients(start: Array, words: Array, carry: tuple[State, Array, Array]) -> tuple[State, Array, Array]:
         state, d_hidden, d_head = carry
         d_logits, state = plan.loss.gradient(logits(start, words), words, per_token, state)
         d_logits = d_logits * (weight * plan.temperature)[:, None]  # its square over the one inside the logits
         d_logits = d_logits.astype(hidden.dtype)
-        into_hidden = jnp.einsum("nv,vd->nd", d_logits, part(head, start), preferred_element_type=jnp.float32)
-        into_head = jnp.einsum("nv,nd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
-        d_head = jax.lax.dynamic_update_slice_in_dim(d_head, part(d_head, start) + into_head, start, 0)
-        return state, d_hidden + into_hidden, d_head
+        d_hidden_block = jnp.einsum("nv,vd->nd", d_logits, part(head, start), preferred_element_type=jnp.float32)
+        d_head_block = jnp.einsum("nv,nd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
+        d_head = jax.lax.dynamic_update_slice_in_dim(d_head, part(d_head, start) + d_head_block, start, 0)
+        return state, d_hidden + d_hidden_block, d_head
 
     state = plan.loss.start(per_token, len(hidden), pick)
     for visit in plan.loss.visits(gradients=d_head is not None):
-        state = over_vocabulary(len(head), block, functools.partial(look, visit), state)
+        state = over_vocabulary(len(head), block, functools.partial(run_visit, visit), state)
     if d_head is None:
         return plan.loss.value(per_token, state), None
-    begin = (state, jnp.zeros(hidden.shape, jnp.float32), d_head)
-    state, d_hidden, d_head = over_vocabulary(len(head), block, learn, begin)
+    initial = (state, jnp.zeros(hidden.shape, jnp.float32), d_head)
+    state, d_hidden, d_head = over_vocabulary(len(head), block, add_gradients, initial)
     return plan.loss.value(per_token, state), (d_hidden, d_head)
 
 

@@ -97,13 +97,13 @@ def round_tokens(
         scale = jax.lax.pmax(scale, inputs_over)
     if activations == "per_tensor":
         scale = jnp.full_like(scale, jnp.max(scale))
-    return _rounded(x, scale, dtype), (scale,)
+    return _round_values(x, scale, dtype), (scale,)
 
 
 def to_8_bits(x: Float[Array, " *B"], dtype: DTypeLike, axis: int | tuple[int, ...]) -> tuple[Array, Array]:
     """8-bit values, and scales of length 1 along `axis`; see `quantize`."""
     scale = _scales(x, dtype, axis)
-    return _rounded(x, scale, dtype), scale
+    return _round_values(x, scale, dtype), scale
 
 
 def _scales(x: Float[Array, " *B"], dtype: DTypeLike, axis: int | tuple[int, ...]) -> Array:
@@ -116,7 +116,7 @@ def _scales(x: Float[Array, " *B"], dtype: DTypeLike, axis: int | tuple[int, ...
     return jnp.where(jnp.isfinite(peak), jnp.maximum(peak, SMALLEST_PEAK) / LIMITS[jnp.dtype(dtype)], jnp.nan)
 
 
-def _rounded(x: Float[Array, " *B"], scale: Array, dtype: DTypeLike) -> Array:
+def _round_values(x: Float[Array, " *B"], scale: Array, dtype: DTypeLike) -> Array:
     values = x.astype(jnp.float32) / scale
     # What rounds to 0 becomes 0 and not -0; so does NaN, for then the scale is NaN.
     values = jnp.where(jnp.abs(values) > ROUNDS_TO_0[jnp.dtype(dtype)], values, 0)

@@ -48,27 +48,27 @@ def block_visibility(
     Args:
       q_repeats: how often each query stands in `q`, one after the other: once for each head of a group, say.
     """
-    q_facts = jax.tree.map(lambda x: x[..., :, None], _summarize_tiles(q, q_tile, q_start, q_repeats))
-    kv_facts = jax.tree.map(lambda x: x[..., None, :], _summarize_tiles(kv, kv_tile, 0))
-    some, every = (
-        (kv_reach == ALL) | ((kv_reach == QUESTIONS) & (q_reach == SELF))
-        for q_reach, kv_reach in (
-            (q_facts.visibility.low, kv_facts.visibility.high),
-            (q_facts.visibility.high, kv_facts.visibility.low),
+    q_tiles = jax.tree.map(lambda x: x[..., :, None], _summarize_tiles(q, q_tile, q_start, q_repeats))
+    kv_tiles = jax.tree.map(lambda x: x[..., None, :], _summarize_tiles(kv, kv_tile, 0))
+    any_visible, all_visible = (
+        (kv_visibility == ALL) | ((kv_visibility == QUESTIONS) & (q_visibility == SELF))
+        for q_visibility, kv_visibility in (
+            (q_tiles.visibility.low, kv_tiles.visibility.high),
+            (q_tiles.visibility.high, kv_tiles.visibility.low),
         )
     )
-    some = (
-        q_facts.example_id.overlaps(kv_facts.example_id)
-        & (kv_facts.first <= q_facts.last)
-        & (q_facts.piece_id.overlaps(kv_facts.piece_id) | some)
+    any_visible = (
+        q_tiles.example_id.overlaps(kv_tiles.example_id)
+        & (kv_tiles.first <= q_tiles.last)
+        & (q_tiles.piece_id.overlaps(kv_tiles.piece_id) | any_visible)
     )
-    every = (
-        q_facts.example_id.same_constant(kv_facts.example_id)
-        & (kv_facts.last <= q_facts.first)
-        & (q_facts.piece_id.same_constant(kv_facts.piece_id) | every)
-        & kv_facts.no_padding
+    all_visible = (
+        q_tiles.example_id.same_constant(kv_tiles.example_id)
+        & (kv_tiles.last <= q_tiles.first)
+        & (q_tiles.piece_id.same_constant(kv_tiles.piece_id) | all_visible)
+        & kv_tiles.no_padding
     )
-    return BlockVisibility(some, every)
+    return BlockVisibility(any_visible, all_visible)
 
 
 class Bounds(NamedTuple):
@@ -77,11 +77,11 @@ class Bounds(NamedTuple):
     low: Int[Array, "*B N"]
     high: Int[Array, "*B N"]
 
-    def overlaps(self, other: Bounds) -> Bool[Array, "*B NQ NK"]:
-        return (self.low <= other.high) & (other.low <= self.high)
+    def overlaps(self, bounds: Bounds) -> Bool[Array, "*B NQ NK"]:
+        return (self.low <= bounds.high) & (bounds.low <= self.high)
 
-    def same_constant(self, other: Bounds) -> Bool[Array, "*B NQ NK"]:
-        return (self.low == self.high) & (other.low == other.high) & (self.low == other.low)
+    def same_constant(self, bounds: Bounds) -> Bool[Array, "*B NQ NK"]:
+        return (self.low == self.high) & (bounds.low == bounds.high) & (self.low == bounds.low)
 
 
 class _TileSummary(NamedTuple):
@@ -98,11 +98,13 @@ class _TileSummary(NamedTuple):
 def _summarize_tiles(token_labels: TokenLabels, tile: int, start: Array | int, repeats: int = 1) -> _TileSummary:
     tiled = [jnp.asarray(x).reshape(*x.shape[:-1], -1, tile) for x in token_labels]
     real = tiled[0] != PADDING
-    most = jnp.iinfo(jnp.int32).max
-    example, segment, reach = (Bounds(jnp.where(real, x, most).min(-1), jnp.where(real, x, -1).max(-1)) for x in tiled)
+    largest = jnp.iinfo(jnp.int32).max
+    example_id, piece_id, visibility = (
+        Bounds(jnp.where(real, x, largest).min(-1), jnp.where(real, x, -1).max(-1)) for x in tiled
+    )
     first = jnp.arange(real.shape[-2]) * tile
     first, last = (start + n // repeats for n in (first, first + tile - 1))
-    return _TileSummary(example, segment, reach, real.all(-1), first, last)
+    return _TileSummary(example_id, piece_id, visibility, real.all(-1), first, last)
 
 
 def worklist(kind: Int[Array, "B NQ NK"] | Bool[Array, "B NQ NK"], max_visits: int, by_key: bool = False) -> Worklist:
@@ -137,8 +139,8 @@ class BlockTable(NamedTuple):
 
 def block_table(blocks: BlockVisibility, by_key: bool = False) -> BlockTable:
     """For kernels that go through the visits of a block in a loop of their own, where a `worklist` is a grid."""
-    some, every = (x.mT for x in blocks) if by_key else blocks
-    count = some.shape[2]
-    rank = jnp.where(every, 0, jnp.where(some, 1, 2))
+    any_visible, all_visible = (x.mT for x in blocks) if by_key else blocks
+    count = any_visible.shape[2]
+    rank = jnp.where(all_visible, 0, jnp.where(any_visible, 1, 2))
     order = jax.lax.sort(rank * count + jnp.arange(count)) % count
-    return BlockTable(order, every.sum(-1, dtype=jnp.int32), some.sum(-1, dtype=jnp.int32))
+    return BlockTable(order, all_visible.sum(-1, dtype=jnp.int32), any_visible.sum(-1, dtype=jnp.int32))

@@ -46,8 +46,8 @@ def test_a_training_step_compiles_for_chips_that_are_not_there(plan):
     assert "v5e-2x2: data=2 fsdp=2" in result.output
     assert re.search(r"peak of a device +│ 0\.0\d+ GiB: 0\.\d% of 15\.75 GiB", result.output)
     # Forward, and once more for the gradient; two parts of a step, three layers.
-    assert re.search(r"kernel segment_attention_forward +│ 12 times", result.output)
-    assert re.search(r"kernel segment_attention_backward +│ 6 times", result.output)
+    assert re.search(r"kernel token_label_attention_forward +│ 12 times", result.output)
+    assert re.search(r"kernel token_label_attention_backward +│ 6 times", result.output)
     assert re.search(r"all-gather +│ +\d+", result.output)
     assert re.search(r"estimated cycles +│ [1-9]", result.output)
 
