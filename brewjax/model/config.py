@@ -109,10 +109,10 @@ class ModelConfig(Config):
         """Without the type of the scaling, which pydantic puts behind its name."""
         return location[:1] + location[2:] if location[:1] == ("rope_scaling",) else location
 
-    def check_length(self, tokens: int, what: str) -> None:
+    def check_length(self, tokens: int, subject: str) -> None:
         """ValueError where `what` has more tokens than this model reads."""
         if self.max_seq_len is not None and tokens > self.max_seq_len:
             raise ValueError(
-                f"{what} has {tokens} tokens; model '{self.name}' reads at most {self.max_seq_len}, its max_seq_len "
+                f"{subject} has {tokens} tokens; model '{self.name}' reads at most {self.max_seq_len}, its max_seq_len "
                 "(the positions it was trained for, or its sliding window)"
             )

@@ -56,7 +56,7 @@ class Layer(nnx.Module):
         self.config, self.sharding = config, sharding
         D, H, K, E, F = config.d_model, config.heads, config.kv_heads, config.head_dim, config.d_ff
         # The projections into the residual stream start smaller, for the sum over layers to start at scale one.
-        into_residual = (2 * config.layers) ** -0.5
+        residual_scale = (2 * config.layers) ** -0.5
 
         def weight(*shape: int, axes: tuple, inputs: int = 1, scale: float = 1.0) -> Matrix:
             return matrix(rngs, config, shape, axes, inputs, scale)
@@ -71,36 +71,36 @@ class Layer(nnx.Module):
         self.query_bias, self.key_bias, self.value_bias = bias(H, E), bias(K, E), bias(K, E)
         self.query_norm = RMSNorm(config, E, None) if config.qk_norm else None
         self.key_norm = RMSNorm(config, E, None) if config.qk_norm else None
-        self.output = weight(H, E, D, axes=("heads", None, "weight"), inputs=2, scale=into_residual)
+        self.output = weight(H, E, D, axes=("heads", None, "weight"), inputs=2, scale=residual_scale)
         self.mlp_norm = RMSNorm(config, D)
         if config.experts:
             self.experts = Experts(config, sharding, rngs)
         else:
             self.gate = weight(D, F, axes=("weight", "neurons"))
             self.up = weight(D, F, axes=("weight", "neurons"))
-            self.down = weight(F, D, axes=("neurons", "weight"), scale=into_residual)
+            self.down = weight(F, D, axes=("neurons", "weight"), scale=residual_scale)
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
         rotation: Float[Array, "B T 1 E"],
         token_labels: TokenLabels,
-        past: KVCache | None,
+        cached_kv: KVCache | None,
     ) -> tuple[Float[Array, "B T D"], KVCache, Float[Array, ""]]:
         """The residual stream after this layer, the keys and values of these T tokens, and the experts' balance loss.
 
         `past` are the keys and values before them.
         """
-        attended, own = self.attended(x, rotation, token_labels, past)
+        attended, new_kv = self.attended(x, rotation, token_labels, cached_kv)
         x, balance = self.after_mlp(self.after_attention(x, attended), token_labels)
-        return x, own, balance
+        return x, new_kv, balance
 
     def attended(
         self,
         x: Float[Array, "B T D"],
         rotation: Float[Array, "B T 1 E"],
         token_labels: TokenLabels,
-        past: KVCache | None,
+        cached_kv: KVCache | None,
     ) -> tuple[Float[Array, "B T H E"], KVCache]:
         """What the heads attend to, before the output projection; and the keys and values of these T tokens."""
         h = self.attention_norm(x)
@@ -109,7 +109,9 @@ class Layer(nnx.Module):
         v = self._heads(h, self.value, self.value_bias, None)
         q, k = rotate(q, rotation), rotate(k, rotation)
         k, v = (self.sharding.reshard(x, "batch", None, "heads", None) for x in (k, v))
-        all_k, all_v = (k, v) if past is None else (jnp.concatenate(x, 1) for x in zip(past, (k, v), strict=True))
+        all_k, all_v = (
+            (k, v) if cached_kv is None else (jnp.concatenate(x, 1) for x in zip(cached_kv, (k, v), strict=True))
+        )
         return _attend(self.sharding, q, all_k, all_v, token_labels), (k, v)
 
     def after_attention(self, x: Float[Array, "B T D"], attended: Float[Array, "B T H E"]) -> Float[Array, "B T D"]:
@@ -123,8 +125,8 @@ class Layer(nnx.Module):
         h = self.mlp_norm(x)
         if self.config.experts:
             real = self.sharding.reshard(token_labels.example_id[:, -x.shape[1] :] != PADDING, "batch", "length")
-            more, balance = self.experts(h, real)
-            return x + more, balance
+            expert_output, balance = self.experts(h, real)
+            return x + expert_output, balance
         return x + product(self.sharding, self.neurons(h), self.down), jnp.zeros(())
 
     def neurons(self, h: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
@@ -184,14 +186,14 @@ class Decoder(nnx.Module):
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], token_labels: TokenLabels
     ) -> tuple[Float[Array, "B T D"], Float[Array, ""], Float[Array, "L B T D"]]:
         """As `with_balance`; and the residual stream after each layer, in the compute dtype."""
-        hidden, balance, streams = self._run(tokens, positions, token_labels, gives=lambda x, own: x)
+        hidden, balance, streams = self._run(tokens, positions, token_labels, layer_output=lambda x, new_kv: x)
         return hidden, self._weighed(balance), streams
 
     def _weighed(self, balance: Array) -> Array:
         return balance * (self.config.experts.router_aux_loss_coef if self.config.experts else 0.0)
 
     def forward_with_cache(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], token_labels: TokenLabels, past: PagedKVCache
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], token_labels: TokenLabels, cache: PagedKVCache
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """As a call, for tokens behind a past.
 
@@ -200,16 +202,16 @@ class Decoder(nnx.Module):
 
         Returns hidden states, and the keys and values [L, B, T, K, E] of these tokens.
         """
-        hidden, _, own = self._run(tokens, positions, token_labels, past, gives=lambda x, own: own)
-        return hidden, own
+        hidden, _, new_kv = self._run(tokens, positions, token_labels, cache, layer_output=lambda x, new_kv: new_kv)
+        return hidden, new_kv
 
     def _run(
         self,
         tokens: Array,
         positions: Array,
         token_labels: TokenLabels,
-        past: PagedKVCache | None = None,
-        gives: Callable[[Array, KVCache], Any] = lambda x, own: None,
+        cache: PagedKVCache | None = None,
+        layer_output: Callable[[Array, KVCache], Any] = lambda x, new_kv: None,
     ) -> tuple[Array, Array, Any]:
         """Hidden states, the experts' balance loss, and what each layer `gives` of its residual stream and its keys and
         values, stacked."""
@@ -220,29 +222,31 @@ class Decoder(nnx.Module):
         graph, weights = nnx.split(self.layers)
 
         def body(x: Array, layer: tuple[nnx.State, Array]) -> tuple[Array, tuple[Array, Any]]:
-            weights, number = layer
-            before = None if past is None else _read(self.sharding, past, number)
-            x, own, balance = nnx.merge(graph, weights)(x, rotation, token_labels, before)
-            return x, (balance, gives(x, own))
+            weights, layer_index = layer
+            cached_kv = None if cache is None else _read(self.sharding, cache, layer_index)
+            x, new_kv, balance = nnx.merge(graph, weights)(x, rotation, token_labels, cached_kv)
+            return x, (balance, layer_output(x, new_kv))
 
         layers = (weights, jnp.arange(self.config.layers))
         if self.config.remat:
             # A scan needs no guard against common subexpressions, and what guards them would keep what no layer
             # changes, such as the attention's worklist, inside the backward loop: made once for every layer.
             body = jax.checkpoint(body, prevent_cse=False)
-        x, (balance, given) = jax.lax.scan(body, x, layers)
-        return self.norm(x), jnp.mean(balance), given
+        x, (balance, outputs) = jax.lax.scan(body, x, layers)
+        return self.norm(x), jnp.mean(balance), outputs
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The residual stream before the first layer, in the compute dtype."""
         table = self.sharding.reshard(self.embedding[...], None, None).astype(self.config.compute_dtype)
         return table.at[tokens].get(out_sharding=self.sharding.spec_or_none("batch", "length", "model"))
 
-    def layer(self, number: Int[Array, ""]) -> Layer:
+    def layer(self, layer_index: Int[Array, ""]) -> Layer:
         """One layer by itself."""
         graph, weights = nnx.split(self.layers)
-        one = jax.tree.map(lambda stack: jax.lax.dynamic_index_in_dim(stack, number, keepdims=False), weights)
-        return nnx.merge(graph, one)
+        layer_weights = jax.tree.map(
+            lambda stack: jax.lax.dynamic_index_in_dim(stack, layer_index, keepdims=False), weights
+        )
+        return nnx.merge(graph, layer_weights)
 
     @property
     def lm_head(self) -> Float[Array, "V D"]:
@@ -271,18 +275,18 @@ class Decoder(nnx.Module):
         return logits.astype(self.config.head.logits).astype(jnp.float32)
 
 
-def _read(sharding: Sharding, past: PagedKVCache, layer: Array) -> KVCache:
+def _read(sharding: Sharding, cache: PagedKVCache, layer: Array) -> KVCache:
     """One layer's keys and values [B, M * P, K, E] of the past."""
-    B, M = past.page_table.shape
+    B, M = cache.page_table.shape
 
     def read(pool: Array) -> Array:
-        pages = pool.at[layer, past.page_table].get(
+        pages = pool.at[layer, cache.page_table].get(
             out_sharding=sharding.spec_or_none("batch", None, None, "heads", None)
         )
         tokens = (B, M * pool.shape[2], *pool.shape[3:])
         return jnp.reshape(pages, tokens, out_sharding=sharding.spec_or_none("batch", None, "heads", None))
 
-    return read(past.keys), read(past.values)
+    return read(cache.keys), read(cache.values)
 
 
 def _attend(sharding: Sharding, q: Array, k: Array, v: Array, token_labels: TokenLabels) -> Array:

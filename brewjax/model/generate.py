@@ -24,7 +24,7 @@ from brewjax.model.sharding import FSDP_TENSOR, MeshConfig
 from pallas_kernels.token_labels import ALL, PADDING, TokenLabels
 
 SHORTEST_BUCKET = 64
-KEPT = (None, None, None, "heads", None)  # how the keys and values of slots lie over devices
+KV_AXES = (None, None, None, "heads", None)  # how the keys and values of slots lie over devices
 
 
 class SamplingParams(Config):
@@ -70,58 +70,58 @@ class DecodeState(NamedTuple):
     key: Array
 
 
-def prefill(decoder: Decoder, tokens: Int[Array, " T"], length: Int[Array, ""], before: Prefix | None = None) -> Prefix:
+def prefill(decoder: Decoder, tokens: Int[Array, " T"], length: Int[Array, ""], prefix: Prefix | None = None) -> Prefix:
     """Reads the first `length` (at least 1) of `tokens`, behind `before` where it is given."""
     T = tokens.shape[0]
     real = jnp.arange(T) < length
-    if before is None:
+    if prefix is None:
         config = decoder.config
         start = jnp.int32(0)
         nothing = jnp.zeros((config.layers, 1, 1, config.kv_heads, config.head_dim), config.compute_dtype)
-        past = PagedKVCache(nothing, nothing, jnp.zeros((1, 0), jnp.int32))
+        cache = PagedKVCache(nothing, nothing, jnp.zeros((1, 0), jnp.int32))
     else:
-        start = before.length
-        real = jnp.concatenate([jnp.arange(before.keys.shape[1]) < start, real])
-        past = PagedKVCache(before.keys[:, None], before.values[:, None], jnp.zeros((1, 1), jnp.int32))
-    _, own = _read(decoder, tokens[None], start + jnp.arange(T)[None], real[None], past)
-    keys, values = (x[:, 0] for x in own)
-    if before is not None:
+        start = prefix.length
+        real = jnp.concatenate([jnp.arange(prefix.keys.shape[1]) < start, real])
+        cache = PagedKVCache(prefix.keys[:, None], prefix.values[:, None], jnp.zeros((1, 1), jnp.int32))
+    _, new_kv = _read(decoder, tokens[None], start + jnp.arange(T)[None], real[None], cache)
+    keys, values = (x[:, 0] for x in new_kv)
+    if prefix is not None:
         room = ((0, 0), (0, T), (0, 0), (0, 0))
         keys, values = (
             jax.lax.dynamic_update_slice_in_dim(jnp.pad(old, room), new, start, 1)
-            for old, new in ((before.keys, keys), (before.values, values))
+            for old, new in ((prefix.keys, keys), (prefix.values, values))
         )
     return Prefix(keys, values, start + length, tokens[length - 1])
 
 
-def insert(slots: DecodeState, prefix: Prefix, slot: Int[Array, ""]) -> DecodeState:
+def insert(state: DecodeState, prefix: Prefix, slot: Int[Array, ""]) -> DecodeState:
     """Puts a sequence in a slot, over what was there."""
-    S = slots.keys.shape[2]
+    S = state.keys.shape[2]
     keys, values = (
         jax.lax.dynamic_update_slice(old, new[:, None, :S], (0, slot, 0, 0, 0))
-        for old, new in ((slots.keys, prefix.keys), (slots.values, prefix.values))
+        for old, new in ((state.keys, prefix.keys), (state.values, prefix.values))
     )
-    lengths, tokens, drawn = (
+    lengths, tokens, num_sampled = (
         old.at[slot].set(new)
-        for old, new in ((slots.lengths, prefix.length - 1), (slots.tokens, prefix.last), (slots.num_sampled, 0))
+        for old, new in ((state.lengths, prefix.length - 1), (state.tokens, prefix.last), (state.num_sampled, 0))
     )
-    return DecodeState(keys, values, lengths, tokens, drawn, slots.key)
+    return DecodeState(keys, values, lengths, tokens, num_sampled, state.key)
 
 
-def step(decoder: Decoder, slots: DecodeState, sampling: SamplingParams) -> tuple[DecodeState, Int[Array, " N"]]:
+def step(decoder: Decoder, state: DecodeState, sampling: SamplingParams) -> tuple[DecodeState, Int[Array, " N"]]:
     """Reads a token in every slot and draws the one that follows it. A full slot, and an empty one, draws nonsense."""
-    N, S = slots.keys.shape[1:3]
-    real = jnp.arange(S + 1) < slots.lengths[:, None]
-    past = PagedKVCache(slots.keys, slots.values, jnp.arange(N)[:, None])
-    hidden, own = _read(decoder, slots.tokens[:, None], slots.lengths[:, None], real.at[:, S].set(True), past)
-    key, now = jax.random.split(slots.key)
-    tokens = decoder.sharding.reshard(sample(decoder.logits(hidden[:, 0]), now, sampling), None)
+    N, S = state.keys.shape[1:3]
+    real = jnp.arange(S + 1) < state.lengths[:, None]
+    cache = PagedKVCache(state.keys, state.values, jnp.arange(N)[:, None])
+    hidden, new_kv = _read(decoder, state.tokens[:, None], state.lengths[:, None], real.at[:, S].set(True), cache)
+    key, sample_key = jax.random.split(state.key)
+    tokens = decoder.sharding.reshard(sample(decoder.logits(hidden[:, 0]), sample_key, sampling), None)
     rows = jnp.arange(N)
     keys, values = (
-        old.at[:, rows, slots.lengths].set(decoder.sharding.reshard(new[:, :, 0], *KEPT[1:]), mode="drop")
-        for old, new in zip((slots.keys, slots.values), own, strict=True)
+        old.at[:, rows, state.lengths].set(decoder.sharding.reshard(new[:, :, 0], *KV_AXES[1:]), mode="drop")
+        for old, new in zip((state.keys, state.values), new_kv, strict=True)
     )
-    return DecodeState(keys, values, jnp.minimum(slots.lengths + 1, S), tokens, slots.num_sampled + 1, key), tokens
+    return DecodeState(keys, values, jnp.minimum(state.lengths + 1, S), tokens, state.num_sampled + 1, key), tokens
 
 
 def sample(logits: Float[Array, "N V"], key: Array, sampling: SamplingParams) -> Int[Array, " N"]:
@@ -129,8 +129,8 @@ def sample(logits: Float[Array, "N V"], key: Array, sampling: SamplingParams) ->
     if not sampling.temperature:
         return jnp.argmax(logits, -1).astype(jnp.int32)
     if sampling.top_k:
-        least = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
-        logits = jnp.where(logits < least, -jnp.inf, logits)
+        threshold = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
+        logits = jnp.where(logits < threshold, -jnp.inf, logits)
     return jax.random.categorical(key, logits / sampling.temperature).astype(jnp.int32)
 
 
@@ -150,30 +150,30 @@ class Generator:
         self,
         model: ModelConfig,
         params: Params,
-        slots: int,
+        num_slots: int,
         context: int,
         sampling: SamplingParams | None = None,
         seed: int = 0,
         mesh: Mesh | None = None,
     ):
-        self.model, self.count, self.context = model, slots, context
+        self.model, self.count, self.context = model, num_slots, context
         mesh = mesh or MeshConfig().build()
         replica = tuple(slice(None if axis == "tensor" else 1) for axis in mesh.axis_names)
         self.mesh = Mesh(mesh.devices[replica], mesh.axis_names, axis_types=mesh.axis_types)
         self.params = self.shard_params(params)
         self.buckets = _buckets(context)
-        shape = (model.layers, slots, context, model.kv_heads, model.head_dim)
+        shape = (model.layers, num_slots, context, model.kv_heads, model.head_dim)
 
         def empty() -> DecodeState:
-            zeros = jnp.zeros(slots, jnp.int32)
-            keys, values = (FSDP_TENSOR.reshard(jnp.zeros(shape, model.compute_dtype), *KEPT) for _ in range(2))
+            zeros = jnp.zeros(num_slots, jnp.int32)
+            keys, values = (FSDP_TENSOR.reshard(jnp.zeros(shape, model.compute_dtype), *KV_AXES) for _ in range(2))
             return DecodeState(keys, values, zeros, zeros, zeros, jax.random.key(seed))
 
-        drawn = sampling or SamplingParams()
+        sampling_params = sampling or SamplingParams()
         self._empty = jax.jit(empty)
         self._prefill = jax.jit(lambda params, *args: prefill(bind(model, params), *args))
         self._insert = jax.jit(lambda *args: insert(*args), donate_argnums=0)  # not shared: compilations are counted
-        self._step = jax.jit(lambda params, slots: step(bind(model, params), slots, drawn), donate_argnums=1)
+        self._step = jax.jit(lambda params, state: step(bind(model, params), state, sampling_params), donate_argnums=1)
 
     def shard_params(self, params: Params) -> Params:
         """Parameters of this model, on the devices that generate."""
@@ -191,29 +191,29 @@ class Generator:
         bucket = next(bucket for bucket in self.buckets if bucket >= len(tokens))
         return np.pad(np.asarray(tokens, np.int32), (0, bucket - len(tokens)))
 
-    def prefill(self, padded: Int[np.ndarray, " T"], length: int, before: Prefix | None = None) -> Prefix:
+    def prefill(self, padded: Int[np.ndarray, " T"], length: int, prefix: Prefix | None = None) -> Prefix:
         """As the function of that name."""
         with jax.set_mesh(self.mesh):
-            return self._prefill(self.params, padded, np.int32(length), before)
+            return self._prefill(self.params, padded, np.int32(length), prefix)
 
-    def insert(self, slots: DecodeState, prefix: Prefix, slot: int) -> DecodeState:
+    def insert(self, state: DecodeState, prefix: Prefix, slot: int) -> DecodeState:
         """As the function of that name; `slots` is used up."""
         with jax.set_mesh(self.mesh):
-            return self._insert(slots, prefix, np.int32(slot))
+            return self._insert(state, prefix, np.int32(slot))
 
-    def step(self, slots: DecodeState) -> tuple[DecodeState, Int[Array, " N"]]:
+    def step(self, state: DecodeState) -> tuple[DecodeState, Int[Array, " N"]]:
         """As the function of that name; `slots` is used up."""
         with jax.set_mesh(self.mesh):
-            return self._step(self.params, slots)
+            return self._step(self.params, state)
 
     def warm_up(self) -> None:
         """Compiles every shape that a sequence without a prefix may take, so that no later one does."""
         for bucket in self.buckets:
-            prefix, slots = self.prefill(np.zeros(bucket, np.int32), bucket), self.slots()
+            prefix, state = self.prefill(np.zeros(bucket, np.int32), bucket), self.slots()
             for _ in range(2):  # over several devices, `compilations` tells arrays apart by what made them
-                slots = self.insert(self.insert(slots, prefix, 0), prefix, 0)
-                slots, _ = self.step(self.step(slots)[0])
-        jax.block_until_ready(slots)
+                state = self.insert(self.insert(state, prefix, 0), prefix, 0)
+                state, _ = self.step(self.step(state)[0])
+        jax.block_until_ready(state)
 
     def compilations(self) -> int:
         """How many shapes were compiled so far."""
@@ -227,38 +227,38 @@ class Generator:
 
         ValueError where a prompt and `max_tokens` are more than the context.
         """
-        for number, prompt in enumerate(prompts):
+        for index, prompt in enumerate(prompts):
             if len(prompt) + max_tokens > self.context:
                 raise ValueError(
-                    f"prompt {number}: {len(prompt)} tokens and {max_tokens} more do not fit {self.context}"
+                    f"prompt {index}: {len(prompt)} tokens and {max_tokens} more do not fit {self.context}"
                 )
-        said: list[list[int]] = [[] for _ in prompts]
+        outputs: list[list[int]] = [[] for _ in prompts]
         waiting = deque(range(len(prompts) if max_tokens > 0 else 0))
         running: dict[int, int] = {}
-        slots = self.slots()
+        state = self.slots()
         while waiting or running:
             for slot in [slot for slot in range(self.count) if slot not in running][: len(waiting)]:
                 running[slot] = waiting.popleft()
                 prompt = prompts[running[slot]]
-                slots = self.insert(slots, self.prefill(self.pad(prompt), len(prompt)), slot)
-            slots, drawn = self.step(slots)
-            for slot, token in enumerate(np.asarray(drawn).tolist()):
+                state = self.insert(state, self.prefill(self.pad(prompt), len(prompt)), slot)
+            state, sampled = self.step(state)
+            for slot, token in enumerate(np.asarray(sampled).tolist()):
                 if slot in running:
-                    text = said[running[slot]]
+                    text = outputs[running[slot]]
                     if token not in stop:
                         text.append(token)
                     if token in stop or len(text) == max_tokens:
                         del running[slot]
-        return said
+        return outputs
 
 
-def _read(decoder: Decoder, tokens: Array, positions: Array, real: Array, past: PagedKVCache) -> tuple[Array, KVCache]:
+def _read(decoder: Decoder, tokens: Array, positions: Array, real: Array, cache: PagedKVCache) -> tuple[Array, KVCache]:
     """`Decoder.extend` for plain text: every token that is `real` sees all before it."""
     token_labels = TokenLabels(jnp.where(real, 1, PADDING), jnp.zeros(real.shape, jnp.int32), jnp.full(real.shape, ALL))
     tokens, positions, token_labels = jax.tree.map(
         lambda x: decoder.sharding.reshard(x, "batch", "length"), (tokens, positions, token_labels)
     )
-    return decoder.forward_with_cache(tokens, positions, token_labels, past)
+    return decoder.forward_with_cache(tokens, positions, token_labels, cache)
 
 
 def _buckets(context: int) -> tuple[int, ...]:

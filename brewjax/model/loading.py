@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from brewjax.model.config import ModelConfig
 from brewjax.model.params import Params, abstract_params
 
-NAMED_AT_MOST = 10  # problems, in one error
+MAX_PROBLEMS = 10  # problems, in one error
 
 
 class CheckpointError(ValueError):
@@ -65,10 +65,10 @@ class Name:
 
     def their_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of each tensor of a parameter of this shape."""
-        own = shape[self.stacked :]
+        entry_shape = shape[self.stacked :]
         if self.inputs is None:
-            return own
-        sizes = (math.prod(own[self.inputs :]), math.prod(own[: self.inputs]))
+            return entry_shape
+        sizes = (math.prod(entry_shape[self.inputs :]), math.prod(entry_shape[: self.inputs]))
         return sizes if self.inputs else sizes[:1]
 
     def to_ours(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -119,27 +119,31 @@ def _check(ours: list[tuple[Name, jax.ShapeDtypeStruct]], stored: Mapping[str, S
         if tensor not in stored:
             problems.append(f"{files}: tensor {tensor} {list(shape)} is missing")
         elif stored[tensor].shape != shape:
-            at = stored[tensor]
-            problems.append(f"{at.file}: tensor {tensor} is {list(at.shape)}, its config makes it {list(shape)}")
-    for tensor, at in stored.items():
+            tensor_in_file = stored[tensor]
+            problems.append(
+                f"{tensor_in_file.file}: tensor {tensor} is {list(tensor_in_file.shape)}, its config makes it {list(shape)}"
+            )
+    for tensor, tensor_in_file in stored.items():
         if tensor not in expected and not ignored.search(tensor):
-            problems.append(f"{at.file}: tensor {tensor} {list(at.shape)} has no place in this model")
+            problems.append(
+                f"{tensor_in_file.file}: tensor {tensor} {list(tensor_in_file.shape)} has no place in this model"
+            )
     if problems:
-        rest = len(problems) - NAMED_AT_MOST
-        raise CheckpointError("\n".join(problems[:NAMED_AT_MOST] + ([f".. and {rest} more"] if rest > 0 else [])))
+        rest = len(problems) - MAX_PROBLEMS
+        raise CheckpointError("\n".join(problems[:MAX_PROBLEMS] + ([f".. and {rest} more"] if rest > 0 else [])))
 
 
 def _fill(name: Name, leaf: jax.ShapeDtypeStruct, stored: Mapping[str, Stored]) -> jax.Array:
     sharding = leaf.sharding
     assert isinstance(sharding, NamedSharding)
-    of_entry = NamedSharding(sharding.mesh, jax.P(*sharding.spec[name.stacked :]))
+    entry_sharding = NamedSharding(sharding.mesh, jax.P(*sharding.spec[name.stacked :]))
     # For a CPU, XLA writes into a bfloat16 array by way of a float32 copy of the whole; integers it writes in place.
     as_bits = leaf.dtype == jnp.bfloat16 and sharding.mesh.devices.flat[0].platform == "cpu"
     dtype = np.dtype(np.uint16) if as_bits else leaf.dtype
     stack = jax.jit(functools.partial(jnp.zeros, leaf.shape, dtype), out_shardings=sharding)()
     for index, tensor in name.tensors(leaf.shape):
         entry = name.to_ours(stored[tensor].read(), leaf.shape)
-        placed = jax.make_array_from_callback(entry.shape, of_entry, entry.__getitem__)
+        placed = jax.make_array_from_callback(entry.shape, entry_sharding, entry.__getitem__)
         stack, fine = _put(stack, placed, np.array(index, np.int32), sharding, leaf.dtype)
         if not fine:  # which waits: the next tensor is not read while this one is still held
             raise CheckpointError(f"{stored[tensor].file}: tensor {tensor} holds NaN or infinity")
@@ -168,13 +172,13 @@ def _put(
     def local(stack: jax.Array, entry: jax.Array, index: jax.Array) -> jax.Array:
         # The place among the device's own layers and experts, if it is there.
         sizes = np.array(stack.shape[:depth], np.int32)
-        numbers = [jax.lax.axis_index(axes) if axes else 0 for axes in spec[:depth]]
-        own = index - sizes * jnp.array(numbers, jnp.int32)
-        mine = jnp.all((own >= 0) & (own < sizes))
-        start = [*jnp.clip(own, 0, sizes - 1), *[0] * entry.ndim]
-        before = jax.lax.dynamic_slice(stack, start, [1] * depth + list(entry.shape))
-        after = jnp.where(mine, entry.reshape(before.shape), before)
-        return jax.lax.dynamic_update_slice(stack, after, start)
+        shard_indices = [jax.lax.axis_index(axes) if axes else 0 for axes in spec[:depth]]
+        local_index = index - sizes * jnp.array(shard_indices, jnp.int32)
+        is_local = jnp.all((local_index >= 0) & (local_index < sizes))
+        start = [*jnp.clip(local_index, 0, sizes - 1), *[0] * entry.ndim]
+        previous = jax.lax.dynamic_slice(stack, start, [1] * depth + list(entry.shape))
+        updated = jnp.where(is_local, entry.reshape(previous.shape), previous)
+        return jax.lax.dynamic_update_slice(stack, updated, start)
 
     specs = (spec, jax.P(*spec[depth:]), jax.P())
     put = jax.shard_map(local, mesh=sharding.mesh, in_specs=specs, out_specs=spec, check_vma=False)

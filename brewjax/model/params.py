@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
-from brewjax import distributed as hosts
+from brewjax import distributed
 from brewjax.model.config import ModelConfig
 from brewjax.model.decoder import Decoder
 
@@ -82,26 +82,26 @@ def model_size(config: ModelConfig) -> ModelSize:
         raise config.error("a tokenizer's; give it, with --set vocab_size=N on the command line", "vocab_size")
     weights = jax.tree.leaves(_abstract(config)[1])
     state = nnx.to_pure_dict(_abstract(config.model_copy(update={"quantized": None}))[1])  # scales are no parameters
-    parameters, idle = num_parameters(state), 0
+    parameters, unused = num_parameters(state), 0
     if config.experts:
         matrices = {name: leaf for name, leaf in state["layers"]["experts"].items() if name != "router"}
-        idle = (
+        unused = (
             num_parameters(matrices)
             // config.experts.num_experts
             * (config.experts.num_experts - config.experts.num_experts_per_tok)
         )
     if not config.tie_head:
-        idle += state["embedding"].size  # looked up, not multiplied with
+        unused += state["embedding"].size  # looked up, not multiplied with
     cache = 2 * config.layers * config.kv_heads * config.head_dim * jnp.dtype(config.compute_dtype).itemsize
-    at_rest = sum(leaf.size * leaf.dtype.itemsize for leaf in weights)
-    return ModelSize(parameters, parameters - idle, at_rest, cache)
+    weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in weights)
+    return ModelSize(parameters, parameters - unused, weight_bytes, cache)
 
 
 def save_model(folder: Path, config: ModelConfig, params: Params) -> None:
     """Writes model.yaml and the weights into a folder, every process its own part; then all find it complete."""
     folder.mkdir(parents=True, exist_ok=True)
     ocp.save(folder.absolute() / WEIGHTS, params, overwrite=True)
-    hosts.run_on_process_zero(lambda: config.save(folder / MODEL))
+    distributed.run_on_process_zero(lambda: config.save(folder / MODEL))
 
 
 def load_model(folder: Path, mesh: Mesh) -> tuple[ModelConfig, Params]:
@@ -110,10 +110,10 @@ def load_model(folder: Path, mesh: Mesh) -> tuple[ModelConfig, Params]:
     return config, read_params(folder, abstract_params(config, mesh))
 
 
-def read_params(folder: Path, wanted: Params) -> Params:
+def read_params(folder: Path, abstract: Params) -> Params:
     """The weights that `save_model` wrote into a folder; where `wanted` has `...` for a leaf, it is not read."""
     if not ocp.is_orbax_checkpoint(folder.absolute() / WEIGHTS):
         raise ValueError(f"{folder / WEIGHTS}: no complete weights there")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return ocp.load(folder.absolute() / WEIGHTS, wanted)
+        return ocp.load(folder.absolute() / WEIGHTS, abstract)

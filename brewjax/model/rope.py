@@ -37,8 +37,8 @@ class Llama3Scaling(Config):
 
     def multipliers(self, frequencies: Float[np.ndarray, " E/2"], base: float) -> np.ndarray:
         turns = self.original_length * frequencies / (2 * math.pi)
-        kept = np.clip((turns - self.low) / (self.high - self.low), 0, 1)
-        return kept + (1 - kept) / self.factor
+        unscaled = np.clip((turns - self.low) / (self.high - self.low), 0, 1)
+        return unscaled + (1 - unscaled) / self.factor
 
 
 class LinearScaling(Config):

@@ -56,7 +56,9 @@ class MeshConfig(Config):
         within = (data // across[0], self.fsdp // across[1], *sizes[2:])
         types = (AxisType.Explicit,) * len(sizes)
         try:
-            grids = np.stack([jax.make_mesh(within, MESH_AXES, types, devices=one).devices for one in slices])
+            grids = np.stack(
+                [jax.make_mesh(within, MESH_AXES, types, devices=slice_devices).devices for slice_devices in slices]
+            )
         except NotImplementedError as error:  # an axis that is no product of the chips' own axes
             sides = "the size of an axis must be a product of sides of the chips' own grid"
             raise ValueError(f"{mesh} cannot be laid over these chips: {sides} ({error})") from None
@@ -65,21 +67,21 @@ class MeshConfig(Config):
 
     def _slices(self, devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
         """The devices of each slice."""
-        told: dict[int, list[jax.Device]] = {}
+        devices_by_slice: dict[int, list[jax.Device]] = {}
         for device in devices:
-            told.setdefault(getattr(device, "slice_index", 0), []).append(device)
-        if len(told) == 1:  # or they do not tell
-            count = self.slices or 1
-            if len(devices) % count:
-                raise ValueError(f"{len(devices)} devices cannot be {count} slices of equal size")
-            size = len(devices) // count
-            return [list(devices[at : at + size]) for at in range(0, len(devices), size)]
-        if self.slices not in (None, len(told)):
-            raise ValueError(f"slices is {self.slices}, but the devices lie on {len(told)} slices")
-        if len({len(one) for one in told.values()}) > 1:
-            lengths = ", ".join(str(len(told[index])) for index in sorted(told))
+            devices_by_slice.setdefault(getattr(device, "slice_index", 0), []).append(device)
+        if len(devices_by_slice) == 1:  # or they do not tell
+            num_slices = self.slices or 1
+            if len(devices) % num_slices:
+                raise ValueError(f"{len(devices)} devices cannot be {num_slices} slices of equal size")
+            size = len(devices) // num_slices
+            return [list(devices[start : start + size]) for start in range(0, len(devices), size)]
+        if self.slices not in (None, len(devices_by_slice)):
+            raise ValueError(f"slices is {self.slices}, but the devices lie on {len(devices_by_slice)} slices")
+        if len({len(slice_devices) for slice_devices in devices_by_slice.values()}) > 1:
+            lengths = ", ".join(str(len(devices_by_slice[index])) for index in sorted(devices_by_slice))
             raise ValueError(f"slices must have as many devices each, and have {lengths}")
-        return [told[index] for index in sorted(told)]
+        return [devices_by_slice[index] for index in sorted(devices_by_slice)]
 
 
 def data_parallel_size(mesh: Mesh) -> int:
@@ -101,8 +103,8 @@ class Sharding:
             if axis is not None and axis not in self.rules:
                 raise ValueError(f"no sharding rule for axis '{axis}'; rules: {', '.join(self.rules)}")
             mesh_axes = self.rules[axis] if axis is not None else ()
-            if taken := set(mesh_axes) & set(used):
-                raise ValueError(f"axes {axes}: mesh axis '{taken.pop()}' is used twice")
+            if repeated := set(mesh_axes) & set(used):
+                raise ValueError(f"axes {axes}: mesh axis '{repeated.pop()}' is used twice")
             used += mesh_axes
             entries.append(mesh_axes or None)
         return PartitionSpec(*entries)
@@ -121,9 +123,11 @@ class Sharding:
         spec = self.spec(*axes)
         for size, axis in zip(shape, axes, strict=True):
             mesh_axes = self.rules[axis] if axis is not None else ()
-            ways = math.prod(mesh.shape[name] for name in mesh_axes)
-            if size % ways:
-                raise ValueError(f"axis '{axis}' of size {size} does not divide over {ways} devices of {mesh_axes}")
+            num_shards = math.prod(mesh.shape[name] for name in mesh_axes)
+            if size % num_shards:
+                raise ValueError(
+                    f"axis '{axis}' of size {size} does not divide over {num_shards} devices of {mesh_axes}"
+                )
         return NamedSharding(mesh, spec)
 
 

@@ -32,9 +32,11 @@ def upcycle(
     new = config.model_copy(update={"experts": experts})
     expected = abstract_params(new, mesh)
     layers = dict(params["layers"])
-    matrices = {name: layers.pop(name) for name in COPIED}
+    mlp = {name: layers.pop(name) for name in COPIED}
     shapes = expected["layers"]["experts"]
-    copies = {name: _copied(matrix, experts.num_experts, shapes[name].sharding) for name, matrix in matrices.items()}
+    copies = {
+        name: _copy_to_experts(matrix, experts.num_experts, shapes[name].sharding) for name, matrix in mlp.items()
+    }
     router = shapes["router"]
     copies["router"] = jax.jit(
         lambda key: noise * jax.random.normal(key, router.shape, router.dtype), out_shardings=router.sharding
@@ -43,7 +45,7 @@ def upcycle(
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _copied(matrix: jax.Array, count: int, sharding: jax.sharding.NamedSharding) -> jax.Array:
+def _copy_to_experts(matrix: jax.Array, count: int, sharding: jax.sharding.NamedSharding) -> jax.Array:
     """[layers, ..] as [layers, experts, ..]."""
     return jax.lax.broadcast_in_dim(
         matrix, (len(matrix), count, *matrix.shape[1:]), (0, *range(2, matrix.ndim + 1)), out_sharding=sharding

@@ -47,7 +47,9 @@ class QuantizedWeight(nnx.Module):
         self.summed = tuple(range(batch, batch + inputs))
         values, scale = self.quantize(weight[...])
         self.values = Weight(values, axes=weight.axes)
-        self.scale = Weight(scale, axes=tuple(axis for at, axis in enumerate(weight.axes) if at not in self.summed))
+        self.scale = Weight(
+            scale, axes=tuple(axis for index, axis in enumerate(weight.axes) if index not in self.summed)
+        )
 
     def quantize(
         self, weight: Float[Array, " *B"], per_tensor: bool = False
@@ -55,28 +57,28 @@ class QuantizedWeight(nnx.Module):
         """Values and scale of a float matrix of this shape; `per_tensor` gives all its channels the largest scale."""
         values, scale = to_8_bits(weight, DTYPES[self.config.dtype], self.summed)
         if per_tensor:
-            everything = tuple(range(self.summed[0], weight.ndim))
-            values, one = to_8_bits(weight, DTYPES[self.config.dtype], everything)
-            scale = one + jnp.zeros_like(scale)
+            all_axes = tuple(range(self.summed[0], weight.ndim))
+            values, largest_scale = to_8_bits(weight, DTYPES[self.config.dtype], all_axes)
+            scale = largest_scale + jnp.zeros_like(scale)
         return values, jnp.squeeze(scale, self.summed)
 
     def __call__(self, sharding: Sharding, x: Float[Array, "B T *K"]) -> Float[Array, "B T *N"]:
         """`x` times the matrix, in the dtype of `x`."""
         values, scale = gathered(sharding, self, x.dtype)
         axes = used_axes(self.values)
-        over: tuple[str, ...] = ()
+        sum_axes: tuple[str, ...] = ()
 
         def multiply(x: Array, values: Array, scale: Array) -> Array:
             matrix = Quantized(values.reshape(math.prod(values.shape[: self.inputs]), -1), scale.reshape(-1))
-            out = quantized_matmul(x.reshape(*x.shape[:2], -1), matrix, self.config.activations, over)
+            out = quantized_matmul(x.reshape(*x.shape[:2], -1), matrix, self.config.activations, sum_axes)
             return out.reshape(*x.shape[:2], *scale.shape)
 
         if jax.sharding.get_abstract_mesh().empty:
             return multiply(x, values, scale)
-        taken, given = axes[: self.inputs], axes[self.inputs :]
-        over = tuple(mesh_axis for axis in taken if axis for mesh_axis in sharding.rules[axis])
-        specs = (sharding.spec("batch", "length", *taken), sharding.spec(*axes), sharding.spec(*given))
-        out_spec = sharding.spec("batch", "length", *given)
+        input_axes, output_axes = axes[: self.inputs], axes[self.inputs :]
+        sum_axes = tuple(mesh_axis for axis in input_axes if axis for mesh_axis in sharding.rules[axis])
+        specs = (sharding.spec("batch", "length", *input_axes), sharding.spec(*axes), sharding.spec(*output_axes))
+        out_spec = sharding.spec("batch", "length", *output_axes)
         return jax.shard_map(multiply, in_specs=specs, out_specs=out_spec)(x, values, scale)
 
 
@@ -131,14 +133,16 @@ def product(sharding: Sharding, x: Float[Array, "B T *K"], weight: Matrix, input
     if isinstance(weight, QuantizedWeight):
         return weight(sharding, x)
     axes = used_axes(weight)
-    of_x, of_product = (sharding.spec_or_none("batch", "length", *each) for each in (axes[:inputs], axes[inputs:]))
-    specs = (of_x, sharding.spec_or_none(*axes), of_product)
+    x_spec, out_spec = (
+        sharding.spec_or_none("batch", "length", *part_axes) for part_axes in (axes[:inputs], axes[inputs:])
+    )
+    specs = (x_spec, sharding.spec_or_none(*axes), out_spec)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)  # or the gathered matrices of all layers would be kept
-    def of_gathered(x: Array, matrix: Array) -> Array:
+    def multiply_gathered(x: Array, matrix: Array) -> Array:
         return _product(inputs, specs, x, sharding.reshard(matrix.astype(x.dtype), *axes))
 
-    return of_gathered(x, weight[...])
+    return multiply_gathered(x, weight[...])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -148,8 +152,8 @@ def _product(inputs: int, specs: Specs, x: Float[Array, "B T *K"], matrix: Float
     return _dot(x, matrix, range(2, 2 + inputs), range(inputs), specs[2])
 
 
-def _dot(a: Array, b: Array, of_a: Sequence[int], of_b: Sequence[int], out: jax.P | None) -> Array:
-    return jax.lax.dot_general(a, b, ((tuple(of_a), tuple(of_b)), ((), ())), out_sharding=out)
+def _dot(a: Array, b: Array, a_axes: Sequence[int], b_axes: Sequence[int], out: jax.P | None) -> Array:
+    return jax.lax.dot_general(a, b, ((tuple(a_axes), tuple(b_axes)), ((), ())), out_sharding=out)
 
 
 def _product_forward(inputs: int, specs: Specs, x: Array, matrix: Array) -> tuple[Array, tuple[Array, Array]]:

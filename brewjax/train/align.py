@@ -45,25 +45,27 @@ class Align(Config):
     rpo_alpha: float = pydantic.Field(default=0.0, ge=0)
 
     def __call__(
-        self, decoder: Decoder, batch: TokenBatch, given: AuxInputs
+        self, decoder: Decoder, batch: TokenBatch, aux: AuxInputs
     ) -> tuple[WeightedSum, dict[str, WeightedSum]]:
-        reference = given.get(REFERENCE, given.get(BASE))
+        reference = aux.get(REFERENCE, aux.get(BASE))
         if not isinstance(reference, Decoder):
             raise ValueError(
                 "align needs a reference to hold the policy to: give train() a frozen 'reference', or set train.lora"
             )
         hidden, balance = decoder.forward_with_aux_loss(batch.tokens, batch.positions, batch.token_labels)
         policy = candidate_log_probs(decoder, hidden, batch)
-        held_to = candidate_log_probs(reference, reference(batch.tokens, batch.positions, batch.token_labels), batch)
+        reference_log_probs = candidate_log_probs(
+            reference, reference(batch.tokens, batch.positions, batch.token_labels), batch
+        )
         sharding = decoder.sharding
         rows, axes = sharding.spec("batch", None), sharding.rules["batch"]
         token_labels = batch.token_labels
         labels = (token_labels.example_id, token_labels.piece_id, batch.preference)
-        fields = [policy, jax.lax.stop_gradient(held_to), batch.weights, *map(jnp.asarray, labels)]
+        fields = [policy, jax.lax.stop_gradient(reference_log_probs), batch.weights, *map(jnp.asarray, labels)]
 
         def local(*fields: Array) -> dict[str, WeightedSum]:
-            of_rows = jax.vmap(self.lists)(*fields)
-            return jax.tree.map(lambda x: jax.lax.psum(jnp.sum(x), axes), of_rows)
+            row_sums = jax.vmap(self.lists)(*fields)
+            return jax.tree.map(lambda x: jax.lax.psum(jnp.sum(x), axes), row_sums)
 
         means = jax.shard_map(local, in_specs=rows, out_specs=jax.P(), check_vma=False)(
             *(sharding.reshard(field, "batch", None) for field in fields)
@@ -76,8 +78,8 @@ class Align(Config):
         policy: Float[Array, " T"],
         reference: Float[Array, " T"],
         weights: Array,
-        example: Array,
-        segment: Array,
+        example_id: Array,
+        piece_id: Array,
         preference: Array,
     ) -> dict[str, WeightedSum]:
         """The losses and metrics of one row's lists, summed by the weights of the lists.
@@ -86,53 +88,62 @@ class Align(Config):
           policy, reference: log-probabilities of the targets.
         """
         T = len(policy)
-        places = jnp.arange(T)
-        inside = preference != 0
-        total = functools.partial(jax.ops.segment_sum, num_segments=T + 1)
+        indices = jnp.arange(T)
+        listed = preference != 0
+        sum_by = functools.partial(jax.ops.segment_sum, num_segments=T + 1)
 
         # Tokens -> candidates: runs of one segment. Tokens -> lists: equal (example, list), numbered in their order.
-        runs = jnp.append(False, (example[1:] != example[:-1]) | (segment[1:] != segment[:-1]))
-        candidate = jnp.cumsum(runs)
-        order = jnp.lexsort((jnp.abs(preference), example))
-        keys = jnp.stack([example, jnp.abs(preference)])[:, order]
-        numbers = jnp.cumsum(jnp.append(False, jnp.any(keys[:, 1:] != keys[:, :-1], 0)))
-        list_of_token = jnp.where(inside, jnp.zeros(T, numbers.dtype).at[order].set(numbers), T)  # T: in no list
+        starts_candidate = jnp.append(False, (example_id[1:] != example_id[:-1]) | (piece_id[1:] != piece_id[:-1]))
+        candidate = jnp.cumsum(starts_candidate)
+        order = jnp.lexsort((jnp.abs(preference), example_id))
+        keys = jnp.stack([example_id, jnp.abs(preference)])[:, order]
+        list_index = jnp.cumsum(jnp.append(False, jnp.any(keys[:, 1:] != keys[:, :-1], 0)))
+        list_of_token = jnp.where(listed, jnp.zeros(T, list_index.dtype).at[order].set(list_index), T)  # T: in no list
         list_of = jax.ops.segment_min(list_of_token, candidate, T + 1)
         list_of = jnp.where((list_of >= 0) & (list_of < T), list_of, T)
 
-        score = self.beta * total(jnp.where(inside, policy - reference, 0), candidate)
-        preferred = jax.ops.segment_max(preference, candidate, T + 1) > 0
-        rejected = (jax.ops.segment_min(preference, candidate, T + 1) < 0) & (list_of < T)
-        preferred &= list_of < T
+        score = self.beta * sum_by(jnp.where(listed, policy - reference, 0), candidate)
+        is_chosen = jax.ops.segment_max(preference, candidate, T + 1) > 0
+        is_rejected = (jax.ops.segment_min(preference, candidate, T + 1) < 0) & (list_of < T)
+        is_chosen &= list_of < T
 
-        of_preferred = preference > 0
-        targets = jnp.maximum(total(of_preferred.astype(jnp.float32), list_of_token), 1)
-        others = total(rejected.astype(jnp.float32), list_of)
-        whole = (total(preferred.astype(jnp.float32), list_of) == 1) & (others > 0) & (jnp.append(places, T) < T)
-        others = jnp.maximum(others, 1)
-        weight = jnp.where(whole, total(jnp.where(of_preferred, weights, 0), list_of_token) / targets, 0)
+        is_chosen_token = preference > 0
+        num_targets = jnp.maximum(sum_by(is_chosen_token.astype(jnp.float32), list_of_token), 1)
+        num_rejected = sum_by(is_rejected.astype(jnp.float32), list_of)
+        is_valid = (
+            (sum_by(is_chosen.astype(jnp.float32), list_of) == 1) & (num_rejected > 0) & (jnp.append(indices, T) < T)
+        )
+        num_rejected = jnp.maximum(num_rejected, 1)
+        weight = jnp.where(is_valid, sum_by(jnp.where(is_chosen_token, weights, 0), list_of_token) / num_targets, 0)
 
-        chosen = total(jnp.where(preferred, score, 0), list_of)
+        chosen_score = sum_by(jnp.where(is_chosen, score, 0), list_of)
         if self.loss_type == "softmax":
-            top = jax.lax.stop_gradient(jax.ops.segment_max(jnp.where(rejected, score, -jnp.inf), list_of, T + 1))
-            top = jnp.where(jnp.isfinite(top), top, 0)
-            shares = total(jnp.where(rejected, jnp.exp(jnp.where(rejected, score - top[list_of], 0)), 0), list_of)
-            loss = self._cost(chosen - top - jnp.log(jnp.where(whole, shares, 1)))
+            max_rejected = jax.lax.stop_gradient(
+                jax.ops.segment_max(jnp.where(is_rejected, score, -jnp.inf), list_of, T + 1)
+            )
+            max_rejected = jnp.where(jnp.isfinite(max_rejected), max_rejected, 0)
+            shares = sum_by(
+                jnp.where(is_rejected, jnp.exp(jnp.where(is_rejected, score - max_rejected[list_of], 0)), 0), list_of
+            )
+            loss = self._cost(chosen_score - max_rejected - jnp.log(jnp.where(is_valid, shares, 1)))
         else:
-            loss = total(jnp.where(rejected, self._cost(chosen[list_of] - score), 0), list_of) / others
-        reward_of_rejected = total(jnp.where(rejected, score, 0), list_of) / others
-        beaten = total(jnp.where(rejected, (chosen[list_of] > score).astype(jnp.float32), 0), list_of) / others
+            loss = sum_by(jnp.where(is_rejected, self._cost(chosen_score[list_of] - score), 0), list_of) / num_rejected
+        rejected_score = sum_by(jnp.where(is_rejected, score, 0), list_of) / num_rejected
+        accuracy = (
+            sum_by(jnp.where(is_rejected, (chosen_score[list_of] > score).astype(jnp.float32), 0), list_of)
+            / num_rejected
+        )
 
         def mean(x: Array) -> WeightedSum:
-            return WeightedSum(jnp.sum(weight * jnp.where(whole, x, 0)), jnp.sum(weight))
+            return WeightedSum(jnp.sum(weight * jnp.where(is_valid, x, 0)), jnp.sum(weight))
 
         return {
             "loss_dpo": mean(loss),
-            "loss_sft": mean(-total(jnp.where(of_preferred, policy, 0), list_of_token) / targets),
-            "reward_chosen": mean(chosen),
-            "reward_rejected": mean(reward_of_rejected),
-            "reward_margin": mean(chosen - reward_of_rejected),
-            "preference_accuracy": mean(beaten),
+            "loss_sft": mean(-sum_by(jnp.where(is_chosen_token, policy, 0), list_of_token) / num_targets),
+            "reward_chosen": mean(chosen_score),
+            "reward_rejected": mean(rejected_score),
+            "reward_margin": mean(chosen_score - rejected_score),
+            "preference_accuracy": mean(accuracy),
         }
 
     def _cost(self, margin: Array) -> Array:

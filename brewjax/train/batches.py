@@ -35,29 +35,32 @@ class ShardedBatches:
         self,
         shards: Shards,
         mesh: Mesh,
-        parts: int,
-        rows: int,
+        num_micro_batches: int,
+        batch_size: int,
         seq_len: int,
-        streams: int,
+        num_data_shards: int,
         seed: int,
-        beside: Mapping[str, BatchLookup] = {},
+        lookups: Mapping[str, BatchLookup] = {},
     ):
-        self._beside = beside
-        self._shape, self._block, self._streams = (parts, rows // parts, seq_len), rows // parts // streams, streams
+        self._lookups = lookups
+        self._shape = (num_micro_batches, batch_size // num_micro_batches, seq_len)
+        self._block = batch_size // num_micro_batches // num_data_shards
+        self._num_data_shards = num_data_shards
         self._sharding = NamedSharding(mesh, BATCH_SPEC)
         readers: dict[int, set[int]] = {}
-        places: Any = self._sharding.devices_indices_map(self._shape)
-        for device, index in places.items():
-            for stream in self._streams_of(index[1]):
-                readers.setdefault(stream, set()).add(device.process_index)
-        here = jax.process_index()
-        self.reads = [stream for stream in sorted(readers) if here in readers[stream]]
+        indices: Any = self._sharding.devices_indices_map(self._shape)
+        for device, index in indices.items():
+            for shard in self._shards_in(index[1]):
+                readers.setdefault(shard, set()).add(device.process_index)
+        process = jax.process_index()
+        self.reads = [shard for shard in sorted(readers) if process in readers[shard]]
         self._iterators = {
-            stream: iter(load_batches(shards, rows // streams, seq_len, seed, stream, streams)) for stream in self.reads
+            shard: iter(load_batches(shards, batch_size // num_data_shards, seq_len, seed, shard, num_data_shards))
+            for shard in self.reads
         }
-        self._saves = [stream for stream in self.reads if min(readers[stream]) == here]
+        self._saves = [shard for shard in self.reads if min(readers[shard]) == process]
 
-    def _streams_of(self, rows: slice) -> range:
+    def _shards_in(self, rows: slice) -> range:
         start, stop, _ = rows.indices(self._shape[1])
         return range(start // self._block, -(-stop // self._block))
 
@@ -65,38 +68,38 @@ class ShardedBatches:
         return self
 
     def __next__(self) -> tuple[TokenBatch, TokenBatch, dict[str, Any]]:
-        read = {stream: next(iterator) for stream, iterator in self._iterators.items()}
-        found = [{name: look_up(rows) for name, look_up in self._beside.items()} for rows in read.values()]
-        order = {stream: place for place, stream in enumerate(read)}
+        read = {shard: next(iterator) for shard, iterator in self._iterators.items()}
+        looked_up = [{name: look_up(rows) for name, look_up in self._lookups.items()} for rows in read.values()]
+        order = {shard: position for position, shard in enumerate(read)}
 
         def place(*leaves: np.ndarray) -> jax.Array:
-            parts = [leaf.reshape(self._shape[0], self._block, *leaf.shape[1:]) for leaf in leaves]
+            blocks = [leaf.reshape(self._shape[0], self._block, *leaf.shape[1:]) for leaf in leaves]
 
-            def of_device(index: Any) -> np.ndarray:  # a slice of each axis
-                streams = self._streams_of(index[1])
+            def read_block(index: Any) -> np.ndarray:  # a slice of each axis
+                block_shards = self._shards_in(index[1])
                 start, stop, _ = index[1].indices(self._shape[1])
-                whole = (
-                    np.concatenate([parts[order[s]] for s in streams], 1)
-                    if len(streams) > 1
-                    else parts[order[streams[0]]]
+                joined = (
+                    np.concatenate([blocks[order[s]] for s in block_shards], 1)
+                    if len(block_shards) > 1
+                    else blocks[order[block_shards[0]]]
                 )
-                return whole[:, start - streams[0] * self._block : stop - streams[0] * self._block]
+                return joined[:, start - block_shards[0] * self._block : stop - block_shards[0] * self._block]
 
             shape = (*self._shape, *leaves[0].shape[2:])
-            return jax.make_array_from_callback(shape, self._sharding, of_device)
+            return jax.make_array_from_callback(shape, self._sharding, read_block)
 
         batches = list(read.values())
         local = jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches)
-        return local, jax.tree.map(place, *batches), jax.tree.map(place, *found)
+        return local, jax.tree.map(place, *batches), jax.tree.map(place, *looked_up)
 
     async def save(self, directory: Any) -> Awaitable[None]:
         """For Orbax: what to save is taken now, and written while training goes on."""
-        states = {stream: json.dumps(self._iterators[stream].get_state()) for stream in self._saves}
+        states = {shard: json.dumps(self._iterators[shard].get_state()) for shard in self._saves}
 
         async def write() -> None:
             folder = Path(await directory.await_creation())
-            for stream, state in states.items():
-                (folder / _name(stream, self._streams)).write_text(state)
+            for shard, state in states.items():
+                (folder / _name(shard, self._num_data_shards)).write_text(state)
 
         return write()
 
@@ -104,11 +107,11 @@ class ShardedBatches:
         """For Orbax: goes on where `save` was."""
 
         async def read() -> None:
-            for stream, iterator in self._iterators.items():
-                iterator.set_state(json.loads((Path(directory) / _name(stream, self._streams)).read_text()))
+            for shard, iterator in self._iterators.items():
+                iterator.set_state(json.loads((Path(directory) / _name(shard, self._num_data_shards)).read_text()))
 
         return read()
 
 
-def _name(stream: int, streams: int) -> str:
-    return f"stream-{stream}-of-{streams}.json"
+def _name(shard: int, num_data_shards: int) -> str:
+    return f"shard-{shard}-of-{num_data_shards}.json"

@@ -14,7 +14,7 @@ from typing import Any
 
 from orbax.checkpoint import v1 as ocp
 
-from brewjax import distributed as hosts
+from brewjax import distributed
 
 CHECKPOINTS = "checkpoints"
 
@@ -54,8 +54,10 @@ def restore(checkpointer: ocp.training.Checkpointer, abstract: dict[str, Any]) -
         except Exception as error:  # of many types, by what is missing or cut short
             damaged[step] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
             continue
-        for bad, reason in damaged.items():
-            hosts.run_on_process_zero(functools.partial(_set_aside, Path(checkpointer.directory), bad, reason, step))
+        for damaged_step, reason in damaged.items():
+            distributed.run_on_process_zero(
+                functools.partial(_set_aside, Path(checkpointer.directory), damaged_step, reason, step)
+            )
         if damaged:
             checkpointer.reload()
         return restored

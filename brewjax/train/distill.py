@@ -98,28 +98,28 @@ class Distill(Config):
             )
 
     def __call__(
-        self, decoder: Decoder, batch: TokenBatch, given: AuxInputs
+        self, decoder: Decoder, batch: TokenBatch, aux: AuxInputs
     ) -> tuple[WeightedSum, dict[str, WeightedSum]]:
-        teacher = given.get(TEACHER)
+        teacher = aux.get(TEACHER)
         if teacher is None:
             raise ValueError("distill needs a teacher: give train() what Distill.aux_models returns")
-        learnt = batch.weights  # from the targets themselves
+        supervised_weights = batch.weights  # from the targets themselves
         if self.on_policy_fraction:
-            batch, own = replace_with_student_samples(
+            batch, is_sample = replace_with_student_samples(
                 decoder, batch, self.on_policy_fraction, min(self.top_k, decoder.config.vocab_size)
             )
-            learnt = jnp.where(own, 0, learnt)
+            supervised_weights = jnp.where(is_sample, 0, supervised_weights)
         inputs = (batch.tokens, batch.positions, batch.token_labels)
-        read = Decoder.forward_with_hidden_states if self.hidden_state_weight else Decoder.forward_with_aux_loss
-        hidden, balance, *streams = read(decoder, *inputs)
+        forward = Decoder.forward_with_hidden_states if self.hidden_state_weight else Decoder.forward_with_aux_loss
+        hidden, balance, *streams = forward(decoder, *inputs)
         if isinstance(teacher, TopK):
             kd = self._from_top_k(decoder, hidden, batch, teacher)
         else:
             self.check_models(teacher.config, decoder.config)
-            said, _, *shown = jax.lax.stop_gradient(read(teacher, *inputs))
-            kd = self._from_teacher(decoder, hidden, batch, (said, teacher.lm_head))
-            streams += shown
-        sft = cross_entropy(decoder, hidden, batch._replace(weights=learnt))
+            teacher_hidden, _, *teacher_streams = jax.lax.stop_gradient(forward(teacher, *inputs))
+            kd = self._from_teacher(decoder, hidden, batch, (teacher_hidden, teacher.lm_head))
+            streams += teacher_streams
+        sft = cross_entropy(decoder, hidden, batch._replace(weights=supervised_weights))
         loss = (1 - self.kd_weight) * sft.total + self.kd_weight * kd.total + balance * kd.weight
         metrics = {"loss_sft": sft, "loss_kd": kd}
         if self.hidden_state_weight:
@@ -161,9 +161,9 @@ def _weights(batch: TokenBatch) -> jax.Array:
 def _distance(streams: list[jax.Array], batch: TokenBatch) -> WeightedSum:
     """1 - cos of the residual streams [L, B, T, D] of student and teacher, averaged over layers, summed over tokens."""
     student, teacher = streams
-    layers, of_teacher = len(student), len(teacher)
-    like = jnp.stack([teacher[round((n + 1) * of_teacher / layers) - 1] for n in range(layers)])
-    a, b = (x.astype(jnp.float32) for x in (student, like))
+    num_layers, num_teacher_layers = len(student), len(teacher)
+    matched = jnp.stack([teacher[round((n + 1) * num_teacher_layers / num_layers) - 1] for n in range(num_layers)])
+    a, b = (x.astype(jnp.float32) for x in (student, matched))
     lengths = jnp.sum(a * a, -1) * jnp.sum(b * b, -1)
     cosines = jnp.mean(jnp.sum(a * b, -1) * jax.lax.rsqrt(lengths + 1e-12), 0)
     real = batch.token_labels.example_id != PADDING

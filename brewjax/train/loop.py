@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 from orbax.checkpoint import v1 as ocp
 
-from brewjax import distributed as hosts
+from brewjax import distributed
 from brewjax.config import Config, Seed
 from brewjax.data.records.loader import NO_TARGET, TokenBatch, describe_sources
 from brewjax.data.records.shards import Shards
@@ -72,11 +72,11 @@ class TrainConfig(Config):
 
     def check_rows(self, mesh: Mesh) -> None:
         """ValueError where the rows do not divide over the mesh."""
-        ways = data_parallel_size(mesh)
-        if self.batch_size // self.gradient_accumulation_steps % ways:
+        num_devices = data_parallel_size(mesh)
+        if self.batch_size // self.gradient_accumulation_steps % num_devices:
             raise ValueError(
                 f"train.batch_size ({self.batch_size}) / gradient_accumulation_steps ({self.gradient_accumulation_steps}) must "
-                f"be a multiple of the {ways} devices "
+                f"be a multiple of the {num_devices} devices "
                 "along data, fsdp and expert, which share the rows"
             )
 
@@ -112,14 +112,14 @@ def train(
     """
     mesh = config.mesh.build()
     config.check_rows(mesh)
-    caches = {name: one.look_up for name, one in aux_models.items() if isinstance(one, TeacherCache)}
-    elsewhere = {name: one for name, one in aux_models.items() if isinstance(one, TeacherOnMesh)}
-    inside = {name: one for name, one in aux_models.items() if isinstance(one, FrozenModel)}
+    caches = {name: aux_model.look_up for name, aux_model in aux_models.items() if isinstance(aux_model, TeacherCache)}
+    teachers = {name: aux_model for name, aux_model in aux_models.items() if isinstance(aux_model, TeacherOnMesh)}
+    frozen = {name: aux_model for name, aux_model in aux_models.items() if isinstance(aux_model, FrozenModel)}
     if config.lora:
         if init is None:
             raise ValueError("train.lora adapts the weights of a model: there is none to start from")
-        inside[BASE] = _start(model, init, mesh)
-    models = {name: one.model for name, one in inside.items()}
+        frozen[BASE] = _load_initial(model, init, mesh)
+    models = {name: aux_model.model for name, aux_model in frozen.items()}
     batches = ShardedBatches(
         shards,
         mesh,
@@ -132,40 +132,42 @@ def train(
     )
     with (
         jax.set_mesh(mesh),
-        hosts.defer_preemption(),
+        distributed.defer_preemption(),
         open_checkpoints(folder, config.max_checkpoints_to_keep) as checkpointer,
     ):
-        beside = {name: one.on(mesh) for name, one in inside.items()}
+        aux_params = {name: aux_model.on(mesh) for name, aux_model in frozen.items()}
         state = _restore_or_init(checkpointer, model, config, mesh, batches, init)
         step = jax.jit(make_step(model, config, objective, models), donate_argnums=0)
-        start, ending = int(state["step"]), hosts.PreemptionSync(mesh)
+        start, preemption_sync = int(state["step"]), distributed.PreemptionSync(mesh)
         with contextlib.ExitStack() as stack:
             writer = (
-                stack.enter_context(MetricsWriter(folder, start, config.steps)) if hosts.is_process_zero() else None
+                stack.enter_context(MetricsWriter(folder, start, config.steps))
+                if distributed.is_process_zero()
+                else None
             )
             pending = None  # the step whose metrics are still being computed while the next one is dispatched
-            for number in range(start + 1, config.steps + 1):
-                batch, placed, said = next(batches)
-                if elsewhere:  # two programs at once on a CPU's devices may wait for each other for ever
+            for step_index in range(start + 1, config.steps + 1):
+                batch, placed, aux_outputs = next(batches)
+                if teachers:  # two programs at once on a CPU's devices may wait for each other for ever
                     jax.block_until_ready(state)
-                for name, teacher in elsewhere.items():
-                    said[name] = jax.device_put(teacher(placed), NamedSharding(mesh, BATCH_SPEC))
-                state, metrics = step(state, placed, said, beside)
+                for name, teacher in teachers.items():
+                    aux_outputs[name] = jax.device_put(teacher(placed), NamedSharding(mesh, BATCH_SPEC))
+                state, metrics = step(state, placed, aux_outputs, aux_params)
                 if pending:
                     _record(writer, folder, shards, *pending)
-                pending = (number, batch, metrics)
-                end = ending()
-                if end or number % config.checkpoint_every_steps == 0 or number == config.steps:
+                pending = (step_index, batch, metrics)
+                preempted = preemption_sync()
+                if preempted or step_index % config.checkpoint_every_steps == 0 or step_index == config.steps:
                     _record(writer, folder, shards, *pending)  # refuses to save what a NaN has spoilt
                     pending = None
                     checkpointer.wait()
-                    checkpointer.save_checkpointables_async(number, {"state": state, "data": batches}, force=True)
-                if end and number < config.steps:
+                    checkpointer.save_checkpointables_async(step_index, {"state": state, "data": batches}, force=True)
+                if preempted and step_index < config.steps:
                     checkpointer.wait()
-                    hosts.exit_for_restart(f"step {number} of {config.steps} is saved")
+                    distributed.exit_for_restart(f"step {step_index} of {config.steps} is saved")
         checkpointer.wait()
         if config.lora:
-            return jax.jit(config.lora.merge)(beside[BASE], state["params"])
+            return jax.jit(config.lora.merge)(aux_params[BASE], state["params"])
         return _cast(state["params"], model.param_dtype)
 
 
@@ -180,14 +182,17 @@ def make_step(
     optimizer, rate = config.optimizer.build(config.steps), config.optimizer.rate(config.steps)
 
     def step(
-        state: State, parts: TokenBatch, said: Mapping[str, TopK] = {}, frozen: Mapping[str, Params] = {}
+        state: State,
+        micro_batches: TokenBatch,
+        aux_outputs: Mapping[str, TopK] = {},
+        aux_params: Mapping[str, Params] = {},
     ) -> tuple[State, dict[str, Array]]:
         def loss_sum(
-            params: Params, part: TokenBatch, said: Mapping[str, TopK]
+            params: Params, micro_batch: TokenBatch, aux_outputs: Mapping[str, TopK]
         ) -> tuple[Array, dict[str, WeightedSum]]:
-            decoder = config.lora.bind(model, frozen[BASE], params) if config.lora else bind(model, params)
-            given = dict(said) | {name: bind(models[name], weights) for name, weights in frozen.items()}
-            loss, metrics = objective(decoder, part, given)
+            decoder = config.lora.bind(model, aux_params[BASE], params) if config.lora else bind(model, params)
+            aux = dict(aux_outputs) | {name: bind(models[name], weights) for name, weights in aux_params.items()}
+            loss, metrics = objective(decoder, micro_batch, aux)
             return loss.total, {"loss": loss} | metrics
 
         def accumulate(
@@ -197,7 +202,7 @@ def make_step(
             return jax.tree.map(jnp.add, sums, grads), means
 
         zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), state["params"])
-        grads, means = jax.lax.scan(accumulate, zeros, (parts, said))
+        grads, means = jax.lax.scan(accumulate, zeros, (micro_batches, aux_outputs))
         # Divided once, by the weights of all parts: accumulation and uneven rows change nothing.
         means = {name: WeightedSum(jnp.sum(mean.total), jnp.sum(mean.weight)) for name, mean in means.items()}
         weights = {name: jnp.where(mean.weight > 0, mean.weight, 1) for name, mean in means.items()}
@@ -205,10 +210,10 @@ def make_step(
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
         metrics = {name: mean.total / weights[name] for name, mean in means.items()} | {
             "weight": means["loss"].weight,
-            "targets": jnp.sum(parts.targets != NO_TARGET),
+            "targets": jnp.sum(micro_batches.targets != NO_TARGET),
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": rate(state["step"]),
-            "tokens": jnp.sum(parts.token_labels.example_id > PADDING),
+            "tokens": jnp.sum(micro_batches.token_labels.example_id > PADDING),
         }
         metrics["update_norm"] = optax.tree.norm(updates)
         params = optax.apply_updates(state["params"], updates)
@@ -231,7 +236,7 @@ def _restore_or_init(
     if config.lora:
         params = config.lora.init(abstract_params(model, mesh), config.seed)
     elif init is not None:
-        params = _cast(_start(model, init, mesh).on(mesh), "float32")
+        params = _cast(_load_initial(model, init, mesh).on(mesh), "float32")
     else:
         params = init_params(master(model), mesh, config.seed)
     return jax.jit(_initial(config), donate_argnums=0)(params)
@@ -247,18 +252,18 @@ def _cast(params: Params, dtype: Dtype) -> Params:
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
-def _start(model: ModelConfig, init: Callable[[], Params], mesh: Mesh) -> FrozenModel:
+def _load_initial(model: ModelConfig, init: Callable[[], Params], mesh: Mesh) -> FrozenModel:
     """What `init` makes; ValueError where it is not parameters of `model`."""
     params = init()
     sizes = [
-        {jax.tree_util.keystr(path): (*leaf.shape, leaf.dtype) for path, leaf in jax.tree.leaves_with_path(each)}
-        for each in (abstract_params(model, mesh), params)
+        {jax.tree_util.keystr(path): (*leaf.shape, leaf.dtype) for path, leaf in jax.tree.leaves_with_path(tree)}
+        for tree in (abstract_params(model, mesh), params)
     ]
     for name in sizes[0] | sizes[1]:
-        expected, found = (of.get(name) for of in sizes)
-        if expected != found:
+        expected, actual = (tree_sizes.get(name) for tree_sizes in sizes)
+        if expected != actual:
             raise ValueError(
-                f"the parameters to start from do not fit model '{model.name}': {name} is {found}, not {expected}"
+                f"the parameters to start from do not fit model '{model.name}': {name} is {actual}, not {expected}"
             )
     return FrozenModel(model, params)
 
@@ -301,8 +306,8 @@ def _record(
 ) -> None:
     row = {name: value.item() for name, value in metrics.items()}
     if not np.isfinite([row["loss"], row["grad_norm"], row["update_norm"]]).all():
-        of_process = f"_process_{jax.process_index()}" if jax.process_count() > 1 else ""
-        saved = folder / f"bad_batch_step_{step}{of_process}.npz"
+        suffix = f"_process_{jax.process_index()}" if jax.process_count() > 1 else ""
+        saved = folder / f"bad_batch_step_{step}{suffix}.npz"
         np.savez(saved, **batch._asdict() | batch.token_labels._asdict())
         sources = "\n  ".join(describe_sources(shards, batch))
         raise NonFiniteError(

@@ -41,17 +41,22 @@ class LoraConfig(Config):
 
         def pair(name: str, weight: jax.ShapeDtypeStruct) -> Params:
             inputs, outputs = AXES[name]
-            before, shape = weight.ndim - inputs - outputs, weight.shape
+            num_stacked, shape = weight.ndim - inputs - outputs, weight.shape
             spec = (*weight.sharding.spec, *[None] * (weight.ndim - len(weight.sharding.spec)))
 
             def matrix(axes: list[int | None]) -> jax.ShapeDtypeStruct:  # None: along the rank
                 sizes = tuple(self.rank if axis is None else shape[axis] for axis in axes)
-                of = jax.P(*(None if axis is None else spec[axis] for axis in axes))
-                return jax.ShapeDtypeStruct(sizes, jnp.float32, sharding=NamedSharding(weight.sharding.mesh, of))
+                matrix_spec = jax.P(*(None if axis is None else spec[axis] for axis in axes))
+                return jax.ShapeDtypeStruct(
+                    sizes, jnp.float32, sharding=NamedSharding(weight.sharding.mesh, matrix_spec)
+                )
 
-            stack = list(range(before))
-            into, out = range(before, before + inputs), range(before + inputs, weight.ndim)
-            return {"a": matrix([*stack, *into, None]), "b": matrix([*stack, None, *out])}
+            stack = list(range(num_stacked))
+            inputs_axes, outputs_axes = (
+                range(num_stacked, num_stacked + inputs),
+                range(num_stacked + inputs, weight.ndim),
+            )
+            return {"a": matrix([*stack, *inputs_axes, None]), "b": matrix([*stack, None, *outputs_axes])}
 
         return self._each(params, pair)
 
@@ -98,15 +103,15 @@ class LoraConfig(Config):
                 merged[name] = self.merge(value, adapters[name])
         return merged
 
-    def _each(self, params: Params, of: Callable[[str, Any], Params]) -> Params:
+    def _each(self, params: Params, function: Callable[[str, Any], Params]) -> Params:
         """`of(name, weight)` in the place of each target, and nothing else."""
-        found: Params = {}
+        adapters: Params = {}
         for name, value in params.items():
             if name in self.targets:
-                found[name] = of(name, value)
-            elif isinstance(value, dict) and (below := self._each(value, of)):
-                found[name] = below
-        return found
+                adapters[name] = function(name, value)
+            elif isinstance(value, dict) and (below := self._each(value, function)):
+                adapters[name] = below
+        return adapters
 
 
 def _sum(name: str, weight: jax.Array, adapter: Params, scale: float) -> jax.Array:

@@ -40,7 +40,7 @@ Objective = Callable[
 ]  # the loss, and metrics
 
 
-def supervised(decoder: Decoder, batch: TokenBatch, given: AuxInputs) -> tuple[WeightedSum, dict[str, WeightedSum]]:
+def supervised(decoder: Decoder, batch: TokenBatch, aux: AuxInputs) -> tuple[WeightedSum, dict[str, WeightedSum]]:
     """Cross-entropy of the targets by their weights: -log P(target | everything that its token sees), natural log.
 
     Pre-training and supervised fine-tuning alike: they differ in their targets. A mixture of experts adds its
@@ -52,12 +52,15 @@ def supervised(decoder: Decoder, batch: TokenBatch, given: AuxInputs) -> tuple[W
 
 
 def cross_entropy(decoder: Decoder, hidden: Float[Array, "B T D"], batch: TokenBatch) -> WeightedSum:
-    towers = [(hidden, decoder.lm_head)]
-    return token_sums(decoder.sharding, linear_cross_entropy, towers, batch.targets, batch.weights)
+    models_and_heads = [(hidden, decoder.lm_head)]
+    return token_sums(decoder.sharding, linear_cross_entropy, models_and_heads, batch.targets, batch.weights)
 
 
 def token_sums(
-    sharding: Sharding, loss: Callable[..., tuple[Array, Array]], towers: Sequence[HiddenAndHead], *fields: Array
+    sharding: Sharding,
+    loss: Callable[..., tuple[Array, Array]],
+    models_and_heads: Sequence[HiddenAndHead],
+    *fields: Array,
 ) -> WeightedSum:
     """The two sums that `loss` returns of each device's tokens, over all devices.
 
@@ -67,27 +70,35 @@ def token_sums(
       fields: [B, T, ..] each.
     """
     axes = (*sharding.rules["batch"], *sharding.rules["length"])
-    return WeightedSum(*_by_device(sharding, lambda *line: jax.lax.psum(loss(*line), axes), towers, fields, jax.P()))
+    return WeightedSum(
+        *_map_over_devices(sharding, lambda *line: jax.lax.psum(loss(*line), axes), models_and_heads, fields, jax.P())
+    )
 
 
-def per_token(sharding: Sharding, function: Callable[..., Any], towers: Sequence[HiddenAndHead], *fields: Array) -> Any:
+def per_token(
+    sharding: Sharding, function: Callable[..., Any], models_and_heads: Sequence[HiddenAndHead], *fields: Array
+) -> Any:
     """As `token_sums`, for a function that returns arrays [N, ..], which come back as [B, T, ..]."""
-    return _by_device(sharding, function, towers, fields, sharding.spec("batch", "length"))
+    return _map_over_devices(sharding, function, models_and_heads, fields, sharding.spec("batch", "length"))
 
 
-def _by_device(
-    sharding: Sharding, function: Callable, towers: Sequence[HiddenAndHead], fields: Sequence[Array], out: jax.P
+def _map_over_devices(
+    sharding: Sharding,
+    function: Callable,
+    models_and_heads: Sequence[HiddenAndHead],
+    fields: Sequence[Array],
+    out: jax.P,
 ) -> Any:
     def local(hidden: list[Array], heads: list[Array], fields: list[Array]) -> Any:
         shape = hidden[0].shape[:2]
-        of_tokens = [x.reshape(-1, *x.shape[2:]) for x in hidden]
-        each = [x for tower in zip(of_tokens, heads, strict=True) for x in tower]
-        found = function(*each, *(x.reshape(-1, *x.shape[2:]) for x in fields))
-        return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), found) if len(out) else found
+        flat_hidden = [x.reshape(-1, *x.shape[2:]) for x in hidden]
+        hidden_and_heads = [x for pair in zip(flat_hidden, heads, strict=True) for x in pair]
+        outputs = function(*hidden_and_heads, *(x.reshape(-1, *x.shape[2:]) for x in fields))
+        return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), outputs) if len(out) else outputs
 
     rows = sharding.spec("batch", "length")
     return jax.shard_map(local, in_specs=(rows, jax.P(None, None), rows), out_specs=out, check_vma=False)(
-        [hidden for hidden, _ in towers],
-        [head.astype(hidden.dtype) for hidden, head in towers],
+        [hidden for hidden, _ in models_and_heads],
+        [head.astype(hidden.dtype) for hidden, head in models_and_heads],
         [sharding.reshard(x, "batch", "length", *[None] * (x.ndim - 2)) for x in fields],
     )

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from rich.progress import Progress
 
-from brewjax import distributed as hosts
+from brewjax import distributed
 from brewjax.data.records.loader import NO_TARGET, TokenBatch
 from brewjax.data.records.shards import Shards, read_counts, shard_folders
 from brewjax.model.config import ModelConfig
@@ -52,14 +52,14 @@ class TeacherOnMesh:
 
     def __init__(self, teacher: FrozenModel, mesh: Mesh, k: int, temperature: float):
         self._mesh, self._params = mesh, teacher.on(mesh)
-        self._answer = jax.jit(functools.partial(_answers, teacher.model, k, temperature))
+        self._answer = jax.jit(functools.partial(_compute_top_k, teacher.model, k, temperature))
 
     def __call__(self, placed: TokenBatch) -> TopK:
         """[parts, rows, T, k], on the teacher's mesh, of a batch [parts, rows, T] on any."""
         _check_rows(placed.tokens.shape[1], self._mesh)
-        there = jax.device_put(placed, NamedSharding(self._mesh, BATCH_SPEC))
+        on_teacher_mesh = jax.device_put(placed, NamedSharding(self._mesh, BATCH_SPEC))
         with jax.set_mesh(self._mesh):
-            return self._answer(self._params, there)
+            return self._answer(self._params, on_teacher_mesh)
 
 
 def _check_rows(rows: int, mesh: Mesh) -> None:
@@ -70,10 +70,10 @@ def _check_rows(rows: int, mesh: Mesh) -> None:
         )
 
 
-def _answers(model: ModelConfig, k: int, temperature: float, params: Params, parts: TokenBatch) -> TopK:
+def _compute_top_k(model: ModelConfig, k: int, temperature: float, params: Params, micro_batches: TokenBatch) -> TopK:
     decoder = bind(model, params)
 
-    def one(batch: TokenBatch) -> TopK:
+    def answer_batch(batch: TokenBatch) -> TopK:
         hidden = decoder(batch.tokens, batch.positions, batch.token_labels)
         ids, log_probs = per_token(
             decoder.sharding,
@@ -83,7 +83,7 @@ def _answers(model: ModelConfig, k: int, temperature: float, params: Params, par
         )
         return TopK(ids, log_probs)
 
-    return jax.lax.map(one, parts)
+    return jax.lax.map(answer_batch, micro_batches)
 
 
 class TeacherCache:
@@ -93,24 +93,24 @@ class TeacherCache:
         if not (folder / CARD).exists():
             raise CacheError(f"{folder}: no complete cache of a teacher's answers there")
         self.folder, self.card = folder, json.loads((folder / CARD).read_text())
-        self._parts = [_Part.open(path) for path in _parts(folder)]
+        self._parts = [_Part.open(path) for path in _part_folders(folder)]
         self._place = {record: (part, n) for part in self._parts for n, record in enumerate(part.records.tolist())}
 
     def look_up(self, batch: TokenBatch) -> TopK:
         """float32 and int32 [rows, T, k] for a batch of numpy arrays [rows, T]."""
         shape = (*batch.tokens.shape, self.card["k"])
         ids, log_probs = np.full(shape, -1, np.int32), np.full(shape, -np.inf, np.float32)
-        for (row, record), places in _targets(batch):
+        for (row, record), positions in _targets(batch):
             if record not in self._place:
                 raise CacheError(f"{self.folder}: the teacher never saw record {record} of these shards")
             part, n = self._place[record]
             answers = slice(part.offsets[n], part.offsets[n + 1])
-            if len(places) != answers.stop - answers.start:
+            if len(positions) != answers.stop - answers.start:
                 raise CacheError(
-                    f"{self.folder}: record {record} has {len(places)} targets, the teacher answered "
+                    f"{self.folder}: record {record} has {len(positions)} targets, the teacher answered "
                     f"{answers.stop - answers.start}"
                 )
-            ids[row, places], log_probs[row, places] = part.ids[answers], part.log_probs[answers]
+            ids[row, positions], log_probs[row, positions] = part.ids[answers], part.log_probs[answers]
         return TopK(ids, log_probs)  # type: ignore[arg-type]  # numpy until it is placed
 
 
@@ -131,7 +131,7 @@ class _Part(NamedTuple):
 
     @classmethod
     def of(cls, answers: dict[int, TopK]) -> _Part:
-        counts = [len(of_record.ids) for of_record in answers.values()]
+        counts = [len(record_answers.ids) for record_answers in answers.values()]
         ids, log_probs = (np.concatenate(arrays) for arrays in zip(*answers.values(), strict=True))
         return cls(np.array(list(answers), np.int64), np.cumsum([0, *counts]), ids, log_probs)
 
@@ -145,17 +145,17 @@ class _Part(NamedTuple):
         temporary.rename(folder)
 
 
-def _parts(folder: Path) -> list[Path]:
+def _part_folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("part-*") if not path.suffix)
 
 
 def _targets(batch: TokenBatch) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
     """(row, record), and where that record's targets stand in the row, in order."""
     for row in range(len(batch.tokens)):
-        places = np.flatnonzero(batch.targets[row] != NO_TARGET)
-        records = batch.source[row, places]
+        positions = np.flatnonzero(batch.targets[row] != NO_TARGET)
+        records = batch.source[row, positions]
         for record in np.unique(records):
-            yield (row, int(record)), places[records == record]
+            yield (row, int(record)), positions[records == record]
 
 
 def write_cache(
@@ -179,40 +179,48 @@ def write_cache(
     devices = mesh.build()
     _check_rows(rows, devices)
     card = {"teacher": fingerprint(teacher, devices), "k": k, "temperature": temperature}
-    done = hosts.run_on_process_zero(functools.partial(_begin, folder, shards, card))
+    done = distributed.run_on_process_zero(functools.partial(_begin, folder, shards, card))
     if done is None:
         return
     seen, answer = set(done), TeacherOnMesh(teacher, devices, k, temperature)
-    counts = {one: read_counts(one) for one in shard_folders(shards)}
-    records = sum(of["records"] for of in counts.values())
+    counts = {shard_folder: read_counts(shard_folder) for shard_folder in shard_folders(shards)}
+    records = sum(folder_counts["records"] for folder_counts in counts.values())
     # Each folder by its size, whatever its share in training: the first epochs of all end together.
-    batches = ShardedBatches({one: of["tokens"] for one, of in counts.items()}, devices, 1, rows, seq_len, 1, seed=0)
+    batches = ShardedBatches(
+        {shard_folder: folder_counts["tokens"] for shard_folder, folder_counts in counts.items()},
+        devices,
+        1,
+        rows,
+        seq_len,
+        1,
+        seed=0,
+    )
     waiting: dict[int, TopK] = {}
-    with Progress(disable=not hosts.is_process_zero()) as progress:
+    with Progress(disable=not distributed.is_process_zero()) as progress:
         bar = progress.add_task("the teacher answers", total=records, completed=len(seen))
         while len(seen) < records:
             _, placed, _ = next(batches)
             batch = _on_host(placed)
-            fresh = {
+            new_records = {
                 record: (row, np.flatnonzero((batch.source[row] == record) & (batch.targets[row] != NO_TARGET)))
                 for row in range(rows)
                 for record in np.unique(batch.source[row]).tolist()
                 if record >= 0 and record not in seen
             }
-            if fresh:
-                said = _on_host(answer(placed))
+            if new_records:
+                outputs = _on_host(answer(placed))
                 waiting |= {
-                    record: TopK(said.ids[row, places], said.log_probs[row, places])
-                    for record, (row, places) in fresh.items()
+                    record: TopK(outputs.ids[row, positions], outputs.log_probs[row, positions])
+                    for record, (row, positions) in new_records.items()
                 }
-                seen |= set(fresh)
-            if hosts.is_process_zero() and (
+                seen |= set(new_records)
+            if distributed.is_process_zero() and (
                 len(seen) == records or sum(answers.ids.size for answers in waiting.values()) >= PART_WORDS
             ):
-                _Part.of(waiting).write(folder / f"part-{len(_parts(folder)):05d}")
+                _Part.of(waiting).write(folder / f"part-{len(_part_folders(folder)):05d}")
                 waiting = {}
             progress.update(bar, completed=len(seen))
-    hosts.run_on_process_zero(lambda: (folder / BEGUN).replace(folder / CARD) and None)
+    distributed.run_on_process_zero(lambda: (folder / BEGUN).replace(folder / CARD) and None)
 
 
 def _begin(folder: Path, shards: Shards, card: dict) -> list[int] | None:
@@ -221,12 +229,18 @@ def _begin(folder: Path, shards: Shards, card: dict) -> list[int] | None:
     for path in (folder / CARD, folder / BEGUN):
         if not path.exists():
             continue
-        of = json.loads(path.read_text())
-        if other := [f"{name} {of[name]}, not {value}" for name, value in card.items() if of[name] != value]:
+        stored = json.loads(path.read_text())
+        if mismatches := [
+            f"{name} {stored[name]}, not {value}" for name, value in card.items() if stored[name] != value
+        ]:
             raise CacheError(
-                f"{folder}: holds a teacher's answers for {'; '.join(other)}. Delete it, or name another folder"
+                f"{folder}: holds a teacher's answers for {'; '.join(mismatches)}. Delete it, or name another folder"
             )
-        return None if path.name == CARD else [n for part in _parts(folder) for n in _Part.open(part).records.tolist()]
+        return (
+            None
+            if path.name == CARD
+            else [n for part in _part_folders(folder) for n in _Part.open(part).records.tolist()]
+        )
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / "begun.tmp"
     temporary.write_text(json.dumps(card))
@@ -266,10 +280,10 @@ def _bit_sums(x: jax.Array) -> jax.Array:
     """Two sums of the bits by their places, modulo 2^32. The factors are odd: any one changed number changes both."""
     unsigned = {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
     bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-    place = jnp.uint32(0)
+    index = jnp.uint32(0)
     for axis, size in enumerate(x.shape):
-        along = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis, out_sharding=jax.typeof(x).sharding)
-        place = place * jnp.uint32(size) + along
-    mixed = (place ^ (place >> 16)) * jnp.uint32(0x45D9F3B)
-    factors = 2 * place + 1, 2 * (mixed ^ (mixed >> 16)) + 1
+        axis_index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis, out_sharding=jax.typeof(x).sharding)
+        index = index * jnp.uint32(size) + axis_index
+    mixed = (index ^ (index >> 16)) * jnp.uint32(0x45D9F3B)
+    factors = 2 * index + 1, 2 * (mixed ^ (mixed >> 16)) + 1
     return jnp.stack([jnp.sum(bits * factor, dtype=jnp.uint32) for factor in factors])

@@ -65,7 +65,7 @@ def test_two_processes_match_one(together, alone):
     assert "step 40/40" in log(together, 0)
     assert "step" not in log(together, 1)
     data = together / "checkpoints" / str(CONFIG.steps) / "data"
-    assert sorted(path.name for path in data.glob("stream-*")) == ["stream-0-of-2.json", "stream-1-of-2.json"]
+    assert sorted(path.name for path in data.glob("shard-*")) == ["shard-0-of-2.json", "shard-1-of-2.json"]
 
 
 def test_one_killed_ends_the_other_and_a_restart_goes_on(shards, together, tmp_path):
