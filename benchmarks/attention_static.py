@@ -45,7 +45,7 @@ from rich.table import Table
 
 from benchmarks.layouts import LAYOUTS, PACKED, STAR, make_labels
 from pallas_kernels import attention_tpu
-from pallas_kernels.attention_tpu_plan import TILE, AttentionPlan, Line, kinds_and_labels
+from pallas_kernels.attention_tpu_plan import TILE, AttentionPlan, Line, kinds_and_labels, largest_divisor
 from pallas_kernels.token_labels import TokenLabels, dense_mask
 from pallas_kernels.worklist import FULL_BLOCK
 
@@ -158,14 +158,14 @@ def costs(chip: Chip, way: str, group: int = 1) -> Costs:
     empty = compile_only(lambda *_: None)
     every = less(compile_only(lambda whole, *_: attention_tpu._run_full_block(plan, whole)), empty)
     chunks = group * plan.chunks
-    times = chunks // attention_tpu.largest_divisor(chunks, attention_tpu.UNROLL)  # the code is in a loop
+    times = chunks // largest_divisor(chunks, attention_tpu.UNROLL)  # the code is in a loop
 
     @functools.cache
     def of_form(count: int, is_row: bool) -> Counter:
         """The first line of that form: others are the same code elsewhere."""
         line = next(line for line in plan.lines if len(line) == count and (line in plan.rows) == is_row)
         whole = less(compile_only(along(line)), empty)
-        more = group // attention_tpu.largest_divisor(group, attention_tpu.UNROLL // len(line)) - 1
+        more = group // largest_divisor(group, attention_tpu.UNROLL // len(line)) - 1
         if not more:
             return whole
         with mock.patch.object(attention_tpu.Masks, "make"):

@@ -1,11 +1,13 @@
 """Attention by `TokenLabels` on a GPU: FlashAttention-2 (Dao 2023, arXiv 2307.08691) in Pallas, through Triton.
 
-A program takes a block of queries and goes through the blocks of keys that it meets: first, without a mask, those in
-which every query sees every key, then the others. The backward pass goes through them twice: for dq by block of
-queries, for dk and dv by block of keys. So no two programs add to one place, and no run differs from another.
+A program computes one query block and loops over its active key blocks: full blocks first, without a mask, then the
+others. The backward pass visits the pairs of blocks twice: by query block for dq, by key block for dk and dv. So no two
+programs add to the same output, and every run gives the same bits.
 
-The heads of a group are rows of one matrix, [T x G, D]: its keys are read once for all of them, and a block spans fewer
-places, so that fewer hidden pairs are computed.
+The heads of a group are rows of one matrix, [T x G, D]: the group's keys are read once for all of them, and a block
+spans fewer tokens, so that fewer masked pairs are computed.
+
+Axis letters as in `attention`, and R: rows (queries times heads of a group) (docs/glossary.md, "Axis letters").
 """
 
 from __future__ import annotations
@@ -27,14 +29,12 @@ from pallas_kernels.token_labels import INITIAL_MAX, MASKED, TokenLabels, attend
 from pallas_kernels.worklist import BlockTable, block_table, block_visibility
 
 LOG2E = math.log2(math.e)
-SMALLEST = 16  # side of a matrix product
-
-
-NUM_STAGES = 3  # of a loop: which block is next, its loads, its products
+SMALLEST = 16  # least side of a matrix product
+NUM_STAGES = 3  # of the software pipeline of a loop: the block's index, its loads, its products
 
 
 class Blocks(NamedTuple):
-    """How a kernel is cut: rows of queries and keys in a block, warps of a program."""
+    """Sizes of a kernel: rows (queries times heads of a group) and keys in a block, warps of a program."""
 
     rows: int
     keys: int
@@ -53,7 +53,7 @@ FLOAT32_BLOCKS = {64: Blocks(64, 32, 8), 128: Blocks(32, 32, 8), 256: Blocks(16,
 
 
 def choose_blocks(kernel: str, D: int, dtype: DTypeLike) -> Blocks:
-    """For heads of size `D`, a power of two up to 256."""
+    """The block sizes of a kernel ("forward", "dq", "dk_dv") for heads of size `D`, a power of two up to 256."""
     return (FLOAT32_BLOCKS if dtype == jnp.float32 else BLOCKS[kernel])[max(D, 64)]
 
 
@@ -66,7 +66,7 @@ def forward(
     q_start: Int[Array, ""],
     interpret: bool = False,
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
-    """Output in the dtype of `q` and float32 log-sum-exp; what padding gets means nothing."""
+    """As `attention`: the output, and the float32 log-sum-exp; both are undefined for padding."""
     call = _Call(("forward",), q, k, q_token_labels, kv_token_labels, q_start, interpret)
     rows, keys = [call.to_rows(q)], [call.to_keys(x) for x in (k, v)]
     outputs = [(rows[0].shape, q.dtype), (rows[0].shape[:-1], jnp.float32)]
@@ -81,7 +81,7 @@ def _forward_kernel(
     queries = q[...]
 
     def visit(n: Array, state: tuple[Array, Array, Array], masked: bool) -> tuple[Array, Array, Array]:
-        acc, row_max, row_sum = state  # unnormalised output, running maximum, running sum
+        acc, row_max, row_sum = state  # unnormalised output, running maximum, running sum of weights
         block = pl.ds(table.indices[n] * blocks.keys, blocks.keys)
         scores = _dot(queries, k[block, :].T) * (scale * LOG2E)
         if masked:
@@ -112,7 +112,7 @@ def backward(
     d_out: Float[Array, "B T H D"],
     interpret: bool = False,
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B S K D"], Float[Array, "B S K D"]]:
-    """float32 gradients of q, k and v; `correction` is sum(out * d_out) less the cotangent of the log-sum-exp."""
+    """float32 gradients of q, k and v, given `delta` = sum(out * d_out, -1) - d_lse, float32 like `lse`."""
     call = _Call(("dq", "dk_dv"), q, k, q_token_labels, kv_token_labels, q_start, interpret)
     rows = [call.to_rows(x) for x in (q, d_out.astype(q.dtype), lse * LOG2E, delta)]
     keys = [call.to_keys(x) for x in (k, v)]
@@ -149,7 +149,7 @@ def _dk_dv_kernel(
         dk_sums, dv_sums = state
         block = pl.ds(table.indices[n] * blocks.rows, blocks.rows)
         queries, d_outs = q[block, :], d_out[block, :]
-        # Keys by queries: weights then meet `d_outs` as they are, not transposed.
+        # Keys by queries: weights are then multiplied with `d_outs` as they are, not transposed.
         scores = _dot(keys, queries.T) * (scale * LOG2E)
         if masked:
             scores = jnp.where(_mask(q_labels, block, kv_labels, slice(None), rows_axis=1), scores, MASKED)
@@ -174,22 +174,22 @@ def _visit_all(table: BlockTable, visit: Callable, state: Any) -> Any:
 
 
 def _mask(q_labels: Any, rows: Any, kv_labels: Any, keys: Any, rows_axis: int) -> Bool[Array, "_ _"]:
-    """Whether the queries of some rows see some keys."""
+    """Whether the queries in some rows attend to some keys."""
     q = [jnp.expand_dims(q_labels[n, rows], 1 - rows_axis) for n in range(4)]
     kv = [jnp.expand_dims(kv_labels[n, keys], rows_axis) for n in range(4)]
     return attends(TokenLabels(*q[:3]), TokenLabels(*kv[:3]), q[3], kv[3])
 
 
 def _dot(a: Array, b: Array) -> Array:
-    """float32 sums, and of float32 a true float32 product."""
+    """a @ b with float32 sums; float32 inputs get a true float32 product."""
     return jnp.dot(a, b, precision=precision(a.dtype), preferred_element_type=jnp.float32)
 
 
 class _Call:
-    """The shapes of one call of some kernels, and how arrays are laid out for them and back.
+    """The shapes of one call of some kernels; it lays arrays out for them, and back.
 
-    R rows are the queries, the heads of a group one after the other. Rows and the S keys are padded to whole blocks of
-    every kernel, heads to a power of two.
+    R rows are the queries, each with the heads of a group in succession. Rows and the S keys are padded to whole blocks
+    of every kernel, heads to a power of two.
     """
 
     def __init__(
@@ -225,7 +225,7 @@ class _Call:
         outputs: Sequence[tuple[tuple[int, ...], DTypeLike]],
         by_key: bool = False,
     ) -> list[Array]:
-        """Runs a kernel, a program for each block of rows, or of keys; what it writes is laid out like those."""
+        """Runs a kernel, one program for each block of rows, or of keys if `by_key`; its outputs are laid out alike."""
         blocks = self.blocks[name]
         q_token_labels, kv_token_labels = (
             TokenLabels(*(x[:, n] for n in range(3))) for x in (self.q_labels, self.kv_labels)
@@ -268,7 +268,7 @@ class _Call:
         )(table, self.q_labels, self.kv_labels, *rows, *keys)
 
     def _pad_to_blocks(self, x: Array, axis: int, side: str) -> Array:
-        multiple = max(getattr(blocks, side) for blocks in self.blocks.values())  # of all the others, as powers of two
+        multiple = max(getattr(blocks, side) for blocks in self.blocks.values())  # a multiple of all: powers of two
         widths = [(0, 0)] * x.ndim
         widths[axis] = (0, -x.shape[axis] % multiple)
         if x.ndim == 4:

@@ -1,20 +1,22 @@
 """Attention by `TokenLabels` on a TPU: FlashAttention-2 (Dao 2023, arXiv 2307.08691) over a worklist, in Pallas.
 
-Scores are kept keys by queries, [S, T]: the softmax then reduces over sublanes (cheap vector maxima and sums) and not
-over lanes, the running maximum and sum of a query are one number on its lane, and so is all that the backward pass
-needs to know of it. Hence queries and outputs are handed over transposed, [D, T].
+Scores lie keys by queries, [S, T]: the softmax then reduces over sublanes (cheap vector maxima and sums), not over
+lanes, and a query's running maximum and sum are one number on its lane, as is all that the backward pass needs of it.
+Hence queries and outputs are passed transposed, [D, T].
 
-A *chunk* is one head's queries as wide as the matrix unit; a block of queries is up to `CHUNKS` of them for every head
-of a group. A visit goes through its chunks in straight-line code, two of them under way at a time: the weights of one,
-the weighted sum of the one before; so the matrix and the vector unit work at once.
+A *chunk* is one head's queries as wide as the matrix unit; a query block is up to `CHUNKS` of them for every head of a
+group. A visit goes through its chunks in straight-line code with two in flight: the weights of one, the weighted sum of
+the previous one; so the matrix unit and the vector unit work at the same time.
 
-Where not every query sees every key, a visit goes through the diagonals of its 128 x 128 tiles, and skips those in
-which nobody sees anybody. The tiles of a diagonal have different queries and different keys: independent work again.
+In a block that is not full, a visit goes through the diagonals of its 128 x 128 tiles and skips those without a visible
+pair of tokens. The tiles of a diagonal have different queries and different keys: independent work again.
 
-Where every query does, the forward pass neither waits for the maximum of the scores nor stores them: weights are
-taken against the *reference* that earlier visits left, 0 at first. It cancels in the quotient of two sums, and any does
-that neither overflows nor loses weights; the sum of the weights tells, of each query by itself. Those of which it was
-far off are run again, against their maximum, which then is the reference.
+In full blocks the forward pass subtracts an *estimate* of the row maximum (the `reference` left by earlier visits, 0 at
+first) instead of waiting for the true one, and stores no scores: softmax is a ratio, so any offset works that neither
+over- nor underflows. If a row's sum shows that the estimate was bad, that row is computed again with its true maximum,
+which becomes the new estimate.
+
+Axis letters as in `attention_tpu_plan` (docs/glossary.md, "Axis letters").
 """
 
 from __future__ import annotations
@@ -32,15 +34,25 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention_tpu_plan import LABELS, TILE, AttentionPlan, kinds_and_labels, unpack_labels
+from pallas_kernels.attention_tpu_plan import (
+    LABELS,
+    TILE,
+    AttentionPlan,
+    key_spec,
+    kinds_and_labels,
+    label_specs,
+    largest_divisor,
+    query_spec,
+    unpack_labels,
+)
 from pallas_kernels.platform import precision
 from pallas_kernels.token_labels import INITIAL_MAX, MASKED, TokenLabels, attends
 from pallas_kernels.worklist import FULL_BLOCK, worklist
 
 UNROLL = 16  # chunks, or tiles, in straight-line code
 LOG2E = math.log2(math.e)
-# While a sum of weights is between these, no weight that matters to it underflows in float32, and its weighted sum of
-# values below 2^28 does not overflow.
+# While a row's sum of weights is between these, no weight that matters to it underflows in float32, and its weighted
+# sum of values below 2^28 does not overflow.
 MIN_ROW_SUM, MAX_ROW_SUM = 2.0**-64, 2.0**100
 
 
@@ -53,7 +65,7 @@ def forward(
     q_start: Int[Array, ""],
     interpret: Any = False,
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
-    """Output in the dtype of `q` and float32 log-sum-exp; what padding gets means nothing."""
+    """As `attention`: the output, and the float32 log-sum-exp; both are undefined for padding."""
     plan = AttentionPlan.of(q, k, interpret)
     kind, labels = kinds_and_labels(plan, q_token_labels, kv_token_labels, q_start)
     visits = worklist(kind, plan.max_visits)
@@ -65,15 +77,15 @@ def forward(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(plan.K, visits.length),
-            in_specs=[_query_spec(GC, D, C), _key_spec(S, D), _key_spec(D, S), *_label_specs(plan)],
-            out_specs=[_query_spec(GC, D, C), _query_spec(GC, 1, C)],
+            in_specs=[query_spec(GC, D, C), key_spec(S, D), key_spec(D, S), *label_specs(plan)],
+            out_specs=[query_spec(GC, D, C), query_spec(GC, 1, C)],
             scratch_shapes=[
-                pltpu.VMEM((GC, 1, C), jnp.float32),  # reference: what is taken off scores
-                pltpu.VMEM((GC, 1, C), jnp.float32),  # running sum
+                pltpu.VMEM((GC, 1, C), jnp.float32),  # reference: the estimate that is subtracted from scores
+                pltpu.VMEM((GC, 1, C), jnp.float32),  # running sum of weights
                 pltpu.VMEM((GC, D, C), jnp.float32),  # unnormalised output
                 pltpu.VMEM((2, S, C), jnp.float32),  # scores
                 pltpu.VMEM((2, S, C), q.dtype),  # weights
-                pltpu.VMEM((GC, 1, C), jnp.float32),  # MASKED for queries that need not run again, else 0
+                pltpu.VMEM((GC, 1, C), jnp.float32),  # MASKED for queries that are not computed again, else 0
                 *_mask_scratch(plan),
             ],
         ),
@@ -103,7 +115,7 @@ def _forward_kernel(
         acc[...] = jnp.zeros_like(acc)
 
     def attend_full(sub_blocks: list[SubBlock]) -> None:
-        """Against the reference so far, or 0; queries of which that is far off are left as they were, and run again."""
+        """With the reference so far as offset, or 0; rows for which it was bad keep their state and run again."""
         accepted: dict[int, Array] = {}
 
         def compute_weights(n: int) -> None:
@@ -111,7 +123,7 @@ def _forward_kernel(
             previous = reference[index]
             offset = jnp.where(previous == INITIAL_MAX, 0.0, previous)
             added = jnp.zeros((8, sub_block.width), jnp.float32)
-            for row in range(0, plan.keys, plan.chunk):  # fewest bundles, of 32 to 512 keys at a time
+            for row in range(0, plan.keys, plan.chunk):  # of 32 to 512 keys at a time, the fewest bundles
                 rows = pl.Slice(row, min(plan.chunk, plan.keys - row))
                 p = jnp.exp2(_dot(k[rows], q[index]) * scale - offset)
                 weights[n % 2, rows] = p.astype(weights.dtype)
@@ -133,7 +145,7 @@ def _forward_kernel(
         pl.when(any_rejected)(functools.partial(_rerun, attend_masked, sub_blocks, skip_mask))
 
     def attend_masked(sub_blocks: list[SubBlock]) -> None:
-        """Against the maximum so far, of these jobs too."""
+        """With the true running maximum as offset."""
         block_maxima: dict[int, Array] = {}
         rescales: dict[int, Array] = {}
 
@@ -165,7 +177,7 @@ def _forward_kernel(
 
     @pl.when(last)
     def _() -> None:
-        safe = jnp.maximum(row_sum[...], MIN_ROW_SUM)  # 0 for a query that saw nothing
+        safe = jnp.maximum(row_sum[...], MIN_ROW_SUM)  # the sum of a query without keys is 0
         out[...] = (acc[...] / safe).astype(out.dtype)
         lse[...] = reference[...] / LOG2E + jnp.log(safe)
 
@@ -182,10 +194,10 @@ def backward(
     d_out: Float[Array, "B T H D"],
     interpret: Any = False,
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B S K D"], Float[Array, "B S K D"]]:
-    """float32 gradients of q, k and v; `correction` is sum(out * d_out) less the cotangent of the log-sum-exp.
+    """float32 gradients of q, k and v, given `delta` = sum(out * d_out, -1) - d_lse, float32 like `lse`.
 
-    One pass, each key block's visits together. The gradient of a query block is fetched, added to and written back
-    at each visit, so that memory stays linear in T and the scores are computed once.
+    One pass, each key block's visits in succession. Each visit reads the gradient of its query block, adds to it and
+    writes it back, so that memory stays linear in T and the scores are computed once.
     """
     plan = AttentionPlan.of(q, k, interpret)
     kind, labels = kinds_and_labels(plan, q_token_labels, kv_token_labels, q_start)
@@ -201,17 +213,17 @@ def backward(
             num_scalar_prefetch=4,
             grid=(plan.K, visits.length),
             in_specs=[
-                *[_query_spec(GC, D, C)] * 2,
-                _query_spec(GC, 2, C),
-                *[_key_spec(S, D), _key_spec(D, S), _key_spec(S, D)],
-                *_label_specs(plan),
+                *[query_spec(GC, D, C)] * 2,
+                query_spec(GC, 2, C),
+                *[key_spec(S, D), key_spec(D, S), key_spec(S, D)],
+                *label_specs(plan),
                 anywhere,
             ],
-            out_specs=[anywhere, _key_spec(D, S), _key_spec(D, S)],
+            out_specs=[anywhere, key_spec(D, S), key_spec(D, S)],
             scratch_shapes=[
                 pltpu.VMEM((D, S), jnp.float32),  # dk
                 pltpu.VMEM((D, S), jnp.float32),  # dv
-                pltpu.VMEM((GC, D, C), jnp.float32),  # this visit's part of dq
+                pltpu.VMEM((GC, D, C), jnp.float32),  # dq of this visit
                 pltpu.VMEM((2, GC, D, C), jnp.float32),  # dq so far
                 pltpu.VMEM((2, S, C), q.dtype),  # weights
                 pltpu.VMEM((2, S, C), q.dtype),  # d_scores
@@ -228,9 +240,9 @@ def backward(
         compiler_params=_COMPILER_PARAMS,
         interpret=interpret,
     )(q_start.reshape(1), *visits[:3], q, d_out, per_query, k, k.mT, v, *labels, jnp.zeros(q.shape, jnp.float32))
-    # A block of keys that nobody looks at was never written.
-    seen = (kind != 0).any(1).reshape(-1)
-    dk, dv = (jnp.where(seen[:, None, None], x, 0) for x in (dk, dv))
+    # A key block without a visit was never written.
+    visited = (kind != 0).any(1).reshape(-1)
+    dk, dv = (jnp.where(visited[:, None, None], x, 0) for x in (dk, dv))
     return plan.from_chunks(dq), plan.from_keys(dk.mT), plan.from_keys(dv.mT)
 
 
@@ -250,8 +262,8 @@ def _backward_kernel(
     def write(visit: Array) -> Any:
         return pltpu.make_async_copy(dq_sums.at[visit % 2], dq.at[h, q_block[visit]], written.at[visit % 2])
 
-    # A buffer is free, and a block may be fetched again, once it is written. The visit before last is waited for here,
-    # the last one too if it had the same queries (and then not again).
+    # A buffer is free, and a block may be fetched again, once it is written. Wait here for the visit before last, and
+    # for the last one if it had the same queries (then its next wait is left out).
     def same_queries_as_before(visit: Array) -> Array:
         return (visit >= 1) & (q_block[visit] == q_block[jnp.maximum(visit - 1, 0)])
 
@@ -308,17 +320,18 @@ def _backward_kernel(
         write(i).wait()
 
 
-# What both kernels are made of.
+# Parts of both kernels.
 
 
 @dataclasses.dataclass(frozen=True)
 class SubBlock:
-    """A piece of work within a visit: some queries of a chunk against some keys of the block.
+    """Work within a visit: some queries of one chunk against some keys of the block.
 
     Attributes:
-      chunk: which one; may be traced, as may where the rows begin.
-      queries, rows: of the chunk; of the block of keys.
-      mask: a Ref of what is added to the scores, 0 or `MASKED`; or None.
+      chunk: index of the chunk; may be traced, as may the start of `rows`.
+      queries: of the chunk.
+      rows: keys of the block.
+      mask: a Ref that is added to the scores, 0 or `MASKED`; None for no mask.
     """
 
     chunk: Any
@@ -328,7 +341,7 @@ class SubBlock:
 
     @property
     def index(self) -> tuple[Any, slice, slice]:
-        """Where its queries are in what is kept by chunks."""
+        """Index of its queries in arrays by chunk."""
         return self.chunk, slice(None), self.queries
 
     @property
@@ -337,12 +350,12 @@ class SubBlock:
 
     @property
     def scratch(self) -> tuple[slice, slice]:
-        """Where its scores and weights are in buffers for those of a whole chunk."""
+        """Index of its scores and weights in buffers that hold a whole chunk's."""
         return slice(0, self.rows.size), slice(0, self.width)
 
 
 def _pipeline(count: int, *stages: Callable[[int], None]) -> None:
-    """Straight-line code in which each stage works on the job after the one that the next stage works on."""
+    """Straight-line code in which each stage runs one item ahead of the next stage."""
     for step in range(count + len(stages) - 1):
         for lag, stage in enumerate(stages):
             if 0 <= step - lag < count:
@@ -353,7 +366,7 @@ Run = Callable[[list[SubBlock]], None]
 
 
 def _visit(plan: AttentionPlan, kind: Array, run_full: Run, run_masked: Run, masks: Masks) -> None:
-    """Runs the jobs of one visit: whole chunks where every query sees every key, else lines of tiles."""
+    """Runs one visit: whole chunks in a full block, otherwise lines of tiles."""
     pl.when(kind == FULL_BLOCK)(functools.partial(_run_full_block, plan, run_full))
 
     @pl.when(kind != FULL_BLOCK)
@@ -364,7 +377,7 @@ def _visit(plan: AttentionPlan, kind: Array, run_full: Run, run_masked: Run, mas
 
         @pl.when((kind >> len(plan.diagonals)) != 0)
         def _() -> None:
-            def row(n: Array, _: None) -> None:  # one piece of code for all rows: half as much to compile
+            def row(n: Array, _: None) -> None:  # a loop over rows, not straight-line code: half as much to compile
                 line = [(q_tile, n) for q_tile, _ in plan.rows[0]]
                 seen = (kind >> len(plan.diagonals) + n) & 1 == 1
                 pl.when(seen)(functools.partial(_run_line, plan, run_masked, masks, line))
@@ -380,17 +393,13 @@ def _run_full_block(plan: AttentionPlan, run: Run) -> None:
 
 
 def _loop_unrolled(num_items: int, limit: int, piece: Callable[[Array, int], None]) -> None:
-    """A loop over `count` things, in pieces of straight-line code with as many as divide it, `most` at most."""
+    """Loops over `num_items` items in equal pieces of straight-line code, as large as `limit` allows."""
     size = largest_divisor(num_items, limit)
     jax.lax.fori_loop(0, num_items // size, lambda n, _: piece(n, size), None)
 
 
-def largest_divisor(count: int, limit: int) -> int:
-    return max(n for n in range(1, limit + 1) if count % n == 0)
-
-
 def _rerun(run: Run, sub_blocks: list[SubBlock], mask: Any) -> None:
-    """Jobs of consecutive chunks once more, one by one, for the queries that the mask does not hide."""
+    """Runs consecutive chunks again, one by one, for the queries that the mask does not exclude."""
 
     def rerun_chunk(n: Array, _: None) -> None:
         chunk = sub_blocks[0].chunk + n
@@ -417,17 +426,17 @@ def _run_line(plan: AttentionPlan, run: Run, masks: Masks, line: Sequence[tuple[
 
 
 def _tile_start(tile: Any) -> Any:
-    """Where a tile begins."""
+    """The first token of a tile."""
     return pl.multiple_of(tile * TILE, TILE) if isinstance(tile, jax.Array) else tile * TILE
 
 
 @dataclasses.dataclass(frozen=True)
 class Masks:
-    """Of a visit: what is added to the scores of a tile, 0 where the query sees the key, else `MASKED`.
+    """Makes the masks of a visit's tiles: 0 where the query attends to the key, else `MASKED`; added to the scores.
 
     Attributes:
       columns: scratch for the labels of the keys, the same on all lanes.
-      masks: scratch for what is made.
+      masks: scratch for the masks.
     """
 
     plan: AttentionPlan
@@ -440,14 +449,14 @@ class Masks:
     masks: Any
 
     def prepare(self) -> None:
-        """Turns the keys' labels, dear to do and the same for all queries."""
+        """Transposes the keys' labels: it is expensive, and the same for all queries."""
         for row in range(0, self.plan.keys, TILE):
             for n in range(LABELS):
                 labels = self.kv_labels[n : n + 1, pl.ds(row, TILE)]
                 self.columns[n, pl.ds(row, TILE)] = jnp.broadcast_to(labels, (TILE, TILE)).T
 
     def make(self, n: int, q_tile: int, kv_tile: int) -> None:
-        """The `n`th mask, [keys, queries]."""
+        """Writes the `n`th mask, [keys, queries]."""
         shape, plan = (TILE, TILE), self.plan
         queries, keys = (pl.ds(_tile_start(tile), TILE) for tile in (q_tile, kv_tile))
         q = unpack_labels(*(jnp.broadcast_to(self.q_labels[m : m + 1, queries], shape) for m in range(LABELS)))
@@ -459,14 +468,14 @@ class Masks:
 
 
 def _edges(block: Any, i: Array) -> tuple[Array, Array]:
-    """Whether a visit is the first, and the last, of those of its block."""
+    """Whether a visit is the first, and whether it is the last, of its block."""
     end = pl.num_programs(1) - 1
     first = (i == 0) | (block[i] != block[jnp.maximum(i - 1, 0)])
     return first, (i == end) | (block[i] != block[jnp.minimum(i + 1, end)])
 
 
 def _dot(a: Array, b: Array, over_queries: bool = False) -> Array:
-    """a @ b, or a @ b.T where both have the queries last; float32 sums, and of float32 a true float32 product."""
+    """a @ b, or a @ b.T to sum over queries; float32 sums, and float32 inputs get a true float32 product."""
     contract = ((1,), (1,)) if over_queries else ((1,), (0,))
     return jax.lax.dot_general(
         a, b, (contract, ((), ())), precision=precision(a.dtype), preferred_element_type=jnp.float32
@@ -479,23 +488,8 @@ _COMPILER_PARAMS = pltpu.CompilerParams(
 
 
 def _mask_scratch(plan: AttentionPlan) -> list[Any]:
-    """For `Masks`: masks of the longest line, and columns."""
+    """Scratch for `Masks`: the masks of the longest line, and columns."""
     return [
         pltpu.VMEM((plan.queries // TILE, TILE, TILE), jnp.float32),
         pltpu.VMEM((LABELS, plan.keys, TILE), jnp.int32),
-    ]
-
-
-def _query_spec(*shape: int) -> pl.BlockSpec:
-    return pl.BlockSpec((None, None, *shape), lambda h, i, start, q_block, *_: (h, q_block[i], *[0] * len(shape)))
-
-
-def _key_spec(*shape: int) -> pl.BlockSpec:
-    return pl.BlockSpec((None, None, *shape), lambda h, i, start, q_block, kv_block, _: (h, kv_block[i], 0, 0))
-
-
-def _label_specs(plan: AttentionPlan) -> list[pl.BlockSpec]:
-    return [
-        pl.BlockSpec((None, 8, plan.queries), lambda h, i, start, q_block, *_: (q_block[i], 0, 0)),
-        pl.BlockSpec((None, 8, plan.keys), lambda h, i, start, q_block, kv_block, _: (kv_block[i], 0, 0)),
     ]

@@ -1,9 +1,11 @@
-"""Attention by `TokenLabels` in plain XLA, for CPU: FlashAttention-2 (Dao 2023, arXiv 2307.08691) over tables of
-blocks.
+"""Attention by `TokenLabels` in plain XLA, for CPU: FlashAttention-2 (Dao 2023, arXiv 2307.08691) over block tables.
 
-Each block of queries goes through the blocks of keys that it meets, so nothing of size T x S exists, and the sums of
-one block stay in the processor's cache. Masks are made only where a block is seen in part: on a CPU they cost more
-than the products. One query, on a GPU as well, is a dense product.
+Each query block loops over its active key blocks, so nothing of size T x S exists, and the sums of one block stay in
+the processor's cache. Masks are computed only for blocks that are not full: on a CPU they cost more than the products.
+A single query, on a GPU as well, is a dense product.
+
+Axis letters as in `attention`, and GQ: the queries of a block for each of a group's G heads; BN and BM: query and key
+blocks of all rows (docs/glossary.md, "Axis letters").
 """
 
 from __future__ import annotations
@@ -31,16 +33,16 @@ def forward(
     kv_token_labels: TokenLabels,
     q_start: Int[Array, ""],
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
-    """Output in the dtype of `q` and float32 log-sum-exp; what padding gets means nothing."""
+    """As `attention`: the output, and the float32 log-sum-exp; both are undefined for padding."""
     if q.shape[1] == 1:
         return _attend_one_query(q, k, v, q_token_labels, kv_token_labels, q_start)
     blocks = _Blocks(q.shape, k.shape, q_token_labels, kv_token_labels, q_start)
-    table = block_table(blocks.visibility)  # not in the loop, where XLA would make it for every block anew
+    table = block_table(blocks.visibility)  # outside the loop, in which XLA would compute it anew for every block
     q_blocks, k, v = blocks.split_queries(q), blocks.split_keys(k), blocks.split_keys(v)
 
     def attend_block(a: Array) -> tuple[Array, Array]:
         def visit(b: Array, masked: bool, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            out, row_max, row_sum = state  # unnormalised output, running maximum, running sum
+            out, row_max, row_sum = state  # unnormalised output, running maximum, running sum of weights
             scores = blocks.scores(q_blocks[a], k[b], a, b, masked)
             new_max = jnp.maximum(row_max, scores.max(1))
             weights = jnp.exp(scores - new_max[:, None])
@@ -61,7 +63,7 @@ def forward(
 def _attend_one_query(
     q: Array, k: Array, v: Array, q_token_labels: TokenLabels, kv_token_labels: TokenLabels, q_start: Array
 ) -> tuple[Array, Array]:
-    """Decoding. Dense: scores are no more than the keys, and a block would be nearly all padding."""
+    """The dense product for decoding: the scores of one query are few, and a block would be nearly all padding."""
     B, _, H, D = q.shape
     S, K = k.shape[1:3]
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32, precision=precision(q.dtype))
@@ -84,7 +86,7 @@ def backward(
     delta: Float[Array, "B T H"],
     d_out: Float[Array, "B T H D"],
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B S K D"], Float[Array, "B S K D"]]:
-    """float32 gradients of q, k and v; `correction` is sum(out * d_out) less the cotangent of the log-sum-exp."""
+    """float32 gradients of q, k and v, given `delta` = sum(out * d_out, -1) - d_lse, float32 like `lse`."""
     blocks = _Blocks(q.shape, k.shape, q_token_labels, kv_token_labels, q_start)
     table = block_table(blocks.visibility, by_key=True)
     q, k, v, d_out = (
@@ -117,7 +119,7 @@ def backward(
 
 
 class _Blocks:
-    """The shapes of one call: how rows are cut into blocks and put together again; who meets whom."""
+    """The shapes of one call: splits rows into blocks, joins them again, and knows which blocks are active."""
 
     def __init__(
         self,
@@ -140,7 +142,7 @@ class _Blocks:
         return jnp.pad(x, [(0, -x.shape[n] % self.block if n == 1 else 0) for n in range(x.ndim)])
 
     def split_queries(self, x: Float[Array, "B T H D"]) -> Float[Array, "BN K GQ D"]:
-        """The query heads of a group are stacked, so that one matrix product serves them all."""
+        """Blocks of queries; the heads of a group are stacked, so that one matrix product serves them all."""
         G = self.H // self.K
         x = self._pad(x).reshape(self.B * self.N, self.block, self.K, G, -1)
         return x.transpose(0, 2, 3, 1, 4).reshape(self.B * self.N, self.K, G * self.block, -1)
@@ -157,7 +159,7 @@ class _Blocks:
         return x.reshape(self.B, self.M * self.block, self.K, -1)[:, : self.S]
 
     def visit(self, table: BlockTable, block: Array, visit: Callable[[Array, bool, Any], Any], state: Any) -> Any:
-        """Folds `visit(other block, masked, state)` over the blocks that one meets; blocks count through all rows."""
+        """Folds `visit(other block, masked, state)` over the active blocks of one block, numbered through all rows."""
         blocks_per_row, others_per_row = table.indices.shape[1:]
         row, index = block // blocks_per_row, block % blocks_per_row
         other_block = lambda i: row * others_per_row + table.indices[row, index, i]  # noqa: E731
@@ -166,10 +168,10 @@ class _Blocks:
         return jax.lax.fori_loop(num_full, num_active, lambda i, state: visit(other_block(i), True, state), state)
 
     def scores(self, q: Array, k: Array, a: Array, b: Array, masked: bool) -> Float[Array, "K S GQ"]:
-        """Scaled float32 scores of query block `a` on key block `b`, `MASKED` where a query does not see a key.
+        """Scaled float32 scores of query block `a` on key block `b`, `MASKED` where a query does not attend to a key.
 
-        Keys by queries: reductions over keys then run on whole vectors of queries, where a CPU compiler would do a
-        reduction over the last axis one number at a time to keep its order.
+        They lie keys by queries: reductions over keys then run on vectors of queries, where a CPU compiler would reduce
+        a last axis one number at a time, to keep the order of its sums.
         """
         scores = jnp.einsum("kqd,ksd->ksq", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
         if not masked:

@@ -1,4 +1,7 @@
-"""Worklists: which blocks of queries meet which blocks of keys, from a few facts about each block."""
+"""Which blocks of queries must be computed against which blocks of keys, from summaries of each block's labels.
+
+Axis letters: NQ and NK tiles of queries and keys, M visits (docs/glossary.md, "Axis letters").
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,14 @@ from pallas_kernels.token_labels import ALL, PADDING, QUESTIONS, SELF, TokenLabe
 
 
 class BlockVisibility(NamedTuple):
-    """Of each pair of a query tile and a key tile: whether a query sees a key, and whether every query sees every key.
+    """For each pair of a query tile and a key tile: may any, and may all, of the queries attend to the keys.
 
-    Padding among the queries does not count: nobody asks what it sees. `some` is never false where there is one,
-    `every` never true where there is not; both are tight where examples and pieces are contiguous.
+    Padding queries are ignored: their outputs are undefined. Both fields are conservative: `any` may be true needlessly
+    and `all` false needlessly, never the reverse. They are exact where examples and pieces are contiguous.
+
+    Attributes:
+      any: some query may attend to some key.
+      all: every query attends to every key, so that no mask is needed.
     """
 
     any: Bool[Array, "B NQ NK"]
@@ -23,10 +30,12 @@ class BlockVisibility(NamedTuple):
 
 
 class Worklist(NamedTuple):
-    """The visits, `length` of them: which query block meets which key block, blocks of all rows counted through.
+    """The pairs of blocks that a kernel computes, as a grid of visits.
 
     Attributes:
-      kind: what a kernel does there; `EVERY` where every query sees every key.
+      q_block, kv_block: indices of the blocks, numbered through all rows.
+      kind: what the kernel does in the visit; `FULL_BLOCK` where no mask is needed.
+      length: how many of the M entries are visits; the rest repeat valid ones and are not run.
     """
 
     q_block: Int[Array, " M"]
@@ -35,18 +44,22 @@ class Worklist(NamedTuple):
     length: Int[Array, ""]
 
 
-FULL_BLOCK = -1
+FULL_BLOCK = -1  # the kind of a visit in which every query attends to every key
 
 
 def block_visibility(
     q: TokenLabels, kv: TokenLabels, q_start: Int[Array, ""] | int, q_tile: int, kv_tile: int, q_repeats: int = 1
 ) -> BlockVisibility:
-    """What tiles of T queries see of tiles of S keys; query 0 stands at place `q_start` of the keys' row.
-
-    T divides by `q_tile`, S by `kv_tile`. Costs O(tokens) for the facts and O(tiles^2) for the answer.
+    """Which tiles of T queries attend to which tiles of S keys, in O(tokens + tiles^2).
 
     Args:
-      q_repeats: how often each query stands in `q`, one after the other: once for each head of a group, say.
+      q, kv: labels [B, T] and [B, S].
+      q_start: index of query 0 in the row of the keys.
+      q_tile, kv_tile: tokens in a tile; they divide T and S.
+      q_repeats: how many times in succession each query stands in `q`: once for each head of a group, for example.
+
+    Returns:
+      bool [B, T / q_tile, S / kv_tile], twice.
     """
     q_tiles = jax.tree.map(lambda x: x[..., :, None], _summarize_tiles(q, q_tile, q_start, q_repeats))
     kv_tiles = jax.tree.map(lambda x: x[..., None, :], _summarize_tiles(kv, kv_tile, 0))
@@ -72,7 +85,7 @@ def block_visibility(
 
 
 class Bounds(NamedTuple):
-    """The least and the greatest of a label among the real tokens of each tile; `low` > `high` where there is none."""
+    """The least and the greatest label among each tile's real tokens; `low` > `high` if a tile is all padding."""
 
     low: Int[Array, "*B N"]
     high: Int[Array, "*B N"]
@@ -85,7 +98,7 @@ class Bounds(NamedTuple):
 
 
 class _TileSummary(NamedTuple):
-    """Of each tile: bounds of its labels, whether it has no padding, its first and its last place in the row."""
+    """For each tile: bounds of its labels, whether it has no padding, the first and the last index in the row."""
 
     example_id: Bounds
     piece_id: Bounds
@@ -108,9 +121,12 @@ def _summarize_tiles(token_labels: TokenLabels, tile: int, start: Array | int, r
 
 
 def worklist(kind: Int[Array, "B NQ NK"] | Bool[Array, "B NQ NK"], max_visits: int, by_key: bool = False) -> Worklist:
-    """The pairs of blocks with a `kind` other than 0, of which there are `most` at most.
+    """The visits of the pairs of blocks whose `kind` is not 0.
 
-    Each query block's are together, or each key block's.
+    Args:
+      kind: of each pair; 0 where there is nothing to compute.
+      max_visits: an upper limit of how many are not 0; the length M of the arrays.
+      by_key: visits of one key block follow each other, instead of those of one query block.
     """
     _, NQ, NK = kind.shape
     if by_key:
@@ -126,10 +142,12 @@ def worklist(kind: Int[Array, "B NQ NK"] | Bool[Array, "B NQ NK"], max_visits: i
 
 
 class BlockTable(NamedTuple):
-    """Of each block of queries, which blocks of keys of its row it meets; or of each block of keys, which of queries.
+    """For each query block, the key blocks of its row to compute; or for each key block, the query blocks.
 
     Attributes:
-      blocks: `whole` of them in which every query sees every key, then those with some, `met` in all; then others.
+      indices: first the `num_full` blocks that need no mask, then those that do, up to `num_active`; then the rest of
+        the row, which is not computed.
+      num_full, num_active: how many of each.
     """
 
     indices: Int[Array, "B N M"]
@@ -138,7 +156,12 @@ class BlockTable(NamedTuple):
 
 
 def block_table(blocks: BlockVisibility, by_key: bool = False) -> BlockTable:
-    """For kernels that go through the visits of a block in a loop of their own, where a `worklist` is a grid."""
+    """A table for kernels that loop over the visits of a block themselves, where a `worklist` is their grid.
+
+    Args:
+      blocks: of pairs of blocks.
+      by_key: a table of query blocks for each key block.
+    """
     any_visible, all_visible = (x.mT for x in blocks) if by_key else blocks
     count = any_visible.shape[2]
     rank = jnp.where(all_visible, 0, jnp.where(any_visible, 1, 2))
