@@ -160,6 +160,16 @@ def test_loops_are_multiplied_in_and_what_runs_beside_others_is_counted_once():
     }
 
 
+def test_an_operation_is_named_by_its_scopes_and_its_pass():
+    name = "jit(step)/forward_backward/transpose(jvp(mlp))/while/body/checkpoint/rematted_computation/dot_general"
+    rest = f'metadata={{op_name="{name}"}}'
+    assert hlo._source(rest) == "mlp/dot_general, recomputed"
+    assert hlo._source(rest.replace("/rematted_computation", "")) == "mlp/dot_general, backward"
+    assert hlo._source(rest.replace("transpose(jvp(mlp))", "jvp(mlp)").replace("/rematted_computation", "")) == (
+        "mlp/dot_general, forward"
+    )
+
+
 def test_what_does_not_fit_is_no_error():
     where = topology("v5e-1x1")
     sharding = jax.NamedSharding(jax.make_mesh((1,), ("one",), devices=where.devices), jax.P())

@@ -171,9 +171,18 @@ def _source(rest: str) -> str:
         return "the compiler's own"
     path = match[1]
     passes = "recomputed" if "rematted" in path else "backward" if "transpose(" in path else "forward"
-    wrapping = r"while|body|cond|closed_call|checkpoint|rematted.*|jit\(.*|(transpose\()?jvp\(.*"
-    names = [name for name in path.split("/") if not re.fullmatch(wrapping, name)]
+    scopes = [_unwrap(name) for name in path.split("/")]
+    names = [
+        name for name in scopes if not re.fullmatch(r"|while|body|cond|closed_call|checkpoint|rematted.*|jit\(.*", name)
+    ]
     return f"{'/'.join(names[-2:])}, {passes}"
+
+
+def _unwrap(name: str) -> str:
+    """A `jax.named_scope` without the transformations around it: "transpose(jvp(mlp))" is "mlp"."""
+    while wrapped := re.fullmatch(r"(?:transpose|jvp|vmap)\((.*)\)", name):
+        name = wrapped[1]
+    return name
 
 
 def _plain(shape: str) -> str:

@@ -95,6 +95,7 @@ class Layer(nnx.Module):
         x, balance = self.after_mlp(self.after_attention(x, attended), token_labels)
         return x, new_kv, balance
 
+    @jax.named_scope("attention")
     def attended(
         self,
         x: Float[Array, "B T D"],
@@ -114,6 +115,7 @@ class Layer(nnx.Module):
         )
         return _attend(self.sharding, q, all_k, all_v, token_labels), (k, v)
 
+    @jax.named_scope("attention")
     def after_attention(self, x: Float[Array, "B T D"], attended: Float[Array, "B T H E"]) -> Float[Array, "B T D"]:
         """The residual stream between attention and MLP."""
         return x + product(self.sharding, attended, self.output, inputs=2)
@@ -122,12 +124,13 @@ class Layer(nnx.Module):
         self, x: Float[Array, "B T D"], token_labels: TokenLabels
     ) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
         """The residual stream after the MLP or the experts, and the experts' balance loss."""
-        h = self.mlp_norm(x)
-        if self.config.experts:
-            real = self.sharding.reshard(token_labels.example_id[:, -x.shape[1] :] != PADDING, "batch", "length")
-            expert_output, balance = self.experts(h, real)
-            return x + expert_output, balance
-        return x + product(self.sharding, self.neurons(h), self.down), jnp.zeros(())
+        with jax.named_scope("experts" if self.config.experts else "mlp"):
+            h = self.mlp_norm(x)
+            if self.config.experts:
+                real = self.sharding.reshard(token_labels.example_id[:, -x.shape[1] :] != PADDING, "batch", "length")
+                expert_output, balance = self.experts(h, real)
+                return x + expert_output, balance
+            return x + product(self.sharding, self.neurons(h), self.down), jnp.zeros(())
 
     def neurons(self, h: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
         """What the MLP's neurons say, before the down projection; `h` is normed."""
@@ -235,6 +238,7 @@ class Decoder(nnx.Module):
         x, (balance, outputs) = jax.lax.scan(body, x, layers)
         return self.norm(x), jnp.mean(balance), outputs
 
+    @jax.named_scope("embedding")
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The residual stream before the first layer, in the compute dtype."""
         table = self.sharding.reshard(self.embedding[...], None, None).astype(self.config.compute_dtype)
@@ -249,6 +253,7 @@ class Decoder(nnx.Module):
         return nnx.merge(graph, layer_weights)
 
     @property
+    @jax.named_scope("head")
     def lm_head(self) -> Float[Array, "V D"]:
         """The output head, gathered, in the parameter dtype or what `HeadPrecision` makes of it."""
         weight = self.embedding if self.untied_head is None else self.untied_head
@@ -264,6 +269,7 @@ class Decoder(nnx.Module):
                 return x.astype(jnp.bfloat16)
         return x
 
+    @jax.named_scope("head")
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """float32, by a true float32 product."""
         logits = jnp.einsum(

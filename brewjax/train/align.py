@@ -1,4 +1,7 @@
-"""Alignment: the policy learns to prefer what members chose, held to a reference (DPO, and its form for lists)."""
+"""Preference alignment: DPO, and its form for lists, against a frozen reference.
+
+Axis letters: B rows, T tokens, D model dimension (docs/glossary.md, "Axis letters").
+"""
 
 from __future__ import annotations
 
@@ -22,27 +25,25 @@ REFERENCE = "reference"
 class Align(Config):
     """Direct preference optimisation over the lists of a batch (see `TokenBatch.preference`); an objective.
 
-    A candidate's score s is log pi(its targets) - log pi_reference(its targets). A list costs
-    softplus(log sum over rejected of exp(beta s) - beta s of the preferred): S-DPO (Chen et al. 2024, arXiv 2406.09215,
-    eq. 8), which for lists of two is DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7). A list weighs what its
-    preferred candidate's targets do on the average. One that a split left without a preferred candidate, or without
-    any rejected, counts for nothing, as do targets in no list.
+    A candidate's score s is log pi(its targets) - log pi_reference(its targets). The loss of a list is
+    softplus(log sum over rejected of exp(beta s) - beta s of the chosen): S-DPO (Chen et al. 2024, arXiv 2406.09215,
+    eq. 8), which for lists of two is DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7).
 
-    The reference is `given["reference"]`, or else the policy without its LoRA.
-
-    Attributes:
-      against: the preferred candidate is held against all rejected of its list together, or against each alone:
-        DPO's mean over pairs.
-      sft: weight of the preferred candidate's mean -log pi per target, which keeps it likely (RPO, Pang et al.
-        2024, arXiv 2404.19733, eq. 1).
+    A list's weight is the mean weight of its chosen candidate's targets. Lists that lost their chosen or all rejected
+    candidates to a row boundary get weight 0, as do targets outside lists. The reference is `aux["reference"]`, or the
+    policy without its LoRA updates.
     """
 
     beta: float = pydantic.Field(default=0.1, gt=0)
-    """How firmly the reference holds."""
+    """Scale of the scores: a larger beta keeps the policy nearer to the reference."""
     loss_type: Literal["softmax", "sigmoid"] = "softmax"
+    """softmax: the chosen candidate against all rejected ones of its list together (S-DPO); sigmoid: the mean over
+    pairs of the chosen and one rejected candidate (DPO)."""
     label_smoothing: float = pydantic.Field(default=0.0, ge=0, lt=0.5)
-    """The chance that a preference is the wrong way round (conservative DPO, Mitchell 2023)."""
+    """Probability that a preference is the wrong way round (conservative DPO, Mitchell 2023)."""
     rpo_alpha: float = pydantic.Field(default=0.0, ge=0)
+    """Weight of the chosen candidate's mean -log pi per target, which keeps it likely (RPO, Pang et al. 2024, arXiv
+    2404.19733, eq. 1)."""
 
     def __call__(
         self, decoder: Decoder, batch: TokenBatch, aux: AuxInputs
@@ -50,7 +51,7 @@ class Align(Config):
         reference = aux.get(REFERENCE, aux.get(BASE))
         if not isinstance(reference, Decoder):
             raise ValueError(
-                "align needs a reference to hold the policy to: give train() a frozen 'reference', or set train.lora"
+                "align needs a reference: give train() a FrozenModel as aux_models['reference'], or set train.lora"
             )
         hidden, balance = decoder.forward_with_aux_loss(batch.tokens, batch.positions, batch.token_labels)
         policy = candidate_log_probs(decoder, hidden, batch)
@@ -82,17 +83,18 @@ class Align(Config):
         piece_id: Array,
         preference: Array,
     ) -> dict[str, WeightedSum]:
-        """The losses and metrics of one row's lists, summed by the weights of the lists.
+        """Losses and metrics of the lists of one row, summed by the lists' weights.
 
         Args:
-          policy, reference: log-probabilities of the targets.
+          policy, reference: log-probabilities of the targets; 0 elsewhere.
+          weights, example_id, piece_id, preference: [T], of the tokens.
         """
         T = len(policy)
         indices = jnp.arange(T)
         listed = preference != 0
         sum_by = functools.partial(jax.ops.segment_sum, num_segments=T + 1)
 
-        # Tokens -> candidates: runs of one segment. Tokens -> lists: equal (example, list), numbered in their order.
+        # Tokens -> candidates: runs of one piece. Tokens -> lists: equal (example, list), numbered in sorted order.
         starts_candidate = jnp.append(False, (example_id[1:] != example_id[:-1]) | (piece_id[1:] != piece_id[:-1]))
         candidate = jnp.cumsum(starts_candidate)
         order = jnp.lexsort((jnp.abs(preference), example_id))
@@ -147,12 +149,12 @@ class Align(Config):
         }
 
     def _cost(self, margin: Array) -> Array:
-        """-log of the chance that the preferred wins by this margin, the other way round with `label_smoothing`."""
+        """-log sigmoid(margin), and of -margin with probability `label_smoothing`."""
         smoothing = self.label_smoothing
         return (1 - smoothing) * jax.nn.softplus(-margin) + smoothing * jax.nn.softplus(margin)
 
 
 def candidate_log_probs(decoder: Decoder, hidden: Float[Array, "B T D"], batch: TokenBatch) -> Float[Array, "B T"]:
-    """log p of every target that belongs to a list, float32; zero elsewhere."""
+    """float32 log-probabilities of the targets in lists; 0 for other tokens."""
     targets = jnp.where(batch.preference != 0, batch.targets, NO_TARGET)
     return per_token(decoder.sharding, linear_log_probs, [(hidden, decoder.lm_head)], targets)

@@ -1,4 +1,4 @@
-"""Batches on a mesh: each process reads the rows that its devices compute, the same rows on any number of them."""
+"""Global batches on a mesh: each process reads the rows that its devices compute, in an order that no mesh changes."""
 
 from __future__ import annotations
 
@@ -15,20 +15,32 @@ from brewjax.data.records.loader import TokenBatch, load_batches
 from brewjax.data.records.shards import Shards
 from brewjax.model.sharding import BATCH_AXES
 
-BATCH_SPEC = jax.P(None, BATCH_AXES, None)  # how a batch [parts, rows, tokens] lies on a mesh, and what is beside it
-BatchLookup = Callable[[TokenBatch], Any]  # rows of numpy arrays to arrays [rows, ..] that belong to them
+BATCH_SPEC = jax.P(None, BATCH_AXES, None)  # of arrays [micro-batch, row, token]: batches and their lookups
+BatchLookup = Callable[[TokenBatch], Any]  # rows of numpy arrays -> a pytree of arrays [rows, ..] for them
 
 
 class ShardedBatches:
-    """An endless iterator of batches: this process's rows as numpy arrays, the placed [parts, rows, tokens], and what
-    each of `beside` finds for them, placed alike.
+    """An endless iterator of global batches on a mesh.
 
-    Stream s of `streams` fills the s-th block of each part's rows, whatever the mesh. A process reads the streams that
-    its devices have rows of. Saved with a checkpoint, stream by stream, it goes on exactly on another mesh or on
-    another number of processes.
+    The data order is split into `num_data_shards` shards. Shard s always supplies the same block of rows of each
+    micro-batch, on every mesh. A process reads only the shards whose rows lie on its devices; a checkpoint stores one
+    iterator state per shard, so training may resume on another mesh or number of processes.
+
+    Each item is this process's rows as numpy arrays; the global batch [micro-batch, row, token] on the mesh; and by
+    name the results of `lookups` for it, laid out in the same way.
+
+    Args:
+      shards: folders of records.
+      mesh: the devices.
+      num_micro_batches: micro-batches in a batch.
+      batch_size: rows of a batch, over all micro-batches and devices.
+      seq_len: tokens of a row.
+      num_data_shards: shards of the data order; it divides the rows of a micro-batch.
+      seed: of the order of records.
+      lookups: by name, functions of a batch's rows.
 
     Attributes:
-      reads: the streams of this process.
+      reads: the shards that this process reads.
     """
 
     def __init__(
@@ -93,7 +105,7 @@ class ShardedBatches:
         return local, jax.tree.map(place, *batches), jax.tree.map(place, *looked_up)
 
     async def save(self, directory: Any) -> Awaitable[None]:
-        """For Orbax: what to save is taken now, and written while training goes on."""
+        """For Orbax: takes the iterators' states now, and writes them while training goes on."""
         states = {shard: json.dumps(self._iterators[shard].get_state()) for shard in self._saves}
 
         async def write() -> None:
@@ -104,7 +116,7 @@ class ShardedBatches:
         return write()
 
     async def load(self, directory: Any) -> Awaitable[None]:
-        """For Orbax: goes on where `save` was."""
+        """For Orbax: restores the iterators' states."""
 
         async def read() -> None:
             for shard, iterator in self._iterators.items():

@@ -198,7 +198,8 @@ def make_step(
         def accumulate(
             sums: Params, inputs: tuple[TokenBatch, Mapping[str, TopK]]
         ) -> tuple[Params, dict[str, WeightedSum]]:
-            (_, means), grads = jax.value_and_grad(loss_sum, has_aux=True)(state["params"], *inputs)
+            with jax.named_scope("forward_backward"):
+                (_, means), grads = jax.value_and_grad(loss_sum, has_aux=True)(state["params"], *inputs)
             return jax.tree.map(jnp.add, sums, grads), means
 
         zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), state["params"])
@@ -207,7 +208,9 @@ def make_step(
         means = {name: WeightedSum(jnp.sum(mean.total), jnp.sum(mean.weight)) for name, mean in means.items()}
         weights = {name: jnp.where(mean.weight > 0, mean.weight, 1) for name, mean in means.items()}
         grads = jax.tree.map(lambda g: g / weights["loss"], grads)
-        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+            params = optax.apply_updates(state["params"], updates)
         metrics = {name: mean.total / weights[name] for name, mean in means.items()} | {
             "weight": means["loss"].weight,
             "targets": jnp.sum(micro_batches.targets != NO_TARGET),
@@ -216,7 +219,6 @@ def make_step(
             "tokens": jnp.sum(micro_batches.token_labels.example_id > PADDING),
         }
         metrics["update_norm"] = optax.tree.norm(updates)
-        params = optax.apply_updates(state["params"], updates)
         return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
 
     return step

@@ -1,7 +1,10 @@
-"""What an objective is, what several share, and supervised fine-tuning.
+"""Objectives: their type, what several of them share, and supervised fine-tuning.
 
-An objective is a pure function of a decoder, a batch and what is `Given` beside them. It returns sums, so that neither
-accumulation nor uneven rows change what they are the means of.
+An objective is a pure function of a decoder, a batch and auxiliary inputs. It returns weighted sums, not means, so that
+neither gradient accumulation nor unevenly filled rows change the means.
+
+Axis letters: B rows, T tokens, N tokens of a device, D model dimension, V vocabulary, k words of a teacher
+(docs/glossary.md, "Axis letters").
 """
 
 from __future__ import annotations
@@ -20,31 +23,29 @@ from pallas_kernels.linear_loss import HiddenAndHead
 
 
 class WeightedSum(NamedTuple):
-    """A mean to be: a sum, and what to divide it by once the sums of all rows are known."""
+    """A mean in the making: a sum, and the weight to divide it by once all rows are summed."""
 
     total: Float[Array, ""]
     weight: Float[Array, ""]
 
 
 class TopK(NamedTuple):
-    """A teacher's k likeliest words where a batch has targets, the likeliest first; -1 and -inf elsewhere."""
+    """A teacher's k likeliest words at each target of a batch, the likeliest first; -1 and -inf at other tokens."""
 
     ids: Int[Array, "B T k"]
     log_probs: Float[Array, "B T k"]
 
 
-BASE = "base"  # the name of the weights that LoRA adapts, among what is given
-AuxInputs = Mapping[str, Decoder | TopK]  # frozen models, or what they said of this batch, by name
-Objective = Callable[
-    [Decoder, TokenBatch, AuxInputs], tuple[WeightedSum, dict[str, WeightedSum]]
-]  # the loss, and metrics
+BASE = "base"  # name of the weights that LoRA adapts, among the auxiliary inputs
+AuxInputs = Mapping[str, Decoder | TopK]  # by name: frozen models, or their outputs for this batch
+# (decoder, batch, aux) -> (loss, metrics by name)
+Objective = Callable[[Decoder, TokenBatch, AuxInputs], tuple[WeightedSum, dict[str, WeightedSum]]]
 
 
 def supervised(decoder: Decoder, batch: TokenBatch, aux: AuxInputs) -> tuple[WeightedSum, dict[str, WeightedSum]]:
-    """Cross-entropy of the targets by their weights: -log P(target | everything that its token sees), natural log.
+    """Weighted cross-entropy of the targets, in nats: the objective of pre-training and of supervised fine-tuning.
 
-    Pre-training and supervised fine-tuning alike: they differ in their targets. A mixture of experts adds its
-    load-balancing loss.
+    The two differ in their targets only. A mixture of experts adds its load-balancing loss.
     """
     hidden, balance = decoder.forward_with_aux_loss(batch.tokens, batch.positions, batch.token_labels)
     loss = cross_entropy(decoder, hidden, batch)
@@ -52,6 +53,7 @@ def supervised(decoder: Decoder, batch: TokenBatch, aux: AuxInputs) -> tuple[Wei
 
 
 def cross_entropy(decoder: Decoder, hidden: Float[Array, "B T D"], batch: TokenBatch) -> WeightedSum:
+    """Cross-entropy of the batch's targets under the decoder's head, summed by the targets' weights."""
     models_and_heads = [(hidden, decoder.lm_head)]
     return token_sums(decoder.sharding, linear_cross_entropy, models_and_heads, batch.targets, batch.weights)
 
@@ -62,12 +64,12 @@ def token_sums(
     models_and_heads: Sequence[HiddenAndHead],
     *fields: Array,
 ) -> WeightedSum:
-    """The two sums that `loss` returns of each device's tokens, over all devices.
+    """The two sums that `loss` returns, computed by each device for its tokens and added over all devices.
 
     Args:
-      loss: a fused loss of N tokens in a line: of hidden states [N, D] and head [V, D] of each tower, then the fields.
-      towers: hidden states [B, T, D], each with its head [V, D].
-      fields: [B, T, ..] each.
+      loss: a fused loss of N tokens: of hidden states [N, D] and head [V, D] of each model, then of the fields.
+      models_and_heads: hidden states [B, T, D] and head [V, D] of each model.
+      fields: arrays [B, T, ..].
     """
     axes = (*sharding.rules["batch"], *sharding.rules["length"])
     return WeightedSum(
@@ -78,10 +80,11 @@ def token_sums(
 def per_token(
     sharding: Sharding, function: Callable[..., Any], models_and_heads: Sequence[HiddenAndHead], *fields: Array
 ) -> Any:
-    """As `token_sums`, for a function that returns arrays [N, ..], which come back as [B, T, ..]."""
+    """As `token_sums`, for a function that returns arrays [N, ..]; they are returned as [B, T, ..]."""
     return _map_over_devices(sharding, function, models_and_heads, fields, sharding.spec("batch", "length"))
 
 
+@jax.named_scope("head")
 def _map_over_devices(
     sharding: Sharding,
     function: Callable,

@@ -266,7 +266,7 @@ def test_distill_is_its_definition(name):
     kd = distill.temperature**2 * (batch().weights[places] * divergence).sum()
     assert_is(name, "loss_sft", (sft, weight))
     assert_is(name, "loss_kd", (kd, weight))
-    assert_is(name, "loss", ((1 - distill.kd_weight) * sft + distill.ratio * kd, weight))
+    assert_is(name, "loss", ((1 - distill.kd_weight) * sft + distill.kd_weight * kd, weight))
 
 
 # --- TRL's own (make_goldens.py)
