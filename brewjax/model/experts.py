@@ -34,7 +34,8 @@ from pallas_kernels.quantized_matmul import Activations, Quantized, round_tokens
 # Rows of a chunk over the rows that a device gets when tokens are routed evenly. No token is dropped: more rows take
 # more chunks.
 CAPACITY_FACTOR = 1.25
-# Rows of a chunk are a multiple: the TPU compiler computed 20,481 rows as a dense product, 20,480 by its grouped kernel.
+# Rows of a chunk are a multiple of this: the TPU compiler runs 20,480 rows in its grouped kernel, and 20,481 as dense
+# products.
 CHUNK_MULTIPLE = 512
 
 

@@ -120,9 +120,8 @@ def _check(ours: list[tuple[Name, jax.ShapeDtypeStruct]], stored: Mapping[str, S
             problems.append(f"{files}: tensor {tensor} {list(shape)} is missing")
         elif stored[tensor].shape != shape:
             tensor_in_file = stored[tensor]
-            problems.append(
-                f"{tensor_in_file.file}: tensor {tensor} is {list(tensor_in_file.shape)}, its config makes it {list(shape)}"
-            )
+            file, actual = tensor_in_file.file, list(tensor_in_file.shape)
+            problems.append(f"{file}: tensor {tensor} is {actual}, its config makes it {list(shape)}")
     for tensor, tensor_in_file in stored.items():
         if tensor not in expected and not ignored.search(tensor):
             problems.append(

@@ -1,4 +1,7 @@
-"""Frozen models beside the one that learns: in the step, on a mesh of their own, or in a cache of what they said."""
+"""Frozen models for an objective: inside the step, on a mesh of their own, or as a cache of their outputs.
+
+Axis letters: T tokens of a row, k words of a teacher, n tokens of a record (docs/glossary.md, "Axis letters").
+"""
 
 from __future__ import annotations
 
@@ -27,35 +30,35 @@ from brewjax.train.batches import BATCH_SPEC, ShardedBatches
 from brewjax.train.objectives import TopK, per_token
 from pallas_kernels.distillation import linear_top_k
 
-CARD, BEGUN = "cache.json", "begun.json"  # what a cache is of; by the first name once it is complete
-PART_WORDS = 1 << 22  # that the teacher names in a part of the cache, about
+CARD, BEGUN = "cache.json", "begun.json"  # the description of a complete cache, and of an incomplete one
+PART_WORDS = 1 << 22  # words in a part of the cache, about
 
 
 class CacheError(ValueError):
-    """A cache of a teacher's answers that is not of this data, this teacher or these settings."""
+    """A cache of a teacher's outputs does not belong to this data, this teacher or these settings."""
 
 
 class FrozenModel(NamedTuple):
-    """A model that answers and does not learn."""
+    """A model that is not trained, and runs inside the training step."""
 
     model: ModelConfig
     params: Params
 
     def on(self, mesh: Mesh) -> Params:
-        """Its parameters where they belong on a mesh."""
+        """Its parameters, laid out on a mesh."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(self.model, mesh))
         return jax.device_put(self.params, shardings)
 
 
 class TeacherOnMesh:
-    """A teacher on a mesh other than the student's, over the same devices: its answers are moved over."""
+    """A teacher on another mesh over the student's devices; its outputs are moved to the student's mesh."""
 
     def __init__(self, teacher: FrozenModel, mesh: Mesh, k: int, temperature: float):
         self._mesh, self._params = mesh, teacher.on(mesh)
         self._answer = jax.jit(functools.partial(_compute_top_k, teacher.model, k, temperature))
 
     def __call__(self, placed: TokenBatch) -> TopK:
-        """[parts, rows, T, k], on the teacher's mesh, of a batch [parts, rows, T] on any."""
+        """The teacher's words [micro-batch, row, T, k], on its mesh, for a batch [micro-batch, row, T] on any mesh."""
         _check_rows(placed.tokens.shape[1], self._mesh)
         on_teacher_mesh = jax.device_put(placed, NamedSharding(self._mesh, BATCH_SPEC))
         with jax.set_mesh(self._mesh):
@@ -65,8 +68,8 @@ class TeacherOnMesh:
 def _check_rows(rows: int, mesh: Mesh) -> None:
     if rows % data_parallel_size(mesh):
         raise ValueError(
-            f"{rows} rows at a time do not divide over the {data_parallel_size(mesh)} devices along data, fsdp and expert of the "
-            "teacher's mesh"
+            f"{rows} rows at a time do not divide over the {data_parallel_size(mesh)} devices along data, fsdp and "
+            "expert of the teacher's mesh"
         )
 
 
@@ -87,38 +90,49 @@ def _compute_top_k(model: ModelConfig, k: int, temperature: float, params: Param
 
 
 class TeacherCache:
-    """A teacher's answers, written by `write_cache`: of each record of the shards, in the order of its targets."""
+    """A teacher's outputs, written by `write_cache`: for each record of the shards, in the order of its targets.
+
+    Args:
+      folder: of the cache.
+
+    Raises:
+      CacheError: if there is no complete cache.
+    """
 
     def __init__(self, folder: Path):
         if not (folder / CARD).exists():
-            raise CacheError(f"{folder}: no complete cache of a teacher's answers there")
+            raise CacheError(f"{folder}: no complete cache of a teacher's outputs there")
         self.folder, self.card = folder, json.loads((folder / CARD).read_text())
         self._parts = [_Part.open(path) for path in _part_folders(folder)]
         self._place = {record: (part, n) for part in self._parts for n, record in enumerate(part.records.tolist())}
 
     def look_up(self, batch: TokenBatch) -> TopK:
-        """float32 and int32 [rows, T, k] for a batch of numpy arrays [rows, T]."""
+        """int32 words and float32 log-probabilities [rows, T, k] for a batch of numpy arrays [rows, T].
+
+        Raises:
+          CacheError: if the batch has a record, or targets of a record, that the cache lacks.
+        """
         shape = (*batch.tokens.shape, self.card["k"])
         ids, log_probs = np.full(shape, -1, np.int32), np.full(shape, -np.inf, np.float32)
         for (row, record), positions in _targets(batch):
             if record not in self._place:
-                raise CacheError(f"{self.folder}: the teacher never saw record {record} of these shards")
+                raise CacheError(f"{self.folder}: has no outputs for record {record} of these shards")
             part, n = self._place[record]
             answers = slice(part.offsets[n], part.offsets[n + 1])
             if len(positions) != answers.stop - answers.start:
                 raise CacheError(
-                    f"{self.folder}: record {record} has {len(positions)} targets, the teacher answered "
+                    f"{self.folder}: record {record} has {len(positions)} targets, and the cache has outputs for "
                     f"{answers.stop - answers.start}"
                 )
             ids[row, positions], log_probs[row, positions] = part.ids[answers], part.log_probs[answers]
         return TopK(ids, log_probs)  # type: ignore[arg-type]  # numpy until it is placed
 
 
-AuxModel = FrozenModel | TeacherOnMesh | TeacherCache  # what can stand beside the model that learns
+AuxModel = FrozenModel | TeacherOnMesh | TeacherCache  # what gives an objective's auxiliary inputs
 
 
 class _Part(NamedTuple):
-    """A part of a cache: records, where the answers of each begin (and the last end), and the answers [n, k]."""
+    """A part of a cache: record numbers, each record's first row (and the last one's end), and words [n, k]."""
 
     records: np.ndarray
     offsets: np.ndarray
@@ -136,7 +150,7 @@ class _Part(NamedTuple):
         return cls(np.array(list(answers), np.int64), np.cumsum([0, *counts]), ids, log_probs)
 
     def write(self, folder: Path) -> None:
-        """At once, or not at all."""
+        """Writes the part to a temporary folder and renames it, so that it is complete or absent."""
         temporary = folder.with_suffix(".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
@@ -150,7 +164,7 @@ def _part_folders(folder: Path) -> list[Path]:
 
 
 def _targets(batch: TokenBatch) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
-    """(row, record), and where that record's targets stand in the row, in order."""
+    """(row, record) and the indices of that record's targets in the row, in order."""
     for row in range(len(batch.tokens)):
         positions = np.flatnonzero(batch.targets[row] != NO_TARGET)
         records = batch.source[row, positions]
@@ -168,13 +182,22 @@ def write_cache(
     k: int,
     temperature: float = 1.0,
 ) -> None:
-    """Writes the teacher's k likeliest words at every target of the shards, unless that was done.
+    """Writes the teacher's k likeliest words at every target of the shards, unless the cache is complete.
 
-    A run that was killed goes on where it was. Raises CacheError where `folder` holds answers to other data, of another
-    teacher, or of other settings.
+    If a run is killed, the next one continues its cache.
 
     Args:
-      rows, seq_len: what the teacher reads at a time, over all devices of the mesh.
+      folder: of the cache.
+      shards: folders of records.
+      teacher: the model.
+      mesh: its devices.
+      rows, seq_len: shape of the teacher's batches, over all devices of the mesh.
+      k: words of each target.
+      temperature: divides the logits.
+
+    Raises:
+      CacheError: if `folder` has outputs for other data, of another teacher, or with other settings.
+      ValueError: if the rows do not divide over the mesh.
     """
     devices = mesh.build()
     _check_rows(rows, devices)
@@ -185,7 +208,7 @@ def write_cache(
     seen, answer = set(done), TeacherOnMesh(teacher, devices, k, temperature)
     counts = {shard_folder: read_counts(shard_folder) for shard_folder in shard_folders(shards)}
     records = sum(folder_counts["records"] for folder_counts in counts.values())
-    # Each folder by its size, whatever its share in training: the first epochs of all end together.
+    # Each folder weighted by its size, whatever its share in training: the first epochs of all end together.
     batches = ShardedBatches(
         {shard_folder: folder_counts["tokens"] for shard_folder, folder_counts in counts.items()},
         devices,
@@ -197,7 +220,7 @@ def write_cache(
     )
     waiting: dict[int, TopK] = {}
     with Progress(disable=not distributed.is_process_zero()) as progress:
-        bar = progress.add_task("the teacher answers", total=records, completed=len(seen))
+        bar = progress.add_task("teacher", total=records, completed=len(seen))
         while len(seen) < records:
             _, placed, _ = next(batches)
             batch = _on_host(placed)
@@ -224,7 +247,7 @@ def write_cache(
 
 
 def _begin(folder: Path, shards: Shards, card: dict) -> list[int] | None:
-    """The records that the cache has already; None where it is complete."""
+    """The records that an incomplete cache has; None if the cache is complete. Creates the folder if there is none."""
     card = {"shards": hash_shards(shards), **card}
     for path in (folder / CARD, folder / BEGUN):
         if not path.exists():
@@ -234,7 +257,7 @@ def _begin(folder: Path, shards: Shards, card: dict) -> list[int] | None:
             f"{name} {stored[name]}, not {value}" for name, value in card.items() if stored[name] != value
         ]:
             raise CacheError(
-                f"{folder}: holds a teacher's answers for {'; '.join(mismatches)}. Delete it, or name another folder"
+                f"{folder}: has a teacher's outputs for {'; '.join(mismatches)}. Delete it, or name another folder"
             )
         return (
             None
@@ -249,14 +272,14 @@ def _begin(folder: Path, shards: Shards, card: dict) -> list[int] | None:
 
 
 def _on_host(placed: Any) -> Any:
-    """The arrays of a placed batch, or of the answers to it, without the axis of parts; the same in every process."""
+    """A placed batch, or outputs for it, as numpy arrays without the micro-batch axis; the same in every process."""
     if jax.process_count() > 1:
         placed = multihost_utils.process_allgather(placed, tiled=True)
     return jax.tree.map(lambda x: x[0], jax.device_get(placed))
 
 
 def hash_shards(shards: Shards) -> str:
-    """SHA-256 of the shards' files, in the order that their records are numbered in."""
+    """SHA-256 of the shards' files, in the order in which their records are numbered."""
     digest = hashlib.sha256()
     for folder in shard_folders(shards):
         for path in sorted(folder.glob("part-*.array_record")):
@@ -266,7 +289,7 @@ def hash_shards(shards: Shards) -> str:
 
 
 def fingerprint(model: FrozenModel, mesh: Mesh) -> str:
-    """Of a model's shape and every bit of its weights, whatever mesh they lie on; summed where they are."""
+    """SHA-256 of a model's config and sums over every bit of its weights; it does not depend on the mesh."""
     with jax.set_mesh(mesh):
         sums = jax.device_get(jax.jit(lambda params: jax.tree.map(_bit_sums, params))(model.on(mesh)))
     leaves, _ = jax.tree_util.tree_flatten_with_path(sums)
@@ -277,7 +300,7 @@ def fingerprint(model: FrozenModel, mesh: Mesh) -> str:
 
 
 def _bit_sums(x: jax.Array) -> jax.Array:
-    """Two sums of the bits by their places, modulo 2^32. The factors are odd: any one changed number changes both."""
+    """Two sums of the bits, weighted by index, modulo 2^32. The weights are odd: a change of any number changes both."""
     unsigned = {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
     bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
     index = jnp.uint32(0)

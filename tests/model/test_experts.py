@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brewjax.model.config import ExpertsConfig, ModelConfig
-from brewjax.model.experts import Experts, _expert_outputs, _in_chunks
+from brewjax.model.experts import Experts, _expert_outputs, _sum_in_chunks
 from brewjax.model.params import bind
 from pallas_kernels.token_labels import ALL, PADDING, TokenLabels
 from tests.tiny import MODEL, params
@@ -78,7 +78,7 @@ def test_in_turns_is_as_at_once(sizes, others, count):
 
     def in_turns(x, weight, matrices):
         whole = (0, -R % count)
-        return _in_chunks(said, count, x, jnp.pad(weight, whole), matrices, jnp.pad(token, whole), sizes)
+        return _sum_in_chunks(said, count, x, jnp.pad(weight, whole), matrices, jnp.pad(token, whole), sizes)
 
     expected, found = (
         jax.jit(jax.value_and_grad(lambda *taken, add=add: jnp.sum(add(*taken) * direction), (0, 1, 2)))

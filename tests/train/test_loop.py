@@ -98,7 +98,9 @@ def test_accumulation_changes_no_loss(shards, finished, tmp_path):
 
 
 def test_rows_must_divide_into_parts():
-    with pytest.raises(pydantic.ValidationError, match=r"batch_size \(4\) must be a multiple of gradient_accumulation_steps \(3\)"):
+    with pytest.raises(
+        pydantic.ValidationError, match=r"batch_size \(4\) must be a multiple of gradient_accumulation_steps \(3\)"
+    ):
         TrainConfig(**CONFIG.model_dump() | {"gradient_accumulation_steps": 3})
 
 

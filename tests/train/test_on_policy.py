@@ -161,7 +161,8 @@ def test_a_layer_is_held_to_the_teachers_at_its_depth():
     inputs = (batch.tokens, batch.positions, batch.token_labels)
     with jax.set_mesh(MeshConfig().build()):
         streams, shown = (
-            np.float64(jax.jit(lambda *x, of=of: of.forward_with_hidden_states(*x))(*inputs)[2]) for of in (student, teacher)
+            np.float64(jax.jit(lambda *x, of=of: of.forward_with_hidden_states(*x))(*inputs)[2])
+            for of in (student, teacher)
         )
     real = np.asarray(batch.token_labels.example_id) > 0
     cosine = lambda a, b: (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)  # noqa: E731
