@@ -1,4 +1,8 @@
-"""The decoder: a language model of the Llama families (Touvron et al. 2023) that attends by `TokenLabels`."""
+"""The decoder: a language model of the Llama families (Touvron et al. 2023) that attends by `TokenLabels`.
+
+Axis letters: B rows, T tokens, D model dimension, H query heads, K key-value heads, E size of a head, F neurons,
+V vocabulary, L layers; in caches N pages of P tokens, M pages of a row (docs/glossary.md, "Axis letters").
+"""
 
 from __future__ import annotations
 
@@ -20,15 +24,15 @@ from pallas_kernels.attention import attention
 from pallas_kernels.quantized_matmul import to_8_bits
 from pallas_kernels.token_labels import PADDING, TokenLabels
 
-KVCache = tuple[Float[Array, "B T K E"], Float[Array, "B T K E"]]
+KVCache = tuple[Float[Array, "B T K E"], Float[Array, "B T K E"]]  # rotated keys, and values
 
 
 class PagedKVCache(NamedTuple):
-    """Keys (rotated) and values of tokens that were computed before, for rows to go on from.
+    """Keys (rotated) and values of tokens that earlier calls computed.
 
     Attributes:
-      keys, values: N pages of P tokens each, in the compute dtype.
-      pages: the pages that each row goes on from, in order; M may be 0.
+      keys, values: a pool of N pages of P tokens each, in the compute dtype.
+      page_table: the pages that each row reads, in order; M may be 0.
     """
 
     keys: Float[Array, "L N P K E"]
@@ -37,7 +41,7 @@ class PagedKVCache(NamedTuple):
 
 
 class RMSNorm(nnx.Module):
-    """Zhang and Sennrich 2019; computed in float32."""
+    """Root mean square normalisation (Zhang and Sennrich 2019), computed in float32."""
 
     def __init__(self, config: ModelConfig, size: int, axis: str | None = "model"):
         self.eps = config.norm_eps
@@ -50,7 +54,7 @@ class RMSNorm(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Attention and a SwiGLU MLP (Shazeer 2020) or experts, each behind a norm and around a residual."""
+    """Attention, then a SwiGLU MLP (Shazeer 2020) or experts; each has a norm before it and a residual around it."""
 
     def __init__(self, config: ModelConfig, sharding: Sharding, rngs: nnx.Rngs):
         self.config, self.sharding = config, sharding
@@ -87,9 +91,16 @@ class Layer(nnx.Module):
         token_labels: TokenLabels,
         cached_kv: KVCache | None,
     ) -> tuple[Float[Array, "B T D"], KVCache, Float[Array, ""]]:
-        """The residual stream after this layer, the keys and values of these T tokens, and the experts' balance loss.
+        """The whole layer.
 
-        `past` are the keys and values before them.
+        Args:
+          x: residual stream.
+          rotation: of the tokens' positions, see `rotary`.
+          token_labels: of cached and new tokens.
+          cached_kv: keys and values of cached tokens, or None.
+
+        Returns:
+          The residual stream after the layer; keys and values of the T new tokens; the experts' load-balancing loss.
         """
         attended, new_kv = self.attended(x, rotation, token_labels, cached_kv)
         x, balance = self.after_mlp(self.after_attention(x, attended), token_labels)
@@ -103,7 +114,7 @@ class Layer(nnx.Module):
         token_labels: TokenLabels,
         cached_kv: KVCache | None,
     ) -> tuple[Float[Array, "B T H E"], KVCache]:
-        """What the heads attend to, before the output projection; and the keys and values of these T tokens."""
+        """The attention's output before the output projection; keys and values of the T new tokens."""
         h = self.attention_norm(x)
         q = self._heads(h, self.query, self.query_bias, self.query_norm)
         k = self._heads(h, self.key, self.key_bias, self.key_norm)
@@ -123,7 +134,7 @@ class Layer(nnx.Module):
     def after_mlp(
         self, x: Float[Array, "B T D"], token_labels: TokenLabels
     ) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
-        """The residual stream after the MLP or the experts, and the experts' balance loss."""
+        """The residual stream after the MLP or the experts, and the experts' load-balancing loss (0 for an MLP)."""
         with jax.named_scope("experts" if self.config.experts else "mlp"):
             h = self.mlp_norm(x)
             if self.config.experts:
@@ -133,7 +144,7 @@ class Layer(nnx.Module):
             return x + product(self.sharding, self.neurons(h), self.down), jnp.zeros(())
 
     def neurons(self, h: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
-        """What the MLP's neurons say, before the down projection; `h` is normed."""
+        """Activations of the MLP's neurons, before the down projection; `h` is normed."""
         return swiglu(product(self.sharding, h, self.gate), product(self.sharding, h, self.up))
 
     def _heads(self, x: Array, weight: Matrix, bias: Weight | None, norm: RMSNorm | None) -> Array:
@@ -143,15 +154,17 @@ class Layer(nnx.Module):
         return heads if norm is None else norm(heads)
 
 
-@functools.partial(jax.checkpoint, prevent_cse=False)  # else its backward pass would store five arrays, not two
+@functools.partial(jax.checkpoint, prevent_cse=False)  # otherwise five arrays, not two, are stored for its gradient
 def swiglu(gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
+    """silu(gate) * up."""
     return jax.nn.silu(gate) * up
 
 
 class Decoder(nnx.Module):
-    """Tokens in, hidden states out; `head` turns hidden states into logits.
+    """Tokens in, hidden states out; `logits` turns hidden states into logits.
 
-    Layers are stacked along a leading axis of their weights and scanned.
+    Layers are stacked along a leading axis of their weights and scanned. Called without a mesh in context, it runs on
+    one device; with one, arrays are laid out by `sharding`.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, sharding: Sharding = FSDP_TENSOR):
@@ -175,20 +188,26 @@ class Decoder(nnx.Module):
     def __call__(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], token_labels: TokenLabels
     ) -> Float[Array, "B T D"]:
-        """Hidden states after the last norm, in the compute dtype. Those of padding mean nothing."""
+        """Hidden states after the last norm, in the compute dtype; undefined for padding.
+
+        Args:
+          tokens: ids.
+          positions: RoPE positions, from 0 in each example.
+          token_labels: of the tokens.
+        """
         return self._run(tokens, positions, token_labels)[0]
 
     def forward_with_aux_loss(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], token_labels: TokenLabels
     ) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
-        """As a call; and the experts' load-balancing loss, the mean over layers, weighed for the training loss."""
+        """Hidden states as from a call, and the experts' load-balancing loss: mean over layers x its coefficient."""
         hidden, balance, _ = self._run(tokens, positions, token_labels)
         return hidden, self._weighed(balance)
 
     def forward_with_hidden_states(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], token_labels: TokenLabels
     ) -> tuple[Float[Array, "B T D"], Float[Array, ""], Float[Array, "L B T D"]]:
-        """As `with_balance`; and the residual stream after each layer, in the compute dtype."""
+        """As `forward_with_aux_loss`, and the residual stream after each layer, in the compute dtype."""
         hidden, balance, streams = self._run(tokens, positions, token_labels, layer_output=lambda x, new_kv: x)
         return hidden, self._weighed(balance), streams
 
@@ -198,12 +217,15 @@ class Decoder(nnx.Module):
     def forward_with_cache(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], token_labels: TokenLabels, cache: PagedKVCache
     ) -> tuple[Float[Array, "B T D"], KVCache]:
-        """As a call, for tokens behind a past.
+        """As a call, for tokens behind cached ones.
 
         Args:
-          token_labels: labels of the M x P tokens in the past's pages, in their order, and then of these T.
+          tokens, positions: of the T new tokens.
+          token_labels: of the M x P cached tokens of a row, in the order of its pages, then of the T new ones.
+          cache: keys and values of cached tokens.
 
-        Returns hidden states, and the keys and values [L, B, T, K, E] of these tokens.
+        Returns:
+          Hidden states, and keys and values [L, B, T, K, E], of the new tokens.
         """
         hidden, _, new_kv = self._run(tokens, positions, token_labels, cache, layer_output=lambda x, new_kv: new_kv)
         return hidden, new_kv
@@ -216,8 +238,8 @@ class Decoder(nnx.Module):
         cache: PagedKVCache | None = None,
         layer_output: Callable[[Array, KVCache], Any] = lambda x, new_kv: None,
     ) -> tuple[Array, Array, Any]:
-        """Hidden states, the experts' balance loss, and what each layer `gives` of its residual stream and its keys and
-        values, stacked."""
+        """Hidden states; the experts' loss; and `layer_output(residual stream, new keys and values)` of each layer,
+        stacked."""
         tokens, positions = (self.sharding.reshard(x, "batch", "length") for x in (tokens, positions))
         token_labels = TokenLabels(*(self.sharding.reshard(jnp.asarray(x), "batch", None) for x in token_labels))
         x = self.embed(tokens)
@@ -232,8 +254,8 @@ class Decoder(nnx.Module):
 
         layers = (weights, jnp.arange(self.config.layers))
         if self.config.remat:
-            # A scan needs no guard against common subexpressions, and what guards them would keep what no layer
-            # changes, such as the attention's worklist, inside the backward loop: made once for every layer.
+            # A scan needs no guard against common subexpression elimination, and the guard would keep what is the same
+            # for all layers, such as the attention's worklist, inside the backward loop: computed once per layer.
             body = jax.checkpoint(body, prevent_cse=False)
         x, (balance, outputs) = jax.lax.scan(body, x, layers)
         return self.norm(x), jnp.mean(balance), outputs
@@ -245,7 +267,7 @@ class Decoder(nnx.Module):
         return table.at[tokens].get(out_sharding=self.sharding.spec_or_none("batch", "length", "model"))
 
     def layer(self, layer_index: Int[Array, ""]) -> Layer:
-        """One layer by itself."""
+        """One of the stacked layers, by index."""
         graph, weights = nnx.split(self.layers)
         layer_weights = jax.tree.map(
             lambda stack: jax.lax.dynamic_index_in_dim(stack, layer_index, keepdims=False), weights
@@ -255,12 +277,12 @@ class Decoder(nnx.Module):
     @property
     @jax.named_scope("head")
     def lm_head(self) -> Float[Array, "V D"]:
-        """The output head, gathered, in the parameter dtype or what `HeadPrecision` makes of it."""
+        """The output matrix, gathered, in the parameter dtype or as `HeadPrecision` rounds it."""
         weight = self.embedding if self.untied_head is None else self.untied_head
         return self.cast_for_head(self.sharding.reshard(weight[...], None, None))
 
     def cast_for_head(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        """Hidden states, or words of the head, at the precision of the head's product."""
+        """Hidden states, or rows of the head, rounded as `HeadPrecision.product` says."""
         match self.config.head.product:
             case "e4m3":
                 values, scale = to_8_bits(x, jnp.float8_e4m3fn, -1)
@@ -271,7 +293,7 @@ class Decoder(nnx.Module):
 
     @jax.named_scope("head")
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """float32, by a true float32 product."""
+        """float32 logits, by a true float32 product."""
         logits = jnp.einsum(
             "...d,vd->...v",
             self.cast_for_head(hidden).astype(jnp.float32),
@@ -282,7 +304,7 @@ class Decoder(nnx.Module):
 
 
 def _read(sharding: Sharding, cache: PagedKVCache, layer: Array) -> KVCache:
-    """One layer's keys and values [B, M * P, K, E] of the past."""
+    """One layer's cached keys and values [B, M * P, K, E]."""
     B, M = cache.page_table.shape
 
     def read(pool: Array) -> Array:
@@ -296,7 +318,7 @@ def _read(sharding: Sharding, cache: PagedKVCache, layer: Array) -> KVCache:
 
 
 def _attend(sharding: Sharding, q: Array, k: Array, v: Array, token_labels: TokenLabels) -> Array:
-    """Attention of each device's own queries, heads and rows."""
+    """Attention; with a mesh in context, each device computes its rows, heads and queries."""
     if jax.sharding.get_abstract_mesh().empty:
         return attention(q, k, v, token_labels)[0]
     first, axes = k.shape[1] - q.shape[1], sharding.rules["length"]

@@ -1,6 +1,9 @@
-"""Text from a decoder: keys and values lie in slots, a sequence each, and every step adds a token to all of them.
+"""Text generation: each slot of a KV cache holds a sequence, and every step adds a token to all of them.
 
 `prefill`, `insert`, `step` and `sample` are pure functions of arrays; a `Generator` compiles them for one model.
+
+Axis letters: N slots, S tokens of a slot, T tokens of a prompt, L layers, K key-value heads, E size of a head,
+V vocabulary (docs/glossary.md, "Axis letters").
 """
 
 from __future__ import annotations
@@ -23,26 +26,26 @@ from brewjax.model.params import Params, abstract_params, bind
 from brewjax.model.sharding import FSDP_TENSOR, MeshConfig
 from pallas_kernels.token_labels import ALL, PADDING, TokenLabels
 
-SHORTEST_BUCKET = 64
-KV_AXES = (None, None, None, "heads", None)  # how the keys and values of slots lie over devices
+SHORTEST_BUCKET = 64  # tokens
+KV_AXES = (None, None, None, "heads", None)  # axis names of the keys and values of slots
 
 
 class SamplingParams(Config):
-    """How the next token is drawn."""
+    """How the next token is sampled."""
 
     temperature: float = pydantic.Field(default=0.0, ge=0)
     """Divides the logits; 0 takes the likeliest token."""
     top_k: int = pydantic.Field(default=0, ge=0)
-    """Only the k likeliest tokens may be drawn; 0: all."""
+    """Samples from the k likeliest tokens only; 0 for all tokens."""
 
 
 class Prefix(NamedTuple):
-    """One sequence, read.
+    """The KV cache of one sequence.
 
     Attributes:
       keys, values: of its tokens, then of padding; in the compute dtype.
-      length: how many tokens it has.
-      last: the last of them, which the next step reads once more, for what follows it.
+      length: tokens of the sequence.
+      last: its last token, which the next step reads again to predict the one that follows.
     """
 
     keys: Float[Array, "L T K E"]
@@ -52,14 +55,14 @@ class Prefix(NamedTuple):
 
 
 class DecodeState(NamedTuple):
-    """N sequences of at most S tokens, growing.
+    """N growing sequences of at most S tokens.
 
     Attributes:
-      keys, values: of the tokens read so far; what lies behind them means nothing.
-      lengths: how many were read.
-      tokens: the next to be read, of each sequence.
-      drawn: how many tokens were drawn in each slot since a sequence was put there.
-      key: of the random numbers to come.
+      keys, values: of the tokens read so far; undefined behind them.
+      lengths: tokens read.
+      tokens: the next token to read, of each sequence.
+      num_sampled: tokens sampled in each slot since a sequence was inserted there.
+      key: random key of the next steps.
     """
 
     keys: Float[Array, "L N S K E"]
@@ -71,7 +74,17 @@ class DecodeState(NamedTuple):
 
 
 def prefill(decoder: Decoder, tokens: Int[Array, " T"], length: Int[Array, ""], prefix: Prefix | None = None) -> Prefix:
-    """Reads the first `length` (at least 1) of `tokens`, behind `before` where it is given."""
+    """Computes the KV cache of a prompt.
+
+    Args:
+      decoder: the model.
+      tokens: the prompt, then padding.
+      length: tokens of the prompt, at least 1.
+      prefix: a sequence that the prompt continues.
+
+    Returns:
+      The whole sequence, prefix included.
+    """
     T = tokens.shape[0]
     real = jnp.arange(T) < length
     if prefix is None:
@@ -95,7 +108,7 @@ def prefill(decoder: Decoder, tokens: Int[Array, " T"], length: Int[Array, ""], 
 
 
 def insert(state: DecodeState, prefix: Prefix, slot: Int[Array, ""]) -> DecodeState:
-    """Puts a sequence in a slot, over what was there."""
+    """Puts a sequence into a slot, in place of the slot's sequence."""
     S = state.keys.shape[2]
     keys, values = (
         jax.lax.dynamic_update_slice(old, new[:, None, :S], (0, slot, 0, 0, 0))
@@ -109,7 +122,7 @@ def insert(state: DecodeState, prefix: Prefix, slot: Int[Array, ""]) -> DecodeSt
 
 
 def step(decoder: Decoder, state: DecodeState, sampling: SamplingParams) -> tuple[DecodeState, Int[Array, " N"]]:
-    """Reads a token in every slot and draws the one that follows it. A full slot, and an empty one, draws nonsense."""
+    """Reads a token in every slot and samples the next one; the tokens of full and of empty slots are undefined."""
     N, S = state.keys.shape[1:3]
     real = jnp.arange(S + 1) < state.lengths[:, None]
     cache = PagedKVCache(state.keys, state.values, jnp.arange(N)[:, None])
@@ -125,7 +138,7 @@ def step(decoder: Decoder, state: DecodeState, sampling: SamplingParams) -> tupl
 
 
 def sample(logits: Float[Array, "N V"], key: Array, sampling: SamplingParams) -> Int[Array, " N"]:
-    """A token of each row."""
+    """Samples a token for each row of logits."""
     if not sampling.temperature:
         return jnp.argmax(logits, -1).astype(jnp.int32)
     if sampling.top_k:
@@ -135,15 +148,17 @@ def sample(logits: Float[Array, "N V"], key: Array, sampling: SamplingParams) ->
 
 
 class Generator:
-    """A model compiled to generate.
+    """A model compiled for generation.
 
-    A token at a time is no work to share: of the mesh, only `tensor` is made use of.
+    Only the `tensor` axis of the mesh is used: one token at a time is too little work to split otherwise.
 
     Args:
-      slots: how many sequences grow at once.
-      context: the most tokens of a sequence, prompt included.
+      model, params: the model.
+      num_slots: sequences that grow at the same time.
+      context: limit of the tokens of a sequence, prompt included.
+      sampling: how tokens are sampled; by default the likeliest is taken.
       seed: of the sampling.
-      mesh: the devices of the model; all there are unless it is given.
+      mesh: devices; by default all.
     """
 
     def __init__(
@@ -176,16 +191,20 @@ class Generator:
         self._step = jax.jit(lambda params, state: step(bind(model, params), state, sampling_params), donate_argnums=1)
 
     def shard_params(self, params: Params) -> Params:
-        """Parameters of this model, on the devices that generate."""
+        """Parameters of this model, laid out on the generator's devices."""
         return jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, abstract_params(self.model, self.mesh)))
 
     def slots(self) -> DecodeState:
-        """Empty ones."""
+        """A state with empty slots."""
         with jax.set_mesh(self.mesh):
             return self._empty()
 
     def pad(self, tokens: Sequence[int]) -> Int[np.ndarray, " T"]:
-        """The tokens in the smallest bucket that holds them; ValueError where none does, or there are none."""
+        """The tokens, padded to the smallest bucket that holds them.
+
+        Raises:
+          ValueError: if there are no tokens, or more than `context`.
+        """
         if not 0 < len(tokens) <= self.context:
             raise ValueError(f"a sequence of {len(tokens)} tokens; 1 to {self.context} can be read")
         bucket = next(bucket for bucket in self.buckets if bucket >= len(tokens))
@@ -207,25 +226,34 @@ class Generator:
             return self._step(self.params, state)
 
     def warm_up(self) -> None:
-        """Compiles every shape that a sequence without a prefix may take, so that no later one does."""
+        """Compiles every shape of sequences without a prefix, so that later calls compile nothing."""
         for bucket in self.buckets:
             prefix, state = self.prefill(np.zeros(bucket, np.int32), bucket), self.slots()
-            for _ in range(2):  # over several devices, `compilations` tells arrays apart by what made them
+            for _ in range(2):  # over several devices, jit's cache distinguishes arrays by the program that made them
                 state = self.insert(self.insert(state, prefix, 0), prefix, 0)
                 state, _ = self.step(self.step(state)[0])
         jax.block_until_ready(state)
 
     def compilations(self) -> int:
-        """How many shapes were compiled so far."""
+        """The number of shapes compiled so far."""
         functions = (self._empty, self._prefill, self._insert, self._step)
         return sum(function._cache_size() for function in functions)  # type: ignore[attr-defined]
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_tokens: int, stop: Collection[int] = ()
     ) -> list[list[int]]:
-        """What follows each prompt: up to, and without, a token of `stop`, and at most `max_tokens`.
+        """Generates a continuation of each prompt.
 
-        ValueError where a prompt and `max_tokens` are more than the context.
+        Args:
+          prompts: token ids.
+          max_tokens: limit of new tokens.
+          stop: token ids that end a continuation, and are not part of it.
+
+        Returns:
+          The new tokens of each prompt.
+
+        Raises:
+          ValueError: if a prompt and `max_tokens` exceed the context.
         """
         for index, prompt in enumerate(prompts):
             if len(prompt) + max_tokens > self.context:
@@ -253,7 +281,7 @@ class Generator:
 
 
 def _read(decoder: Decoder, tokens: Array, positions: Array, real: Array, cache: PagedKVCache) -> tuple[Array, KVCache]:
-    """`Decoder.extend` for plain text: every token that is `real` sees all before it."""
+    """`Decoder.forward_with_cache` for plain text: every `real` token attends to all tokens before it."""
     token_labels = TokenLabels(jnp.where(real, 1, PADDING), jnp.zeros(real.shape, jnp.int32), jnp.full(real.shape, ALL))
     tokens, positions, token_labels = jax.tree.map(
         lambda x: decoder.sharding.reshard(x, "batch", "length"), (tokens, positions, token_labels)
@@ -262,7 +290,7 @@ def _read(decoder: Decoder, tokens: Array, positions: Array, real: Array, cache:
 
 
 def _buckets(context: int) -> tuple[int, ...]:
-    """Lengths that prompts are padded to: each twice the one before, the last the context."""
+    """Lengths that prompts are padded to: powers of two times the shortest, then the context."""
     buckets = [min(SHORTEST_BUCKET, context)]
     while buckets[-1] < context:
         buckets.append(min(2 * buckets[-1], context))

@@ -1,4 +1,4 @@
-"""Weights of another program, tensor by tensor, into parameters sharded on a mesh: the host never holds them all."""
+"""Loads another program's weights, tensor by tensor, into sharded parameters: the host never holds them all."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from jax.sharding import Mesh, NamedSharding
 from brewjax.model.config import ModelConfig
 from brewjax.model.params import Params, abstract_params
 
-MAX_PROBLEMS = 10  # problems, in one error
+MAX_PROBLEMS = 10  # named in one error
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read; the message says which file and tensor, and what would be right."""
+    """A checkpoint that cannot be read; the message names file and tensor, and what would be right."""
 
 
 def checked_config(where: str, **values: Any) -> ModelConfig:
-    """A config of what a file says; CheckpointError, beginning with `where`, names each value that is none."""
+    """A config of a file's values; raises CheckpointError, beginning with `where`, that names each invalid value."""
     try:
         return ModelConfig(**values)
     except pydantic.ValidationError as error:
@@ -42,12 +42,12 @@ def checked_config(where: str, **values: Any) -> ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Name:
-    """What another program calls the tensors of one of our parameters, and how it lays them out.
+    """The names and the layout of another program's tensors for one of our parameters.
 
     Attributes:
-      template: with a {} for each axis that our parameter stacks them along: layer, expert.
-      inputs: of the axes behind those, how many are the input of a matrix, which they keep as [outputs, inputs] (0:
-        a vector); None for a table [tokens, features], which all lay out alike.
+      template: the tensors' name, with a {} for each axis that our parameter stacks them along: layer, expert.
+      inputs: how many of the other axes are inputs of a matrix, which is stored as [outputs, inputs]; 0 for a vector;
+        None for a table [tokens, features], which is stored like ours.
     """
 
     template: str
@@ -55,7 +55,7 @@ class Name:
 
     @property
     def stacked(self) -> int:
-        """How many leading axes of our parameter are one tensor an entry."""
+        """The number of leading axes of our parameter whose entries are tensors of their own."""
         return self.template.count("{}")
 
     def tensors(self, shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], str]]:
@@ -95,15 +95,18 @@ class Stored:
 def load(
     config: ModelConfig, names: Mapping[str, Name], stored: Mapping[str, Stored], ignored: re.Pattern, mesh: Mesh
 ) -> Params:
-    """Parameters, each created where it belongs and filled a tensor at a time.
+    """Creates each parameter on its devices and fills it one tensor at a time.
 
     Args:
+      config: the model.
       names: by path of the parameter, such as "layers/query".
       stored: every tensor of the checkpoint.
-      ignored: names of tensors that a model can do without.
+      ignored: names of tensors that the model does not need.
+      mesh: the devices.
 
-    Raises CheckpointError: before anything is read, naming every tensor that is missing, too many, or mis-shaped;
-    later, naming one that is not finite.
+    Raises:
+      CheckpointError: before anything is read, for tensors that are missing, unknown or of a wrong shape; later, for a
+        tensor that holds NaN or infinity.
     """
     leaves, tree = jax.tree_util.tree_flatten_with_path(abstract_params(config, mesh))
     ours = [(names["/".join(key.key for key in path)], leaf) for path, leaf in leaves]
@@ -136,7 +139,7 @@ def _fill(name: Name, leaf: jax.ShapeDtypeStruct, stored: Mapping[str, Stored]) 
     sharding = leaf.sharding
     assert isinstance(sharding, NamedSharding)
     entry_sharding = NamedSharding(sharding.mesh, jax.P(*sharding.spec[name.stacked :]))
-    # For a CPU, XLA writes into a bfloat16 array by way of a float32 copy of the whole; integers it writes in place.
+    # On a CPU, XLA updates a bfloat16 array by way of a float32 copy of all of it; it updates integers in place.
     as_bits = leaf.dtype == jnp.bfloat16 and sharding.mesh.devices.flat[0].platform == "cpu"
     dtype = np.dtype(np.uint16) if as_bits else leaf.dtype
     stack = jax.jit(functools.partial(jnp.zeros, leaf.shape, dtype), out_shardings=sharding)()
@@ -144,7 +147,7 @@ def _fill(name: Name, leaf: jax.ShapeDtypeStruct, stored: Mapping[str, Stored]) 
         entry = name.to_ours(stored[tensor].read(), leaf.shape)
         placed = jax.make_array_from_callback(entry.shape, entry_sharding, entry.__getitem__)
         stack, fine = _put(stack, placed, np.array(index, np.int32), sharding, leaf.dtype)
-        if not fine:  # which waits: the next tensor is not read while this one is still held
+        if not fine:  # this waits for the device: the next tensor is read only when this one is freed
             raise CheckpointError(f"{stored[tensor].file}: tensor {tensor} holds NaN or infinity")
     if not as_bits:
         return stack
@@ -158,9 +161,9 @@ def _fill(name: Name, leaf: jax.ShapeDtypeStruct, stored: Mapping[str, Stored]) 
 def _put(
     stack: jax.Array, entry: jax.Array, index: jax.Array, sharding: NamedSharding, dtype: np.dtype
 ) -> tuple[jax.Array, jax.Array]:
-    """The stack, which lies by `sharding`, with the entry in its place; and whether the entry is finite throughout.
+    """The stack with the entry written at `index`, and whether the entry is finite throughout.
 
-    The stack is of `dtype`, or holds its bits.
+    The stack is sharded by `sharding`; it is of `dtype`, or holds the bits of `dtype` as integers.
     """
     spec, depth = sharding.spec, index.size
     fine = jnp.isfinite(entry).all()
@@ -169,7 +172,7 @@ def _put(
         entry = jax.lax.bitcast_convert_type(entry, stack.dtype)
 
     def local(stack: jax.Array, entry: jax.Array, index: jax.Array) -> jax.Array:
-        # The place among the device's own layers and experts, if it is there.
+        # The index among this device's layers and experts, if the entry belongs to it.
         sizes = np.array(stack.shape[:depth], np.int32)
         shard_indices = [jax.lax.axis_index(axes) if axes else 0 for axes in spec[:depth]]
         local_index = index - sizes * jnp.array(shard_indices, jnp.int32)

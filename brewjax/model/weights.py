@@ -1,4 +1,8 @@
-"""One weight: how it starts, how its axes are called, how it is laid out, and what is multiplied with it."""
+"""Weights: initial values, axis names and layout, and products with them; plain, 8-bit and with LoRA updates.
+
+Axis letters: B rows (or leading axes), T tokens, K axes that are summed over, N output axes, R rank of an update
+(docs/glossary.md, "Axis letters").
+"""
 
 from __future__ import annotations
 
@@ -16,18 +20,18 @@ from brewjax.model.config import ModelConfig, Quantization
 from brewjax.model.sharding import Sharding
 from pallas_kernels.quantized_matmul import Quantized, quantized_matmul, to_8_bits
 
-Specs = tuple[jax.P | None, jax.P | None, jax.P | None]  # of `x`, of the matrix and of their product
+Specs = tuple[jax.P | None, jax.P | None, jax.P | None]  # of `x`, of the matrix, and of their product
 DTYPES = {"e4m3": jnp.dtype(jnp.float8_e4m3fn), "int8": jnp.dtype(jnp.int8)}
 
 
 class Weight(nnx.Param):
-    """A parameter with the names of its axes, for sharding; stacked layers have one more in front."""
+    """A parameter with names of its axes, for sharding; stacked layers have one more axis in front."""
 
 
 def random_weight(
     rngs: nnx.Rngs, config: ModelConfig, shape: tuple[int, ...], axes: tuple, fan_in: int, scale: float = 1.0
 ) -> Weight:
-    """Normal values, cut at three standard deviations, for products with unit inputs to be of size `scale`."""
+    """Normal values, truncated at three standard deviations; products with inputs of variance 1 have size `scale`."""
     values = jax.random.truncated_normal(rngs.params(), -3, 3, shape, config.param_dtype) * (scale * fan_in**-0.5)
     return Weight(values, axes=axes)
 
@@ -36,8 +40,8 @@ class QuantizedWeight(nnx.Module):
     """A matrix in 8 bits, for serving.
 
     Attributes:
-      values: of the shape and axes of the matrix: maybe experts, then `inputs` axes that are summed over, then those
-        that are not.
+      values: 8-bit values, in the shape of the matrix: experts if there are any, `inputs` axes that are summed over,
+        output axes.
       scale: float32, without the axes that are summed over.
     """
 
@@ -54,7 +58,7 @@ class QuantizedWeight(nnx.Module):
     def quantize(
         self, weight: Float[Array, " *B"], per_tensor: bool = False
     ) -> tuple[Num[Array, " *B"], Float[Array, " *N"]]:
-        """Values and scale of a float matrix of this shape; `per_tensor` gives all its channels the largest scale."""
+        """Values and scale of a float matrix of this shape; with `per_tensor`, all channels get the largest scale."""
         values, scale = to_8_bits(weight, DTYPES[self.config.dtype], self.summed)
         if per_tensor:
             all_axes = tuple(range(self.summed[0], weight.ndim))
@@ -83,7 +87,7 @@ class QuantizedWeight(nnx.Module):
 
 
 class Adapted(NamedTuple):
-    """The matrix `base + a b`, which nobody makes: `x` is multiplied with each."""
+    """The matrix `base + a b`, which is never computed: `x` is multiplied with each."""
 
     base: Array | Quantized
     a: Float[Array, "*B *K R"]
@@ -91,10 +95,12 @@ class Adapted(NamedTuple):
 
 
 class AdaptedWeight(nnx.Module):
-    """A matrix W, and beside it one of low rank, A B (see `brewjax.train.lora`): `x W + (x A) B` for `x (W + A B)`.
+    """A matrix W with a low-rank update A B (see `brewjax.train.lora`): `x W + (x A) B` instead of `x (W + A B)`.
 
     Attributes:
-      a, b: of the axes of W that are summed over, and then the rank; of the rank, and then the others.
+      base: W.
+      a: A, with the axes of W that are summed over, then the rank.
+      b: B, with the rank, then the output axes of W.
     """
 
     def __init__(self, base: Weight, a: Float[Array, " *A"], b: Float[Array, " *B"], inputs: int):
@@ -109,14 +115,14 @@ Matrix = Weight | QuantizedWeight | AdaptedWeight
 def matrix(
     rngs: nnx.Rngs, config: ModelConfig, shape: tuple[int, ...], axes: tuple, inputs: int = 1, scale: float = 1.0
 ) -> Weight | QuantizedWeight:
-    """Random: maybe experts, then `inputs` axes that are summed over, then those that are not."""
+    """A random matrix: axes of experts if there are any, `inputs` axes that are summed over, output axes."""
     batch = 1 if axes[0] == "experts" else 0
     weight = random_weight(rngs, config, shape, axes, math.prod(shape[batch : batch + inputs]), scale)
     return QuantizedWeight(weight, inputs, config.quantized) if config.quantized else weight
 
 
 def gathered(sharding: Sharding, weight: Matrix, dtype: jnp.dtype) -> Any:
-    """A weight in the compute dtype, `Quantized` or `Adapted`, whole along the axis that is only split at rest."""
+    """A weight as it is computed with: in the compute dtype (or `Quantized`, or `Adapted`), gathered over `fsdp`."""
     if isinstance(weight, AdaptedWeight):
         return Adapted(*(gathered(sharding, part, dtype) for part in (weight.base, weight.a, weight.b)))
     if isinstance(weight, QuantizedWeight):
@@ -147,8 +153,11 @@ def product(sharding: Sharding, x: Float[Array, "B T *K"], weight: Matrix, input
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _product(inputs: int, specs: Specs, x: Float[Array, "B T *K"], matrix: Float[Array, "*K *N"]) -> Array:
-    """Differentiated by hand: JAX's own rule has the tokens of the largest array, the cotangent, turned to lie last,
-    which on a CPU takes as long as the product. Here those of `x` are."""
+    """The product, with a hand-written gradient.
+
+    JAX's own rule would transpose the largest array, the cotangent, to have its tokens last, which on a CPU takes as
+    long as the product. Here `x` is transposed instead.
+    """
     return _dot(x, matrix, range(2, 2 + inputs), range(inputs), specs[2])
 
 
@@ -170,5 +179,5 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 def used_axes(weight: Weight) -> tuple[str | None, ...]:
-    """The axes of a weight while it is computed with."""
+    """The axis names of a weight while it is computed with: the axis that is split at rest is gathered."""
     return tuple(None if axis == "weight" else axis for axis in weight.axes)

@@ -300,7 +300,7 @@ def fingerprint(model: FrozenModel, mesh: Mesh) -> str:
 
 
 def _bit_sums(x: jax.Array) -> jax.Array:
-    """Two sums of the bits, weighted by index, modulo 2^32. The weights are odd: a change of any number changes both."""
+    """Two sums of the bits, weighted by index, modulo 2^32. The weights are odd: changing any number changes both."""
     unsigned = {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
     bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
     index = jnp.uint32(0)
