@@ -118,13 +118,13 @@ def compiled(function: Callable, T: int, S: int, D: int, dtype: Any, device: jax
     jax.jit(function).lower(q, k, k, TokenLabels(label, label, label)).compile()
     (launches,) = (path.read_text() for path in DUMP.glob("*thunk_sequence.txt"))
     for path in sorted(DUMP.glob("*.ptx")):
-        for kernel in re.findall(r"\.entry segment_attention_(\w+)\(", path.read_text()):
+        for kernel in re.findall(r"\.entry token_label_attention_(\w+)\(", path.read_text()):
             told = subprocess.run(
                 [ptxas(), "-v", "-arch=sm_90a", path, "-o", os.devnull], capture_output=True, text=True
             )
             registers = re.search(r"Used (\d+) registers", told.stderr)
             spills = sum(map(int, re.findall(r"(\d+) bytes spill", told.stderr)))
-            shared = re.search(rf"segment_attention_{kernel} grid.*shared_memory: (\d+)", launches)
+            shared = re.search(rf"token_label_attention_{kernel} grid.*shared_memory: (\d+)", launches)
             product = next((name for name in ("wgmma", "mma.sync") if name in path.read_text()), "none")
             yield kernel, registers and registers[1], spills, shared and shared[1], product
 

@@ -45,7 +45,7 @@ from rich.table import Table
 
 from benchmarks.layouts import LAYOUTS, PACKED, STAR, make_labels
 from pallas_kernels import attention_tpu
-from pallas_kernels.attention_tpu_plan import TILE, AttentionPlan, Line, kinds_and_labels
+from pallas_kernels.attention_tpu_plan import TILE, AttentionPlan, Line, kinds_and_labels, largest_divisor
 from pallas_kernels.token_labels import TokenLabels, dense_mask
 from pallas_kernels.worklist import FULL_BLOCK
 
@@ -81,7 +81,7 @@ class Chip:
         return cycles / self.clock * 1e3
 
     def compile(
-        self, function: Callable, *shapes: jax.ShapeDtypeStruct, name: str = "segment_attention"
+        self, function: Callable, *shapes: jax.ShapeDtypeStruct, name: str = "token_label_attention"
     ) -> dict[str, int]:
         """Bundles of the kernel of that name, and how many slots of each kind they fill."""
         shutil.rmtree(DUMP, ignore_errors=True)
@@ -137,7 +137,7 @@ def costs(chip: Chip, way: str, group: int = 1) -> Costs:
             mask[0] = jnp.zeros_like(mask[0])
 
         # A kernel that never begins or ends a block, has no other kind of visit, and runs nothing again.
-        with mock.patch.multiple(attention_tpu, _visit=only, _edges=lambda block, i: (False, False), _again=nothing):
+        with mock.patch.multiple(attention_tpu, _visit=only, _edges=lambda block, i: (False, False), _rerun=nothing):
             return Counter(chip.compile(getattr(attention_tpu, way), *inputs))
 
     def less(a: Counter, b: Counter) -> Counter:
@@ -147,7 +147,7 @@ def costs(chip: Chip, way: str, group: int = 1) -> Costs:
         return dict(found) | {"pairs": pairs, "cycles": chip.cycles(way, pairs)}
 
     def along(line: Line) -> Callable:
-        return lambda whole, masked, masks: attention_tpu._along(plan, masked, masks, line)
+        return lambda whole, masked, masks: attention_tpu._run_line(plan, masked, masks, line)
 
     longest = max(plan.diagonals, key=len)  # all key tiles are in it
 
@@ -156,16 +156,16 @@ def costs(chip: Chip, way: str, group: int = 1) -> Costs:
         pl.when(masks.start >= 0)(lambda: along(longest)(whole, masked, masks))  # apart from it, as in the kernel
 
     empty = compile_only(lambda *_: None)
-    every = less(compile_only(lambda whole, *_: attention_tpu._whole(plan, whole)), empty)
+    every = less(compile_only(lambda whole, *_: attention_tpu._run_full_block(plan, whole)), empty)
     chunks = group * plan.chunks
-    times = chunks // attention_tpu.largest_divisor(chunks, attention_tpu.UNROLL)  # the code is in a loop
+    times = chunks // largest_divisor(chunks, attention_tpu.UNROLL)  # the code is in a loop
 
     @functools.cache
     def of_form(count: int, is_row: bool) -> Counter:
         """The first line of that form: others are the same code elsewhere."""
         line = next(line for line in plan.lines if len(line) == count and (line in plan.rows) == is_row)
         whole = less(compile_only(along(line)), empty)
-        more = group // attention_tpu.largest_divisor(group, attention_tpu.UNROLL // len(line)) - 1
+        more = group // largest_divisor(group, attention_tpu.UNROLL // len(line)) - 1
         if not more:
             return whole
         with mock.patch.object(attention_tpu.Masks, "make"):

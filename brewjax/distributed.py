@@ -28,7 +28,7 @@ AUTO_DETECT_ENV = "BREWJAX_DISTRIBUTED"  # "auto": TPU VMs, SLURM, MPI and GKE t
 HEARTBEAT_TIMEOUT_S = 30  # seconds without a sign of life after which a process is given up
 POLL_MS = 2_000  # milliseconds that a wait takes before it looks whether the process was told to end
 
-_turns = itertools.count()
+_call_indices = itertools.count()
 _preemption_requested = _deferring = False
 
 
@@ -68,7 +68,7 @@ def _join() -> None:
         raise DistributedError(f"{AUTO_DETECT_ENV} is '{automatic}'; it may only be 'auto', or be left out")
     if not names and not automatic:
         return
-    who: dict[str, Any] = {}
+    init_kwargs: dict[str, Any] = {}
     if not automatic:
         if missing := {COORDINATOR, PROCESSES, PROCESS} - set(names):
             raise DistributedError(
@@ -76,25 +76,31 @@ def _join() -> None:
                 f"or {AUTO_DETECT_ENV}=auto where JAX finds out by itself (TPU VMs, SLURM, MPI, GKE)"
             )
         try:
-            count, number = int(os.environ[PROCESSES]), int(os.environ[PROCESS])
+            num_processes, process_id = int(os.environ[PROCESSES]), int(os.environ[PROCESS])
         except ValueError:
             raise DistributedError(
                 f"{PROCESSES} is '{os.environ[PROCESSES]}' and {PROCESS} '{os.environ[PROCESS]}'; both must be numbers"
             ) from None
-        if not 0 <= number < count:
+        if not 0 <= process_id < num_processes:
             raise DistributedError(
-                f"{PROCESS} is {number}; of {count} processes ({PROCESSES}) it is one of 0 to {count - 1}"
+                f"{PROCESS} is {process_id}; of {num_processes} processes ({PROCESSES}) it is one of 0 to {num_processes - 1}"
             )
-        who = {"coordinator_address": os.environ[COORDINATOR], "num_processes": count, "process_id": number}
+        init_kwargs = {
+            "coordinator_address": os.environ[COORDINATOR],
+            "num_processes": num_processes,
+            "process_id": process_id,
+        }
     jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is ours
     try:
         jax.distributed.initialize(
-            **who, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S, shutdown_timeout_seconds=HEARTBEAT_TIMEOUT_S // 3
+            **init_kwargs,
+            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
+            shutdown_timeout_seconds=HEARTBEAT_TIMEOUT_S // 3,
         )
     except (ValueError, RuntimeError) as error:
-        where = os.environ.get(COORDINATOR, "the coordinator that JAX looks for")
+        coordinator = os.environ.get(COORDINATOR, "the coordinator that JAX looks for")
         _exit_now(
-            f"cannot join the other processes by {where}: {error}. Is the first process running, is its port free "
+            f"cannot join the other processes by {coordinator}: {error}. Is the first process running, is its port free "
             "and open between the hosts, and does every process have its own number?"
         )
     jax.devices()  # all take part in finding out who has which
@@ -104,7 +110,7 @@ def run_on_process_zero(work: Callable[[], Any]) -> Any:
     """What `work` returns (JSON) on the first process, which alone does it while the others wait, or its failure."""
     if jax.process_count() == 1:
         return work()
-    client, key = distributed.global_state.client, f"brewjax/{next(_turns)}"
+    client, key = distributed.global_state.client, f"brewjax/{next(_call_indices)}"
     assert client is not None
     if is_process_zero():
         try:
@@ -116,14 +122,14 @@ def run_on_process_zero(work: Callable[[], Any]) -> Any:
         return result
     while True:
         try:
-            said = json.loads(client.blocking_key_value_get(key, POLL_MS))
+            outcome = json.loads(client.blocking_key_value_get(key, POLL_MS))
             break
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
-    if "error" in said:
-        raise DistributedError(f"process 0 failed: {said['error']}")
-    return said["result"]
+    if "error" in outcome:
+        raise DistributedError(f"process 0 failed: {outcome['error']}")
+    return outcome["result"]
 
 
 # --- SIGTERM: the machine is wanted back
@@ -156,16 +162,16 @@ class PreemptionSync:
     def __call__(self) -> bool:
         if jax.process_count() == 1:
             return _preemption_requested
-        before = self._pending
-        mine = np.array([_preemption_requested])
-        flags = jax.make_array_from_callback((self._sharding.num_devices,), self._sharding, lambda _: mine)
+        previous = self._pending
+        local_flag = np.array([_preemption_requested])
+        flags = jax.make_array_from_callback((self._sharding.num_devices,), self._sharding, lambda _: local_flag)
         self._pending = self._any(flags)
-        return before is not None and bool(before)
+        return previous is not None and bool(previous)
 
 
-def exit_for_restart(what: str) -> NoReturn:
+def exit_for_restart(progress: str) -> NoReturn:
     """Ends this process, as all others do at the same step."""
-    print(f"told to end (SIGTERM): {what}; start the same command again to go on", file=sys.stderr, flush=True)
+    print(f"told to end (SIGTERM): {progress}; start the same command again to go on", file=sys.stderr, flush=True)
     sys.exit(EXIT_RESTART)
 
 
@@ -176,10 +182,10 @@ def _on_sigterm(*_: object) -> None:
         _exit_now("told to end (SIGTERM): what is done is kept")
 
 
-def _exit_now(why: str) -> NoReturn:
+def _exit_now(reason: str) -> NoReturn:
     """Ends this process without waiting for others, which may be gone."""
-    number = f"process {distributed.global_state.process_id}: " if distributed.global_state.num_processes > 1 else ""
-    print(f"{number}{why}\nStart the same command again to go on; exit code {EXIT_RESTART}.", file=sys.stderr)
+    process = f"process {distributed.global_state.process_id}: " if distributed.global_state.num_processes > 1 else ""
+    print(f"{process}{reason}\nStart the same command again to go on; exit code {EXIT_RESTART}.", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(EXIT_RESTART)

@@ -1,20 +1,22 @@
 """Attention by `TokenLabels` on a TPU: FlashAttention-2 (Dao 2023, arXiv 2307.08691) over a worklist, in Pallas.
 
-Scores are kept keys by queries, [S, T]: the softmax then reduces over sublanes (cheap vector maxima and sums) and not
-over lanes, the running maximum and sum of a query are one number on its lane, and so is all that the backward pass
-needs to know of it. Hence queries and outputs are handed over transposed, [D, T].
+Scores lie keys by queries, [S, T]: the softmax then reduces over sublanes (cheap vector maxima and sums), not over
+lanes, and a query's running maximum and sum are one number on its lane, as is all that the backward pass needs of it.
+Hence queries and outputs are passed transposed, [D, T].
 
-A *chunk* is one head's queries as wide as the matrix unit; a block of queries is up to `CHUNKS` of them for every head
-of a group. A visit goes through its chunks in straight-line code, two of them under way at a time: the weights of one,
-the weighted sum of the one before; so the matrix and the vector unit work at once.
+A *chunk* is one head's queries as wide as the matrix unit; a query block is up to `CHUNKS` of them for every head of a
+group. A visit goes through its chunks in straight-line code with two in flight: the weights of one, the weighted sum of
+the previous one; so the matrix unit and the vector unit work at the same time.
 
-Where not every query sees every key, a visit goes through the diagonals of its 128 x 128 tiles, and skips those in
-which nobody sees anybody. The tiles of a diagonal have different queries and different keys: independent work again.
+In a block that is not full, a visit goes through the diagonals of its 128 x 128 tiles and skips those without a visible
+pair of tokens. The tiles of a diagonal have different queries and different keys: independent work again.
 
-Where every query does, the forward pass neither waits for the maximum of the scores nor stores them: weights are
-taken against the *reference* that earlier visits left, 0 at first. It cancels in the quotient of two sums, and any does
-that neither overflows nor loses weights; the sum of the weights tells, of each query by itself. Those of which it was
-far off are run again, against their maximum, which then is the reference.
+In full blocks the forward pass subtracts an *estimate* of the row maximum (the `reference` left by earlier visits, 0 at
+first) instead of waiting for the true one, and stores no scores: softmax is a ratio, so any offset works that neither
+over- nor underflows. If a row's sum shows that the estimate was bad, that row is computed again with its true maximum,
+which becomes the new estimate.
+
+Axis letters as in `attention_tpu_plan` (docs/glossary.md, "Axis letters").
 """
 
 from __future__ import annotations
@@ -32,15 +34,25 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention_tpu_plan import LABELS, TILE, AttentionPlan, kinds_and_labels, unpack_labels
+from pallas_kernels.attention_tpu_plan import (
+    LABELS,
+    TILE,
+    AttentionPlan,
+    key_spec,
+    kinds_and_labels,
+    label_specs,
+    largest_divisor,
+    query_spec,
+    unpack_labels,
+)
 from pallas_kernels.platform import precision
 from pallas_kernels.token_labels import INITIAL_MAX, MASKED, TokenLabels, attends
 from pallas_kernels.worklist import FULL_BLOCK, worklist
 
 UNROLL = 16  # chunks, or tiles, in straight-line code
 LOG2E = math.log2(math.e)
-# While a sum of weights is between these, no weight that matters to it underflows in float32, and its weighted sum of
-# values below 2^28 does not overflow.
+# While a row's sum of weights is between these, no weight that matters to it underflows in float32, and its weighted
+# sum of values below 2^28 does not overflow.
 MIN_ROW_SUM, MAX_ROW_SUM = 2.0**-64, 2.0**100
 
 
@@ -53,27 +65,27 @@ def forward(
     q_start: Int[Array, ""],
     interpret: Any = False,
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
-    """Output in the dtype of `q` and float32 log-sum-exp; what padding gets means nothing."""
+    """As `attention`: the output, and the float32 log-sum-exp; both are undefined for padding."""
     plan = AttentionPlan.of(q, k, interpret)
     kind, labels = kinds_and_labels(plan, q_token_labels, kv_token_labels, q_start)
     visits = worklist(kind, plan.max_visits)
-    q, k, v = plan.by_chunks(q), plan.by_keys(k), plan.by_keys(v).mT
+    q, k, v = plan.to_chunks(q), plan.to_keys(k), plan.to_keys(v).mT
     GC, D, C, S = plan.group * plan.chunks, plan.D, plan.chunk, plan.keys
-    out, log_sum = pl.pallas_call(
+    out, lse = pl.pallas_call(
         functools.partial(_forward_kernel, plan),
-        name="segment_attention_forward",
+        name="token_label_attention_forward",
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(plan.K, visits.length),
-            in_specs=[_at_queries(GC, D, C), _at_keys(S, D), _at_keys(D, S), *_at_labels(plan)],
-            out_specs=[_at_queries(GC, D, C), _at_queries(GC, 1, C)],
+            in_specs=[query_spec(GC, D, C), key_spec(S, D), key_spec(D, S), *label_specs(plan)],
+            out_specs=[query_spec(GC, D, C), query_spec(GC, 1, C)],
             scratch_shapes=[
-                pltpu.VMEM((GC, 1, C), jnp.float32),  # reference: what is taken off scores
-                pltpu.VMEM((GC, 1, C), jnp.float32),  # running sum
+                pltpu.VMEM((GC, 1, C), jnp.float32),  # reference: the estimate that is subtracted from scores
+                pltpu.VMEM((GC, 1, C), jnp.float32),  # running sum of weights
                 pltpu.VMEM((GC, D, C), jnp.float32),  # unnormalised output
                 pltpu.VMEM((2, S, C), jnp.float32),  # scores
                 pltpu.VMEM((2, S, C), q.dtype),  # weights
-                pltpu.VMEM((GC, 1, C), jnp.float32),  # MASKED for queries that need not run again, else 0
+                pltpu.VMEM((GC, 1, C), jnp.float32),  # MASKED for queries that are not computed again, else 0
                 *_mask_scratch(plan),
             ],
         ),
@@ -84,13 +96,13 @@ def forward(
         compiler_params=_COMPILER_PARAMS,
         interpret=interpret,
     )(q_start.reshape(1), *visits[:3], q, k, v, *labels)
-    return plan.from_chunks(out), plan.from_chunks(log_sum)[..., 0]
+    return plan.from_chunks(out), plan.from_chunks(lse)[..., 0]
 
 
 def _forward_kernel(
     plan: AttentionPlan, start, q_block, kv_block, kind, q, k, v, q_labels, kv_labels,  # read
-    out, log_sum,  # written
-    reference, total, sums, scores, weights, hidden, masks, columns,  # scratch
+    out, lse,  # written
+    reference, row_sum, acc, scores, weights, skip_mask, masks, columns,  # scratch
 ) -> None:  # fmt: skip
     i = pl.program_id(1)
     first, last = _edges(q_block, i)
@@ -99,73 +111,75 @@ def _forward_kernel(
     @pl.when(first)
     def _() -> None:
         reference[...] = jnp.full_like(reference, INITIAL_MAX)
-        total[...] = jnp.zeros_like(total)
-        sums[...] = jnp.zeros_like(sums)
+        row_sum[...] = jnp.zeros_like(row_sum)
+        acc[...] = jnp.zeros_like(acc)
 
-    def whole(jobs: list[Job]) -> None:
-        """Against the reference so far, or 0; queries of which that is far off are left as they were, and run again."""
-        good: dict[int, Array] = {}
+    def attend_full(sub_blocks: list[SubBlock]) -> None:
+        """With the reference so far as offset, or 0; rows for which it was bad keep their state and run again."""
+        accepted: dict[int, Array] = {}
 
-        def soften(n: int) -> None:
-            job, here = jobs[n], jobs[n].here
-            before = reference[here]
-            against = jnp.where(before == INITIAL_MAX, 0.0, before)
-            added = jnp.zeros((8, job.width), jnp.float32)
-            for row in range(0, plan.keys, plan.chunk):  # fewest bundles, of 32 to 512 keys at a time
+        def compute_weights(n: int) -> None:
+            sub_block, index = sub_blocks[n], sub_blocks[n].index
+            previous = reference[index]
+            offset = jnp.where(previous == INITIAL_MAX, 0.0, previous)
+            added = jnp.zeros((8, sub_block.width), jnp.float32)
+            for row in range(0, plan.keys, plan.chunk):  # of 32 to 512 keys at a time, the fewest bundles
                 rows = pl.Slice(row, min(plan.chunk, plan.keys - row))
-                p = jnp.exp2(_dot(k[rows], q[here]) * scale - against)
+                p = jnp.exp2(_dot(k[rows], q[index]) * scale - offset)
                 weights[n % 2, rows] = p.astype(weights.dtype)
-                added += p.reshape(-1, 8, job.width).sum(0)
-            new = total[here] + added.sum(0, keepdims=True)
-            good[n] = (new > MIN_ROW_SUM) & (new < MAX_ROW_SUM)
-            total[here] = jnp.where(good[n], new, total[here])
-            reference[here] = jnp.where(good[n], against, before)
-            hidden[here] = jnp.where(good[n], MASKED, 0.0)
+                added += p.reshape(-1, 8, sub_block.width).sum(0)
+            new_sum = row_sum[index] + added.sum(0, keepdims=True)
+            accepted[n] = (new_sum > MIN_ROW_SUM) & (new_sum < MAX_ROW_SUM)
+            row_sum[index] = jnp.where(accepted[n], new_sum, row_sum[index])
+            reference[index] = jnp.where(accepted[n], offset, previous)
+            skip_mask[index] = jnp.where(accepted[n], MASKED, 0.0)
 
-        def weigh(n: int) -> None:
-            added = _dot(v[:, jobs[n].rows], weights[n % 2, jobs[n].rows])
-            sums[jobs[n].here] += jnp.where(good.pop(n), added, 0)
+        def accumulate(n: int) -> None:
+            added = _dot(v[:, sub_blocks[n].rows], weights[n % 2, sub_blocks[n].rows])
+            acc[sub_blocks[n].index] += jnp.where(accepted.pop(n), added, 0)
 
-        _pipeline(len(jobs), soften, weigh)
-        some_left = functools.reduce(jnp.maximum, [hidden[job.here] for job in jobs]).max() == 0
-        pl.when(some_left)(functools.partial(_again, masked, jobs, hidden))
+        _pipeline(len(sub_blocks), compute_weights, accumulate)
+        any_rejected = (
+            functools.reduce(jnp.maximum, [skip_mask[sub_block.index] for sub_block in sub_blocks]).max() == 0
+        )
+        pl.when(any_rejected)(functools.partial(_rerun, attend_masked, sub_blocks, skip_mask))
 
-    def masked(jobs: list[Job]) -> None:
-        """Against the maximum so far, of these jobs too."""
-        tops: dict[int, Array] = {}
-        shrinks: dict[int, Array] = {}
+    def attend_masked(sub_blocks: list[SubBlock]) -> None:
+        """With the true running maximum as offset."""
+        block_maxima: dict[int, Array] = {}
+        rescales: dict[int, Array] = {}
 
         def score(n: int) -> None:
-            job = jobs[n]
-            s = _dot(k[job.rows], q[job.here]) * scale + job.mask[...]
-            scores[n % 2, *job.scratch] = s
-            tops[n] = s.reshape(-1, 8, job.width).max(0)
+            sub_block = sub_blocks[n]
+            s = _dot(k[sub_block.rows], q[sub_block.index]) * scale + sub_block.mask[...]
+            scores[n % 2, *sub_block.scratch] = s
+            block_maxima[n] = s.reshape(-1, 8, sub_block.width).max(0)
 
-        def soften(n: int) -> None:
-            job, here = jobs[n], jobs[n].here
-            before = reference[here]
-            top = jnp.maximum(before, tops.pop(n).max(0, keepdims=True))
-            p = jnp.exp2(scores[n % 2, *job.scratch] - top)
-            weights[n % 2, *job.scratch] = p.astype(weights.dtype)
-            shrinks[n] = jnp.exp2(before - top)
-            total[here] = total[here] * shrinks[n] + p.sum(0, keepdims=True)
-            reference[here] = top
+        def compute_weights(n: int) -> None:
+            sub_block, index = sub_blocks[n], sub_blocks[n].index
+            previous = reference[index]
+            row_max = jnp.maximum(previous, block_maxima.pop(n).max(0, keepdims=True))
+            p = jnp.exp2(scores[n % 2, *sub_block.scratch] - row_max)
+            weights[n % 2, *sub_block.scratch] = p.astype(weights.dtype)
+            rescales[n] = jnp.exp2(previous - row_max)
+            row_sum[index] = row_sum[index] * rescales[n] + p.sum(0, keepdims=True)
+            reference[index] = row_max
 
-        def weigh(n: int) -> None:
-            job, here = jobs[n], jobs[n].here
-            added = _dot(v[:, job.rows], weights[n % 2, *job.scratch])
-            sums[here] = sums[here] * shrinks.pop(n) + added
+        def accumulate(n: int) -> None:
+            sub_block, index = sub_blocks[n], sub_blocks[n].index
+            added = _dot(v[:, sub_block.rows], weights[n % 2, *sub_block.scratch])
+            acc[index] = acc[index] * rescales.pop(n) + added
 
-        _pipeline(len(jobs), score, soften, weigh)
+        _pipeline(len(sub_blocks), score, compute_weights, accumulate)
 
     tile_masks = Masks(plan, start[0], q_block[i], kv_block[i], q_labels, kv_labels, columns, masks)
-    _visit(plan, kind[i], whole, masked, tile_masks)
+    _visit(plan, kind[i], attend_full, attend_masked, tile_masks)
 
     @pl.when(last)
     def _() -> None:
-        safe = jnp.maximum(total[...], MIN_ROW_SUM)  # 0 for a query that saw nothing
-        out[...] = (sums[...] / safe).astype(out.dtype)
-        log_sum[...] = reference[...] / LOG2E + jnp.log(safe)
+        safe = jnp.maximum(row_sum[...], MIN_ROW_SUM)  # the sum of a query without keys is 0
+        out[...] = (acc[...] / safe).astype(out.dtype)
+        lse[...] = reference[...] / LOG2E + jnp.log(safe)
 
 
 def backward(
@@ -175,41 +189,41 @@ def backward(
     q_token_labels: TokenLabels,
     kv_token_labels: TokenLabels,
     q_start: Int[Array, ""],
-    log_sum: Float[Array, "B T H"],
-    correction: Float[Array, "B T H"],
+    lse: Float[Array, "B T H"],
+    delta: Float[Array, "B T H"],
     d_out: Float[Array, "B T H D"],
     interpret: Any = False,
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B S K D"], Float[Array, "B S K D"]]:
-    """float32 gradients of q, k and v; `correction` is sum(out * d_out) less the cotangent of the log-sum-exp.
+    """float32 gradients of q, k and v, given `delta` = sum(out * d_out, -1) - d_lse, float32 like `lse`.
 
-    One pass, each key block's visits together. The gradient of a query block is fetched, added to and written back
-    at each visit, so that memory stays linear in T and the scores are computed once.
+    One pass, each key block's visits in succession. Each visit reads the gradient of its query block, adds to it and
+    writes it back, so that memory stays linear in T and the scores are computed once.
     """
     plan = AttentionPlan.of(q, k, interpret)
     kind, labels = kinds_and_labels(plan, q_token_labels, kv_token_labels, q_start)
     visits = worklist(kind, plan.max_visits, by_key=True)
-    per_query = plan.by_chunks(jnp.stack([log_sum * LOG2E, correction], -1))
-    q, d_out, k, v = plan.by_chunks(q), plan.by_chunks(d_out.astype(q.dtype)), plan.by_keys(k), plan.by_keys(v)
+    per_query = plan.to_chunks(jnp.stack([lse * LOG2E, delta], -1))
+    q, d_out, k, v = plan.to_chunks(q), plan.to_chunks(d_out.astype(q.dtype)), plan.to_keys(k), plan.to_keys(v)
     GC, D, C, S = plan.group * plan.chunks, plan.D, plan.chunk, plan.keys
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     dq, dk, dv = pl.pallas_call(
         functools.partial(_backward_kernel, plan),
-        name="segment_attention_backward",
+        name="token_label_attention_backward",
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(plan.K, visits.length),
             in_specs=[
-                *[_at_queries(GC, D, C)] * 2,
-                _at_queries(GC, 2, C),
-                *[_at_keys(S, D), _at_keys(D, S), _at_keys(S, D)],
-                *_at_labels(plan),
+                *[query_spec(GC, D, C)] * 2,
+                query_spec(GC, 2, C),
+                *[key_spec(S, D), key_spec(D, S), key_spec(S, D)],
+                *label_specs(plan),
                 anywhere,
             ],
-            out_specs=[anywhere, _at_keys(D, S), _at_keys(D, S)],
+            out_specs=[anywhere, key_spec(D, S), key_spec(D, S)],
             scratch_shapes=[
                 pltpu.VMEM((D, S), jnp.float32),  # dk
                 pltpu.VMEM((D, S), jnp.float32),  # dv
-                pltpu.VMEM((GC, D, C), jnp.float32),  # this visit's part of dq
+                pltpu.VMEM((GC, D, C), jnp.float32),  # dq of this visit
                 pltpu.VMEM((2, GC, D, C), jnp.float32),  # dq so far
                 pltpu.VMEM((2, S, C), q.dtype),  # weights
                 pltpu.VMEM((2, S, C), q.dtype),  # d_scores
@@ -226,9 +240,9 @@ def backward(
         compiler_params=_COMPILER_PARAMS,
         interpret=interpret,
     )(q_start.reshape(1), *visits[:3], q, d_out, per_query, k, k.mT, v, *labels, jnp.zeros(q.shape, jnp.float32))
-    # A block of keys that nobody looks at was never written.
-    seen = (kind != 0).any(1).reshape(-1)
-    dk, dv = (jnp.where(seen[:, None, None], x, 0) for x in (dk, dv))
+    # A key block without a visit was never written.
+    visited = (kind != 0).any(1).reshape(-1)
+    dk, dv = (jnp.where(visited[:, None, None], x, 0) for x in (dk, dv))
     return plan.from_chunks(dq), plan.from_keys(dk.mT), plan.from_keys(dv.mT)
 
 
@@ -236,7 +250,7 @@ def _backward_kernel(
     plan: AttentionPlan, start, q_block, kv_block, kind, q, d_out, per_query, k, k_t, v, q_labels, kv_labels,
     zeros,  # read
     dq, dk, dv,  # written
-    dk_sums, dv_sums, dq_here, dq_sums, weights, d_scores, masks, columns, fetched, written,  # scratch
+    dk_sums, dv_sums, dq_visit, dq_sums, weights, d_scores, masks, columns, fetched, written,  # scratch
 ) -> None:  # fmt: skip
     h, i = pl.program_id(0), pl.program_id(1)
     first, last = _edges(kv_block, i)
@@ -245,16 +259,16 @@ def _backward_kernel(
     def fetch() -> Any:
         return pltpu.make_async_copy(dq.at[h, q_block[i]], dq_sums.at[i % 2], fetched.at[i % 2])
 
-    def write(at: Array) -> Any:
-        return pltpu.make_async_copy(dq_sums.at[at % 2], dq.at[h, q_block[at]], written.at[at % 2])
+    def write(visit: Array) -> Any:
+        return pltpu.make_async_copy(dq_sums.at[visit % 2], dq.at[h, q_block[visit]], written.at[visit % 2])
 
-    # A buffer is free, and a block may be fetched again, once it is written. The visit before last is waited for here,
-    # the last one too if it had the same queries (and then not again).
-    def again(at: Array) -> Array:
-        return (at >= 1) & (q_block[at] == q_block[jnp.maximum(at - 1, 0)])
+    # A buffer is free, and a block may be fetched again, once it is written. Wait here for the visit before last, and
+    # for the last one if it had the same queries (then its next wait is left out).
+    def same_queries_as_before(visit: Array) -> Array:
+        return (visit >= 1) & (q_block[visit] == q_block[jnp.maximum(visit - 1, 0)])
 
-    pl.when((i >= 2) & ~again(jnp.maximum(i - 1, 0)))(lambda: write(i - 2).wait())
-    pl.when(again(i))(lambda: write(i - 1).wait())
+    pl.when((i >= 2) & ~same_queries_as_before(jnp.maximum(i - 1, 0)))(lambda: write(i - 2).wait())
+    pl.when(same_queries_as_before(i))(lambda: write(i - 1).wait())
     fetch().start()
 
     @pl.when(first)
@@ -264,35 +278,35 @@ def _backward_kernel(
 
     @pl.when(kind[i] != FULL_BLOCK)
     def _() -> None:
-        dq_here[...] = jnp.zeros_like(dq_here)
+        dq_visit[...] = jnp.zeros_like(dq_visit)
 
-    def run(jobs: list[Job]) -> None:
+    def run(sub_blocks: list[SubBlock]) -> None:
         def score(n: int) -> None:
-            job, here = jobs[n], jobs[n].here
-            log_sum, correction = (per_query[job.chunk, slice(m, m + 1), job.queries] for m in range(2))
-            s = _dot(k[job.rows], q[here]) * scale
-            if job.mask is not None:
-                s += job.mask[...]
-            p = jnp.exp2(s - log_sum)
-            weights[n % 2, *job.scratch] = p.astype(weights.dtype)
-            d_p = _dot(v[job.rows], d_out[here])
-            d_scores[n % 2, *job.scratch] = (p * (d_p - correction)).astype(d_scores.dtype)
+            sub_block, index = sub_blocks[n], sub_blocks[n].index
+            lse, delta = (per_query[sub_block.chunk, slice(m, m + 1), sub_block.queries] for m in range(2))
+            s = _dot(k[sub_block.rows], q[index]) * scale
+            if sub_block.mask is not None:
+                s += sub_block.mask[...]
+            p = jnp.exp2(s - lse)
+            weights[n % 2, *sub_block.scratch] = p.astype(weights.dtype)
+            d_p = _dot(v[sub_block.rows], d_out[index])
+            d_scores[n % 2, *sub_block.scratch] = (p * (d_p - delta)).astype(d_scores.dtype)
 
         def accumulate(n: int) -> None:
-            job, here = jobs[n], jobs[n].here
-            d_s = d_scores[n % 2, *job.scratch]
-            added = _dot(k_t[:, job.rows], d_s)
-            dq_here[here] = added if job.mask is None else dq_here[here] + added
-            dv_sums[:, job.rows] += _dot(d_out[here], weights[n % 2, *job.scratch], over_queries=True)
-            dk_sums[:, job.rows] += _dot(q[here], d_s, over_queries=True)
+            sub_block, index = sub_blocks[n], sub_blocks[n].index
+            d_s = d_scores[n % 2, *sub_block.scratch]
+            added = _dot(k_t[:, sub_block.rows], d_s)
+            dq_visit[index] = added if sub_block.mask is None else dq_visit[index] + added
+            dv_sums[:, sub_block.rows] += _dot(d_out[index], weights[n % 2, *sub_block.scratch], over_queries=True)
+            dk_sums[:, sub_block.rows] += _dot(q[index], d_s, over_queries=True)
 
-        _pipeline(len(jobs), score, accumulate)
+        _pipeline(len(sub_blocks), score, accumulate)
 
     tile_masks = Masks(plan, start[0], q_block[i], kv_block[i], q_labels, kv_labels, columns, masks)
     _visit(plan, kind[i], run, run, tile_masks)
 
     fetch().wait()
-    dq_sums[i % 2] += dq_here[...] * plan.scale
+    dq_sums[i % 2] += dq_visit[...] * plan.scale
     write(i).start()
 
     @pl.when(last)
@@ -302,21 +316,22 @@ def _backward_kernel(
 
     @pl.when(i == pl.num_programs(1) - 1)
     def _() -> None:
-        pl.when((i >= 1) & ~again(i))(lambda: write(i - 1).wait())
+        pl.when((i >= 1) & ~same_queries_as_before(i))(lambda: write(i - 1).wait())
         write(i).wait()
 
 
-# What both kernels are made of.
+# Parts of both kernels.
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """A piece of work within a visit: some queries of a chunk against some keys of the block.
+class SubBlock:
+    """Work within a visit: some queries of one chunk against some keys of the block.
 
     Attributes:
-      chunk: which one; may be traced, as may where the rows begin.
-      queries, rows: of the chunk; of the block of keys.
-      mask: a Ref of what is added to the scores, 0 or `MASKED`; or None.
+      chunk: index of the chunk; may be traced, as may the start of `rows`.
+      queries: of the chunk.
+      rows: keys of the block.
+      mask: a Ref that is added to the scores, 0 or `MASKED`; None for no mask.
     """
 
     chunk: Any
@@ -325,8 +340,8 @@ class Job:
     mask: Any = None
 
     @property
-    def here(self) -> tuple[Any, slice, slice]:
-        """Where its queries are in what is kept by chunks."""
+    def index(self) -> tuple[Any, slice, slice]:
+        """Index of its queries in arrays by chunk."""
         return self.chunk, slice(None), self.queries
 
     @property
@@ -335,95 +350,93 @@ class Job:
 
     @property
     def scratch(self) -> tuple[slice, slice]:
-        """Where its scores and weights are in buffers for those of a whole chunk."""
+        """Index of its scores and weights in buffers that hold a whole chunk's."""
         return slice(0, self.rows.size), slice(0, self.width)
 
 
 def _pipeline(count: int, *stages: Callable[[int], None]) -> None:
-    """Straight-line code in which each stage works on the job after the one that the next stage works on."""
+    """Straight-line code in which each stage runs one item ahead of the next stage."""
     for step in range(count + len(stages) - 1):
         for lag, stage in enumerate(stages):
             if 0 <= step - lag < count:
                 stage(step - lag)
 
 
-Run = Callable[[list[Job]], None]
+Run = Callable[[list[SubBlock]], None]
 
 
-def _visit(plan: AttentionPlan, kind: Array, whole: Run, masked: Run, masks: Masks) -> None:
-    """Runs the jobs of one visit: whole chunks where every query sees every key, else lines of tiles."""
-    pl.when(kind == FULL_BLOCK)(functools.partial(_whole, plan, whole))
+def _visit(plan: AttentionPlan, kind: Array, run_full: Run, run_masked: Run, masks: Masks) -> None:
+    """Runs one visit: whole chunks in a full block, otherwise lines of tiles."""
+    pl.when(kind == FULL_BLOCK)(functools.partial(_run_full_block, plan, run_full))
 
     @pl.when(kind != FULL_BLOCK)
     def _() -> None:
         masks.prepare()
         for bit, line in enumerate(plan.diagonals):
-            pl.when((kind >> bit) & 1 == 1)(functools.partial(_along, plan, masked, masks, line))
+            pl.when((kind >> bit) & 1 == 1)(functools.partial(_run_line, plan, run_masked, masks, line))
 
         @pl.when((kind >> len(plan.diagonals)) != 0)
         def _() -> None:
-            def row(n: Array, _: None) -> None:  # one piece of code for all rows: half as much to compile
+            def row(n: Array, _: None) -> None:  # a loop over rows, not straight-line code: half as much to compile
                 line = [(q_tile, n) for q_tile, _ in plan.rows[0]]
                 seen = (kind >> len(plan.diagonals) + n) & 1 == 1
-                pl.when(seen)(functools.partial(_along, plan, masked, masks, line))
+                pl.when(seen)(functools.partial(_run_line, plan, run_masked, masks, line))
 
             jax.lax.fori_loop(0, len(plan.rows), row, None)
 
 
-def _whole(plan: AttentionPlan, run: Run) -> None:
+def _run_full_block(plan: AttentionPlan, run: Run) -> None:
     def piece(n: Array, size: int) -> None:
-        run([Job(n * size + m, slice(0, plan.chunk), pl.Slice(0, plan.keys)) for m in range(size)])
+        run([SubBlock(n * size + m, slice(0, plan.chunk), pl.Slice(0, plan.keys)) for m in range(size)])
 
-    _in_pieces(plan.group * plan.chunks, UNROLL, piece)
-
-
-def _in_pieces(count: int, most: int, piece: Callable[[Array, int], None]) -> None:
-    """A loop over `count` things, in pieces of straight-line code with as many as divide it, `most` at most."""
-    size = largest_divisor(count, most)
-    jax.lax.fori_loop(0, count // size, lambda n, _: piece(n, size), None)
+    _loop_unrolled(plan.group * plan.chunks, UNROLL, piece)
 
 
-def largest_divisor(count: int, most: int) -> int:
-    return max(n for n in range(1, most + 1) if count % n == 0)
+def _loop_unrolled(num_items: int, limit: int, piece: Callable[[Array, int], None]) -> None:
+    """Loops over `num_items` items in equal pieces of straight-line code, as large as `limit` allows."""
+    size = largest_divisor(num_items, limit)
+    jax.lax.fori_loop(0, num_items // size, lambda n, _: piece(n, size), None)
 
 
-def _again(run: Run, jobs: list[Job], mask: Any) -> None:
-    """Jobs of consecutive chunks once more, one by one, for the queries that the mask does not hide."""
+def _rerun(run: Run, sub_blocks: list[SubBlock], mask: Any) -> None:
+    """Runs consecutive chunks again, one by one, for the queries that the mask does not exclude."""
 
-    def one(n: Array, _: None) -> None:
-        chunk = jobs[0].chunk + n
-        run([dataclasses.replace(jobs[0], chunk=chunk, mask=mask.at[chunk])])
+    def rerun_chunk(n: Array, _: None) -> None:
+        chunk = sub_blocks[0].chunk + n
+        run([dataclasses.replace(sub_blocks[0], chunk=chunk, mask=mask.at[chunk])])
 
-    jax.lax.fori_loop(0, len(jobs), one, None)
+    jax.lax.fori_loop(0, len(sub_blocks), rerun_chunk, None)
 
 
-def _along(plan: AttentionPlan, run: Run, masks: Masks, line: Sequence[tuple[int, Any]]) -> None:
+def _run_line(plan: AttentionPlan, run: Run, masks: Masks, line: Sequence[tuple[int, Any]]) -> None:
     for n, tiles in enumerate(line):
         masks.make(n, *tiles)  # once for all heads
 
     def heads(g: Array, size: int) -> None:
-        jobs = []
+        sub_blocks = []
         for head, (n, (q_tile, kv_tile)) in itertools.product(range(size), enumerate(line)):
-            chunk, place = divmod(q_tile * TILE, plan.chunk)
+            chunk, start = divmod(q_tile * TILE, plan.chunk)
             chunk += (g * size + head) * plan.chunks
-            jobs.append(Job(chunk, slice(place, place + TILE), pl.Slice(_at(kv_tile), TILE), masks.masks.at[n]))
-        run(jobs)
+            sub_blocks.append(
+                SubBlock(chunk, slice(start, start + TILE), pl.Slice(_tile_start(kv_tile), TILE), masks.masks.at[n])
+            )
+        run(sub_blocks)
 
-    _in_pieces(plan.group, UNROLL // len(line), heads)
+    _loop_unrolled(plan.group, UNROLL // len(line), heads)
 
 
-def _at(tile: Any) -> Any:
-    """Where a tile begins."""
+def _tile_start(tile: Any) -> Any:
+    """The first token of a tile."""
     return pl.multiple_of(tile * TILE, TILE) if isinstance(tile, jax.Array) else tile * TILE
 
 
 @dataclasses.dataclass(frozen=True)
 class Masks:
-    """Of a visit: what is added to the scores of a tile, 0 where the query sees the key, else `MASKED`.
+    """Makes the masks of a visit's tiles: 0 where the query attends to the key, else `MASKED`; added to the scores.
 
     Attributes:
       columns: scratch for the labels of the keys, the same on all lanes.
-      masks: scratch for what is made.
+      masks: scratch for the masks.
     """
 
     plan: AttentionPlan
@@ -436,16 +449,16 @@ class Masks:
     masks: Any
 
     def prepare(self) -> None:
-        """Turns the keys' labels, dear to do and the same for all queries."""
+        """Transposes the keys' labels: it is expensive, and the same for all queries."""
         for row in range(0, self.plan.keys, TILE):
             for n in range(LABELS):
                 labels = self.kv_labels[n : n + 1, pl.ds(row, TILE)]
                 self.columns[n, pl.ds(row, TILE)] = jnp.broadcast_to(labels, (TILE, TILE)).T
 
     def make(self, n: int, q_tile: int, kv_tile: int) -> None:
-        """The `n`th mask, [keys, queries]."""
+        """Writes the `n`th mask, [keys, queries]."""
         shape, plan = (TILE, TILE), self.plan
-        queries, keys = (pl.ds(_at(tile), TILE) for tile in (q_tile, kv_tile))
+        queries, keys = (pl.ds(_tile_start(tile), TILE) for tile in (q_tile, kv_tile))
         q = unpack_labels(*(jnp.broadcast_to(self.q_labels[m : m + 1, queries], shape) for m in range(LABELS)))
         kv = unpack_labels(*(self.columns[m, keys] for m in range(LABELS)))
         q_index = self.start + self.q_block % plan.q_blocks * plan.queries + q_tile * TILE
@@ -455,14 +468,14 @@ class Masks:
 
 
 def _edges(block: Any, i: Array) -> tuple[Array, Array]:
-    """Whether a visit is the first, and the last, of those of its block."""
+    """Whether a visit is the first, and whether it is the last, of its block."""
     end = pl.num_programs(1) - 1
     first = (i == 0) | (block[i] != block[jnp.maximum(i - 1, 0)])
     return first, (i == end) | (block[i] != block[jnp.minimum(i + 1, end)])
 
 
 def _dot(a: Array, b: Array, over_queries: bool = False) -> Array:
-    """a @ b, or a @ b.T where both have the queries last; float32 sums, and of float32 a true float32 product."""
+    """a @ b, or a @ b.T to sum over queries; float32 sums, and float32 inputs get a true float32 product."""
     contract = ((1,), (1,)) if over_queries else ((1,), (0,))
     return jax.lax.dot_general(
         a, b, (contract, ((), ())), precision=precision(a.dtype), preferred_element_type=jnp.float32
@@ -475,23 +488,8 @@ _COMPILER_PARAMS = pltpu.CompilerParams(
 
 
 def _mask_scratch(plan: AttentionPlan) -> list[Any]:
-    """For `Masks`: masks of the longest line, and columns."""
+    """Scratch for `Masks`: the masks of the longest line, and columns."""
     return [
         pltpu.VMEM((plan.queries // TILE, TILE, TILE), jnp.float32),
         pltpu.VMEM((LABELS, plan.keys, TILE), jnp.int32),
-    ]
-
-
-def _at_queries(*shape: int) -> pl.BlockSpec:
-    return pl.BlockSpec((None, None, *shape), lambda h, i, start, q_block, *_: (h, q_block[i], *[0] * len(shape)))
-
-
-def _at_keys(*shape: int) -> pl.BlockSpec:
-    return pl.BlockSpec((None, None, *shape), lambda h, i, start, q_block, kv_block, _: (h, kv_block[i], 0, 0))
-
-
-def _at_labels(plan: AttentionPlan) -> list[pl.BlockSpec]:
-    return [
-        pl.BlockSpec((None, 8, plan.queries), lambda h, i, start, q_block, *_: (q_block[i], 0, 0)),
-        pl.BlockSpec((None, 8, plan.keys), lambda h, i, start, q_block, kv_block, _: (kv_block[i], 0, 0)),
     ]

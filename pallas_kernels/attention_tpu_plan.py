@@ -1,4 +1,8 @@
-"""How a call of the TPU attention kernels is cut: chunks, blocks, tiles, what is visited, how arrays are laid out."""
+"""The plan of one call of the TPU attention kernels: chunks, blocks, tiles, visits, and the layout of arrays.
+
+Axis letters as in `attention`, and M blocks of all rows, GC chunks of a group's heads, C queries in a chunk
+(docs/glossary.md, "Axis letters").
+"""
 
 from __future__ import annotations
 
@@ -14,15 +18,15 @@ from pallas_kernels.platform import tpu_info
 from pallas_kernels.token_labels import TokenLabels
 from pallas_kernels.worklist import FULL_BLOCK, block_visibility
 
-CHUNKS = 4  # of a head in a block of queries, at most
-KEYS = 512  # in a block
-TILE = 128
-LABELS = 2  # of a token: example and reach in one
-VISIT_BYTES = 12  # of a visit's scalars
-SMEM_RESERVED = 8 << 10  # what the compiler keeps of the scalar memory
+CHUNKS = 4  # chunks of a head in a query block, at most
+KEYS = 512  # keys in a block
+TILE = 128  # tokens on a side of a tile
+LABELS = 2  # int32 labels of a token: example_id and visibility packed into one, piece_id
+VISIT_BYTES = 12  # scalars of a visit
+SMEM_RESERVED = 8 << 10  # bytes of scalar memory that the compiler keeps for itself
 
 Line = list[tuple[int, int]]
-"""Some (query tile, key tile) of a pair of blocks, of which no two have the same queries."""
+"""Some (query tile, key tile) pairs of a pair of blocks, no two with the same queries."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +34,11 @@ class AttentionPlan:
     """The shapes of one call.
 
     Attributes:
+      B, K, D, T, S: rows, key-value heads, size of a head, queries and keys of a row.
       chunk: queries in a chunk.
-      chunks: of a head in a block of queries.
-      group: query heads of a key head.
-      keys: in a block.
+      chunks: chunks of a head in a query block.
+      group: query heads of one key-value head.
+      keys: keys in a block.
     """
 
     B: int
@@ -48,6 +53,11 @@ class AttentionPlan:
 
     @classmethod
     def of(cls, q: Array, k: Array, interpret: Any) -> AttentionPlan:
+        """The plan for these shapes.
+
+        Raises:
+          ValueError: if the scalars of the visits may not fit the TPU's scalar memory.
+        """
         B, T, H, D = q.shape
         S, K = k.shape[1:3]
         chunk = TILE if interpret else tpu_info().mxu_column_size
@@ -65,7 +75,7 @@ class AttentionPlan:
 
     @property
     def queries(self) -> int:
-        """In a block, of one head."""
+        """Queries of one head in a block."""
         return self.chunk * self.chunks
 
     @property
@@ -78,12 +88,13 @@ class AttentionPlan:
 
     @property
     def max_visits(self) -> int:
-        """Of all rows: a block of queries sees no keys behind its last query, which is its row's last at most."""
+        """An upper limit for all rows: a query block needs no keys behind its last query."""
         ends = (self.S - self.T + (n + 1) * self.queries for n in range(self.q_blocks))
         return self.B * sum(min(self.kv_blocks, pl.cdiv(end, self.keys)) for end in ends)
 
     @property
     def diagonals(self) -> list[Line]:
+        """For each distance, the tiles whose key index is the query index plus that distance."""
         q_tiles, kv_tiles = range(self.queries // TILE), range(self.keys // TILE)
         return [
             [(a, a + distance) for a in q_tiles if a + distance in kv_tiles]
@@ -92,21 +103,22 @@ class AttentionPlan:
 
     @property
     def rows(self) -> list[Line]:
-        """Of each key tile, those with all query tiles."""
+        """For each key tile, its pairs with all query tiles."""
         return [[(a, b) for a in range(self.queries // TILE)] for b in range(self.keys // TILE)]
 
     @property
     def lines(self) -> list[Line]:
+        """Diagonals, then rows, in the order of the bits of a visit's kind."""
         return [*self.diagonals, *self.rows]
 
     @property
     def scale(self) -> float:
         return self.D**-0.5
 
-    # How arrays are laid out for the kernels, and back.
+    # The layout of arrays for the kernels, and back.
 
-    def by_chunks(self, x: Float[Array, "B T H D"]) -> Float[Array, "K M GC D C"]:
-        """Queries, transposed within chunks; M blocks of all rows, G heads of C chunks each."""
+    def to_chunks(self, x: Float[Array, "B T H D"]) -> Float[Array, "K M GC D C"]:
+        """Queries, transposed within chunks."""
         x = jnp.pad(x, ((0, 0), (0, self.q_blocks * self.queries - self.T), (0, 0), (0, 0)))
         x = x.reshape(self.B, self.q_blocks, self.chunks, self.chunk, self.K, self.group, -1)
         x = x.transpose(4, 0, 1, 5, 2, 6, 3)
@@ -117,7 +129,7 @@ class AttentionPlan:
         x = x.transpose(1, 2, 4, 6, 0, 3, 5)
         return x.reshape(self.B, self.q_blocks * self.queries, self.K * self.group, -1)[:, : self.T]
 
-    def by_keys(self, x: Float[Array, "B S K D"]) -> Float[Array, "K M S D"]:
+    def to_keys(self, x: Float[Array, "B S K D"]) -> Float[Array, "K M S D"]:
         x = jnp.pad(x, ((0, 0), (0, self.kv_blocks * self.keys - self.S), (0, 0), (0, 0)))
         x = x.reshape(self.B, self.kv_blocks, self.keys, self.K, self.D).transpose(3, 0, 1, 2, 4)
         return x.reshape(self.K, self.B * self.kv_blocks, self.keys, self.D)
@@ -130,10 +142,12 @@ class AttentionPlan:
 def kinds_and_labels(
     plan: AttentionPlan, q_token_labels: TokenLabels, kv_token_labels: TokenLabels, q_start: Array
 ) -> tuple[Int[Array, "B NQ NK"], tuple[Int[Array, "M 8 T"], Int[Array, "M 8 S"]]]:
-    """The kinds of visits, and the labels as the kernels read them: `LABELS` rows, and nothing behind.
+    """The kinds of visits, and the labels as the kernels read them.
 
-    A kind is `EVERY`, or has a bit for each of the plan's lines to go through: diagonals or rows, in which somebody
-    sees somebody, whichever are fewer tiles.
+    Returns:
+      The kind of each pair of blocks: `FULL_BLOCK`, or a bit for each of the plan's lines that has a visible pair of
+      tokens. Either diagonals or rows have bits, whichever cover the block in fewer tiles; 0 means no visit.
+      Labels of query and of key blocks, in the first `LABELS` of 8 rows (the height of a vector register).
     """
     q_token_labels, kv_token_labels = (
         TokenLabels(*(jnp.pad(x, ((0, 0), (0, length - x.shape[1]))) for x in token_labels))
@@ -143,16 +157,16 @@ def kinds_and_labels(
         )
     )
     tiles = block_visibility(q_token_labels, kv_token_labels, q_start, TILE, TILE)
-    some, every = (
+    any_visible, all_visible = (
         x.reshape(plan.B, plan.q_blocks, plan.queries // TILE, plan.kv_blocks, plan.keys // TILE) for x in tiles
     )
-    seen = jnp.stack([sum(some[:, :, a, :, b] for a, b in line) > 0 for line in plan.lines], -1)
-    count = seen * np.array([len(line) for line in plan.lines])
+    line_visible = jnp.stack([sum(any_visible[:, :, a, :, b] for a, b in line) > 0 for line in plan.lines], -1)
+    num_tiles = line_visible * np.array([len(line) for line in plan.lines])
     diagonals = np.arange(len(plan.lines)) < len(plan.diagonals)
-    fewer = jnp.sum(count, -1, where=diagonals) <= jnp.sum(count, -1, where=~diagonals)
-    kind = jnp.sum((seen & (fewer[..., None] == diagonals)) << np.arange(len(plan.lines)), -1)
-    every |= ~some.any((3, 4), keepdims=True)  # a tile of padding: nobody asks what it sees
-    kind = jnp.where(every.all((2, 4)) & some.any((2, 4)), FULL_BLOCK, kind)
+    fewer = jnp.sum(num_tiles, -1, where=diagonals) <= jnp.sum(num_tiles, -1, where=~diagonals)
+    kind = jnp.sum((line_visible & (fewer[..., None] == diagonals)) << np.arange(len(plan.lines)), -1)
+    all_visible |= ~any_visible.any((3, 4), keepdims=True)  # a query tile of padding: its outputs are undefined
+    kind = jnp.where(all_visible.all((2, 4)) & any_visible.any((2, 4)), FULL_BLOCK, kind)
 
     def blocked(token_labels: TokenLabels, size: int) -> Int[Array, "M 8 N"]:
         packed = token_labels.example_id << 2 | token_labels.visibility, token_labels.piece_id
@@ -162,5 +176,29 @@ def kinds_and_labels(
     return kind, labels
 
 
-def unpack_labels(example_and_reach: Array, segment: Array) -> TokenLabels:
-    return TokenLabels(example_and_reach >> 2, segment, example_and_reach & 3)
+def unpack_labels(example_and_visibility: Array, piece_id: Array) -> TokenLabels:
+    """The inverse of the packing in `kinds_and_labels`."""
+    return TokenLabels(example_and_visibility >> 2, piece_id, example_and_visibility & 3)
+
+
+def largest_divisor(count: int, limit: int) -> int:
+    """The largest divisor of `count` up to `limit`."""
+    return max(n for n in range(1, limit + 1) if count % n == 0)
+
+
+def query_spec(*shape: int) -> pl.BlockSpec:
+    """The part of an array of query blocks that a visit reads or writes."""
+    return pl.BlockSpec((None, None, *shape), lambda h, i, start, q_block, *_: (h, q_block[i], *[0] * len(shape)))
+
+
+def key_spec(*shape: int) -> pl.BlockSpec:
+    """The part of an array of key blocks that a visit reads or writes."""
+    return pl.BlockSpec((None, None, *shape), lambda h, i, start, q_block, kv_block, _: (h, kv_block[i], 0, 0))
+
+
+def label_specs(plan: AttentionPlan) -> list[pl.BlockSpec]:
+    """The labels of a visit's queries and keys."""
+    return [
+        pl.BlockSpec((None, 8, plan.queries), lambda h, i, start, q_block, *_: (q_block[i], 0, 0)),
+        pl.BlockSpec((None, 8, plan.keys), lambda h, i, start, q_block, kv_block, _: (kv_block[i], 0, 0)),
+    ]

@@ -1,9 +1,11 @@
-"""Attention by `TokenLabels` in plain XLA, for CPU: FlashAttention-2 (Dao 2023, arXiv 2307.08691) over tables of
-blocks.
+"""Attention by `TokenLabels` in plain XLA, for CPU: FlashAttention-2 (Dao 2023, arXiv 2307.08691) over block tables.
 
-Each block of queries goes through the blocks of keys that it meets, so nothing of size T x S exists, and the sums of
-one block stay in the processor's cache. Masks are made only where a block is seen in part: on a CPU they cost more
-than the products. One query, on a GPU as well, is a dense product.
+Each query block loops over its active key blocks, so nothing of size T x S exists, and the sums of one block stay in
+the processor's cache. Masks are computed only for blocks that are not full: on a CPU they cost more than the products.
+A single query, on a GPU as well, is a dense product.
+
+Axis letters as in `attention`, and GQ: the queries of a block for each of a group's G heads; BN and BM: query and key
+blocks of all rows (docs/glossary.md, "Axis letters").
 """
 
 from __future__ import annotations
@@ -31,46 +33,46 @@ def forward(
     kv_token_labels: TokenLabels,
     q_start: Int[Array, ""],
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H"]]:
-    """Output in the dtype of `q` and float32 log-sum-exp; what padding gets means nothing."""
+    """As `attention`: the output, and the float32 log-sum-exp; both are undefined for padding."""
     if q.shape[1] == 1:
-        return _of_one_query(q, k, v, q_token_labels, kv_token_labels, q_start)
+        return _attend_one_query(q, k, v, q_token_labels, kv_token_labels, q_start)
     blocks = _Blocks(q.shape, k.shape, q_token_labels, kv_token_labels, q_start)
-    met = block_table(blocks.sight)  # not in the loop, where XLA would make it for every block anew
-    q_blocks, k, v = blocks.queries(q), blocks.keys(k), blocks.keys(v)
+    table = block_table(blocks.visibility)  # outside the loop, in which XLA would compute it anew for every block
+    q_blocks, k, v = blocks.split_queries(q), blocks.split_keys(k), blocks.split_keys(v)
 
-    def of_queries(a: Array) -> tuple[Array, Array]:
+    def attend_block(a: Array) -> tuple[Array, Array]:
         def visit(b: Array, masked: bool, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            out, top, total = state  # unnormalised output, running maximum, running sum
+            out, row_max, row_sum = state  # unnormalised output, running maximum, running sum of weights
             scores = blocks.scores(q_blocks[a], k[b], a, b, masked)
-            new_top = jnp.maximum(top, scores.max(1))
-            weights = jnp.exp(scores - new_top[:, None])
-            shrink = jnp.exp(top - new_top)
+            new_max = jnp.maximum(row_max, scores.max(1))
+            weights = jnp.exp(scores - new_max[:, None])
+            rescale = jnp.exp(row_max - new_max)
             added = jnp.einsum("ksd,ksq->kdq", v[b], weights, preferred_element_type=jnp.float32)
-            return out * shrink[:, None] + added, new_top, total * shrink + weights.sum(1)
+            return out * rescale[:, None] + added, new_max, row_sum * rescale + weights.sum(1)
 
         K, GQ, D = q_blocks.shape[1:]
         start = (jnp.zeros((K, D, GQ)), jnp.full((K, GQ), INITIAL_MAX), jnp.zeros((K, GQ)))
-        out, top, total = blocks.visit(met, a, visit, start)
-        total = jnp.maximum(total, 1e-30)
-        return (out / total[:, None]).mT.astype(q.dtype), top + jnp.log(total)
+        out, row_max, row_sum = blocks.visit(table, a, visit, start)
+        row_sum = jnp.maximum(row_sum, 1e-30)
+        return (out / row_sum[:, None]).mT.astype(q.dtype), row_max + jnp.log(row_sum)
 
-    out, log_sum = jax.lax.map(of_queries, jnp.arange(len(q_blocks)))
-    return blocks.from_queries(out), blocks.from_queries(log_sum[..., None])[..., 0]
+    out, lse = jax.lax.map(attend_block, jnp.arange(len(q_blocks)))
+    return blocks.join_queries(out), blocks.join_queries(lse[..., None])[..., 0]
 
 
-def _of_one_query(
+def _attend_one_query(
     q: Array, k: Array, v: Array, q_token_labels: TokenLabels, kv_token_labels: TokenLabels, q_start: Array
 ) -> tuple[Array, Array]:
-    """Decoding. Dense: scores are no more than the keys, and a block would be nearly all padding."""
+    """The dense product for decoding: the scores of one query are few, and a block would be nearly all padding."""
     B, _, H, D = q.shape
     S, K = k.shape[1:3]
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32, precision=precision(q.dtype))
     mask = dense_mask(q_token_labels, kv_token_labels, q_start[None], jnp.arange(S))[:, None]
     scores = product("bkgd,bskd->bkgs", q.reshape(B, K, H // K, D), k)
     scores = jnp.where(mask, scores * D**-0.5, MASKED)
-    log_sum = jax.nn.logsumexp(scores, -1, keepdims=True)
-    out = product("bkgs,bskd->bkgd", jnp.exp(scores - log_sum).astype(v.dtype), v)
-    return out.reshape(q.shape).astype(q.dtype), log_sum.reshape(B, 1, H)
+    lse = jax.nn.logsumexp(scores, -1, keepdims=True)
+    out = product("bkgs,bskd->bkgd", jnp.exp(scores - lse).astype(v.dtype), v)
+    return out.reshape(q.shape).astype(q.dtype), lse.reshape(B, 1, H)
 
 
 def backward(
@@ -80,23 +82,28 @@ def backward(
     q_token_labels: TokenLabels,
     kv_token_labels: TokenLabels,
     q_start: Int[Array, ""],
-    log_sum: Float[Array, "B T H"],
-    correction: Float[Array, "B T H"],
+    lse: Float[Array, "B T H"],
+    delta: Float[Array, "B T H"],
     d_out: Float[Array, "B T H D"],
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B S K D"], Float[Array, "B S K D"]]:
-    """float32 gradients of q, k and v; `correction` is sum(out * d_out) less the cotangent of the log-sum-exp."""
+    """float32 gradients of q, k and v, given `delta` = sum(out * d_out, -1) - d_lse, float32 like `lse`."""
     blocks = _Blocks(q.shape, k.shape, q_token_labels, kv_token_labels, q_start)
-    met = block_table(blocks.sight, by_key=True)
-    q, k, v, d_out = blocks.queries(q), blocks.keys(k), blocks.keys(v), blocks.queries(d_out.astype(jnp.float32))
-    log_sum, correction = (blocks.queries(x[..., None])[..., 0] for x in (log_sum, correction))
+    table = block_table(blocks.visibility, by_key=True)
+    q, k, v, d_out = (
+        blocks.split_queries(q),
+        blocks.split_keys(k),
+        blocks.split_keys(v),
+        blocks.split_queries(d_out.astype(jnp.float32)),
+    )
+    lse, delta = (blocks.split_queries(x[..., None])[..., 0] for x in (lse, delta))
     scale = q.shape[-1] ** -0.5
 
-    def of_keys(dq: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
+    def backprop_block(dq: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
         def visit(a: Array, masked: bool, grads: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             dq, dk, dv = grads
-            weights = jnp.exp(blocks.scores(q[a], k[b], a, b, masked) - log_sum[a][:, None])
+            weights = jnp.exp(blocks.scores(q[a], k[b], a, b, masked) - lse[a][:, None])
             d_weights = jnp.einsum("kqd,ksd->ksq", d_out[a], v[b], preferred_element_type=jnp.float32)
-            d_scores = weights * (d_weights - correction[a][:, None]) * scale
+            d_scores = weights * (d_weights - delta[a][:, None]) * scale
             return (
                 dq.at[a].add(jnp.einsum("ksq,ksd->kqd", d_scores, k[b], preferred_element_type=jnp.float32)),
                 dk + jnp.einsum("ksq,kqd->ksd", d_scores, q[a], preferred_element_type=jnp.float32),
@@ -104,15 +111,15 @@ def backward(
             )
 
         zeros = jnp.zeros(k.shape[1:])
-        dq, dk, dv = blocks.visit(met, b, visit, (dq, zeros, zeros))
+        dq, dk, dv = blocks.visit(table, b, visit, (dq, zeros, zeros))
         return dq, (dk, dv)
 
-    dq, (dk, dv) = jax.lax.scan(of_keys, jnp.zeros(q.shape), jnp.arange(len(k)))
-    return blocks.from_queries(dq), blocks.from_keys(dk), blocks.from_keys(dv)
+    dq, (dk, dv) = jax.lax.scan(backprop_block, jnp.zeros(q.shape), jnp.arange(len(k)))
+    return blocks.join_queries(dq), blocks.join_keys(dk), blocks.join_keys(dv)
 
 
 class _Blocks:
-    """The shapes of one call: how rows are cut into blocks and put together again; who meets whom."""
+    """The shapes of one call: splits rows into blocks, joins them again, and knows which blocks are active."""
 
     def __init__(
         self,
@@ -129,50 +136,50 @@ class _Blocks:
             TokenLabels(*(self._pad(jnp.asarray(y)) for y in x)) for x in (q_token_labels, kv_token_labels)
         )
         self.N, self.M = (x.example_id.shape[1] // self.block for x in (self.q_token_labels, self.kv_token_labels))
-        self.sight = block_visibility(self.q_token_labels, self.kv_token_labels, q_start, self.block, self.block)
+        self.visibility = block_visibility(self.q_token_labels, self.kv_token_labels, q_start, self.block, self.block)
 
     def _pad(self, x: Array) -> Array:
         return jnp.pad(x, [(0, -x.shape[n] % self.block if n == 1 else 0) for n in range(x.ndim)])
 
-    def queries(self, x: Float[Array, "B T H D"]) -> Float[Array, "BN K GQ D"]:
-        """The query heads of a group are stacked, so that one matrix product serves them all."""
+    def split_queries(self, x: Float[Array, "B T H D"]) -> Float[Array, "BN K GQ D"]:
+        """Blocks of queries; the heads of a group are stacked, so that one matrix product serves them all."""
         G = self.H // self.K
         x = self._pad(x).reshape(self.B * self.N, self.block, self.K, G, -1)
         return x.transpose(0, 2, 3, 1, 4).reshape(self.B * self.N, self.K, G * self.block, -1)
 
-    def from_queries(self, x: Float[Array, "BN K GQ D"]) -> Float[Array, "B T H D"]:
+    def join_queries(self, x: Float[Array, "BN K GQ D"]) -> Float[Array, "B T H D"]:
         x = x.reshape(self.B, self.N, self.K, self.H // self.K, self.block, -1).transpose(0, 1, 4, 2, 3, 5)
         return x.reshape(self.B, self.N * self.block, self.H, -1)[:, : self.T]
 
-    def keys(self, x: Float[Array, "B S K D"]) -> Float[Array, "BM K S D"]:
+    def split_keys(self, x: Float[Array, "B S K D"]) -> Float[Array, "BM K S D"]:
         return self._pad(x).reshape(self.B * self.M, self.block, self.K, -1).transpose(0, 2, 1, 3)
 
-    def from_keys(self, x: Float[Array, "BM K S D"]) -> Float[Array, "B S K D"]:
+    def join_keys(self, x: Float[Array, "BM K S D"]) -> Float[Array, "B S K D"]:
         x = x.reshape(self.B, self.M, self.K, self.block, -1).transpose(0, 1, 3, 2, 4)
         return x.reshape(self.B, self.M * self.block, self.K, -1)[:, : self.S]
 
-    def visit(self, met: BlockTable, block: Array, visit: Callable[[Array, bool, Any], Any], state: Any) -> Any:
-        """Folds `visit(other block, masked, state)` over the blocks that one meets; blocks count through all rows."""
-        own, others = met.indices.shape[1:]
-        row, place = block // own, block % own
-        number = lambda i: row * others + met.indices[row, place, i]  # noqa: E731
-        whole, all_met = met.num_full[row, place], met.num_active[row, place]
-        state = jax.lax.fori_loop(0, whole, lambda i, state: visit(number(i), False, state), state)
-        return jax.lax.fori_loop(whole, all_met, lambda i, state: visit(number(i), True, state), state)
+    def visit(self, table: BlockTable, block: Array, visit: Callable[[Array, bool, Any], Any], state: Any) -> Any:
+        """Folds `visit(other block, masked, state)` over the active blocks of one block, numbered through all rows."""
+        blocks_per_row, others_per_row = table.indices.shape[1:]
+        row, index = block // blocks_per_row, block % blocks_per_row
+        other_block = lambda i: row * others_per_row + table.indices[row, index, i]  # noqa: E731
+        num_full, num_active = table.num_full[row, index], table.num_active[row, index]
+        state = jax.lax.fori_loop(0, num_full, lambda i, state: visit(other_block(i), False, state), state)
+        return jax.lax.fori_loop(num_full, num_active, lambda i, state: visit(other_block(i), True, state), state)
 
     def scores(self, q: Array, k: Array, a: Array, b: Array, masked: bool) -> Float[Array, "K S GQ"]:
-        """Scaled float32 scores of query block `a` on key block `b`, `MASKED` where a query does not see a key.
+        """Scaled float32 scores of query block `a` on key block `b`, `MASKED` where a query does not attend to a key.
 
-        Keys by queries: reductions over keys then run on whole vectors of queries, where a CPU compiler would do a
-        reduction over the last axis one number at a time to keep its order.
+        They lie keys by queries: reductions over keys then run on vectors of queries, where a CPU compiler would reduce
+        a last axis one number at a time, to keep the order of its sums.
         """
         scores = jnp.einsum("kqd,ksd->ksq", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
         if not masked:
             return scores
         q_labels = TokenLabels(*(x.reshape(-1, self.block)[a] for x in self.q_token_labels))
         kv_labels = TokenLabels(*(x.reshape(-1, self.block)[b] for x in self.kv_token_labels))
-        here = jnp.arange(self.block)
-        q_index = self.start + a % self.N * self.block + here
-        mask = dense_mask(q_labels, kv_labels, q_index, b % self.M * self.block + here)
+        offsets = jnp.arange(self.block)
+        q_index = self.start + a % self.N * self.block + offsets
+        mask = dense_mask(q_labels, kv_labels, q_index, b % self.M * self.block + offsets)
         K, S, GQ = scores.shape
         return jnp.where(mask.T[:, None], scores.reshape(K, S, -1, self.block), MASKED).reshape(K, S, GQ)

@@ -1,4 +1,7 @@
-"""Cross-entropy of a linear head, fused: the [N, V] logits never exist, and tokens without a target cost nothing."""
+"""Fused cross-entropy of a linear head: the [N, V] logits never exist, and tokens without a target cost nothing.
+
+Axis letters: N tokens, D model dimension, V vocabulary (docs/glossary.md, "Axis letters").
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,17 @@ def linear_cross_entropy(
     chunk: int = 512,
     block: int = 8192,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Sum over the N tokens with targets >= 0 of -weight x log softmax(head @ hidden)[target], and of the weights.
+    """Weighted cross-entropy, summed over tokens; differentiable in `hidden` and `head`, in their dtypes.
 
-    Without `weights` each weighs 1, and the second sum is how many there are. Sums are float32. Differentiable in
-    `hidden` and `head`, in their dtypes. `chunk` tokens and `block` words are held at a time. A target that is no word
-    of the head makes the loss NaN.
+    Args:
+      hidden: hidden states.
+      head: the output matrix.
+      targets: token ids; negative for no target. A target outside the vocabulary makes the loss NaN.
+      weights: of the targets; by default 1.
+      chunk, block: tokens and words whose logits are in memory at a time.
+
+    Returns:
+      float32: sum of -weight x log softmax(head @ hidden)[target] over tokens with a target, and the sum of weights.
     """
     weights = jnp.where(targets >= 0, 1.0 if weights is None else weights, 0)
     plan = LossPlan(SparseTeacher(forward_kl), 1.0, chunk, block)
@@ -35,14 +44,17 @@ def linear_log_probs(
     chunk: int = 512,
     block: int = 8192,
 ) -> Float[Array, " N"]:
-    """log softmax(head @ hidden)[target] of each token with a target >= 0, and zero for the others; float32.
+    """log softmax(head @ hidden)[target] of each token, for losses that are no weighted sum over tokens.
 
-    For losses that are no sum over tokens. Differentiable in `hidden` and `head`, as `linear_cross_entropy`.
+    Args as `linear_cross_entropy`, and differentiable like it.
+
+    Returns:
+      float32 [N]; 0 for tokens without a target.
     """
     plan = LossPlan(SparseTeacher(forward_kl), 1.0, chunk, block)
     return -fused_linear_losses(plan, (hidden, head), [], _one_hot_teacher(targets), targets >= 0)
 
 
 def _one_hot_teacher(targets: Int[Array, " N"]) -> tuple[Int[Array, "N 1"], Float[Array, "N 2"]]:
-    """A teacher who is sure of one word: its own entropy is zero, and the forward KL from it the cross-entropy."""
+    """A `SparseTeacher`'s input with all probability on the target: the forward KL from it is the cross-entropy."""
     return targets[:, None], jnp.broadcast_to(jnp.array([0, MASKED], jnp.float32), (len(targets), 2))

@@ -1,7 +1,10 @@
-"""Distillation of a linear head, fused: a student's distribution over the vocabulary held to a teacher's.
+"""Fused distillation of a linear head: the divergence of a student's distribution over the vocabulary from a teacher's.
 
-The teacher is a head of its own, whose logits are computed block by block beside the student's, or a cache of its k
-likeliest words for each token. Either way [N, V] never exists and tokens of weight zero cost nothing: `linear_loss`.
+The teacher is a second head, whose logits are computed block by block with the student's, or a list of its k likeliest
+words for each token. Either way [N, V] never exists and tokens of weight zero cost nothing: see `linear_loss`.
+
+Axis letters: N tokens, n of a chunk, D and E model dimensions of student and teacher, V vocabulary, k words of a
+teacher (docs/glossary.md, "Axis letters").
 """
 
 from __future__ import annotations
@@ -19,11 +22,11 @@ from pallas_kernels.linear_loss import MASKED, Gather, Logits, LossPlan, Visit, 
 
 
 class Divergence(NamedTuple):
-    """How far a student q is from a teacher p, as a sum over words.
+    """A divergence of a student q from a teacher p that is a sum over words.
 
     Attributes:
-      terms: (log p, log q) -> what each word adds, and the derivative of that in its own log q.
-      slope: the sum of those derivatives where it is the same for all p and q. Saves a pass over the vocabulary.
+      terms: (log p, log q) -> each word's term, and the term's derivative in the word's log q.
+      slope: the sum of those derivatives if it is the same for all p and q, which saves a pass over the vocabulary.
     """
 
     terms: Callable[[Array, Array], tuple[Array, Array]]
@@ -41,26 +44,31 @@ def _reverse_kl(log_p: Array, log_q: Array) -> tuple[Array, Array]:
 
 
 def _skewed_kl(alpha: float, log_p: Array, log_q: Array) -> tuple[Array, Array]:
-    p, of_q = jnp.exp(log_p), math.log1p(-alpha) + log_q
-    log_m = jnp.logaddexp(math.log(alpha) + log_p, of_q)
-    return p * (log_p - log_m), -p * jnp.exp(of_q - log_m)
+    p, log_skewed_q = jnp.exp(log_p), math.log1p(-alpha) + log_q
+    log_m = jnp.logaddexp(math.log(alpha) + log_p, log_skewed_q)
+    return p * (log_p - log_m), -p * jnp.exp(log_skewed_q - log_m)
 
 
 def _jensen_shannon(beta: float, log_p: Array, log_q: Array) -> tuple[Array, Array]:
     log_m = jnp.logaddexp(math.log(beta) + log_p, math.log1p(-beta) + log_q)
-    of_q = (1 - beta) * jnp.exp(log_q) * (log_q - log_m)
-    return beta * jnp.exp(log_p) * (log_p - log_m) + of_q, of_q
+    q_term = (1 - beta) * jnp.exp(log_q) * (log_q - log_m)
+    return beta * jnp.exp(log_p) * (log_p - log_m) + q_term, q_term
 
 
-# KL(p || q): the student covers all that the teacher does (Hinton et al. 2015, arXiv 1503.02531).
+# KL(p || q), mode-covering (Hinton et al. 2015, arXiv 1503.02531).
 forward_kl = Divergence(_forward_kl, slope=-1.0)
-# KL(q || p): the student keeps to what the teacher would do (MiniLLM, Gu et al. 2024, arXiv 2306.08543).
+# KL(q || p), mode-seeking (MiniLLM, Gu et al. 2024, arXiv 2306.08543).
 reverse_kl = Divergence(_reverse_kl)
 
 
 def jensen_shannon(beta: float) -> Divergence:
-    """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q (GKD, Agarwal et al. 2024, arXiv
-    2306.13649, eq. 1). Bounded; near beta = 0 it is beta times the forward KL, near 1 (1 - beta) times the reverse.
+    """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q.
+
+    GKD (Agarwal et al. 2024, arXiv 2306.13649, eq. 1). It is bounded. Near beta = 0 it is about beta times the forward
+    KL, near 1 about (1 - beta) times the reverse KL.
+
+    Raises:
+      ValueError: if beta is not between 0 and 1.
     """
     if not 0 < beta < 1:
         raise ValueError(f"beta of the Jensen-Shannon divergence is {beta}; it must lie between 0 and 1")
@@ -70,7 +78,10 @@ def jensen_shannon(beta: float) -> Divergence:
 def skewed_kl(alpha: float) -> Divergence:
     """KL(p || alpha p + (1 - alpha) q) (DistiLLM, Ko et al. 2024, arXiv 2402.03898, section 3.1).
 
-    The forward KL without its large gradients where the student gives a word next to nothing: at most log(1 / alpha).
+    The forward KL without its large gradients where the student's probability is near 0: it is at most log(1 / alpha).
+
+    Raises:
+      ValueError: if alpha is not between 0 and 1.
     """
     if not 0 < alpha < 1:
         raise ValueError(f"alpha of the skewed KL is {alpha}; it must lie between 0 and 1")
@@ -88,10 +99,23 @@ def linear_distillation(
     chunk: int = 512,
     block: int = 8192,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """temperature^2 x sum over N tokens of weight x divergence, and the sum of the weights; float32.
+    """Divergence of the student's softmax(logits / temperature) from the teacher's, weighted and summed over tokens.
 
-    The divergence is that of softmax(logits / temperature) of the student from that of the teacher. Differentiable in
-    `hidden` and `head` only. `chunk` tokens and `block` words are held at a time.
+    Differentiable in `hidden` and `head` only.
+
+    Args:
+      hidden, head: hidden states and output matrix of the student.
+      teacher_hidden, teacher_head: the teacher's.
+      weights: of the tokens; a token of weight 0 costs nothing.
+      divergence: see `Divergence`.
+      temperature: divides all logits.
+      chunk, block: tokens and words whose logits are in memory at a time.
+
+    Returns:
+      float32: temperature^2 x the sum of weight x divergence, and the sum of the weights.
+
+    Raises:
+      ValueError: if the two vocabularies differ in size.
     """
     if len(head) != len(teacher_head):
         raise ValueError(f"the student's head has {len(head)} words, the teacher's {len(teacher_head)}")
@@ -110,11 +134,17 @@ def top_k_distillation(
     chunk: int = 512,
     block: int = 8192,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """As `linear_distillation`, of k + 1 buckets: the teacher's k words, and all other words as one.
+    """As `linear_distillation`, over k + 1 outcomes: the teacher's k words, and all other words as one ("the tail").
 
-    The ids of a token differ; one of -1 with log-probability -inf is no word. The log-probabilities are those at
-    `temperature`, the likeliest first for the sake of precision: what they leave of 1 is the tail's. It gets no less
-    than 2^-24, about what rounding leaves: from a teacher without any tail the reverse KL would be infinite.
+    The tail has the probability that the k words leave, but at least 2^-24, about what rounding leaves: from a teacher
+    without a tail the reverse KL would be infinite.
+
+    Args:
+      ids: the teacher's words, different for each token; -1 for no word.
+      log_probs: their log-probabilities at `temperature`, the likeliest first (for precision); -inf for no word.
+
+    Raises:
+      ValueError: if k is not less than the vocabulary.
     """
     k, V = ids.shape[1], len(head)
     if k >= V:
@@ -134,34 +164,42 @@ def linear_top_k(
     temperature: float = 1.0,
     chunk: int = 64,
 ) -> tuple[Int[Array, "N k"], Float[Array, "N k"]]:
-    """What a teacher leaves in a cache for `top_k_distillation`: ids and log-probabilities of its k likeliest words.
+    """The k likeliest words of a teacher, as `top_k_distillation` takes them.
 
-    Of softmax(logits / temperature), the likeliest first, for each token that counts; -1 and -inf for the others. The
-    logits of `chunk` tokens exist at a time.
+    Args:
+      hidden, head: hidden states and output matrix of the teacher.
+      counts: the tokens to compute.
+      k: words of each token.
+      temperature: divides the logits.
+      chunk: tokens whose logits are in memory at a time.
+
+    Returns:
+      ids and float32 log-probabilities under softmax(logits / temperature), the likeliest first; -1 and -inf for tokens
+      that do not count.
     """
 
-    def visit(rows: Array, gather: Gather, found: tuple[Array, Array]) -> tuple[Array, Array]:
+    def visit(rows: Array, gather: Gather, results: tuple[Array, Array]) -> tuple[Array, Array]:
         logits = jnp.einsum("nd,vd->nv", gather(hidden), head, preferred_element_type=jnp.float32)
         log_probs, ids = jax.lax.top_k(jax.nn.log_softmax(logits / temperature), k)
-        return found[0].at[rows].set(ids, mode="drop"), found[1].at[rows].set(log_probs, mode="drop")
+        return results[0].at[rows].set(ids, mode="drop"), results[1].at[rows].set(log_probs, mode="drop")
 
     nothing = jnp.full((len(hidden), k), -1, jnp.int32), jnp.full((len(hidden), k), -jnp.inf, jnp.float32)
     return over_tokens(counts, chunk, visit, nothing)
 
 
-# Where z are the student's logits, d log q_v / d z_u = [u = v] - q_u. So with the derivatives of the terms in log q as
-# slopes, d divergence / d z = slopes - q x (sum of slopes), over words and over buckets of words alike.
+# With z the student's logits, d log q_v / d z_u = [u = v] - q_u. With slopes = d terms / d log q, therefore
+# d divergence / d z = slopes - q x (sum of slopes): over words, and over groups of words alike.
 
 
 class _Sums(NamedTuple):
     log_q: Float[Array, " n"]  # log-sum-exp of the student's logits
-    log_p: Float[Array, " n"]  # and of the teacher's
-    value: Float[Array, " n"]
-    slope: Float[Array, " n"]
+    log_p: Float[Array, " n"]  # log-sum-exp of the teacher's logits
+    value: Float[Array, " n"]  # sum of the terms
+    slope: Float[Array, " n"]  # sum of their derivatives
 
 
 class _DenseTeacher(NamedTuple):
-    """A `Loss`: the divergence from the teacher whose logits come second."""
+    """A `Loss`: the divergence from a teacher whose logits are computed, second after the student's."""
 
     divergence: Divergence
 
@@ -170,7 +208,7 @@ class _DenseTeacher(NamedTuple):
         return _Sums(nothing, nothing, zeros, zeros)
 
     def visits(self, gradients: bool) -> Sequence[Visit]:
-        known = gradients and self.divergence.slope is not None  # then `gradient` sums the value on its way
+        known = gradients and self.divergence.slope is not None  # then `gradient` sums the value too
         return [self._log_sums] if known else [self._log_sums, self._terms]
 
     def gradient(self, logits: Logits, words: Array, per_token: tuple[()], sums: _Sums) -> tuple[Array, _Sums]:
@@ -203,9 +241,9 @@ class _Buckets(NamedTuple):
 
 
 class SparseTeacher(NamedTuple):
-    """A `Loss`: the divergence from a teacher who names k words and gives all others one probability together.
+    """A `Loss`: the divergence from a teacher known by k words of each token and the probability of all others.
 
-    Per token, ids [n, k] and log-probabilities [n, k + 1], the last that of all other words.
+    `per_token` is ids [n, k] and log-probabilities [n, k + 1], the last one that of all other words together.
     """
 
     divergence: Divergence
@@ -223,7 +261,7 @@ class SparseTeacher(NamedTuple):
         log_p, log_q = self._log_probs(per_token, buckets)
         _, slopes = self.divergence.terms(log_p, log_q)
         slopes -= jnp.exp(log_q) * slopes.sum(-1, keepdims=True)
-        # The tail hands its gradient on to its words by their shares in it.
+        # The tail's gradient is divided among its words by their shares in it.
         shares = jnp.exp(logits[0] - buckets.tail[:, None])
         return _replace(slopes[:, -1:] * shares, words, per_token[0], slopes[:, :-1]), buckets
 
@@ -233,11 +271,11 @@ class SparseTeacher(NamedTuple):
 
     def _tail(self, logits: Logits, words: Array, per_token: tuple[Array, Array], buckets: _Buckets) -> _Buckets:
         ids, _ = per_token
-        others = _replace(logits[0], words, ids, jnp.full(ids.shape, MASKED, jnp.float32))
-        return buckets._replace(tail=jnp.logaddexp(buckets.tail, jax.nn.logsumexp(others, -1)))
+        tail_logits = _replace(logits[0], words, ids, jnp.full(ids.shape, MASKED, jnp.float32))
+        return buckets._replace(tail=jnp.logaddexp(buckets.tail, jax.nn.logsumexp(tail_logits, -1)))
 
     def _log_probs(self, per_token: tuple[Array, Array], buckets: _Buckets) -> tuple[Array, Array]:
-        """log p and log q of the buckets [n, k + 1]."""
+        """log p and log q of the k words and the tail, [n, k + 1]."""
         logits = jnp.concatenate([buckets.words, buckets.tail[:, None]], -1)
         return per_token[1], jax.nn.log_softmax(logits)
 
@@ -247,12 +285,12 @@ def _replace(
 ) -> Float[Array, "n block"]:
     """x with `values` in the columns of the words `ids`.
 
-    Comparisons, and not a scatter, which a TPU does one number at a time. 16 ids share a pass over x: of many more the
+    By comparisons, because a TPU runs a scatter one number at a time. 16 ids share a pass over x: with many more the
     TPU compiler stores the comparisons.
     """
 
-    def one(x: Array, column: tuple[Array, Array]) -> tuple[Array, None]:
+    def replace_column(x: Array, column: tuple[Array, Array]) -> tuple[Array, None]:
         ids, values = column
         return jnp.where(words == ids[:, None], values[:, None], x), None
 
-    return jax.lax.scan(one, x, (ids.T, values.T), unroll=min(16, ids.shape[1]))[0]
+    return jax.lax.scan(replace_column, x, (ids.T, values.T), unroll=min(16, ids.shape[1]))[0]

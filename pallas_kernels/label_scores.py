@@ -1,7 +1,9 @@
-"""Log-probabilities of a task's labels, in products that are float32 in truth.
+"""Log-probabilities of a task's labels, by true float32 products.
 
-A float32 product on a TPU is one pass of bfloat16 unless the highest precision is asked for: scores that differ in the
-ninth bit become ties or change places. Here the few columns of the labels make true products nearly free.
+A float32 product on a TPU is one bfloat16 pass unless the highest precision is requested: scores that differ in the
+ninth bit would become ties, or change order. A task has few labels, so true products are nearly free.
+
+Axis letters: N tokens, L labels, D model dimension, V vocabulary (docs/glossary.md, "Axis letters").
 """
 
 from __future__ import annotations
@@ -24,35 +26,41 @@ def label_log_probs(
     block: int = 4096,
     logits_dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "N _"]:
-    """log softmax(head @ hidden)[label], float32 whatever the inputs.
+    """log softmax(head @ hidden)[label] of each label.
 
     Args:
-      labels: word ids, the same for all N or for each; -1 is no label and gets -inf, an id beyond the head NaN.
-      against: what the softmax runs over: all V words, streamed `block` at a time, or the labels, which differ.
-      logits_dtype: what logits are rounded to before the softmax: less than float32 is for measuring what it costs.
+      hidden: hidden states of the tokens that predict a label.
+      head: the output matrix.
+      labels: token ids, one list for all tokens or one for each; -1 for no label.
+      normalize_over: the softmax runs over the whole vocabulary, or over the labels, which must differ.
+      block: words of the vocabulary whose logits are in memory at a time.
+      logits_dtype: to round logits to before the softmax; less than float32 is for measuring what it costs.
+
+    Returns:
+      float32 [N, L], whatever the inputs; -inf where there is no label, NaN for an id outside the vocabulary.
     """
     N = len(hidden)
     columns = jnp.take(head, labels, 0, mode="fill", fill_value=jnp.nan)
     logits = _product("nd,ld->nl" if labels.ndim == 1 else "nd,nld->nl", hidden, columns, logits_dtype)
     logits = jnp.where(labels >= 0, logits, -jnp.inf)
     if normalize_over == "labels":
-        log_sum = jax.nn.logsumexp(logits, -1)
+        lse = jax.nn.logsumexp(logits, -1)
     else:
         block = min(block, len(head))
 
-        def visit(start: Any, words: Array, log_sum: Array) -> Array:
-            some = _product("nd,vd->nv", hidden, jax.lax.dynamic_slice_in_dim(head, start, block), logits_dtype)
-            return jnp.logaddexp(log_sum, jax.nn.logsumexp(jnp.where(words >= 0, some, MASKED), -1))
+        def visit(start: Any, words: Array, lse: Array) -> Array:
+            block_logits = _product("nd,vd->nv", hidden, jax.lax.dynamic_slice_in_dim(head, start, block), logits_dtype)
+            return jnp.logaddexp(lse, jax.nn.logsumexp(jnp.where(words >= 0, block_logits, MASKED), -1))
 
-        log_sum = over_vocabulary(len(head), block, visit, jnp.full(N, MASKED, jnp.float32))
-    # A row without a label has no sum either: -inf less -inf would be NaN.
-    return jnp.where(labels >= 0, logits - log_sum[:, None], -jnp.inf)
+        lse = over_vocabulary(len(head), block, visit, jnp.full(N, MASKED, jnp.float32))
+    # The sum of a row without labels is -inf too, and -inf - -inf would be NaN.
+    return jnp.where(labels >= 0, logits - lse[:, None], -jnp.inf)
 
 
 def _product(axes: str, a: Array, b: Array, dtype: DTypeLike) -> Float[Array, "N _"]:
-    """float32 in truth: bfloat16 inputs multiply exactly in one pass, float32 inputs take the passes they need.
+    """A true float32 product, rounded to `dtype` and returned as float32.
 
-    Then rounded to `dtype`, and float32 all the same.
+    bfloat16 inputs multiply exactly in one pass; float32 inputs take as many passes as they need.
     """
     exact = jnp.einsum(axes, a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
     return exact.astype(dtype).astype(jnp.float32)

@@ -1,9 +1,11 @@
-"""Losses of softmax(head @ hidden), fused: nothing of size tokens x vocabulary exists, forward or backward.
+"""Fused losses of softmax(head @ hidden): nothing of size tokens x vocabulary exists, forward or backward.
 
-One mechanism serves cross-entropy and distillation. The tokens that count are gathered in chunks, and the vocabulary
-is streamed past each chunk in blocks: once or twice for what the loss sums over the words (log-sum-exp first), and once
-more for the gradients. Every visit computes the logits of [chunk, block] anew and keeps sums only. Which sums, a `Loss`
-tells.
+One mechanism serves cross-entropy and distillation. The tokens with a weight are gathered in chunks, and each chunk
+loops over blocks of the vocabulary: once or twice for the sums over words that the loss needs (log-sum-exp first), and
+once more for the gradients. Every visit computes the logits [chunk, block] anew and keeps sums only; a `Loss` defines
+which sums.
+
+Axis letters: N tokens, n of a chunk, D model dimension, V vocabulary (docs/glossary.md, "Axis letters").
 """
 
 from __future__ import annotations
@@ -16,38 +18,37 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-MASKED = -1e30  # the logit, or log-probability, of what is not there: finite, so that zero times it is zero, not NaN
+MASKED = -1e30  # logit, or log-probability, of no word: finite, so that zero times it is zero and not NaN
 
 State = Any  # pytree of sums [n, ..] over the words seen so far
 Logits = tuple[Array, ...]  # float32 [n, block] of each head, the student's first, divided by the temperature
 Visit = Callable[[Logits, Int[Array, " block"], Any, State], State]  # (logits, words, per token, state) -> state
 Gather = Callable[[Array], Array]  # [N, ..] -> [n, ..]
-HiddenAndHead = tuple[
-    Float[Array, "N D"], Float[Array, "V D"]
-]  # hidden states, and the head that turns them into logits
+HiddenAndHead = tuple[Float[Array, "N D"], Float[Array, "V D"]]  # hidden states, and the head that makes them logits
 
 
 class Loss(Protocol):
-    """A loss per token as sums over the vocabulary; `per_token` is what the caller gave, of the n tokens of a chunk.
+    """A loss per token, computed from sums over the vocabulary.
 
-    `words` numbers the columns of the logits; a negative number is no word, and the logits there are MASKED.
+    Its methods get `per_token`, the caller's arrays for the n tokens of a chunk, and `words`, the token ids of the
+    columns of the logits: a negative id is no word, and its logits are `MASKED`.
     """
 
     def start(self, per_token: Any, n: int, pick: Callable[[Int[Array, "n k"]], Float[Array, "n k"]]) -> State:
-        """The sums before any block was seen; `pick` gives the student's logits of a few words."""
+        """The sums before the first block; `pick` computes the student's logits of a few words."""
 
     def visits(self, gradients: bool) -> Sequence[Visit]:
-        """What to sum, each over the whole vocabulary, one after the other; gradients follow or not."""
+        """The passes over the vocabulary, in order; `gradients`: a pass for gradients follows them."""
 
     def gradient(self, logits: Logits, words: Array, per_token: Any, state: State) -> tuple[Array, State]:
-        """d loss / d student's logits [n, block], zero where there is no word; and the state, which may still grow."""
+        """d loss / d student's logits [n, block], zero where there is no word; and the updated state."""
 
     def value(self, per_token: Any, state: State) -> Float[Array, " n"]:
-        """The loss; finite, too, where all logits and all in `per_token` are zero."""
+        """The loss; it must be finite where all logits and all of `per_token` are zero (padding of a chunk)."""
 
 
 class LossPlan(NamedTuple):
-    """How a fused loss runs. `chunk` tokens and `block` words at a time: both bound memory, neither changes results."""
+    """How a fused loss runs: `chunk` tokens and `block` words at a time bound memory and do not change results."""
 
     loss: Loss
     temperature: float
@@ -63,11 +64,21 @@ def fused_linear_loss(
     per_token: Any,
     weights: Float[Array, " N"],
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """temperature^2 x sum over tokens of weight x loss, and the sum of the weights; float32.
+    """A weighted sum of the tokens' losses; differentiable in `student` only.
 
-    The square keeps the size of the gradients where the temperature changes (Hinton et al. 2015, arXiv 1503.02531,
-    section 2). A token of weight zero costs nothing and gives nothing, whatever it holds. Products are in the dtype of
-    the inputs, sums in float32. Differentiable in `student` only.
+    Products are in the dtype of the inputs, sums in float32. A token of weight zero costs nothing and, whatever it
+    holds, changes nothing.
+
+    Args:
+      plan: the loss, and how it runs.
+      student: hidden states [N, D] and head [V, D].
+      teachers: the same of other models, whose logits the loss gets after the student's.
+      per_token: a pytree of arrays [N, ..] for the loss.
+      weights: of the tokens.
+
+    Returns:
+      float32: temperature^2 x sum of weight x loss (the square keeps the size of gradients when the temperature
+      changes: Hinton et al. 2015, arXiv 1503.02531, section 2), and the sum of the weights.
     """
     losses, _ = _run(plan, student, teachers, per_token, weights, gradients=False)
     return _sums(losses, weights)
@@ -77,17 +88,21 @@ def fused_linear_loss(
 def fused_linear_losses(
     plan: LossPlan, student: HiddenAndHead, teachers: Sequence[HiddenAndHead], per_token: Any, counts: Bool[Array, " N"]
 ) -> Float[Array, " N"]:
-    """temperature^2 x the loss of each token that counts, and zero for the others; float32.
+    """The loss of each token, for objectives that are no weighted sum of them.
 
-    As `linear_loss`, for what is no weighted sum of the tokens' losses: the backward pass computes the logits again.
+    Args as `fused_linear_loss`; `counts` are the tokens to compute. The backward pass computes the logits again.
+
+    Returns:
+      float32 [N]: temperature^2 x loss, and 0 for tokens that do not count.
     """
     return _run(plan, student, teachers, per_token, counts.astype(jnp.float32), gradients=False)[0]
 
 
 def over_vocabulary(V: int, block: int, visit: Callable[[Any, Array, State], State], state: State) -> State:
-    """visit(start, words, state) for each block of words start, start + 1, ..; block <= V.
+    """Folds visit(start, words, state) over the blocks of the vocabulary; block <= V.
 
-    The last block begins early enough to be whole: the words in it that were seen before are numbered -2.
+    `words` are the ids start, start + 1, ... The last block starts early enough to be whole; ids in it that an earlier
+    block had are -2.
     """
     if block == V:  # no loop, so that the compiler computes the logits of several visits once
         return visit(0, jnp.arange(V), state)
@@ -108,15 +123,15 @@ def _run(
     weights: Array,
     gradients: bool,
 ) -> tuple[Array, HiddenAndHead | None]:
-    """temperature^2 x the loss of each token of weight, and the gradients of their weighted sum in float32."""
+    """temperature^2 x loss of each token with a weight, and the float32 gradients of the weighted sum (or None)."""
 
     def step(
         rows: Array, gather: Gather, carry: tuple[Array, HiddenAndHead | None]
     ) -> tuple[Array, HiddenAndHead | None]:
         losses, grads = carry
-        towers = [(gather(hidden), head) for hidden, head in (student, *teachers)]
+        models = [(gather(hidden), head) for hidden, head in (student, *teachers)]
         weight = gather(weights).astype(jnp.float32)
-        loss, updates = _chunk(plan, towers, jax.tree.map(gather, per_token), weight, grads[1] if grads else None)
+        loss, updates = _chunk(plan, models, jax.tree.map(gather, per_token), weight, grads[1] if grads else None)
         if grads and updates:
             grads = grads[0].at[rows].set(updates[0], mode="drop"), updates[1]
         return losses.at[rows].set(plan.temperature**2 * loss, mode="drop"), grads
@@ -128,8 +143,11 @@ def _run(
 def over_tokens(
     counts: Bool[Array, " N"], chunk: int, visit: Callable[[Array, Gather, State], State], state: State
 ) -> State:
-    """visit(rows, gather, state) for `chunk` of the tokens that count at a time: their places `rows`, and what takes
-    their entries out of an array [N, ..]. Where the last chunk is not full, a row is N, and what is gathered zero."""
+    """Folds visit(rows, gather, state) over chunks of the tokens that count.
+
+    `rows` are the tokens' indices, `gather` takes their entries out of an array [N, ..]. In the last chunk indices may
+    be N, for which `gather` gives zeros.
+    """
     N = len(counts)
     chunk = min(chunk, N)
     active = jnp.sum(counts)
@@ -140,7 +158,7 @@ def over_tokens(
         real = i * chunk + jnp.arange(chunk) < active
         rows = jnp.where(real, jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk), N)
 
-        def gather(x: Array) -> Array:  # zeros for a token that does not count: zero times NaN would be NaN
+        def gather(x: Array) -> Array:  # zeros, not anything times zero: zero times NaN would be NaN
             return jnp.where(real.reshape(-1, *[1] * (x.ndim - 1)), jnp.take(x, rows, 0, mode="clip"), 0)
 
         return visit(rows, gather, state)
@@ -153,10 +171,10 @@ def _sums(losses: Array, weights: Array) -> tuple[Array, Array]:
 
 
 def _chunk(
-    plan: LossPlan, towers: Sequence[HiddenAndHead], per_token: Any, weight: Array, d_head: Array | None
+    plan: LossPlan, models: Sequence[HiddenAndHead], per_token: Any, weight: Array, d_head: Array | None
 ) -> tuple[Array, HiddenAndHead | None]:
-    """The loss [n] of one chunk and, when `d_head` is given, d_hidden and `d_head` with this chunk's part added."""
-    hidden, head = towers[0]
+    """The losses [n] of a chunk; with `d_head`, also d_hidden, and `d_head` plus the gradient of this chunk."""
+    hidden, head = models[0]
     block = min(plan.block, head.shape[0])
 
     def part(x: Array, start: Array) -> Float[Array, "block D"]:
@@ -165,44 +183,44 @@ def _chunk(
     def logits(start: Array, words: Array) -> Logits:
         products = (
             jnp.einsum("nd,vd->nv", hidden, part(head, start), preferred_element_type=jnp.float32)
-            for hidden, head in towers
+            for hidden, head in models
         )
         return tuple(jnp.where(words >= 0, product / plan.temperature, MASKED) for product in products)
 
     def pick(ids: Int[Array, "n k"]) -> Float[Array, "n k"]:
-        def one(ids: Int[Array, " n"]) -> Float[Array, " n"]:
-            rows = jnp.take(head, ids, 0, mode="fill", fill_value=jnp.nan)  # a word beyond the vocabulary shows
+        def pick_column(ids: Int[Array, " n"]) -> Float[Array, " n"]:
+            rows = jnp.take(head, ids, 0, mode="fill", fill_value=jnp.nan)  # an id outside the vocabulary shows
             return jnp.einsum("nd,nd->n", hidden, rows, preferred_element_type=jnp.float32) / plan.temperature
 
-        return jax.lax.map(one, ids.T).T  # one after the other: [n, k, D] may be larger than a block of logits
+        return jax.lax.map(pick_column, ids.T).T  # one after the other: [n, k, D] may be larger than a block of logits
 
-    def look(visit: Visit, start: Array, words: Array, state: State) -> State:
+    def run_visit(visit: Visit, start: Array, words: Array, state: State) -> State:
         return visit(logits(start, words), words, per_token, state)
 
-    def learn(start: Array, words: Array, carry: tuple[State, Array, Array]) -> tuple[State, Array, Array]:
+    def add_gradients(start: Array, words: Array, carry: tuple[State, Array, Array]) -> tuple[State, Array, Array]:
         state, d_hidden, d_head = carry
         d_logits, state = plan.loss.gradient(logits(start, words), words, per_token, state)
         d_logits = d_logits * (weight * plan.temperature)[:, None]  # its square over the one inside the logits
         d_logits = d_logits.astype(hidden.dtype)
-        into_hidden = jnp.einsum("nv,vd->nd", d_logits, part(head, start), preferred_element_type=jnp.float32)
-        into_head = jnp.einsum("nv,nd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
-        d_head = jax.lax.dynamic_update_slice_in_dim(d_head, part(d_head, start) + into_head, start, 0)
-        return state, d_hidden + into_hidden, d_head
+        d_hidden_block = jnp.einsum("nv,vd->nd", d_logits, part(head, start), preferred_element_type=jnp.float32)
+        d_head_block = jnp.einsum("nv,nd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
+        d_head = jax.lax.dynamic_update_slice_in_dim(d_head, part(d_head, start) + d_head_block, start, 0)
+        return state, d_hidden + d_hidden_block, d_head
 
     state = plan.loss.start(per_token, len(hidden), pick)
     for visit in plan.loss.visits(gradients=d_head is not None):
-        state = over_vocabulary(len(head), block, functools.partial(look, visit), state)
+        state = over_vocabulary(len(head), block, functools.partial(run_visit, visit), state)
     if d_head is None:
         return plan.loss.value(per_token, state), None
-    begin = (state, jnp.zeros(hidden.shape, jnp.float32), d_head)
-    state, d_hidden, d_head = over_vocabulary(len(head), block, learn, begin)
+    initial = (state, jnp.zeros(hidden.shape, jnp.float32), d_head)
+    state, d_hidden, d_head = over_vocabulary(len(head), block, add_gradients, initial)
     return plan.loss.value(per_token, state), (d_hidden, d_head)
 
 
 def _forward(
     plan: LossPlan, student: HiddenAndHead, teachers: Sequence[HiddenAndHead], per_token: Any, weights: Array
 ) -> tuple[tuple[Array, Array], HiddenAndHead]:
-    """The gradients are computed with the loss: all that is left to the backward pass is to scale them."""
+    """Computes the gradients with the loss; the backward pass only scales them."""
     losses, grads = _run(plan, student, teachers, per_token, weights, gradients=True)
     return _sums(losses, weights), jax.tree.map(lambda grad, x: grad.astype(x.dtype), grads, student)
 

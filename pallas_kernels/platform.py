@@ -1,4 +1,4 @@
-"""Which platform a function is being traced for, and what makes its products exact."""
+"""The platform that a function is being traced for, and the precision that makes its matrix products exact."""
 
 from __future__ import annotations
 
@@ -9,21 +9,28 @@ from jax.typing import DTypeLike
 
 
 def platform() -> str:
-    """One of cpu, gpu and tpu: that of the mesh in context, and where there is none, that of the default device.
+    """One of cpu, gpu and tpu: the platform of the mesh in context, or of the default device if no mesh is set.
 
-    Asked while tracing, so that only the kernels of one platform are traced at all. A mesh of abstract devices counts:
-    that is how a program is compiled for a chip that is not there.
+    Called while tracing, so that only one platform's kernels are traced. A mesh of abstract devices counts: with one, a
+    program is compiled ahead of time for a chip that this machine does not have.
     """
     return (jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]).platform
 
 
 def precision(dtype: DTypeLike) -> jax.lax.Precision | None:
-    """Of products of `dtype`: of float32 a true one. The default is one bfloat16 pass on a TPU and TF32 on a GPU."""
+    """The `precision` of a product of `dtype` inputs: float32 inputs get a true float32 product.
+
+    By default float32 products are one bfloat16 pass on a TPU and TF32 on a GPU.
+    """
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def tpu_info() -> pltpu.TpuInfo:
-    """Of the TPU that is being traced for; ValueError for those before v5, which some kernels do not compile for."""
+    """Properties of the TPU that is being traced for.
+
+    Raises:
+      ValueError: for TPUs before v5, for which some kernels do not compile.
+    """
     info = pltpu.get_tpu_info()
     if info.generation < 5:
         raise ValueError(

@@ -1,9 +1,11 @@
 """Matrix products with weights in 8 bits: e4m3 or int8, one float32 scale per output channel.
 
-`quantized_matmul` is what models call; `quantize` makes its weights. XLA does the product everywhere: it reads 8 bits
-out of a stack of layers and makes no copy of them (docs/kernels.md says how a kernel of ours compared). Faster than
-bfloat16 is e4m3 x e4m3 on TPU7x and H100, int8 x int8 on v5e, v5p, v6e and H100; elsewhere 8 bits save memory traffic
-only. For serving: nothing here promises a gradient.
+`quantized_matmul` is what models call; `quantize` makes its weights. XLA computes the product on every platform: it
+reads 8 bits out of a stack of layers without copying them (docs/kernels.md compares a Pallas kernel). e4m3 x e4m3 is
+faster than bfloat16 on TPU7x and H100, int8 x int8 on v5e, v5p, v6e and H100; elsewhere 8 bits only save memory
+traffic. For serving: gradients are not supported.
+
+Axis letters: T tokens, K inputs and N outputs of a matrix, B leading axes (docs/glossary.md, "Axis letters").
 """
 
 from __future__ import annotations
@@ -16,16 +18,18 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num
 
 Activations = Literal["per_token", "per_tensor"]
-LIMITS = {jnp.dtype(jnp.float8_e4m3fn): 448.0, jnp.dtype(jnp.int8): 127.0}  # the largest values used
-ROUNDS_TO_0 = {jnp.dtype(jnp.float8_e4m3fn): 2**-10, jnp.dtype(jnp.int8): 0.5}  # the largest values that do
+LIMITS = {jnp.dtype(jnp.float8_e4m3fn): 448.0, jnp.dtype(jnp.int8): 127.0}  # the largest values in use
+ROUNDS_TO_0 = {jnp.dtype(jnp.float8_e4m3fn): 2**-10, jnp.dtype(jnp.int8): 0.5}  # the largest that round to 0
 SMALLEST_PEAK = 1e-30  # keeps scales, and so quotients, away from zero and from subnormal numbers
 
 
 class Quantized(NamedTuple):
-    """The matrix [K inputs, N outputs] `values * scale`: float8_e4m3fn or int8, times float32.
+    """The matrix [K inputs, N outputs] `values * scale`.
 
-    `values` hold neither NaN nor -0: TPUs before TPU7x read their bits as a format that has neither, in which the
-    NaN of e4m3 is 480. A channel that held NaN or infinity has the scale NaN instead.
+    Attributes:
+      values: float8_e4m3fn or int8, without NaN and -0: TPUs before TPU7x read the bits in a format that has neither,
+        and in which e4m3's NaN is 480.
+      scale: float32 of each output channel; NaN for a channel that held NaN or infinity.
     """
 
     values: Num[Array, "*B K N"]
@@ -33,16 +37,24 @@ class Quantized(NamedTuple):
 
 
 def quantize(weight: Float[Array, "*B K N"], dtype: DTypeLike) -> Quantized:
-    """Round to nearest even, each output channel scaled so that its largest magnitude is 448 (e4m3) or 127 (int8).
+    """Rounds a matrix to 8 bits, to nearest even.
 
-    So nothing saturates. A channel of zeros stays zeros; one with NaN or infinity becomes NaN throughout.
+    Each output channel is scaled so that its largest magnitude is 448 (e4m3) or 127 (int8): nothing saturates. A
+    channel of zeros stays zero; a channel with NaN or infinity becomes NaN throughout.
+
+    Args:
+      weight: inputs x outputs, with any leading axes.
+      dtype: float8_e4m3fn or int8.
+
+    Raises:
+      ValueError: for another dtype.
     """
     values, scale = to_8_bits(weight, dtype, axis=-2)
     return Quantized(values, scale[..., 0, :])
 
 
 def dequantize(weight: Quantized) -> Float[Array, "*B K N"]:
-    """float32."""
+    """The float32 matrix `values * scale`."""
     return weight.values.astype(jnp.float32) * weight.scale[..., None, :]
 
 
@@ -52,13 +64,19 @@ def quantized_matmul(
     activations: Activations | None = None,
     inputs_over: tuple[str, ...] = (),
 ) -> Float[Array, "*T N"]:
-    """`x @ dequantize(weight)` in the dtype of `x`, accumulated in float32, scales applied once, to the sums.
+    """`x @ dequantize(weight)`, accumulated in float32; the scales are applied once, to the sums.
 
     Args:
-      x: rounded to bfloat16 before the product, or to 8 bits, see `activations`.
-      weight: one matrix; `jax.vmap` for several. With a dimension sharded, call inside `jax.shard_map`.
-      activations: see `round_tokens`; 8 bits are multiplied by 8 bits (int8 summed in int32).
-      inputs_over: the mesh axes that K lies over: token scales and sums, float32, are those of all its parts.
+      x: rounded before the product as `activations` says.
+      weight: one matrix; use `jax.vmap` for several. If a dimension is sharded, call this inside `jax.shard_map`.
+      activations: see `round_tokens`. 8 bits are multiplied with 8 bits, and int8 is summed in int32.
+      inputs_over: mesh axes that K is sharded over; float32 token scales and sums are reduced over them.
+
+    Returns:
+      The product in the dtype of `x`.
+
+    Raises:
+      ValueError: if the shapes do not match, or `activations` is unknown.
     """
     if weight.values.ndim != 2 or x.shape[-1] != weight.values.shape[0]:
         raise ValueError(f"x {x.shape} does not end in the first of two dimensions of weight {weight.values.shape}")
@@ -80,13 +98,21 @@ def quantized_matmul(
 def round_tokens(
     x: Float[Array, "T K"], dtype: DTypeLike, activations: Activations | None, inputs_over: tuple[str, ...] = ()
 ) -> tuple[Num[Array, "T K"], tuple[Float[Array, "T 1"], ...]]:
-    """What is multiplied with 8-bit weights of this dtype: `x` in bfloat16, or in 8 bits with its scales.
+    """Rounds activations for a product with 8-bit weights of this dtype.
 
     Args:
-      activations: `"per_token"` rounds each row of `x` as `quantize` does a channel; one with NaN or infinity gives a
-        row of NaN. `"per_tensor"` gives all rows on a device one scale, the largest: what a row becomes then depends
-        on the others, and small rows lose their bits. None: bfloat16.
+      x: activations.
+      dtype: of the weights.
+      activations: `"per_token"` rounds each row of `x` as `quantize` rounds a channel, so that a row with NaN or
+        infinity becomes NaN. `"per_tensor"` gives all rows on a device one scale, the largest: a row's values then
+        depend on the other rows, and small rows lose bits. None rounds to bfloat16.
       inputs_over: see `quantized_matmul`.
+
+    Returns:
+      The rounded rows, and their scales: none for bfloat16.
+
+    Raises:
+      ValueError: if `activations` is unknown.
     """
     if activations is None:
         return x.astype(jnp.bfloat16), ()
@@ -97,27 +123,27 @@ def round_tokens(
         scale = jax.lax.pmax(scale, inputs_over)
     if activations == "per_tensor":
         scale = jnp.full_like(scale, jnp.max(scale))
-    return _rounded(x, scale, dtype), (scale,)
+    return _round_values(x, scale, dtype), (scale,)
 
 
 def to_8_bits(x: Float[Array, " *B"], dtype: DTypeLike, axis: int | tuple[int, ...]) -> tuple[Array, Array]:
     """8-bit values, and scales of length 1 along `axis`; see `quantize`."""
     scale = _scales(x, dtype, axis)
-    return _rounded(x, scale, dtype), scale
+    return _round_values(x, scale, dtype), scale
 
 
 def _scales(x: Float[Array, " *B"], dtype: DTypeLike, axis: int | tuple[int, ...]) -> Array:
     if jnp.dtype(dtype) not in LIMITS:
         raise ValueError(f"cannot quantize to {jnp.dtype(dtype)}, only to {' or '.join(map(str, LIMITS))}")
-    # Of their bits, infinity and NaN are the largest: one pass finds them and the peak. (On CPU a maximum of floats may
-    # overlook a NaN.)
+    # As integers, the bits of infinity and NaN are the largest: one pass finds them and the peak. (On CPU a maximum of
+    # floats may miss a NaN.)
     bits = jax.lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.int32)
     peak = jax.lax.bitcast_convert_type(jnp.max(bits, axis, keepdims=True), jnp.float32)
     return jnp.where(jnp.isfinite(peak), jnp.maximum(peak, SMALLEST_PEAK) / LIMITS[jnp.dtype(dtype)], jnp.nan)
 
 
-def _rounded(x: Float[Array, " *B"], scale: Array, dtype: DTypeLike) -> Array:
+def _round_values(x: Float[Array, " *B"], scale: Array, dtype: DTypeLike) -> Array:
     values = x.astype(jnp.float32) / scale
-    # What rounds to 0 becomes 0 and not -0; so does NaN, for then the scale is NaN.
+    # Values that round to 0 become 0 and not -0. So does NaN, because its scale is NaN.
     values = jnp.where(jnp.abs(values) > ROUNDS_TO_0[jnp.dtype(dtype)], values, 0)
     return (jnp.round(values) if dtype == jnp.int8 else values).astype(dtype)

@@ -1,4 +1,7 @@
-"""`TokenLabels`: which token attends to which. Every attention kernel here is held against `dense_mask`."""
+"""`TokenLabels`: which token attends to which. Every attention kernel here is tested against `dense_mask`.
+
+Axis letters: B rows, T or Q queries, S or K keys (docs/glossary.md, "Axis letters").
+"""
 
 from __future__ import annotations
 
@@ -8,23 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-SELF, QUESTIONS, ALL = 0, 1, 2
-PADDING = 0  # the `example` of a token that is not there
-MASKED = -1e30  # the score of a key that is not seen; finite, for a query that sees none gives zeros and not NaN
-INITIAL_MAX = (
-    MASKED / 2
-)  # where a query's running maximum begins: above MASKED, whose weight is then exp(MASKED / 2) = 0
+SELF, QUESTIONS, ALL = 0, 1, 2  # values of `TokenLabels.visibility`
+PADDING = 0  # the `example_id` of padding
+MASKED = -1e30  # score of a masked key; finite, so that a query that attends to nothing gives zeros and not NaN
+INITIAL_MAX = MASKED / 2  # a query's first running maximum: above MASKED, whose weight is then exp(MASKED / 2) = 0
 
 
 class TokenLabels(NamedTuple):
-    """Labels on the tokens of packed rows.
+    """int32 labels on the tokens of packed rows. They take the place of an attention mask.
 
     Attributes:
-      example: which packed example a token belongs to, from 1; `PADDING` for none.
-      segment: which piece of that example (center, an event, a question); within a row, never decreasing
-        inside an example.
-      reach: who may look at the token: `ALL` later tokens of its example, `QUESTIONS` (and its own segment),
-        or `SELF`: its own segment only. A token of reach `SELF` stands in a question.
+      example_id: the packed example of a token, from 1; `PADDING` for padding. What JAX's attention kernels call
+        `segment_ids`.
+      piece_id: the piece of the example that the token is in (preamble, an event, a question); it never decreases
+        within an example.
+      visibility: which tokens may attend to the token: `ALL` later tokens of its example, `QUESTIONS` (and the
+        token's own piece), or `SELF` (its own piece only). Only tokens of questions have `SELF`.
     """
 
     example_id: Int[Array | np.ndarray, "*B T"]
@@ -35,12 +37,19 @@ class TokenLabels(NamedTuple):
 def attends(
     q: TokenLabels, kv: TokenLabels, q_index: Array | np.ndarray, kv_index: Array | np.ndarray
 ) -> Bool[Array, ...]:
-    """Elementwise, on labels that broadcast against each other: whether the query sees the key.
+    """Whether each query attends to each key, elementwise on labels that broadcast against each other.
 
-    Same example, not after, and (same segment, or reach `ALL`, or `QUESTIONS` from a question). The indices are
-    places in the row, not positions for RoPE. Padding neither sees nor is seen.
+    A query attends to a key of the same example, not behind it, and either of the same piece, or of visibility `ALL`,
+    or of visibility `QUESTIONS` if the query is in a question. Padding neither attends nor is attended to.
+
+    Args:
+      q, kv: labels of queries and keys.
+      q_index, kv_index: indices in the row, not RoPE positions.
+
+    Returns:
+      bool of the broadcast shape.
     """
-    needed = jnp.where(q.visibility == SELF, QUESTIONS, ALL)  # only a question sees what is open to questions
+    needed = jnp.where(q.visibility == SELF, QUESTIONS, ALL)  # the least visibility that the query may attend to
     same = (q.example_id == kv.example_id) & (q.example_id != PADDING)
     return same & (kv_index <= q_index) & ((q.piece_id == kv.piece_id) | (kv.visibility >= needed))
 
@@ -48,7 +57,12 @@ def attends(
 def dense_mask(
     q: TokenLabels, kv: TokenLabels, q_index: Int[Array | np.ndarray, "*B Q"], kv_index: Int[Array | np.ndarray, "*B K"]
 ) -> Bool[Array, "*B Q K"]:
-    """Who sees whom (`sees`), every query against every key: dense, for short rows and single blocks."""
+    """`attends` of every query and every key: a dense mask [.., Q, K], for short rows and single blocks.
+
+    Args:
+      q, kv: labels [.., Q] and [.., K].
+      q_index, kv_index: indices in the row.
+    """
     rows = TokenLabels(*(jnp.asarray(x)[..., :, None] for x in q))
     columns = TokenLabels(*(jnp.asarray(x)[..., None, :] for x in kv))
     return attends(rows, columns, q_index[..., :, None], kv_index[..., None, :])

@@ -1,4 +1,7 @@
-"""Worklists: which blocks of queries meet which blocks of keys, from a few facts about each block."""
+"""Which blocks of queries must be computed against which blocks of keys, from summaries of each block's labels.
+
+Axis letters: NQ and NK tiles of queries and keys, M visits (docs/glossary.md, "Axis letters").
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,14 @@ from pallas_kernels.token_labels import ALL, PADDING, QUESTIONS, SELF, TokenLabe
 
 
 class BlockVisibility(NamedTuple):
-    """Of each pair of a query tile and a key tile: whether a query sees a key, and whether every query sees every key.
+    """For each pair of a query tile and a key tile: may any, and may all, of the queries attend to the keys.
 
-    Padding among the queries does not count: nobody asks what it sees. `some` is never false where there is one,
-    `every` never true where there is not; both are tight where examples and pieces are contiguous.
+    Padding queries are ignored: their outputs are undefined. Both fields are conservative: `any` may be true needlessly
+    and `all` false needlessly, never the reverse. They are exact where examples and pieces are contiguous.
+
+    Attributes:
+      any: some query may attend to some key.
+      all: every query attends to every key, so that no mask is needed.
     """
 
     any: Bool[Array, "B NQ NK"]
@@ -23,10 +30,12 @@ class BlockVisibility(NamedTuple):
 
 
 class Worklist(NamedTuple):
-    """The visits, `length` of them: which query block meets which key block, blocks of all rows counted through.
+    """The pairs of blocks that a kernel computes, as a grid of visits.
 
     Attributes:
-      kind: what a kernel does there; `EVERY` where every query sees every key.
+      q_block, kv_block: indices of the blocks, numbered through all rows.
+      kind: what the kernel does in the visit; `FULL_BLOCK` where no mask is needed.
+      length: how many of the M entries are visits; the rest repeat valid ones and are not run.
     """
 
     q_block: Int[Array, " M"]
@@ -35,57 +44,61 @@ class Worklist(NamedTuple):
     length: Int[Array, ""]
 
 
-FULL_BLOCK = -1
+FULL_BLOCK = -1  # the kind of a visit in which every query attends to every key
 
 
 def block_visibility(
     q: TokenLabels, kv: TokenLabels, q_start: Int[Array, ""] | int, q_tile: int, kv_tile: int, q_repeats: int = 1
 ) -> BlockVisibility:
-    """What tiles of T queries see of tiles of S keys; query 0 stands at place `q_start` of the keys' row.
-
-    T divides by `q_tile`, S by `kv_tile`. Costs O(tokens) for the facts and O(tiles^2) for the answer.
+    """Which tiles of T queries attend to which tiles of S keys, in O(tokens + tiles^2).
 
     Args:
-      q_repeats: how often each query stands in `q`, one after the other: once for each head of a group, say.
+      q, kv: labels [B, T] and [B, S].
+      q_start: index of query 0 in the row of the keys.
+      q_tile, kv_tile: tokens in a tile; they divide T and S.
+      q_repeats: how many times in succession each query stands in `q`: once for each head of a group, for example.
+
+    Returns:
+      bool [B, T / q_tile, S / kv_tile], twice.
     """
-    q_facts = jax.tree.map(lambda x: x[..., :, None], _summarize_tiles(q, q_tile, q_start, q_repeats))
-    kv_facts = jax.tree.map(lambda x: x[..., None, :], _summarize_tiles(kv, kv_tile, 0))
-    some, every = (
-        (kv_reach == ALL) | ((kv_reach == QUESTIONS) & (q_reach == SELF))
-        for q_reach, kv_reach in (
-            (q_facts.visibility.low, kv_facts.visibility.high),
-            (q_facts.visibility.high, kv_facts.visibility.low),
+    q_tiles = jax.tree.map(lambda x: x[..., :, None], _summarize_tiles(q, q_tile, q_start, q_repeats))
+    kv_tiles = jax.tree.map(lambda x: x[..., None, :], _summarize_tiles(kv, kv_tile, 0))
+    any_visible, all_visible = (
+        (kv_visibility == ALL) | ((kv_visibility == QUESTIONS) & (q_visibility == SELF))
+        for q_visibility, kv_visibility in (
+            (q_tiles.visibility.low, kv_tiles.visibility.high),
+            (q_tiles.visibility.high, kv_tiles.visibility.low),
         )
     )
-    some = (
-        q_facts.example_id.overlaps(kv_facts.example_id)
-        & (kv_facts.first <= q_facts.last)
-        & (q_facts.piece_id.overlaps(kv_facts.piece_id) | some)
+    any_visible = (
+        q_tiles.example_id.overlaps(kv_tiles.example_id)
+        & (kv_tiles.first <= q_tiles.last)
+        & (q_tiles.piece_id.overlaps(kv_tiles.piece_id) | any_visible)
     )
-    every = (
-        q_facts.example_id.same_constant(kv_facts.example_id)
-        & (kv_facts.last <= q_facts.first)
-        & (q_facts.piece_id.same_constant(kv_facts.piece_id) | every)
-        & kv_facts.no_padding
+    all_visible = (
+        q_tiles.example_id.same_constant(kv_tiles.example_id)
+        & (kv_tiles.last <= q_tiles.first)
+        & (q_tiles.piece_id.same_constant(kv_tiles.piece_id) | all_visible)
+        & kv_tiles.no_padding
     )
-    return BlockVisibility(some, every)
+    return BlockVisibility(any_visible, all_visible)
 
 
 class Bounds(NamedTuple):
-    """The least and the greatest of a label among the real tokens of each tile; `low` > `high` where there is none."""
+    """The least and the greatest label among each tile's real tokens; `low` > `high` if a tile is all padding."""
 
     low: Int[Array, "*B N"]
     high: Int[Array, "*B N"]
 
-    def overlaps(self, other: Bounds) -> Bool[Array, "*B NQ NK"]:
-        return (self.low <= other.high) & (other.low <= self.high)
+    def overlaps(self, bounds: Bounds) -> Bool[Array, "*B NQ NK"]:
+        return (self.low <= bounds.high) & (bounds.low <= self.high)
 
-    def same_constant(self, other: Bounds) -> Bool[Array, "*B NQ NK"]:
-        return (self.low == self.high) & (other.low == other.high) & (self.low == other.low)
+    def same_constant(self, bounds: Bounds) -> Bool[Array, "*B NQ NK"]:
+        return (self.low == self.high) & (bounds.low == bounds.high) & (self.low == bounds.low)
 
 
 class _TileSummary(NamedTuple):
-    """Of each tile: bounds of its labels, whether it has no padding, its first and its last place in the row."""
+    """For each tile: bounds of its labels, whether it has no padding, the first and the last index in the row."""
 
     example_id: Bounds
     piece_id: Bounds
@@ -98,17 +111,22 @@ class _TileSummary(NamedTuple):
 def _summarize_tiles(token_labels: TokenLabels, tile: int, start: Array | int, repeats: int = 1) -> _TileSummary:
     tiled = [jnp.asarray(x).reshape(*x.shape[:-1], -1, tile) for x in token_labels]
     real = tiled[0] != PADDING
-    most = jnp.iinfo(jnp.int32).max
-    example, segment, reach = (Bounds(jnp.where(real, x, most).min(-1), jnp.where(real, x, -1).max(-1)) for x in tiled)
+    largest = jnp.iinfo(jnp.int32).max
+    example_id, piece_id, visibility = (
+        Bounds(jnp.where(real, x, largest).min(-1), jnp.where(real, x, -1).max(-1)) for x in tiled
+    )
     first = jnp.arange(real.shape[-2]) * tile
     first, last = (start + n // repeats for n in (first, first + tile - 1))
-    return _TileSummary(example, segment, reach, real.all(-1), first, last)
+    return _TileSummary(example_id, piece_id, visibility, real.all(-1), first, last)
 
 
 def worklist(kind: Int[Array, "B NQ NK"] | Bool[Array, "B NQ NK"], max_visits: int, by_key: bool = False) -> Worklist:
-    """The pairs of blocks with a `kind` other than 0, of which there are `most` at most.
+    """The visits of the pairs of blocks whose `kind` is not 0.
 
-    Each query block's are together, or each key block's.
+    Args:
+      kind: of each pair; 0 where there is nothing to compute.
+      max_visits: an upper limit of how many are not 0; the length M of the arrays.
+      by_key: visits of one key block follow each other, instead of those of one query block.
     """
     _, NQ, NK = kind.shape
     if by_key:
@@ -124,10 +142,12 @@ def worklist(kind: Int[Array, "B NQ NK"] | Bool[Array, "B NQ NK"], max_visits: i
 
 
 class BlockTable(NamedTuple):
-    """Of each block of queries, which blocks of keys of its row it meets; or of each block of keys, which of queries.
+    """For each query block, the key blocks of its row to compute; or for each key block, the query blocks.
 
     Attributes:
-      blocks: `whole` of them in which every query sees every key, then those with some, `met` in all; then others.
+      indices: first the `num_full` blocks that need no mask, then those that do, up to `num_active`; then the rest of
+        the row, which is not computed.
+      num_full, num_active: how many of each.
     """
 
     indices: Int[Array, "B N M"]
@@ -136,9 +156,14 @@ class BlockTable(NamedTuple):
 
 
 def block_table(blocks: BlockVisibility, by_key: bool = False) -> BlockTable:
-    """For kernels that go through the visits of a block in a loop of their own, where a `worklist` is a grid."""
-    some, every = (x.mT for x in blocks) if by_key else blocks
-    count = some.shape[2]
-    rank = jnp.where(every, 0, jnp.where(some, 1, 2))
+    """A table for kernels that loop over the visits of a block themselves, where a `worklist` is their grid.
+
+    Args:
+      blocks: of pairs of blocks.
+      by_key: a table of query blocks for each key block.
+    """
+    any_visible, all_visible = (x.mT for x in blocks) if by_key else blocks
+    count = any_visible.shape[2]
+    rank = jnp.where(all_visible, 0, jnp.where(any_visible, 1, 2))
     order = jax.lax.sort(rank * count + jnp.arange(count)) % count
-    return BlockTable(order, every.sum(-1, dtype=jnp.int32), some.sum(-1, dtype=jnp.int32))
+    return BlockTable(order, all_visible.sum(-1, dtype=jnp.int32), any_visible.sum(-1, dtype=jnp.int32))

@@ -46,8 +46,8 @@ def test_a_training_step_compiles_for_chips_that_are_not_there(plan):
     assert "v5e-2x2: data=2 fsdp=2" in result.output
     assert re.search(r"peak of a device +│ 0\.0\d+ GiB: 0\.\d% of 15\.75 GiB", result.output)
     # Forward, and once more for the gradient; two parts of a step, three layers.
-    assert re.search(r"kernel segment_attention_forward +│ 12 times", result.output)
-    assert re.search(r"kernel segment_attention_backward +│ 6 times", result.output)
+    assert re.search(r"kernel token_label_attention_forward +│ 12 times", result.output)
+    assert re.search(r"kernel token_label_attention_backward +│ 6 times", result.output)
     assert re.search(r"all-gather +│ +\d+", result.output)
     assert re.search(r"estimated cycles +│ [1-9]", result.output)
 
@@ -158,6 +158,16 @@ def test_loops_are_multiplied_in_and_what_runs_beside_others_is_counted_once():
         "all-reduce": (48, 48),
         "all-reduce between slices": (32, 48),
     }
+
+
+def test_an_operation_is_named_by_its_scopes_and_its_pass():
+    name = "jit(step)/forward_backward/transpose(jvp(mlp))/while/body/checkpoint/rematted_computation/dot_general"
+    rest = f'metadata={{op_name="{name}"}}'
+    assert hlo._source(rest) == "mlp/dot_general, recomputed"
+    assert hlo._source(rest.replace("/rematted_computation", "")) == "mlp/dot_general, backward"
+    assert hlo._source(rest.replace("transpose(jvp(mlp))", "jvp(mlp)").replace("/rematted_computation", "")) == (
+        "mlp/dot_general, forward"
+    )
 
 
 def test_what_does_not_fit_is_no_error():

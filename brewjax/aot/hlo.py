@@ -76,8 +76,8 @@ def read(text: str) -> Program:
         if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
             current = computations.setdefault(header[2], [])
             entry = header[2] if header[1] else entry
-        elif found := re.match(r"\s+(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)", line):
-            current.append(_Instruction(*found.groups()))
+        elif match := re.match(r"\s+(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)", line):
+            current.append(_Instruction(*match.groups()))
     program = Program()
     _walk(program, computations, entry, 1, fused=False)
     return program
@@ -85,52 +85,60 @@ def read(text: str) -> Program:
 
 def _walk(program: Program, computations: dict[str, list[_Instruction]], name: str, times: int, fused: bool) -> None:
     instructions = computations[name]
-    starts = any('"AsyncCollectiveStart"' in one.rest for one in instructions)
-    for one in instructions:
-        if not fused and (cycles := re.search(r'"estimated_cycles":"(\d+)"', one.rest)):
-            program.cycles[_source(one.rest)] += times * int(cycles[1])
-        kind = one.op.removesuffix("-start")
+    starts = any('"AsyncCollectiveStart"' in instruction.rest for instruction in instructions)
+    for instruction in instructions:
+        if not fused and (cycles := re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)):
+            program.cycles[_source(instruction.rest)] += times * int(cycles[1])
+        kind = instruction.op.removesuffix("-start")
         # A collective that runs beside other operations is written down in each of their fusions; it is counted where
         # it starts.
-        if kind in KINDS and (starts or "chain_id=" not in one.rest):
-            shape = one.shape
-            if one.op.endswith("-start"):
+        if kind in KINDS and (starts or "chain_id=" not in instruction.rest):
+            shape = instruction.shape
+            if instruction.op.endswith("-start"):
                 shape = max(re.findall(r"\w+\[[\d,]*\]", shape), key=size_of)
-            devices = _group(one.rest)
+            devices = _group(instruction.rest)
             if kind == "reduce-scatter":
                 shape = f"{devices} x {_plain(shape)}"
             if name.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"
-            program.collectives[Collective(kind, _plain(shape), devices, _source(one.rest))] += times
-        if one.op == "send" and (between := re.search(r'megascale_transfer_type="(\w+)"', one.rest)):
-            kind, shape = between[1].lower().replace("_", "-"), _plain(one.shape.partition(", u32[]")[0])
-            program.collectives[Collective(kind + BETWEEN_SLICES, shape, _slices(one.rest), _source(one.rest))] += times
-        if one.op == "while":
-            body, condition = (_called(key, one.rest)[0] for key in ("body", "condition"))
+            program.collectives[Collective(kind, _plain(shape), devices, _source(instruction.rest))] += times
+        if instruction.op == "send" and (between := re.search(r'megascale_transfer_type="(\w+)"', instruction.rest)):
+            kind, shape = between[1].lower().replace("_", "-"), _plain(instruction.shape.partition(", u32[]")[0])
+            program.collectives[
+                Collective(kind + BETWEEN_SLICES, shape, _slices(instruction.rest), _source(instruction.rest))
+            ] += times
+        if instruction.op == "while":
+            body, condition = (_called(key, instruction.rest)[0] for key in ("body", "condition"))
             trips = _trips(computations[condition])
             if trips is None:
-                program.unknown_loops[_source(one.rest)] += times
+                program.unknown_loops[_source(instruction.rest)] += times
             _walk(program, computations, body, times * (1 if trips is None else trips), fused)
-        elif one.op in ("fusion", "async-start"):
-            for called in _called("calls", one.rest):
+        elif instruction.op in ("fusion", "async-start"):
+            for called in _called("calls", instruction.rest):
                 _walk(program, computations, called, times, fused=True)
-        elif one.op in ("call", "conditional"):
+        elif instruction.op in ("call", "conditional"):
             keys = "to_apply|calls|true_computation|false_computation|branch_computations"
-            for called in _called(keys, one.rest):
+            for called in _called(keys, instruction.rest):
                 _walk(program, computations, called, times, fused)
-        elif one.op == "custom-call" and 'custom_call_target="tpu_custom_call"' in one.rest:
-            program.kernels[re.sub(r"[.\d]+$", "", one.name)] += times
+        elif instruction.op == "custom-call" and 'custom_call_target="tpu_custom_call"' in instruction.rest:
+            program.kernels[re.sub(r"[.\d]+$", "", instruction.name)] += times
 
 
 def _called(keys: str, rest: str) -> list[str]:
-    found = re.findall(rf"\b(?:{keys})=\{{?((?:%[\w.\-]+(?:, )?)+)", rest)
-    return [name for names in found for name in re.findall(r"%([\w.\-]+)", names)]
+    matches = re.findall(rf"\b(?:{keys})=\{{?((?:%[\w.\-]+(?:, )?)+)", rest)
+    return [name for names in matches for name in re.findall(r"%([\w.\-]+)", names)]
 
 
 def _trips(condition: list[_Instruction]) -> int | None:
     """How often a scan's loop runs: it counts from zero to a constant."""
-    constants = {one.name: int(one.rest.split(")")[0]) for one in condition if one.op == "constant"}
-    compares = [one for one in condition if one.op == "compare" and "direction=LT" in one.rest]
+    constants = {
+        instruction.name: int(instruction.rest.split(")")[0])
+        for instruction in condition
+        if instruction.op == "constant"
+    }
+    compares = [
+        instruction for instruction in condition if instruction.op == "compare" and "direction=LT" in instruction.rest
+    ]
     if len(compares) != 1:
         return None
     limit = re.findall(r"%([\w.\-]+)", compares[0].rest.split(")")[0])[1]
@@ -158,14 +166,23 @@ def _slices(rest: str) -> int:
 
 def _source(rest: str) -> str:
     """The last names of the operation, and which pass it is in."""
-    found = re.search(r'op_name="([^"]*)"', rest)
-    if not found:
+    match = re.search(r'op_name="([^"]*)"', rest)
+    if not match:
         return "the compiler's own"
-    path = found[1]
+    path = match[1]
     passes = "recomputed" if "rematted" in path else "backward" if "transpose(" in path else "forward"
-    wrapping = r"while|body|cond|closed_call|checkpoint|rematted.*|jit\(.*|(transpose\()?jvp\(.*"
-    kept = [name for name in path.split("/") if not re.fullmatch(wrapping, name)]
-    return f"{'/'.join(kept[-2:])}, {passes}"
+    scopes = [_unwrap(name) for name in path.split("/")]
+    names = [
+        name for name in scopes if not re.fullmatch(r"|while|body|cond|closed_call|checkpoint|rematted.*|jit\(.*", name)
+    ]
+    return f"{'/'.join(names[-2:])}, {passes}"
+
+
+def _unwrap(name: str) -> str:
+    """A `jax.named_scope` without the transformations around it: "transpose(jvp(mlp))" is "mlp"."""
+    while wrapped := re.fullmatch(r"(?:transpose|jvp|vmap)\((.*)\)", name):
+        name = wrapped[1]
+    return name
 
 
 def _plain(shape: str) -> str:

@@ -31,7 +31,7 @@ class TracedProgram(NamedTuple):
     traced: jax.stages.Traced
     arguments: Any
     flops: float
-    in_kernels: float
+    kernel_flops: float
 
 
 def training_step(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> TracedProgram:
@@ -39,24 +39,24 @@ def training_step(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> Traced
     config.check_rows(mesh)
     base = {BASE: model} if config.lora else {}
     step = jax.jit(make_step(model, config, supervised, base), donate_argnums=0)
-    frozen = {name: abstract_params(one, mesh) for name, one in base.items()}
-    arguments: Any = abstract_state(model, config, mesh), abstract_batch(config, mesh), {}, frozen
-    outside, in_kernels = (3 * flops for flops in model_flops(model, config.batch_size, config.seq_len))
-    return TracedProgram("training step", step.trace(*arguments), arguments, outside + in_kernels, in_kernels)
+    aux_params = {name: abstract_params(base_model, mesh) for name, base_model in base.items()}
+    arguments: Any = abstract_state(model, config, mesh), abstract_batch(config, mesh), {}, aux_params
+    other_flops, kernel_flops = (3 * flops for flops in model_flops(model, config.batch_size, config.seq_len))
+    return TracedProgram("training step", step.trace(*arguments), arguments, other_flops + kernel_flops, kernel_flops)
 
 
 def scoring_pass(model: ModelConfig, bucket: Bucket, mesh: Mesh) -> list[TracedProgram]:
     """The two programs of a pass that a `Scorer` runs; to be called with the mesh in context."""
-    ways = data_parallel_size(mesh)
+    num_devices = data_parallel_size(mesh)
     if bucket.tokens % PAGE:
         raise ValueError(f"--score: {bucket.tokens} tokens are not whole pages of {PAGE}")
-    if bucket.cached_pages and ways > 1:
+    if bucket.cached_pages and num_devices > 1:
         raise ValueError(f"--score TOKENS,PAST: a past needs data=1, fsdp=1 and expert=1, not {dict(mesh.shape)}")
     params = abstract_params(model, mesh)
-    of_rows = NamedSharding(mesh, jax.P(BATCH_AXES, None))
-    rows = build_inputs([Pass(bucket, [])], ways)
+    row_sharding = NamedSharding(mesh, jax.P(BATCH_AXES, None))
+    rows = build_inputs([Pass(bucket, [])], num_devices)
     inputs, labels = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=of_rows),
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=row_sharding),
         ((*rows[:4], rows.cached_pages, rows.new_pages), rows.labels),
     )
     pool = None
@@ -66,13 +66,15 @@ def scoring_pass(model: ModelConfig, bucket: Bucket, mesh: Mesh) -> list[TracedP
         sharding = FSDP_TENSOR.named(mesh, shape, "layers", None, None, "heads", None)
         pool = (jax.ShapeDtypeStruct(shape, model.compute_dtype, sharding=sharding),) * 2
     run = jax.jit(functools.partial(compute_pass, model), donate_argnums=1)
-    asked_shape = (ways, bucket.max_candidates, model.d_model)
+    hidden_shape = (num_devices, bucket.max_candidates, model.d_model)
     batch = NamedSharding(mesh, FSDP_TENSOR.spec("batch", None, None))
-    asked = jax.ShapeDtypeStruct(asked_shape, model.compute_dtype, sharding=batch)
+    hidden = jax.ShapeDtypeStruct(hidden_shape, model.compute_dtype, sharding=batch)
     head = jax.jit(functools.partial(score_labels, model), static_argnums=3)
-    outside, in_kernels = model_flops(model, ways, bucket.tokens, bucket.cached_pages * PAGE)
-    of_run, of_head = (params, pool, *inputs), (params, asked, labels)
+    other_flops, kernel_flops = model_flops(model, num_devices, bucket.tokens, bucket.cached_pages * PAGE)
+    pass_arguments, head_arguments = (params, pool, *inputs), (params, hidden, labels)
     return [
-        TracedProgram("scoring pass", run.trace(*of_run), of_run, outside + in_kernels, in_kernels),
-        TracedProgram("its label scores", head.trace(*of_head, "labels"), of_head, 0.0, 0.0),
+        TracedProgram(
+            "scoring pass", run.trace(*pass_arguments), pass_arguments, other_flops + kernel_flops, kernel_flops
+        ),
+        TracedProgram("its label scores", head.trace(*head_arguments, "labels"), head_arguments, 0.0, 0.0),
     ]

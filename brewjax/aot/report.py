@@ -67,7 +67,7 @@ def compile_work(work: TracedProgram) -> Compiled:
     """Runs the TPU compiler. A program that does not fit is no error; its peak is what the compiler says it needs."""
     leaves = jax.tree.leaves(work.arguments)
     arguments = sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
-    began = time.monotonic()
+    start_time = time.monotonic()
     try:
         compiled = work.traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
@@ -76,17 +76,17 @@ def compile_work(work: TracedProgram) -> Compiled:
             raise
         size, unit = (group for group in used.groups() if group)
         peak = float(size) * 1024.0 ** " KMGT".index(unit)
-        return Compiled(work, Memory(arguments, 0.0, 0.0, peak), None, time.monotonic() - began)
-    found = compiled.memory_analysis()
-    temporaries = found.temp_size_in_bytes + found.generated_code_size_in_bytes
-    own = found.output_size_in_bytes - found.alias_size_in_bytes
+        return Compiled(work, Memory(arguments, 0.0, 0.0, peak), None, time.monotonic() - start_time)
+    analysis = compiled.memory_analysis()
+    temporaries = analysis.temp_size_in_bytes + analysis.generated_code_size_in_bytes
+    new_outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     memory = Memory(
-        found.argument_size_in_bytes,
-        found.output_size_in_bytes,
+        analysis.argument_size_in_bytes,
+        analysis.output_size_in_bytes,
         temporaries,
-        found.argument_size_in_bytes + own + temporaries,
+        analysis.argument_size_in_bytes + new_outputs + temporaries,
     )
-    return Compiled(work, memory, read(compiled.as_text()), time.monotonic() - began)
+    return Compiled(work, memory, read(compiled.as_text()), time.monotonic() - start_time)
 
 
 def roofline(compiled: Compiled, where: Topology) -> Roofline:
@@ -94,23 +94,26 @@ def roofline(compiled: Compiled, where: Topology) -> Roofline:
     chip, work = where.chip, compiled.work
     peak = len(where.devices) * chip.flops
     sent = sum(
-        times * one.sent for one, times in compiled.program.collectives.items() if BETWEEN_SLICES not in one.kind
+        times * collective.sent
+        for collective, times in compiled.program.collectives.items()
+        if BETWEEN_SLICES not in collective.kind
     )
-    operations = compiled.program.cycles.total() / chip.clock + work.in_kernels / peak
+    operations = compiled.program.cycles.total() / chip.clock + work.kernel_flops / peak
     return Roofline(work.flops / peak, operations, sent / chip.ici)
 
 
 def advice(model: ModelConfig, config: TrainConfig, mesh: Mesh, memory: Memory, hbm: float) -> str:
     """What to change for a training step to fit, the cheapest first."""
-    ways, sizes = data_parallel_size(mesh), dict(mesh.shape)
+    num_devices, sizes = data_parallel_size(mesh), dict(mesh.shape)
     spread = f"more devices along fsdp (now {sizes['fsdp']}), expert ({sizes['expert']}) or tensor ({sizes['tensor']})"
     if memory.arguments > 0.8 * hbm:
         return f"parameters and optimiser state alone take {memory.arguments / GIB:.2f} GiB of a device: {spread}"
     if not model.remat:
         return "remat: true in the model recomputes activations instead of storing them"
-    at_once = config.batch_size // config.gradient_accumulation_steps // ways
-    if at_once > 1:
-        return f"{at_once} rows are computed at once on a device: train.gradient_accumulation_steps={config.batch_size // ways} takes them singly"
+    num_rows = config.batch_size // config.gradient_accumulation_steps // num_devices
+    if num_rows > 1:
+        singly = f"train.gradient_accumulation_steps={config.batch_size // num_devices}"
+        return f"{num_rows} rows are computed at once on a device: {singly} takes them singly"
     longer = 2 * sizes["context"]
     return f"one row of {config.seq_len} tokens is too much for a device: train.mesh.context={longer}; or {spread}"
 
@@ -136,12 +139,16 @@ def show(compiled: Compiled, where: Topology, suggestion: str, console: Console,
     table.add_row("estimated cycles", f"{program.cycles.total():,}")
     table.add_row("these, and kernels at the peak", f"{limits.operations * 1000:,.2f} ms")
     table.add_row("collectives, over all links at once", f"{limits.sent * 1000:,.2f} ms")
-    between = [times * one.sent for one, times in program.collectives.items() if BETWEEN_SLICES in one.kind]
+    between = [
+        times * collective.sent
+        for collective, times in program.collectives.items()
+        if BETWEEN_SLICES in collective.kind
+    ]
     if between:
         table.add_row("a device sends between slices, in no estimate here", _gib(sum(between)))
     if limits.compute:
-        all_at_once, in_turn = f"{limits.overlapped:.1%}", f"{limits.serial:.1%}"
-        table.add_row("utilisation is at most", f"{all_at_once} (all at once), {in_turn} (one after the other)")
+        overlapped, serial = f"{limits.overlapped:.1%}", f"{limits.serial:.1%}"
+        table.add_row("utilisation is at most", f"{overlapped} (all at once), {serial} (one after the other)")
     for kernel, times in sorted(program.kernels.items()):
         table.add_row(f"kernel {kernel}", f"{times:,} times")
     for loop, times in sorted(program.unknown_loops.items()):
@@ -162,20 +169,25 @@ def _show_cycles(program: Program, console: Console, longest: int) -> None:
 
 
 def _show_collectives(program: Program, console: Console, longest: int) -> None:
-    kinds = sorted({one.kind for one in program.collectives})
+    kinds = sorted({collective.kind for collective in program.collectives})
     table = Table(title="collectives of a device", caption=f"by kind, then the {longest} that send most")
     for heading in ("kind", "times", "bytes", "sent", "among", "of", "where"):
         number = heading in ("times", "bytes", "sent", "among")
         table.add_column(heading, justify="right" if number else "left", overflow="fold")
     for kind in kinds:
-        alike = [(one, times) for one, times in program.collectives.items() if one.kind == kind]
-        size, sent = sum(times * one.size for one, times in alike), sum(times * one.sent for one, times in alike)
+        alike = [(collective, times) for collective, times in program.collectives.items() if collective.kind == kind]
+        size, sent = (
+            sum(times * collective.size for collective, times in alike),
+            sum(times * collective.sent for collective, times in alike),
+        )
         table.add_row(kind, f"{sum(times for _, times in alike):,}", _gib(size), _gib(sent))
     table.add_section()
     ranked = sorted(program.collectives.items(), key=lambda item: -item[0].sent * item[1])
-    for one, times in ranked[:longest]:
-        sizes = _gib(times * one.size), _gib(times * one.sent)
-        table.add_row(one.kind, f"{times:,}", *sizes, str(one.devices), one.shape, one.source)
+    for collective, times in ranked[:longest]:
+        sizes = _gib(times * collective.size), _gib(times * collective.sent)
+        table.add_row(
+            collective.kind, f"{times:,}", *sizes, str(collective.devices), collective.shape, collective.source
+        )
     console.print(table)
 
 

@@ -63,7 +63,7 @@ def topology(name: str) -> Topology:
     if match[1]:
         options["num_slices"] = int(match[1])
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:{shape}", **options)
+        description = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:{shape}", **options)
     except (RuntimeError, ValueError) as error:
         if "libtpu" in str(error).lower():
             raise ValueError(f"topology '{name}' needs the TPU compiler: pip install libtpu ({error})") from None
@@ -71,4 +71,4 @@ def topology(name: str) -> Topology:
             f"topology '{name}': the compiler refuses it ({str(error).splitlines()[0]}); hosts have 2x2 chips, so "
             f"sides are even, or all of them 1; {known}"
         ) from None
-    return Topology(name.replace(":", "-"), CHIPS[chip], list(found.devices))
+    return Topology(name.replace(":", "-"), CHIPS[chip], list(description.devices))

@@ -51,22 +51,22 @@ def calibrate(model: ModelConfig, params: Params, prompts: Sequence[EncodedPromp
     longest = max(ROW_TOKENS, *(len(prompt) for prompt in prompts))
     bucket = Bucket(-(-longest // STEP) * STEP)
     passes = plan_passes(prompts, [bucket])
-    count = data_parallel_size(mesh) * min(
+    num_rows = data_parallel_size(mesh) * min(
         max(BATCH_TOKENS // bucket.tokens, 1), -(-len(passes) // data_parallel_size(mesh))
     )
-    groups = [passes[start : start + count] for start in range(0, len(passes), count)]
-    laid_out = [build_inputs(group, count) for group in groups]
-    by_rows = NamedSharding(mesh, jax.P(BATCH_AXES, None))
-    batches = [jax.device_put((rows.positions, rows.token_labels), by_rows) for rows in laid_out]
+    groups = [passes[start : start + num_rows] for start in range(0, len(passes), num_rows)]
+    laid_out = [build_inputs(group, num_rows) for group in groups]
+    row_sharding = NamedSharding(mesh, jax.P(BATCH_AXES, None))
+    batches = [jax.device_put((rows.positions, rows.token_labels), row_sharding) for rows in laid_out]
     with jax.set_mesh(mesh):
-        streams = [_embed(model, params, jax.device_put(rows.tokens, by_rows)) for rows in laid_out]
-    for number in range(model.layers):
+        streams = [_embed(model, params, jax.device_put(rows.tokens, row_sharding)) for rows in laid_out]
+    for layer_index in range(model.layers):
         total: tuple[Array, ...] | None = None
         with jax.set_mesh(mesh):
-            for at, batch in enumerate(batches):
-                streams[at], found = _through(model, params, number, streams[at], *batch)
-                jax.block_until_ready(found)  # two programs at once on a CPU's devices may wait for each other for ever
-                total = found if total is None else jax.tree.map(jnp.add, total, found)
+            for index, batch in enumerate(batches):
+                streams[index], sums = _run_layer(model, params, layer_index, streams[index], *batch)
+                jax.block_until_ready(sums)  # two programs at once on a CPU's devices may wait for each other for ever
+                total = sums if total is None else jax.tree.map(jnp.add, total, sums)
         assert total is not None
         yield Statistics(*(np.asarray(sums, np.float64) for sums in total))
 
@@ -77,17 +77,17 @@ def _embed(model: ModelConfig, params: Params, tokens: Int[Array, "B T"]) -> Flo
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def _through(
+def _run_layer(
     model: ModelConfig,
     params: Params,
-    number: Int[Array, ""],
+    layer_index: Int[Array, ""],
     x: Float[Array, "B T D"],
     positions: Int[Array, "B T"],
     token_labels: TokenLabels,
 ) -> tuple[Float[Array, "B T D"], tuple[Array, ...]]:
     """A layer: the residual stream after it, and the sums of `Statistics`."""
     decoder = bind(model, params)
-    sharding, layer = decoder.sharding, decoder.layer(number)
+    sharding, layer = decoder.sharding, decoder.layer(layer_index)
     positions = sharding.reshard(positions, "batch", "length")
     token_labels = TokenLabels(*(sharding.reshard(jnp.asarray(part), "batch", None) for part in token_labels))
     real = sharding.reshard(token_labels.example_id != PADDING, "batch", "length")
@@ -97,7 +97,7 @@ def _through(
     after, _ = layer.after_mlp(between, token_labels)
     h = layer.mlp_norm(between)
     if model.experts:
-        neurons, load = _of_experts(sharding, layer, h, real)
+        neurons, load = _expert_statistics(sharding, layer, h, real)
     else:
         neurons, load = _gram(sharding, layer.neurons(h), real)[None], jnp.ones(1)
     return after, (
@@ -117,7 +117,7 @@ def _gram(sharding: Sharding, x: Float[Array, "B T *K"], weights: Array) -> Floa
     return jnp.einsum("btk,btl->kl", x, x, precision=jax.lax.Precision.HIGHEST, out_sharding=spec)
 
 
-def _of_experts(
+def _expert_statistics(
     sharding: Sharding, layer: Layer, h: Float[Array, "B T D"], real: Bool[Array, "B T"]
 ) -> tuple[Float[Array, "N F F"], Float[Array, " N"]]:
     """`Statistics.neurons` and `load`. Every token goes through every expert: weights of zero leave no trace."""
@@ -127,14 +127,14 @@ def _of_experts(
         jnp.einsum("btk,btkn->btn", weights, jax.nn.one_hot(chosen, experts.config.num_experts)) * real[..., None]
     )
 
-    def one(matrices: tuple[Array, Array, Array]) -> Array:
+    def expert_gram(matrices: tuple[Array, Array, Array]) -> Array:
         gate, up, weights = matrices
         neurons = jax.nn.silu(h @ gate) * (h @ up)
         return _gram(sharding, neurons, weights)
 
     matrices: list[Any] = [experts.gate, experts.up]
     gate, up = (sharding.reshard(w[...].astype(h.dtype), None, None, "neurons") for w in matrices)
-    grams = jax.lax.map(one, (gate, up, jnp.moveaxis(weights_BTN, -1, 0)))
+    grams = jax.lax.map(expert_gram, (gate, up, jnp.moveaxis(weights_BTN, -1, 0)))
     return grams, jnp.sum(weights_BTN, (0, 1))
 
 

@@ -38,28 +38,28 @@ def choose(
     objective never rises. So many `swaps` are tried at most.
     """
     subset = Subset(H, weight, size)
-    excess = len(subset.kept) - keep
-    at_once = -(-excess // ROUNDS)
-    while (left := int(subset.kept.sum()) - keep) > 0:
-        costs = np.where(subset.kept, subset.scores(), np.inf)
-        subset.move(np.argsort(costs, kind="stable")[: min(at_once, left)])
-    gone = _by_gain(subset)
+    excess = len(subset.is_kept) - keep
+    per_round = -(-excess // ROUNDS)
+    while (excess := int(subset.is_kept.sum()) - keep) > 0:
+        costs = np.where(subset.is_kept, subset.scores(), np.inf)
+        subset.move(np.argsort(costs, kind="stable")[: min(per_round, excess)])
+    removed = _rank_removed(subset)
     for _ in range(swaps):
-        if not gone:
+        if not removed:
             break
-        back = gone.pop(0)
-        subset.move(np.array([back]))
-        out = int(np.argmin(np.where(subset.kept, subset.scores(), np.inf)))
-        subset.move(np.array([out]))
-        if out != back:
-            gone = _by_gain(subset)
-    return np.flatnonzero(subset.kept)
+        returned = removed.pop(0)
+        subset.move(np.array([returned]))
+        worst = int(np.argmin(np.where(subset.is_kept, subset.scores(), np.inf)))
+        subset.move(np.array([worst]))
+        if worst != returned:
+            removed = _rank_removed(subset)
+    return np.flatnonzero(subset.is_kept)
 
 
-def _by_gain(subset: Subset) -> list[int]:
+def _rank_removed(subset: Subset) -> list[int]:
     """The groups that are not kept, first those that would bring most."""
-    gains = np.where(subset.kept, -np.inf, subset.scores())
-    return np.argsort(-gains, kind="stable")[: int(np.sum(~subset.kept))].tolist()
+    gains = np.where(subset.is_kept, -np.inf, subset.scores())
+    return np.argsort(-gains, kind="stable")[: int(np.sum(~subset.is_kept))].tolist()
 
 
 def resolve(
@@ -94,22 +94,22 @@ class Subset:
 
     def __init__(self, H: Float[np.ndarray, "N N"], weight: Float[np.ndarray, "N D"], size: int):
         self.size = size
-        self.kept: Bool[np.ndarray, " G"] = np.ones(len(H) // size, bool)
+        self.is_kept: Bool[np.ndarray, " G"] = np.ones(len(H) // size, bool)
         self.pivots = -scipy.linalg.cho_solve(scipy.linalg.cho_factor(H), np.eye(len(H)))
         self.rest = np.array(weight, np.float64)
 
     def scores(self) -> Float[np.ndarray, " G"]:
         """By how much the objective would rise without each group that is kept, or fall with each that is not."""
-        G, b = len(self.kept), self.size
+        G, b = len(self.is_kept), self.size
         each = np.arange(G)
-        blocks = self.pivots.reshape(G, b, G, b)[each, :, each] * np.where(self.kept, -1, 1)[:, None, None]
+        blocks = self.pivots.reshape(G, b, G, b)[each, :, each] * np.where(self.is_kept, -1, 1)[:, None, None]
         rest = self.rest.reshape(G, b, -1)
         solved = rest / blocks if b == 1 else np.linalg.solve(blocks, rest)
         return np.einsum("gbd,gbd->g", rest, solved)
 
     def move(self, groups: Int[np.ndarray, " M"]) -> None:
         """Removes groups that are kept, or takes back groups that are not; all of one kind."""
-        rows, sign = rows_of(groups, self.size), -1 if self.kept[groups[0]] else 1
+        rows, sign = rows_of(groups, self.size), -1 if self.is_kept[groups[0]] else 1
         inverse = np.linalg.inv(self.pivots[np.ix_(rows, rows)])
         across = self.pivots[rows]
         solved, solved_rest = inverse @ across, inverse @ self.rest[rows]
@@ -118,4 +118,4 @@ class Subset:
         self.pivots[rows], self.pivots[:, rows] = sign * solved, sign * solved.T
         self.pivots[np.ix_(rows, rows)] = -inverse
         self.rest[rows] = sign * solved_rest
-        self.kept[groups] = sign > 0
+        self.is_kept[groups] = sign > 0

@@ -137,24 +137,28 @@ def prune(
         raise ValueError("no prompts to calibrate on")
     big, small, mesh = bundle.model, config.target(bundle.model), config.mesh.build()
     params = jax.device_put(bundle.params, jax.tree.map(lambda leaf: leaf.sharding, abstract_params(big, mesh)))
-    wanted, turns = abstract_params(small, mesh), jax.process_count()
+    abstract, num_processes = abstract_params(small, mesh), jax.process_count()
     calibrated, layers, influences = calibrate(big, params, examples, mesh), [], []
-    for first in range(0, big.layers, turns):
-        numbers, mine = range(first, min(first + turns, big.layers)), first + jax.process_index()
-        for number, statistics in zip(numbers, calibrated, strict=False):
-            weights = _layer(params, number)  # by all processes together
-            if number == mine:
-                own = weights, statistics
-        solved = _pruned(mine, *own, big, small, config) if mine in numbers else _unsolved(wanted)
-        for number in numbers:
-            weights, report = multihost_utils.broadcast_one_to_all(solved, number == mine)
-            layers.append(_placed(weights, wanted))
+    for first in range(0, big.layers, num_processes):
+        numbers, local_layer = range(first, min(first + num_processes, big.layers)), first + jax.process_index()
+        for layer_index, statistics in zip(numbers, calibrated, strict=False):
+            weights = _layer(params, layer_index)  # by all processes together
+            if layer_index == local_layer:
+                local_inputs = weights, statistics
+        solved = (
+            _prune_layer(local_layer, *local_inputs, big, small, config)
+            if local_layer in numbers
+            else _placeholder_layer(abstract)
+        )
+        for layer_index in numbers:
+            weights, report = multihost_utils.broadcast_one_to_all(solved, layer_index == local_layer)
+            layers.append(_place_layer(weights, abstract))
             influences.append(report.influence)
             on_layer(report)
-    kept = np.sort(np.argsort(-np.array(influences), kind="stable")[: small.layers])
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted["layers"])
+    kept_layers = np.sort(np.argsort(-np.array(influences), kind="stable")[: small.layers])
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract["layers"])
     with jax.set_mesh(mesh):
-        stacked = jax.jit(_stack, out_shardings=shardings)([layers[number] for number in kept])
+        stacked = jax.jit(_stack, out_shardings=shardings)([layers[layer_index] for layer_index in kept_layers])
     return dataclasses.replace(bundle, model=small, params={**params, "layers": stacked}, mesh=config.mesh)
 
 
@@ -163,32 +167,32 @@ def _layer(params: Params, number: int) -> Arrays:
     return multihost_utils.process_allgather(layer, tiled=True)
 
 
-def _unsolved(wanted: Params) -> tuple[Arrays, LayerReport]:
+def _placeholder_layer(abstract: Params) -> tuple[Arrays, LayerReport]:
     """What a process has to show in place of a layer that it did not solve."""
-    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape[1:], leaf.dtype), wanted["layers"])
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape[1:], leaf.dtype), abstract["layers"])
     return zeros, LayerReport(0, 0.0, 0.0, 0.0)
 
 
-def _placed(weights: Arrays, wanted: Params) -> Params:
+def _place_layer(weights: Arrays, abstract: Params) -> Params:
     """A layer over the devices, as it will lie in the smaller model."""
 
     def place(array: np.ndarray, stack: jax.ShapeDtypeStruct) -> jax.Array:
         sharding = NamedSharding(stack.sharding.mesh, jax.P(*stack.sharding.spec[1:]))
         return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
-    return jax.tree.map(place, weights, wanted["layers"])
+    return jax.tree.map(place, weights, abstract["layers"])
 
 
 def _stack(layers: list[Params]) -> Params:
-    return jax.tree.map(lambda *one: jnp.stack(one), *layers)
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
 
-def _pruned(
+def _prune_layer(
     number: int, weights: Arrays, statistics: Statistics, big: ModelConfig, small: ModelConfig, config: PruneConfig
 ) -> tuple[Arrays, LayerReport]:
     influence = _influence(weights, statistics, config)
-    weights, attention = _with_heads(weights, statistics, small.kv_heads, big, config)
-    weights, mlp = _with_neurons(weights, statistics, small, config)
+    weights, attention = _prune_heads(weights, statistics, small.kv_heads, big, config)
+    weights, mlp = _prune_mlp(weights, statistics, small, config)
     return weights, LayerReport(number, attention, mlp, influence)
 
 
@@ -202,7 +206,7 @@ def _square(x: np.ndarray) -> float:
     return float(np.sum(np.square(x, dtype=np.float64)))
 
 
-def _with_heads(
+def _prune_heads(
     weights: Arrays, statistics: Statistics, keep: int, model: ModelConfig, config: PruneConfig
 ) -> tuple[Arrays, float]:
     """The layer with `keep` KV heads, and what share of its attention's output is lost."""
@@ -210,45 +214,45 @@ def _with_heads(
     if keep == K:
         return weights, 0.0
     output = weights["output"].reshape(-1, D).astype(np.float64)
-    by_group = {
+    group_weights = {
         name: np.moveaxis(weights[name].astype(np.float64), 1, 0).reshape(K, -1) for name in ("query", "key", "value")
     }
-    squares = sum(np.sum(w**2, 1) for w in by_group.values()) + np.sum(output.reshape(K, -1) ** 2, 1)
-    kept, remaining, share = _keep(output, statistics.heads, squares, keep, config)
-    query_heads = rows_of(kept, H // K)
+    squares = sum(np.sum(w**2, 1) for w in group_weights.values()) + np.sum(output.reshape(K, -1) ** 2, 1)
+    kept_groups, remaining, share = _keep(output, statistics.heads, squares, keep, config)
+    query_heads = rows_of(kept_groups, H // K)
     smaller = dict(weights, output=remaining.reshape(-1, model.head_dim, D).astype(weights["output"].dtype))
-    for name, heads in (("query", query_heads), ("key", kept), ("value", kept)):
+    for name, heads in (("query", query_heads), ("key", kept_groups), ("value", kept_groups)):
         smaller[name] = weights[name][:, heads]
         if (bias := f"{name}_bias") in weights:
             smaller[bias] = weights[bias][heads]
     return smaller, share
 
 
-def _with_neurons(
+def _prune_mlp(
     weights: Arrays, statistics: Statistics, small: ModelConfig, config: PruneConfig
 ) -> tuple[Arrays, float]:
     """The layer with fewer experts and neurons, and what share of the output of those that stay is lost."""
     if not small.experts:
-        smaller, share = _fewer_neurons(weights, statistics.neurons[0], small.d_ff, config)
+        smaller, share = _prune_neurons(weights, statistics.neurons[0], small.d_ff, config)
         return smaller, share
-    experts, grams = _fewer_experts(weights["experts"], statistics, small.experts.num_experts, config.fold_experts)
+    experts, grams = _prune_experts(weights["experts"], statistics, small.experts.num_experts, config.fold_experts)
     pairs = [
-        _fewer_neurons({name: experts[name][number] for name in ("gate", "up", "down")}, gram, small.d_ff, config)
-        for number, gram in enumerate(grams)
+        _prune_neurons({name: experts[name][expert] for name in ("gate", "up", "down")}, gram, small.d_ff, config)
+        for expert, gram in enumerate(grams)
     ]
-    stacked = jax.tree.map(lambda *one: np.stack(one), *(one for one, _ in pairs))
+    stacked = jax.tree.map(lambda *pruned: np.stack(pruned), *(pruned for pruned, _ in pairs))
     return dict(weights, experts=experts | stacked), float(np.mean([share for _, share in pairs]))
 
 
-def _fewer_neurons(mlp: Arrays, gram: Float[np.ndarray, "F F"], keep: int, config: PruneConfig) -> tuple[Arrays, float]:
+def _prune_neurons(mlp: Arrays, gram: Float[np.ndarray, "F F"], keep: int, config: PruneConfig) -> tuple[Arrays, float]:
     """An MLP's three matrices with `keep` neurons, other entries as they were; what share of its output is lost."""
     gate, up, down = (mlp[name].astype(np.float64) for name in ("gate", "up", "down"))
     if keep == len(down):
         return mlp, 0.0
     squares = np.sum(gate**2, 0) + np.sum(up**2, 0) + np.sum(down**2, 1)
-    kept, remaining, share = _keep(down, gram, squares, keep, config)
+    kept_neurons, remaining, share = _keep(down, gram, squares, keep, config)
     down = remaining.astype(mlp["down"].dtype)
-    return dict(mlp, gate=mlp["gate"][:, kept], up=mlp["up"][:, kept], down=down), share
+    return dict(mlp, gate=mlp["gate"][:, kept_neurons], up=mlp["up"][:, kept_neurons], down=down), share
 
 
 def _keep(
@@ -265,18 +269,20 @@ def _keep(
     """
     H, size = damped(gram, config.damping), len(weight) // len(squares)
     if config.method == "least_squares":
-        kept = choose(H, weight, size, keep, config.swaps)
-        rows = rows_of(kept, size)
+        kept_groups = choose(H, weight, size, keep, config.swaps)
+        rows = rows_of(kept_groups, size)
         remaining = resolve(H, weight, rows)
     else:
-        scores = squares if config.method == "magnitude" else _added(gram, weight, size)
-        kept = np.sort(np.argsort(-scores, kind="stable")[:keep])
-        rows = rows_of(kept, size)
+        scores = squares if config.method == "magnitude" else _output_squares(gram, weight, size)
+        kept_groups = np.sort(np.argsort(-scores, kind="stable")[:keep])
+        rows = rows_of(kept_groups, size)
         remaining = weight[rows]
-    return kept, remaining, lost(gram, weight, rows, remaining)
+    return kept_groups, remaining, lost(gram, weight, rows, remaining)
 
 
-def _added(gram: Float[np.ndarray, "N N"], weight: Float[np.ndarray, "N D"], size: int) -> Float[np.ndarray, " G"]:
+def _output_squares(
+    gram: Float[np.ndarray, "N N"], weight: Float[np.ndarray, "N D"], size: int
+) -> Float[np.ndarray, " G"]:
     """The squares of what each group of rows adds to the output, over all the tokens."""
     groups = np.arange(len(weight) // size)
     blocks = gram.reshape(len(groups), size, len(groups), size)[groups, :, groups]
@@ -284,39 +290,41 @@ def _added(gram: Float[np.ndarray, "N N"], weight: Float[np.ndarray, "N D"], siz
     return np.einsum("gid,gij,gjd->g", rows, blocks, rows)
 
 
-def _fewer_experts(
+def _prune_experts(
     experts: Arrays, statistics: Statistics, keep: int, fold: bool
 ) -> tuple[Arrays, Float[np.ndarray, "keep F F"]]:
     """The `keep` experts with the most load, and X^T X of each."""
     load, grams = statistics.load, statistics.neurons
     order = np.argsort(-load, kind="stable")
-    kept = np.sort(order[:keep])
-    fewer = {name: (w[:, kept] if name == "router" else w[kept]) for name, w in experts.items()}
+    kept_experts = np.sort(order[:keep])
+    fewer = {name: (w[:, kept_experts] if name == "router" else w[kept_experts]) for name, w in experts.items()}
     if not fold or keep == len(load):
-        return fewer, grams[kept]
+        return fewer, grams[kept_experts]
     router = experts["router"].astype(np.float64)
     router /= np.maximum(np.linalg.norm(router, axis=0), 1e-30)
-    members: dict[int, list[int]] = {int(one): [int(one)] for one in kept}
-    for gone in order[keep:]:
-        nearest = kept[np.argmax(router[:, gone] @ router[:, kept])]
-        members[int(nearest)].append(int(gone))
+    members: dict[int, list[int]] = {int(expert): [int(expert)] for expert in kept_experts}
+    for dropped in order[keep:]:
+        nearest = kept_experts[np.argmax(router[:, dropped] @ router[:, kept_experts])]
+        members[int(nearest)].append(int(dropped))
     folded = []
-    for place, group in enumerate(members.values()):
+    for index, group in enumerate(members.values()):
         shares = (load[group] + 1e-30) / np.sum(load[group] + 1e-30)
-        neurons = [_matched(experts, one, group[0]) for one in group]
+        neurons = [_match_neurons(experts, expert, group[0]) for expert in group]
         for name, axis in (("gate", 1), ("up", 1), ("down", 0)):
-            aligned = [np.take(experts[name][one], order, axis) for one, order in zip(group, neurons, strict=True)]
-            fewer[name][place] = np.einsum("n,nij->ij", shares, np.asarray(aligned, np.float64))
-        fewer["router"][:, place] = experts["router"][:, group].astype(np.float64) @ shares
-        folded.append(sum(grams[one][np.ix_(order, order)] for one, order in zip(group, neurons, strict=True)))
+            aligned = [
+                np.take(experts[name][expert], order, axis) for expert, order in zip(group, neurons, strict=True)
+            ]
+            fewer[name][index] = np.einsum("n,nij->ij", shares, np.asarray(aligned, np.float64))
+        fewer["router"][:, index] = experts["router"][:, group].astype(np.float64) @ shares
+        folded.append(sum(grams[expert][np.ix_(order, order)] for expert, order in zip(group, neurons, strict=True)))
     return fewer, np.stack(folded)
 
 
-def _matched(experts: Arrays, one: int, other: int) -> Int[np.ndarray, " F"]:
+def _match_neurons(experts: Arrays, expert: int, target: int) -> Int[np.ndarray, " F"]:
     """The neurons of an expert in the order in which they are most like those of another."""
-    alike = sum(
-        (w[other].T if name != "down" else w[other]).astype(np.float64)
-        @ (w[one] if name != "down" else w[one].T).astype(np.float64)
+    similarity = sum(
+        (w[target].T if name != "down" else w[target]).astype(np.float64)
+        @ (w[expert] if name != "down" else w[expert].T).astype(np.float64)
         for name, w in ((name, experts[name]) for name in ("gate", "up", "down"))
     )
-    return linear_sum_assignment(alike, maximize=True)[1]
+    return linear_sum_assignment(similarity, maximize=True)[1]

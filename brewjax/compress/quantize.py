@@ -43,7 +43,7 @@ def quantize(source: Path, config: QuantizeConfig) -> Bundle:
     """
     model = ModelConfig.load(source / MODEL)
     smaller = config.target(model)
-    return Bundle.from_params(smaller, _rounded(source, model, smaller, config), source, config.mesh)
+    return Bundle.from_params(smaller, _quantize_params(source, model, smaller, config), source, config.mesh)
 
 
 def with_head(bundle: Bundle, head: HeadPrecision) -> Bundle:
@@ -51,30 +51,30 @@ def with_head(bundle: Bundle, head: HeadPrecision) -> Bundle:
     return dataclasses.replace(bundle, model=bundle.model.model_copy(update={"head": head}))
 
 
-def _rounded(source: Path, model: ModelConfig, smaller: ModelConfig, config: QuantizeConfig) -> Params:
+def _quantize_params(source: Path, model: ModelConfig, smaller: ModelConfig, config: QuantizeConfig) -> Params:
     mesh = config.mesh.build()
     leaves, tree = jax.tree_util.tree_flatten_with_path(abstract_params(model, mesh))
-    wanted, decoder = abstract_params(smaller, mesh), abstract_decoder(smaller)
-    found = []
-    for at, (path, leaf) in enumerate(leaves):
-        only = jax.tree.unflatten(tree, [leaf if other == at else ... for other in range(len(leaves))])
+    abstract, decoder = abstract_params(smaller, mesh), abstract_decoder(smaller)
+    quantized = []
+    for index, (path, leaf) in enumerate(leaves):
+        selected = jax.tree.unflatten(tree, [leaf if position == index else ... for position in range(len(leaves))])
         keys = [key.key for key in path]
-        array = functools.reduce(dict.__getitem__, keys, read_params(source, only))
+        array = functools.reduce(dict.__getitem__, keys, read_params(source, selected))
         weight = functools.reduce(getattr, keys, decoder)
         if isinstance(weight, QuantizedWeight):
-            placed = jax.tree.map(lambda part: part.sharding, functools.reduce(dict.__getitem__, keys, wanted))
-            array = _round(weight, config.scales == "per_tensor", placed, array)
-        found.append(jax.block_until_ready(array))
-    return jax.tree.unflatten(tree, found)
+            placed = jax.tree.map(lambda part: part.sharding, functools.reduce(dict.__getitem__, keys, abstract))
+            array = _quantize_stack(weight, config.scales == "per_tensor", placed, array)
+        quantized.append(jax.block_until_ready(array))
+    return jax.tree.unflatten(tree, quantized)
 
 
-def _round(
+def _quantize_stack(
     weight: QuantizedWeight, per_tensor: bool, shardings: dict[str, Any], stack: jax.Array
 ) -> dict[str, jax.Array]:
     """Layer by layer, so that no float32 copy of the stack is made."""
 
-    def of_stack(stack: jax.Array) -> dict[str, jax.Array]:
+    def quantize_layers(stack: jax.Array) -> dict[str, jax.Array]:
         values, scale = jax.lax.map(functools.partial(weight.quantize, per_tensor=per_tensor), stack)
         return {"values": values, "scale": scale}
 
-    return jax.jit(of_stack, out_shardings=shardings)(stack)
+    return jax.jit(quantize_layers, out_shardings=shardings)(stack)

@@ -13,14 +13,14 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 class ExpertsConfig(Config):
-    """A mixture of experts in place of each layer's MLP."""
+    """A mixture of experts instead of each layer's MLP."""
 
     num_experts: int = pydantic.Field(gt=0)
-    """Experts of a layer, each of the model's d_ff."""
+    """Experts of a layer, each an MLP with `d_ff` neurons."""
     num_experts_per_tok: int = pydantic.Field(default=2, gt=0)
-    """How many of them each token goes through."""
+    """Experts that each token is routed to."""
     norm_topk_prob: bool = True
-    """The router's weights of the chosen experts are made to sum to one."""
+    """Divides the router's weights of a token's experts by their sum."""
     router_aux_loss_coef: float = pydantic.Field(default=0.01, ge=0)
     """Weight of the load-balancing loss in training."""
 
@@ -34,62 +34,72 @@ class ExpertsConfig(Config):
 
 
 class Quantization(Config):
-    """The layers' matrices in 8 bits, with a float32 scale for each output channel; the rest is as it was."""
+    """8-bit matrices in the layers, with a float32 scale for each output channel; other weights are unchanged."""
 
     dtype: Literal["e4m3", "int8"] = "e4m3"
+    """8-bit format of the matrices: float8 e4m3, or int8."""
     activations: Literal["per_token", "per_tensor"] | None = "per_token"
-    """What a matrix is multiplied with is rounded to the same 8 bits, with a scale for each token, or one for all
-    of them (see `pallas_kernels.quantized_matmul`); null: to bfloat16."""
+    """Rounds activations to the same 8 bits, with a scale for each token or one for all tokens (see
+    `pallas_kernels.quantized_matmul`); null rounds them to bfloat16."""
 
 
 class HeadPrecision(Config):
-    """Of the output head. Less than float32 is for measuring what it costs."""
+    """Precision of the output head. Less than float32 is for measuring what it costs."""
 
     product: Literal["float32", "bfloat16", "e4m3"] = "float32"
-    """What hidden states and the head are rounded to (e4m3: with a scale for each token and each word) before a
-    product that is exact in float32."""
+    """Format that hidden states and the head are rounded to before an exact float32 product (e4m3: with a scale for
+    each token and each word)."""
     logits: Dtype = "float32"
-    """What that is rounded to, before a softmax in float32."""
+    """Format that logits are rounded to before a float32 softmax."""
 
 
 class ModelConfig(Config):
     """The shape of a decoder."""
 
     name: str
+    """Name of the model, for messages and reports."""
     vocab_size: int = pydantic.Field(default=0, ge=0)
-    """0 takes the tokenizer's."""
+    """Words of the vocabulary; 0 takes the tokenizer's number."""
     d_model: int = pydantic.Field(gt=0)
+    """Width of the residual stream."""
     layers: int = pydantic.Field(gt=0)
+    """Layers, each of attention and an MLP or experts."""
     heads: int = pydantic.Field(gt=0)
+    """Query heads of a layer; a multiple of `kv_heads`."""
     kv_heads: int = pydantic.Field(gt=0)
+    """Key-value heads of a layer, each shared by heads / kv_heads query heads."""
     head_dim: int = pydantic.Field(gt=0, multiple_of=2)
+    """Size of a head."""
     d_ff: int = pydantic.Field(gt=0)
     """Neurons of an MLP, or of one expert."""
     experts: ExpertsConfig | None = None
+    """A mixture of experts instead of each MLP; null for dense layers."""
     rope_theta: float = pydantic.Field(default=10_000.0, gt=1)
-    """Base of the rotary position angles, and how they are slowed (see `brewjax.model.rope`)."""
+    """Base of the frequencies of the rotary position embedding."""
     rope_scaling: RopeScaling | None = None
-    """See `rope_theta`."""
+    """Scaling of the rotary frequencies for longer inputs (see `brewjax.model.rope`); null for none."""
     max_seq_len: int | None = pydantic.Field(default=None, gt=0)
-    """Tokens that a prompt and one question may have; longer ones are refused, not cut. What the model's positions
-    were trained for, or its sliding window where that is less: windows are not computed."""
+    """Most tokens of a prompt with one question; longer inputs are refused, not truncated. It is the length that the
+    positions were trained for, or the sliding window if that is shorter (windows are not computed); null for no
+    limit."""
     norm_eps: float = pydantic.Field(default=1e-5, gt=0, lt=1)
+    """Added to the mean square in RMSNorm."""
     qkv_bias: bool = False
-    """Queries, keys and values have biases (Qwen2)."""
+    """Adds biases to queries, keys and values (Qwen2)."""
     qk_norm: bool = False
-    """The heads of queries and keys are normed (Qwen3)."""
+    """Normalises each head of queries and keys (Qwen3)."""
     tie_head: bool = True
-    """The output head is the embedding."""
+    """Uses the embedding as output head."""
     param_dtype: Dtype = "float32"
-    """Of the weights at rest, and of the matrix products; norms, softmax, router and logits are float32 whatever
-    these are."""
+    """Dtype of the weights at rest."""
     compute_dtype: Dtype = "float32"
-    """See `param_dtype`."""
+    """Dtype of activations and matrix products; norms, softmax, router and logits are always float32."""
     quantized: Quantization | None = None
-    """Of a model for serving; it is not trained."""
+    """8-bit matrices for serving; such a model cannot be trained. Null for none."""
     head: HeadPrecision = HeadPrecision()
+    """Precision of the output head."""
     remat: bool = False
-    """Recompute each layer in the backward pass instead of storing its activations."""
+    """Recomputes each layer in the backward pass instead of storing its activations."""
 
     @pydantic.model_validator(mode="after")
     def _groups_divide(self) -> ModelConfig:
@@ -106,13 +116,13 @@ class ModelConfig(Config):
 
     @classmethod
     def place(cls, location: Location, source: dict[str, Any]) -> Location:
-        """Without the type of the scaling, which pydantic puts behind its name."""
+        """The location without the type of the scaling, which pydantic inserts behind its name."""
         return location[:1] + location[2:] if location[:1] == ("rope_scaling",) else location
 
-    def check_length(self, tokens: int, what: str) -> None:
-        """ValueError where `what` has more tokens than this model reads."""
+    def check_length(self, tokens: int, subject: str) -> None:
+        """Raises ValueError, naming `subject`, if it has more than `max_seq_len` tokens."""
         if self.max_seq_len is not None and tokens > self.max_seq_len:
             raise ValueError(
-                f"{what} has {tokens} tokens; model '{self.name}' reads at most {self.max_seq_len}, its max_seq_len "
+                f"{subject} has {tokens} tokens; model '{self.name}' reads at most {self.max_seq_len}, its max_seq_len "
                 "(the positions it was trained for, or its sliding window)"
             )

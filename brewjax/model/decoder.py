@@ -1,4 +1,8 @@
-"""The decoder: a language model of the Llama families (Touvron et al. 2023) that attends by `TokenLabels`."""
+"""The decoder: a language model of the Llama families (Touvron et al. 2023) that attends by `TokenLabels`.
+
+Axis letters: B rows, T tokens, D model dimension, H query heads, K key-value heads, E size of a head, F neurons,
+V vocabulary, L layers; in caches N pages of P tokens, M pages of a row (docs/glossary.md, "Axis letters").
+"""
 
 from __future__ import annotations
 
@@ -20,15 +24,15 @@ from pallas_kernels.attention import attention
 from pallas_kernels.quantized_matmul import to_8_bits
 from pallas_kernels.token_labels import PADDING, TokenLabels
 
-KVCache = tuple[Float[Array, "B T K E"], Float[Array, "B T K E"]]
+KVCache = tuple[Float[Array, "B T K E"], Float[Array, "B T K E"]]  # rotated keys, and values
 
 
 class PagedKVCache(NamedTuple):
-    """Keys (rotated) and values of tokens that were computed before, for rows to go on from.
+    """Keys (rotated) and values of tokens that earlier calls computed.
 
     Attributes:
-      keys, values: N pages of P tokens each, in the compute dtype.
-      pages: the pages that each row goes on from, in order; M may be 0.
+      keys, values: a pool of N pages of P tokens each, in the compute dtype.
+      page_table: the pages that each row reads, in order; M may be 0.
     """
 
     keys: Float[Array, "L N P K E"]
@@ -37,7 +41,7 @@ class PagedKVCache(NamedTuple):
 
 
 class RMSNorm(nnx.Module):
-    """Zhang and Sennrich 2019; computed in float32."""
+    """Root mean square normalisation (Zhang and Sennrich 2019), computed in float32."""
 
     def __init__(self, config: ModelConfig, size: int, axis: str | None = "model"):
         self.eps = config.norm_eps
@@ -50,13 +54,13 @@ class RMSNorm(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Attention and a SwiGLU MLP (Shazeer 2020) or experts, each behind a norm and around a residual."""
+    """Attention, then a SwiGLU MLP (Shazeer 2020) or experts; each has a norm before it and a residual around it."""
 
     def __init__(self, config: ModelConfig, sharding: Sharding, rngs: nnx.Rngs):
         self.config, self.sharding = config, sharding
         D, H, K, E, F = config.d_model, config.heads, config.kv_heads, config.head_dim, config.d_ff
         # The projections into the residual stream start smaller, for the sum over layers to start at scale one.
-        into_residual = (2 * config.layers) ** -0.5
+        residual_scale = (2 * config.layers) ** -0.5
 
         def weight(*shape: int, axes: tuple, inputs: int = 1, scale: float = 1.0) -> Matrix:
             return matrix(rngs, config, shape, axes, inputs, scale)
@@ -71,47 +75,58 @@ class Layer(nnx.Module):
         self.query_bias, self.key_bias, self.value_bias = bias(H, E), bias(K, E), bias(K, E)
         self.query_norm = RMSNorm(config, E, None) if config.qk_norm else None
         self.key_norm = RMSNorm(config, E, None) if config.qk_norm else None
-        self.output = weight(H, E, D, axes=("heads", None, "weight"), inputs=2, scale=into_residual)
+        self.output = weight(H, E, D, axes=("heads", None, "weight"), inputs=2, scale=residual_scale)
         self.mlp_norm = RMSNorm(config, D)
         if config.experts:
             self.experts = Experts(config, sharding, rngs)
         else:
             self.gate = weight(D, F, axes=("weight", "neurons"))
             self.up = weight(D, F, axes=("weight", "neurons"))
-            self.down = weight(F, D, axes=("neurons", "weight"), scale=into_residual)
+            self.down = weight(F, D, axes=("neurons", "weight"), scale=residual_scale)
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
         rotation: Float[Array, "B T 1 E"],
         token_labels: TokenLabels,
-        past: KVCache | None,
+        cached_kv: KVCache | None,
     ) -> tuple[Float[Array, "B T D"], KVCache, Float[Array, ""]]:
-        """The residual stream after this layer, the keys and values of these T tokens, and the experts' balance loss.
+        """The whole layer.
 
-        `past` are the keys and values before them.
+        Args:
+          x: residual stream.
+          rotation: of the tokens' positions, see `rotary`.
+          token_labels: of cached and new tokens.
+          cached_kv: keys and values of cached tokens, or None.
+
+        Returns:
+          The residual stream after the layer; keys and values of the T new tokens; the experts' load-balancing loss.
         """
-        attended, own = self.attended(x, rotation, token_labels, past)
+        attended, new_kv = self.attended(x, rotation, token_labels, cached_kv)
         x, balance = self.after_mlp(self.after_attention(x, attended), token_labels)
-        return x, own, balance
+        return x, new_kv, balance
 
+    @jax.named_scope("attention")
     def attended(
         self,
         x: Float[Array, "B T D"],
         rotation: Float[Array, "B T 1 E"],
         token_labels: TokenLabels,
-        past: KVCache | None,
+        cached_kv: KVCache | None,
     ) -> tuple[Float[Array, "B T H E"], KVCache]:
-        """What the heads attend to, before the output projection; and the keys and values of these T tokens."""
+        """The attention's output before the output projection; keys and values of the T new tokens."""
         h = self.attention_norm(x)
         q = self._heads(h, self.query, self.query_bias, self.query_norm)
         k = self._heads(h, self.key, self.key_bias, self.key_norm)
         v = self._heads(h, self.value, self.value_bias, None)
         q, k = rotate(q, rotation), rotate(k, rotation)
         k, v = (self.sharding.reshard(x, "batch", None, "heads", None) for x in (k, v))
-        all_k, all_v = (k, v) if past is None else (jnp.concatenate(x, 1) for x in zip(past, (k, v), strict=True))
+        all_k, all_v = (
+            (k, v) if cached_kv is None else (jnp.concatenate(x, 1) for x in zip(cached_kv, (k, v), strict=True))
+        )
         return _attend(self.sharding, q, all_k, all_v, token_labels), (k, v)
 
+    @jax.named_scope("attention")
     def after_attention(self, x: Float[Array, "B T D"], attended: Float[Array, "B T H E"]) -> Float[Array, "B T D"]:
         """The residual stream between attention and MLP."""
         return x + product(self.sharding, attended, self.output, inputs=2)
@@ -119,16 +134,17 @@ class Layer(nnx.Module):
     def after_mlp(
         self, x: Float[Array, "B T D"], token_labels: TokenLabels
     ) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
-        """The residual stream after the MLP or the experts, and the experts' balance loss."""
-        h = self.mlp_norm(x)
-        if self.config.experts:
-            real = self.sharding.reshard(token_labels.example_id[:, -x.shape[1] :] != PADDING, "batch", "length")
-            more, balance = self.experts(h, real)
-            return x + more, balance
-        return x + product(self.sharding, self.neurons(h), self.down), jnp.zeros(())
+        """The residual stream after the MLP or the experts, and the experts' load-balancing loss (0 for an MLP)."""
+        with jax.named_scope("experts" if self.config.experts else "mlp"):
+            h = self.mlp_norm(x)
+            if self.config.experts:
+                real = self.sharding.reshard(token_labels.example_id[:, -x.shape[1] :] != PADDING, "batch", "length")
+                expert_output, balance = self.experts(h, real)
+                return x + expert_output, balance
+            return x + product(self.sharding, self.neurons(h), self.down), jnp.zeros(())
 
     def neurons(self, h: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
-        """What the MLP's neurons say, before the down projection; `h` is normed."""
+        """Activations of the MLP's neurons, before the down projection; `h` is normed."""
         return swiglu(product(self.sharding, h, self.gate), product(self.sharding, h, self.up))
 
     def _heads(self, x: Array, weight: Matrix, bias: Weight | None, norm: RMSNorm | None) -> Array:
@@ -138,15 +154,17 @@ class Layer(nnx.Module):
         return heads if norm is None else norm(heads)
 
 
-@functools.partial(jax.checkpoint, prevent_cse=False)  # else its backward pass would store five arrays, not two
+@functools.partial(jax.checkpoint, prevent_cse=False)  # otherwise five arrays, not two, are stored for its gradient
 def swiglu(gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
+    """silu(gate) * up."""
     return jax.nn.silu(gate) * up
 
 
 class Decoder(nnx.Module):
-    """Tokens in, hidden states out; `head` turns hidden states into logits.
+    """Tokens in, hidden states out; `logits` turns hidden states into logits.
 
-    Layers are stacked along a leading axis of their weights and scanned.
+    Layers are stacked along a leading axis of their weights and scanned. Called without a mesh in context, it runs on
+    one device; with one, arrays are laid out by `sharding`.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, sharding: Sharding = FSDP_TENSOR):
@@ -170,49 +188,58 @@ class Decoder(nnx.Module):
     def __call__(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], token_labels: TokenLabels
     ) -> Float[Array, "B T D"]:
-        """Hidden states after the last norm, in the compute dtype. Those of padding mean nothing."""
+        """Hidden states after the last norm, in the compute dtype; undefined for padding.
+
+        Args:
+          tokens: ids.
+          positions: RoPE positions, from 0 in each example.
+          token_labels: of the tokens.
+        """
         return self._run(tokens, positions, token_labels)[0]
 
     def forward_with_aux_loss(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], token_labels: TokenLabels
     ) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
-        """As a call; and the experts' load-balancing loss, the mean over layers, weighed for the training loss."""
+        """Hidden states as from a call, and the experts' load-balancing loss: mean over layers x its coefficient."""
         hidden, balance, _ = self._run(tokens, positions, token_labels)
         return hidden, self._weighed(balance)
 
     def forward_with_hidden_states(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], token_labels: TokenLabels
     ) -> tuple[Float[Array, "B T D"], Float[Array, ""], Float[Array, "L B T D"]]:
-        """As `with_balance`; and the residual stream after each layer, in the compute dtype."""
-        hidden, balance, streams = self._run(tokens, positions, token_labels, gives=lambda x, own: x)
+        """As `forward_with_aux_loss`, and the residual stream after each layer, in the compute dtype."""
+        hidden, balance, streams = self._run(tokens, positions, token_labels, layer_output=lambda x, new_kv: x)
         return hidden, self._weighed(balance), streams
 
     def _weighed(self, balance: Array) -> Array:
         return balance * (self.config.experts.router_aux_loss_coef if self.config.experts else 0.0)
 
     def forward_with_cache(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], token_labels: TokenLabels, past: PagedKVCache
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], token_labels: TokenLabels, cache: PagedKVCache
     ) -> tuple[Float[Array, "B T D"], KVCache]:
-        """As a call, for tokens behind a past.
+        """As a call, for tokens behind cached ones.
 
         Args:
-          token_labels: labels of the M x P tokens in the past's pages, in their order, and then of these T.
+          tokens, positions: of the T new tokens.
+          token_labels: of the M x P cached tokens of a row, in the order of its pages, then of the T new ones.
+          cache: keys and values of cached tokens.
 
-        Returns hidden states, and the keys and values [L, B, T, K, E] of these tokens.
+        Returns:
+          Hidden states, and keys and values [L, B, T, K, E], of the new tokens.
         """
-        hidden, _, own = self._run(tokens, positions, token_labels, past, gives=lambda x, own: own)
-        return hidden, own
+        hidden, _, new_kv = self._run(tokens, positions, token_labels, cache, layer_output=lambda x, new_kv: new_kv)
+        return hidden, new_kv
 
     def _run(
         self,
         tokens: Array,
         positions: Array,
         token_labels: TokenLabels,
-        past: PagedKVCache | None = None,
-        gives: Callable[[Array, KVCache], Any] = lambda x, own: None,
+        cache: PagedKVCache | None = None,
+        layer_output: Callable[[Array, KVCache], Any] = lambda x, new_kv: None,
     ) -> tuple[Array, Array, Any]:
-        """Hidden states, the experts' balance loss, and what each layer `gives` of its residual stream and its keys and
-        values, stacked."""
+        """Hidden states; the experts' loss; and `layer_output(residual stream, new keys and values)` of each layer,
+        stacked."""
         tokens, positions = (self.sharding.reshard(x, "batch", "length") for x in (tokens, positions))
         token_labels = TokenLabels(*(self.sharding.reshard(jnp.asarray(x), "batch", None) for x in token_labels))
         x = self.embed(tokens)
@@ -220,38 +247,42 @@ class Decoder(nnx.Module):
         graph, weights = nnx.split(self.layers)
 
         def body(x: Array, layer: tuple[nnx.State, Array]) -> tuple[Array, tuple[Array, Any]]:
-            weights, number = layer
-            before = None if past is None else _read(self.sharding, past, number)
-            x, own, balance = nnx.merge(graph, weights)(x, rotation, token_labels, before)
-            return x, (balance, gives(x, own))
+            weights, layer_index = layer
+            cached_kv = None if cache is None else _read(self.sharding, cache, layer_index)
+            x, new_kv, balance = nnx.merge(graph, weights)(x, rotation, token_labels, cached_kv)
+            return x, (balance, layer_output(x, new_kv))
 
         layers = (weights, jnp.arange(self.config.layers))
         if self.config.remat:
-            # A scan needs no guard against common subexpressions, and what guards them would keep what no layer
-            # changes, such as the attention's worklist, inside the backward loop: made once for every layer.
+            # A scan needs no guard against common subexpression elimination, and the guard would keep what is the same
+            # for all layers, such as the attention's worklist, inside the backward loop: computed once per layer.
             body = jax.checkpoint(body, prevent_cse=False)
-        x, (balance, given) = jax.lax.scan(body, x, layers)
-        return self.norm(x), jnp.mean(balance), given
+        x, (balance, outputs) = jax.lax.scan(body, x, layers)
+        return self.norm(x), jnp.mean(balance), outputs
 
+    @jax.named_scope("embedding")
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The residual stream before the first layer, in the compute dtype."""
         table = self.sharding.reshard(self.embedding[...], None, None).astype(self.config.compute_dtype)
         return table.at[tokens].get(out_sharding=self.sharding.spec_or_none("batch", "length", "model"))
 
-    def layer(self, number: Int[Array, ""]) -> Layer:
-        """One layer by itself."""
+    def layer(self, layer_index: Int[Array, ""]) -> Layer:
+        """One of the stacked layers, by index."""
         graph, weights = nnx.split(self.layers)
-        one = jax.tree.map(lambda stack: jax.lax.dynamic_index_in_dim(stack, number, keepdims=False), weights)
-        return nnx.merge(graph, one)
+        layer_weights = jax.tree.map(
+            lambda stack: jax.lax.dynamic_index_in_dim(stack, layer_index, keepdims=False), weights
+        )
+        return nnx.merge(graph, layer_weights)
 
     @property
+    @jax.named_scope("head")
     def lm_head(self) -> Float[Array, "V D"]:
-        """The output head, gathered, in the parameter dtype or what `HeadPrecision` makes of it."""
+        """The output matrix, gathered, in the parameter dtype or as `HeadPrecision` rounds it."""
         weight = self.embedding if self.untied_head is None else self.untied_head
         return self.cast_for_head(self.sharding.reshard(weight[...], None, None))
 
     def cast_for_head(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        """Hidden states, or words of the head, at the precision of the head's product."""
+        """Hidden states, or rows of the head, rounded as `HeadPrecision.product` says."""
         match self.config.head.product:
             case "e4m3":
                 values, scale = to_8_bits(x, jnp.float8_e4m3fn, -1)
@@ -260,8 +291,9 @@ class Decoder(nnx.Module):
                 return x.astype(jnp.bfloat16)
         return x
 
+    @jax.named_scope("head")
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """float32, by a true float32 product."""
+        """float32 logits, by a true float32 product."""
         logits = jnp.einsum(
             "...d,vd->...v",
             self.cast_for_head(hidden).astype(jnp.float32),
@@ -271,22 +303,22 @@ class Decoder(nnx.Module):
         return logits.astype(self.config.head.logits).astype(jnp.float32)
 
 
-def _read(sharding: Sharding, past: PagedKVCache, layer: Array) -> KVCache:
-    """One layer's keys and values [B, M * P, K, E] of the past."""
-    B, M = past.page_table.shape
+def _read(sharding: Sharding, cache: PagedKVCache, layer: Array) -> KVCache:
+    """One layer's cached keys and values [B, M * P, K, E]."""
+    B, M = cache.page_table.shape
 
     def read(pool: Array) -> Array:
-        pages = pool.at[layer, past.page_table].get(
+        pages = pool.at[layer, cache.page_table].get(
             out_sharding=sharding.spec_or_none("batch", None, None, "heads", None)
         )
         tokens = (B, M * pool.shape[2], *pool.shape[3:])
         return jnp.reshape(pages, tokens, out_sharding=sharding.spec_or_none("batch", None, "heads", None))
 
-    return read(past.keys), read(past.values)
+    return read(cache.keys), read(cache.values)
 
 
 def _attend(sharding: Sharding, q: Array, k: Array, v: Array, token_labels: TokenLabels) -> Array:
-    """Attention of each device's own queries, heads and rows."""
+    """Attention; with a mesh in context, each device computes its rows, heads and queries."""
     if jax.sharding.get_abstract_mesh().empty:
         return attention(q, k, v, token_labels)[0]
     first, axes = k.shape[1] - q.shape[1], sharding.rules["length"]

@@ -1,4 +1,8 @@
-"""A mixture of experts (Shazeer et al. 2017; Mixtral, Jiang et al. 2024): many SwiGLU MLPs, a few of them per token."""
+"""A mixture of experts (Shazeer et al. 2017; Mixtral, Jiang et al. 2024): many SwiGLU MLPs, a few of them per token.
+
+Axis letters, as suffixes too: B rows, T tokens of a row, S tokens of a device, D model dimension, F neurons, N experts,
+M experts of a device, K experts of a token, R rows gathered for experts (docs/glossary.md, "Axis letters").
+"""
 
 from __future__ import annotations
 
@@ -27,14 +31,16 @@ from brewjax.model.weights import (
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.quantized_matmul import Activations, Quantized, round_tokens
 
-CAPACITY_FACTOR = 1.25  # of a turn's rows to those that come where all experts are liked alike
-CHUNK_MULTIPLE = (
-    512  # a turn's rows are a multiple: 20,481 of them the TPU's compiler multiplied in full, 20,480 by its kernel
-)
+# Rows of a chunk over the rows that a device gets when tokens are routed evenly. No token is dropped: more rows take
+# more chunks.
+CAPACITY_FACTOR = 1.25
+# Rows of a chunk are a multiple of this: the TPU compiler runs 20,480 rows in its grouped kernel, and 20,481 as dense
+# products.
+CHUNK_MULTIPLE = 512
 
 
 class Experts(nnx.Module):
-    """In place of a layer's MLP. No token is dropped, so what one token gets does not depend on its neighbours."""
+    """A mixture of experts instead of a layer's MLP. No token is dropped, so a token's output depends on it alone."""
 
     def __init__(self, config: ModelConfig, sharding: Sharding, rngs: nnx.Rngs):
         assert config.experts is not None
@@ -50,10 +56,18 @@ class Experts(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], real: Bool[Array, "B T"]
     ) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
-        """What the experts add to the residual stream, and the load-balancing loss over the `real` tokens.
+        """The experts' output, and their load-balancing loss.
 
-        The loss (Fedus et al. 2021, eq. 4, for more than one expert as in Mixtral) is N * sum over experts of (share
-        of tokens that chose it) * (mean probability of it): `num_experts_per_tok` when all are chosen alike, and more else.
+        The loss (Fedus et al. 2021, eq. 4, for more than one expert as in Mixtral) is N x the sum over experts of
+        (share of tokens routed to it) x (its mean probability): `num_experts_per_tok` if all are routed to equally,
+        and more otherwise.
+
+        Args:
+          x: normed residual stream.
+          real: tokens that are not padding; only they count in the loss.
+
+        Returns:
+          What the experts add to the residual stream, in the dtype of `x`; the loss, float32.
         """
         matrices = [self.gate, self.up, self.down]
         weights = [self.router[...].astype(jnp.float32), *(gathered(self.sharding, w, x.dtype) for w in matrices)]
@@ -80,7 +94,11 @@ class Experts(nnx.Module):
 def route(
     config: ExpertsConfig, x: Float[Array, "*S D"], router: Float[Array, "D N"]
 ) -> tuple[Float[Array, "*S K"], Int[Array, "*S K"], Float[Array, "*S N"]]:
-    """Weights and numbers of the experts that each token goes through, and the probabilities of all; float32."""
+    """Routes each token to its experts.
+
+    Returns:
+      float32 weights and indices of the experts of each token, the most probable first; probabilities of all experts.
+    """
     logits = jnp.einsum("...d,dn->...n", x.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST)
     probabilities = jax.nn.softmax(logits)
     weights, chosen = jax.lax.top_k(probabilities, config.num_experts_per_tok)
@@ -100,41 +118,43 @@ def _mix(
     up_MDF: Array | Quantized | Adapted,
     down_MFD: Array | Quantized | Adapted,
 ) -> tuple[Array, Array]:
-    """A device's own tokens [B, T] through all N experts; it has M of them, and its part of their neurons."""
+    """All N experts on the tokens [B, T] of this device, which holds M of the experts, and a part of their neurons."""
     x_SD, real_S1 = x_BTD.reshape(-1, x_BTD.shape[-1]), real_BT.reshape(-1, 1)
     N, M, K = config.num_experts, len(jax.tree.leaves(gate_MDF)[0]), config.num_experts_per_tok
     weights_SK, chosen_SK, probabilities_SN = route(config, x_SD, router_DN)
-    took_SN = jnp.sum(jax.nn.one_hot(chosen_SK, N), 1)
-    sums = [jnp.sum(jnp.where(real_S1, each, 0), 0) for each in (took_SN, probabilities_SN, jnp.ones_like(took_SN))]
+    routed_SN = jnp.sum(jax.nn.one_hot(chosen_SK, N), 1)
+    sums = [
+        jnp.sum(jnp.where(real_S1, array, 0), 0) for array in (routed_SN, probabilities_SN, jnp.ones_like(routed_SN))
+    ]
     tokens = (*rules["batch"], *rules["length"])
-    took_N, probability_N, count_N = jax.lax.psum(sums, tokens) if tokens else sums
-    balance = N * jnp.sum(took_N * probability_N / jnp.maximum(count_N, 1) ** 2)
+    routed_N, probability_N, count_N = jax.lax.psum(sums, tokens) if tokens else sums
+    balance = N * jnp.sum(routed_N * probability_N / jnp.maximum(count_N, 1) ** 2)
 
-    if M < N:  # the devices that share the experts show each other their tokens
+    if M < N:  # the devices that share the experts gather each other's tokens
         x_SD, weights_SK, chosen_SK = jax.lax.all_gather((x_SD, weights_SK, chosen_SK), rules["experts"], tiled=True)
         chosen_SK -= M * jax.lax.axis_index(rules["experts"])
-        chosen_SK = jnp.where((chosen_SK >= 0) & (chosen_SK < M), chosen_SK, M)  # M: another device's
-        K = min(K, M)  # of a token's experts, no more are here
-        here_SK = jnp.argsort(chosen_SK, 1)[:, :K]
-        weights_SK, chosen_SK = (jnp.take_along_axis(each, here_SK, 1) for each in (weights_SK, chosen_SK))
-    # Each token K times, sorted by expert: the rows of one expert are then one block of a grouped product. Those of
-    # other devices' experts are behind, in no block.
+        chosen_SK = jnp.where((chosen_SK >= 0) & (chosen_SK < M), chosen_SK, M)  # M: an expert of another device
+        K = min(K, M)  # no token has more experts on this device
+        local_SK = jnp.argsort(chosen_SK, 1)[:, :K]
+        weights_SK, chosen_SK = (jnp.take_along_axis(array, local_SK, 1) for array in (weights_SK, chosen_SK))
+    # Each token K times, sorted by expert: the rows of one expert are then one group of a grouped product. Rows for
+    # other devices' experts come last, in no group.
     chosen = chosen_SK.reshape(-1)
     order, sizes_M = jnp.argsort(chosen, stable=True), jnp.bincount(chosen, length=M + 1)[:M]
     token_R, weight_R, matrices = order // K, weights_SK.reshape(-1)[order], (gate_MDF, up_MDF, down_MFD)
-    said = functools.partial(_expert_outputs, activations, rules["neurons"])
-    # Scales of 8 bits are those of several devices, which must not wait for each other in loops of unknown length.
+    apply_experts = functools.partial(_expert_outputs, activations, rules["neurons"])
+    # 8-bit scales are reduced over several devices, which must not wait for each other in loops of different lengths.
     if M == N or isinstance(gate_MDF, Quantized):
-        rows = said(x_SD[token_R], weight_R, matrices, sizes_M, jnp.minimum(chosen[order], M - 1))
+        rows = apply_experts(x_SD[token_R], weight_R, matrices, sizes_M, jnp.minimum(chosen[order], M - 1))
         out_SD = jnp.zeros(x_SD.shape, jnp.float32).at[token_R].add(rows)
     else:
-        count = (
+        chunk_size = (
             math.ceil(CAPACITY_FACTOR * len(x_SD) * config.num_experts_per_tok * M / N / CHUNK_MULTIPLE)
             * CHUNK_MULTIPLE
         )
-        count = min(count, len(token_R))
-        token_R, weight_R = (jnp.pad(each, (0, -len(each) % count)) for each in (token_R, weight_R))
-        out_SD = _in_chunks(said, count, x_SD, weight_R, matrices, token_R, sizes_M)
+        chunk_size = min(chunk_size, len(token_R))
+        token_R, weight_R = (jnp.pad(array, (0, -len(array) % chunk_size)) for array in (token_R, weight_R))
+        out_SD = _sum_in_chunks(apply_experts, chunk_size, x_SD, weight_R, matrices, token_R, sizes_M)
     out_SD = out_SD.astype(x_BTD.dtype)
     if rules["neurons"]:
         out_SD = jax.lax.psum(out_SD, rules["neurons"])
@@ -152,65 +172,76 @@ def _expert_outputs(
     sizes_M: Array,
     expert_R: Array | None = None,
 ) -> Float[Array, "R D"]:
-    """What experts say to their blocks of rows, times the rows' weights, float32; zeros behind the last block."""
+    """float32 outputs of experts for their groups of rows, times the rows' weights; zeros behind the last group."""
     gate_MDF, up_MDF, down_MFD = matrices
     grouped = functools.partial(_grouped, activations, sizes_M, expert_R)
     neurons = jax.nn.silu(grouped(rows_RD, gate_MDF)) * grouped(rows_RD, up_MDF)
-    said = grouped(neurons, down_MFD, neurons_over).astype(jnp.float32) * weight_R[:, None]
-    return jnp.where(jnp.arange(len(said))[:, None] < jnp.sum(sizes_M), said, 0)
+    outputs = grouped(neurons, down_MFD, neurons_over).astype(jnp.float32) * weight_R[:, None]
+    return jnp.where(jnp.arange(len(outputs))[:, None] < jnp.sum(sizes_M), outputs, 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _in_chunks(
-    said: Callable, count: int, x_SD: Array, weight_R: Array, matrices: Any, token_R: Array, sizes_M: Array
+def _sum_in_chunks(
+    apply_experts: Callable,
+    chunk_size: int,
+    x_SD: Array,
+    weight_R: Array,
+    matrices: Any,
+    token_R: Array,
+    sizes_M: Array,
 ) -> Float[Array, "S D"]:
-    """`said` of `count` rows at a time, added up by token, for as long as there are rows: all R of them would have to
-    be made, though on average most are of other devices' experts. R is a multiple of `count`."""
+    """`apply_experts` on chunks of rows, summed by token, until no rows are left.
 
-    def turn(number: Array, out_SD: Array) -> Array:
-        token, weight, sizes = _chunk_rows(count, number, token_R, weight_R, sizes_M)
-        return out_SD.at[token].add(said(x_SD[token], weight, matrices, sizes))
+    All R rows at once would need memory for rows of other devices' experts too, which on average are most of them. R is
+    a multiple of `chunk_size`.
+    """
 
-    return jax.lax.fori_loop(0, _num_chunks(count, sizes_M), turn, jnp.zeros(x_SD.shape, jnp.float32))
+    def add_chunk(chunk_index: Array, out_SD: Array) -> Array:
+        token, weight, sizes = _chunk_rows(chunk_size, chunk_index, token_R, weight_R, sizes_M)
+        return out_SD.at[token].add(apply_experts(x_SD[token], weight, matrices, sizes))
+
+    return jax.lax.fori_loop(0, _num_chunks(chunk_size, sizes_M), add_chunk, jnp.zeros(x_SD.shape, jnp.float32))
 
 
-def _num_chunks(count: int, sizes_M: Array) -> Int[Array, ""]:
-    return -(-jnp.sum(sizes_M) // count)
+def _num_chunks(chunk_size: int, sizes_M: Array) -> Int[Array, ""]:
+    return -(-jnp.sum(sizes_M) // chunk_size)
 
 
 def _chunk_rows(
-    count: int, number: Array, token_R: Array, weight_R: Array, sizes_M: Array
+    chunk_size: int, chunk_index: Array, token_R: Array, weight_R: Array, sizes_M: Array
 ) -> tuple[Array, Array, Array]:
-    """A turn's rows, of whole turns of them, and how many each expert has among them."""
-    token, weight = (jax.lax.dynamic_slice_in_dim(each, number * count, count) for each in (token_R, weight_R))
-    ends_M = jnp.clip(jnp.cumsum(sizes_M) - number * count, 0, count)
+    """Tokens and weights of a chunk's rows, and how many of the rows each expert has."""
+    token, weight = (
+        jax.lax.dynamic_slice_in_dim(array, chunk_index * chunk_size, chunk_size) for array in (token_R, weight_R)
+    )
+    ends_M = jnp.clip(jnp.cumsum(sizes_M) - chunk_index * chunk_size, 0, chunk_size)
     return token, weight, jnp.diff(ends_M, prepend=0)
 
 
-def _in_chunks_forward(said: Callable, count: int, *inputs: Any) -> tuple[Array, tuple]:
-    return _in_chunks(said, count, *inputs), inputs
+def _sum_in_chunks_forward(apply_experts: Callable, chunk_size: int, *inputs: Any) -> tuple[Array, tuple]:
+    return _sum_in_chunks(apply_experts, chunk_size, *inputs), inputs
 
 
-def _in_chunks_backward(said: Callable, count: int, inputs: tuple, d_out_SD: Array) -> tuple:
+def _sum_in_chunks_backward(apply_experts: Callable, chunk_size: int, inputs: tuple, d_out_SD: Array) -> tuple:
     x_SD, weight_R, matrices, token_R, sizes_M = inputs
 
-    def turn(number: Array, sums: tuple) -> tuple:
-        token, weight, sizes = _chunk_rows(count, number, token_R, weight_R, sizes_M)
-        _, pull = jax.vjp(lambda *taken: said(*taken, sizes), x_SD[token], weight, matrices)
+    def add_chunk(chunk_index: Array, sums: tuple) -> tuple:
+        token, weight, sizes = _chunk_rows(chunk_size, chunk_index, token_R, weight_R, sizes_M)
+        _, pull = jax.vjp(lambda *chunk_inputs: apply_experts(*chunk_inputs, sizes), x_SD[token], weight, matrices)
         d_rows, d_weight, d_matrices = pull(d_out_SD[token])
-        d_x_SD, d_weight_R, before = sums
+        d_x_SD, d_weight_R, previous = sums
         return (
             d_x_SD.at[token].add(d_rows.astype(jnp.float32)),
-            jax.lax.dynamic_update_slice_in_dim(d_weight_R, d_weight, number * count, 0),
-            jax.tree.map(jnp.add, before, d_matrices),
+            jax.lax.dynamic_update_slice_in_dim(d_weight_R, d_weight, chunk_index * chunk_size, 0),
+            jax.tree.map(jnp.add, previous, d_matrices),
         )
 
     zeros = jnp.zeros(x_SD.shape, jnp.float32), *jax.tree.map(jnp.zeros_like, (weight_R, matrices))
-    d_x_SD, d_weight_R, d_matrices = jax.lax.fori_loop(0, _num_chunks(count, sizes_M), turn, zeros)
+    d_x_SD, d_weight_R, d_matrices = jax.lax.fori_loop(0, _num_chunks(chunk_size, sizes_M), add_chunk, zeros)
     return d_x_SD.astype(x_SD.dtype), d_weight_R, d_matrices, None, None
 
 
-_in_chunks.defvjp(_in_chunks_forward, _in_chunks_backward)
+_sum_in_chunks.defvjp(_sum_in_chunks_forward, _sum_in_chunks_backward)
 
 
 def _grouped(
@@ -221,11 +252,15 @@ def _grouped(
     weight: Array | Quantized | Adapted,
     inputs_over: tuple[str, ...] = (),
 ) -> Array:
-    """Each expert's block of rows times its matrix. 8 bits are multiplied as bfloat16, which holds them all exactly.
+    """Each expert's group of rows times its matrix. 8-bit values are multiplied as bfloat16, which holds them exactly.
 
     Args:
-      expert_R: the expert of each row, needed for 8 bits.
-      inputs_over: the mesh axes that K lies over; the token scales are those of all its parts, not the sums.
+      activations: how to round activations for 8-bit weights.
+      sizes_M: rows of each expert.
+      expert_R: the expert of each row, for 8-bit weights only.
+      rows_RK: rows, grouped by expert.
+      weight: [M, K, F].
+      inputs_over: mesh axes that K is sharded over; token scales are reduced over them, sums are not.
     """
     if isinstance(weight, Adapted):
         grouped = functools.partial(_grouped, activations, sizes_M, expert_R)

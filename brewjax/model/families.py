@@ -126,12 +126,12 @@ def config_from_hf(values: dict[str, Any], name: str, where: str) -> ModelConfig
         hf = CONFIG_MAPPING[values["model_type"]].from_dict(copy.deepcopy(values))  # with the family's own defaults
     except (StrictDataclassError, ValueError, TypeError, KeyError, ArithmeticError) as error:
         raise CheckpointError(f"{where}: {error}") from None
-    for key, wanted in ONLY.items():
-        if getattr(hf, key, wanted) != wanted:
-            raise CheckpointError(f"{where}: {key} is {getattr(hf, key)!r}; only {wanted!r} can be computed")
-    of_family = {*type(hf)().to_dict(), *type(hf).attribute_map, "head_dim"}
+    for key, expected in ONLY.items():
+        if getattr(hf, key, expected) != expected:
+            raise CheckpointError(f"{where}: {key} is {getattr(hf, key)!r}; only {expected!r} can be computed")
+    family_keys = {*type(hf)().to_dict(), *type(hf).attribute_map, "head_dim"}
     for key, value in values.items():
-        if value is not None and key not in of_family | ROPE | WITHOUT_EFFECT | ONLY.keys():
+        if value is not None and key not in family_keys | ROPE | WITHOUT_EFFECT | ONLY.keys():
             raise CheckpointError(
                 f"{where}: {key} is {value!r}; transformers computes nothing of the kind in a {values['model_type']}, "
                 f"and nor does brewjax. Take the key out if it changes nothing"
@@ -179,38 +179,41 @@ def _window(hf: PreTrainedConfig, where: str) -> int | None:
 
 def _rope_scaling(rope: dict[str, Any], positions: int, where: str) -> Any:
     """What `RopeScaling` is made of, from transformers' `rope_parameters` (its modeling_rope_utils.py)."""
-    take, kind = rope.pop, rope.pop("rope_type", None)
+    pop_key, kind = rope.pop, rope.pop("rope_type", None)
     for key in ("type", "rope_theta"):
-        take(key, None)
-    if take("partial_rotary_factor", 1) not in (1, None):
+        pop_key(key, None)
+    if pop_key("partial_rotary_factor", 1) not in (1, None):
         raise CheckpointError(f"{where}: partial_rotary_factor: heads are turned in full, or not at all")
-    original, scaling = take("original_max_position_embeddings", None), None
+    original, scaling = pop_key("original_max_position_embeddings", None), None
     if kind == "linear":
-        scaling = {"type": kind, "factor": take("factor")}
+        scaling = {"type": kind, "factor": pop_key("factor")}
     elif kind == "llama3":
-        scaling = {"type": kind, "factor": take("factor"), "original_length": original}
-        scaling |= {"low": take("low_freq_factor"), "high": take("high_freq_factor")}
+        scaling = {"type": kind, "factor": pop_key("factor"), "original_length": original}
+        scaling |= {"low": pop_key("low_freq_factor"), "high": pop_key("high_freq_factor")}
     elif kind == "yarn":
-        factor = take("factor", None) or positions / original
-        attention, scales = take("attention_factor", None), (take("mscale", None), take("mscale_all_dim", None))
+        factor = pop_key("factor", None) or positions / original
+        attention, scales = (
+            pop_key("attention_factor", None),
+            (pop_key("mscale", None), pop_key("mscale_all_dim", None)),
+        )
         if attention is None and all(scales):
             up, down = (0.1 * scale * math.log(factor) + 1 for scale in scales)
             attention = up / down
         scaling = {"type": kind, "factor": factor, "original_length": original, "attention": attention}
-        scaling |= {"fast": take("beta_fast", None) or 32, "slow": take("beta_slow", None) or 1}
-        scaling["truncate"] = take("truncate", True)
+        scaling |= {"fast": pop_key("beta_fast", None) or 32, "slow": pop_key("beta_slow", None) or 1}
+        scaling["truncate"] = pop_key("truncate", True)
     elif kind == "longrope" and rope.get("short_factor") == rope.get("long_factor"):
-        factor = take("factor", None) or positions / original
-        attention = take("attention_factor", None) or math.sqrt(1 + math.log(max(factor, 1)) / math.log(original))
+        factor = pop_key("factor", None) or positions / original
+        attention = pop_key("attention_factor", None) or math.sqrt(1 + math.log(max(factor, 1)) / math.log(original))
         if attention != 1:
             raise CheckpointError(f"{where}: an attention_factor of {attention} with longrope cannot be computed")
-        scaling = {"type": "factors", "factors": take("short_factor")}
-        take("long_factor")
+        scaling = {"type": "factors", "factors": pop_key("short_factor")}
+        pop_key("long_factor")
     elif kind != "default":
         known = "default, linear, llama3, yarn, and longrope where its short_factor is its long_factor"
         raise CheckpointError(f"{where}: RoPE of type {kind!r} cannot be computed; known: {known}")
-    if others := [key for key, value in rope.items() if value is not None]:
-        raise CheckpointError(f"{where}: RoPE of type {kind!r} with {', '.join(others)} cannot be computed")
+    if unread := [key for key, value in rope.items() if value is not None]:
+        raise CheckpointError(f"{where}: RoPE of type {kind!r} with {', '.join(unread)} cannot be computed")
     return scaling
 
 

@@ -1,6 +1,9 @@
-"""Text from a decoder: keys and values lie in slots, a sequence each, and every step adds a token to all of them.
+"""Text generation: each slot of a KV cache holds a sequence, and every step adds a token to all of them.
 
 `prefill`, `insert`, `step` and `sample` are pure functions of arrays; a `Generator` compiles them for one model.
+
+Axis letters: N slots, S tokens of a slot, T tokens of a prompt, L layers, K key-value heads, E size of a head,
+V vocabulary (docs/glossary.md, "Axis letters").
 """
 
 from __future__ import annotations
@@ -23,26 +26,26 @@ from brewjax.model.params import Params, abstract_params, bind
 from brewjax.model.sharding import FSDP_TENSOR, MeshConfig
 from pallas_kernels.token_labels import ALL, PADDING, TokenLabels
 
-SHORTEST_BUCKET = 64
-KEPT = (None, None, None, "heads", None)  # how the keys and values of slots lie over devices
+SHORTEST_BUCKET = 64  # tokens
+KV_AXES = (None, None, None, "heads", None)  # axis names of the keys and values of slots
 
 
 class SamplingParams(Config):
-    """How the next token is drawn."""
+    """How the next token is sampled."""
 
     temperature: float = pydantic.Field(default=0.0, ge=0)
     """Divides the logits; 0 takes the likeliest token."""
     top_k: int = pydantic.Field(default=0, ge=0)
-    """Only the k likeliest tokens may be drawn; 0: all."""
+    """Samples from the k likeliest tokens only; 0 for all tokens."""
 
 
 class Prefix(NamedTuple):
-    """One sequence, read.
+    """The KV cache of one sequence.
 
     Attributes:
       keys, values: of its tokens, then of padding; in the compute dtype.
-      length: how many tokens it has.
-      last: the last of them, which the next step reads once more, for what follows it.
+      length: tokens of the sequence.
+      last: its last token, which the next step reads again to predict the one that follows.
     """
 
     keys: Float[Array, "L T K E"]
@@ -52,14 +55,14 @@ class Prefix(NamedTuple):
 
 
 class DecodeState(NamedTuple):
-    """N sequences of at most S tokens, growing.
+    """N growing sequences of at most S tokens.
 
     Attributes:
-      keys, values: of the tokens read so far; what lies behind them means nothing.
-      lengths: how many were read.
-      tokens: the next to be read, of each sequence.
-      drawn: how many tokens were drawn in each slot since a sequence was put there.
-      key: of the random numbers to come.
+      keys, values: of the tokens read so far; undefined behind them.
+      lengths: tokens read.
+      tokens: the next token to read, of each sequence.
+      num_sampled: tokens sampled in each slot since a sequence was inserted there.
+      key: random key of the next steps.
     """
 
     keys: Float[Array, "L N S K E"]
@@ -70,199 +73,224 @@ class DecodeState(NamedTuple):
     key: Array
 
 
-def prefill(decoder: Decoder, tokens: Int[Array, " T"], length: Int[Array, ""], before: Prefix | None = None) -> Prefix:
-    """Reads the first `length` (at least 1) of `tokens`, behind `before` where it is given."""
+def prefill(decoder: Decoder, tokens: Int[Array, " T"], length: Int[Array, ""], prefix: Prefix | None = None) -> Prefix:
+    """Computes the KV cache of a prompt.
+
+    Args:
+      decoder: the model.
+      tokens: the prompt, then padding.
+      length: tokens of the prompt, at least 1.
+      prefix: a sequence that the prompt continues.
+
+    Returns:
+      The whole sequence, prefix included.
+    """
     T = tokens.shape[0]
     real = jnp.arange(T) < length
-    if before is None:
+    if prefix is None:
         config = decoder.config
         start = jnp.int32(0)
         nothing = jnp.zeros((config.layers, 1, 1, config.kv_heads, config.head_dim), config.compute_dtype)
-        past = PagedKVCache(nothing, nothing, jnp.zeros((1, 0), jnp.int32))
+        cache = PagedKVCache(nothing, nothing, jnp.zeros((1, 0), jnp.int32))
     else:
-        start = before.length
-        real = jnp.concatenate([jnp.arange(before.keys.shape[1]) < start, real])
-        past = PagedKVCache(before.keys[:, None], before.values[:, None], jnp.zeros((1, 1), jnp.int32))
-    _, own = _read(decoder, tokens[None], start + jnp.arange(T)[None], real[None], past)
-    keys, values = (x[:, 0] for x in own)
-    if before is not None:
+        start = prefix.length
+        real = jnp.concatenate([jnp.arange(prefix.keys.shape[1]) < start, real])
+        cache = PagedKVCache(prefix.keys[:, None], prefix.values[:, None], jnp.zeros((1, 1), jnp.int32))
+    _, new_kv = _read(decoder, tokens[None], start + jnp.arange(T)[None], real[None], cache)
+    keys, values = (x[:, 0] for x in new_kv)
+    if prefix is not None:
         room = ((0, 0), (0, T), (0, 0), (0, 0))
         keys, values = (
             jax.lax.dynamic_update_slice_in_dim(jnp.pad(old, room), new, start, 1)
-            for old, new in ((before.keys, keys), (before.values, values))
+            for old, new in ((prefix.keys, keys), (prefix.values, values))
         )
     return Prefix(keys, values, start + length, tokens[length - 1])
 
 
-def insert(slots: DecodeState, prefix: Prefix, slot: Int[Array, ""]) -> DecodeState:
-    """Puts a sequence in a slot, over what was there."""
-    S = slots.keys.shape[2]
+def insert(state: DecodeState, prefix: Prefix, slot: Int[Array, ""]) -> DecodeState:
+    """Puts a sequence into a slot, in place of the slot's sequence."""
+    S = state.keys.shape[2]
     keys, values = (
         jax.lax.dynamic_update_slice(old, new[:, None, :S], (0, slot, 0, 0, 0))
-        for old, new in ((slots.keys, prefix.keys), (slots.values, prefix.values))
+        for old, new in ((state.keys, prefix.keys), (state.values, prefix.values))
     )
-    lengths, tokens, drawn = (
+    lengths, tokens, num_sampled = (
         old.at[slot].set(new)
-        for old, new in ((slots.lengths, prefix.length - 1), (slots.tokens, prefix.last), (slots.num_sampled, 0))
+        for old, new in ((state.lengths, prefix.length - 1), (state.tokens, prefix.last), (state.num_sampled, 0))
     )
-    return DecodeState(keys, values, lengths, tokens, drawn, slots.key)
+    return DecodeState(keys, values, lengths, tokens, num_sampled, state.key)
 
 
-def step(decoder: Decoder, slots: DecodeState, sampling: SamplingParams) -> tuple[DecodeState, Int[Array, " N"]]:
-    """Reads a token in every slot and draws the one that follows it. A full slot, and an empty one, draws nonsense."""
-    N, S = slots.keys.shape[1:3]
-    real = jnp.arange(S + 1) < slots.lengths[:, None]
-    past = PagedKVCache(slots.keys, slots.values, jnp.arange(N)[:, None])
-    hidden, own = _read(decoder, slots.tokens[:, None], slots.lengths[:, None], real.at[:, S].set(True), past)
-    key, now = jax.random.split(slots.key)
-    tokens = decoder.sharding.reshard(sample(decoder.logits(hidden[:, 0]), now, sampling), None)
+def step(decoder: Decoder, state: DecodeState, sampling: SamplingParams) -> tuple[DecodeState, Int[Array, " N"]]:
+    """Reads a token in every slot and samples the next one; the tokens of full and of empty slots are undefined."""
+    N, S = state.keys.shape[1:3]
+    real = jnp.arange(S + 1) < state.lengths[:, None]
+    cache = PagedKVCache(state.keys, state.values, jnp.arange(N)[:, None])
+    hidden, new_kv = _read(decoder, state.tokens[:, None], state.lengths[:, None], real.at[:, S].set(True), cache)
+    key, sample_key = jax.random.split(state.key)
+    tokens = decoder.sharding.reshard(sample(decoder.logits(hidden[:, 0]), sample_key, sampling), None)
     rows = jnp.arange(N)
     keys, values = (
-        old.at[:, rows, slots.lengths].set(decoder.sharding.reshard(new[:, :, 0], *KEPT[1:]), mode="drop")
-        for old, new in zip((slots.keys, slots.values), own, strict=True)
+        old.at[:, rows, state.lengths].set(decoder.sharding.reshard(new[:, :, 0], *KV_AXES[1:]), mode="drop")
+        for old, new in zip((state.keys, state.values), new_kv, strict=True)
     )
-    return DecodeState(keys, values, jnp.minimum(slots.lengths + 1, S), tokens, slots.num_sampled + 1, key), tokens
+    return DecodeState(keys, values, jnp.minimum(state.lengths + 1, S), tokens, state.num_sampled + 1, key), tokens
 
 
 def sample(logits: Float[Array, "N V"], key: Array, sampling: SamplingParams) -> Int[Array, " N"]:
-    """A token of each row."""
+    """Samples a token for each row of logits."""
     if not sampling.temperature:
         return jnp.argmax(logits, -1).astype(jnp.int32)
     if sampling.top_k:
-        least = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
-        logits = jnp.where(logits < least, -jnp.inf, logits)
+        threshold = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
+        logits = jnp.where(logits < threshold, -jnp.inf, logits)
     return jax.random.categorical(key, logits / sampling.temperature).astype(jnp.int32)
 
 
 class Generator:
-    """A model compiled to generate.
+    """A model compiled for generation.
 
-    A token at a time is no work to share: of the mesh, only `tensor` is made use of.
+    Only the `tensor` axis of the mesh is used: one token at a time is too little work to split otherwise.
 
     Args:
-      slots: how many sequences grow at once.
-      context: the most tokens of a sequence, prompt included.
+      model, params: the model.
+      num_slots: sequences that grow at the same time.
+      context: limit of the tokens of a sequence, prompt included.
+      sampling: how tokens are sampled; by default the likeliest is taken.
       seed: of the sampling.
-      mesh: the devices of the model; all there are unless it is given.
+      mesh: devices; by default all.
     """
 
     def __init__(
         self,
         model: ModelConfig,
         params: Params,
-        slots: int,
+        num_slots: int,
         context: int,
         sampling: SamplingParams | None = None,
         seed: int = 0,
         mesh: Mesh | None = None,
     ):
-        self.model, self.count, self.context = model, slots, context
+        self.model, self.count, self.context = model, num_slots, context
         mesh = mesh or MeshConfig().build()
         replica = tuple(slice(None if axis == "tensor" else 1) for axis in mesh.axis_names)
         self.mesh = Mesh(mesh.devices[replica], mesh.axis_names, axis_types=mesh.axis_types)
         self.params = self.shard_params(params)
         self.buckets = _buckets(context)
-        shape = (model.layers, slots, context, model.kv_heads, model.head_dim)
+        shape = (model.layers, num_slots, context, model.kv_heads, model.head_dim)
 
         def empty() -> DecodeState:
-            zeros = jnp.zeros(slots, jnp.int32)
-            keys, values = (FSDP_TENSOR.reshard(jnp.zeros(shape, model.compute_dtype), *KEPT) for _ in range(2))
+            zeros = jnp.zeros(num_slots, jnp.int32)
+            keys, values = (FSDP_TENSOR.reshard(jnp.zeros(shape, model.compute_dtype), *KV_AXES) for _ in range(2))
             return DecodeState(keys, values, zeros, zeros, zeros, jax.random.key(seed))
 
-        drawn = sampling or SamplingParams()
+        sampling_params = sampling or SamplingParams()
         self._empty = jax.jit(empty)
         self._prefill = jax.jit(lambda params, *args: prefill(bind(model, params), *args))
         self._insert = jax.jit(lambda *args: insert(*args), donate_argnums=0)  # not shared: compilations are counted
-        self._step = jax.jit(lambda params, slots: step(bind(model, params), slots, drawn), donate_argnums=1)
+        self._step = jax.jit(lambda params, state: step(bind(model, params), state, sampling_params), donate_argnums=1)
 
     def shard_params(self, params: Params) -> Params:
-        """Parameters of this model, on the devices that generate."""
+        """Parameters of this model, laid out on the generator's devices."""
         return jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, abstract_params(self.model, self.mesh)))
 
     def slots(self) -> DecodeState:
-        """Empty ones."""
+        """A state with empty slots."""
         with jax.set_mesh(self.mesh):
             return self._empty()
 
     def pad(self, tokens: Sequence[int]) -> Int[np.ndarray, " T"]:
-        """The tokens in the smallest bucket that holds them; ValueError where none does, or there are none."""
+        """The tokens, padded to the smallest bucket that holds them.
+
+        Raises:
+          ValueError: if there are no tokens, or more than `context`.
+        """
         if not 0 < len(tokens) <= self.context:
             raise ValueError(f"a sequence of {len(tokens)} tokens; 1 to {self.context} can be read")
         bucket = next(bucket for bucket in self.buckets if bucket >= len(tokens))
         return np.pad(np.asarray(tokens, np.int32), (0, bucket - len(tokens)))
 
-    def prefill(self, padded: Int[np.ndarray, " T"], length: int, before: Prefix | None = None) -> Prefix:
+    def prefill(self, padded: Int[np.ndarray, " T"], length: int, prefix: Prefix | None = None) -> Prefix:
         """As the function of that name."""
         with jax.set_mesh(self.mesh):
-            return self._prefill(self.params, padded, np.int32(length), before)
+            return self._prefill(self.params, padded, np.int32(length), prefix)
 
-    def insert(self, slots: DecodeState, prefix: Prefix, slot: int) -> DecodeState:
+    def insert(self, state: DecodeState, prefix: Prefix, slot: int) -> DecodeState:
         """As the function of that name; `slots` is used up."""
         with jax.set_mesh(self.mesh):
-            return self._insert(slots, prefix, np.int32(slot))
+            return self._insert(state, prefix, np.int32(slot))
 
-    def step(self, slots: DecodeState) -> tuple[DecodeState, Int[Array, " N"]]:
+    def step(self, state: DecodeState) -> tuple[DecodeState, Int[Array, " N"]]:
         """As the function of that name; `slots` is used up."""
         with jax.set_mesh(self.mesh):
-            return self._step(self.params, slots)
+            return self._step(self.params, state)
 
     def warm_up(self) -> None:
-        """Compiles every shape that a sequence without a prefix may take, so that no later one does."""
+        """Compiles every shape of sequences without a prefix, so that later calls compile nothing."""
         for bucket in self.buckets:
-            prefix, slots = self.prefill(np.zeros(bucket, np.int32), bucket), self.slots()
-            for _ in range(2):  # over several devices, `compilations` tells arrays apart by what made them
-                slots = self.insert(self.insert(slots, prefix, 0), prefix, 0)
-                slots, _ = self.step(self.step(slots)[0])
-        jax.block_until_ready(slots)
+            prefix, state = self.prefill(np.zeros(bucket, np.int32), bucket), self.slots()
+            for _ in range(2):  # over several devices, jit's cache distinguishes arrays by the program that made them
+                state = self.insert(self.insert(state, prefix, 0), prefix, 0)
+                state, _ = self.step(self.step(state)[0])
+        jax.block_until_ready(state)
 
     def compilations(self) -> int:
-        """How many shapes were compiled so far."""
+        """The number of shapes compiled so far."""
         functions = (self._empty, self._prefill, self._insert, self._step)
         return sum(function._cache_size() for function in functions)  # type: ignore[attr-defined]
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_tokens: int, stop: Collection[int] = ()
     ) -> list[list[int]]:
-        """What follows each prompt: up to, and without, a token of `stop`, and at most `max_tokens`.
+        """Generates a continuation of each prompt.
 
-        ValueError where a prompt and `max_tokens` are more than the context.
+        Args:
+          prompts: token ids.
+          max_tokens: limit of new tokens.
+          stop: token ids that end a continuation, and are not part of it.
+
+        Returns:
+          The new tokens of each prompt.
+
+        Raises:
+          ValueError: if a prompt and `max_tokens` exceed the context.
         """
-        for number, prompt in enumerate(prompts):
+        for index, prompt in enumerate(prompts):
             if len(prompt) + max_tokens > self.context:
                 raise ValueError(
-                    f"prompt {number}: {len(prompt)} tokens and {max_tokens} more do not fit {self.context}"
+                    f"prompt {index}: {len(prompt)} tokens and {max_tokens} more do not fit {self.context}"
                 )
-        said: list[list[int]] = [[] for _ in prompts]
+        outputs: list[list[int]] = [[] for _ in prompts]
         waiting = deque(range(len(prompts) if max_tokens > 0 else 0))
         running: dict[int, int] = {}
-        slots = self.slots()
+        state = self.slots()
         while waiting or running:
             for slot in [slot for slot in range(self.count) if slot not in running][: len(waiting)]:
                 running[slot] = waiting.popleft()
                 prompt = prompts[running[slot]]
-                slots = self.insert(slots, self.prefill(self.pad(prompt), len(prompt)), slot)
-            slots, drawn = self.step(slots)
-            for slot, token in enumerate(np.asarray(drawn).tolist()):
+                state = self.insert(state, self.prefill(self.pad(prompt), len(prompt)), slot)
+            state, sampled = self.step(state)
+            for slot, token in enumerate(np.asarray(sampled).tolist()):
                 if slot in running:
-                    text = said[running[slot]]
+                    text = outputs[running[slot]]
                     if token not in stop:
                         text.append(token)
                     if token in stop or len(text) == max_tokens:
                         del running[slot]
-        return said
+        return outputs
 
 
-def _read(decoder: Decoder, tokens: Array, positions: Array, real: Array, past: PagedKVCache) -> tuple[Array, KVCache]:
-    """`Decoder.extend` for plain text: every token that is `real` sees all before it."""
+def _read(decoder: Decoder, tokens: Array, positions: Array, real: Array, cache: PagedKVCache) -> tuple[Array, KVCache]:
+    """`Decoder.forward_with_cache` for plain text: every `real` token attends to all tokens before it."""
     token_labels = TokenLabels(jnp.where(real, 1, PADDING), jnp.zeros(real.shape, jnp.int32), jnp.full(real.shape, ALL))
     tokens, positions, token_labels = jax.tree.map(
         lambda x: decoder.sharding.reshard(x, "batch", "length"), (tokens, positions, token_labels)
     )
-    return decoder.forward_with_cache(tokens, positions, token_labels, past)
+    return decoder.forward_with_cache(tokens, positions, token_labels, cache)
 
 
 def _buckets(context: int) -> tuple[int, ...]:
-    """Lengths that prompts are padded to: each twice the one before, the last the context."""
+    """Lengths that prompts are padded to: powers of two times the shortest, then the context."""
     buckets = [min(SHORTEST_BUCKET, context)]
     while buckets[-1] < context:
         buckets.append(min(2 * buckets[-1], context))

@@ -171,13 +171,13 @@ class GGUFFile:
                 f"{self._path}: {self._name}.vocab_size is {stated}, but token_embd.weight has {config.vocab_size} rows"
             )
         for key, field in self._reader.fields.items():
-            own = key.removeprefix(f"{self._name}.")
-            if own in ONLY:
-                wanted, value = ONLY[own], field.contents()
-                wanted = config.head_dim if wanted == "head_dim" else wanted
-                if value != wanted:
-                    raise CheckpointError(f"{self._path}: {key} is {value!r}; only {wanted!r} can be computed")
-            elif not (own in COMPUTED and own != key) and not WITHOUT_EFFECT.match(key):
+            short_key = key.removeprefix(f"{self._name}.")
+            if short_key in ONLY:
+                expected, value = ONLY[short_key], field.contents()
+                expected = config.head_dim if expected == "head_dim" else expected
+                if value != expected:
+                    raise CheckpointError(f"{self._path}: {key} is {value!r}; only {expected!r} can be computed")
+            elif not (short_key in COMPUTED and short_key != key) and not WITHOUT_EFFECT.match(key):
                 raise CheckpointError(f"{self._path}: {key} is {field.contents()!r}, which is not known here")
 
     def _rope_scaling(self, factors: gguf.ReaderTensor | None) -> dict[str, Any] | None:
@@ -200,8 +200,8 @@ class GGUFFile:
             return scaling
         if scaling:
             raise CheckpointError(f"{self._path}: both {FACTORS} and rope.scaling.type {kind} cannot be computed")
-        of_angles = gguf.dequantize(factors.data, factors.tensor_type).ravel().tolist()
-        return {"type": "factors", "factors": of_angles} if set(of_angles) != {1.0} else None
+        angle_factors = gguf.dequantize(factors.data, factors.tensor_type).ravel().tolist()
+        return {"type": "factors", "factors": angle_factors} if set(angle_factors) != {1.0} else None
 
     def params(self, config: ModelConfig, mesh: Mesh) -> Params:
         """The weights, dequantised, in `config.param_dtype`, over `mesh`."""
@@ -212,9 +212,9 @@ class GGUFFile:
                 raise CheckpointError(
                     f"{self._path}: tensor {tensor.name} is {tensor.tensor_type.name}; only {', '.join(TYPES)} are read"
                 )
-            turned = next((count for part, count in heads.items() if f".{part}." in tensor.name), None)
+            num_rotary_heads = next((count for part, count in heads.items() if f".{part}." in tensor.name), None)
             shape = tuple(int(size) for size in tensor.shape[::-1])
-            read = functools.partial(_read, tensor, shape, turned)
+            read = functools.partial(_read, tensor, shape, num_rotary_heads)
             stored[tensor.name] = Stored(str(self._path), shape, read)
         return load(config, NAMES, stored, re.compile(re.escape(FACTORS)), mesh)
 
@@ -228,17 +228,17 @@ class GGUFFile:
                 f"as {', '.join(SPLITS)}. Import this model from its safetensors"
             )
         tokens, merges = value("ggml.tokens"), [tuple(merge.split(" ")) for merge in value("ggml.merges")]
-        vocabulary = {token: number for number, token in enumerate(tokens)}
+        vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
         # Llama 3 takes a word that is a token as it is, whichever merges lead to it.
         bpe = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=split == "llama-bpe"))
         bpe.normalizer = normalizers.NFC() if split in NORMALIZED else None
         bpe.pre_tokenizer = pre_tokenizers.Sequence(SPLITS[split])
         bpe.decoder = decoders.ByteLevel()
-        for token, of_kind in zip(tokens, value("ggml.token_type"), strict=True):
-            if of_kind in (CONTROL, USER_DEFINED):
-                bpe.add_tokens([AddedToken(token, special=of_kind == CONTROL, normalized=False)])
+        for token, token_type in zip(tokens, value("ggml.token_type"), strict=True):
+            if token_type in (CONTROL, USER_DEFINED):
+                bpe.add_tokens([AddedToken(token, special=token_type == CONTROL, normalized=False)])
         ids = {name: value(f"ggml.{name}_token_id", None) for name in ("bos", "eos", "padding", "unknown")}
-        bos, eos, padding, unknown = (None if number is None else tokens[number] for number in ids.values())
+        bos, eos, padding, unknown = (None if token_id is None else tokens[token_id] for token_id in ids.values())
         if bos is not None and value("ggml.add_bos_token", split == "llama-bpe"):
             bpe.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, ids["bos"])])
         else:

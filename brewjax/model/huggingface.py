@@ -93,8 +93,8 @@ def _headers(folder: Path) -> Headers:
         except SafetensorError as error:
             raise CheckpointError(f"{file}: not a whole safetensors file: {error}") from None
     for name, (file, _, dtype) in headers.items():
-        if (by_index := weight_map.get(name, file.name)) != file.name:
-            raise CheckpointError(f"{index}: is stale: tensor {name} is in {by_index} by it, and is in {file.name}")
+        if (indexed_file := weight_map.get(name, file.name)) != file.name:
+            raise CheckpointError(f"{index}: is stale: tensor {name} is in {indexed_file} by it, and is in {file.name}")
         if dtype not in DTYPES:
             raise CheckpointError(f"{file}: tensor {name} is {dtype}; only {', '.join(DTYPES)} are read")
     return headers
@@ -144,8 +144,8 @@ def write(folder: Path, config: ModelConfig, params: Params, tokens: dict[str, i
             files[-1][tensor] = (name, leaf, index)
             size, total = size + entry, total + entry
     weight_map: dict[str, str] = {}
-    for number, tensors in enumerate(files, 1):
-        file = WEIGHTS if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
+    for file_index, tensors in enumerate(files, 1):
+        file = WEIGHTS if len(files) == 1 else f"model-{file_index:05}-of-{len(files):05}.safetensors"
         arrays = {tensor: name.to_theirs(_entry(leaf, index)) for tensor, (name, leaf, index) in tensors.items()}
         save_file(arrays, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(arrays, file)
@@ -158,8 +158,8 @@ def _entry(stack: jax.Array, index: tuple[int, ...]) -> np.ndarray:
     """One tensor of a parameter, from the devices that hold its parts: the host never holds the whole stack."""
     depth, entry = len(index), np.empty(stack.shape[len(index) :], stack.dtype)
     for shard in stack.addressable_shards:
-        ranges = [range(size)[place] for size, place in zip(stack.shape, shard.index, strict=True)]
-        if shard.replica_id == 0 and all(at in of for at, of in zip(index, ranges[:depth], strict=True)):
-            own = tuple(of.index(at) for at, of in zip(index, ranges[:depth], strict=True))
-            entry[shard.index[depth:]] = np.asarray(shard.data[own])
+        ranges = [range(size)[part] for size, part in zip(stack.shape, shard.index, strict=True)]
+        if shard.replica_id == 0 and all(at in rows for at, rows in zip(index, ranges[:depth], strict=True)):
+            local_index = tuple(rows.index(at) for at, rows in zip(index, ranges[:depth], strict=True))
+            entry[shard.index[depth:]] = np.asarray(shard.data[local_index])
     return entry

@@ -1,4 +1,4 @@
-"""Weights of another program, tensor by tensor, into parameters sharded on a mesh: the host never holds them all."""
+"""Loads another program's weights, tensor by tensor, into sharded parameters: the host never holds them all."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from jax.sharding import Mesh, NamedSharding
 from brewjax.model.config import ModelConfig
 from brewjax.model.params import Params, abstract_params
 
-NAMED_AT_MOST = 10  # problems, in one error
+MAX_PROBLEMS = 10  # named in one error
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read; the message says which file and tensor, and what would be right."""
+    """A checkpoint that cannot be read; the message names file and tensor, and what would be right."""
 
 
 def checked_config(where: str, **values: Any) -> ModelConfig:
-    """A config of what a file says; CheckpointError, beginning with `where`, names each value that is none."""
+    """A config of a file's values; raises CheckpointError, beginning with `where`, that names each invalid value."""
     try:
         return ModelConfig(**values)
     except pydantic.ValidationError as error:
@@ -42,12 +42,12 @@ def checked_config(where: str, **values: Any) -> ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Name:
-    """What another program calls the tensors of one of our parameters, and how it lays them out.
+    """The names and the layout of another program's tensors for one of our parameters.
 
     Attributes:
-      template: with a {} for each axis that our parameter stacks them along: layer, expert.
-      inputs: of the axes behind those, how many are the input of a matrix, which they keep as [outputs, inputs] (0:
-        a vector); None for a table [tokens, features], which all lay out alike.
+      template: the tensors' name, with a {} for each axis that our parameter stacks them along: layer, expert.
+      inputs: how many of the other axes are inputs of a matrix, which is stored as [outputs, inputs]; 0 for a vector;
+        None for a table [tokens, features], which is stored like ours.
     """
 
     template: str
@@ -55,7 +55,7 @@ class Name:
 
     @property
     def stacked(self) -> int:
-        """How many leading axes of our parameter are one tensor an entry."""
+        """The number of leading axes of our parameter whose entries are tensors of their own."""
         return self.template.count("{}")
 
     def tensors(self, shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], str]]:
@@ -65,10 +65,10 @@ class Name:
 
     def their_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of each tensor of a parameter of this shape."""
-        own = shape[self.stacked :]
+        entry_shape = shape[self.stacked :]
         if self.inputs is None:
-            return own
-        sizes = (math.prod(own[self.inputs :]), math.prod(own[: self.inputs]))
+            return entry_shape
+        sizes = (math.prod(entry_shape[self.inputs :]), math.prod(entry_shape[: self.inputs]))
         return sizes if self.inputs else sizes[:1]
 
     def to_ours(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -95,15 +95,18 @@ class Stored:
 def load(
     config: ModelConfig, names: Mapping[str, Name], stored: Mapping[str, Stored], ignored: re.Pattern, mesh: Mesh
 ) -> Params:
-    """Parameters, each created where it belongs and filled a tensor at a time.
+    """Creates each parameter on its devices and fills it one tensor at a time.
 
     Args:
+      config: the model.
       names: by path of the parameter, such as "layers/query".
       stored: every tensor of the checkpoint.
-      ignored: names of tensors that a model can do without.
+      ignored: names of tensors that the model does not need.
+      mesh: the devices.
 
-    Raises CheckpointError: before anything is read, naming every tensor that is missing, too many, or mis-shaped;
-    later, naming one that is not finite.
+    Raises:
+      CheckpointError: before anything is read, for tensors that are missing, unknown or of a wrong shape; later, for a
+        tensor that holds NaN or infinity.
     """
     leaves, tree = jax.tree_util.tree_flatten_with_path(abstract_params(config, mesh))
     ours = [(names["/".join(key.key for key in path)], leaf) for path, leaf in leaves]
@@ -119,29 +122,32 @@ def _check(ours: list[tuple[Name, jax.ShapeDtypeStruct]], stored: Mapping[str, S
         if tensor not in stored:
             problems.append(f"{files}: tensor {tensor} {list(shape)} is missing")
         elif stored[tensor].shape != shape:
-            at = stored[tensor]
-            problems.append(f"{at.file}: tensor {tensor} is {list(at.shape)}, its config makes it {list(shape)}")
-    for tensor, at in stored.items():
+            tensor_in_file = stored[tensor]
+            file, actual = tensor_in_file.file, list(tensor_in_file.shape)
+            problems.append(f"{file}: tensor {tensor} is {actual}, its config makes it {list(shape)}")
+    for tensor, tensor_in_file in stored.items():
         if tensor not in expected and not ignored.search(tensor):
-            problems.append(f"{at.file}: tensor {tensor} {list(at.shape)} has no place in this model")
+            problems.append(
+                f"{tensor_in_file.file}: tensor {tensor} {list(tensor_in_file.shape)} has no place in this model"
+            )
     if problems:
-        rest = len(problems) - NAMED_AT_MOST
-        raise CheckpointError("\n".join(problems[:NAMED_AT_MOST] + ([f".. and {rest} more"] if rest > 0 else [])))
+        rest = len(problems) - MAX_PROBLEMS
+        raise CheckpointError("\n".join(problems[:MAX_PROBLEMS] + ([f".. and {rest} more"] if rest > 0 else [])))
 
 
 def _fill(name: Name, leaf: jax.ShapeDtypeStruct, stored: Mapping[str, Stored]) -> jax.Array:
     sharding = leaf.sharding
     assert isinstance(sharding, NamedSharding)
-    of_entry = NamedSharding(sharding.mesh, jax.P(*sharding.spec[name.stacked :]))
-    # For a CPU, XLA writes into a bfloat16 array by way of a float32 copy of the whole; integers it writes in place.
+    entry_sharding = NamedSharding(sharding.mesh, jax.P(*sharding.spec[name.stacked :]))
+    # On a CPU, XLA updates a bfloat16 array by way of a float32 copy of all of it; it updates integers in place.
     as_bits = leaf.dtype == jnp.bfloat16 and sharding.mesh.devices.flat[0].platform == "cpu"
     dtype = np.dtype(np.uint16) if as_bits else leaf.dtype
     stack = jax.jit(functools.partial(jnp.zeros, leaf.shape, dtype), out_shardings=sharding)()
     for index, tensor in name.tensors(leaf.shape):
         entry = name.to_ours(stored[tensor].read(), leaf.shape)
-        placed = jax.make_array_from_callback(entry.shape, of_entry, entry.__getitem__)
+        placed = jax.make_array_from_callback(entry.shape, entry_sharding, entry.__getitem__)
         stack, fine = _put(stack, placed, np.array(index, np.int32), sharding, leaf.dtype)
-        if not fine:  # which waits: the next tensor is not read while this one is still held
+        if not fine:  # this waits for the device: the next tensor is read only when this one is freed
             raise CheckpointError(f"{stored[tensor].file}: tensor {tensor} holds NaN or infinity")
     if not as_bits:
         return stack
@@ -155,9 +161,9 @@ def _fill(name: Name, leaf: jax.ShapeDtypeStruct, stored: Mapping[str, Stored]) 
 def _put(
     stack: jax.Array, entry: jax.Array, index: jax.Array, sharding: NamedSharding, dtype: np.dtype
 ) -> tuple[jax.Array, jax.Array]:
-    """The stack, which lies by `sharding`, with the entry in its place; and whether the entry is finite throughout.
+    """The stack with the entry written at `index`, and whether the entry is finite throughout.
 
-    The stack is of `dtype`, or holds its bits.
+    The stack is sharded by `sharding`; it is of `dtype`, or holds the bits of `dtype` as integers.
     """
     spec, depth = sharding.spec, index.size
     fine = jnp.isfinite(entry).all()
@@ -166,15 +172,15 @@ def _put(
         entry = jax.lax.bitcast_convert_type(entry, stack.dtype)
 
     def local(stack: jax.Array, entry: jax.Array, index: jax.Array) -> jax.Array:
-        # The place among the device's own layers and experts, if it is there.
+        # The index among this device's layers and experts, if the entry belongs to it.
         sizes = np.array(stack.shape[:depth], np.int32)
-        numbers = [jax.lax.axis_index(axes) if axes else 0 for axes in spec[:depth]]
-        own = index - sizes * jnp.array(numbers, jnp.int32)
-        mine = jnp.all((own >= 0) & (own < sizes))
-        start = [*jnp.clip(own, 0, sizes - 1), *[0] * entry.ndim]
-        before = jax.lax.dynamic_slice(stack, start, [1] * depth + list(entry.shape))
-        after = jnp.where(mine, entry.reshape(before.shape), before)
-        return jax.lax.dynamic_update_slice(stack, after, start)
+        shard_indices = [jax.lax.axis_index(axes) if axes else 0 for axes in spec[:depth]]
+        local_index = index - sizes * jnp.array(shard_indices, jnp.int32)
+        is_local = jnp.all((local_index >= 0) & (local_index < sizes))
+        start = [*jnp.clip(local_index, 0, sizes - 1), *[0] * entry.ndim]
+        previous = jax.lax.dynamic_slice(stack, start, [1] * depth + list(entry.shape))
+        updated = jnp.where(is_local, entry.reshape(previous.shape), previous)
+        return jax.lax.dynamic_update_slice(stack, updated, start)
 
     specs = (spec, jax.P(*spec[depth:]), jax.P())
     put = jax.shard_map(local, mesh=sharding.mesh, in_specs=specs, out_specs=spec, check_vma=False)

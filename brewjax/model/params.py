@@ -1,4 +1,4 @@
-"""Parameters as a plain nested dict of arrays: made, sharded, bound to a `Decoder`, saved and loaded."""
+"""Parameters as a plain nested dict of arrays: created, sharded, bound to a `Decoder`, saved and loaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
-from brewjax import distributed as hosts
+from brewjax import distributed
 from brewjax.model.config import ModelConfig
 from brewjax.model.decoder import Decoder
 
@@ -40,7 +40,7 @@ def abstract_decoder(config: ModelConfig) -> Decoder:
 
 
 def abstract_params(config: ModelConfig, mesh: Mesh) -> Params:
-    """Shapes, dtypes and shardings of the parameters; ValueError names the axis that the mesh does not divide."""
+    """Shapes, dtypes and shardings of the parameters; raises ValueError for an axis that the mesh does not divide."""
     decoder = abstract_decoder(config)
 
     def leaf(weight: Any) -> jax.ShapeDtypeStruct:
@@ -53,7 +53,7 @@ def abstract_params(config: ModelConfig, mesh: Mesh) -> Params:
 
 
 def init_params(config: ModelConfig, mesh: Mesh, seed: int) -> Params:
-    """Random parameters, created where they belong."""
+    """Random parameters, created on the devices that hold them."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(config, mesh))
 
     def init() -> Params:
@@ -63,12 +63,19 @@ def init_params(config: ModelConfig, mesh: Mesh, seed: int) -> Params:
 
 
 def num_parameters(params: Params) -> int:
-    """Number of parameters; abstract ones count too."""
+    """Number of parameters, of arrays or of abstract ones."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 class ModelSize(NamedTuple):
-    """Of a model: its parameters, those that one token's pass uses, bytes at rest, and of a token's keys and values."""
+    """Sizes of a model.
+
+    Attributes:
+      parameters: all of them.
+      active: those that one token's forward pass uses.
+      weight_bytes: bytes of the weights at rest.
+      cache_bytes: bytes of one token's keys and values.
+    """
 
     parameters: int
     active: int
@@ -77,31 +84,31 @@ class ModelSize(NamedTuple):
 
 
 def model_size(config: ModelConfig) -> ModelSize:
-    """Without making any of it; ValueError where the config leaves the vocabulary to a tokenizer."""
+    """The sizes of a model, without creating it; raises ConfigError if the config has no vocabulary size."""
     if not config.vocab_size:
-        raise config.error("a tokenizer's; give it, with --set vocab_size=N on the command line", "vocab_size")
+        raise config.error("is left to a tokenizer; set it (on the command line: --set vocab_size=N)", "vocab_size")
     weights = jax.tree.leaves(_abstract(config)[1])
     state = nnx.to_pure_dict(_abstract(config.model_copy(update={"quantized": None}))[1])  # scales are no parameters
-    parameters, idle = num_parameters(state), 0
+    parameters, unused = num_parameters(state), 0
     if config.experts:
         matrices = {name: leaf for name, leaf in state["layers"]["experts"].items() if name != "router"}
-        idle = (
+        unused = (
             num_parameters(matrices)
             // config.experts.num_experts
             * (config.experts.num_experts - config.experts.num_experts_per_tok)
         )
     if not config.tie_head:
-        idle += state["embedding"].size  # looked up, not multiplied with
+        unused += state["embedding"].size  # looked up, not multiplied with
     cache = 2 * config.layers * config.kv_heads * config.head_dim * jnp.dtype(config.compute_dtype).itemsize
-    at_rest = sum(leaf.size * leaf.dtype.itemsize for leaf in weights)
-    return ModelSize(parameters, parameters - idle, at_rest, cache)
+    weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in weights)
+    return ModelSize(parameters, parameters - unused, weight_bytes, cache)
 
 
 def save_model(folder: Path, config: ModelConfig, params: Params) -> None:
-    """Writes model.yaml and the weights into a folder, every process its own part; then all find it complete."""
+    """Writes model.yaml and the weights into a folder, each process its shards; returns when all are written."""
     folder.mkdir(parents=True, exist_ok=True)
     ocp.save(folder.absolute() / WEIGHTS, params, overwrite=True)
-    hosts.run_on_process_zero(lambda: config.save(folder / MODEL))
+    distributed.run_on_process_zero(lambda: config.save(folder / MODEL))
 
 
 def load_model(folder: Path, mesh: Mesh) -> tuple[ModelConfig, Params]:
@@ -110,10 +117,18 @@ def load_model(folder: Path, mesh: Mesh) -> tuple[ModelConfig, Params]:
     return config, read_params(folder, abstract_params(config, mesh))
 
 
-def read_params(folder: Path, wanted: Params) -> Params:
-    """The weights that `save_model` wrote into a folder; where `wanted` has `...` for a leaf, it is not read."""
+def read_params(folder: Path, abstract: Params) -> Params:
+    """The weights that `save_model` wrote into a folder.
+
+    Args:
+      folder: of the model.
+      abstract: shapes, dtypes and shardings; a leaf that is `...` is not read.
+
+    Raises:
+      ValueError: if the folder has no complete weights.
+    """
     if not ocp.is_orbax_checkpoint(folder.absolute() / WEIGHTS):
         raise ValueError(f"{folder / WEIGHTS}: no complete weights there")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return ocp.load(folder.absolute() / WEIGHTS, wanted)
+        return ocp.load(folder.absolute() / WEIGHTS, abstract)

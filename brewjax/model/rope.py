@@ -1,4 +1,7 @@
-"""Rotary position embedding (Su et al. 2021), and how it is scaled for a model to read longer rows than it began on."""
+"""Rotary position embedding (Su et al. 2021), and its scalings for longer inputs than a model was first trained on.
+
+Axis letters: B rows, T tokens, H heads, E size of a head (docs/glossary.md, "Axis letters").
+"""
 
 from __future__ import annotations
 
@@ -13,21 +16,26 @@ from jaxtyping import Array, Float, Int
 from brewjax.config import Config
 
 if TYPE_CHECKING:
-    from brewjax.model.config import ModelConfig  # which is made of what is here
+    from brewjax.model.config import ModelConfig  # it imports this module
 
 
 class Llama3Scaling(Config):
-    """Llama 3.1's: angles that turn slowly turn slower by `factor`."""
+    """Llama 3.1's scaling: low frequencies are divided by `factor`.
+
+    With t = original_length / wavelength, the frequency is divided by `factor` if t < low, kept if t > high, and
+    interpolated linearly in t in between.
+    """
 
     type: Literal["llama3"] = "llama3"
+    """The kind of scaling."""
     factor: float = pydantic.Field(ge=1)
+    """Divisor of low frequencies."""
     low: float = pydantic.Field(default=1.0, gt=0)
-    """Angles that turn less than `low` times in `original_length` tokens are slowed in full, those that turn more
-    than `high` times not at all; between them by degrees."""
+    """Turns in `original_length` tokens below which a frequency is divided by `factor`."""
     high: float = pydantic.Field(default=4.0, gt=0)
-    """See `low`."""
+    """Turns in `original_length` tokens above which a frequency is kept."""
     original_length: int = pydantic.Field(default=8192, gt=0)
-    """Tokens in the rows that the model was first trained on."""
+    """Tokens of the inputs that the model was first trained on."""
 
     @pydantic.model_validator(mode="after")
     def _ordered(self) -> Llama3Scaling:
@@ -37,36 +45,42 @@ class Llama3Scaling(Config):
 
     def multipliers(self, frequencies: Float[np.ndarray, " E/2"], base: float) -> np.ndarray:
         turns = self.original_length * frequencies / (2 * math.pi)
-        kept = np.clip((turns - self.low) / (self.high - self.low), 0, 1)
-        return kept + (1 - kept) / self.factor
+        unscaled = np.clip((turns - self.low) / (self.high - self.low), 0, 1)
+        return unscaled + (1 - unscaled) / self.factor
 
 
 class LinearScaling(Config):
-    """Every angle turns slower by `factor` (position interpolation, Chen et al. 2023, arXiv 2306.15595)."""
+    """Divides every frequency by `factor` (position interpolation, Chen et al. 2023, arXiv 2306.15595)."""
 
     type: Literal["linear"]
+    """The kind of scaling."""
     factor: float = pydantic.Field(ge=1)
+    """Divisor of every frequency."""
 
     def multipliers(self, frequencies: Float[np.ndarray, " E/2"], base: float) -> np.ndarray:
         return np.full_like(frequencies, 1 / self.factor)
 
 
 class YarnScaling(Config):
-    """YaRN (Peng et al. 2023, arXiv 2309.00071): slow angles turn slower by `factor`, and the scores are sharpened."""
+    """YaRN (Peng et al. 2023, arXiv 2309.00071): low frequencies are divided by `factor`, and scores are sharpened.
+
+    Between the two limits the divisor is interpolated linearly in the index of the frequency.
+    """
 
     type: Literal["yarn"]
+    """The kind of scaling."""
     factor: float = pydantic.Field(ge=1)
+    """Divisor of low frequencies."""
     fast: float = pydantic.Field(default=32.0, gt=0)
-    """Angles that turn more than `fast` times in `original_length` tokens are left alone, those that turn less than
-    `slow` times are slowed in full; between them by their number."""
+    """Turns in `original_length` tokens above which a frequency is kept."""
     slow: float = pydantic.Field(default=1.0, gt=0)
-    """See `fast`."""
+    """Turns in `original_length` tokens below which a frequency is divided by `factor`."""
     original_length: int = pydantic.Field(gt=0)
-    """Tokens in the rows that the model was first trained on."""
+    """Tokens of the inputs that the model was first trained on."""
     attention: float | None = pydantic.Field(default=None, gt=0)
-    """Multiplies queries and keys, each; null: 0.1 ln(factor) + 1."""
+    """Factor on queries and on keys; null: 0.1 ln(factor) + 1."""
     truncate: bool = True
-    """The numbers of the angles between which it changes are whole."""
+    """Rounds the limits of the interpolation to whole indices of frequencies."""
 
     @pydantic.model_validator(mode="after")
     def _ordered(self) -> YarnScaling:
@@ -80,7 +94,7 @@ class YarnScaling(Config):
 
     def multipliers(self, frequencies: Float[np.ndarray, " E/2"], base: float) -> np.ndarray:
         count = len(frequencies)
-        first, last = (  # the numbers of the angles that turn so many times
+        first, last = (  # indices of the frequencies that make so many turns
             count * math.log(self.original_length / (turns * 2 * math.pi)) / math.log(base)
             for turns in (self.fast, self.slow)
         )
@@ -92,10 +106,12 @@ class YarnScaling(Config):
 
 
 class FactorsScaling(Config):
-    """Each angle turns slower by a factor of its own, as GGUF files list them."""
+    """Divides each frequency by its own factor, as GGUF files list them."""
 
     type: Literal["factors"]
+    """The kind of scaling."""
     factors: tuple[Annotated[float, pydantic.Field(gt=0)], ...]
+    """Divisor of each of the head_dim / 2 frequencies."""
 
     def multipliers(self, frequencies: Float[np.ndarray, " E/2"], base: float) -> np.ndarray:
         return 1 / np.array(self.factors)
@@ -117,7 +133,12 @@ RopeScaling = Annotated[
 
 
 def rotary(positions: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T 1 E"]:
-    """Angles' cosines, then sines, float32, to turn each half of a head against the other."""
+    """Rotations for `rotate`: float32 cosines of a head's angles, then sines.
+
+    Args:
+      positions: of the tokens in their example, from 0.
+      config: `rope_theta`, `rope_scaling` and `head_dim` are read.
+    """
     frequencies = config.rope_theta ** (-jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
     scaling, attention = config.rope_scaling, 1.0
     if scaling:
@@ -129,7 +150,7 @@ def rotary(positions: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B
 
 
 def rotate(x: Float[Array, "B T H E"], rotation: Float[Array, "B T 1 E"]) -> Float[Array, "B T H E"]:
-    """`x` turned, in the half-split layout that Hugging Face's Llama has."""
+    """`x` rotated, in the half-split layout of Hugging Face's Llama (the first half of a head against the second)."""
     cos, sin = jnp.split(rotation, 2, -1)
     first, second = jnp.split(x.astype(jnp.float32), 2, -1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)

@@ -1,4 +1,4 @@
-"""How arrays lie on a mesh: one object maps the model's axis names to mesh axes; models never name devices."""
+"""The layout of arrays on a mesh: a `Sharding` maps the model's axis names to mesh axes; models never name devices."""
 
 from __future__ import annotations
 
@@ -18,24 +18,31 @@ BATCH_AXES = ("data", "fsdp", "expert")  # the mesh axes that share the rows of 
 
 
 class MeshConfig(Config):
-    """Devices along each mesh axis; -1 for `data` takes all that are left.
-
-    `data`, `fsdp` and `expert` share the rows of a batch, `context` the tokens of each row, `tensor` the heads."""
+    """Number of devices along each mesh axis."""
 
     data: int = pydantic.Field(default=-1, ge=-1)
+    """Devices that share the rows of a batch and hold copies of the weights; -1 for all that remain."""
     fsdp: int = pydantic.Field(default=1, gt=0)
+    """Devices that share the rows of a batch and the weights (fully sharded data parallelism)."""
     expert: int = pydantic.Field(default=1, gt=0)
+    """Devices that share the rows of a batch and the experts."""
     context: int = pydantic.Field(default=1, gt=0)
+    """Devices that share the tokens of a row (sequence parallelism)."""
     tensor: int = pydantic.Field(default=1, gt=0)
+    """Devices that share heads, neurons and vocabulary (tensor parallelism)."""
     slices: int | None = pydantic.Field(default=None, gt=0)
-    """Groups of chips that a slower network joins. Found by default where the devices tell; where they do not, so
-    many groups of equal size, in the order of the devices. `data` lies across slices, and `fsdp` where `data` is
-    too small for that; the other axes never do."""
+    """Groups of chips that are joined by a slower network. By default the devices' own slices; if they report none, so
+    many groups of equal size in the order of the devices. Only `data`, and `fsdp` if `data` is too small, lie across
+    slices."""
 
     def build(self, over: Sequence[jax.Device] | None = None) -> Mesh:
-        """The mesh, with explicit axis types; ValueError where the devices do not divide.
+        """The mesh, with explicit axis types.
 
-        `over` are the devices, all that there are by default.
+        Args:
+          over: its devices; by default all of them.
+
+        Raises:
+          ValueError: if the product of the axes is not the number of devices, or they cannot be laid over the chips.
         """
         devices = jax.devices() if over is None else over
         rest = self.fsdp * self.expert * self.context * self.tensor
@@ -56,7 +63,9 @@ class MeshConfig(Config):
         within = (data // across[0], self.fsdp // across[1], *sizes[2:])
         types = (AxisType.Explicit,) * len(sizes)
         try:
-            grids = np.stack([jax.make_mesh(within, MESH_AXES, types, devices=one).devices for one in slices])
+            grids = np.stack(
+                [jax.make_mesh(within, MESH_AXES, types, devices=slice_devices).devices for slice_devices in slices]
+            )
         except NotImplementedError as error:  # an axis that is no product of the chips' own axes
             sides = "the size of an axis must be a product of sides of the chips' own grid"
             raise ValueError(f"{mesh} cannot be laid over these chips: {sides} ({error})") from None
@@ -65,65 +74,71 @@ class MeshConfig(Config):
 
     def _slices(self, devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
         """The devices of each slice."""
-        told: dict[int, list[jax.Device]] = {}
+        devices_by_slice: dict[int, list[jax.Device]] = {}
         for device in devices:
-            told.setdefault(getattr(device, "slice_index", 0), []).append(device)
-        if len(told) == 1:  # or they do not tell
-            count = self.slices or 1
-            if len(devices) % count:
-                raise ValueError(f"{len(devices)} devices cannot be {count} slices of equal size")
-            size = len(devices) // count
-            return [list(devices[at : at + size]) for at in range(0, len(devices), size)]
-        if self.slices not in (None, len(told)):
-            raise ValueError(f"slices is {self.slices}, but the devices lie on {len(told)} slices")
-        if len({len(one) for one in told.values()}) > 1:
-            lengths = ", ".join(str(len(told[index])) for index in sorted(told))
+            devices_by_slice.setdefault(getattr(device, "slice_index", 0), []).append(device)
+        if len(devices_by_slice) == 1:  # one slice, or the devices report none
+            num_slices = self.slices or 1
+            if len(devices) % num_slices:
+                raise ValueError(f"{len(devices)} devices cannot be {num_slices} slices of equal size")
+            size = len(devices) // num_slices
+            return [list(devices[start : start + size]) for start in range(0, len(devices), size)]
+        if self.slices not in (None, len(devices_by_slice)):
+            raise ValueError(f"slices is {self.slices}, but the devices lie on {len(devices_by_slice)} slices")
+        if len({len(slice_devices) for slice_devices in devices_by_slice.values()}) > 1:
+            lengths = ", ".join(str(len(devices_by_slice[index])) for index in sorted(devices_by_slice))
             raise ValueError(f"slices must have as many devices each, and have {lengths}")
-        return [told[index] for index in sorted(told)]
+        return [devices_by_slice[index] for index in sorted(devices_by_slice)]
 
 
 def data_parallel_size(mesh: Mesh) -> int:
-    """Over how many devices the rows of a batch lie."""
+    """The number of devices that the rows of a batch are split over."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sharding:
-    """A strategy: the mesh axes that each of the model's axes is split over; names not listed are an error."""
+    """A strategy: `rules` lists the mesh axes that each of the model's axes is split over."""
 
     rules: Mapping[str, tuple[str, ...]]
 
     def spec(self, *axes: str | None) -> PartitionSpec:
-        """The PartitionSpec of an array with these axis names (None: not split)."""
+        """The PartitionSpec of an array with these axis names (None: not split).
+
+        Raises:
+          ValueError: if a name has no rule, or a mesh axis would be used twice.
+        """
         used: list[str] = []
         entries = []
         for axis in axes:
             if axis is not None and axis not in self.rules:
                 raise ValueError(f"no sharding rule for axis '{axis}'; rules: {', '.join(self.rules)}")
             mesh_axes = self.rules[axis] if axis is not None else ()
-            if taken := set(mesh_axes) & set(used):
-                raise ValueError(f"axes {axes}: mesh axis '{taken.pop()}' is used twice")
+            if repeated := set(mesh_axes) & set(used):
+                raise ValueError(f"axes {axes}: mesh axis '{repeated.pop()}' is used twice")
             used += mesh_axes
             entries.append(mesh_axes or None)
         return PartitionSpec(*entries)
 
     def spec_or_none(self, *axes: str | None) -> PartitionSpec | None:
-        """As `spec`, or None where no mesh is set."""
+        """As `spec`, or None if no mesh is set."""
         return None if jax.sharding.get_abstract_mesh().empty else self.spec(*axes)
 
     def reshard(self, x: jax.Array, *axes: str | None) -> jax.Array:
-        """Lays `x` out by its axis names, or leaves it where no mesh is set."""
+        """Lays `x` out by its axis names; unchanged if no mesh is set."""
         spec = self.spec_or_none(*axes)
         return x if spec is None else jax.reshard(x, spec)
 
     def named(self, mesh: Mesh, shape: tuple[int, ...], *axes: str | None) -> NamedSharding:
-        """The sharding of an array of this shape; ValueError names the dimension that does not divide."""
+        """The sharding of an array of this shape; raises ValueError for an axis that its devices do not divide."""
         spec = self.spec(*axes)
         for size, axis in zip(shape, axes, strict=True):
             mesh_axes = self.rules[axis] if axis is not None else ()
-            ways = math.prod(mesh.shape[name] for name in mesh_axes)
-            if size % ways:
-                raise ValueError(f"axis '{axis}' of size {size} does not divide over {ways} devices of {mesh_axes}")
+            num_shards = math.prod(mesh.shape[name] for name in mesh_axes)
+            if size % num_shards:
+                raise ValueError(
+                    f"axis '{axis}' of size {size} does not divide over {num_shards} devices of {mesh_axes}"
+                )
         return NamedSharding(mesh, spec)
 
 

@@ -1,4 +1,4 @@
-"""Upcycling (Komatsuzaki et al. 2022): a dense model becomes a mixture of experts that says the same at the start."""
+"""Upcycling (Komatsuzaki et al. 2022): a dense model becomes a mixture of experts with the same outputs at first."""
 
 from __future__ import annotations
 
@@ -16,25 +16,35 @@ COPIED = ("gate", "up", "down")
 def upcycle(
     config: ModelConfig, params: Params, experts: ExpertsConfig, mesh: Mesh, seed: int = 0, noise: float = 0.02
 ) -> tuple[ModelConfig, Params]:
-    """The model with each MLP copied into every expert; the rest is as it was.
+    """The model with each MLP copied into every expert; other weights are unchanged.
 
     Args:
-      noise: standard deviation of the router's weights, which part the experts in training.
+      config, params: a dense model.
+      experts: of the new model.
+      mesh: its devices.
+      seed: of the router's weights.
+      noise: standard deviation of the router's weights, which makes experts diverge in training.
 
-    Raises ValueError where the model has experts already, or weights that do not sum to one would change what it says.
+    Returns:
+      Config and parameters of the mixture.
+
+    Raises:
+      ValueError: if the model has experts or is quantised, or if the experts' weights would not sum to one.
     """
     if config.experts:
         raise config.error("it has experts already; only a dense model is upcycled", "experts")
     if config.quantized:
         raise config.error("a quantised model is for serving; upcycle the one that it was made from", "quantized")
     if not experts.norm_topk_prob:
-        raise ValueError("experts.normalize: must be true, for the copies of an MLP to say together what it said")
+        raise ValueError("experts.norm_topk_prob: must be true, or the copies of an MLP would not sum to its output")
     new = config.model_copy(update={"experts": experts})
     expected = abstract_params(new, mesh)
     layers = dict(params["layers"])
-    matrices = {name: layers.pop(name) for name in COPIED}
+    mlp = {name: layers.pop(name) for name in COPIED}
     shapes = expected["layers"]["experts"]
-    copies = {name: _copied(matrix, experts.num_experts, shapes[name].sharding) for name, matrix in matrices.items()}
+    copies = {
+        name: _copy_to_experts(matrix, experts.num_experts, shapes[name].sharding) for name, matrix in mlp.items()
+    }
     router = shapes["router"]
     copies["router"] = jax.jit(
         lambda key: noise * jax.random.normal(key, router.shape, router.dtype), out_shardings=router.sharding
@@ -43,7 +53,7 @@ def upcycle(
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _copied(matrix: jax.Array, count: int, sharding: jax.sharding.NamedSharding) -> jax.Array:
+def _copy_to_experts(matrix: jax.Array, count: int, sharding: jax.sharding.NamedSharding) -> jax.Array:
     """[layers, ..] as [layers, experts, ..]."""
     return jax.lax.broadcast_in_dim(
         matrix, (len(matrix), count, *matrix.shape[1:]), (0, *range(2, matrix.ndim + 1)), out_sharding=sharding

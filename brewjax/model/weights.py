@@ -1,4 +1,8 @@
-"""One weight: how it starts, how its axes are called, how it is laid out, and what is multiplied with it."""
+"""Weights: initial values, axis names and layout, and products with them; plain, 8-bit and with LoRA updates.
+
+Axis letters: B rows (or leading axes), T tokens, K axes that are summed over, N output axes, R rank of an update
+(docs/glossary.md, "Axis letters").
+"""
 
 from __future__ import annotations
 
@@ -16,18 +20,18 @@ from brewjax.model.config import ModelConfig, Quantization
 from brewjax.model.sharding import Sharding
 from pallas_kernels.quantized_matmul import Quantized, quantized_matmul, to_8_bits
 
-Specs = tuple[jax.P | None, jax.P | None, jax.P | None]  # of `x`, of the matrix and of their product
+Specs = tuple[jax.P | None, jax.P | None, jax.P | None]  # of `x`, of the matrix, and of their product
 DTYPES = {"e4m3": jnp.dtype(jnp.float8_e4m3fn), "int8": jnp.dtype(jnp.int8)}
 
 
 class Weight(nnx.Param):
-    """A parameter with the names of its axes, for sharding; stacked layers have one more in front."""
+    """A parameter with names of its axes, for sharding; stacked layers have one more axis in front."""
 
 
 def random_weight(
     rngs: nnx.Rngs, config: ModelConfig, shape: tuple[int, ...], axes: tuple, fan_in: int, scale: float = 1.0
 ) -> Weight:
-    """Normal values, cut at three standard deviations, for products with unit inputs to be of size `scale`."""
+    """Normal values, truncated at three standard deviations; products with inputs of variance 1 have size `scale`."""
     values = jax.random.truncated_normal(rngs.params(), -3, 3, shape, config.param_dtype) * (scale * fan_in**-0.5)
     return Weight(values, axes=axes)
 
@@ -36,8 +40,8 @@ class QuantizedWeight(nnx.Module):
     """A matrix in 8 bits, for serving.
 
     Attributes:
-      values: of the shape and axes of the matrix: maybe experts, then `inputs` axes that are summed over, then those
-        that are not.
+      values: 8-bit values, in the shape of the matrix: experts if there are any, `inputs` axes that are summed over,
+        output axes.
       scale: float32, without the axes that are summed over.
     """
 
@@ -47,41 +51,43 @@ class QuantizedWeight(nnx.Module):
         self.summed = tuple(range(batch, batch + inputs))
         values, scale = self.quantize(weight[...])
         self.values = Weight(values, axes=weight.axes)
-        self.scale = Weight(scale, axes=tuple(axis for at, axis in enumerate(weight.axes) if at not in self.summed))
+        self.scale = Weight(
+            scale, axes=tuple(axis for index, axis in enumerate(weight.axes) if index not in self.summed)
+        )
 
     def quantize(
         self, weight: Float[Array, " *B"], per_tensor: bool = False
     ) -> tuple[Num[Array, " *B"], Float[Array, " *N"]]:
-        """Values and scale of a float matrix of this shape; `per_tensor` gives all its channels the largest scale."""
+        """Values and scale of a float matrix of this shape; with `per_tensor`, all channels get the largest scale."""
         values, scale = to_8_bits(weight, DTYPES[self.config.dtype], self.summed)
         if per_tensor:
-            everything = tuple(range(self.summed[0], weight.ndim))
-            values, one = to_8_bits(weight, DTYPES[self.config.dtype], everything)
-            scale = one + jnp.zeros_like(scale)
+            all_axes = tuple(range(self.summed[0], weight.ndim))
+            values, largest_scale = to_8_bits(weight, DTYPES[self.config.dtype], all_axes)
+            scale = largest_scale + jnp.zeros_like(scale)
         return values, jnp.squeeze(scale, self.summed)
 
     def __call__(self, sharding: Sharding, x: Float[Array, "B T *K"]) -> Float[Array, "B T *N"]:
         """`x` times the matrix, in the dtype of `x`."""
         values, scale = gathered(sharding, self, x.dtype)
         axes = used_axes(self.values)
-        over: tuple[str, ...] = ()
+        sum_axes: tuple[str, ...] = ()
 
         def multiply(x: Array, values: Array, scale: Array) -> Array:
             matrix = Quantized(values.reshape(math.prod(values.shape[: self.inputs]), -1), scale.reshape(-1))
-            out = quantized_matmul(x.reshape(*x.shape[:2], -1), matrix, self.config.activations, over)
+            out = quantized_matmul(x.reshape(*x.shape[:2], -1), matrix, self.config.activations, sum_axes)
             return out.reshape(*x.shape[:2], *scale.shape)
 
         if jax.sharding.get_abstract_mesh().empty:
             return multiply(x, values, scale)
-        taken, given = axes[: self.inputs], axes[self.inputs :]
-        over = tuple(mesh_axis for axis in taken if axis for mesh_axis in sharding.rules[axis])
-        specs = (sharding.spec("batch", "length", *taken), sharding.spec(*axes), sharding.spec(*given))
-        out_spec = sharding.spec("batch", "length", *given)
+        input_axes, output_axes = axes[: self.inputs], axes[self.inputs :]
+        sum_axes = tuple(mesh_axis for axis in input_axes if axis for mesh_axis in sharding.rules[axis])
+        specs = (sharding.spec("batch", "length", *input_axes), sharding.spec(*axes), sharding.spec(*output_axes))
+        out_spec = sharding.spec("batch", "length", *output_axes)
         return jax.shard_map(multiply, in_specs=specs, out_specs=out_spec)(x, values, scale)
 
 
 class Adapted(NamedTuple):
-    """The matrix `base + a b`, which nobody makes: `x` is multiplied with each."""
+    """The matrix `base + a b`, which is never computed: `x` is multiplied with each."""
 
     base: Array | Quantized
     a: Float[Array, "*B *K R"]
@@ -89,10 +95,12 @@ class Adapted(NamedTuple):
 
 
 class AdaptedWeight(nnx.Module):
-    """A matrix W, and beside it one of low rank, A B (see `brewjax.train.lora`): `x W + (x A) B` for `x (W + A B)`.
+    """A matrix W with a low-rank update A B (see `brewjax.train.lora`): `x W + (x A) B` instead of `x (W + A B)`.
 
     Attributes:
-      a, b: of the axes of W that are summed over, and then the rank; of the rank, and then the others.
+      base: W.
+      a: A, with the axes of W that are summed over, then the rank.
+      b: B, with the rank, then the output axes of W.
     """
 
     def __init__(self, base: Weight, a: Float[Array, " *A"], b: Float[Array, " *B"], inputs: int):
@@ -107,14 +115,14 @@ Matrix = Weight | QuantizedWeight | AdaptedWeight
 def matrix(
     rngs: nnx.Rngs, config: ModelConfig, shape: tuple[int, ...], axes: tuple, inputs: int = 1, scale: float = 1.0
 ) -> Weight | QuantizedWeight:
-    """Random: maybe experts, then `inputs` axes that are summed over, then those that are not."""
+    """A random matrix: axes of experts if there are any, `inputs` axes that are summed over, output axes."""
     batch = 1 if axes[0] == "experts" else 0
     weight = random_weight(rngs, config, shape, axes, math.prod(shape[batch : batch + inputs]), scale)
     return QuantizedWeight(weight, inputs, config.quantized) if config.quantized else weight
 
 
 def gathered(sharding: Sharding, weight: Matrix, dtype: jnp.dtype) -> Any:
-    """A weight in the compute dtype, `Quantized` or `Adapted`, whole along the axis that is only split at rest."""
+    """A weight as it is computed with: in the compute dtype (or `Quantized`, or `Adapted`), gathered over `fsdp`."""
     if isinstance(weight, AdaptedWeight):
         return Adapted(*(gathered(sharding, part, dtype) for part in (weight.base, weight.a, weight.b)))
     if isinstance(weight, QuantizedWeight):
@@ -131,25 +139,30 @@ def product(sharding: Sharding, x: Float[Array, "B T *K"], weight: Matrix, input
     if isinstance(weight, QuantizedWeight):
         return weight(sharding, x)
     axes = used_axes(weight)
-    of_x, of_product = (sharding.spec_or_none("batch", "length", *each) for each in (axes[:inputs], axes[inputs:]))
-    specs = (of_x, sharding.spec_or_none(*axes), of_product)
+    x_spec, out_spec = (
+        sharding.spec_or_none("batch", "length", *part_axes) for part_axes in (axes[:inputs], axes[inputs:])
+    )
+    specs = (x_spec, sharding.spec_or_none(*axes), out_spec)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)  # or the gathered matrices of all layers would be kept
-    def of_gathered(x: Array, matrix: Array) -> Array:
+    def multiply_gathered(x: Array, matrix: Array) -> Array:
         return _product(inputs, specs, x, sharding.reshard(matrix.astype(x.dtype), *axes))
 
-    return of_gathered(x, weight[...])
+    return multiply_gathered(x, weight[...])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _product(inputs: int, specs: Specs, x: Float[Array, "B T *K"], matrix: Float[Array, "*K *N"]) -> Array:
-    """Differentiated by hand: JAX's own rule has the tokens of the largest array, the cotangent, turned to lie last,
-    which on a CPU takes as long as the product. Here those of `x` are."""
+    """The product, with a hand-written gradient.
+
+    JAX's own rule would transpose the largest array, the cotangent, to have its tokens last, which on a CPU takes as
+    long as the product. Here `x` is transposed instead.
+    """
     return _dot(x, matrix, range(2, 2 + inputs), range(inputs), specs[2])
 
 
-def _dot(a: Array, b: Array, of_a: Sequence[int], of_b: Sequence[int], out: jax.P | None) -> Array:
-    return jax.lax.dot_general(a, b, ((tuple(of_a), tuple(of_b)), ((), ())), out_sharding=out)
+def _dot(a: Array, b: Array, a_axes: Sequence[int], b_axes: Sequence[int], out: jax.P | None) -> Array:
+    return jax.lax.dot_general(a, b, ((tuple(a_axes), tuple(b_axes)), ((), ())), out_sharding=out)
 
 
 def _product_forward(inputs: int, specs: Specs, x: Array, matrix: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -166,5 +179,5 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 def used_axes(weight: Weight) -> tuple[str | None, ...]:
-    """The axes of a weight while it is computed with."""
+    """The axis names of a weight while it is computed with: the axis that is split at rest is gathered."""
     return tuple(None if axis == "weight" else axis for axis in weight.axes)

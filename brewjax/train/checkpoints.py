@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: the newest that can be read is what it goes on from."""
+"""Checkpoints of a training run, which resumes from the newest one that can be read."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ from typing import Any
 
 from orbax.checkpoint import v1 as ocp
 
-from brewjax import distributed as hosts
+from brewjax import distributed
 
 CHECKPOINTS = "checkpoints"
 
 
 class UnreadableCheckpointError(RuntimeError):
-    """No checkpoint of a run can be read."""
+    """A run has checkpoints, and none of them can be read."""
 
 
 @contextlib.contextmanager
 def open_checkpoints(folder: Path, keep: int) -> Iterator[ocp.training.Checkpointer]:
-    """Orbax's checkpointer for `folder/checkpoints`, of which the newest `keep` stay. What failed is raised once, and
-    not logged by every thread that meets it besides."""
+    """Context manager: Orbax's checkpointer for `folder/checkpoints`, which keeps the newest `keep` checkpoints.
+
+    Within it Orbax does not log: a failure is raised once, and every thread would log it again.
+    """
     logger, policy = logging.getLogger("absl"), ocp.training.preservation_policies.LatestN(keep)
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -40,10 +42,12 @@ def open_checkpoints(folder: Path, keep: int) -> Iterator[ocp.training.Checkpoin
 
 
 def restore(checkpointer: ocp.training.Checkpointer, abstract: dict[str, Any]) -> dict[str, Any] | None:
-    """What the newest readable checkpoint holds, in the shapes and places of `abstract`; None where there is none yet.
+    """The newest checkpoint that can be read, in the shapes and shardings of `abstract`; None if there is none yet.
 
-    Checkpoints newer than that are damaged: each is named on stderr and moved to `damaged-STEP`, beside the others'
-    folder. Raises CheckpointError where there are checkpoints and none can be read; then nothing is moved.
+    Newer checkpoints are damaged: each is named on stderr and moved to `damaged-STEP`, next to the folder.
+
+    Raises:
+      UnreadableCheckpointError: if there are checkpoints and none can be read; then nothing is moved.
     """
     steps = sorted((checkpoint.step for checkpoint in checkpointer.checkpoints), reverse=True)
     damaged: dict[int, str] = {}
@@ -51,11 +55,13 @@ def restore(checkpointer: ocp.training.Checkpointer, abstract: dict[str, Any]) -
         try:
             with _quiet_coroutines():
                 restored = checkpointer.load_checkpointables(step, abstract)
-        except Exception as error:  # of many types, by what is missing or cut short
+        except Exception as error:  # of many types, depending on which file is missing or incomplete
             damaged[step] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
             continue
-        for bad, reason in damaged.items():
-            hosts.run_on_process_zero(functools.partial(_set_aside, Path(checkpointer.directory), bad, reason, step))
+        for damaged_step, reason in damaged.items():
+            distributed.run_on_process_zero(
+                functools.partial(_set_aside, Path(checkpointer.directory), damaged_step, reason, step)
+            )
         if damaged:
             checkpointer.reload()
         return restored
@@ -70,14 +76,14 @@ def restore(checkpointer: ocp.training.Checkpointer, abstract: dict[str, Any]) -
 
 def _set_aside(folder: Path, step: int, reason: str, good: int) -> None:
     path, aside = folder / str(step), folder.parent / f"damaged-{step}"
-    shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+    shutil.rmtree(aside, ignore_errors=True)  # from an earlier run
     path.rename(aside)
     print(f"{path}: cannot be read ({reason}); moved to {aside}, going on from step {good}", file=sys.stderr)
 
 
 @contextlib.contextmanager
 def _quiet_coroutines() -> Iterator[None]:
-    """Without a page for every coroutine that a failed read leaves behind: its error is raised already."""
+    """Context manager: silences warnings about coroutines that a failed read leaves; its error is raised already."""
     hook = sys.unraisablehook
     sys.unraisablehook = lambda _: None
     try:

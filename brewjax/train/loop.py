@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 from orbax.checkpoint import v1 as ocp
 
-from brewjax import distributed as hosts
+from brewjax import distributed
 from brewjax.config import Config, Seed
 from brewjax.data.records.loader import NO_TARGET, TokenBatch, describe_sources
 from brewjax.data.records.shards import Shards
@@ -39,45 +39,47 @@ class TrainConfig(Config):
     """One training run."""
 
     steps: int = pydantic.Field(gt=0, lt=1 << 31)
+    """Steps of the whole run."""
     batch_size: int = pydantic.Field(gt=0)
-    """Packed rows in a step, over all devices and accumulation."""
-    seq_len: int = pydantic.Field(gt=1)  # a token and the one that follows
+    """Packed rows in a step, over all devices and micro-batches."""
+    seq_len: int = pydantic.Field(gt=1)  # at least a token and the one that follows
     """Tokens in a row."""
     gradient_accumulation_steps: int = pydantic.Field(default=1, gt=0)
-    """A step's rows are taken in this many parts, one after the other, to save memory."""
+    """Micro-batches that a step is computed in, one after the other, to save memory."""
     num_data_shards: int = pydantic.Field(default=1, gt=0)
-    """The data are read as so many, which decides the order of the rows; a process reads those that fill its rows.
-    With fewer shards than processes, some processes read the same."""
+    """Independent shards of the data order. Each supplies a fixed block of rows, and a process reads the shards of its
+    rows; with fewer shards than processes, several processes read the same shard."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    """The optimiser and its learning rate."""
     lora: LoraConfig | None = None
-    """What is trained are adapters of the weights given, and not the weights."""
+    """Trains low-rank updates of the weights instead of the weights; null for full training."""
     seed: Seed = 0
+    """Seed of the initial weights and of the order of records."""
     checkpoint_every_steps: int = pydantic.Field(default=100, gt=0)
-    """Steps between checkpoints; the newest `max_checkpoints_to_keep` stay."""
+    """Steps between checkpoints."""
     max_checkpoints_to_keep: int = pydantic.Field(default=2, gt=0)
+    """Checkpoints that stay on disk: the newest ones."""
     mesh: MeshConfig = MeshConfig()
+    """The devices, along the mesh axes."""
 
     @pydantic.model_validator(mode="after")
     def _micro_batches_divide(self) -> TrainConfig:
+        size = f"batch_size ({self.batch_size})"
+        steps = f"gradient_accumulation_steps ({self.gradient_accumulation_steps})"
         if self.batch_size % self.gradient_accumulation_steps:
-            raise ValueError(
-                f"batch_size ({self.batch_size}) must be a multiple of gradient_accumulation_steps ({self.gradient_accumulation_steps})"
-            )
+            raise ValueError(f"{size} must be a multiple of {steps}")
         if self.batch_size // self.gradient_accumulation_steps % self.num_data_shards:
-            raise ValueError(
-                f"batch_size ({self.batch_size}) / gradient_accumulation_steps ({self.gradient_accumulation_steps}) must be a "
-                f"multiple of num_data_shards ({self.num_data_shards})"
-            )
+            raise ValueError(f"{size} / {steps} must be a multiple of num_data_shards ({self.num_data_shards})")
         return self
 
     def check_rows(self, mesh: Mesh) -> None:
-        """ValueError where the rows do not divide over the mesh."""
-        ways = data_parallel_size(mesh)
-        if self.batch_size // self.gradient_accumulation_steps % ways:
+        """Raises ValueError if the rows of a micro-batch do not divide over the mesh."""
+        num_devices = data_parallel_size(mesh)
+        if self.batch_size // self.gradient_accumulation_steps % num_devices:
             raise ValueError(
-                f"train.batch_size ({self.batch_size}) / gradient_accumulation_steps ({self.gradient_accumulation_steps}) must "
-                f"be a multiple of the {ways} devices "
-                "along data, fsdp and expert, which share the rows"
+                f"train.batch_size ({self.batch_size}) / gradient_accumulation_steps "
+                f"({self.gradient_accumulation_steps}) must be a multiple of the {num_devices} devices along data, "
+                "fsdp and expert, which share the rows"
             )
 
 
@@ -94,32 +96,73 @@ def train(
     init: Callable[[], Params] | None = None,
     aux_models: Mapping[str, AuxModel] = {},
 ) -> Params:
-    """Trains from the newest checkpoint in `folder`, or from the start, to the last step; returns the parameters.
+    """Trains from the newest checkpoint in `folder`, or from the start, to the last step.
 
-    What is trained is float32, weights as well as the optimiser's moments, whatever dtype the model has at rest: a step
-    is too small for bfloat16, which would round most of it away. The model's own dtype is what is returned.
+    Weights and the optimiser's moments are float32 during training, whatever `model.param_dtype`: bfloat16 would round
+    most of a step's small change away.
 
-    The start is random, or what `init` makes: it is asked where there is no checkpoint, or for LoRA's base, and steps
-    take the place of what it gives. `frozen` are the models that stand beside the one that learns, by the names that
-    the objective knows them by ("teacher", "reference"); with LoRA also "base", the weights without it. None of them
-    are in a checkpoint: a restart gives them again. With LoRA checkpoints hold the adapters, and what is returned are
-    ordinary parameters.
+    A run that is killed and started again with the same arguments has bit for bit the losses of an uninterrupted one.
+    On SIGTERM it saves a checkpoint and exits (see `brewjax.distributed`).
 
-    Writes `folder/checkpoints`, `folder/metrics.jsonl` and `folder/tensorboard`. A run that is killed and started
-    again with the same arguments has the losses of one that was not, to the bit. Raises NonFiniteError with the
-    step and the examples of its batch; the checkpoint before it stays the newest, the batch is saved beside it.
-    On SIGTERM it saves a checkpoint and exits (see `hosts`).
+    Args:
+      model: the shape of the decoder.
+      config: of the run.
+      shards: folders of records, as `brewjax.data.records.shards.write_shards` writes them.
+      folder: gets `checkpoints/`, `metrics.jsonl` and `tensorboard/`.
+      objective: the loss, for example `supervised`, `Align()` or `Distill()`.
+      init: the initial parameters. Without a checkpoint, parameters come from `init()`, or are random if it is None.
+        With LoRA, `init()` is always called, for the base weights. Without LoRA the step donates the returned arrays:
+        do not use them afterwards.
+      aux_models: frozen models or their outputs, by the names that the objective looks up ("teacher", "reference").
+        With LoRA the objective also gets "base", the weights without updates. Checkpoints do not contain them: pass
+        them again on a restart.
+
+    Returns:
+      The trained parameters, in `model.param_dtype`; with LoRA, updates are merged into the base weights.
+
+    Raises:
+      NonFiniteError: if loss, gradient or update become NaN or infinite. It names the step and the examples of its
+        batch; the batch is saved in `folder`, and the newest checkpoint is from before that step.
+      ValueError: if rows do not divide over the mesh, or initial parameters do not fit the model.
+      UnreadableCheckpointError: if there are checkpoints and none can be read.
+
+    Example:
+      A model learns that every question's answer is the same token.
+
+      >>> import pathlib, tempfile
+      >>> from brewjax.data.records.shards import write_shards
+      >>> from brewjax.data.text.encode import EncodedPrompt
+      >>> from brewjax.model.config import ModelConfig
+      >>> from brewjax.train.loop import TrainConfig, train
+      >>> from brewjax.train.metrics_writer import read_metrics
+      >>> from brewjax.train.objectives import supervised
+      >>> from brewjax.train.optimizer import OptimizerConfig
+      >>> model = ModelConfig(
+      ...     name="tiny", vocab_size=16, d_model=8, layers=1, heads=1, kv_heads=1, head_dim=8, d_ff=8
+      ... )
+      >>> prompt = EncodedPrompt([[3, 4], [5, 6]], [[7, 8], [9, 8]], labels=[1, 2], answers=[0, 0], layout="dense")
+      >>> folder = pathlib.Path(tempfile.mkdtemp())
+      >>> _ = write_shards(folder / "shards", [(prompt, {"example": n}) for n in range(8)], 16)
+      >>> optimizer = OptimizerConfig(learning_rate=0.1, warmup=0)
+      >>> config = TrainConfig(steps=8, batch_size=2, seq_len=16, optimizer=optimizer)
+      >>> params = train(model, config, folder / "shards", folder, supervised)  # doctest: +ELLIPSIS
+      step 1/8  loss ...
+      >>> losses = [row["loss"] for row in read_metrics(folder / "metrics.jsonl")]
+      >>> losses[-1] < losses[0]
+      True
+      >>> params["embedding"].shape
+      (16, 8)
     """
     mesh = config.mesh.build()
     config.check_rows(mesh)
-    caches = {name: one.look_up for name, one in aux_models.items() if isinstance(one, TeacherCache)}
-    elsewhere = {name: one for name, one in aux_models.items() if isinstance(one, TeacherOnMesh)}
-    inside = {name: one for name, one in aux_models.items() if isinstance(one, FrozenModel)}
+    caches = {name: aux_model.look_up for name, aux_model in aux_models.items() if isinstance(aux_model, TeacherCache)}
+    teachers = {name: aux_model for name, aux_model in aux_models.items() if isinstance(aux_model, TeacherOnMesh)}
+    frozen = {name: aux_model for name, aux_model in aux_models.items() if isinstance(aux_model, FrozenModel)}
     if config.lora:
         if init is None:
-            raise ValueError("train.lora adapts the weights of a model: there is none to start from")
-        inside[BASE] = _start(model, init, mesh)
-    models = {name: one.model for name, one in inside.items()}
+            raise ValueError("train.lora adapts the weights of a model: there is none to start from (init is None)")
+        frozen[BASE] = _load_initial(model, init, mesh)
+    models = {name: aux_model.model for name, aux_model in frozen.items()}
     batches = ShardedBatches(
         shards,
         mesh,
@@ -132,40 +175,42 @@ def train(
     )
     with (
         jax.set_mesh(mesh),
-        hosts.defer_preemption(),
+        distributed.defer_preemption(),
         open_checkpoints(folder, config.max_checkpoints_to_keep) as checkpointer,
     ):
-        beside = {name: one.on(mesh) for name, one in inside.items()}
+        aux_params = {name: aux_model.on(mesh) for name, aux_model in frozen.items()}
         state = _restore_or_init(checkpointer, model, config, mesh, batches, init)
         step = jax.jit(make_step(model, config, objective, models), donate_argnums=0)
-        start, ending = int(state["step"]), hosts.PreemptionSync(mesh)
+        start, preemption_sync = int(state["step"]), distributed.PreemptionSync(mesh)
         with contextlib.ExitStack() as stack:
             writer = (
-                stack.enter_context(MetricsWriter(folder, start, config.steps)) if hosts.is_process_zero() else None
+                stack.enter_context(MetricsWriter(folder, start, config.steps))
+                if distributed.is_process_zero()
+                else None
             )
             pending = None  # the step whose metrics are still being computed while the next one is dispatched
-            for number in range(start + 1, config.steps + 1):
-                batch, placed, said = next(batches)
-                if elsewhere:  # two programs at once on a CPU's devices may wait for each other for ever
+            for step_index in range(start + 1, config.steps + 1):
+                batch, placed, aux_outputs = next(batches)
+                if teachers:  # two programs that run at once on a CPU's devices may deadlock
                     jax.block_until_ready(state)
-                for name, teacher in elsewhere.items():
-                    said[name] = jax.device_put(teacher(placed), NamedSharding(mesh, BATCH_SPEC))
-                state, metrics = step(state, placed, said, beside)
+                for name, teacher in teachers.items():
+                    aux_outputs[name] = jax.device_put(teacher(placed), NamedSharding(mesh, BATCH_SPEC))
+                state, metrics = step(state, placed, aux_outputs, aux_params)
                 if pending:
                     _record(writer, folder, shards, *pending)
-                pending = (number, batch, metrics)
-                end = ending()
-                if end or number % config.checkpoint_every_steps == 0 or number == config.steps:
-                    _record(writer, folder, shards, *pending)  # refuses to save what a NaN has spoilt
+                pending = (step_index, batch, metrics)
+                preempted = preemption_sync()
+                if preempted or step_index % config.checkpoint_every_steps == 0 or step_index == config.steps:
+                    _record(writer, folder, shards, *pending)  # raises before a NaN gets into a checkpoint
                     pending = None
                     checkpointer.wait()
-                    checkpointer.save_checkpointables_async(number, {"state": state, "data": batches}, force=True)
-                if end and number < config.steps:
+                    checkpointer.save_checkpointables_async(step_index, {"state": state, "data": batches}, force=True)
+                if preempted and step_index < config.steps:
                     checkpointer.wait()
-                    hosts.exit_for_restart(f"step {number} of {config.steps} is saved")
+                    distributed.exit_for_restart(f"step {step_index} of {config.steps} is saved")
         checkpointer.wait()
         if config.lora:
-            return jax.jit(config.lora.merge)(beside[BASE], state["params"])
+            return jax.jit(config.lora.merge)(aux_params[BASE], state["params"])
         return _cast(state["params"], model.param_dtype)
 
 
@@ -175,43 +220,56 @@ Step = Callable[..., tuple[State, dict[str, Array]]]
 def make_step(
     model: ModelConfig, config: TrainConfig, objective: Objective, models: Mapping[str, ModelConfig] = {}
 ) -> Step:
-    """One step, to be compiled: a state, a batch in micro-batches, what frozen models elsewhere said of it, and
-    the parameters of those here, whose shapes are `models`; to the state after it and metrics."""
+    """One training step, to be compiled.
+
+    Args:
+      model, config, objective: as for `train`.
+      models: by name, the shapes of the frozen models that run inside the step.
+
+    Returns:
+      A function of a state, a batch [micro-batch, row, token], outputs of frozen models outside the step and parameters
+      of those inside it (both by name), which returns the next state and the step's metrics.
+    """
     optimizer, rate = config.optimizer.build(config.steps), config.optimizer.rate(config.steps)
 
     def step(
-        state: State, parts: TokenBatch, said: Mapping[str, TopK] = {}, frozen: Mapping[str, Params] = {}
+        state: State,
+        micro_batches: TokenBatch,
+        aux_outputs: Mapping[str, TopK] = {},
+        aux_params: Mapping[str, Params] = {},
     ) -> tuple[State, dict[str, Array]]:
         def loss_sum(
-            params: Params, part: TokenBatch, said: Mapping[str, TopK]
+            params: Params, micro_batch: TokenBatch, aux_outputs: Mapping[str, TopK]
         ) -> tuple[Array, dict[str, WeightedSum]]:
-            decoder = config.lora.bind(model, frozen[BASE], params) if config.lora else bind(model, params)
-            given = dict(said) | {name: bind(models[name], weights) for name, weights in frozen.items()}
-            loss, metrics = objective(decoder, part, given)
+            decoder = config.lora.bind(model, aux_params[BASE], params) if config.lora else bind(model, params)
+            aux = dict(aux_outputs) | {name: bind(models[name], weights) for name, weights in aux_params.items()}
+            loss, metrics = objective(decoder, micro_batch, aux)
             return loss.total, {"loss": loss} | metrics
 
         def accumulate(
             sums: Params, inputs: tuple[TokenBatch, Mapping[str, TopK]]
         ) -> tuple[Params, dict[str, WeightedSum]]:
-            (_, means), grads = jax.value_and_grad(loss_sum, has_aux=True)(state["params"], *inputs)
+            with jax.named_scope("forward_backward"):
+                (_, means), grads = jax.value_and_grad(loss_sum, has_aux=True)(state["params"], *inputs)
             return jax.tree.map(jnp.add, sums, grads), means
 
         zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), state["params"])
-        grads, means = jax.lax.scan(accumulate, zeros, (parts, said))
-        # Divided once, by the weights of all parts: accumulation and uneven rows change nothing.
+        grads, means = jax.lax.scan(accumulate, zeros, (micro_batches, aux_outputs))
+        # Divided once, by the weights of all micro-batches: accumulation and unevenly filled rows change nothing.
         means = {name: WeightedSum(jnp.sum(mean.total), jnp.sum(mean.weight)) for name, mean in means.items()}
         weights = {name: jnp.where(mean.weight > 0, mean.weight, 1) for name, mean in means.items()}
         grads = jax.tree.map(lambda g: g / weights["loss"], grads)
-        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+            params = optax.apply_updates(state["params"], updates)
         metrics = {name: mean.total / weights[name] for name, mean in means.items()} | {
             "weight": means["loss"].weight,
-            "targets": jnp.sum(parts.targets != NO_TARGET),
+            "targets": jnp.sum(micro_batches.targets != NO_TARGET),
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": rate(state["step"]),
-            "tokens": jnp.sum(parts.token_labels.example_id > PADDING),
+            "tokens": jnp.sum(micro_batches.token_labels.example_id > PADDING),
         }
         metrics["update_norm"] = optax.tree.norm(updates)
-        params = optax.apply_updates(state["params"], updates)
         return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
 
     return step
@@ -231,34 +289,34 @@ def _restore_or_init(
     if config.lora:
         params = config.lora.init(abstract_params(model, mesh), config.seed)
     elif init is not None:
-        params = _cast(_start(model, init, mesh).on(mesh), "float32")
+        params = _cast(_load_initial(model, init, mesh).on(mesh), "float32")
     else:
         params = init_params(master(model), mesh, config.seed)
     return jax.jit(_initial(config), donate_argnums=0)(params)
 
 
 def master(model: ModelConfig) -> ModelConfig:
-    """The model as it is trained: with float32 weights."""
+    """The model with float32 weights, as it is trained."""
     return model.model_copy(update={"param_dtype": "float32"})
 
 
 def _cast(params: Params, dtype: Dtype) -> Params:
-    """The same arrays where they have that dtype."""
+    """Parameters in a dtype; arrays that have it are not copied."""
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
-def _start(model: ModelConfig, init: Callable[[], Params], mesh: Mesh) -> FrozenModel:
-    """What `init` makes; ValueError where it is not parameters of `model`."""
+def _load_initial(model: ModelConfig, init: Callable[[], Params], mesh: Mesh) -> FrozenModel:
+    """The parameters of `init`; raises ValueError if they do not fit `model`."""
     params = init()
     sizes = [
-        {jax.tree_util.keystr(path): (*leaf.shape, leaf.dtype) for path, leaf in jax.tree.leaves_with_path(each)}
-        for each in (abstract_params(model, mesh), params)
+        {jax.tree_util.keystr(path): (*leaf.shape, leaf.dtype) for path, leaf in jax.tree.leaves_with_path(tree)}
+        for tree in (abstract_params(model, mesh), params)
     ]
     for name in sizes[0] | sizes[1]:
-        expected, found = (of.get(name) for of in sizes)
-        if expected != found:
+        expected, actual = (tree_sizes.get(name) for tree_sizes in sizes)
+        if expected != actual:
             raise ValueError(
-                f"the parameters to start from do not fit model '{model.name}': {name} is {found}, not {expected}"
+                f"the parameters to start from do not fit model '{model.name}': {name} is {actual}, not {expected}"
             )
     return FrozenModel(model, params)
 
@@ -273,9 +331,9 @@ def _initial(config: TrainConfig) -> Callable[[Params], State]:
 
 
 def abstract_state(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> State:
-    """Shapes, dtypes and shardings of what a step takes and gives; to be called with the mesh in context."""
+    """Shapes, dtypes and shardings of a training state; call it with the mesh in context."""
     params = config.lora.abstract(abstract_params(model, mesh)) if config.lora else abstract_params(master(model), mesh)
-    # Every leaf with its place on this mesh: without one it would return to the mesh it was saved from.
+    # Every leaf with its sharding on this mesh: Orbax would restore a leaf without one to the mesh it was saved from.
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(
             leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, leaf.sharding.spec if leaf.sharding else jax.P())
@@ -301,8 +359,8 @@ def _record(
 ) -> None:
     row = {name: value.item() for name, value in metrics.items()}
     if not np.isfinite([row["loss"], row["grad_norm"], row["update_norm"]]).all():
-        of_process = f"_process_{jax.process_index()}" if jax.process_count() > 1 else ""
-        saved = folder / f"bad_batch_step_{step}{of_process}.npz"
+        suffix = f"_process_{jax.process_index()}" if jax.process_count() > 1 else ""
+        saved = folder / f"bad_batch_step_{step}{suffix}.npz"
         np.savez(saved, **batch._asdict() | batch.token_labels._asdict())
         sources = "\n  ".join(describe_sources(shards, batch))
         raise NonFiniteError(

@@ -1,6 +1,7 @@
-"""LoRA: each matrix learns a difference of low rank; the weights that it started from stay as they are.
+"""LoRA: training learns a low-rank update of each matrix; the base weights stay as they are.
 
-In training the two are multiplied one beside the other, so that a step makes neither their sum nor its gradient.
+In training inputs are multiplied with base and update separately, so that a step computes neither the sum of the two
+matrices nor its gradient.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from brewjax.model.params import Params, bind
 from brewjax.model.weights import AdaptedWeight
 
 Target = Literal["query", "key", "value", "output", "gate", "up", "down"]
-# How many axes of each weight are its input's, and its output's; layers and experts come before them.
+# How many axes of each weight belong to its input, and to its output; axes of layers and experts precede them.
 AXES: dict[str, tuple[int, int]] = dict.fromkeys(("query", "key", "value"), (1, 2)) | {"output": (2, 1)}
 AXES |= dict.fromkeys(("gate", "up", "down"), (1, 1))
 
@@ -32,31 +33,38 @@ class LoraConfig(Config):
     """Low-rank adaptation (Hu et al. 2021, arXiv 2106.09685): W + (alpha / rank) A B, with A and B float32."""
 
     rank: int = pydantic.Field(default=16, gt=0)
+    """Rank of each update."""
     alpha: float = pydantic.Field(default=32.0, gt=0)
+    """Scale of the updates: they are multiplied with alpha / rank."""
     targets: tuple[Target, ...] = pydantic.Field(default=get_args(Target), min_length=1)
-    """The weights of each layer, or of each of its experts, that are adapted."""
+    """Matrices of each layer, or of each of its experts, that get an update."""
 
     def abstract(self, params: Params) -> Params:
-        """Shapes, dtypes and shardings of the adapters {"a", "b"} of abstract parameters, in their places."""
+        """Shapes, dtypes and shardings of the adapters: {"a", "b"} at the path of each adapted abstract parameter."""
 
         def pair(name: str, weight: jax.ShapeDtypeStruct) -> Params:
             inputs, outputs = AXES[name]
-            before, shape = weight.ndim - inputs - outputs, weight.shape
+            num_stacked, shape = weight.ndim - inputs - outputs, weight.shape
             spec = (*weight.sharding.spec, *[None] * (weight.ndim - len(weight.sharding.spec)))
 
             def matrix(axes: list[int | None]) -> jax.ShapeDtypeStruct:  # None: along the rank
                 sizes = tuple(self.rank if axis is None else shape[axis] for axis in axes)
-                of = jax.P(*(None if axis is None else spec[axis] for axis in axes))
-                return jax.ShapeDtypeStruct(sizes, jnp.float32, sharding=NamedSharding(weight.sharding.mesh, of))
+                matrix_spec = jax.P(*(None if axis is None else spec[axis] for axis in axes))
+                return jax.ShapeDtypeStruct(
+                    sizes, jnp.float32, sharding=NamedSharding(weight.sharding.mesh, matrix_spec)
+                )
 
-            stack = list(range(before))
-            into, out = range(before, before + inputs), range(before + inputs, weight.ndim)
-            return {"a": matrix([*stack, *into, None]), "b": matrix([*stack, None, *out])}
+            stack = list(range(num_stacked))
+            inputs_axes, outputs_axes = (
+                range(num_stacked, num_stacked + inputs),
+                range(num_stacked + inputs, weight.ndim),
+            )
+            return {"a": matrix([*stack, *inputs_axes, None]), "b": matrix([*stack, None, *outputs_axes])}
 
         return self._each(params, pair)
 
     def init(self, params: Params, seed: int) -> Params:
-        """Adapters of abstract parameters that change nothing yet: A is random, of variance 1 / inputs, and B zero."""
+        """Initial adapters of abstract parameters: A is random of variance 1 / inputs, B zero: nothing changes yet."""
         leaves, tree = jax.tree_util.tree_flatten_with_path(self.abstract(params))
 
         def values() -> Params:
@@ -71,7 +79,7 @@ class LoraConfig(Config):
         return jax.jit(values, out_shardings=jax.tree.unflatten(tree, [leaf.sharding for _, leaf in leaves]))()
 
     def bind(self, model: ModelConfig, params: Params, adapters: Params) -> Decoder:
-        """A decoder that computes as with the `merge` of both, and makes none of it."""
+        """A decoder that computes as if with `merge(params, adapters)`, without computing the merged weights."""
         decoder = bind(model, params)
 
         def adapt(module: nnx.Module, adapters: Params) -> None:
@@ -87,7 +95,7 @@ class LoraConfig(Config):
         return decoder
 
     def merge(self, params: Params, adapters: Params) -> Params:
-        """The weights with what the adapters learnt: ordinary parameters, in their own dtypes."""
+        """Base weights plus updates: ordinary parameters, in the dtypes of `params`."""
         merged = {}
         for name, value in params.items():
             if name not in adapters:
@@ -98,15 +106,15 @@ class LoraConfig(Config):
                 merged[name] = self.merge(value, adapters[name])
         return merged
 
-    def _each(self, params: Params, of: Callable[[str, Any], Params]) -> Params:
-        """`of(name, weight)` in the place of each target, and nothing else."""
-        found: Params = {}
+    def _each(self, params: Params, function: Callable[[str, Any], Params]) -> Params:
+        """A tree with `function(name, weight)` at the path of each target, and nothing else."""
+        adapters: Params = {}
         for name, value in params.items():
             if name in self.targets:
-                found[name] = of(name, value)
-            elif isinstance(value, dict) and (below := self._each(value, of)):
-                found[name] = below
-        return found
+                adapters[name] = function(name, value)
+            elif isinstance(value, dict) and (below := self._each(value, function)):
+                adapters[name] = below
+        return adapters
 
 
 def _sum(name: str, weight: jax.Array, adapter: Params, scale: float) -> jax.Array:

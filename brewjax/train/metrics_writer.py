@@ -1,4 +1,4 @@
-"""Where a run's numbers go: a JSON-lines file, TensorBoard, and a progress bar."""
+"""Writes a run's metrics to a JSON-lines file, TensorBoard and a progress bar."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ METRICS = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Writes one row a step. Opened after a restart, it drops what was written after the step resumed from."""
+    """Writes one row for each step; on a restart it first drops rows after the step that training resumes from.
+
+    Args:
+      folder: gets `metrics.jsonl` and `tensorboard/`.
+      resumed_step: the last step of the checkpoint; 0 for a new run.
+      steps: of the whole run.
+    """
 
     def __init__(self, folder: Path, resumed_step: int, steps: int):
         folder.mkdir(parents=True, exist_ok=True)
@@ -49,8 +55,8 @@ class MetricsWriter:
         self._board.close()
 
     def write(self, step: int, row: dict[str, float]) -> None:
-        """Records the metrics of one step, `loss` and `tokens` among them, tokens per second since the last, and the
-        seconds of training so far, over all restarts."""
+        """Records one step: its metrics (`loss` and `tokens` among them), and two that are measured here:
+        `tokens_per_second` since the last step, and `seconds` of training so far, over all restarts."""
         now = time.perf_counter()
         row = row | {
             "tokens_per_second": row["tokens"] / (now - self._written),
@@ -68,7 +74,7 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics file, in order; a last line cut short by a kill is left out."""
+    """The rows of a metrics file, in order, without an incomplete last line; none if there is no file."""
     if not path.exists():
         return []
     lines = path.read_text().split("\n")

@@ -1,7 +1,10 @@
-"""What an objective is, what several share, and supervised fine-tuning.
+"""Objectives: their type, what several of them share, and supervised fine-tuning.
 
-An objective is a pure function of a decoder, a batch and what is `Given` beside them. It returns sums, so that neither
-accumulation nor uneven rows change what they are the means of.
+An objective is a pure function of a decoder, a batch and auxiliary inputs. It returns weighted sums, not means, so that
+neither gradient accumulation nor unevenly filled rows change the means.
+
+Axis letters: B rows, T tokens, N tokens of a device, D model dimension, V vocabulary, k words of a teacher
+(docs/glossary.md, "Axis letters").
 """
 
 from __future__ import annotations
@@ -20,31 +23,29 @@ from pallas_kernels.linear_loss import HiddenAndHead
 
 
 class WeightedSum(NamedTuple):
-    """A mean to be: a sum, and what to divide it by once the sums of all rows are known."""
+    """A mean in the making: a sum, and the weight to divide it by once all rows are summed."""
 
     total: Float[Array, ""]
     weight: Float[Array, ""]
 
 
 class TopK(NamedTuple):
-    """A teacher's k likeliest words where a batch has targets, the likeliest first; -1 and -inf elsewhere."""
+    """A teacher's k likeliest words at each target of a batch, the likeliest first; -1 and -inf at other tokens."""
 
     ids: Int[Array, "B T k"]
     log_probs: Float[Array, "B T k"]
 
 
-BASE = "base"  # the name of the weights that LoRA adapts, among what is given
-AuxInputs = Mapping[str, Decoder | TopK]  # frozen models, or what they said of this batch, by name
-Objective = Callable[
-    [Decoder, TokenBatch, AuxInputs], tuple[WeightedSum, dict[str, WeightedSum]]
-]  # the loss, and metrics
+BASE = "base"  # name of the weights that LoRA adapts, among the auxiliary inputs
+AuxInputs = Mapping[str, Decoder | TopK]  # by name: frozen models, or their outputs for this batch
+# (decoder, batch, aux) -> (loss, metrics by name)
+Objective = Callable[[Decoder, TokenBatch, AuxInputs], tuple[WeightedSum, dict[str, WeightedSum]]]
 
 
-def supervised(decoder: Decoder, batch: TokenBatch, given: AuxInputs) -> tuple[WeightedSum, dict[str, WeightedSum]]:
-    """Cross-entropy of the targets by their weights: -log P(target | everything that its token sees), natural log.
+def supervised(decoder: Decoder, batch: TokenBatch, aux: AuxInputs) -> tuple[WeightedSum, dict[str, WeightedSum]]:
+    """Weighted cross-entropy of the targets, in nats: the objective of pre-training and of supervised fine-tuning.
 
-    Pre-training and supervised fine-tuning alike: they differ in their targets. A mixture of experts adds its
-    load-balancing loss.
+    The two differ in their targets only. A mixture of experts adds its load-balancing loss.
     """
     hidden, balance = decoder.forward_with_aux_loss(batch.tokens, batch.positions, batch.token_labels)
     loss = cross_entropy(decoder, hidden, batch)
@@ -52,42 +53,55 @@ def supervised(decoder: Decoder, batch: TokenBatch, given: AuxInputs) -> tuple[W
 
 
 def cross_entropy(decoder: Decoder, hidden: Float[Array, "B T D"], batch: TokenBatch) -> WeightedSum:
-    towers = [(hidden, decoder.lm_head)]
-    return token_sums(decoder.sharding, linear_cross_entropy, towers, batch.targets, batch.weights)
+    """Cross-entropy of the batch's targets under the decoder's head, summed by the targets' weights."""
+    models_and_heads = [(hidden, decoder.lm_head)]
+    return token_sums(decoder.sharding, linear_cross_entropy, models_and_heads, batch.targets, batch.weights)
 
 
 def token_sums(
-    sharding: Sharding, loss: Callable[..., tuple[Array, Array]], towers: Sequence[HiddenAndHead], *fields: Array
+    sharding: Sharding,
+    loss: Callable[..., tuple[Array, Array]],
+    models_and_heads: Sequence[HiddenAndHead],
+    *fields: Array,
 ) -> WeightedSum:
-    """The two sums that `loss` returns of each device's tokens, over all devices.
+    """The two sums that `loss` returns, computed by each device for its tokens and added over all devices.
 
     Args:
-      loss: a fused loss of N tokens in a line: of hidden states [N, D] and head [V, D] of each tower, then the fields.
-      towers: hidden states [B, T, D], each with its head [V, D].
-      fields: [B, T, ..] each.
+      loss: a fused loss of N tokens: of hidden states [N, D] and head [V, D] of each model, then of the fields.
+      models_and_heads: hidden states [B, T, D] and head [V, D] of each model.
+      fields: arrays [B, T, ..].
     """
     axes = (*sharding.rules["batch"], *sharding.rules["length"])
-    return WeightedSum(*_by_device(sharding, lambda *line: jax.lax.psum(loss(*line), axes), towers, fields, jax.P()))
+    return WeightedSum(
+        *_map_over_devices(sharding, lambda *line: jax.lax.psum(loss(*line), axes), models_and_heads, fields, jax.P())
+    )
 
 
-def per_token(sharding: Sharding, function: Callable[..., Any], towers: Sequence[HiddenAndHead], *fields: Array) -> Any:
-    """As `token_sums`, for a function that returns arrays [N, ..], which come back as [B, T, ..]."""
-    return _by_device(sharding, function, towers, fields, sharding.spec("batch", "length"))
+def per_token(
+    sharding: Sharding, function: Callable[..., Any], models_and_heads: Sequence[HiddenAndHead], *fields: Array
+) -> Any:
+    """As `token_sums`, for a function that returns arrays [N, ..]; they are returned as [B, T, ..]."""
+    return _map_over_devices(sharding, function, models_and_heads, fields, sharding.spec("batch", "length"))
 
 
-def _by_device(
-    sharding: Sharding, function: Callable, towers: Sequence[HiddenAndHead], fields: Sequence[Array], out: jax.P
+@jax.named_scope("head")
+def _map_over_devices(
+    sharding: Sharding,
+    function: Callable,
+    models_and_heads: Sequence[HiddenAndHead],
+    fields: Sequence[Array],
+    out: jax.P,
 ) -> Any:
     def local(hidden: list[Array], heads: list[Array], fields: list[Array]) -> Any:
         shape = hidden[0].shape[:2]
-        of_tokens = [x.reshape(-1, *x.shape[2:]) for x in hidden]
-        each = [x for tower in zip(of_tokens, heads, strict=True) for x in tower]
-        found = function(*each, *(x.reshape(-1, *x.shape[2:]) for x in fields))
-        return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), found) if len(out) else found
+        flat_hidden = [x.reshape(-1, *x.shape[2:]) for x in hidden]
+        hidden_and_heads = [x for pair in zip(flat_hidden, heads, strict=True) for x in pair]
+        outputs = function(*hidden_and_heads, *(x.reshape(-1, *x.shape[2:]) for x in fields))
+        return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), outputs) if len(out) else outputs
 
     rows = sharding.spec("batch", "length")
     return jax.shard_map(local, in_specs=(rows, jax.P(None, None), rows), out_specs=out, check_vma=False)(
-        [hidden for hidden, _ in towers],
-        [head.astype(hidden.dtype) for hidden, head in towers],
+        [hidden for hidden, _ in models_and_heads],
+        [head.astype(hidden.dtype) for hidden, head in models_and_heads],
         [sharding.reshard(x, "batch", "length", *[None] * (x.ndim - 2)) for x in fields],
     )

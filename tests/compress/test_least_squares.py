@@ -32,15 +32,15 @@ def test_a_subset_stays_the_least_squares_solution_whatever_moves(groups, size, 
     H, W = draw(seed, groups * size)
     subset = Subset(H, W, size)
     for group in moves:
-        if subset.kept.sum() > 1 or not subset.kept[group % groups]:
+        if subset.is_kept.sum() > 1 or not subset.is_kept[group % groups]:
             subset.move(np.array([group % groups]))
-    rows = rows_of(np.flatnonzero(subset.kept), size)
+    rows = rows_of(np.flatnonzero(subset.is_kept), size)
     U, objective = best(H, W, rows)
     np.testing.assert_allclose(subset.rest[rows], U, rtol=1e-6, atol=1e-8)
     np.testing.assert_allclose(resolve(H, W, rows), U, rtol=1e-6, atol=1e-8)
     for group, score in enumerate(subset.scores()):
-        without = np.setdiff1d(np.flatnonzero(subset.kept), group)
-        other = without if subset.kept[group] else np.append(without, group)
+        without = np.setdiff1d(np.flatnonzero(subset.is_kept), group)
+        other = without if subset.is_kept[group] else np.append(without, group)
         if len(other):
             change = abs(best(H, W, rows_of(other, size))[1] - objective)
             np.testing.assert_allclose(score, change, rtol=1e-6, atol=1e-8 * objective + 1e-8)

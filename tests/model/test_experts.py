@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brewjax.model.config import ExpertsConfig, ModelConfig
-from brewjax.model.experts import Experts, _expert_outputs, _in_chunks
+from brewjax.model.experts import Experts, _expert_outputs, _sum_in_chunks
 from brewjax.model.params import bind
 from pallas_kernels.token_labels import ALL, PADDING, TokenLabels
 from tests.tiny import MODEL, params
@@ -78,7 +78,7 @@ def test_in_turns_is_as_at_once(sizes, others, count):
 
     def in_turns(x, weight, matrices):
         whole = (0, -R % count)
-        return _in_chunks(said, count, x, jnp.pad(weight, whole), matrices, jnp.pad(token, whole), sizes)
+        return _sum_in_chunks(said, count, x, jnp.pad(weight, whole), matrices, jnp.pad(token, whole), sizes)
 
     expected, found = (
         jax.jit(jax.value_and_grad(lambda *taken, add=add: jnp.sum(add(*taken) * direction), (0, 1, 2)))
@@ -120,5 +120,5 @@ def test_the_training_loss_has_the_mean_balance_of_the_layers():
 
 
 def test_a_token_cannot_go_through_more_experts_than_there_are():
-    with pytest.raises(pydantic.ValidationError, match=r"per_token \(3\) must be at most count \(2\)"):
+    with pytest.raises(pydantic.ValidationError, match=r"num_experts_per_tok \(3\) must be at most num_experts \(2\)"):
         ExpertsConfig(num_experts=2, num_experts_per_tok=3)

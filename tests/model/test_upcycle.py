@@ -35,7 +35,7 @@ def test_what_is_not_dense_or_would_not_say_the_same_is_refused():
     mesh, experts = MeshConfig().build(), ExpertsConfig(num_experts=4)
     with pytest.raises(ConfigError, match="experts: it has experts already"):
         upcycle(MODEL.model_copy(update={"experts": experts}), {}, experts, mesh)
-    with pytest.raises(ValueError, match=r"experts.normalize: must be true"):
+    with pytest.raises(ValueError, match=r"experts.norm_topk_prob: must be true"):
         upcycle(MODEL, {}, ExpertsConfig(num_experts=4, norm_topk_prob=False), mesh)
 
 

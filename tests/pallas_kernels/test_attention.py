@@ -51,7 +51,7 @@ def results(implementation: str | None):
             out, log_sum = attention_reference(q, k, v, token_labels)
         else:
             out, log_sum = attention(q, k, v, token_labels, implementation=implementation)
-        real = token_labels.example[:, -q.shape[1] :, None] != PADDING
+        real = token_labels.example_id[:, -q.shape[1] :, None] != PADDING
         return out, jnp.where(real, log_sum, 0)
 
     @jax.jit
@@ -127,7 +127,7 @@ def test_groups_of_heads(implementation, heads):
 def test_padding_gets_zeros_and_gives_nothing(implementation, data, seed):
     length = LENGTHS[implementation]
     token_labels, qkvd = data.draw(batches(2, length)), draw_qkvd(seed, length)
-    real = (token_labels.example != PADDING)[..., None, None]
+    real = (token_labels.example_id != PADDING)[..., None, None]
     clean = results(implementation)(*qkvd, token_labels)
     poisoned = results(implementation)(*(np.where(real, x, np.nan) for x in qkvd), token_labels)
     for a, b in zip(clean, poisoned, strict=True):

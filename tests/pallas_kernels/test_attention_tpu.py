@@ -49,8 +49,8 @@ def compiled(chip: str, q: tuple, k: tuple, dtype, gradients: bool, side: int = 
 )
 def test_training_shapes_compile(chip, head_dim, dtype):
     text = compiled(chip, (2, 4096, 8, head_dim), (2, 4096, 2, head_dim), dtype, gradients=True).as_text()
-    assert "segment_attention_forward" in text
-    assert "segment_attention_backward" in text
+    assert "token_label_attention_forward" in text
+    assert "token_label_attention_backward" in text
 
 
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])

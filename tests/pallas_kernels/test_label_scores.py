@@ -13,7 +13,7 @@ from tests.pallas_kernels.tpu import compile_for
 
 N, V, D, L = 7, 21, 8, 4
 log_probs = jax.jit(label_log_probs, static_argnames=("normalize_over", "block"))
-both_ways = pytest.mark.parametrize("against", ["vocabulary", "labels"])
+both_ways = pytest.mark.parametrize("normalize_over", ["vocabulary", "labels"])
 
 
 def draw(seed: int, dtype=np.float32) -> tuple[np.ndarray, np.ndarray]:
@@ -21,12 +21,12 @@ def draw(seed: int, dtype=np.float32) -> tuple[np.ndarray, np.ndarray]:
     return (3 * random.standard_normal((N, D))).astype(dtype), random.standard_normal((V, D)).astype(dtype)
 
 
-def reference(hidden, head, labels, against):
+def reference(hidden, head, labels, normalize_over):
     """float64 [N, L]; -inf where there is no label."""
     logits = np.float64(hidden) @ np.float64(head).T
     labels = np.broadcast_to(labels, (len(hidden), labels.shape[-1]))
     own = np.where(labels >= 0, np.take_along_axis(logits, np.maximum(labels, 0), -1), -np.inf)
-    summed = logits if against == "vocabulary" else own
+    summed = logits if normalize_over == "vocabulary" else own
     with np.errstate(divide="ignore", invalid="ignore"):
         result = own - np.log(np.sum(np.exp(summed), -1, keepdims=True))
     return np.where(labels >= 0, result, -np.inf)
@@ -41,38 +41,38 @@ labels = (for_all | st.lists(for_all, min_size=N, max_size=N)).map(np.array)
 @pytest.mark.parametrize("block", [1, 8, 21, 64])
 @settings(deadline=None, max_examples=15)
 @given(st.integers(0, 2**32 - 1), labels)
-def test_log_softmax_at_the_labels(against, block, seed, labels):
+def test_log_softmax_at_the_labels(normalize_over, block, seed, labels):
     hidden, head = draw(seed)
-    found = log_probs(hidden, head, labels, against=against, block=block)
+    found = log_probs(hidden, head, labels, normalize_over=normalize_over, block=block)
     assert found.dtype == np.float32
-    np.testing.assert_allclose(found, reference(hidden, head, labels, against), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found, reference(hidden, head, labels, normalize_over), rtol=1e-5, atol=1e-5)
 
 
 @both_ways
-def test_bfloat16_inputs_are_taken_as_they_are(against):
+def test_bfloat16_inputs_are_taken_as_they_are(normalize_over):
     hidden, head = draw(1, jnp.bfloat16)
     labels = np.array([3, 20, 0])
-    found = log_probs(hidden, head, labels, against=against, block=8)
+    found = log_probs(hidden, head, labels, normalize_over=normalize_over, block=8)
     assert found.dtype == np.float32
-    np.testing.assert_allclose(found, reference(hidden, head, labels, against), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found, reference(hidden, head, labels, normalize_over), rtol=1e-5, atol=1e-5)
 
 
 @both_ways
-def test_a_label_that_is_no_word_is_not_passed_over(against):
+def test_a_label_that_is_no_word_is_not_passed_over(normalize_over):
     hidden, head = draw(2)
-    assert np.isnan(label_log_probs(hidden, head, np.array([3, V]), against)[:, 1]).all()
+    assert np.isnan(label_log_probs(hidden, head, np.array([3, V]), normalize_over)[:, 1]).all()
 
 
 @both_ways
-def test_rows_of_their_own_labels(against):
+def test_rows_of_their_own_labels(normalize_over):
     """As a scorer calls it: questions [rows, N, D] and labels [rows, L]."""
     hidden, head = draw(3)
     labels = np.array([[3, 20, -1], [5, 6, 7]])
     rows = np.stack([hidden, hidden[::-1]])
-    score = jax.vmap(functools.partial(label_log_probs, normalize_over=against, block=8), in_axes=(0, None, 0))
+    score = jax.vmap(functools.partial(label_log_probs, normalize_over=normalize_over, block=8), in_axes=(0, None, 0))
     found = jax.jit(score)(rows, head, labels)
     for row in range(2):
-        expected = reference(rows[row], head, labels[row], against)
+        expected = reference(rows[row], head, labels[row], normalize_over)
         np.testing.assert_allclose(found[row], expected, rtol=1e-5, atol=1e-5)
 
 
@@ -96,7 +96,7 @@ def test_no_array_of_questions_by_words():
     N, V, block = 512, 4096, 256
     hidden, head = (jax.ShapeDtypeStruct((n, D), jnp.float32) for n in (N, V))
     labels = jax.ShapeDtypeStruct((N, L), jnp.int32)
-    compiled = log_probs.lower(hidden, head, labels, against="vocabulary", block=block).compile()
+    compiled = log_probs.lower(hidden, head, labels, normalize_over="vocabulary", block=block).compile()
     sizes = [np.prod([int(n) for n in shape.split(",")]) for shape in re.findall(r"\w\[([\d,]+)\]", compiled.as_text())]
     assert max(sizes) == N * block
 
@@ -132,8 +132,8 @@ def test_a_float32_product_is_one_pass_of_bfloat16_unless_asked_otherwise():
 
 
 @both_ways
-def test_every_product_of_label_scores_is_float32_in_truth_on_a_tpu(against):
+def test_every_product_of_label_scores_is_float32_in_truth_on_a_tpu(normalize_over):
     hidden, head = (jax.ShapeDtypeStruct((n, 128), jnp.float32) for n in (64, 1024))
-    score = functools.partial(label_log_probs, normalize_over=against, block=256)
+    score = functools.partial(label_log_probs, normalize_over=normalize_over, block=256)
     compiled = compile_for("v5e", score, hidden, head, jax.ShapeDtypeStruct((8,), jnp.int32))
     assert set(products(compiled)) == {"highest,highest"}

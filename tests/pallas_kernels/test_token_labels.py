@@ -90,22 +90,22 @@ def test_sight_is_exact_where_pieces_are_tiles():
 
 def test_items_do_not_meet_each_other():
     row = pack([Example(64, [], [5] * 192)], 1024)
-    some, causal = np.asarray(seen(row, 16).some), np.tri(64, dtype=bool)
+    some, causal = np.asarray(seen(row, 16).any), np.tri(64, dtype=bool)
     np.testing.assert_array_equal(some, tiled(brute_force(row), 16, 16).any(-1))
     assert some.sum() < 0.2 * causal.sum()
 
 
 def test_star_history_is_met_by_its_questions_only():
     row = pack([Example(32, [16] * 60, [16, 16], star=True)], 1024)
-    some = np.asarray(seen(row, 16).some)
+    some = np.asarray(seen(row, 16).any)
     np.testing.assert_array_equal(some, tiled(brute_force(row), 16, 16).any(-1))
     assert some[2:62].sum() == 60 * (2 + 1)  # an event: the center and itself
     assert some[62:].sum() == 2 * (2 + 60 + 1)
 
 
 def test_padding_is_never_met():
-    assert np.asarray(seen(pack([Example(20)], LENGTH), 16).some).sum() == 3  # 0-0, 1-0, 1-1
-    assert not np.asarray(seen(pack([], LENGTH), 16).some).any()
+    assert np.asarray(seen(pack([Example(20)], LENGTH), 16).any).sum() == 3  # 0-0, 1-0, 1-1
+    assert not np.asarray(seen(pack([], LENGTH), 16).any).any()
 
 
 @settings(deadline=None, max_examples=30)
@@ -136,9 +136,9 @@ def test_meetings_are_the_blocks_seen_whole_and_then_those_seen_in_part(kind):
         met = jax.tree.map(np.asarray, block_table(BlockVisibility(kind > 0, kind == 2), by_key))
         lines = kind.transpose(0, 2, 1) if by_key else kind
         for at in np.ndindex(lines.shape[:2]):
-            assert set(met.blocks[at][: met.whole[at]]) == set(np.flatnonzero(lines[at] == 2))
-            assert set(met.blocks[at][met.whole[at] : met.met[at]]) == set(np.flatnonzero(lines[at] == 1))
-            assert met.met[at] == np.count_nonzero(lines[at])
+            assert set(met.indices[at][: met.num_full[at]]) == set(np.flatnonzero(lines[at] == 2))
+            assert set(met.indices[at][met.num_full[at] : met.num_active[at]]) == set(np.flatnonzero(lines[at] == 1))
+            assert met.num_active[at] == np.count_nonzero(lines[at])
 
 
 @settings(deadline=None, max_examples=30)

@@ -65,7 +65,7 @@ def test_two_processes_match_one(together, alone):
     assert "step 40/40" in log(together, 0)
     assert "step" not in log(together, 1)
     data = together / "checkpoints" / str(CONFIG.steps) / "data"
-    assert sorted(path.name for path in data.glob("stream-*")) == ["stream-0-of-2.json", "stream-1-of-2.json"]
+    assert sorted(path.name for path in data.glob("shard-*")) == ["shard-0-of-2.json", "shard-1-of-2.json"]
 
 
 def test_one_killed_ends_the_other_and_a_restart_goes_on(shards, together, tmp_path):
@@ -120,8 +120,9 @@ def test_wrong_variables_are_named(monkeypatch, variables, said):
         pass
 
 
-def test_rows_must_divide_into_streams():
-    with pytest.raises(ValueError, match=r"rows \(4\) / accumulate \(2\) must be a multiple of streams \(3\)"):
+def test_rows_must_divide_into_data_shards():
+    expected = r"batch_size \(4\) / gradient_accumulation_steps \(2\) must be a multiple of num_data_shards \(3\)"
+    with pytest.raises(ValueError, match=expected):
         type(CONFIG)(**CONFIG.model_dump() | {"num_data_shards": 3})
 
 

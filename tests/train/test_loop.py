@@ -98,7 +98,9 @@ def test_accumulation_changes_no_loss(shards, finished, tmp_path):
 
 
 def test_rows_must_divide_into_parts():
-    with pytest.raises(pydantic.ValidationError, match=r"rows \(4\) must be a multiple of accumulate \(3\)"):
+    with pytest.raises(
+        pydantic.ValidationError, match=r"batch_size \(4\) must be a multiple of gradient_accumulation_steps \(3\)"
+    ):
         TrainConfig(**CONFIG.model_dump() | {"gradient_accumulation_steps": 3})
 
 
@@ -237,8 +239,8 @@ def poisoned(decoder: Decoder, batch: TokenBatch, given: AuxInputs) -> tuple[Wei
 
 def test_nan_stops_the_run_and_names_the_examples(tmp_path):
     prompts = [toy(number) for number in range(40)]
-    (_, *center), *events = prompts[21].prefix_pieces  # a prompt of the fourth batch
-    prompts[21] = dataclasses.replace(prompts[21], pieces=[[POISON, *center], *events])
+    (_, *preamble), *events = prompts[21].prefix_pieces  # a prompt of the fourth batch
+    prompts[21] = dataclasses.replace(prompts[21], prefix_pieces=[[POISON, *preamble], *events])
     write_shards(tmp_path, [(one, {"prompt": number}) for number, one in enumerate(prompts)], CONFIG.seq_len)
     with pytest.raises(NonFiniteError, match=r"loss nan(.|\n)*\"prompt\": 21\b") as error:
         train(MODEL, CONFIG.model_copy(update={"checkpoint_every_steps": 1}), tmp_path, tmp_path, poisoned)

@@ -41,7 +41,7 @@ OWN = "own answers and layers"  # for its definition see test_on_policy
 def listed(seed: int, lists: list[int], weight: float) -> EncodedPrompt:
     """A prompt whose questions stand in these lists; the first answer is two words."""
     one = prompt(np.random.default_rng(seed), events=(4, 3), questions=[3, 2, 3, 2, 3][: len(lists)])
-    return dataclasses.replace(one, lists=lists, weight=weight, answers=[[5, 9], *one.answers[1:]])
+    return dataclasses.replace(one, preference_lists=lists, weight=weight, answers=[[5, 9], *one.answers[1:]])
 
 
 @functools.cache
@@ -57,7 +57,7 @@ def batch() -> TokenBatch:
 
 OBJECTIVES: dict[str, Objective] = {
     "supervised": supervised,
-    "dpo": Align(beta=0.5, loss_type="each", label_smoothing=0.1, rpo_alpha=0.3),
+    "dpo": Align(beta=0.5, loss_type="sigmoid", label_smoothing=0.1, rpo_alpha=0.3),
     "softmax dpo": Align(beta=0.5),
     "forward KL": Distill(kd_weight=0.7, temperature=2.0),
     "Jensen-Shannon": Distill(divergence="jensen_shannon", beta=0.3),
@@ -222,10 +222,10 @@ def test_align_is_its_definition(name):
             "softmax dpo": minus_log_sigmoid(-np.log(np.exp(-margins).sum())),
         }[name]
         row = {
-            "loss": cost - align.sft * preferred.policy.mean(),
+            "loss": cost - align.rpo_alpha * preferred.policy.mean(),
             "loss_dpo": cost,
             "loss_sft": -preferred.policy.mean(),
-            "reward_preferred": align.beta * preferred.score,
+            "reward_chosen": align.beta * preferred.score,
             "reward_rejected": align.beta * np.mean([one.score for one in rejected]),
             "reward_margin": margins.mean(),
             "preference_accuracy": (margins > 0).mean(),
@@ -266,7 +266,7 @@ def test_distill_is_its_definition(name):
     kd = distill.temperature**2 * (batch().weights[places] * divergence).sum()
     assert_is(name, "loss_sft", (sft, weight))
     assert_is(name, "loss_kd", (kd, weight))
-    assert_is(name, "loss", ((1 - distill.ratio) * sft + distill.ratio * kd, weight))
+    assert_is(name, "loss", ((1 - distill.kd_weight) * sft + distill.kd_weight * kd, weight))
 
 
 # --- TRL's own (make_goldens.py)
@@ -286,7 +286,7 @@ def test_pairs_cost_what_trl_says(against):
                 losses, chosen, rejected = trl[f"dpo {beta} {smoothing}"]
                 found = {key: mean.total for key, mean in jax.jit(align.lists)(*map(jnp.asarray, row)).items()}
                 np.testing.assert_allclose(found["loss_dpo"], losses.sum(), rtol=1e-5)
-                np.testing.assert_allclose(found["reward_preferred"], chosen.sum(), rtol=1e-5)
+                np.testing.assert_allclose(found["reward_chosen"], chosen.sum(), rtol=1e-5)
                 np.testing.assert_allclose(found["reward_rejected"], rejected.sum(), rtol=1e-5)
                 assert found["preference_accuracy"] == (chosen > rejected).sum()
 

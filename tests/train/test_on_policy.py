@@ -151,7 +151,7 @@ def layer_loss(student: Decoder, teacher: Decoder) -> float:
         _, metrics = jax.jit(lambda batch: Distill(hidden_state_weight=1.0)(student, batch, {"teacher": teacher}))(
             batch
         )
-    return float(metrics["loss_layers"].total / metrics["loss_layers"].weight)
+    return float(metrics["loss_hidden_states"].total / metrics["loss_hidden_states"].weight)
 
 
 def test_a_layer_is_held_to_the_teachers_at_its_depth():
@@ -161,9 +161,10 @@ def test_a_layer_is_held_to_the_teachers_at_its_depth():
     inputs = (batch.tokens, batch.positions, batch.token_labels)
     with jax.set_mesh(MeshConfig().build()):
         streams, shown = (
-            np.float64(jax.jit(lambda *x, of=of: of.with_layers(*x))(*inputs)[2]) for of in (student, teacher)
+            np.float64(jax.jit(lambda *x, of=of: of.forward_with_hidden_states(*x))(*inputs)[2])
+            for of in (student, teacher)
         )
-    real = np.asarray(batch.token_labels.example) > 0
+    real = np.asarray(batch.token_labels.example_id) > 0
     cosine = lambda a, b: (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)  # noqa: E731
     expected = np.mean([1 - cosine(streams[n], shown[like])[real] for n, like in ((0, 1), (1, 4))])
     np.testing.assert_allclose(layer_loss(student, teacher), expected, rtol=1e-5)
@@ -182,5 +183,5 @@ def test_streams_of_two_widths_are_refused():
 @pytest.mark.parametrize("option", [{"on_policy_fraction": 0.5}, {"hidden_state_weight": 1.0}])
 @pytest.mark.parametrize("teacher", ["own_mesh", "cache"])
 def test_a_teacher_who_is_elsewhere_is_refused(option, teacher):
-    with pytest.raises(pydantic.ValidationError, match=f"needs teacher same_mesh, not {teacher}"):
+    with pytest.raises(pydantic.ValidationError, match=f"needs teacher_placement same_mesh, not {teacher}"):
         Distill(teacher_placement=teacher, **option)

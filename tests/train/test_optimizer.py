@@ -30,13 +30,13 @@ def test_matrices_decay_and_nothing_else():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("b1: 2.0", "b1: input should be less than 1, found 2.0"),
-        ("b2: -0.1", "b2: input should be greater than or equal to 0"),
-        ("b2: .nan", "b2: input should be a finite number, found nan"),
-        ("learning_rate: .inf", "learning_rate: input should be a finite number, found inf"),
-        ("learning_rate: 1.0e+39", "learning_rate: input should be less than or equal to 1"),
-        ("weight_decay: .inf", "weight_decay: input should be a finite number"),
-        ("clip: .inf", "clip: input should be a finite number"),
+        ("b1: 2.0", "b1: expected less than 1, found 2.0"),
+        ("b2: -0.1", "b2: expected at least 0"),
+        ("b2: .nan", "b2: expected a finite number, found nan"),
+        ("learning_rate: .inf", "learning_rate: expected a finite number, found inf"),
+        ("learning_rate: 1.0e+39", "learning_rate: expected at most 1"),
+        ("weight_decay: .inf", "weight_decay: expected a finite number"),
+        ("clip: .inf", "clip: expected a finite number"),
     ],
 )
 def test_a_number_without_sense_is_refused(setting, message):

@@ -124,20 +124,20 @@ def test_a_cache_of_something_else_is_refused(shards, tmp_path):
     written(tmp_path / "cache", shards)
     other = write_shards(tmp_path / "other", [(toy(number), {}) for number in range(20)], 64)
     assert other["records"]
-    with pytest.raises(CacheError, match=r"answers for shards [0-9a-f]{64}, not [0-9a-f]{64}\. Delete it"):
+    with pytest.raises(CacheError, match=r"outputs for shards [0-9a-f]{64}, not [0-9a-f]{64}\. Delete it"):
         written(tmp_path / "cache", tmp_path / "other")
-    with pytest.raises(CacheError, match=r"answers for k 4, not 5; temperature 2\.0, not 1\.0"):
+    with pytest.raises(CacheError, match=r"outputs for k 4, not 5; temperature 2\.0, not 1\.0"):
         written(tmp_path / "cache", shards, k=5, temperature=1.0)
     nudged = jax.tree.map(jnp.copy, TEACHER.params)
     nudged["layers"]["down"] = nudged["layers"]["down"].at[1, 2, 3].add(1e-6)
-    with pytest.raises(CacheError, match="answers for teacher "):
+    with pytest.raises(CacheError, match="outputs for teacher "):
         written(tmp_path / "cache", shards, teacher=FrozenModel(BIG, nudged))
     cache, batch = TeacherCache(tmp_path / "cache"), next(iter(load_batches(shards, 2, 64, seed=0)))
     unknown = batch._replace(source=batch.source + 10_000)
-    with pytest.raises(CacheError, match="the teacher never saw record 10"):
+    with pytest.raises(CacheError, match="has no outputs for record 10"):
         cache.look_up(unknown)
     fewer = batch._replace(targets=np.where(np.arange(64) > 20, -1, batch.targets))
-    with pytest.raises(CacheError, match=r"record \d+ has \d+ targets, the teacher answered \d+"):
+    with pytest.raises(CacheError, match=r"record \d+ has \d+ targets, and the cache has outputs for \d+"):
         cache.look_up(fewer)
 
 
@@ -157,7 +157,9 @@ def test_align_learns_to_prefer_and_the_reference_stays(tmp_path, lora):
         questions = [
             [3 if first else 4, *rest[1:]] for first, rest in zip((True, False, False), one.questions, strict=True)
         ]
-        prompts.append((dataclasses.replace(one, questions=questions, answers=[0] * 3, lists=[1, -1, -1]), {}))
+        prompts.append(
+            (dataclasses.replace(one, questions=questions, answers=[0] * 3, preference_lists=[1, -1, -1]), {})
+        )
     write_shards(tmp_path / "shards", prompts, 64)
     reference, config = params(), CONFIG.model_copy(update={"checkpoint_every_steps": 40, "lora": lora})
     frozen = {} if lora else {"reference": FrozenModel(MODEL, reference)}
@@ -165,7 +167,7 @@ def test_align_learns_to_prefer_and_the_reference_stays(tmp_path, lora):
     rows = read_metrics(tmp_path / METRICS)
     assert rows[0]["reward_margin"] == 0
     np.testing.assert_allclose(rows[0]["loss_dpo"], np.log(3), rtol=1e-5)  # two rejected, all alike yet
-    assert rows[-1]["reward_preferred"] > 0 > rows[-1]["reward_rejected"]
+    assert rows[-1]["reward_chosen"] > 0 > rows[-1]["reward_rejected"]
     assert rows[-1]["preference_accuracy"] > 0.9
     jax.tree.map(np.testing.assert_array_equal, reference, params())
 
