@@ -61,7 +61,9 @@ class BestRows(NamedTuple):
     exact: Bool[Array, " Q"]
 
 
-def top_k(queries: Float[Array, "Q D"], rows: Rows, filters: Filter, k: int, implementation: str | None = None) -> BestRows:
+def top_k(
+    queries: Float[Array, "Q D"], rows: Rows, filters: Filter, k: int, implementation: str | None = None
+) -> BestRows:
     """The k rows with the largest inner products that each query's filter admits; products are float32 in truth.
 
     Args:

@@ -269,7 +269,9 @@ class ScoringLoop:
                 part.owner.owner.began = now
                 self._metrics.queue_seconds.observe(now - part.owner.owner.arrived)
                 self._metrics.prefix_tokens.labels("cached").inc(part.owner.num_cached_tokens)
-                self._metrics.prefix_tokens.labels("computed").inc(part.prompt.prefix_length - part.owner.num_cached_tokens)
+                self._metrics.prefix_tokens.labels("computed").inc(
+                    part.prompt.prefix_length - part.owner.num_cached_tokens
+                )
         against: NormalizeOver = "labels"
         if any(part.owner.normalize_over == "vocabulary" for part in one.chunks):
             against = "vocabulary"
@@ -316,7 +318,8 @@ class ScoringLoop:
         if not np.isfinite(log_probs).all():
             raise FloatingPointError("the model's scores are not finite")
         request.on_answers(
-            part.questions.start, normalize_over_labels(log_probs) if job.normalize_over == "labels" else np.exp(log_probs)
+            part.questions.start,
+            normalize_over_labels(log_probs) if job.normalize_over == "labels" else np.exp(log_probs),
         )
         if part.questions.stop == len(part.prompt.questions):
             _succeed(request, job.num_cached_tokens)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.search import ALIVE, BINS, Filter, Rows, BestRows, admitted, jitted_top_k
+from pallas_kernels.search import ALIVE, BINS, BestRows, Filter, Rows, admitted, jitted_top_k
 from tests.pallas_kernels.tpu import compile_for
 
 N, D, Q = 2 * BINS, 16, 3
