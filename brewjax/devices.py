@@ -52,10 +52,10 @@ def has_tpu(root: Path = Path("/")) -> bool:
 def cache_compilations() -> None:
     """Lets JAX keep compiled programs in the user's cache folder, where later processes find them.
 
-    JAX keys them by program, compiler and options; the folder's name adds the processor, whose instructions a program for
-    a CPU may use, for home folders that several machines share. An entry that cannot be read is compiled again. To be
-    called before JAX is imported; JAX's own environment variables take precedence (JAX_ENABLE_COMPILATION_CACHE=false
-    turns it off).
+    JAX keys them by program, compiler and options; the folder's name adds the processor, whose instructions a program
+    for a CPU may use, for home folders that several machines share. An entry that cannot be read is compiled again. To
+    be called before JAX is imported; JAX's own environment variables take precedence
+    (JAX_ENABLE_COMPILATION_CACHE=false turns it off).
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "brewjax" / "xla" / _processor()
     for name, value in {

@@ -38,7 +38,8 @@ def attention(
 
     Args:
       q: queries of H heads, a multiple of K; T may be less than S.
-      k, v: keys and values, for example of a cached prefix and then of the candidates behind it.
+      k: keys of K heads, for example of a cached prefix and then of the candidates behind it.
+      v: their values.
       token_labels: labels [B, S] of the keys.
       q_start: index of the first query in the row of the keys; by default the queries are the last T tokens.
       implementation: "xla", "tpu", "gpu", "tpu-interpreted" or "gpu-interpreted"; by default the platform's fastest.
@@ -47,7 +48,7 @@ def attention(
       The output [B, T, H, D] in the dtype of `q`, and the float32 log-sum-exp [B, T, H] of each query's scaled scores,
       which is undefined for padding.
 
-    Example:
+    Examples:
       An example of four tokens (two of a prefix, two questions of one token each) and one token of padding. Equal
       queries and keys make a token's output the mean of the values that it attends to: a question attends to the
       prefix and to itself, not to the other question.

@@ -3,8 +3,8 @@
 `top_k` is exact, and ties go to the lower row. It sorts nothing of size queries x rows: the k blocks with the largest
 maxima hold the k largest scores, so only those blocks are sorted. On a TPU, where even the scores would be more traffic
 than the rows, a kernel keeps the best few scores of each bin while the rows pass (the idea of TPU-KNN, arXiv
-2206.14286, with more than one kept per bin as in arXiv 2506.04165); `BestRows.exact` says whether anything that it dropped
-could have mattered.
+2206.14286, with more than one kept per bin as in arXiv 2506.04165); `BestRows.exact` says whether anything that it
+dropped could have mattered.
 
 Axis letters: Q queries, N rows, D dimensions; see docs/glossary.md.
 """
@@ -25,7 +25,7 @@ from pallas_kernels.platform import platform
 ALIVE = 1  # the attribute bit of a row that is there
 BLOCK = 32  # rows whose maximum is taken first
 BINS = 2048  # of the TPU's kernel: row i is in bin i % BINS
-KEPT = 4  # scores that it keeps of each bin
+KEPT_PER_BIN = 4
 
 
 class Rows(NamedTuple):
@@ -111,7 +111,7 @@ def _by_blocks(queries: Array, rows: Rows, filters: Filter, k: int) -> BestRows:
 def _by_bins(queries: Array, rows: Rows, filters: Filter, k: int, interpret: Any) -> BestRows:
     values, steps = _scan(queries, rows, filters, interpret)
     Q = len(queries)
-    values, steps = jnp.moveaxis(values, 0, 1), jnp.moveaxis(steps, 0, 1)  # [Q, KEPT, BINS]
+    values, steps = jnp.moveaxis(values, 0, 1), jnp.moveaxis(steps, 0, 1)  # [Q, KEPT_PER_BIN, BINS]
     positions = steps * BINS + jnp.arange(BINS, dtype=jnp.int32)
     # In the order of rows, so that ties are broken as everywhere.
     flat_rows, flat_values = positions.reshape(Q, -1), values.reshape(Q, -1)
@@ -141,20 +141,20 @@ def _kernel(q, required, banned, vectors, attributes, values, steps):
     is_admitted = ((bits & required[...]) == required[...]) & ((bits & banned[...]) == 0)
     score = jnp.where(is_admitted, score, -jnp.inf)
     index = jnp.full(score.shape, step, jnp.int32)
-    for n in range(KEPT):  # insertion into the bin's sorted list; the earlier row stays ahead at a tie
-        kept, kept_index = values[n], steps[n]
-        better = score > kept
-        values[n], steps[n] = jnp.where(better, score, kept), jnp.where(better, index, kept_index)
-        score, index = jnp.where(better, kept, score), jnp.where(better, kept_index, index)
+    for n in range(KEPT_PER_BIN):  # insertion into the bin's sorted list; the earlier row stays ahead at a tie
+        bin_score, bin_index = values[n], steps[n]
+        better = score > bin_score
+        values[n], steps[n] = jnp.where(better, score, bin_score), jnp.where(better, index, bin_index)
+        score, index = jnp.where(better, bin_score, score), jnp.where(better, bin_index, index)
 
 
 def _scan(queries: Array, rows: Rows, filters: Filter, interpret: Any) -> tuple[Array, Array]:
-    """float32 and int32 [KEPT, Q, BINS]: the best scores of each bin, and at which step of the scan they came."""
+    """float32 and int32 [KEPT_PER_BIN, Q, BINS]: the best scores of each bin, and at which step of the scan they came."""
     (Q, D), N = queries.shape, len(rows.vectors)
     if N % BINS:
         raise ValueError(f"{N:,} rows; the kernel takes a multiple of {BINS}")
     whole = lambda *shape: pl.BlockSpec(shape, lambda step: (0,) * len(shape))  # noqa: E731
-    kept = [jax.ShapeDtypeStruct((KEPT, Q, BINS), dtype) for dtype in (jnp.float32, jnp.int32)]
+    out_shape = [jax.ShapeDtypeStruct((KEPT_PER_BIN, Q, BINS), dtype) for dtype in (jnp.float32, jnp.int32)]
     return pl.pallas_call(
         _kernel,
         name="search_top_k",
@@ -166,8 +166,8 @@ def _scan(queries: Array, rows: Rows, filters: Filter, interpret: Any) -> tuple[
             pl.BlockSpec((BINS, D), lambda step: (step, 0)),
             pl.BlockSpec((1, BINS), lambda step: (0, step)),
         ],
-        out_specs=[whole(KEPT, Q, BINS)] * 2,
-        out_shape=kept,
+        out_specs=[whole(KEPT_PER_BIN, Q, BINS)] * 2,
+        out_shape=out_shape,
         interpret=interpret,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=100 << 20),
     )(queries, (filters.required | ALIVE)[:, None], filters.banned[:, None], rows.vectors, rows.attributes[None])

@@ -130,16 +130,16 @@ class Index:
             number = self._searches
             self._running.add(number)
             rows = self._rows
-            most = min(len(rows.vectors), k + max(map(len, excluded), default=0))
-            found = jitted_top_k(jnp.asarray(queries), rows, filters, k=_round_up(most, len(rows.vectors)))
+            limit = min(len(rows.vectors), k + max(map(len, excluded), default=0))
+            result = jitted_top_k(jnp.asarray(queries), rows, filters, k=_round_up(limit, len(rows.vectors)))
         try:
-            scores, slots, exact = (np.asarray(x) for x in jax.device_get(found))
+            scores, slots, exact = (np.asarray(x) for x in jax.device_get(result))
             if not exact.all():  # a TPU's kernel dropped what could have mattered
                 with self._lock:
-                    found = jitted_top_k(
+                    result = jitted_top_k(
                         jnp.asarray(queries), self._rows, filters, k=len(scores[0]), implementation="xla"
                     )
-                scores, slots, _ = (np.asarray(x) for x in jax.device_get(found))
+                scores, slots, _ = (np.asarray(x) for x in jax.device_get(result))
             return [self._hits(*row, k) for row in zip(scores, slots, excluded, strict=True)]
         finally:
             with self._lock:
@@ -232,15 +232,15 @@ class Index:
 
     def _hits(self, scores: np.ndarray, slots: np.ndarray, excluded: set[Id], k: int) -> Hits:
         ids: list[Id] = []
-        kept: list[float] = []
+        hit_scores: list[float] = []
         for score, slot in zip(scores.tolist(), slots.tolist(), strict=True):
             if slot < 0 or len(ids) == k:
                 break
             id_ = self._ids[slot]
             if id_ is not None and id_ not in excluded:
                 ids.append(id_)
-                kept.append(score)
-        return Hits(ids, np.array(kept, np.float32))
+                hit_scores.append(score)
+        return Hits(ids, np.array(hit_scores, np.float32))
 
 
 def _empty(count: int, width: int) -> Rows:

@@ -126,7 +126,7 @@ def train(
       ValueError: if rows do not divide over the mesh, or initial parameters do not fit the model.
       UnreadableCheckpointError: if there are checkpoints and none can be read.
 
-    Example:
+    Examples:
       A model learns that every question's answer is the same token.
 
       >>> import pathlib, tempfile
