@@ -7,10 +7,15 @@ import importlib
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import brewjax
+from brewjax.data.tasks.examples import build_examples
+from brewjax.data.text.tokenizer import Tokenizer
+from tests.pipeline.test_run import TASK
+from tests.tables import write_dataset
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,9 +35,19 @@ def modules_with_examples() -> list[str]:
     return [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files if ">>> " in path.read_text()]
 
 
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> dict[str, Any]:
+    """The names that examples begin with."""
+    folder = tmp_path_factory.mktemp("examples")
+    write_dataset(folder / "jobs")
+    dataset, task = brewjax.Dataset.load(folder / "jobs"), brewjax.Task.parse(TASK)
+    return {"dataset": dataset, "task": task, "tokenizer": Tokenizer.byte_level(), "build_examples": build_examples}
+
+
 @pytest.mark.parametrize("name", modules_with_examples())
-def test_the_examples_in_docstrings_run(name, tmp_path, monkeypatch):
+def test_the_examples_in_docstrings_run(name, world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    failed, tried = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    module = importlib.import_module(name)
+    failed, tried = doctest.testmod(module, extraglobs=world, optionflags=doctest.ELLIPSIS)
     assert tried
     assert not failed
