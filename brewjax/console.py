@@ -1,5 +1,8 @@
-"""The terminal. What is printed is text, never rich's markup: cells of tables, names of files and words of users are in
-it, where `[/applied]` would end in a traceback, `[applied]` would vanish and `:fire:` would become a picture."""
+"""The terminal. Everything is printed as text, never as rich's markup.
+
+Output holds values of tables, file names and users' words, in which rich would raise an error at `[/applied]`, drop
+`[applied]` and turn `:fire:` into a picture.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +19,17 @@ T = TypeVar("T")
 
 
 def plain_console(**settings: Any) -> Console:
-    """A console, of rich's settings, that prints every text as it is."""
+    """A console that prints every text unchanged; `settings` are those of `rich.console.Console`."""
     return Console(markup=False, emoji=False, highlight=False, **settings)
 
 
 def bold(text: str, rest: str = "") -> Text:
-    """Bold text, then some that is not."""
+    """Text whose first part is bold."""
     return Text.assemble((text, "bold"), rest)
 
 
 def track(items: Sequence[T], description: str) -> Iterable[T]:
-    """The items, with a progress bar that goes away when they are done."""
+    """Yields the items behind a progress bar, which disappears at the end."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=plain_console(), transient=True) as progress:
         yield from progress.track(items, description=description)
@@ -40,11 +43,14 @@ def print_ranking(
     names: Sequence[str],
     top: int,
 ) -> None:
-    """The `top` items of the highest expected value, the best first.
+    """Prints the items of the highest expected value, the best first; ties keep their order.
 
     Args:
-      probabilities: [items, labels].
-      values: [labels], what each answer is worth.
+      probabilities: float [items, labels].
+      labels: the label words.
+      values: float [labels], the value of each label in a ranking.
+      names: of the items.
+      top: how many items to print.
     """
     expected = probabilities @ values
     table = Table(caption=f"the best of {len(names):,}")

@@ -1,6 +1,6 @@
-"""What a model has to beat: popularity, and gradient-boosted trees over features built by hand.
+"""Baselines that a model has to beat: popularity, and gradient-boosted trees over features built by hand.
 
-Both answer the same questions as the model and know only what was known at each example's cut.
+Both answer the same questions as the model, and see only events before each example's cutoff time.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from brewjax.data.tasks.task import Task
 from brewjax.evaluate.features import CandidateRows, Features, build_features
 from brewjax.evaluate.metrics import log_loss
 
-SMOOTHING = (1, 3, 10, 30, 100)  # how many events the prior may be worth
+SMOOTHING = (1, 3, 10, 30, 100)  # candidate weights of the prior, in events
 
-GRID = tuple(  # the fastest first: the first three make a quick search
+GRID = tuple(  # LightGBM settings to try, the fastest first: the first three make a quick search
     dict(zip(("num_leaves", "learning_rate", "min_child_samples", "feature_fraction"), setting, strict=True))
     for setting in (
         (63, 0.1, 200, 0.5),
@@ -36,37 +36,43 @@ GRID = tuple(  # the fastest first: the first three make a quick search
     )
 )
 MAX_ROUNDS = 1000
-PATIENCE = 30  # rounds without a better validation log loss before a setting stops
+EARLY_STOPPING_ROUNDS = 30  # rounds without a better validation log loss that end the training of a setting
 
 
 def popularity(
     dataset: Dataset, task: Task, train: Sequence[RankingExample], examples: Sequence[RankingExample]
 ) -> np.ndarray:
-    """Probabilities float64 [questions of `examples`, labels] from the item alone.
+    """Predicts from the item alone: its label frequencies before the cutoff time, smoothed towards those of all items.
 
-    An item's label frequencies among the events before the cut, smoothed towards those of all items. Where negatives
-    are sampled, events say nothing about the negative label: there a logistic regression on the logarithm of the
-    item's share of all events tells it from the others. What is fitted is fitted on the questions of `train`.
+    With sampled negatives no event has the negative label. Its probability then comes from a logistic regression on
+    the logarithm of the item's share of all events.
+
+    Args:
+      train: fits the smoothing and the regression.
+      examples: are predicted.
+
+    Returns:
+      Probabilities, float64 [questions of `examples`, labels].
     """
-    asked, learned = CandidateRows.of(examples), CandidateRows.of(train)
+    candidates, train_candidates = CandidateRows.from_examples(examples), CandidateRows.from_examples(train)
     negatives = task.questions.sampled_negatives
     labels = np.array([index for index, word in enumerate(task.words) if not negatives or word != negatives.label])
-    counts, totals = _label_counts(dataset, task, labels, asked)
-    learned_counts, learned_totals = _label_counts(dataset, task, labels, learned)
+    counts, totals = _label_counts(dataset, task, labels, candidates)
+    train_counts, train_totals = _label_counts(dataset, task, labels, train_candidates)
 
-    told = np.isin(learned.label, labels)
-    answers = np.searchsorted(labels, learned.label[told])
-    smoothed = [_frequencies(learned_counts[told], learned_totals[told], events) for events in SMOOTHING]
+    is_event = np.isin(train_candidates.label, labels)
+    answers = np.searchsorted(labels, train_candidates.label[is_event])
+    smoothed = [_frequencies(train_counts[is_event], train_totals[is_event], weight) for weight in SMOOTHING]
     losses = [log_loss(frequencies, answers, np.ones(len(answers))) for frequencies in smoothed]
     frequencies = _frequencies(counts, totals, SMOOTHING[np.argmin(losses)])
     if not negatives:
         return frequencies
 
-    def log_share(counts: np.ndarray, totals: np.ndarray) -> np.ndarray:
+    def compute_log_share(counts: np.ndarray, totals: np.ndarray) -> np.ndarray:
         return np.log((counts.sum(axis=1) + 1) / (totals.sum(axis=1) + len(dataset.items)))
 
-    intercept, slope = _logistic_regression(log_share(learned_counts, learned_totals), told)
-    positive = expit(intercept + slope * log_share(counts, totals))
+    intercept, slope = _logistic_regression(compute_log_share(train_counts, train_totals), is_event)
+    positive = expit(intercept + slope * compute_log_share(counts, totals))
     result = np.empty((len(positive), len(task.words)))
     result[:, task.words.index(negatives.label)] = 1 - positive
     result[:, labels] = frequencies * positive[:, None]
@@ -74,19 +80,18 @@ def popularity(
 
 
 def _label_counts(
-    dataset: Dataset, task: Task, labels: np.ndarray, asked: CandidateRows
+    dataset: Dataset, task: Task, labels: np.ndarray, candidates: CandidateRows
 ) -> tuple[np.ndarray, np.ndarray]:
-    """[questions, labels]: events before the cut with each of the labels, of the item in question and of all items."""
+    """Counts of the events before the cutoff time with each of `labels`, of the candidate and of all items, each
+    float64 [questions, labels]."""
     events, answers = labelled_events(dataset, task)
     times = dataset.event_time[events]
-    item, everything = (
-        PointInTimeIndex(dataset.event_item[events], times),
-        PointInTimeIndex(np.zeros(len(events)), times),
-    )
-    item_window = item.window(asked.item, asked.cutoff_time)
-    window = everything.window(np.zeros(len(asked.cutoff_time)), asked.cutoff_time)
-    counts = [item.sum(answers == label, item_window) for label in labels]
-    totals = [everything.sum(answers == label, window) for label in labels]
+    item_events = PointInTimeIndex(dataset.event_item[events], times)
+    all_events = PointInTimeIndex(np.zeros(len(events)), times)
+    item_window = item_events.window(candidates.item, candidates.cutoff_time)
+    window = all_events.window(np.zeros(len(candidates.cutoff_time)), candidates.cutoff_time)
+    counts = [item_events.sum(answers == label, item_window) for label in labels]
+    totals = [all_events.sum(answers == label, window) for label in labels]
     return np.stack(counts, axis=1), np.stack(totals, axis=1)
 
 
@@ -96,7 +101,7 @@ def _frequencies(counts: np.ndarray, totals: np.ndarray, smoothing: float) -> np
 
 
 def _logistic_regression(x: np.ndarray, outcome: np.ndarray) -> np.ndarray:
-    """Intercept and slope by Newton's method; a weak ridge keeps them finite where the classes can be separated."""
+    """Intercept and slope by Newton's method; a weak ridge keeps them finite if the classes are separable."""
     design = np.stack([np.ones_like(x), x], axis=1)
     ridge = 1e-3 * np.eye(2)
     solution = np.zeros(2)
@@ -112,9 +117,10 @@ class LightGBM:
     """Gradient-boosted trees (Ke et al., NeurIPS 2017) over `features.py`, tuned on the validation period.
 
     Attributes:
-      settings: those of GRID that had the lowest log loss on validation.
-      rounds: after how many trees that was.
-      validation_loss: what it was.
+      booster: the trained `lightgbm.Booster`.
+      settings: the entry of GRID with the lowest log loss on validation.
+      rounds: the number of trees at which it was reached.
+      validation_loss: that log loss.
     """
 
     booster: Any
@@ -132,9 +138,15 @@ class LightGBM:
         settings: int = len(GRID),
         seed: int = 0,
     ) -> LightGBM:
-        """Trains with each of the first `settings` of GRID until validation stops improving, and keeps the best.
+        """Trains with each setting until the validation loss stops improving, and keeps the best.
 
-        Raises ImportError without lightgbm, ValueError where a split has no question.
+        Args:
+          settings: how many of GRID to try.
+          seed: of LightGBM.
+
+        Raises:
+          ImportError: lightgbm is not installed.
+          ValueError: a split has no question.
         """
         lightgbm = _import_lightgbm()
         for split, examples in (("train", train), ("validation", validation)):
@@ -158,33 +170,33 @@ class LightGBM:
             "verbosity": -1,
         }
         fits = []
-        for chosen in GRID[:settings]:
-            stop = lightgbm.early_stopping(PATIENCE, verbose=False)
-            booster = lightgbm.train(fixed | chosen, training, MAX_ROUNDS, [held_out], callbacks=[stop])
+        for setting in GRID[:settings]:
+            stop = lightgbm.early_stopping(EARLY_STOPPING_ROUNDS, verbose=False)
+            booster = lightgbm.train(fixed | setting, training, MAX_ROUNDS, [held_out], callbacks=[stop])
             loss = booster.best_score["valid_0"][fixed["metric"]]
-            fits.append(cls(booster, chosen, booster.best_iteration, loss))
+            fits.append(cls(booster, setting, booster.best_iteration, loss))
         return min(fits, key=lambda fit: fit.validation_loss)
 
     def predict(self, dataset: Dataset, task: Task, examples: Sequence[RankingExample]) -> np.ndarray:
-        """Probabilities float64 [questions, labels]."""
-        said = self.booster.predict(build_features(dataset, task, examples).values)
-        return np.stack([said, 1 - said], axis=1) if len(task.words) == 2 else said
+        """Probabilities, float64 [questions, labels]."""
+        predicted = self.booster.predict(build_features(dataset, task, examples).values)
+        return np.stack([predicted, 1 - predicted], axis=1) if len(task.words) == 2 else predicted
 
 
 def _lightgbm_dataset(
     lightgbm: Any, features: Features, task: Task, examples: Sequence[RankingExample], reference: Any = None
 ) -> Any:
-    label = CandidateRows.of(examples).label
+    label = CandidateRows.from_examples(examples).label
     return lightgbm.Dataset(
         features.values,
-        label == 0 if len(task.words) == 2 else label,  # so that a binary prediction is of the first label
+        label == 0 if len(task.words) == 2 else label,  # a binary prediction is then of the first label
         reference=reference,
         categorical_feature=[features.names.index(name) for name in features.categorical],
     )
 
 
 def _import_lightgbm() -> Any:
-    # OpenMP's threads wait in a busy loop, which is ten times slower where another process wants the same cores.
+    # OpenMP's threads wait in a busy loop, which is ten times slower if another process needs the same cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         import lightgbm

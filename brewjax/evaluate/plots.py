@@ -1,10 +1,10 @@
-"""The report's plots, as SVG text that takes the page's colours, light or dark."""
+"""The report's plots, as SVG text in the colours of the page, light or dark."""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -17,7 +17,7 @@ from brewjax.evaluate.metrics import ratio, reliability
 from brewjax.evaluate.predictions import probabilities
 from brewjax.evaluate.results import METRICS, OVERALL, SLICES, Comparison, ModelSummary
 
-INK = "#010203"  # stands for the page's text colour, which matplotlib cannot know
+INK = "#010203"  # placeholder for the page's text colour, which matplotlib cannot know
 COLOURS = ("#3b82c4", "#d9822b", "#3f9c6b", "#a968c9")  # readable on white and on black
 STYLE: Any = {
     "svg.fonttype": "none",  # text stays text
@@ -31,7 +31,7 @@ STYLE: Any = {
 
 
 def slice_plot(comparison: Comparison, metric: MetricName) -> str:
-    """The metric by number of past events, with intervals; slices without an interval are too small to be shown."""
+    """A metric by the member's number of past events, with intervals; slices without an interval are left out."""
     model = next(iter(comparison.results.values()))
     slices = [name for name in SLICES if name != OVERALL and np.isfinite(model[name].metrics[metric].error)]
     with matplotlib.rc_context(STYLE):
@@ -40,9 +40,9 @@ def slice_plot(comparison: Comparison, metric: MetricName) -> str:
             estimates = [results[slice_].metrics[metric] for slice_ in slices]
             values = np.array([estimate.value for estimate in estimates])
             bounds = np.array([estimate.interval for estimate in estimates]).reshape(-1, 2)
-            place = np.arange(len(slices)) + 0.12 * (index - (len(comparison.results) - 1) / 2)
+            x = np.arange(len(slices)) + 0.12 * (index - (len(comparison.results) - 1) / 2)
             axes.errorbar(
-                place, values, np.abs(bounds - values[:, None]).T, fmt="o-", markersize=5, capsize=2, label=name,
+                x, values, np.abs(bounds - values[:, None]).T, fmt="o-", markersize=5, capsize=2, label=name,
                 color=COLOURS[index % len(COLOURS)],
             )  # fmt: skip
         rows = [model[slice_].rows for slice_ in slices]
@@ -51,17 +51,19 @@ def slice_plot(comparison: Comparison, metric: MetricName) -> str:
 
 
 def reliability_plot(comparison: Comparison) -> str:
-    """How often the first label was true, against the probability it was given, in ten bins of equal size."""
+    """The observed frequency of the first label against its predicted probability, in ten bins of equal weight."""
     task = comparison.task
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(f"probability of “{task.words[0]}”", "how often it was true")
+        figure, axes = _figure(f"probability of “{task.words[0]}”", "observed frequency")
         axes.plot([0, 1], [0, 1], color=INK, alpha=0.4, linewidth=1, linestyle="--")
         for index, (name, table) in enumerate(comparison.predictions.items()):
             if len(table):
                 outcome = table["label"].to_numpy() == 0
-                said, true, count = reliability(probabilities(table, task)[:, 0], outcome, np.ones(len(table)))
+                predicted, observed, weight = reliability(
+                    probabilities(table, task)[:, 0], outcome, np.ones(len(table))
+                )
                 axes.plot(
-                    ratio(said, count), ratio(true, count), "o-", markersize=4, label=name,
+                    ratio(predicted, weight), ratio(observed, weight), "o-", markersize=4, label=name,
                     color=COLOURS[index % len(COLOURS)],
                 )  # fmt: skip
         axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
@@ -79,14 +81,14 @@ def size_plot(comparison: Comparison, models: Sequence[ModelSummary]) -> str:
                 model.weight_bytes / 1e6, estimate.value, estimate.error, fmt="o", capsize=2,
                 color=COLOURS[index % len(COLOURS)],
             )  # fmt: skip
-            place = (model.weight_bytes / 1e6, estimate.value)
-            axes.annotate(model.name, place, (5, 4), textcoords="offset points", fontsize=8)
+            point = (model.weight_bytes / 1e6, estimate.value)
+            axes.annotate(model.name, point, (5, 4), textcoords="offset points", fontsize=8)
         axes.set_xscale("log")
         return _svg(figure, axes, f"{comparison.task.name} sizes")
 
 
 def cost_plot(models: Sequence[ModelSummary]) -> str:
-    """Seconds that each model took to make."""
+    """The seconds that it took to make each model."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure("seconds to make", "")
         axes.barh([model.name for model in models], [model.seconds for model in models], color=COLOURS[0])
@@ -94,8 +96,8 @@ def cost_plot(models: Sequence[ModelSummary]) -> str:
         return _svg(figure, axes, "cost")
 
 
-def loss_plot(name: str, rows: Sequence[dict[str, float]]) -> str:
-    """The training loss of a stage by step, and its mean over the last fiftieth of the stage."""
+def loss_plot(name: str, rows: Sequence[Mapping[str, float]]) -> str:
+    """The training loss of a stage by step, and its running mean over a fiftieth of the stage."""
     step = np.array([row["step"] for row in rows])
     loss = np.array([row["loss"] for row in rows])
     width = max(1, len(rows) // 50)
@@ -116,7 +118,7 @@ def _figure(x: str, y: str) -> tuple[Figure, Axes]:
 
 
 def _svg(figure: Figure, axes: Axes, name: str) -> str:
-    """The figure as an <svg> element; ids depend on `name`, so that several fit on one page."""
+    """The figure as an <svg> element, whose ids depend on `name`, so that a page can hold several."""
     if axes.get_legend_handles_labels()[1]:
         figure.legend(loc="outside upper left", ncols=len(COLOURS))
     out = io.StringIO()

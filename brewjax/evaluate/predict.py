@@ -38,7 +38,7 @@ class Predictions(NamedTuple):
     """The predictions of one task (a table as `from_examples` makes it), and what they took."""
 
     table: pa.Table
-    cost: ScoringCost
+    work: ScoringCost
 
 
 def predict(

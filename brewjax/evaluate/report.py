@@ -1,4 +1,4 @@
-"""The report of a run: Markdown, one self-contained HTML page, and a table for the terminal."""
+"""The report of a run: Markdown, a self-contained HTML page, and tables for the terminal."""
 
 from __future__ import annotations
 
@@ -16,19 +16,18 @@ from brewjax.console import bold
 from brewjax.data.tasks.task import MetricName
 from brewjax.evaluate.plots import cost_plot, loss_plot, reliability_plot, size_plot, slice_plot
 from brewjax.evaluate.results import METRICS, OVERALL, SLICES, Comparison, Estimate, ModelSummary
-from brewjax.train.metrics_writer import read_metrics
 
 UNDEFINED = "\N{EN DASH}"
 HOW_TO_READ = (
-    "All answer the same questions of the test period, knowing only what was known when they were asked.",
-    "AUC: the chance that of two questions with different answers the better one is scored higher; 0.5 is a coin. "
-    "NDCG@10: how close the ten first questions behind one history are to the best order; 1 is perfect. "
+    "All models and baselines answer the same questions of the test period, from data before the cutoff time.",
+    "AUC: the probability that of two questions with different answers the better one has the higher score; 0.5 is "
+    "chance. NDCG@10: how close the ten best-scored candidates of one history are to the best order; 1 is perfect. "
     "Both are better when higher.",
-    "Log loss: the mean of -ln(probability given to the true answer). Calibration error: how far probabilities are "
-    "from how often they came true. Both are better when lower.",
-    "In brackets: a 95% interval, from a bootstrap over members. Where two intervals overlap, look at the paired "
+    "Log loss: the mean of -ln(probability of the true answer). Calibration error: how far probabilities are from "
+    "observed frequencies. Both are better when lower.",
+    "In brackets: a 95% interval, from a bootstrap over members. If two intervals overlap, look at the paired "
     "difference instead, whose interval is narrower.",
-    f"{UNDEFINED} means not defined: no questions, or only one answer among them. Of one member there is no interval.",
+    f"{UNDEFINED} means undefined: no questions, or only one answer among them. A single member has no interval.",
 )
 
 
@@ -39,18 +38,20 @@ def write_report(
     models: Sequence[ModelSummary],
     shown: Sequence[str],
     facts: Mapping[str, str],
-    losses: Mapping[str, Path],
+    losses: Mapping[str, Sequence[Mapping[str, float]]],
 ) -> None:
-    """Writes `report.md` and `report.html` into the folder; the page refers to nothing outside itself.
+    """Writes `report.md` and `report.html`; the page refers to nothing outside itself.
 
     Args:
-      comparisons: of all models and baselines, a task each.
+      folder: made if need be.
+      title: of the report.
+      comparisons: of all models and baselines, one per task.
       models: in the order of the table.
-      shown: the names of those that are compared in detail.
-      facts: of the run, by name: dataset, date, commit, seconds by phase, ..
-      losses: the metrics.jsonl of stages that trained, by name.
+      shown: names of the models and baselines to compare in detail.
+      facts: about the run, by name: dataset, date, commit, seconds by phase, ..
+      losses: the logged metrics of each stage that trained, by its name: "step" and "loss" of every step.
     """
-    rows = {name: [row for row in read_metrics(path) if np.isfinite(row["loss"])] for name, path in losses.items()}
+    finite_rows = {name: [row for row in rows if np.isfinite(row["loss"])] for name, rows in losses.items()}
     context = {
         "title": title,
         "facts": facts,
@@ -59,7 +60,7 @@ def write_report(
         "size_plots": [size_plot(comparison, models) for comparison in comparisons] if len(models) > 1 else [],
         "cost_plot": cost_plot(models) if len(models) > 1 else "",
         "tasks": [_describe(comparison.select(*shown)) for comparison in comparisons],
-        "loss_plots": [loss_plot(name, of_stage) for name, of_stage in rows.items() if of_stage],
+        "loss_plots": [loss_plot(name, rows) for name, rows in finite_rows.items() if rows],
     }
     folder.mkdir(parents=True, exist_ok=True)
     environment = jinja2.Environment(
@@ -74,15 +75,15 @@ def write_report(
 
 
 def describe_models(comparisons: Sequence[Comparison], models: Sequence[ModelSummary]) -> dict[str, Any]:
-    """The table of a run's models: quality by each task's first metric, size, cost and speed, in words."""
+    """The table of a run's models as texts: size, quality by each task's first metric, cost and speed."""
     quality = [f"{comparison.task.name}: {METRICS[comparison.task.metrics[0]].title}" for comparison in comparisons]
     rows = []
     for model in models:
         cells = []
         for comparison in comparisons:
             estimate = comparison.results[model.name][OVERALL].metrics[comparison.task.metrics[0]]
-            error = f" ±{_number(estimate.error)}" if np.isfinite(estimate.error) else ""
-            cells.append(_number(estimate.value) + error)
+            error = f" ±{_format_number(estimate.error)}" if np.isfinite(estimate.error) else ""
+            cells.append(_format_number(estimate.value) + error)
         size = f"{model.parameters:,}", f"{model.weight_bytes / 1e6:,.1f}"
         cost = f"{model.item_flops / 1e6:,.1f}", f"{model.speed:,.0f}", f"{model.seconds:,.0f}"
         rows.append([model.name, model.how, *size, *cells, *cost])
@@ -91,15 +92,15 @@ def describe_models(comparisons: Sequence[Comparison], models: Sequence[ModelSum
 
 
 def print_models(comparisons: Sequence[Comparison], models: Sequence[ModelSummary], console: Console) -> None:
-    """The same in the terminal, as far as there is room: neither how a model was made nor intervals."""
+    """Prints the table of models without what a terminal has no room for: how a model was made, and intervals."""
     quality = [f"{comparison.task.name}\n{METRICS[comparison.task.metrics[0]].title}" for comparison in comparisons]
     table = Table(title="models", title_justify="left", box=None, padding=(0, 1, 0, 0))
     table.add_column("model", no_wrap=True)
     for column in ("params", "MB", *quality, "items/s", "seconds"):
         table.add_column(column, justify="right", overflow="fold")
     for model in models:
-        of = [comparison.results[model.name][OVERALL].metrics[comparison.task.metrics[0]] for comparison in comparisons]
-        values = [_number(estimate.value) for estimate in of]
+        results = [(comparison.results[model.name][OVERALL], comparison.task) for comparison in comparisons]
+        values = [_format_number(result.metrics[task.metrics[0]].value) for result, task in results]
         table.add_row(
             model.name,
             f"{model.parameters / 1e6:,.1f}M",
@@ -112,32 +113,32 @@ def print_models(comparisons: Sequence[Comparison], models: Sequence[ModelSummar
 
 
 def print_results(comparison: Comparison, console: Console) -> None:
-    """A task's tables: every metric overall, then the first metric by the member's number of past events."""
+    """Prints a task's tables: every metric overall, then the first metric by the member's number of past events."""
     described = _describe(comparison, plots=False)
     overall = Table("", *described["metrics"], title=f"{described['name']}: {described['size']}", title_justify="left")
     for row in described["overall"]:
-        overall.add_row(row["name"], *(_rich(cell) for cell in row["cells"]))
+        overall.add_row(row["name"], *(_format_cell(cell) for cell in row["cells"]))
     console.print(overall)
     slices = Table("past events", "questions", *described["names"], title=described["headline"], title_justify="left")
     for row in described["slices"]:
-        slices.add_row(row["name"], row["rows"], *(_rich(cell) for cell in row["cells"]))
+        slices.add_row(row["name"], row["rows"], *(_format_cell(cell) for cell in row["cells"]))
     console.print(slices)
-    for line in described["leads"]:
+    for line in described["differences"]:
         console.print(line)
 
 
 def _describe(comparison: Comparison, plots: bool = True) -> dict[str, Any]:
-    """Everything that is shown of a task, in words. The task's first metric is the headline."""
+    """Everything that a report shows of a task, as texts. The task's first metric is the headline."""
     task, results = comparison.task, comparison.results
     names, headline = list(results), task.metrics[0]
     model = results[names[0]]
 
     def cell(name: str, metric: MetricName, slice_: str = OVERALL) -> dict[str, Any]:
         estimate = results[name][slice_].metrics[metric]
-        error = f" ±{_number(estimate.error)}" if np.isfinite(estimate.error) else ""
+        error = f" ±{_format_number(estimate.error)}" if np.isfinite(estimate.error) else ""
         return {
-            "value": _number(estimate.value),
-            "interval": _interval(estimate),
+            "value": _format_number(estimate.value),
+            "interval": _format_interval(estimate),
             "error": error,
             "best": comparison.best(metric, slice_) == name,
         }
@@ -155,24 +156,26 @@ def _describe(comparison: Comparison, plots: bool = True) -> dict[str, Any]:
             {"name": slice_, "rows": f"{model[slice_].rows:,}", "cells": [cell(n, headline, slice_) for n in names]}
             for slice_ in SLICES
         ],
-        "leads": [
-            f"{names[0]} against {name}: {METRICS[headline].title} {_number(lead.value, sign='+')} {_interval(lead)}"
-            for name in names[1:]
-            for lead in [comparison.difference(headline, name)]
-        ],
+        "differences": [_describe_difference(comparison, headline, name) for name in names[1:]],
         "slice_plot": slice_plot(comparison, headline) if plots else "",
         "reliability_plot": reliability_plot(comparison) if plots else "",
     }
 
 
-def _number(value: float, sign: str = "") -> str:
+def _describe_difference(comparison: Comparison, metric: MetricName, baseline: str) -> str:
+    model, difference = next(iter(comparison.results)), comparison.difference(metric, baseline)
+    value, interval = _format_number(difference.value, sign="+"), _format_interval(difference)
+    return f"{model} minus {baseline}: {METRICS[metric].title} {value} {interval}"
+
+
+def _format_number(value: float, sign: str = "") -> str:
     return f"{value:{sign}.3f}" if np.isfinite(value) else UNDEFINED
 
 
-def _interval(estimate: Estimate) -> str:
+def _format_interval(estimate: Estimate) -> str:
     low, high = estimate.interval
-    return f"({_number(low)} to {_number(high)})" if np.isfinite(low) else ""
+    return f"({_format_number(low)} to {_format_number(high)})" if np.isfinite(low) else ""
 
 
-def _rich(cell: dict[str, Any]) -> Text:
+def _format_cell(cell: dict[str, Any]) -> Text:
     return bold(cell["value"], cell["error"]) if cell["best"] else Text(cell["value"] + cell["error"])

@@ -79,8 +79,8 @@ def report_stage(run: Run, before: Sequence[str], folder: Path) -> None:
     for comparison in comparisons:
         print_results(comparison.select(*shown), console)
     print_models(comparisons, [*models.values()], console)
-    trained = {name: run.folder / name / METRICS for name, stage in stages.items() if hasattr(stage, "train")}
-    write_report(folder, run.recipe.name, comparisons, [*models.values()], shown, _facts(run, before), trained)
+    losses = {name: read_metrics(run.folder / name / METRICS) for name in stages if hasattr(stages[name], "train")}
+    write_report(folder, run.recipe.name, comparisons, [*models.values()], shown, _facts(run, before), losses)
     console.print(f"report: {folder / 'report.html'}")
 
 

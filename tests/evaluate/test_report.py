@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 
 import numpy as np
@@ -45,10 +44,7 @@ MODELS = [
 @pytest.fixture(scope="module")
 def report(comparisons, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    losses = folder / "metrics.jsonl"
-    losses.write_text(
-        "".join(json.dumps({"step": step, "loss": 1 / step, "tokens": 64}) + "\n" for step in range(1, 99))
-    )
+    losses = [{"step": step, "loss": 1 / step, "tokens": 64} for step in range(1, 99)]
     facts = {"dataset": "jobs", "commit": "b1ab86c"}
     shown = ["brewjax", "LightGBM", "popularity"]
     write_report(folder / "report", "Jobs & <more>", comparisons, MODELS, shown, facts, {"sft": losses})
@@ -83,7 +79,7 @@ def test_the_best_is_bold_in_markdown(report):
     row = next(line for line in text.splitlines() if line.startswith("| brewjax | **"))
     assert re.fullmatch(r"\| brewjax \|( \*\*\d\.\d{3}\*\* \(\d\.\d{3} to \d\.\d{3}\) \|){2}.*", row)
     assert "## three" in text
-    assert "- brewjax against LightGBM: AUC +0." in text
+    assert "- brewjax minus LightGBM: AUC +0." in text
 
 
 def test_a_table_for_the_terminal(comparisons):
@@ -106,5 +102,5 @@ def test_all_models_fit_a_narrow_terminal(comparisons):
 
 def test_no_questions_no_loss_curve_no_crash(task, tmp_path):
     empty = compare(task, {"brewjax": from_examples([], np.zeros((0, 2)))})
-    write_report(tmp_path, "Nothing", [empty], MODELS[:1], ["brewjax"], {}, {"sft": tmp_path / "none.jsonl"})
+    write_report(tmp_path, "Nothing", [empty], MODELS[:1], ["brewjax"], {}, {"sft": []})
     assert "| brewjax | – | – | – | – |" in (tmp_path / "report.md").read_text()  # noqa: RUF001
