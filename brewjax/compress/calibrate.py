@@ -36,8 +36,8 @@ class Statistics(NamedTuple):
 
     Attributes:
       heads: X^T X of the inputs of the attention's output projection.
-      neurons: X^T X of the inputs of the down projection, for each expert (one if there is no mixture); a token's inputs
-        are multiplied with its weight for the expert.
+      neurons: X^T X of the inputs of the down projection, for each expert (one if there is no mixture); a token's
+        inputs are multiplied with its weight for the expert.
       load: sum of the tokens' weights for each expert.
       cosine: cosine of the residual stream before and after the layer.
       tokens: number of tokens.

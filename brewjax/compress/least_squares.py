@@ -37,8 +37,8 @@ def choose(
 ) -> Int[np.ndarray, " keep"]:
     """Chooses the groups to keep, by greedy removals and then exchanges.
 
-    An exchange takes the removed group back that lowers the objective most, and removes the group that then costs least:
-    the objective never rises.
+    An exchange takes back the removed group that lowers the objective most, and removes the group that then costs
+    least: the objective never rises.
 
     Args:
       H: X^T X, damped.
