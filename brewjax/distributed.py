@@ -1,6 +1,7 @@
-"""Several processes, one run: how they find each other, wait for each other, and end together.
+"""One run over several processes: joining a cluster, work of process zero, and preemption.
 
-A launcher starts the same command everywhere and says who is who by three variables, or that JAX can find out.
+A launcher starts the same command on every host. It sets three environment variables (coordinator, number of processes,
+number of this process), or one that lets JAX detect them.
 """
 
 from __future__ import annotations
@@ -20,37 +21,38 @@ import numpy as np
 from jax._src import distributed  # the coordination service has no public name yet
 from jax.sharding import Mesh, NamedSharding
 
-EXIT_RESTART = (
-    75  # EX_TEMPFAIL: what a process exits with when starting it again with the same arguments is all it needs
-)
+EXIT_RESTART = 75  # EX_TEMPFAIL: exit code of a process that only needs to be started again with the same arguments
 COORDINATOR, PROCESSES, PROCESS = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 AUTO_DETECT_ENV = "BREWJAX_DISTRIBUTED"  # "auto": TPU VMs, SLURM, MPI and GKE tell JAX themselves
-HEARTBEAT_TIMEOUT_S = 30  # seconds without a sign of life after which a process is given up
-POLL_MS = 2_000  # milliseconds that a wait takes before it looks whether the process was told to end
+HEARTBEAT_TIMEOUT_S = 30  # seconds without a heartbeat after which a process counts as lost
+POLL_MS = 2_000  # milliseconds of a wait before it checks for SIGTERM
 
 _call_indices = itertools.count()
 _preemption_requested = _deferring = False
 
 
 class DistributedError(RuntimeError):
-    """Another process failed, or could not be found."""
+    """Another process failed or could not be reached, or the environment variables are wrong."""
 
 
 def is_process_zero() -> bool:
-    """Whether this process is the one that prepares data and writes logs, metrics and small files."""
+    """Whether this process prepares data and writes logs, metrics and small files."""
     return jax.process_index() == 0
 
 
 @contextlib.contextmanager
 def distributed_runtime() -> Iterator[None]:
-    """Within, the processes that a launcher started are one; without a launcher it is this process alone.
+    """Context manager: initialises `jax.distributed` if a launcher set its variables; otherwise runs one process.
 
-    Standard output is the first process's. SIGTERM ends a process with exit code RESTART, at once, or, within
-    `patience`, when there is a checkpoint. Where another process was lost, this one says so and exits with RESTART.
+    Only process zero keeps stdout. On SIGTERM the process exits with `EXIT_RESTART`, immediately or, inside
+    `defer_preemption`, after a checkpoint. If another process dies, this one prints why and exits with `EXIT_RESTART`.
+
+    Raises:
+      DistributedError: if the environment variables are incomplete or wrong.
     """
     _join()
     if not is_process_zero():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (to the end of the process)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
     signal.signal(signal.SIGTERM, _on_sigterm)
     try:
         yield
@@ -83,14 +85,15 @@ def _join() -> None:
             ) from None
         if not 0 <= process_id < num_processes:
             raise DistributedError(
-                f"{PROCESS} is {process_id}; of {num_processes} processes ({PROCESSES}) it is one of 0 to {num_processes - 1}"
+                f"{PROCESS} is {process_id}; of {num_processes} processes ({PROCESSES}) it is one of 0 to "
+                f"{num_processes - 1}"
             )
         init_kwargs = {
             "coordinator_address": os.environ[COORDINATOR],
             "num_processes": num_processes,
             "process_id": process_id,
         }
-    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is ours
+    jax.config.update("jax_enable_preemption_service", False)  # this module handles SIGTERM
     try:
         jax.distributed.initialize(
             **init_kwargs,
@@ -100,14 +103,24 @@ def _join() -> None:
     except (ValueError, RuntimeError) as error:
         coordinator = os.environ.get(COORDINATOR, "the coordinator that JAX looks for")
         _exit_now(
-            f"cannot join the other processes by {coordinator}: {error}. Is the first process running, is its port free "
-            "and open between the hosts, and does every process have its own number?"
+            f"cannot join the other processes by {coordinator}: {error}. Is process 0 running, is its port free and "
+            "open between the hosts, and does every process have its own number?"
         )
-    jax.devices()  # all take part in finding out who has which
+    jax.devices()  # every process must take part in the exchange of their devices
 
 
 def run_on_process_zero(work: Callable[[], Any]) -> Any:
-    """What `work` returns (JSON) on the first process, which alone does it while the others wait, or its failure."""
+    """Runs `work` on process zero while the others wait.
+
+    Args:
+      work: returns something that JSON can hold.
+
+    Returns:
+      Its result, on every process.
+
+    Raises:
+      DistributedError: on other processes if `work` failed; process zero raises the error itself.
+    """
     if jax.process_count() == 1:
         return work()
     client, key = distributed.global_state.client, f"brewjax/{next(_call_indices)}"
@@ -132,12 +145,12 @@ def run_on_process_zero(work: Callable[[], Any]) -> Any:
     return outcome["result"]
 
 
-# --- SIGTERM: the machine is wanted back
+# --- Preemption: SIGTERM says that the machine is needed elsewhere
 
 
 @contextlib.contextmanager
 def defer_preemption() -> Iterator[None]:
-    """Within, SIGTERM is noted for `Ending` to find; at the end it is obeyed."""
+    """Context manager: within it SIGTERM only sets a flag, for `PreemptionSync`; at its end the process exits."""
     global _deferring
     _deferring = True
     try:
@@ -145,13 +158,14 @@ def defer_preemption() -> Iterator[None]:
     finally:
         _deferring = False
     if _preemption_requested:
-        _exit_now("told to end (SIGTERM): what is done is kept")
+        _exit_now("SIGTERM received: completed work is kept")
 
 
 class PreemptionSync:
-    """Whether any process was told to end, the same answer in each.
+    """Whether any process has received SIGTERM; all processes get the same answer.
 
-    Asked once a step; the answer is that of the step before, so that nobody waits for it.
+    Call it once per step: it returns True on every process if any had received SIGTERM by the previous step. The lag of
+    one step hides the all-reduce.
     """
 
     def __init__(self, mesh: Mesh):
@@ -170,8 +184,8 @@ class PreemptionSync:
 
 
 def exit_for_restart(progress: str) -> NoReturn:
-    """Ends this process, as all others do at the same step."""
-    print(f"told to end (SIGTERM): {progress}; start the same command again to go on", file=sys.stderr, flush=True)
+    """Exits with `EXIT_RESTART`; every process calls this at the same step. `progress` says what is saved."""
+    print(f"SIGTERM received: {progress}; run the same command to resume", file=sys.stderr, flush=True)
     sys.exit(EXIT_RESTART)
 
 
@@ -179,13 +193,13 @@ def _on_sigterm(*_: object) -> None:
     global _preemption_requested
     _preemption_requested = True
     if not _deferring:
-        _exit_now("told to end (SIGTERM): what is done is kept")
+        _exit_now("SIGTERM received: completed work is kept")
 
 
 def _exit_now(reason: str) -> NoReturn:
-    """Ends this process without waiting for others, which may be gone."""
+    """Exits without waiting for other processes, which may be gone."""
     process = f"process {distributed.global_state.process_id}: " if distributed.global_state.num_processes > 1 else ""
-    print(f"{process}{reason}\nStart the same command again to go on; exit code {EXIT_RESTART}.", file=sys.stderr)
+    print(f"{process}{reason}\nRun the same command to resume; exit code {EXIT_RESTART}.", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(EXIT_RESTART)

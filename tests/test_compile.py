@@ -74,10 +74,10 @@ def test_slices_send_each_other_gradients_and_no_more(plan):
         (["--topology", "v5e-4x4"], "mesh data=2 fsdp=2 .*does not make use of 16 devices"),
         (
             ["--topology", "v5e-2x2", "--set", "train.batch_size=12"],
-            "train.batch_size .12. / accumulate .2. must be a multiple",
+            "train.batch_size .12. / gradient_accumulation_steps .2. must be a multiple",
         ),
         (["--topology", "v5e-2x2", "--set-model", "d_model=129"], "axis 'weight' of size 129 does not divide over 2"),
-        (["--topology", "v5e-2x2", "--set", "train.row=6"], "did you mean 'rows'"),
+        (["--topology", "v5e-2x2", "--set", "train.batch_sizes=6"], "did you mean 'batch_size'"),
         (["--topology", "v5e-2x2", "--score", "100"], "100 tokens are not whole pages of 64"),
         (["--topology", "v5e-2x2", "--score", "128,2"], "a past needs data=1, fsdp=1 and expert=1"),
     ],

@@ -1,4 +1,4 @@
-"""What a compiled program's text says: collectives and estimated cycles, loops multiplied in."""
+"""Reads collectives, kernels and estimated cycles from a compiled program's text, multiplied by loop counts."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from collections import Counter
 from typing import NamedTuple
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
-# What a device sends of `size` bytes among n, where every byte takes the shortest way.
+# Bytes that each of n devices sends for an array of `size` bytes, by the shortest route.
 SENT = {"all-reduce": lambda size, n: 2 * size * (n - 1) / n, "collective-permute": lambda size, n: size}
-BETWEEN_SLICES = " between slices"  # of a kind: over the slower network, device by device
+BETWEEN_SLICES = " between slices"  # suffix of a kind: over the slower network between slices
 BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "f8e4m3fn": 8, "f8e5m2": 8}
 
 
 class Collective(NamedTuple):
-    """Collectives that are alike.
+    """A collective; equal ones are counted together.
 
     Attributes:
-      kind: one of `KINDS`; `BETWEEN_SLICES` where it takes that network.
-      shape: the whole array: gathered, reduced, or before it is scattered.
-      devices: how many take part in one.
-      source: where in the model it comes from, as JAX names operations.
+      kind: one of `KINDS`, with the suffix `BETWEEN_SLICES` if it uses that network.
+      shape: of the whole array: gathered, reduced, or before it is scattered.
+      devices: devices that take part in one.
+      source: the part of the model that it comes from, by JAX's names of operations.
     """
 
     kind: str
@@ -45,14 +45,13 @@ class Collective(NamedTuple):
 
 @dataclasses.dataclass
 class Program:
-    """What one run of the program does on each device.
+    """What one run of a program does on each device.
 
     Attributes:
-      collectives: how often each is done.
-      cycles: the compiler's estimate for its own operations, by where in the model they come from; kernels and
-        collectives have none.
-      kernels: how often each kernel runs.
-      unknown_loops: loops whose length is only known when they run; what is in them is counted once.
+      collectives: runs of each.
+      cycles: the compiler's estimates for its own operations, by source; it has none for kernels and collectives.
+      kernels: runs of each kernel.
+      unknown_loops: runs of loops whose length is only known at run time; their bodies are counted once.
     """
 
     collectives: Counter[Collective] = dataclasses.field(default_factory=Counter)
@@ -69,7 +68,7 @@ class _Instruction(NamedTuple):
 
 
 def read(text: str) -> Program:
-    """Reads `compiled.as_text()`."""
+    """Reads the text of `compiled.as_text()`."""
     computations: dict[str, list[_Instruction]] = {}
     entry = ""
     for line in text.splitlines():
@@ -90,8 +89,7 @@ def _walk(program: Program, computations: dict[str, list[_Instruction]], name: s
         if not fused and (cycles := re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)):
             program.cycles[_source(instruction.rest)] += times * int(cycles[1])
         kind = instruction.op.removesuffix("-start")
-        # A collective that runs beside other operations is written down in each of their fusions; it is counted where
-        # it starts.
+        # An asynchronous collective is written in each fusion that it overlaps with; it is counted where it starts.
         if kind in KINDS and (starts or "chain_id=" not in instruction.rest):
             shape = instruction.shape
             if instruction.op.endswith("-start"):
@@ -130,7 +128,7 @@ def _called(keys: str, rest: str) -> list[str]:
 
 
 def _trips(condition: list[_Instruction]) -> int | None:
-    """How often a scan's loop runs: it counts from zero to a constant."""
+    """Iterations of a scan's loop, which counts from zero to a constant; None if the length is unknown."""
     constants = {
         instruction.name: int(instruction.rest.split(")")[0])
         for instruction in condition
@@ -146,7 +144,7 @@ def _trips(condition: list[_Instruction]) -> int | None:
 
 
 def _group(rest: str) -> int:
-    """How many devices share one collective."""
+    """The number of devices in one collective."""
     if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
@@ -158,14 +156,14 @@ def _group(rest: str) -> int:
 
 
 def _slices(rest: str) -> int:
-    """How many slices share one collective between them: `{1,2}x{0:3}` or `{1:4}x{0:3}`, slices and then devices."""
+    """The number of slices in one collective: `{1,2}x{0:3}` or `{1:4}x{0:3}`, slices and then devices."""
     listed = re.search(r'megascale_target="\{([^}]*)\}', rest)
     ranges = [part.split(":") for part in listed[1].split(",")] if listed else []
     return sum(int(ends[-1]) - int(ends[0]) + 1 for ends in ranges) or 2
 
 
 def _source(rest: str) -> str:
-    """The last names of the operation, and which pass it is in."""
+    """The last two names of the operation's path, and its pass: forward, backward or recomputed."""
     match = re.search(r'op_name="([^"]*)"', rest)
     if not match:
         return "the compiler's own"
@@ -191,7 +189,7 @@ def _plain(shape: str) -> str:
 
 
 def size_of(shape: str) -> float:
-    """Bytes of all arrays in a shape."""
+    """Bytes of all arrays in a shape, such as "2 x bf16[64,8]"."""
     total = 0.0
     for times, dtype, dims in re.findall(r"(?:(\d+) x )?(\w+)\[([\d,]*)\]", shape):
         bits = BITS.get(dtype) or int(re.sub(r"\D", "", dtype) or 32)

@@ -19,12 +19,14 @@ from brewjax.train.objectives import BASE, supervised
 
 
 class TracedProgram(NamedTuple):
-    """A program to compile, and what it does.
+    """A program to compile.
 
     Attributes:
+      name: for reports.
+      traced: the program.
       arguments: shapes with shardings.
-      flops: of the model, over all devices (see `model_flops`).
-      in_kernels: those of them that kernels do, of which the compiler has no estimate.
+      flops: FLOPs of the model over all devices (see `model_flops`).
+      kernel_flops: those of them in kernels, for which the compiler has no estimate.
     """
 
     name: str
@@ -35,7 +37,11 @@ class TracedProgram(NamedTuple):
 
 
 def training_step(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> TracedProgram:
-    """The step that `brewjax run` trains with; to be called with the mesh in context."""
+    """The step that `brewjax run` trains with; call it with the mesh in context.
+
+    Raises:
+      ValueError: if rows do not divide over the mesh.
+    """
     config.check_rows(mesh)
     base = {BASE: model} if config.lora else {}
     step = jax.jit(make_step(model, config, supervised, base), donate_argnums=0)
@@ -46,7 +52,11 @@ def training_step(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> Traced
 
 
 def scoring_pass(model: ModelConfig, bucket: Bucket, mesh: Mesh) -> list[TracedProgram]:
-    """The two programs of a pass that a `Scorer` runs; to be called with the mesh in context."""
+    """The two programs of a `Scorer`'s pass; call it with the mesh in context.
+
+    Raises:
+      ValueError: if the bucket is not whole pages, or has cached pages on a mesh that splits rows.
+    """
     num_devices = data_parallel_size(mesh)
     if bucket.tokens % PAGE:
         raise ValueError(f"--score: {bucket.tokens} tokens are not whole pages of {PAGE}")

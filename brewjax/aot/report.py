@@ -1,4 +1,4 @@
-"""Compiles a program ahead of time and says what it takes of a chip."""
+"""Compiles a program ahead of time, and reports its memory, cycles and collectives."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from brewjax.train.loop import TrainConfig
 
 
 class Memory(NamedTuple):
-    """Bytes on each device. `temporaries` includes the program itself; outputs may take the place of arguments."""
+    """Bytes on each device. `temporaries` includes the program itself; outputs may reuse donated arguments."""
 
     arguments: float
     outputs: float
@@ -31,7 +31,7 @@ class Memory(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """What the compiler made of a program; without a `program` where it did not fit into memory."""
+    """The result of a compilation; `program` is None if it did not fit into memory."""
 
     work: TracedProgram
     memory: Memory
@@ -40,12 +40,12 @@ class Compiled(NamedTuple):
 
 
 class Roofline(NamedTuple):
-    """The least seconds that a run can take by each limit, and the model FLOPs utilisation that these leave.
+    """Lower bounds of a run's seconds, and the model FLOPs utilisation that they allow.
 
     Attributes:
       compute: the model's FLOPs at the chip's peak.
-      operations: the compiler's estimate of its own operations, and kernels (attention, experts) at the chip's peak.
-      sent: what collectives send, over all links of a slice at once.
+      operations: the compiler's estimate of its own operations, plus kernels (attention, experts) at the chip's peak.
+      sent: the bytes of collectives over all links of a slice at once.
     """
 
     compute: float
@@ -54,17 +54,17 @@ class Roofline(NamedTuple):
 
     @property
     def overlapped(self) -> float:
-        """Where everything goes on at once."""
+        """Utilisation if computation and communication overlap fully."""
         return self.compute / max(self)
 
     @property
     def serial(self) -> float:
-        """Where nothing does."""
+        """Utilisation if they do not overlap."""
         return self.compute / max(self.compute, self.operations + self.sent)
 
 
 def compile_work(work: TracedProgram) -> Compiled:
-    """Runs the TPU compiler. A program that does not fit is no error; its peak is what the compiler says it needs."""
+    """Runs the TPU compiler. A program that does not fit is no error: its peak is what the compiler says it needs."""
     leaves = jax.tree.leaves(work.arguments)
     arguments = sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
     start_time = time.monotonic()
@@ -90,6 +90,7 @@ def compile_work(work: TracedProgram) -> Compiled:
 
 
 def roofline(compiled: Compiled, where: Topology) -> Roofline:
+    """The lower bounds of a compiled program on a topology."""
     assert compiled.program is not None
     chip, work = where.chip, compiled.work
     peak = len(where.devices) * chip.flops
@@ -103,7 +104,7 @@ def roofline(compiled: Compiled, where: Topology) -> Roofline:
 
 
 def advice(model: ModelConfig, config: TrainConfig, mesh: Mesh, memory: Memory, hbm: float) -> str:
-    """What to change for a training step to fit, the cheapest first."""
+    """What to change such that a training step fits: the cheapest change that is not made yet."""
     num_devices, sizes = data_parallel_size(mesh), dict(mesh.shape)
     spread = f"more devices along fsdp (now {sizes['fsdp']}), expert ({sizes['expert']}) or tensor ({sizes['tensor']})"
     if memory.arguments > 0.8 * hbm:
@@ -119,7 +120,7 @@ def advice(model: ModelConfig, config: TrainConfig, mesh: Mesh, memory: Memory, 
 
 
 def show(compiled: Compiled, where: Topology, suggestion: str, console: Console, longest: int = 16) -> None:
-    """Prints it all; `suggestion` only where the program does not fit."""
+    """Prints the report; `suggestion` only if the program does not fit. Tables have `longest` rows."""
     memory, hbm, program = compiled.memory, where.chip.hbm, compiled.program
     table = Table(title=f"{compiled.work.name}, compiled in {compiled.seconds:.0f} s", show_header=False)
     share = f"{memory.peak / hbm:.1%} of {hbm / GIB:.2f} GiB"

@@ -1,4 +1,4 @@
-"""TPUs that are not there: chips by name, what each has, and abstract devices for `libtpu` to compile for."""
+"""TPU topologies to compile for without TPUs: chips by name, their properties, and abstract devices for `libtpu`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from jax.experimental import topologies
 
 
 class Chip(NamedTuple):
-    """One device, as its maker states it.
+    """Properties of one device, as its maker states them.
 
     Attributes:
-      hbm: bytes that a program can have, which is what the compiler holds it to.
-      flops: bfloat16 products and sums per second.
-      clock: cycles per second, by which the matrix units reach `flops`.
+      hbm: bytes of memory that the compiler allows a program.
+      flops: bfloat16 FLOPs per second.
+      clock: cycles per second at which the matrix units reach `flops`.
       ici: bytes per second to other chips, over all links, one way.
-      example: a topology of it.
+      example: the name of a topology of this chip.
     """
 
     hbm: float
@@ -39,7 +39,7 @@ CHIPS = {
 
 
 class Topology(NamedTuple):
-    """Devices to shard over and compile for, not to run on."""
+    """Devices to shard over and to compile for, not to run on."""
 
     name: str
     chip: Chip
@@ -47,9 +47,12 @@ class Topology(NamedTuple):
 
 
 def topology(name: str) -> Topology:
-    """The topology called CHIP-SHAPE or CHIP:SHAPE, or several such slices, Nx in front; ValueError says which there
-    are."""
-    # Read when libtpu is first loaded: let several processes load it, and do not look for a cloud machine.
+    """The topology CHIP-SHAPE or CHIP:SHAPE, or with Nx in front N such slices.
+
+    Raises:
+      ValueError: for an unknown or impossible topology (it names known ones), or without libtpu.
+    """
+    # Read when libtpu is first loaded: allow several processes to load it, and do not look for a cloud machine.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     known = f"known: {', '.join(chip.example for chip in CHIPS.values())}, and other shapes of these chips"

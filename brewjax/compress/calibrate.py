@@ -1,4 +1,8 @@
-"""What a model's matrices are multiplied with, on real prompts: one pass, a layer at a time."""
+"""Statistics of the inputs of a model's matrices on calibration prompts: one pass, a layer at a time.
+
+Axis letters: B rows, T tokens, D model dimension, H query heads, E size of a head, F neurons, N experts
+(docs/glossary.md, "Axis letters").
+"""
 
 from __future__ import annotations
 
@@ -23,20 +27,20 @@ from brewjax.scoring.buckets import STEP, plan_passes
 from brewjax.scoring.passes import Bucket, build_inputs
 from pallas_kernels.token_labels import PADDING, TokenLabels
 
-ROW_TOKENS = 1024  # at least; a row holds the longest prompt
-BATCH_TOKENS = 8192  # on each device
+ROW_TOKENS = 1024  # of a row, at least; a row must hold the longest prompt
+BATCH_TOKENS = 8192  # of a batch on each device
 
 
 class Statistics(NamedTuple):
-    """Sums over the tokens of all prompts, of one layer; made in float32, on the host.
+    """Sums over the tokens of all prompts for one layer; computed in float32, and kept on the host.
 
     Attributes:
-      heads: X^T X of what the attention's output projection takes.
-      neurons: X^T X of what the down projection takes, for each expert: only one where there is no mixture. A
-        token's weight for an expert multiplies what that expert's neurons say to it.
-      load: the tokens' weights for each expert.
-      cosine: of the residual stream before and after the layer.
-      tokens: how many there were.
+      heads: X^T X of the inputs of the attention's output projection.
+      neurons: X^T X of the inputs of the down projection, for each expert (one if there is no mixture); a token's
+        inputs are multiplied with its weight for the expert.
+      load: sum of the tokens' weights for each expert.
+      cosine: cosine of the residual stream before and after the layer.
+      tokens: number of tokens.
     """
 
     heads: Float[np.ndarray, "H*E H*E"]
@@ -47,7 +51,10 @@ class Statistics(NamedTuple):
 
 
 def calibrate(model: ModelConfig, params: Params, prompts: Sequence[EncodedPrompt], mesh: Mesh) -> Iterator[Statistics]:
-    """Of each layer in turn. Besides a layer's sums, only its input is held, for all the tokens, over the devices."""
+    """Yields the statistics of each layer in order.
+
+    Besides a layer's sums only its input is in memory, for all tokens, spread over the devices.
+    """
     longest = max(ROW_TOKENS, *(len(prompt) for prompt in prompts))
     bucket = Bucket(-(-longest // STEP) * STEP)
     passes = plan_passes(prompts, [bucket])
@@ -65,7 +72,7 @@ def calibrate(model: ModelConfig, params: Params, prompts: Sequence[EncodedPromp
         with jax.set_mesh(mesh):
             for index, batch in enumerate(batches):
                 streams[index], sums = _run_layer(model, params, layer_index, streams[index], *batch)
-                jax.block_until_ready(sums)  # two programs at once on a CPU's devices may wait for each other for ever
+                jax.block_until_ready(sums)  # two programs that run at once on a CPU's devices may deadlock
                 total = sums if total is None else jax.tree.map(jnp.add, total, sums)
         assert total is not None
         yield Statistics(*(np.asarray(sums, np.float64) for sums in total))
@@ -85,7 +92,7 @@ def _run_layer(
     positions: Int[Array, "B T"],
     token_labels: TokenLabels,
 ) -> tuple[Float[Array, "B T D"], tuple[Array, ...]]:
-    """A layer: the residual stream after it, and the sums of `Statistics`."""
+    """Runs a layer: the residual stream after it, and the sums of `Statistics`."""
     decoder = bind(model, params)
     sharding, layer = decoder.sharding, decoder.layer(layer_index)
     positions = sharding.reshard(positions, "batch", "length")
@@ -110,7 +117,7 @@ def _run_layer(
 
 
 def _gram(sharding: Sharding, x: Float[Array, "B T *K"], weights: Array) -> Float[Array, "K K"]:
-    """X^T X; `weights` [B, T] multiply the tokens."""
+    """X^T X over all tokens, each multiplied with its entry of `weights` [B, T]."""
     x = sharding.reshard(x.astype(jnp.float32), "batch", "length", *[None] * (x.ndim - 2))
     x = x.reshape(*x.shape[:2], -1) * weights[..., None]
     spec = sharding.spec_or_none(None, None)
@@ -120,7 +127,7 @@ def _gram(sharding: Sharding, x: Float[Array, "B T *K"], weights: Array) -> Floa
 def _expert_statistics(
     sharding: Sharding, layer: Layer, h: Float[Array, "B T D"], real: Bool[Array, "B T"]
 ) -> tuple[Float[Array, "N F F"], Float[Array, " N"]]:
-    """`Statistics.neurons` and `load`. Every token goes through every expert: weights of zero leave no trace."""
+    """`Statistics.neurons` and `load`. Every token goes through every expert: a weight of zero adds nothing."""
     experts = layer.experts
     weights, chosen, _ = route(experts.config, h, experts.router[...].astype(jnp.float32))
     weights_BTN = (

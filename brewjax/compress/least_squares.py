@@ -1,11 +1,14 @@
-"""Which rows of a matrix can go, and what the others become, for its products to change least: OSSCAR.
+"""OSSCAR: which rows of a matrix to remove, and new values of the others, such that its products change least.
 
 Meng et al. 2024 (arXiv 2403.12983): with calibration inputs X, keep a set S of the rows of W, and re-solve them:
 
     min over S, U of ||X W - X_S U||^2,  that is  tr((W - U)^T H (W - U)) with H = X^T X and U zero outside of S.
 
-Rows come in groups that stay or go together: one neuron, or the outputs of a KV head's query heads. H is damped: a
-share of its mean diagonal is added to it, which pulls U towards W. On the host, in float64.
+Rows are kept or removed in groups: one neuron, or the outputs of a KV head's query heads. H is damped: a share of its
+mean diagonal is added to its diagonal, which pulls U towards W. Computed on the host, in float64.
+
+Axis letters: N rows of a matrix, D its columns, G groups, S rows that are kept, M groups that move (docs/glossary.md,
+"Axis letters").
 """
 
 from __future__ import annotations
@@ -14,11 +17,11 @@ import numpy as np
 import scipy.linalg
 from jaxtyping import Bool, Float, Int
 
-ROUNDS = 256  # of removals at most: where more groups than this must go, several go at once
+ROUNDS = 256  # of removals, at most: if more groups must go, several are removed in each round
 
 
 def damped(gram: Float[np.ndarray, "N N"], damping: float) -> Float[np.ndarray, "N N"]:
-    """H, float64: positive definite."""
+    """H = X^T X plus `damping` times its mean diagonal, in float64: positive definite."""
     H = np.array(gram, np.float64)
     H[np.diag_indices_from(H)] += damping * (np.mean(np.diag(H)) or 1.0)
     return H
@@ -32,10 +35,20 @@ def rows_of(groups: Int[np.ndarray, " S"], size: int) -> Int[np.ndarray, " S*siz
 def choose(
     H: Float[np.ndarray, "N N"], weight: Float[np.ndarray, "N D"], size: int, keep: int, swaps: int
 ) -> Int[np.ndarray, " keep"]:
-    """The groups to keep, in order: by greedy removals, and then exchanges.
+    """Chooses the groups to keep, by greedy removals and then exchanges.
 
-    A group that went is taken back, first the one that brings most, and the one that then costs least goes: the
-    objective never rises. So many `swaps` are tried at most.
+    An exchange takes back the removed group that lowers the objective most, and removes the group that then costs
+    least: the objective never rises.
+
+    Args:
+      H: X^T X, damped.
+      weight: the matrix.
+      size: rows of a group.
+      keep: groups to keep.
+      swaps: limit of exchanges.
+
+    Returns:
+      The groups to keep, in order.
     """
     subset = Subset(H, weight, size)
     excess = len(subset.is_kept) - keep
@@ -57,7 +70,7 @@ def choose(
 
 
 def _rank_removed(subset: Subset) -> list[int]:
-    """The groups that are not kept, first those that would bring most."""
+    """The removed groups, those that would lower the objective most first."""
     gains = np.where(subset.is_kept, -np.inf, subset.scores())
     return np.argsort(-gains, kind="stable")[: int(np.sum(~subset.is_kept))].tolist()
 
@@ -65,7 +78,7 @@ def _rank_removed(subset: Subset) -> list[int]:
 def resolve(
     H: Float[np.ndarray, "N N"], weight: Float[np.ndarray, "N D"], rows: Int[np.ndarray, " S"]
 ) -> Float[np.ndarray, "S D"]:
-    """The remaining rows, such that the products change least."""
+    """New values of the kept rows, such that the products change least."""
     return scipy.linalg.solve(H[np.ix_(rows, rows)], H[rows] @ weight, assume_a="pos")
 
 
@@ -75,7 +88,7 @@ def lost(
     rows: Int[np.ndarray, " S"],
     remaining: Float[np.ndarray, "S D"],
 ) -> float:
-    """tr((W - U)^T H (W - U)) / tr(W^T H W): the share of the products' squares that is wrong."""
+    """The share of the squared products that is lost: tr((W - U)^T H (W - U)) / tr(W^T H W)."""
     change = np.array(weight, np.float64)
     change[rows] -= remaining
     total = np.vdot(weight, H @ weight)
@@ -83,9 +96,9 @@ def lost(
 
 
 class Subset:
-    """Groups of rows that are kept, all at first, and what each would cost or bring if it changed sides.
+    """A subset of the groups, at first all, and how the objective would change if a group changed sides.
 
-    The state is H swept on the kept rows S (Goodnight 1979), and H W beside it, R being the rows that were removed:
+    The state is H swept on the kept rows S (Goodnight 1979), and H W with it; R are the removed rows:
 
         pivots = [[-P, P H_SR], [H_RS P, H_RR - H_RS P H_SR]] with P the inverse of H_SS,  rest = [U, H_R (W - U)].
 
@@ -99,7 +112,7 @@ class Subset:
         self.rest = np.array(weight, np.float64)
 
     def scores(self) -> Float[np.ndarray, " G"]:
-        """By how much the objective would rise without each group that is kept, or fall with each that is not."""
+        """The rise of the objective without each kept group, and its fall with each removed group."""
         G, b = len(self.is_kept), self.size
         each = np.arange(G)
         blocks = self.pivots.reshape(G, b, G, b)[each, :, each] * np.where(self.is_kept, -1, 1)[:, None, None]
@@ -108,7 +121,7 @@ class Subset:
         return np.einsum("gbd,gbd->g", rest, solved)
 
     def move(self, groups: Int[np.ndarray, " M"]) -> None:
-        """Removes groups that are kept, or takes back groups that are not; all of one kind."""
+        """Removes groups that are all kept, or takes back groups that are all removed."""
         rows, sign = rows_of(groups, self.size), -1 if self.is_kept[groups[0]] else 1
         inverse = np.linalg.inv(self.pivots[np.ix_(rows, rows)])
         across = self.pivots[rows]

@@ -1,4 +1,8 @@
-"""A smaller model from a trained one: neurons, KV heads with their query heads, experts and layers are taken out."""
+"""Pruning: removes neurons, KV heads with their query heads, experts and layers of a trained model.
+
+Axis letters: N inputs of a matrix, D its outputs, G groups of inputs, S inputs that are kept, F neurons
+(docs/glossary.md, "Axis letters").
+"""
 
 from __future__ import annotations
 
@@ -25,12 +29,12 @@ from brewjax.model.config import ModelConfig
 from brewjax.model.params import Params, abstract_params
 from brewjax.model.sharding import MeshConfig
 
-Arrays = dict[str, Any]  # one layer's weights, nested as in `Params`, on the host
+Arrays = dict[str, Any]  # one layer's weights on the host, nested as in `Params`
 
 
 def _size(value: float) -> float:
     if value <= 0 or (value >= 1 and value != int(value)):
-        raise ValueError("give the size to keep (1, 2, ..), or the share of it, between 0 and 1")
+        raise ValueError("give the size to keep (1, 2, ..), or the share to keep, between 0 and 1")
     return value
 
 
@@ -38,32 +42,32 @@ Size = Annotated[int | float, pydantic.AfterValidator(_size)]
 
 
 class PruneConfig(Config):
-    """What is left of a model, and how that is chosen. A size is exact, or a share between 0 and 1 of what there is."""
+    """The sizes of the smaller model, and how its parts are chosen."""
 
     layers: Size | None = None
-    """What the smaller model has of each; None: all. A KV head goes with its query heads, a neuron with its column
-    of all three matrices."""
+    """Layers to keep: a number, or a share between 0 and 1; null for all."""
     kv_heads: Size | None = None
-    """See `layers`."""
+    """KV heads to keep, each with its query heads: a number, or a share between 0 and 1; null for all."""
     d_ff: Size | None = None
-    """See `layers`."""
+    """Neurons to keep of each MLP or expert: a number, or a share between 0 and 1; null for all."""
     experts: Size | None = None
-    """See `layers`."""
+    """Experts to keep of each layer, those with the most load: a number, or a share between 0 and 1; null for all."""
     method: Literal["least_squares", "activation", "magnitude"] = "least_squares"
-    """Of choosing heads and neurons: least_squares (OSSCAR), which also re-solves what remains; activation: the
-    squares of what each adds to the residual stream; magnitude: the squares of its weights. Layers go by block
-    influence (ShortGPT, Men et al. 2024, arXiv 2403.03853: 1 - the cosine of the residual stream before and after),
-    or by magnitude. Experts go by their load, the least used first."""
+    """How heads and neurons are chosen. least_squares: OSSCAR, which also re-solves the remaining weights; activation:
+    by the squares of what each adds to the residual stream; magnitude: by the squares of its weights, which chooses
+    layers too. Otherwise layers are chosen by block influence: 1 - the cosine of the residual stream before and after
+    the layer (ShortGPT, Men et al. 2024, arXiv 2403.03853)."""
     fold_experts: bool = False
-    """An expert that goes is first averaged into the one that stays with the nearest router column, by load, their
-    neurons matched (after M-SMoE, Li et al. 2024, arXiv 2310.01334); else it is dropped."""
+    """Averages each removed expert, by load and with matched neurons, into the remaining expert with the nearest router
+    column (after M-SMoE, Li et al. 2024, arXiv 2310.01334), instead of dropping it."""
     swaps: int = pydantic.Field(default=64, ge=0)
-    """Exchanges of what is kept for what is not that are tried, in each matrix, after greedy removal."""
+    """Exchanges of a kept for a removed group that are tried in each matrix, after greedy removal."""
     damping: float = pydantic.Field(default=0.01, gt=0)
-    """What is added to the diagonal of X^T X, as a share of its mean."""
+    """Added to the diagonal of X^T X, as a share of its mean."""
     examples: int = pydantic.Field(default=1024, gt=0)
-    """Prompts to gather X^T X from, at most."""
+    """Most calibration prompts to compute X^T X from."""
     mesh: MeshConfig = MeshConfig()
+    """The devices, along the mesh axes."""
 
     @pydantic.model_validator(mode="after")
     def _prunes(self) -> PruneConfig:
@@ -72,11 +76,11 @@ class PruneConfig(Config):
         return self
 
     def has_target(self) -> bool:
+        """Whether any size is set."""
         return any((self.layers, self.kv_heads, self.d_ff, self.experts))
 
     def target(self, model: ModelConfig) -> ModelConfig:
-        """The smaller model; ConfigError where this one has less."""
-
+        """The smaller model; raises ConfigError if `model` has less than a size, or is quantised."""
         if model.quantized:
             raise model.error("a quantised model is for serving; prune the one that it was made from", "quantized")
 
@@ -105,12 +109,13 @@ class PruneConfig(Config):
 
 
 class LayerReport(NamedTuple):
-    """What pruning did to a layer of the big model.
+    """Effect of pruning on one layer of the big model.
 
     Attributes:
-      attention, mlp: the share of the squares of what heads and neurons add to the residual stream that is lost, on
-        the calibration prompts (see `least_squares.lost`); of a mixture the mean over the experts that stay.
-      influence: the score by which layers are chosen, the least goes first.
+      layer: index of the layer.
+      attention, mlp: share of the squared output of heads and of neurons that is lost on the calibration prompts (see
+        `least_squares.lost`); for a mixture the mean over the experts that stay.
+      influence: score by which layers are chosen; the lowest are removed first.
     """
 
     layer: int
@@ -125,12 +130,23 @@ def prune(
     config: PruneConfig,
     on_layer: Callable[[LayerReport], None] = lambda report: None,
 ) -> Bundle:
-    """The bundle with a smaller model, an ordinary one.
+    """Prunes the model of a bundle.
 
-    Every matrix is re-solved for the inputs that it has in the model as it was: one pass over the prompts serves all.
-    Of several processes each solves a layer, while the others solve others.
+    Every matrix is re-solved for its inputs in the unpruned model, so one pass over the prompts serves all. Several
+    processes solve different layers at the same time.
 
-    Raises ConfigError where the model has less than a target, ValueError without prompts.
+    Args:
+      bundle: the model to prune.
+      prompts: calibration prompts; at most `config.examples` are read.
+      config: sizes and method.
+      on_layer: called with the report of each layer.
+
+    Returns:
+      The bundle with the smaller model, an ordinary one.
+
+    Raises:
+      ConfigError: if the model has less than a size, or is quantised.
+      ValueError: if there are no prompts.
     """
     examples = list(itertools.islice(prompts, config.examples))
     if not examples:
@@ -168,13 +184,13 @@ def _layer(params: Params, number: int) -> Arrays:
 
 
 def _placeholder_layer(abstract: Params) -> tuple[Arrays, LayerReport]:
-    """What a process has to show in place of a layer that it did not solve."""
+    """Zeros of the right shapes: what a process broadcasts for a layer that it did not solve."""
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape[1:], leaf.dtype), abstract["layers"])
     return zeros, LayerReport(0, 0.0, 0.0, 0.0)
 
 
 def _place_layer(weights: Arrays, abstract: Params) -> Params:
-    """A layer over the devices, as it will lie in the smaller model."""
+    """A layer on the devices, sharded as in the smaller model."""
 
     def place(array: np.ndarray, stack: jax.ShapeDtypeStruct) -> jax.Array:
         sharding = NamedSharding(stack.sharding.mesh, jax.P(*stack.sharding.spec[1:]))
@@ -209,7 +225,7 @@ def _square(x: np.ndarray) -> float:
 def _prune_heads(
     weights: Arrays, statistics: Statistics, keep: int, model: ModelConfig, config: PruneConfig
 ) -> tuple[Arrays, float]:
-    """The layer with `keep` KV heads, and what share of its attention's output is lost."""
+    """The layer with `keep` KV heads, and the share of its attention's squared output that is lost."""
     D, K, H = model.d_model, model.kv_heads, model.heads
     if keep == K:
         return weights, 0.0
@@ -231,7 +247,7 @@ def _prune_heads(
 def _prune_mlp(
     weights: Arrays, statistics: Statistics, small: ModelConfig, config: PruneConfig
 ) -> tuple[Arrays, float]:
-    """The layer with fewer experts and neurons, and what share of the output of those that stay is lost."""
+    """The layer with fewer experts and neurons, and the share of the remaining experts' squared output that is lost."""
     if not small.experts:
         smaller, share = _prune_neurons(weights, statistics.neurons[0], small.d_ff, config)
         return smaller, share
@@ -245,7 +261,7 @@ def _prune_mlp(
 
 
 def _prune_neurons(mlp: Arrays, gram: Float[np.ndarray, "F F"], keep: int, config: PruneConfig) -> tuple[Arrays, float]:
-    """An MLP's three matrices with `keep` neurons, other entries as they were; what share of its output is lost."""
+    """An MLP's matrices with `keep` neurons (other weights unchanged), and the share of its output that is lost."""
     gate, up, down = (mlp[name].astype(np.float64) for name in ("gate", "up", "down"))
     if keep == len(down):
         return mlp, 0.0
@@ -262,10 +278,16 @@ def _keep(
     keep: int,
     config: PruneConfig,
 ) -> tuple[Int[np.ndarray, " keep"], Float[np.ndarray, "S D"], float]:
-    """By the config's method: which groups of a matrix's rows stay, what the rows become, what share is lost.
+    """Chooses the groups of a matrix's rows to keep, by the config's method.
 
     Args:
-      squares: of all the weights that belong to each group.
+      weight: the matrix.
+      gram: X^T X of its inputs.
+      squares: sum of squares of all the weights that belong to each group.
+      keep: groups to keep.
+
+    Returns:
+      The groups in order; the rows that remain, re-solved by least_squares; the share of the output that is lost.
     """
     H, size = damped(gram, config.damping), len(weight) // len(squares)
     if config.method == "least_squares":
@@ -283,7 +305,7 @@ def _keep(
 def _output_squares(
     gram: Float[np.ndarray, "N N"], weight: Float[np.ndarray, "N D"], size: int
 ) -> Float[np.ndarray, " G"]:
-    """The squares of what each group of rows adds to the output, over all the tokens."""
+    """The squared output of each group of rows, summed over all tokens."""
     groups = np.arange(len(weight) // size)
     blocks = gram.reshape(len(groups), size, len(groups), size)[groups, :, groups]
     rows = weight.reshape(len(groups), size, -1)
@@ -321,7 +343,7 @@ def _prune_experts(
 
 
 def _match_neurons(experts: Arrays, expert: int, target: int) -> Int[np.ndarray, " F"]:
-    """The neurons of an expert in the order in which they are most like those of another."""
+    """The order of one expert's neurons in which they are most like those of the target expert."""
     similarity = sum(
         (w[target].T if name != "down" else w[target]).astype(np.float64)
         @ (w[expert] if name != "down" else w[expert].T).astype(np.float64)

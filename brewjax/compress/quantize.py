@@ -1,4 +1,4 @@
-"""A bundle's matrices in 8 bits, for serving: read, rounded and dropped one after the other."""
+"""Quantisation of a bundle's matrices to 8 bits for serving, one matrix in memory at a time."""
 
 from __future__ import annotations
 
@@ -18,28 +18,31 @@ from brewjax.model.weights import QuantizedWeight
 
 
 class QuantizeConfig(Config):
-    """How a model is rounded for serving. Embedding, head, norms, biases and router stay as they are."""
+    """How a model is quantised for serving. Embedding, head, norms, biases and router stay as they are."""
 
     dtype: Literal["e4m3", "int8"] = "e4m3"
-    """Of the matrices of attention and MLP."""
+    """8-bit format of the matrices of attention and MLP: float8 e4m3, or int8."""
     scales: Literal["per_channel", "per_tensor"] = "per_channel"
-    """Of a matrix, one for each output channel, or the largest of them for all."""
+    """Scales of a matrix: one for each output channel, or the largest of these for all channels."""
     activations: Literal["per_token", "per_tensor"] | None = "per_token"
-    """See `Quantization`."""
+    """Rounds activations to 8 bits too, with a scale for each token or one for all tokens; null rounds them to
+    bfloat16."""
     mesh: MeshConfig = MeshConfig()
-    """The devices that share the work; a bundle is loaded onto any."""
+    """The devices that share the work; the bundle can be loaded on any others."""
 
     def target(self, model: ModelConfig) -> ModelConfig:
-        """The model in 8 bits; ConfigError where it is already."""
+        """The quantised model; raises ConfigError if `model` is quantised already."""
         if model.quantized:
             raise model.error("is quantised already; start from the model that it was made from", "quantized")
         return model.model_copy(update={"quantized": Quantization(dtype=self.dtype, activations=self.activations)})
 
 
 def quantize(source: Path, config: QuantizeConfig) -> Bundle:
-    """The bundle at `source` in 8 bits; of the weights as they were, one stacked parameter is in memory at a time.
+    """Quantises the bundle in a folder; of the original weights, one stacked parameter is in memory at a time.
 
-    Raises ConfigError where the source is quantised already, ValueError where it has no weights.
+    Raises:
+      ConfigError: if the bundle is quantised already.
+      ValueError: if it has no weights.
     """
     model = ModelConfig.load(source / MODEL)
     smaller = config.target(model)
@@ -47,7 +50,7 @@ def quantize(source: Path, config: QuantizeConfig) -> Bundle:
 
 
 def with_head(bundle: Bundle, head: HeadPrecision) -> Bundle:
-    """The bundle with another precision of its head, to measure what less than float32 costs."""
+    """The bundle with another precision of its output head, to measure what less than float32 costs."""
     return dataclasses.replace(bundle, model=bundle.model.model_copy(update={"head": head}))
 
 

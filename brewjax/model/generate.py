@@ -154,7 +154,7 @@ class Generator:
 
     Args:
       model, params: the model.
-      num_slots: sequences that grow at the same time.
+      slots: sequences that grow at the same time.
       context: limit of the tokens of a sequence, prompt included.
       sampling: how tokens are sampled; by default the likeliest is taken.
       seed: of the sampling.
@@ -165,22 +165,22 @@ class Generator:
         self,
         model: ModelConfig,
         params: Params,
-        num_slots: int,
+        slots: int,
         context: int,
         sampling: SamplingParams | None = None,
         seed: int = 0,
         mesh: Mesh | None = None,
     ):
-        self.model, self.count, self.context = model, num_slots, context
+        self.model, self.count, self.context = model, slots, context
         mesh = mesh or MeshConfig().build()
         replica = tuple(slice(None if axis == "tensor" else 1) for axis in mesh.axis_names)
         self.mesh = Mesh(mesh.devices[replica], mesh.axis_names, axis_types=mesh.axis_types)
         self.params = self.shard_params(params)
         self.buckets = _buckets(context)
-        shape = (model.layers, num_slots, context, model.kv_heads, model.head_dim)
+        shape = (model.layers, slots, context, model.kv_heads, model.head_dim)
 
         def empty() -> DecodeState:
-            zeros = jnp.zeros(num_slots, jnp.int32)
+            zeros = jnp.zeros(slots, jnp.int32)
             keys, values = (FSDP_TENSOR.reshard(jnp.zeros(shape, model.compute_dtype), *KV_AXES) for _ in range(2))
             return DecodeState(keys, values, zeros, zeros, zeros, jax.random.key(seed))
 

@@ -207,7 +207,7 @@ def train(
                     checkpointer.save_checkpointables_async(step_index, {"state": state, "data": batches}, force=True)
                 if preempted and step_index < config.steps:
                     checkpointer.wait()
-                    distributed.exit_for_restart(f"step {step_index} of {config.steps} is saved")
+                    distributed.exit_for_restart(f"checkpoint of step {step_index} of {config.steps} is saved")
         checkpointer.wait()
         if config.lora:
             return jax.jit(config.lora.merge)(aux_params[BASE], state["params"])

@@ -89,7 +89,7 @@ def test_sigterm_to_one_saves_and_one_process_goes_on_from_two(shards, alone, tm
     assert [process.wait(LIMIT) for process in started] == [hosts.EXIT_RESTART] * 2, log(tmp_path, 0)
     step, _ = newest_checkpoint(tmp_path)
     assert len(read_metrics(tmp_path / METRICS)) == step < CONFIG.steps
-    assert f"step {step} of 40 is saved" in log(tmp_path, 0)
+    assert f"checkpoint of step {step} of 40 is saved" in log(tmp_path, 0)
     finish(tmp_path, start(shards, tmp_path, 1))
     assert_same_numbers(tmp_path, alone, range(1, CONFIG.steps + 1))
     assert_same_parameters(tmp_path, alone)
