@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import threading
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,9 +19,10 @@ import pydantic
 from brewjax.config import Config
 from brewjax.paths import atomic_folder
 from brewjax.retrieve.log import Change, ChangeLog
-from pallas_kernels.search import ALIVE, BINS, Filter, Rows, jitted_top_k
+from pallas_kernels.search import ALIVE, BINS, BestRows, Filter, Rows, jitted_top_k
 
 CONFIG = "index.yaml"
+GATHERED_SHARE = 0.05  # of the rows, under which those that a filter admits are gathered
 ID_TYPES = {"int64": pa.int64(), "text": pa.string()}
 Id = int | str
 
@@ -124,26 +126,28 @@ class Index:
         """
         queries = self._pad(np.asarray(queries, np.float32))
         excluded = [{*ids} for ids in exclude] if exclude is not None else [set()] * len(queries)
-        filters = Filter(*(jnp.asarray(np.broadcast_to(bits, len(queries)), jnp.int32) for bits in (required, banned)))
+        bits = np.stack([np.broadcast_to(bits, len(queries)) for bits in (required, banned)], 1).astype(np.int32)
         with self._lock:
             self._searches += 1
             number = self._searches
             self._running.add(number)
             rows = self._rows
-            limit = min(len(rows.vectors), k + max(map(len, excluded), default=0))
-            result = jitted_top_k(jnp.asarray(queries), rows, filters, k=_round_up(limit, len(rows.vectors)))
+            limit = k + max(map(len, excluded), default=0)
+            dispatched = _dispatch(rows, queries, bits, limit)
         try:
-            scores, slots, exact = (np.asarray(x) for x in jax.device_get(result))
-            if not exact.all():  # a TPU's kernel dropped what could have mattered
-                with self._lock:
-                    result = jitted_top_k(
-                        jnp.asarray(queries), self._rows, filters, k=len(scores[0]), implementation="xla"
-                    )
-                scores, slots, _ = (np.asarray(x) for x in jax.device_get(result))
-            return [self._hits(*row, k) for row in zip(scores, slots, excluded, strict=True)]
+            hits: list[Hits] = [Hits([], np.zeros(0, np.float32))] * len(queries)
+            for search in dispatched:
+                for query, scores, slots in search.collect(self._search_by_blocks):
+                    hits[query] = self._hits(scores, slots, excluded[query], k)
+            return hits
         finally:
             with self._lock:
                 self._running.discard(number)
+
+    def _search_by_blocks(self, search: _Search) -> BestRows:
+        """A whole search once more, for a TPU's kernel that dropped what could have mattered."""
+        with self._lock:
+            return jitted_top_k(search.queries, self._rows, search.filters, k=search.k, implementation="xla")
 
     def snapshot(self) -> None:
         """Writes all rows anew, so that the next start replays no changes."""
@@ -243,6 +247,71 @@ class Index:
         return Hits(ids, np.array(hit_scores, np.float32))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Search:
+    """A search under way, for queries that share its rows.
+
+    Attributes:
+      numbers: of the queries.
+      slots: of the rows, where only those that the filter admits were gathered; None where all were searched.
+    """
+
+    numbers: np.ndarray
+    queries: jax.Array
+    filters: Filter
+    k: int
+    slots: np.ndarray | None
+    result: BestRows
+
+    @classmethod
+    def start(
+        cls, rows: Rows, queries: np.ndarray, bits: np.ndarray, numbers: np.ndarray, k: int, slots: np.ndarray | None
+    ) -> _Search:
+        filters = Filter(*(jnp.asarray(column) for column in bits[numbers].T))
+        chosen, k = jnp.asarray(queries[numbers]), _round_up(k, len(rows.vectors))
+        return cls(numbers, chosen, filters, k, slots, jitted_top_k(chosen, rows, filters, k=k))
+
+    def collect(self, again: Callable[[_Search], BestRows]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Waits, and yields each query's number, scores and slots; `again` searches another way where some result is
+        not surely exact."""
+        scores, rows, exact = jax.device_get(self.result)
+        if not exact.all():
+            scores, rows, _ = jax.device_get(again(self))
+        for number, query_scores, query_rows in zip(self.numbers.tolist(), scores, rows, strict=True):
+            yield number, query_scores, query_rows if self.slots is None else np.append(self.slots, -1)[query_rows]
+
+
+def _dispatch(rows: Rows, queries: np.ndarray, bits: np.ndarray, k: int) -> list[_Search]:
+    """Starts searches for queries [Q, D] with filters [Q, 2] of required and banned bits.
+
+    On a CPU, where a filter admits few rows these are gathered first: most of the time is reading rows.
+    """
+    searches, whole = [], np.ones(len(queries), bool)
+    if jax.default_backend() == "cpu":
+        attributes = np.asarray(rows.attributes)
+        for required, banned in np.unique(bits, axis=0):
+            needed = required | ALIVE
+            admitted = np.flatnonzero(((attributes & needed) == needed) & ((attributes & banned) == 0))
+            if len(admitted) < GATHERED_SHARE * len(attributes):
+                numbers = np.flatnonzero((bits == (required, banned)).all(1))
+                whole[numbers] = False
+                gathered = _gather(rows, admitted)
+                searches.append(_Search.start(gathered, queries, np.zeros_like(bits), numbers, k, admitted))
+    if whole.any():
+        searches.append(_Search.start(rows, queries, bits, np.flatnonzero(whole), k, None))
+    return searches
+
+
+def _gather(rows: Rows, slots: np.ndarray) -> Rows:
+    """Some rows, and others that are not alive up to a power of two, so that few programs are compiled."""
+    size = max(BINS, _round_up(len(slots), 1 << 62))
+    vectors = np.zeros((size, rows.vectors.shape[1]), np.float32)
+    vectors[: len(slots)] = np.asarray(rows.vectors)[slots]
+    attributes = np.zeros(size, np.int32)
+    attributes[: len(slots)] = ALIVE
+    return Rows(jnp.asarray(vectors), jnp.asarray(attributes))
+
+
 def _empty(count: int, width: int) -> Rows:
     return Rows(jnp.zeros((count, width), jnp.float32), jnp.zeros(count, jnp.int32))
 
@@ -253,7 +322,7 @@ def _grow(rows: Rows) -> Rows:
 
 def _round_up(count: int, limit: int) -> int:
     """The next power of two, so that few programs are compiled."""
-    return min(1 << (count - 1).bit_length(), limit)
+    return min(1 << max(count - 1, 0).bit_length(), limit)
 
 
 def _padded(slots: list[int], attributes: np.ndarray, vectors: np.ndarray | None = None) -> tuple[Any, ...]:

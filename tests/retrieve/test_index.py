@@ -82,6 +82,19 @@ def test_each_query_has_its_own_filter_and_exclusions(index):
     assert few.ids == best({i: v for i, v in table.items() if i % 4 == 2 and i >= 100}, queries[2], 20)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.05, 2.0])
+def test_gathered_rows_and_all_rows_give_the_same(index, monkeypatch, share):
+    monkeypatch.setattr("brewjax.retrieve.index.GATHERED_SHARE", share)
+    rows = vectors(300)
+    index.upsert(list(range(300)), rows, np.where(np.arange(300) % 50 == 0, 2, 4).astype(np.int32))
+    queries = vectors(3, 1)
+    rare, common, both = index.search(queries, 8, required=[2, 4, 0])
+    table = dict(enumerate(rows))
+    assert rare.ids == best({i: v for i, v in table.items() if i % 50 == 0}, queries[0], 8)
+    assert common.ids == best({i: v for i, v in table.items() if i % 50}, queries[1], 8)
+    assert both.ids == best(table, queries[2], 8)
+
+
 def test_where_the_filter_admits_nothing_nothing_is_found(index):
     index.upsert([1, 2], vectors(2))
     (hits,) = index.search(vectors(1), 5, required=8)
