@@ -1,4 +1,4 @@
-"""Verbs of the command line about one model (import, export, generate, quantise, count, compile), and about settings."""
+"""Verbs of the command line about one model (import, export, generate, quantise, count, compile) and about settings."""
 
 from __future__ import annotations
 
