@@ -113,11 +113,12 @@ class Bundle:
         save_model(folder, self.model, self.params)
 
     @classmethod
-    def load(cls, folder: Path, mesh: MeshConfig | None = None) -> Bundle:
+    def load(cls, folder: str | Path, mesh: MeshConfig | None = None) -> Bundle:
         """Reads a folder, with the parameters placed on `mesh` (by default all devices, split by batch only).
 
         Raises ValueError, naming the file that is missing or broken.
         """
+        folder = Path(folder)
         check_folder(folder)
         mesh = mesh or MeshConfig()
         return cls.from_params(*load_model(folder, mesh.build()), folder, mesh)

@@ -126,12 +126,12 @@ def test_a_plan_is_printed_and_nothing_is_done(folder):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["dataset=elsewhere"], "elsewhere/dataset.yaml: no such"),
-        (["tasks=[nowhere.yaml]"], "nowhere.yaml: no such config file"),
+        (["dataset=elsewhere"], "elsewhere: no such folder"),
+        (["tasks=[nowhere.yaml]"], "nowhere.yaml: no such file"),
         (["tasks=[apply.yaml, apply.yaml]"], "two tasks are named 'apply'"),
-        (["train.mesh={data: 3}"], "recipe.yaml:7: train.mesh: mesh data=3"),
+        (["train.mesh={data: 3}"], "--set train.mesh={data: 3}: train.mesh: mesh data=3"),
         (["stages.big.train.batch_size=3", "stages.big.train.mesh={data: 2}"], "stages.big.train.mesh: mesh data=2"),
-        (["evaluate.mesh={data: 5}"], "recipe.yaml:8: evaluate.mesh: mesh data=5"),
+        (["evaluate.mesh={data: 5}"], "--set evaluate.mesh={data: 5}: evaluate.mesh: mesh data=5"),
         (["stages.big.data={mix: {weights: {apple: 2}}}"], "stages.big.data.mix.weights.apple: no source 'apple'"),
         (["stages.aligned.data={tasks: [b]}"], "stages.aligned.data.tasks.0: no task 'b'"),
         (
