@@ -211,7 +211,7 @@ class Task(Config):
         for index, label in enumerate(self.labels):
             if label.match is None and not (negatives and negatives.label == label.word):
                 message = (
-                    f"no event is ever '{label.word}': say by 'match' when it is the answer, or make it the label of "
+                    f"no event is ever '{label.word}': give it 'match', or make it the label of "
                     "questions.sampled_negatives"
                 )
                 raise misplaced(message, "labels", index)
@@ -324,7 +324,7 @@ def _describe_match(dataset: Dataset, label: Label, column: str, events: np.ndar
 def _check_type(value: Any, type_: pa.DataType) -> None:
     """ValueError, with what would be right, if a column of this type cannot hold the value."""
     if pa.types.is_nested(type_):
-        raise ValueError(f"this column holds {type_}; a label goes by columns of single values")
+        raise ValueError(f"this column holds {type_}; a label matches columns of single values")
     if value is None:
         raise ValueError("an unknown value matches nothing; leave null out")
     if isinstance(value, (list, dict)):
@@ -362,7 +362,7 @@ def _as_type(value: Any, type_: pa.DataType) -> Any:
         time = time.replace(tzinfo=time.tzinfo or datetime.UTC)
         return time if type_.tz else time.astimezone(datetime.UTC).replace(tzinfo=None)
     if not (pa.types.is_integer(type_) or pa.types.is_floating(type_) or pa.types.is_boolean(type_)):
-        raise ValueError(f"this column holds {type_}; a label goes by texts, numbers, dates, or true and false")
+        raise ValueError(f"this column holds {type_}; a label matches texts, numbers, dates, or true and false")
     return value
 
 

@@ -358,7 +358,7 @@ def test_what_is_not_known_is_left_out(jobs_with, tokenizer, style):
 @hypothesis.given(events=EVENTS, others=EVENTS, data=st.data())
 @hypothesis.settings(max_examples=25, deadline=None)
 def test_nothing_at_or_after_the_cutoff_changes_a_character(jobs_with, tokenizer, style, events, others, data):
-    """The leak property, over all splits: all that happens from the cutoff time on is replaced, and no prompt changes."""
+    """The leak property, over all splits: all that happens from the cutoff on is replaced, and no prompt changes."""
     boundary = 4  # days, where validation begins and percentiles are fitted
     split = TASK.split.model_copy(update={"validation": "2025-01-05", "test": "2025-01-09"})
     task = TASK.model_copy(update={"split": split})
