@@ -112,7 +112,13 @@ OverlongPolicy = Literal["truncate", "skip", "error"]
 class QuestionConfig(Config):
     """Which events are asked about, in which words, and how many candidates share one history."""
 
-    ALIASES: ClassVar = {"ask": "question", "text": "question", "negatives": "sampled_negatives"}
+    ALIASES: ClassVar = {
+        "ask": "question",
+        "text": "question",
+        "choose": "choice_question",
+        "per_prompt": "candidates_per_prompt",
+        "negatives": "sampled_negatives",
+    }
 
     question: Words
     """The question about one candidate, for instance "Will the member apply to the following job"."""
@@ -157,7 +163,13 @@ class TimeSplit(Config):
 class Task(Config):
     """A ranking task: one question about a member and an item, whose answers rank items. See `configs/tasks/`."""
 
-    ALIASES: ClassVar = {"question": "questions", "prompt": "instruction", "answers": "labels", "id": "name"}
+    ALIASES: ClassVar = {
+        "question": "questions",
+        "prompt": "instruction",
+        "answers": "labels",
+        "id": "name",
+        "note": "steering_note",
+    }
 
     name: str
     """The task's name, unique within a run: small letters, digits, - and _."""

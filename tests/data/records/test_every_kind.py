@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import hypothesis
 import pytest
 
+from brewjax.config import ConfigError
 from brewjax.data.prompts.styles import PromptConfig
 from brewjax.data.prompts.verbalize import Verbalizer
 from brewjax.data.records.preferences import AlignConfig, align_records
@@ -89,3 +90,17 @@ def test_an_overlong_item_stops_no_training_unless_it_is_to(jobs_with, tokenizer
     assert record.context <= 1_000
     done = {"truncate": "truncated", "skip": "skipped"}[overlong]
     assert f"applies: 1 text too long was {done}, job 101 takes " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("config", "old", "new"),
+    [
+        (SftConfig, "passes", "repeats"),
+        (SftConfig, "choices", "choice_fraction"),
+        (AlignConfig, "notes", "steering_fraction"),
+        (PretrainConfig, "general", "general_text"),
+    ],
+)
+def test_an_old_key_is_refused_with_the_new_one(config, old, new):
+    with pytest.raises(ConfigError, match=rf"1: {old}: unknown key '{old}'; did you mean '{new}'\?"):
+        config.parse(f"{old}: 1", "sft.yaml")
