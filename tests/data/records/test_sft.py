@@ -65,12 +65,12 @@ SCALE = Percentiles({"items.salary": [], "items.popularity": []})
 def learnt(record: EncodedPrompt, tokenizer: Tokenizer) -> list[tuple[str, str]]:
     """Each run of targets as text, with the text of its own piece that comes before it."""
     arrays = record.arrays
-    targets, segment = arrays["targets"], arrays["piece_id"]
+    targets, pieces = arrays["targets"], arrays["piece_id"]
     at = np.flatnonzero(targets != NO_TARGET)
     assert (arrays["weights"] == np.where(targets == NO_TARGET, 0, np.float32(record.weight))).all()
     found = []
     for run in np.split(at, np.flatnonzero(np.diff(at) > 1) + 1):
-        own = np.arange(len(targets))[(segment == segment[run[0]]) & (np.arange(len(targets)) <= run[0])]
+        own = np.arange(len(targets))[(pieces == pieces[run[0]]) & (np.arange(len(targets)) <= run[0])]
         found.append((tokenizer.hf.decode(arrays["tokens"][own]), tokenizer.hf.decode(targets[run])))
     return found
 
