@@ -205,7 +205,7 @@ TABLES = {
     "number_bool": (
         "items",
         from_columns(salary=pa.array([True] * 40)),
-        ("column 'salary': found bool, True in row 0; expected whole numbers or floats (say kind: category)",),
+        ("column 'salary': found bool, True in row 0; expected whole numbers or floats (set kind: category)",),
     ),
     "number_struct": (
         "items",
@@ -312,7 +312,7 @@ FILES = {
     ),
     "cut_short": (
         cut_short,
-        ("members.parquet: Parquet that is cut short: its end is missing; write or copy it again",),
+        ("members.parquet: truncated Parquet: its end is missing; write or copy it again",),
     ),
     "damaged": (
         lambda path: path.write_bytes(b"PAR1" + bytes(100) + b"PAR1"),

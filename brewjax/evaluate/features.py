@@ -267,10 +267,10 @@ def _values(table: pa.Table, attribute: Attribute) -> tuple[Ragged, list[str]]:
     known = pc.is_valid(flat)
     parents, flat = parents.filter(known).to_numpy(), flat.filter(known).cast(pa.string()).to_numpy(False)
     names, codes, counts = np.unique(flat.astype(str), return_inverse=True, return_counts=True)
-    by_frequency = np.argsort(-counts, kind="stable")
+    frequency_order = np.argsort(-counts, kind="stable")
     rank = np.empty(len(names), np.int64)
-    rank[by_frequency] = np.arange(len(names))
-    return Ragged(np.searchsorted(parents, np.arange(len(column) + 1)), rank[codes]), names[by_frequency].tolist()
+    rank[frequency_order] = np.arange(len(names))
+    return Ragged(np.searchsorted(parents, np.arange(len(column) + 1)), rank[codes]), names[frequency_order].tolist()
 
 
 def _floats(column: pa.ChunkedArray) -> np.ndarray:

@@ -34,7 +34,7 @@ questions:
   actions: [applied, viewed]
   candidates_per_prompt: 3
   sampled_negatives: {label: "No", per_event: 1}
-  overlong: cut
+  overlong: truncate
 labels:
   - {word: "Yes", value: 1, match: {action: applied}}
   - {word: "No", value: 0, match: {action: viewed}}
@@ -78,7 +78,10 @@ def use(folder: Path, task: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("odd") / "jobs")
+    folder = write_dataset(tmp_path_factory.mktemp("odd") / "jobs")
+    (folder / "task.yaml").write_text(TASK_YAML)
+    use(folder, folder / "task.yaml")  # valid before a value of it is replaced
+    return folder
 
 
 @hypothesis.given(

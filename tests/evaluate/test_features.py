@@ -91,12 +91,14 @@ def test_features_of_a_list_are_columns(jobs, task):
 
 @hypothesis.given(EVENTS, EVENTS, st.integers(0, DAYS), st.booleans())
 @hypothesis.settings(max_examples=50, deadline=None)
-def test_nothing_at_or_after_the_cut_changes_a_feature(jobs_with, task, sampled_task, events, others, cut, sampled):
-    """What comes at or after the cut is replaced: by other events of the same and of other members and items."""
-    future = [event._replace(day=event.day + cut) for event in others]
-    known = [event for event in events if event.day < cut]
+def test_nothing_at_or_after_the_cutoff_changes_a_feature(
+    jobs_with, task, sampled_task, events, others, cutoff, sampled
+):
+    """All events at or after the cutoff are replaced by other events of the same and of other members and items."""
+    future = [event._replace(day=event.day + cutoff) for event in others]
+    known = [event for event in events if event.day < cutoff]
     chosen = sampled_task if sampled else task
-    asked = [ask(member, [0, 5, 11], cut) for member in range(4)]
+    asked = [ask(member, [0, 5, 11], cutoff) for member in range(4)]
     before = build_features(jobs_with(events), chosen, asked)
     after = build_features(jobs_with(known + future), chosen, asked)
     assert before.names == after.names
@@ -111,16 +113,16 @@ def test_an_example_has_the_same_features_alone_and_among_others(jobs, task):
 
 
 @hypothesis.given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9), st.integers(-5, 5)), min_size=1), st.data())
-def test_as_of_is_a_filter(events, data):
+def test_a_point_in_time_index_is_a_filter(events, data):
     keys, times, values = (np.array(column) for column in zip(*events, strict=True))
-    key, moment_, days = data.draw(st.tuples(st.integers(0, 3), st.integers(-1, 11), st.sampled_from([np.inf, 3])))
+    key, time, days = data.draw(st.tuples(st.integers(0, 3), st.integers(-1, 11), st.sampled_from([np.inf, 3])))
     day = 86_400_000_000
-    as_of = PointInTimeIndex(keys, times * day)
-    window = as_of.window(np.array([key]), np.array([moment_ * day]), days)
-    inside = (keys == key) & (times < moment_) & (times >= moment_ - days)
-    assert as_of.sum(values, window) == values[inside].sum()
-    first, last = as_of.since(window, np.array([moment_ * day]))
+    index = PointInTimeIndex(keys, times * day)
+    window = index.window(np.array([key]), np.array([time * day]), days)
+    inside = (keys == key) & (times < time) & (times >= time - days)
+    assert index.sum(values, window) == values[inside].sum()
+    first, last = index.since(window, np.array([time * day]))
     if inside.any():
-        assert (first, last) == (moment_ - times[inside].min(), moment_ - times[inside].max())
+        assert (first, last) == (time - times[inside].min(), time - times[inside].max())
     else:
         assert np.isnan([first, last]).all()

@@ -30,6 +30,7 @@ def two_columns(scores: np.ndarray) -> np.ndarray:
 
 
 @hypothesis.given(questions())
+@hypothesis.settings(deadline=None)
 def test_auc_is_scikit_learns(rows):
     scores, labels, _, weights = rows
     hypothesis.assume(len(np.unique(labels[weights > 0])) == 2)
@@ -38,6 +39,7 @@ def test_auc_is_scikit_learns(rows):
 
 
 @hypothesis.given(questions(labels=4))
+@hypothesis.settings(deadline=None)
 def test_auc_of_more_values_is_the_share_of_concordant_pairs(rows):
     scores, values, _, weights = rows
     concordant = total = 0.0
@@ -50,6 +52,7 @@ def test_auc_of_more_values_is_the_share_of_concordant_pairs(rows):
 
 
 @hypothesis.given(questions())
+@hypothesis.settings(deadline=None)
 def test_log_loss_is_scikit_learns(rows):
     scores, labels, _, weights = rows
     probabilities = two_columns(scores)
@@ -63,6 +66,7 @@ def test_log_loss_of_a_certain_mistake_is_finite():
 
 
 @hypothesis.given(questions(labels=4))
+@hypothesis.settings(deadline=None)
 def test_ndcg_is_scikit_learns_mean_over_groups(rows):
     scores, values, groups, _ = rows
     expected = [
@@ -125,12 +129,14 @@ def all_metrics(scores, labels, groups, weights):
 
 
 @hypothesis.given(questions(), st.randoms(use_true_random=False))
+@hypothesis.settings(deadline=None)
 def test_the_order_of_rows_changes_nothing(rows, random):
     order = random.sample(range(len(rows[0])), len(rows[0]))
     np.testing.assert_allclose(all_metrics(*rows), all_metrics(*(column[order] for column in rows)), atol=1e-12)
 
 
 @hypothesis.given(questions())
+@hypothesis.settings(deadline=None)
 def test_a_weight_is_so_many_rows(rows):
     scores, labels, groups, weights = rows
     times = weights.astype(int)
@@ -140,6 +146,7 @@ def test_a_weight_is_so_many_rows(rows):
 
 
 @hypothesis.given(questions())
+@hypothesis.settings(deadline=None)
 def test_many_weights_at_once_are_each_by_itself(rows):
     scores, labels, groups, weights = rows
     several = np.stack([weights, np.ones(len(weights)), weights[::-1]])

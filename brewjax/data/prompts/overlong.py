@@ -43,10 +43,10 @@ class OverlongLog:
         """A line per task and outcome, which names the longest text; the count starts anew."""
         entries, self._entries = self._entries, {}
         lines = []
-        for (task, outcome), by_noun in entries.items():
-            longest = max(by_noun.values(), key=lambda overlong: overlong.tokens)
-            count = "1 text too long was" if len(by_noun) == 1 else f"{len(by_noun):,} texts too long were"
-            lines.append(f"{task}: {count} {outcome}, {'the longest: ' if len(by_noun) > 1 else ''}{longest}")
+        for (task, outcome), texts in entries.items():
+            longest = max(texts.values(), key=lambda overlong: overlong.tokens)
+            count = "1 text too long was" if len(texts) == 1 else f"{len(texts):,} texts too long were"
+            lines.append(f"{task}: {count} {outcome}, {'the longest: ' if len(texts) > 1 else ''}{longest}")
         return lines
 
 

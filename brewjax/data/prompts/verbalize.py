@@ -315,8 +315,8 @@ class Verbalizer:
         allowed = task.questions.overlong == "truncate"
         hint = "" if allowed else ", or set 'overlong: truncate' under 'questions' of the task"
         return ValueError(
-            f"task '{task.name}': {overlong} beside the rest of a prompt of {self._max_tokens:,}; raise max_tokens, or "
-            f"shorten the attribute by max_words{hint}"
+            f"task '{task.name}': {overlong} next to the rest of a prompt of {self._max_tokens:,}; raise max_tokens, "
+            f"or shorten the attribute by max_words{hint}"
         )
 
     def _count(self, text: str) -> int:
@@ -442,7 +442,7 @@ class _Facts:
     def _render_value(self, attribute: Attribute, value: Any, time: int, style: Style) -> str:
         if attribute.kind == "number":
             if attribute.percentile:
-                return style.percentile.format(self._percentiles.of(self._name, attribute.column, value))
+                return style.percentile.format(self._percentiles.percentile(self._name, attribute.column, value))
             number = format_number(value)
             return f"{number} {attribute.unit}".strip() if not style.short else number
         if attribute.kind == "date":

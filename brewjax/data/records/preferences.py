@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import pydantic
@@ -22,6 +22,8 @@ from brewjax.data.text.encode import EncodedPrompt, encode
 
 class AlignConfig(Config):
     """The data of preference training: lists of one chosen item, which should rank above the rejected ones."""
+
+    ALIASES: ClassVar = {"size": "list_size", "lists": "lists_per_example", "notes": "steering_fraction"}
 
     tasks: tuple[str, ...] = ()
     """Names of the tasks whose best answer should rank high; by default all tasks of the run."""

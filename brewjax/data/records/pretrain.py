@@ -6,7 +6,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pydantic
@@ -21,6 +21,8 @@ from brewjax.data.text.tokenizer import Tokenizer
 
 class PretrainConfig(Config):
     """The data of continued pre-training."""
+
+    ALIASES: ClassVar = {"passes": "repeats", "general": "general_text", "general_share": "general_fraction"}
 
     repeats: int = pydantic.Field(default=1, gt=0)
     """How many times every item and history is rendered, each time with its facts in another order."""

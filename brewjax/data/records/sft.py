@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import ClassVar
 
 import numpy as np
 import pydantic
@@ -21,6 +22,8 @@ from brewjax.data.text.encode import EncodedPrompt, encode
 
 class SftConfig(Config):
     """The data of supervised fine-tuning."""
+
+    ALIASES: ClassVar = {"passes": "repeats", "choices": "choice_fraction", "candidates": "num_choices"}
 
     repeats: int = pydantic.Field(default=1, gt=0)
     """How many times every example is rendered, each time in a newly drawn style."""

@@ -134,7 +134,7 @@ def _read_grouplens(folder: Path) -> RawTables:
     if missing := [name for name in ("u.data", "u.item", "u.user") if not (folder / name).is_file()]:
         raise DownloadError(f"{folder} has no {', '.join(missing)}; expected the unzipped folder ml-100k")
 
-    def read(name: str, separator: str, columns: list[str]) -> pa.Table:
+    def read_table(name: str, separator: str, columns: list[str]) -> pa.Table:
         return pa.csv.read_csv(
             folder / name,
             pa.csv.ReadOptions(column_names=columns, encoding="latin-1"),
@@ -144,9 +144,9 @@ def _read_grouplens(folder: Path) -> RawTables:
 
     try:
         return (
-            read("u.data", "\t", RATING_COLUMNS),
-            read("u.item", "|", FILM_COLUMNS),
-            read("u.user", "|", USER_COLUMNS),
+            read_table("u.data", "\t", RATING_COLUMNS),
+            read_table("u.item", "|", FILM_COLUMNS),
+            read_table("u.user", "|", USER_COLUMNS),
         )
     except pa.ArrowException as error:
         raise DownloadError(f"{folder} cannot be read as ml-100k: {error}") from None

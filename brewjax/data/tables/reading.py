@@ -90,7 +90,7 @@ def _no_parquet(path: Path) -> str:
         line = begin.decode("utf-8", "replace").splitlines()[0]
         csv = "; if it is CSV, write it with pandas.read_csv(file).to_parquet(file)" if line.isprintable() else ""
         return f"not Parquet: it begins with {line!r:.40}{csv}"
-    return "" if end == MAGIC else "Parquet that is cut short: its end is missing; write or copy it again"
+    return "" if end == MAGIC else "truncated Parquet: its end is missing; write or copy it again"
 
 
 def plain(column: pa.ChunkedArray) -> pa.ChunkedArray:

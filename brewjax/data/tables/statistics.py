@@ -75,7 +75,7 @@ class Percentiles:
             )
         return cls(quantiles)
 
-    def of(self, table: str, column: str, value: float) -> int:
+    def percentile(self, table: str, column: str, value: float) -> int:
         """The hundredth of the training data that `value` falls in, 1 to 100."""
         return int(np.searchsorted(self.quantiles[f"{table}.{column}"], value, side="left")) + 1
 

@@ -117,14 +117,14 @@ class _Table:
             return
         values = self.table[column].take(rows[:SHOWN])
         shown = [
-            self.place(row) + (f" ({show(value)})" if value.is_valid else "")
+            self.locate_row(row) + (f" ({show(value)})" if value.is_valid else "")
             for row, value in zip(rows[:SHOWN].to_pylist(), values, strict=True)
         ]
         more = f" and {len(rows) - SHOWN:,} more" if len(rows) > SHOWN else ""
         self.problems.append(f"{self.file}: column '{column}': {problem} in {', '.join(shown)}{more}; {advice}")
 
-    def place(self, row: int) -> str:
-        """A row as an error names it: counted from 0, within its file."""
+    def locate_row(self, row: int) -> str:
+        """Names a row in an error: counted from 0, within its file."""
         first, name = self.parts[bisect_right(self.parts, row, key=lambda part: part[0]) - 1]
         return f"row {row - first}" + (f" of {name}" if name else "")
 
@@ -206,7 +206,7 @@ def _check_duplicates(events: _Table, card: Card) -> None:
     repeated = np.ones(len(rows), bool)
     repeated[first] = False
     if count := int(repeated.sum()):
-        shown = ", ".join(events.place(row) for row in np.flatnonzero(repeated)[:SHOWN].tolist())
+        shown = ", ".join(events.locate_row(row) for row in np.flatnonzero(repeated)[:SHOWN].tolist())
         nested = any(pa.types.is_nested(column.type) for column in events.table.columns)
         hint = "" if nested else " (pandas: events.drop_duplicates())"
         events.problems.append(
@@ -273,9 +273,9 @@ def _suggest_cast(values: pa.ChunkedArray, kind: str) -> str:
     if kind == "list" and type_ == TEXT:
         return 'pandas: column.str.split(",")'
     if kind == "text" and type_ == INTEGER:
-        return "pandas: column.astype(str); or say kind: category"
+        return "pandas: column.astype(str); or set kind: category"
     if kind == "number" and type_ == pa.bool_():
-        return "say kind: category"
+        return "set kind: category"
     return ""
 
 
@@ -310,18 +310,18 @@ def _card_problems(card: Card, events: _Table) -> Iterable[str]:
     for index, attribute in enumerate(card.items.attributes):
         if not (derive := attribute.derive):
             continue
-        place = ("items", "attributes", index, "derive")
+        location = ("items", "attributes", index, "derive")
         for position, action in enumerate(derive.count or ()):
             if action not in card.events.actions:
                 error = f"unknown action '{action}'; {suggest(action, card.events.actions)}"
-                yield str(card.error(error, *place, "count", position))
+                yield str(card.error(error, *location, "count", position))
         if derive.mean and events.readable:
             type_ = events.types.get(derive.mean)
             if type_ is None:
                 error = f"events have no column '{derive.mean}'; {suggest(derive.mean, events.types)}"
-                yield str(card.error(error, *place, "mean"))
+                yield str(card.error(error, *location, "mean"))
             elif events.table[derive.mean].type not in KINDS["number"][0]:
                 error = f"column '{derive.mean}' of {events.file} is {type_}; only numbers have a mean"
-                yield str(card.error(error, *place, "mean"))
+                yield str(card.error(error, *location, "mean"))
             else:
                 _check_attribute(events, derive.mean, "number")

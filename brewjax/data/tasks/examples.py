@@ -70,10 +70,10 @@ def history_before(dataset: Dataset, task: Task, member: int, cutoff_time: int) 
     start, end = dataset.member_offsets[member : member + 2]
     end = start + np.searchsorted(dataset.event_time[start:end], cutoff_time, side="left")
     rows = np.arange(start, end)
-    in_history = np.isin(dataset.event_action[rows], task.history.actions)
+    history_mask = np.isin(dataset.event_action[rows], task.history.actions)
     if task.history.max_age_days is not None:
-        in_history &= dataset.event_time[rows] >= cutoff_time - task.history.max_age_days * DAY
-    history_rows = rows[in_history]
+        history_mask &= dataset.event_time[rows] >= cutoff_time - task.history.max_age_days * DAY
+    history_rows = rows[history_mask]
     return history_rows[max(0, len(history_rows) - task.history.max_events) :], len(rows)
 
 
@@ -118,8 +118,8 @@ def build_examples(dataset: Dataset, task: Task, split: Split, seed: int = 0) ->
     """
     start, end = _period(dataset, task, split)
     events, labels = labelled_events(dataset, task)
-    in_split = (dataset.event_time[events] >= start) & (dataset.event_time[events] < end)
-    events, labels = events[in_split], labels[in_split]
+    split_mask = (dataset.event_time[events] >= start) & (dataset.event_time[events] < end)
+    events, labels = events[split_mask], labels[split_mask]
     negatives = task.questions.sampled_negatives
     events_per_prompt = max(1, task.questions.candidates_per_prompt // (1 + negatives.per_event if negatives else 1))
     rng = np.random.default_rng([seed, ["train", "validation", "test"].index(split)])
@@ -189,9 +189,9 @@ def event_labels(dataset: Dataset, task: Task, events: np.ndarray) -> np.ndarray
       ConfigError: an event matches two labels.
     """
     labels = np.full(len(events), -1)
-    in_question = np.isin(dataset.event_action[events], task.questions.actions)
+    question_mask = np.isin(dataset.event_action[events], task.questions.actions)
     for index, label in enumerate(task.labels):
-        match = in_question & label.matches(dataset, events)
+        match = question_mask & label.matches(dataset, events)
         if (labels[match] >= 0).any():
             word = task.words[labels[match & (labels >= 0)][0]]
             raise task.error(f"an event can be both '{word}' and '{label.word}'", "labels", index, "match")

@@ -114,7 +114,13 @@ OverlongPolicy = Literal["truncate", "skip", "error"]
 class QuestionConfig(Config):
     """Which events are asked about, in which words, and how many candidates share one history."""
 
-    ALIASES: ClassVar = {"ask": "question", "text": "question", "negatives": "sampled_negatives"}
+    ALIASES: ClassVar = {
+        "ask": "question",
+        "text": "question",
+        "choose": "choice_question",
+        "per_prompt": "candidates_per_prompt",
+        "negatives": "sampled_negatives",
+    }
 
     question: Words
     """The question about one candidate, for instance "Will the member apply to the following job"."""
@@ -159,7 +165,13 @@ class TimeSplit(Config):
 class Task(Config):
     """A ranking task: one question about a member and an item, whose answers rank items. See `configs/tasks/`."""
 
-    ALIASES: ClassVar = {"question": "questions", "prompt": "instruction", "answers": "labels", "id": "name"}
+    ALIASES: ClassVar = {
+        "question": "questions",
+        "prompt": "instruction",
+        "answers": "labels",
+        "id": "name",
+        "note": "steering_note",
+    }
 
     name: str
     """The task's name, unique within a run: small letters, digits, - and _."""
@@ -213,7 +225,7 @@ class Task(Config):
         for index, label in enumerate(self.labels):
             if label.match is None and not (negatives and negatives.label == label.word):
                 message = (
-                    f"no event is ever '{label.word}': say by 'match' when it is the answer, or make it the label of "
+                    f"no event is ever '{label.word}': give it 'match', or make it the label of "
                     "questions.sampled_negatives"
                 )
                 raise misplaced(message, "labels", index)
@@ -326,7 +338,7 @@ def _describe_match(dataset: Dataset, label: Label, column: str, events: np.ndar
 def _check_type(value: Any, type_: pa.DataType) -> None:
     """ValueError, with what would be right, if a column of this type cannot hold the value."""
     if pa.types.is_nested(type_):
-        raise ValueError(f"this column holds {type_}; a label goes by columns of single values")
+        raise ValueError(f"this column holds {type_}; a label matches columns of single values")
     if value is None:
         raise ValueError("an unknown value matches nothing; leave null out")
     if isinstance(value, (list, dict)):
@@ -364,7 +376,7 @@ def _as_type(value: Any, type_: pa.DataType) -> Any:
         time = time.replace(tzinfo=time.tzinfo or datetime.UTC)
         return time if type_.tz else time.astimezone(datetime.UTC).replace(tzinfo=None)
     if not (pa.types.is_integer(type_) or pa.types.is_floating(type_) or pa.types.is_boolean(type_)):
-        raise ValueError(f"this column holds {type_}; a label goes by texts, numbers, dates, or true and false")
+        raise ValueError(f"this column holds {type_}; a label matches texts, numbers, dates, or true and false")
     return value
 
 

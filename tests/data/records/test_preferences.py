@@ -18,7 +18,7 @@ PROMPTS = PromptConfig(styles={"sectioned": 1.0}, max_tokens=100_000)
 
 
 def candidates(record: EncodedPrompt) -> dict[int, list[tuple[int, int]]]:
-    """By list: of each candidate, its preference and the question's segment, read back from the arrays."""
+    """By list: of each candidate, its preference and the question's piece, read back from the arrays."""
     arrays = record.arrays
     targets, preference = arrays["targets"], arrays["preference"]
     at = np.flatnonzero(preference)
@@ -44,7 +44,7 @@ def test_every_list_prefers_exactly_one(jobs_with, tokenizer, task, events, size
         for one in found.values():
             assert 2 <= len(one) <= size
             assert sum(preference > 0 for preference, _ in one) == 1
-            assert len({segment for _, segment in one}) == len(one), "a candidate is a segment"
+            assert len({piece for _, piece in one}) == len(one), "a candidate is a piece"
         targets = record.arrays["targets"]
         assert set(targets[targets != NO_TARGET]) == {tokenizer.label_token_id("Yes")}
 

@@ -2,27 +2,22 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
 
 import hypothesis
 import numpy as np
-import pytest
 from hypothesis import strategies as st
 
 from brewjax.data.prompts.styles import PromptConfig
 from brewjax.data.prompts.verbalize import CHOICES, Verbalizer
-from brewjax.data.records.preferences import AlignConfig, align_records
-from brewjax.data.records.pretrain import PretrainConfig, domain_texts, pretrain_records
 from brewjax.data.records.sft import SftConfig, draw_choices, sft_records
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.statistics import Percentiles
 from brewjax.data.tasks.examples import build_examples, example_at
 from brewjax.data.tasks.task import Task
-from brewjax.data.text.encode import NO_TARGET, EncodedPrompt, Text, encode
+from brewjax.data.text.encode import NO_TARGET, EncodedPrompt, encode
 from brewjax.data.text.prompt import Prompt, Question
 from brewjax.data.text.tokenizer import Tokenizer
 from tests.data.conftest import Event, moment
-from tests.tables import put
 
 BOUNDARY = 4  # days: validation begins
 APPLIES = """
@@ -65,61 +60,17 @@ def make_verbalizer(dataset: Dataset, tokenizer: Tokenizer, task: Task = TASK) -
 
 
 SCALE = Percentiles({"items.salary": [], "items.popularity": []})
-Records = Callable[[Verbalizer], Iterator[tuple[EncodedPrompt | Text, dict]]]
-RECORDS: dict[str, Records] = {
-    "pretrain": lambda v: pretrain_records(domain_texts(v, moment(BOUNDARY), PretrainConfig(repeats=2)), v.tokenizer),
-    "sft": lambda v: sft_records(v, TASK, ALL_STYLES, SftConfig(repeats=2, choice_fraction=0.5)),
-    "sft, sampled": lambda v: sft_records(v, SAMPLED, ALL_STYLES, SftConfig(choice_fraction=0.5)),
-    "align": lambda v: align_records(v, TASK, ALL_STYLES, AlignConfig(list_size=3, steering_fraction=0.5)),
-    "align, sampled": lambda v: align_records(v, SAMPLED, ALL_STYLES, AlignConfig(list_size=3, steering_fraction=0.5)),
-}
-each_kind = pytest.mark.parametrize("kind", RECORDS)
-
-
-def contents(records: Iterator[tuple[EncodedPrompt | Text, dict]]) -> list:
-    return [(note, {name: array.tolist() for name, array in record.arrays.items()}) for record, note in records]
-
-
-@each_kind
-@hypothesis.given(EVENTS)
-@hypothesis.settings(max_examples=12, deadline=None)
-def test_nothing_from_the_validation_boundary_on_changes_a_record(jobs_with, tokenizer, kind, events):
-    """Neither an event, nor a statistic or percentile, nor which items and members there are events of."""
-    early = [event for event in events if event.day < BOUNDARY]
-    hypothesis.assume(early)
-    whole, before = (contents(RECORDS[kind](make_verbalizer(jobs_with(e), tokenizer))) for e in (events, early))
-    assert whole == before
-
-
-@each_kind
-def test_the_seed_decides_the_records(jobs_with, tokenizer, kind):
-    verbalizer = make_verbalizer(jobs_with(MANY), tokenizer)
-    once = contents(RECORDS[kind](verbalizer))
-    assert once
-    assert once == contents(RECORDS[kind](verbalizer))
-
-
-def test_other_seeds_make_other_records(jobs_with, tokenizer):
-    verbalizer = make_verbalizer(jobs_with(MANY), tokenizer)
-    for records in (
-        lambda seed: pretrain_records(
-            domain_texts(verbalizer, moment(BOUNDARY), PretrainConfig(seed=seed)), verbalizer.tokenizer
-        ),
-        lambda seed: sft_records(verbalizer, TASK, ALL_STYLES, SftConfig(seed=seed)),
-        lambda seed: align_records(verbalizer, TASK, ALL_STYLES, AlignConfig(seed=seed)),
-    ):
-        assert contents(records(0)) != contents(records(1))
 
 
 def learnt(record: EncodedPrompt, tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    """Each run of targets as text, with the text of its own segment that comes before it."""
+    """Each run of targets as text, with the text of its own piece that comes before it."""
     arrays = record.arrays
-    targets, segment = arrays["targets"], arrays["piece_id"]
+    targets, pieces = arrays["targets"], arrays["piece_id"]
     at = np.flatnonzero(targets != NO_TARGET)
     assert (arrays["weights"] == np.where(targets == NO_TARGET, 0, np.float32(record.weight))).all()
     found = []
     for run in np.split(at, np.flatnonzero(np.diff(at) > 1) + 1):
-        own = np.arange(len(targets))[(segment == segment[run[0]]) & (np.arange(len(targets)) <= run[0])]
+        own = np.arange(len(targets))[(pieces == pieces[run[0]]) & (np.arange(len(targets)) <= run[0])]
         found.append((tokenizer.hf.decode(arrays["tokens"][own]), tokenizer.hf.decode(targets[run])))
     return found
 
@@ -138,7 +89,7 @@ def test_the_label_of_every_question_is_learnt_and_nothing_else(jobs_with, token
 
 
 def test_a_history_told_as_turns_is_learnt_with_the_questions(jobs_with, tokenizer):
-    """Every event before the cut once as a turn, with the answer that is said in its place; then the questions."""
+    """Every event before the cutoff once as a turn, with the answer that is said in its place; then the questions."""
     verbalizer = make_verbalizer(jobs_with(MANY), tokenizer)
     prompts = ALL_STYLES.model_copy(update={"styles": {"turns": 1.0}})
     records = list(sft_records(verbalizer, TASK, prompts, SftConfig()))
@@ -226,31 +177,5 @@ def test_a_whole_answer_takes_the_place_of_a_label_word(tokenizer):
     assert learnt(record, tokenizer) == [("Which?\n", "Nurse (senior)<|endoftext|>"), ("a?", "No")]
     name = tokenizer.encode(["Nurse (senior)"])[0]
     assert record.questions[0] == tokenizer.encode(["Which?\n"])[0] + name
-    assert record.arrays["piece_id"].max() == 2, "the answer is part of its question's segment"
+    assert record.arrays["piece_id"].max() == 2, "the answer is part of its question's piece"
     assert prompt.render() == "Jobs.\nWhich?\nNurse (senior)\na?No\n"
-
-
-@pytest.mark.parametrize("kind", ["sft", "align"])
-@pytest.mark.parametrize("overlong", ["truncate", "skip", "error"])
-def test_an_overlong_item_stops_no_training_unless_it_is_to(jobs_with, tokenizer, kind, overlong, capsys):
-    events = [Event(0, item, ("viewed", "applied")[item % 2], 1 + item / 10) for item in range(8)]
-    dataset = jobs_with([*events, Event(1, 0, "viewed", 6), Event(1, 2, "viewed", 9)])
-    dataset = dataclasses.replace(dataset, items=put("title", 1, "many words " * 3_000)(dataset.items))
-    questions = TASK.questions.model_copy(update={"overlong": overlong})
-    task = TASK.model_copy(update={"questions": questions})
-    percentiles = Percentiles.fit(dataset, task.boundaries(dataset)[0])
-    verbalizer, prompts = Verbalizer(dataset, percentiles, tokenizer, 1_000), PromptConfig(max_tokens=1_000)
-    records = {
-        "sft": lambda: sft_records(verbalizer, task, prompts, SftConfig()),
-        "align": lambda: align_records(
-            verbalizer, task, prompts, AlignConfig(steering_fraction=0, list_size=8, lists_per_example=8)
-        ),
-    }[kind]
-    if overlong == "error":
-        with pytest.raises(ValueError, match=r"task 'applies': job 101 takes [\d,]+ tokens, most of them its 'title'"):
-            list(records())
-        return
-    (record,) = (record for record, _ in records())
-    assert record.context <= 1_000
-    done = {"truncate": "truncated", "skip": "skipped"}[overlong]
-    assert f"applies: 1 text too long was {done}, job 101 takes " in capsys.readouterr().err

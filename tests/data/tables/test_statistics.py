@@ -64,7 +64,7 @@ def test_percentiles_know_nothing_of_the_time_they_are_not_fitted_on(jobs_with, 
 def test_percentiles_rise_with_the_value_from_1_to_100(values, data):
     scale = Percentiles({"items.salary": np.quantile(values, np.arange(1, 100) / 100).tolist() if values else []})
     low, high = sorted(data.draw(st.tuples(st.floats(allow_nan=False), st.floats(allow_nan=False))))
-    assert 1 <= scale.of("items", "salary", low) <= scale.of("items", "salary", high) <= 100
+    assert 1 <= scale.percentile("items", "salary", low) <= scale.percentile("items", "salary", high) <= 100
 
 
 def test_percentiles_are_the_hundredths_of_the_training_data(jobs_with):
@@ -73,11 +73,11 @@ def test_percentiles_are_the_hundredths_of_the_training_data(jobs_with):
     dataset = jobs_with(events)
     scale = Percentiles.fit(dataset, moment(3))
     salaries = sorted(salary for salary in dataset.items["salary"].to_pylist() if salary is not None)
-    said = [scale.of("items", "salary", salary) for salary in salaries]
+    said = [scale.percentile("items", "salary", salary) for salary in salaries]
     assert np.abs(np.array(said) - np.linspace(1, 100, len(salaries))).max() <= 2
-    assert [scale.of("items", "salary", value) for value in (0, 1e9)] == [1, 100]
+    assert [scale.percentile("items", "salary", value) for value in (0, 1e9)] == [1, 100]
     counts = [n for item in range(40) for n in range(item + 1)]  # as of each event: those before it
-    assert scale.of("items", "popularity", np.median(counts)) == pytest.approx(50, abs=5)
+    assert scale.percentile("items", "popularity", np.median(counts)) == pytest.approx(50, abs=5)
 
 
 def test_only_members_and_items_of_the_training_time_are_fitted_on(jobs_with):

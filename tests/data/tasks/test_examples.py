@@ -96,7 +96,7 @@ def test_every_question_once_in_its_split_with_only_the_past_before_it(jobs_with
                 together = min(candidates_per_prompt, max(example.num_past_events, MIN_CANDIDATES_PER_EXAMPLE))
                 assert len(asked) == together or next(questions, None) is None, "prompts are filled"
                 assert example.cutoff_time == moment(min(event.day for event in asked)), (
-                    "no question is older than the cut"
+                    "no candidate is older than the cutoff"
                 )
                 past = [event for event in own if moment(event.day) < example.cutoff_time]
                 assert dataset.event_item[example.history].tolist() == [event.item for event in past]
@@ -117,10 +117,10 @@ def test_history_is_the_newest_of_the_wanted_actions_and_ages(jobs_with, events,
     dataset = jobs_with(events, ITEMS)
     task = make_task(max_events, max_age, f"[{action}]")
     oldest = 99 if max_age == "null" else max_age
-    for member, cut in itertools.product(range(4), (0, 3, 9)):
-        past = [event for event in in_order(events, member) if event.day < cut]
-        told = [event for event in past if event.action == action and cut - event.day <= oldest]
-        rows, count = history_before(dataset, task, member, moment(cut))
+    for member, cutoff in itertools.product(range(4), (0, 3, 9)):
+        past = [event for event in in_order(events, member) if event.day < cutoff]
+        told = [event for event in past if event.action == action and cutoff - event.day <= oldest]
+        rows, count = history_before(dataset, task, member, moment(cutoff))
         assert dataset.event_item[rows].tolist() == [event.item for event in told][max(0, len(told) - max_events) :]
         assert (np.diff(dataset.event_time[rows]) >= 0).all()
         assert count == len(past)

@@ -85,7 +85,7 @@ def test_a_task_reads_as_written(jobs):
         (
             "value: 1, match: {action: applied}",
             "value: 1",
-            "11: labels.0: no event is ever 'Yes': say by 'match' when it is",
+            "11: labels.0: no event is ever 'Yes': give it 'match', or",
         ),
         ("match: {action: applied}", "match: {}", "11: labels.0.match: expected at least 1 of them, found no keys"),
         (
@@ -260,10 +260,10 @@ def test_a_value_is_compared_in_the_type_of_its_column(jobs, column, matching, o
         (pa.array(["4", "5"]), "4", 'this column holds texts, found 4; put it in quotes: "4"'),
         (pa.array(["yes", "no"]), "no", 'this column holds texts, found false; put it in quotes: "false"'),
         (pa.array([True, False]), "1", "this column holds true and false, found 1"),
-        (pa.array([["x"], []]), "x", "this column holds list<item: string>; a label goes by columns of single values"),
+        (pa.array([["x"], []]), "x", "this column holds list<item: string>; a label matches columns of single values"),
         (pa.array([datetime.date(2025, 1, 2)] * 2), "soon", "this column holds dates, found 'soon'; expected one such"),
         (pa.array([4, 5]), "null", "an unknown value matches nothing; leave null out"),
-        (pa.array([1, 2], pa.duration("ns")), "1", "this column holds duration[ns]; a label goes by texts, numbers"),
+        (pa.array([1, 2], pa.duration("ns")), "1", "this column holds duration[ns]; a label matches texts, numbers"),
     ],
     ids=lambda value: str(value.type) if isinstance(value, pa.Array) else "",
 )

@@ -1,0 +1,106 @@
+"""What holds of the records of every kind: no leak, the seed decides, overlong items stop nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import hypothesis
+import pytest
+
+from brewjax.config import ConfigError
+from brewjax.data.prompts.styles import PromptConfig
+from brewjax.data.prompts.verbalize import Verbalizer
+from brewjax.data.records.preferences import AlignConfig, align_records
+from brewjax.data.records.pretrain import PretrainConfig, domain_texts, pretrain_records
+from brewjax.data.records.sft import SftConfig, sft_records
+from brewjax.data.tables.statistics import Percentiles
+from brewjax.data.text.encode import EncodedPrompt, Text
+from tests.data.conftest import Event, moment
+from tests.data.records.test_sft import ALL_STYLES, BOUNDARY, EVENTS, MANY, SAMPLED, TASK, make_verbalizer
+from tests.tables import put
+
+Records = Callable[[Verbalizer], Iterator[tuple[EncodedPrompt | Text, dict]]]
+RECORDS: dict[str, Records] = {
+    "pretrain": lambda v: pretrain_records(domain_texts(v, moment(BOUNDARY), PretrainConfig(repeats=2)), v.tokenizer),
+    "sft": lambda v: sft_records(v, TASK, ALL_STYLES, SftConfig(repeats=2, choice_fraction=0.5)),
+    "sft, sampled": lambda v: sft_records(v, SAMPLED, ALL_STYLES, SftConfig(choice_fraction=0.5)),
+    "align": lambda v: align_records(v, TASK, ALL_STYLES, AlignConfig(list_size=3, steering_fraction=0.5)),
+    "align, sampled": lambda v: align_records(v, SAMPLED, ALL_STYLES, AlignConfig(list_size=3, steering_fraction=0.5)),
+}
+each_kind = pytest.mark.parametrize("kind", RECORDS)
+
+
+def contents(records: Iterator[tuple[EncodedPrompt | Text, dict]]) -> list:
+    return [(note, {name: array.tolist() for name, array in record.arrays.items()}) for record, note in records]
+
+
+@each_kind
+@hypothesis.given(EVENTS)
+@hypothesis.settings(max_examples=12, deadline=None)
+def test_nothing_from_the_validation_boundary_on_changes_a_record(jobs_with, tokenizer, kind, events):
+    """Neither an event, nor a statistic or percentile, nor which items and members there are events of."""
+    early = [event for event in events if event.day < BOUNDARY]
+    hypothesis.assume(early)
+    whole, before = (contents(RECORDS[kind](make_verbalizer(jobs_with(e), tokenizer))) for e in (events, early))
+    assert whole == before
+
+
+@each_kind
+def test_the_seed_decides_the_records(jobs_with, tokenizer, kind):
+    verbalizer = make_verbalizer(jobs_with(MANY), tokenizer)
+    once = contents(RECORDS[kind](verbalizer))
+    assert once
+    assert once == contents(RECORDS[kind](verbalizer))
+
+
+def test_other_seeds_make_other_records(jobs_with, tokenizer):
+    verbalizer = make_verbalizer(jobs_with(MANY), tokenizer)
+    for records in (
+        lambda seed: pretrain_records(
+            domain_texts(verbalizer, moment(BOUNDARY), PretrainConfig(seed=seed)), verbalizer.tokenizer
+        ),
+        lambda seed: sft_records(verbalizer, TASK, ALL_STYLES, SftConfig(seed=seed)),
+        lambda seed: align_records(verbalizer, TASK, ALL_STYLES, AlignConfig(seed=seed)),
+    ):
+        assert contents(records(0)) != contents(records(1))
+
+
+@pytest.mark.parametrize("kind", ["sft", "align"])
+@pytest.mark.parametrize("overlong", ["truncate", "skip", "error"])
+def test_an_overlong_item_stops_no_training_unless_it_is_to(jobs_with, tokenizer, kind, overlong, capsys):
+    events = [Event(0, item, ("viewed", "applied")[item % 2], 1 + item / 10) for item in range(8)]
+    dataset = jobs_with([*events, Event(1, 0, "viewed", 6), Event(1, 2, "viewed", 9)])
+    dataset = dataclasses.replace(dataset, items=put("title", 1, "many words " * 3_000)(dataset.items))
+    questions = TASK.questions.model_copy(update={"overlong": overlong})
+    task = TASK.model_copy(update={"questions": questions})
+    percentiles = Percentiles.fit(dataset, task.boundaries(dataset)[0])
+    verbalizer, prompts = Verbalizer(dataset, percentiles, tokenizer, 1_000), PromptConfig(max_tokens=1_000)
+    records = {
+        "sft": lambda: sft_records(verbalizer, task, prompts, SftConfig()),
+        "align": lambda: align_records(
+            verbalizer, task, prompts, AlignConfig(steering_fraction=0, list_size=8, lists_per_example=8)
+        ),
+    }[kind]
+    if overlong == "error":
+        with pytest.raises(ValueError, match=r"task 'applies': job 101 takes [\d,]+ tokens, most of them its 'title'"):
+            list(records())
+        return
+    (record,) = (record for record, _ in records())
+    assert record.context <= 1_000
+    done = {"truncate": "truncated", "skip": "skipped"}[overlong]
+    assert f"applies: 1 text too long was {done}, job 101 takes " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("config", "old", "new"),
+    [
+        (SftConfig, "passes", "repeats"),
+        (SftConfig, "choices", "choice_fraction"),
+        (AlignConfig, "notes", "steering_fraction"),
+        (PretrainConfig, "general", "general_text"),
+    ],
+)
+def test_an_old_key_is_refused_with_the_new_one(config, old, new):
+    with pytest.raises(ConfigError, match=rf"1: {old}: unknown key '{old}'; did you mean '{new}'\?"):
+        config.parse(f"{old}: 1", "sft.yaml")
