@@ -43,7 +43,7 @@ def ours(model: str) -> Play:
     from brewjax.serve.config import ServeConfig
     from brewjax.serve.server import Server
 
-    worker = Server(Path(model), ServeConfig(decode=False)).service.worker
+    worker = Server(Path(model), ServeConfig(decode=False)).service.scoring_loop
     worker.start()
 
     def play(prefix: list[int], items: list[list[int]], hot: bool) -> list[list[float]]:
@@ -53,7 +53,7 @@ def ours(model: str) -> Play:
             found[first : first + len(probabilities)] = np.log(probabilities)
 
         prompt = EncodedPrompt([prefix], items, LABELS, [None] * len(items), "dense")
-        cached = worker.submit(prompt, "vocabulary", on_answers=answer).result()
+        cached = worker.submit(prompt, "vocabulary", on_scores=answer).result()
         assert cached == (len(prefix) if hot else 0)
         return found.tolist()
 

@@ -132,7 +132,7 @@ def alone(bundle) -> Scorer:
 @pytest.fixture
 def worker(server):
     """Which nobody keeps busy, before and after."""
-    worker = server.service.worker
+    worker = server.service.scoring_loop
     yield worker
     eventually(lambda: waiting(worker) == 0 and pages_held(worker) == 0)
-    eventually(lambda: server.service._streams == 0)
+    eventually(lambda: server.service._num_requests == 0)

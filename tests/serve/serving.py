@@ -125,7 +125,7 @@ def refusal(call: Callable[..., object], *args: Any, **kwargs: Any) -> tuple[grp
 
 
 def pages_held(worker: ScoringLoop) -> int:
-    return len(worker._batcher._cache._holders)
+    return len(worker._scheduler._cache._holders)
 
 
 def draw(seed: int, items: int, prefix: int = 200) -> tuple[list[int], list[list[int]]]:

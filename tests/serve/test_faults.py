@@ -193,7 +193,7 @@ def test_any_time_there_is_can_be_told(client, member, year):
 
 def test_a_full_queue_tells_when_to_come_back_and_the_client_does(server, client, bare, http, worker, alone):
     fits = ask(2, 5)
-    with mock.patch.multiple(worker, _most_waiting=1_000, _speed=500.0), held(worker) as gate:
+    with mock.patch.multiple(worker, _max_queued_tokens=1_000, _tokens_per_second=500.0), held(worker) as gate:
         first = bare.Score.future(request(ask(1, 300)))
         eventually(lambda: gate.passes)
         with pytest.raises(grpc.RpcError) as refused:
@@ -217,7 +217,7 @@ def test_a_full_queue_tells_when_to_come_back_and_the_client_does(server, client
 def test_a_large_request_is_tried_again_too(server, client, worker, member):
     for item in member.items:
         item.id = "x" * 100_000
-    full = mock.patch.multiple(worker, _most_waiting=0, _speed=200.0)
+    full = mock.patch.multiple(worker, _max_queued_tokens=0, _tokens_per_second=200.0)
     with full, held(worker) as gate, concurrent.futures.ThreadPoolExecutor() as pool:
         first = pool.submit(client.score, ask(1, 3))
         eventually(lambda: gate.passes)
@@ -233,7 +233,7 @@ def test_only_so_many_are_answered_at_a_time(server, client, bare, worker):
     config = server.service.config.model_copy(update={"max_concurrent_requests": 2})
     with mock.patch.object(server.service, "config", config), held(worker) as gate:
         two = [bare.Score.future(request(ask(seed, 3))) for seed in range(2)]
-        eventually(lambda: server.service._streams == 2)
+        eventually(lambda: server.service._num_requests == 2)
         assert refusal(bare.Score, request(ask(3, 3))) == (
             Code.RESOURCE_EXHAUSTED,
             "2 requests are answered at a time; try again in 1.0 s",
@@ -294,11 +294,11 @@ def test_cancelled_work_never_runs(server, bare, worker):
         eventually(lambda: gate.passes)
         others = [bare.Score.future(request(ask(seed, 3))) for seed in (2, 3)]
         stream = bare.ScoreStream(request(ask(4, 2_000)))
-        eventually(lambda: server.service._streams == 4)
+        eventually(lambda: server.service._num_requests == 4)
         before = answered(server, "CANCELLED")
         for call in (*others, stream):
             call.cancel()
-        eventually(lambda: server.service._streams == 1)
+        eventually(lambda: server.service._num_requests == 1)
         assert answered(server, "CANCELLED") == before + 2
         gate.open()
         assert first.result()
@@ -312,7 +312,7 @@ def test_who_hangs_up_over_http_is_dropped_too(server, bare, worker):
         body = {"query": [7], "items": [[8]], "label_token_ids": [5]}
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"http://127.0.0.1:{server.http_port}/v1/score", json=body, timeout=1)
-        eventually(lambda: server.service._streams == 1)
+        eventually(lambda: server.service._num_requests == 1)
         gate.open()
         assert first.result()
     assert {part.prompt.prefix_length for one in gate.passes for part in one.chunks} == {200}
@@ -326,7 +326,7 @@ def test_who_vanishes_in_the_middle_of_a_stream_frees_place_and_pages(server, ba
         eventually(lambda: len(gate.passes) == 3)
         assert pages_held(worker) == 4
         stream.cancel()
-        eventually(lambda: server.service._streams == 0)
+        eventually(lambda: server.service._num_requests == 0)
         assert waiting(worker) == 0
         gate.open()
         eventually(lambda: pages_held(worker) == 0)
@@ -349,7 +349,7 @@ def test_a_client_that_is_killed_frees_place_and_pages(server, worker):
             assert process.stdout
             assert process.stdout.readline() == "first\n"
             process.send_signal(signal.SIGKILL)
-        eventually(lambda: server.service._streams == 0)
+        eventually(lambda: server.service._num_requests == 0)
         assert waiting(worker) == 0
         gate.open()
 
@@ -403,7 +403,7 @@ def test_a_pass_that_fails_is_internal_and_health_says_so_until_it_is_over(serve
 
 def test_nothing_of_all_this_is_left(server, client, worker, alone):
     """The last of the file: the server is as it was."""
-    assert waiting(worker) == pages_held(worker) == server.service._streams == 0
+    assert waiting(worker) == pages_held(worker) == server.service._num_requests == 0
     assert server.service.ready
     question = ask(1, 50)
     np.testing.assert_allclose(probabilities(client.score(question)), expected(alone, question), atol=1e-5)

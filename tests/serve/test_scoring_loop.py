@@ -39,7 +39,7 @@ def alone() -> Scorer:
 def worker(scorer) -> Iterator[ScoringLoop]:
     scorer.params = params()
     scorer.reset_cache()
-    worker = ScoringLoop(scorer, Scheduler(COSTS, PrefixCache(PAGES)), Metrics(), most_waiting=2_000)
+    worker = ScoringLoop(scorer, Scheduler(COSTS, PrefixCache(PAGES)), Metrics(), max_queued_tokens=2_000)
     worker.start()
     yield worker
     worker.stop(60)
@@ -54,7 +54,7 @@ class Asked:
 
     def __init__(self, worker: ScoringLoop, one, **how):
         self.prompt, self.scores = one, np.full((len(one.questions), 2), np.nan, np.float32)
-        self.request = worker.submit(one, on_answers=self._hear, **how)
+        self.request = worker.submit(one, on_scores=self._hear, **how)
 
     def _hear(self, first: int, found: np.ndarray) -> None:
         assert len(found)  # nobody is told nothing
@@ -66,7 +66,7 @@ class Asked:
 
 
 def is_idle(worker: ScoringLoop) -> bool:
-    return waiting(worker) == 0 and pages_held(worker) == 0 and not worker._batcher
+    return waiting(worker) == 0 and pages_held(worker) == 0 and not worker._scheduler
 
 
 # --- a pass that fails
@@ -114,7 +114,7 @@ def test_a_mistake_outside_of_passes_fails_who_is_there_and_the_worker_goes_on(w
     with held(worker) as gate:
         under_way = [Asked(worker, question(seed)) for seed in range(3)]
         eventually(lambda: gate.passes)
-        with mock.patch.object(worker._batcher, "next_pass", side_effect=KeyError("a bug")):
+        with mock.patch.object(worker._scheduler, "next_pass", side_effect=KeyError("a bug")):
             under_way += [Asked(worker, question(seed)) for seed in range(3, 6)]
             gate.open()
             failed = [one for one in under_way if one.request.exception(60)]
@@ -126,7 +126,7 @@ def test_a_mistake_outside_of_passes_fails_who_is_there_and_the_worker_goes_on(w
 
 def test_a_caller_that_cannot_be_told_fails_alone(worker, alone):
     with held(worker) as gate:
-        deaf = worker.submit(question(1), on_answers=mock.Mock(side_effect=RuntimeError("the loop is closed")))
+        deaf = worker.submit(question(1), on_scores=mock.Mock(side_effect=RuntimeError("the loop is closed")))
         good = Asked(worker, question(2))
         gate.open()
         with pytest.raises(RuntimeError, match="the loop is closed"):
@@ -173,9 +173,9 @@ def test_what_nobody_waits_for_never_runs_and_leaves_no_trace(worker, alone):
         first = Asked(worker, question(1))
         eventually(lambda: gate.passes)
         cancelled, late = Asked(worker, question(2)), Asked(worker, question(3), deadline=0.0)
-        assert waiting(worker) == sum(one.request.places for one in (first, cancelled, late))
+        assert waiting(worker) == sum(one.request.num_tokens for one in (first, cancelled, late))
         assert cancelled.request.cancel()
-        assert waiting(worker) == first.request.places + late.request.places
+        assert waiting(worker) == first.request.num_tokens + late.request.num_tokens
         gate.open()
         with pytest.raises(TimeoutError, match="the deadline passed while the request was queued"):
             late.request.result(60)
@@ -272,7 +272,7 @@ def test_a_worker_that_stops_finishes_what_it_has_and_takes_no_more(worker, alon
 
 def test_the_garbage_collector_rests_while_a_worker_works(scorer):
     frozen = gc.get_freeze_count()
-    worker = ScoringLoop(scorer, Scheduler(COSTS, PrefixCache(PAGES)), Metrics(), most_waiting=2_000)
+    worker = ScoringLoop(scorer, Scheduler(COSTS, PrefixCache(PAGES)), Metrics(), max_queued_tokens=2_000)
     assert gc.isenabled()
     worker.start()
     assert not gc.isenabled()

@@ -31,7 +31,7 @@ def test_a_stream_of_50_000_items_never_holds_the_event_loop(server, client):
         if phase == "start" and threading.current_thread().name == "scoring":
             generations.append(info["generation"])
 
-    worker = server.service.worker
+    worker = server.service.scoring_loop
     question = raw([3] * 200, [[3 + number % 200, 4, 5, 6, 7] for number in range(ITEMS)], [5, 9])
     responses = client.stream(question, timeout=600)
     with mock.patch.object(asyncio.Handle, "_run", timed):
