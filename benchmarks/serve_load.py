@@ -187,7 +187,7 @@ def main() -> None:
         before = metrics()
         sustained, rate = asyncio.run(closed_loop(requests, arguments.seconds))
         after = metrics()
-        table.add_row(*row("8 callers who wait", sustained, arguments.seconds, before, after))
+        table.add_row(*row("8 callers in a closed loop", sustained, arguments.seconds, before, after))
         at_rest = memory(server)
         for share in arguments.shares:
             before = metrics()
