@@ -35,9 +35,11 @@ RETRIES = {
 class Client:
     """A connection to a server; also a context manager.
 
-        with Client("localhost:9000") as client:
-            response = client.score(raw("A nurse in Berlin.\\n", ["Nurse? ", "Cook? "], labels=["Yes", "No"]))
-            best = response.scores[0].index
+        >>> question = raw("Member: a nurse. ", ["Nurse? ", "Cook? ", "Baker? "], labels=["Yes", "No"])
+        >>> with Client(address) as client:  # "localhost:9000"
+        ...     response = client.score(question, top_k=2)
+        >>> len(response.scores), len(response.scores[0].probabilities)  # the best two, a probability for each label
+        (2, 2)
 
     Every call raises grpc.RpcError (`code()`, `details()`) if the server refuses it or the deadline passes.
 

@@ -74,7 +74,9 @@ class RequestEncoder:
             raise ValueError(f"request_id: {len(request.request_id):,} characters; give at most {MAX_ID}")
         size = request.ByteSize()
         if size > self.config.max_request_bytes:
-            raise ValueError(f"the request: {size:,} bytes; at most {self.config.max_request_bytes:,} are read")
+            raise ValueError(
+                f"the request: {size:,} bytes; at most {self.config.max_request_bytes:,} are read (max_request_bytes)"
+            )
         kind = request.WhichOneof("question")
         if kind is None:
             raise ValueError("question: give a member or raw")
@@ -84,12 +86,16 @@ class RequestEncoder:
         history = "history" if kind == "member" else "events"
         num_events = len(getattr(getattr(request, kind), history))
         if num_events > self.config.max_events:
-            raise ValueError(f"{kind}.{history}: {num_events:,} of them; give at most {self.config.max_events:,}")
+            raise ValueError(
+                f"{kind}.{history}: {num_events:,} of them; give at most {self.config.max_events:,} (max_events)"
+            )
         encoded = self._encode_member(request) if kind == "member" else self._encode_raw(request)
         for index, item in enumerate(encoded.prompt.questions):
             if len(item) > self.config.max_candidate_tokens:
                 limit = self.config.max_candidate_tokens
-                raise ValueError(f"{kind}.items[{index}]: {len(item):,} tokens; at most {limit:,} are read")
+                raise ValueError(
+                    f"{kind}.items[{index}]: {len(item):,} tokens; at most {limit:,} are read (max_candidate_tokens)"
+                )
         return encoded
 
     def _encode_member(self, request: pb.ScoreRequest) -> EncodedRequest:
@@ -139,8 +145,8 @@ class RequestEncoder:
         if length > self.max_prefix_tokens and not truncate:
             more = "" if len(events) == len(raw.events) else "more than "
             raise ValueError(
-                f"raw: {more}{length:,} tokens before the items; at most {self.max_prefix_tokens:,} are read, "
-                "unless truncation is TRUNCATE"
+                f"raw: {more}{length:,} tokens before the items; at most {self.max_prefix_tokens:,} are read "
+                "(max_prefix_tokens) unless truncation is TRUNCATE"
             )
         excess = max(0, len(prefix) - self.max_prefix_tokens)
         bos = self.bundle.tokenizer.bos  # stays in front of a truncated prefix
