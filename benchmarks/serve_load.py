@@ -3,9 +3,9 @@
     brewjax data fetch movielens-100k && brewjax run configs/recipes/demo.yaml
     python -m benchmarks.serve_load runs/demo/turbo/model data/movielens-100k configs/tasks/movielens/liked.yaml
 
-Starts the server, finds what it sustains with callers who wait for their answers, then sends requests at shares of
-that rate whether answered or not, the last at ten times of it. Every answer is held against the scorer's own. Latency
-counts from when a request was due. Loopback only; it ends by itself.
+Starts the server, measures its sustained rate in a closed loop (callers who wait for their answers), then sends
+requests at multiples of that rate in an open loop, the last at ten times it. Every answer is compared with the
+scorer's own. Latency counts from when a request was due. Loopback only; it ends by itself.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve.requests import request_from_example
 
 PORT, HTTP_PORT = 9100, 9101
-MEMBERS, ZIPF = 200, 1.1  # how many, and how much more often the first of them come
+MEMBERS, ZIPF = 200, 1.1  # number of members, and the exponent of their popularity
 TOLERANCE = 1e-4
 
 
 @dataclasses.dataclass
 class Outcome:
-    """What became of the requests of one run."""
+    """Outcomes of the requests of one run."""
 
     offered: int = 0
     shed: int = 0
@@ -55,23 +55,23 @@ class Outcome:
 
 
 def make_requests(model: Path, folder: Path, task: str) -> list[tuple[pb.ScoreRequest, np.ndarray]]:
-    """A request for each member, and the probabilities that must be its answer."""
+    """A request for each member, with the expected probabilities."""
     dataset, bundle, random = Dataset.load(folder), Bundle.load(model), np.random.default_rng(0)
-    asked = Task.load(task)
-    verbalizer = bundle.verbalizer(dataset, asked)
+    loaded_task = Task.load(task)
+    verbalizer = bundle.verbalizer(dataset, loaded_task)
     requests, prompts = [], []
     for member in random.permutation(len(dataset.members))[:MEMBERS]:
-        example = example_at(dataset, asked, int(member))
+        example = example_at(dataset, loaded_task, int(member))
         example = example.select(random.permutation(len(example.candidates))[: random.integers(50, 501)])
-        requests.append(pb.ScoreRequest(member=request_from_example(dataset, asked, example)))
-        prompts.append(bundle.encode(verbalizer.prompt(asked, example, bundle.prompts.score_style)))
+        requests.append(pb.ScoreRequest(member=request_from_example(dataset, loaded_task, example)))
+        prompts.append(bundle.encode(verbalizer.prompt(loaded_task, example, bundle.prompts.score_style)))
     return list(zip(requests, bundle.scorer(prompts).score_encoded(prompts), strict=True))
 
 
 async def ask(
-    ranker: ranker_pb2_grpc.RankerStub, one: tuple[pb.ScoreRequest, np.ndarray], due: float, outcome: Outcome
+    ranker: ranker_pb2_grpc.RankerStub, case: tuple[pb.ScoreRequest, np.ndarray], due: float, outcome: Outcome
 ) -> None:
-    request, expected = one
+    request, expected = case
     outcome.offered += 1
     try:
         response = await ranker.Score(request, timeout=30)
@@ -85,10 +85,10 @@ async def ask(
         return
     outcome.seconds.append(time.monotonic() - due)
     outcome.items += len(response.scores)
-    found = np.empty_like(expected)
+    probabilities = np.empty_like(expected)
     for item in response.scores:
-        found[item.index] = item.probabilities
-    outcome.wrong += not np.allclose(found, expected, atol=TOLERANCE)
+        probabilities[item.index] = item.probabilities
+    outcome.wrong += not np.allclose(probabilities, expected, atol=TOLERANCE)
 
 
 def draw(requests: list, random: np.random.Generator) -> tuple[pb.ScoreRequest, np.ndarray]:
@@ -97,22 +97,22 @@ def draw(requests: list, random: np.random.Generator) -> tuple[pb.ScoreRequest, 
 
 
 async def closed_loop(requests: list, seconds: float, callers: int = 8) -> tuple[Outcome, float]:
-    """Callers who each wait for their answer before they ask again; with the requests a second that were answered."""
-    outcome, began = Outcome(), time.monotonic()
+    """Callers who wait for each answer before the next request. Returns outcomes and answered requests per second."""
+    outcome, start_time = Outcome(), time.monotonic()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{PORT}") as channel:
         ranker = ranker_pb2_grpc.RankerStub(channel)
 
         async def caller(seed: int) -> None:
             random = np.random.default_rng(seed)
-            while (now := time.monotonic()) < began + seconds:
+            while (now := time.monotonic()) < start_time + seconds:
                 await ask(ranker, draw(requests, random), now, outcome)
 
         await asyncio.gather(*(caller(seed) for seed in range(callers)))
-    return outcome, len(outcome.seconds) / (time.monotonic() - began)
+    return outcome, len(outcome.seconds) / (time.monotonic() - start_time)
 
 
 async def open_loop(requests: list, rate: float, seconds: float) -> Outcome:
-    """Poisson arrivals at `rate` a second."""
+    """Poisson arrivals at `rate` requests per second."""
     random, outcome = np.random.default_rng(1), Outcome()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{PORT}") as channel, asyncio.TaskGroup() as group:
         ranker = ranker_pb2_grpc.RankerStub(channel)
@@ -125,7 +125,7 @@ async def open_loop(requests: list, rate: float, seconds: float) -> Outcome:
 
 
 def metrics() -> dict[str, float]:
-    """The server's, by name; those with labels by name and labels."""
+    """The server's metrics, by name and labels."""
     with urllib.request.urlopen(f"http://127.0.0.1:{HTTP_PORT}/metrics") as page:
         lines = [line for line in page.read().decode().splitlines() if not line.startswith("#")]
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
@@ -153,11 +153,11 @@ def row(name: str, outcome: Outcome, seconds: float, before: dict[str, float], a
 
 
 def memory(process: subprocess.Popen) -> float:
-    """Gigabytes that the process has at most had so far."""
+    """Peak memory of the process so far, in gigabytes."""
     status = Path(f"/proc/{process.pid}/status").read_text()
-    found = re.search(r"VmHWM:\s+(\d+) kB", status)
-    assert found
-    return int(found[1]) / 1e6
+    peak = re.search(r"VmHWM:\s+(\d+) kB", status)
+    assert peak
+    return int(peak[1]) / 1e6
 
 
 def main() -> None:
@@ -173,21 +173,21 @@ def main() -> None:
     requests = make_requests(arguments.model, arguments.dataset, arguments.task)
     settings = [f"port={PORT}", f"http_port={HTTP_PORT}", f"tasks=[{arguments.task}]", *arguments.settings]
     command = [sys.executable, "-m", "brewjax.cli", "serve", str(arguments.model)]
-    began = time.monotonic()
-    with open(os.devnull, "w") as nowhere:
-        server = subprocess.Popen([*command, *(f"--set={one}" for one in settings)], stderr=nowhere)
+    start_time = time.monotonic()
+    with open(os.devnull, "w") as devnull:
+        server = subprocess.Popen([*command, *(f"--set={setting}" for setting in settings)], stderr=devnull)
     try:
         with Client(f"127.0.0.1:{PORT}", timeout=300) as client:
             described = client.describe()
         table = Table(title=f"{described.model}, {described.parameters:,} parameters")
-        console.print(f"ready after {time.monotonic() - began:.1f} s, {described.compilations} programs compiled")
+        console.print(f"ready after {time.monotonic() - start_time:.1f} s, {described.compilations} programs compiled")
         columns = "requests/s|items/s|p50 ms|p95 ms|p99 ms|shed|late|wrong|padding|prefix cached|items a pass"
         for column in ["arrivals", *columns.split("|")]:
             table.add_column(column, justify="left" if column == "arrivals" else "right")
         before = metrics()
         sustained, rate = asyncio.run(closed_loop(requests, arguments.seconds))
         after = metrics()
-        table.add_row(*row("8 callers who wait", sustained, arguments.seconds, before, after))
+        table.add_row(*row("8 callers in a closed loop", sustained, arguments.seconds, before, after))
         at_rest = memory(server)
         for share in arguments.shares:
             before = metrics()

@@ -74,9 +74,11 @@ class Bundle:
 
     `brewjax run` and `brewjax import` write bundles; evaluation, `brewjax score` and serving start from them.
 
-        bundle = Bundle.load(Path("runs/demo/turbo/model"))
-        prompt = Prompt("Member: a nurse.\\n", ("viewed: Nurse, Berlin\\n",), (Question("Cook? "),), ("Yes", "No"))
-        bundle.score(prompt)  # float32 [questions, labels]
+        >>> bundle = Bundle.load(folder)  # such as runs/demo/turbo/model
+        >>> questions = (Question("Job: Nurse. Applies? "), Question("Job: Cook. Applies? "))
+        >>> prompt = Prompt("Member: a nurse. ", ("Viewed: Nurse. ",), questions, labels=("Yes", "No"))
+        >>> bundle.score(prompt).shape  # probabilities [questions, labels]
+        (2, 2)
 
     Attributes:
       model, params: sizes and parameters of the decoder.

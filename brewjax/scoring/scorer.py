@@ -45,6 +45,11 @@ class InFlight(NamedTuple):
 class Scorer:
     """A model, its tokenizer, and compiled passes of a few shapes.
 
+        >>> scorer = Scorer(bundle.model, bundle.params, bundle.tokenizer, "dense", [Bucket(256), Bucket(4096)])
+        >>> prompt = Prompt("Member: a nurse. ", (), (Question("Job: Cook. Applies? "),), labels=("Yes", "No"))
+        >>> scorer.score_many([prompt, prompt])[1].shape  # probabilities [questions, labels] of the second prompt
+        (1, 2)
+
     Args:
       model: sizes of the model.
       params: its parameters, on the devices of `mesh`.

@@ -1,4 +1,4 @@
-"""What every HTTP request goes through first: its token, then its body, within bounds."""
+"""The middleware that every HTTP request passes first: it checks the token, then reads the body within limits."""
 
 from __future__ import annotations
 
@@ -15,21 +15,25 @@ from brewjax.serve.service import Service
 
 
 class Refused(Exception):  # noqa: N818
-    """A request that the application does not see; `args` are status and message."""
+    """A request that does not reach the application; `args` are status and message."""
 
 
 def error_response(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    """Every error, in one form, and of bounded length."""
+    """A response in the common form of all errors, of bounded length."""
     return JSONResponse({"object": "error", "message": truncate_message(message), "code": status}, status, headers)
 
 
 class Admission:
-    """Checks the token before a byte of the body is read, reads the body, and counts what is refused.
+    """Checks the token before a byte of the body is read, reads the body, and counts refusals.
 
-    HEAD is GET without a body, which uvicorn leaves out; while the server stops, answers close their connection.
+    HEAD is answered like GET; uvicorn omits the body. While the server stops, responses close their connection.
 
     Args:
-      open_paths: may be asked for without a token.
+      app: the application.
+      service: whose limits apply.
+      credentials: checks tokens.
+      refusals: counts and logs.
+      open_paths: paths that need no token.
     """
 
     def __init__(
@@ -54,15 +58,15 @@ class Admission:
                     MutableHeaders(scope=message)["connection"] = "close"
                 if message["status"] >= 400:
                     reason = HTTP_REASONS.get(message["status"], "failed")
-                    known = scope.get("route")  # a path that there is, not a caller's own
-                    self._refusals.note("http", reason, getattr(known, "path", ""), headers.get("x-request-id", ""))
+                    route = scope.get("route")  # a known path: what a caller sent may hold secrets
+                    self._refusals.record("http", reason, getattr(route, "path", ""), headers.get("x-request-id", ""))
             await send(message)
 
         if scope["method"] == "HEAD":
             scope = {**scope, "method": "GET"}
         try:
             self._check_token(scope["path"], headers.get("authorization", ""))
-            if "content-length" in headers and "transfer-encoding" in headers:  # a proxy may go by the other one
+            if "content-length" in headers and "transfer-encoding" in headers:  # a proxy may believe the other one
                 raise Refused(400, "the headers: give content-length or transfer-encoding, not both")
             body = await self._read(headers.get("content-length", ""), receive)
         except Refused as refused:
@@ -72,8 +76,8 @@ class Admission:
                 extra["Connection"] = "close"
             await error_response(status, message, extra)(scope, receive, answer)
             return
-        if body is None:  # the caller is gone
-            self._refusals.note("http", "cancelled")
+        if body is None:  # the caller hung up
+            self._refusals.record("http", "cancelled")
             return
         messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -83,11 +87,12 @@ class Admission:
         await self._app(scope, replay, answer)
 
     def _check_token(self, path: str, authorization: str) -> None:
+        """Raises Refused for a caller without the token that the path needs."""
         if path not in self._open_paths and not self._credentials.may_call(authorization):
             raise Refused(401, "a bearer token is needed: authorization: Bearer ..")
 
     async def _read(self, declared: str, receive: Receive) -> bytes | None:
-        """The body; None where the caller hangs up."""
+        """The body; None if the caller hangs up. Raises Refused for one that is too large or too slow."""
         limit, seconds = self._service.config.max_request_bytes, self._service.config.body_seconds
         if declared.isdigit() and int(declared) > limit:
             raise Refused(413, f"the body: over {limit:,} bytes")

@@ -13,9 +13,9 @@ import numpy as np
 from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve import ranker_pb2_grpc
 
-STARTUP_TIMEOUT_S = 300  # seconds for a server that is starting: it compiles its shapes first
-RETRIED_BYTES = 1 << 26  # larger requests are not tried again; gRPC's own limit is far less than 500 items
-# gRPC's own retries: with jitter, within the deadline, and not sooner than a full server asks for.
+STARTUP_TIMEOUT_S = 300  # for a server that is starting: it compiles its shapes first
+RETRIED_BYTES = 1 << 26  # larger requests are not retried; gRPC's own limit is below a request of 500 items
+# gRPC's own retries: with jitter, within the deadline, and no sooner than a full server asks for.
 RETRIES = {
     "methodConfig": [
         {
@@ -35,13 +35,20 @@ RETRIES = {
 class Client:
     """A connection to a server; also a context manager.
 
-    Every call raises grpc.RpcError (`code()`, `details()`) where the server refuses, or the deadline passes.
+        >>> question = raw("Member: a nurse. ", ["Nurse? ", "Cook? ", "Baker? "], labels=["Yes", "No"])
+        >>> with Client(address) as client:  # "localhost:9000"
+        ...     response = client.score(question, top_k=2)
+        >>> len(response.scores), len(response.scores[0].probabilities)  # the best two, a probability for each label
+        (2, 2)
+
+    Every call raises grpc.RpcError (`code()`, `details()`) if the server refuses it or the deadline passes.
 
     Args:
       address: "host:port".
-      token: the bearer token, where the server asks for one; `reload` needs the server's admin token.
-      tls: the connection is encrypted; `ca` is a PEM file to trust instead of the system's authorities.
-      timeout: seconds for calls that name none.
+      token: the bearer token, if the server needs one; `reload` needs the server's admin token.
+      tls: whether the connection is encrypted.
+      ca: PEM file of the authorities to trust instead of the system's; implies `tls`.
+      timeout: seconds for calls without a timeout of their own.
     """
 
     def __init__(
@@ -53,11 +60,11 @@ class Client:
             ("grpc.per_rpc_retry_buffer_size", RETRIED_BYTES),
         ]
         if tls or ca:
-            trusted = None
+            authorities = None
             if ca:
                 with open(ca, "rb") as file:
-                    trusted = file.read()
-            self._channel = grpc.secure_channel(address, grpc.ssl_channel_credentials(trusted), options)
+                    authorities = file.read()
+            self._channel = grpc.secure_channel(address, grpc.ssl_channel_credentials(authorities), options)
         else:
             self._channel = grpc.insecure_channel(address, options)
         self._ranker = ranker_pb2_grpc.RankerStub(self._channel)
@@ -67,33 +74,39 @@ class Client:
     def score(
         self, question: pb.Member | pb.Raw, top_k: int = 0, timeout: float | None = None, **fields: Any
     ) -> pb.ScoreResponse:
-        """Ranks the items of a member, or of a `raw` prompt: the best first.
+        """Ranks the items of a member, or of a `raw` prompt.
 
         Args:
-          top_k: how many to return; 0: all.
-          fields: of ScoreRequest: request_id, truncation, normalize_over.
+          question: the member (see `request_from_example`) or the raw prompt.
+          top_k: how many of the best items to return; 0 returns all.
+          timeout: seconds; the client's by default.
+          fields: other fields of ScoreRequest: request_id, truncation, normalize_over.
+
+        Returns:
+          the scores, best first, with the probability of each label.
         """
-        return self._ranker.Score(_request(question, top_k=top_k, **fields), **self._call(timeout))
+        return self._ranker.Score(_request(question, top_k=top_k, **fields), **self._call_options(timeout))
 
     def stream(
         self, question: pb.Member | pb.Raw, timeout: float | None = None, **fields: Any
     ) -> Iterator[pb.ScoreResponse]:
-        """As `score` for lists of thousands: chunks as they finish, each ordered in itself, every item in one."""
-        call = self._ranker.ScoreStream(_request(question, **fields), **self._call(timeout))
+        """As `score` for lists of thousands: yields chunks as they finish, each sorted in itself, every item in one."""
+        call = self._ranker.ScoreStream(_request(question, **fields), **self._call_options(timeout))
         try:
             yield from call
         finally:
-            call.cancel()  # of whoever stopped listening
+            call.cancel()  # if the caller stopped iterating
 
     def describe(self) -> pb.DescribeResponse:
-        """The model, the tasks it knows, and the limits."""
-        return self._ranker.Describe(pb.DescribeRequest(), **self._call(None), wait_for_ready=True)
+        """The model, its tasks, and the limits; waits for a server that is starting."""
+        return self._ranker.Describe(pb.DescribeRequest(), **self._call_options(None), wait_for_ready=True)
 
     def reload(self, folder: str = "") -> str:
-        """Has the server take up another checkpoint; returns its name and version."""
-        return self._ranker.Reload(pb.ReloadRequest(folder=folder), **self._call(600.0)).model
+        """Makes the server load another checkpoint; returns its name and version."""
+        return self._ranker.Reload(pb.ReloadRequest(folder=folder), **self._call_options(600.0)).model
 
     def close(self) -> None:
+        """Closes the connection."""
         self._channel.close()
 
     def __enter__(self) -> Client:
@@ -102,30 +115,35 @@ class Client:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _call(self, timeout: float | None) -> dict[str, Any]:
+    def _call_options(self, timeout: float | None) -> dict[str, Any]:
         return {"timeout": self._timeout if timeout is None else timeout, "metadata": self._metadata}
 
 
 def score_all(server: str, question: pb.Member | pb.Raw, token: str | None) -> tuple[np.ndarray, str]:
-    """Probabilities [items, labels] in the order of the items, however many there are, and how the server came by them.
+    """Scores any number of items, by one call or a stream; waits for a server that is starting.
 
-    Waits for a server that is starting. RuntimeError with the server's own words where it refuses.
+    Returns:
+      float32 probabilities [items, labels] in the order of the items, and a line about time, model and cache.
+
+    Raises:
+      RuntimeError: with the server's own words, if it refuses.
     """
     try:
         with Client(server, token, timeout=STARTUP_TIMEOUT_S) as client:
-            most = client.describe().limits.max_candidates
-            began = time.perf_counter()
-            responses = [client.score(question)] if len(question.items) <= most else list(client.stream(question))
-            seconds = time.perf_counter() - began
+            max_candidates = client.describe().limits.max_candidates
+            start_time = time.perf_counter()
+            fits = len(question.items) <= max_candidates
+            responses = [client.score(question)] if fits else list(client.stream(question))
+            seconds = time.perf_counter() - start_time
     except grpc.RpcError as error:
         raise RuntimeError(f"{server}: {error.code().name}: {error.details()}") from None
     scores = {item.index: item.probabilities for response in responses for item in response.scores}
     usage = responses[0].usage
-    how = (
+    summary = (
         f"{responses[0].model}: {len(scores)} items in {seconds * 1000:.0f} ms; {usage.prefix_tokens} prefix tokens, "
         f"{usage.cached_tokens} cached; {usage.truncated_events} older events left out"
     )
-    return np.array([scores[index] for index in range(len(scores))], np.float32), how
+    return np.array([scores[index] for index in range(len(scores))], np.float32), summary
 
 
 def raw(
@@ -134,9 +152,15 @@ def raw(
     labels: Sequence[str | int],
     events: Sequence[str | Sequence[int]] = (),
 ) -> pb.Raw:
-    """A prompt in words or tokens of your own: each item is read after the prefix and the events, and a label answers.
+    """A prompt of the caller's own text or tokens.
 
-    Texts are turned into tokens one by one, so where you cut a text matters.
+    Each text is tokenised by itself, so it matters where a text is split.
+
+    Args:
+      prefix: instruction and profile, or everything that the items share.
+      items: the candidates; each is read after the prefix and the events, and scored at its last token.
+      labels: words of one token each, or token ids; the probability of the first one orders the items.
+      events: the history, oldest first; the oldest are the first to be truncated.
     """
     return pb.Raw(
         prefix=_text(prefix),

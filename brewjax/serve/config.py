@@ -1,4 +1,4 @@
-"""What a server is told when it starts."""
+"""Settings of a server."""
 
 from __future__ import annotations
 
@@ -13,95 +13,95 @@ from brewjax.scoring.passes import PAGE
 
 
 class DecodeConfig(Config):
-    """How text is generated for callers of Decode."""
+    """How Decode generates text."""
 
     slots: int = pydantic.Field(default=8, gt=0)
-    """Texts that grow at once; each takes memory for the keys and values of `context` tokens."""
+    """Texts that are generated at once; each slot takes memory for the keys and values of `context` tokens."""
     context: int = pydantic.Field(default=2048, gt=1)
-    """Most tokens of a prompt and its text together."""
+    """Maximum tokens of a prompt and its generated text together."""
     queue: int = pydantic.Field(default=64, ge=0)
-    """Requests that wait for a slot; those beyond are told to come back."""
+    """Requests that may wait for a slot; more are refused with a time to retry after."""
     sampling: SamplingParams = SamplingParams()
+    """Temperature and top-k of the sampling."""
     seed: Seed = 0
-    """Of the sampling."""
+    """Seed of the sampling."""
 
 
 class ServeConfig(Config):
-    """Where a server listens, what it keeps in memory, and its limits."""
+    """Addresses, credentials, memory and limits of a server."""
 
     host: str = "localhost"
-    """A name or an address; `localhost` is both loopback addresses, `0.0.0.0` and `::` every address of IPv4 and
-    IPv6."""
+    """Name or address to listen at: `localhost` is both loopback addresses, `0.0.0.0` or `::` every address."""
     port: int = pydantic.Field(default=9000, ge=0, lt=65536)
-    """Of gRPC, and of HTTP (null: none); 0 takes a free one."""
+    """Port of gRPC; 0 takes a free one."""
     http_port: int | None = pydantic.Field(default=9001, ge=0, lt=65536)
-    """See `port`."""
+    """Port of HTTP; 0 takes a free one, null turns HTTP off."""
     tls_cert: str | None = None
-    """PEM files; token_file: holds the bearer token that every caller must send. Both are needed to listen on any
-    but a loopback address, unless `plaintext` or `anonymous` says otherwise. SIGHUP reads the files again."""
+    """PEM file of the certificate chain; needed, with `tls_key`, to listen on other than loopback addresses unless
+    `plaintext` is set. SIGHUP reads it again."""
     tls_key: str | None = None
-    """See `tls_cert`."""
+    """PEM file of the certificate's private key. SIGHUP reads it again."""
     token_file: str | None = None
+    """File with the bearer token that every caller must send; needed to listen on other than loopback addresses unless
+    `anonymous` is set. SIGHUP reads it again."""
     plaintext: bool = False
     """Other machines may connect without TLS: behind a sidecar that encrypts, or for a kubelet's gRPC probe."""
     anonymous: bool = False
-    """Other machines may call without a token: behind a sidecar that knows the callers."""
+    """Other machines may call without a token: behind a sidecar that authenticates callers."""
     admin_token_file: str | None = None
-    """Holds the bearer token for Reload, which is refused where there is none; good for all else too."""
+    """File with the bearer token for Reload, which also allows all other calls; without it Reload is refused."""
     reload_below: str | None = None
-    """The folder that holds the models which Reload may take up; by default only the one that is served."""
+    """Folder below which Reload may load models; by default it may only load the served folder again."""
     special_tokens: bool = False
-    """Special tokens that callers write in raw texts (`<|im_start|>`) count as such; otherwise they are read as
-    ordinary text."""
+    """Special tokens in callers' raw texts (`<|im_start|>`) are read as such; otherwise they are ordinary text."""
     tasks: tuple[str, ...] = ()
-    """Task files to answer beside those that the model was trained on."""
+    """Task files to serve in addition to the tasks that the model was trained on."""
     token_buckets: tuple[int, ...] = pydantic.Field(default=(256, 512, 1024, 2048, 4096), min_length=1)
-    """Lengths of rows that passes are compiled for."""
+    """Row lengths, in tokens, that passes are compiled for."""
     max_prefix_tokens: int | None = pydantic.Field(default=None, gt=0)
-    """Most tokens of a prefix; by default as many as the model was trained to read."""
+    """Maximum tokens of a prefix; by default the prompt budget of the model's training."""
     prefix_cache_gb: float = pydantic.Field(default=1.0, gt=0)
-    """Memory for the keys and values of prefixes; `tensor` splits it over devices, along `context` each has all of
-    it."""
+    """Gigabytes for the keys and values of cached prefixes; a mesh's `tensor` axis splits them over its devices, along
+    `context` each device holds all of them."""
     mesh: MeshConfig | None = None
-    """How devices share each pass, by `tensor` (heads) and `context` (tokens); by default all of them by heads, on
-    a CPU by tokens."""
+    """How devices share each pass, by `tensor` (heads) and `context` (tokens); by default all by heads, on CPUs by
+    tokens."""
     batch_timeout_ms: float = pydantic.Field(default=2.0, ge=0)
-    """How long an idle device waits for requests to share a pass."""
+    """Milliseconds that an idle device waits for more requests to share a pass."""
     max_queued_tokens: int = pydantic.Field(default=200_000, gt=0)
-    """Tokens that may be queued or running; requests beyond them are told to come back."""
+    """Maximum tokens queued or running; more requests are refused with a time to retry after."""
     max_candidates: int = pydantic.Field(default=1_000, gt=0)
-    """Most items of a Score and of a ScoreStream."""
+    """Maximum items of a Score."""
     max_stream_candidates: int = pydantic.Field(default=50_000, gt=0)
-    """See `max_candidates`."""
+    """Maximum items of a ScoreStream."""
     max_candidate_tokens: int = pydantic.Field(default=1_024, gt=0)
-    """Most tokens of one item."""
+    """Maximum tokens of one item."""
     max_events: int = pydantic.Field(default=10_000, gt=0)
-    """Most events of a history."""
+    """Maximum events of a history."""
     max_request_bytes: int = pydantic.Field(default=8_000_000, gt=0)
-    """Most bytes of a request."""
+    """Maximum bytes of a request."""
     max_concurrent_requests: int = pydantic.Field(default=256, gt=0)
-    """Most requests at a time."""
+    """Maximum requests in progress at a time."""
     timeout_seconds: float = pydantic.Field(default=60.0, gt=0)
-    """Seconds for requests that come without a deadline."""
+    """Seconds until a request is given up; a caller's shorter deadline takes precedence."""
     connections: int = pydantic.Field(default=512, gt=0)
-    """Most connections to each port. Where they are all in use, HTTP closes the one that is idle for longest, and
-    gRPC refuses the next."""
+    """Maximum connections to each port; beyond it HTTP closes the longest idle one, and gRPC refuses the new one."""
     header_seconds: float = pydantic.Field(default=10.0, gt=0)
-    """How long a request's head and its body may take to arrive."""
+    """Seconds for a TLS handshake, and for the header of an HTTP request, to arrive."""
     body_seconds: float = pydantic.Field(default=30.0, gt=0)
-    """See `header_seconds`."""
+    """Seconds for the body of a request to arrive, and for a slow reader to take more of a response."""
     keep_alive_seconds: float = pydantic.Field(default=620.0, gt=0)
-    """How long an idle connection stays open. Longer than a balancer's own limit, or the balancer sends requests
-    into connections that are being closed (and answers 502): 60 s of AWS, 600 of Google."""
+    """Seconds that an idle connection stays open; keep it above the balancer's own limit (60 on AWS, 600 on Google), or
+    the balancer sends requests into connections that are closing, and answers 502."""
     lame_duck_seconds: float = pydantic.Field(default=5.0, ge=0)
-    """After SIGTERM, how long readiness fails and requests are still answered, for balancers to notice; SIGINT
-    leaves it out."""
+    """Seconds after SIGTERM in which readiness fails but requests are still answered, for balancers to notice; SIGINT
+    skips them."""
     drain_seconds: float = pydantic.Field(default=30.0, gt=0)
-    """How long what runs may take to finish after that."""
+    """Seconds after that for requests in progress to finish."""
     decode: bool | None = None
-    """Serve JetStream's Decode too, which generates text; by default where google-jetstream is installed."""
+    """Serve JetStream's Decode too, which generates text; by default if google-jetstream is installed."""
     generation: DecodeConfig = DecodeConfig()
-    """How it does."""
+    """How Decode generates text."""
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> ServeConfig:
@@ -109,7 +109,8 @@ class ServeConfig(Config):
             raise ValueError(f"token_buckets {self.token_buckets}: lengths are multiples of {2 * PAGE}")
         if self.max_candidate_tokens > max(self.token_buckets):
             raise ValueError(
-                f"max_candidate_tokens {self.max_candidate_tokens} is over the longest of token_buckets {self.token_buckets}"
+                f"max_candidate_tokens {self.max_candidate_tokens} is over the longest of token_buckets "
+                f"{self.token_buckets}"
             )
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("give both tls_cert and tls_key, or neither")
@@ -128,6 +129,7 @@ class ServeConfig(Config):
 
 
 def _loopback(host: str) -> bool:
+    """Whether only this machine can connect to the host."""
     if host == "localhost":
         return True
     try:

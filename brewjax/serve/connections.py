@@ -1,4 +1,4 @@
-"""HTTP connections: how many there may be, how long each may take to say what it wants, and how they end."""
+"""HTTP connections: limits of their number and of the time that callers take, and how they are closed."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from brewjax.serve.config import ServeConfig
 from brewjax.serve.refusals import Refusals
 from brewjax.serve.telemetry import Metrics
 
-LINGER = 2.0  # seconds for a caller to read the last answer before its connection is cut
-BACKLOG = 512  # connections that the system keeps until they are accepted,
-ACCEPTED_AT_ONCE = 16  # which are so many at a time: those that had to make room for them are closed in between
+LINGER = 2.0  # seconds for a caller to read the last response before its connection is aborted
+BACKLOG = 512  # connections that the system queues until they are accepted
+ACCEPTED_AT_ONCE = 16  # per turn of the event loop, so that connections that made room are closed in between
 REQUEST_TIMEOUT = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 NO_SUCH_ADDRESS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # on a machine without IPv6
 WILDCARDS = ("", "0.0.0.0", "::")
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
-    """Sockets that listen at every address of a host, as gRPC does; OSError where there is none, or the port is taken.
+    """Sockets that listen at every address of a host, as gRPC does.
 
-    A free port (0) is the same one at all addresses.
+    Port 0 takes a free port, the same at all addresses. Raises OSError for a host without addresses or a taken port.
     """
     if host in WILDCARDS:
         if socket.has_dualstack_ipv6():
@@ -37,7 +37,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
                 return [socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True)]
         return [socket.create_server(("0.0.0.0", port))]
     addresses = {(info[0], info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
-    if host == "localhost":  # of which many a machine knows one address only
+    if host == "localhost":  # many machines resolve it to only one address
         addresses |= {(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")}
     sockets: list[socket.socket] = []
     refusals: list[OSError] = []
@@ -55,9 +55,14 @@ def listen(host: str, port: int) -> list[socket.socket]:
 
 
 class HttpServer(uvicorn.Server):
-    """Serves an application on listening sockets, with bounds on its connections.
+    """uvicorn with limits on connections, and without its signal handlers.
 
-    The whole process's signals are not its business.
+    Args:
+      app: the ASGI application.
+      config: the limits.
+      ssl_context: of TLS, or None.
+      metrics: counts connections.
+      refusals: counts and logs connections that are closed by a limit.
     """
 
     def __init__(self, app: Any, config: ServeConfig, ssl_context: Any, metrics: Metrics, refusals: Refusals):
@@ -79,16 +84,17 @@ class HttpServer(uvicorn.Server):
             self._tls = {"ssl": ssl_context, "ssl_handshake_timeout": config.header_seconds}
         self.servers = []
         self._open = 0
-        self.greeting: dict[int, _Connection] = {}  # those without a protocol yet, by file descriptor
+        self.handshaking: dict[int, _Connection] = {}  # accepted, without a protocol yet, by file descriptor
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
+        """Leaves signals to the process that embeds the server."""
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listens; uvicorn's own would give a TLS handshake a minute, and count no connection before it is over."""
+        """Starts to listen. uvicorn's own method allows a minute for a TLS handshake, uncounted."""
         loop = asyncio.get_running_loop()
-        self._listening = [_Listening(each.detach(), self) for each in sockets or ()]
+        self._listening = [_Listening(listening.detach(), self) for listening in sockets or ()]
         for listening in self._listening:
             self.servers.append(
                 await loop.create_server(self._protocol, sock=listening, backlog=ACCEPTED_AT_ONCE, **self._tls)
@@ -96,7 +102,7 @@ class HttpServer(uvicorn.Server):
         self.started = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Accepts no more, and waits for what is being answered; connections that the system holds are not lost."""
+        """Serves connections that the system has queued, accepts no more, and waits for requests in progress."""
         loop = asyncio.get_running_loop()
         for listening in self._listening:
             with contextlib.suppress(OSError):
@@ -107,23 +113,24 @@ class HttpServer(uvicorn.Server):
         await super().shutdown()
 
     def admit(self, connection: socket.socket) -> _Connection | None:
-        """Another connection, for which the one that has done nothing for longest may have to go; None where all are
-        busy."""
+        """Counts a new connection, for which the longest idle one may be closed. None if all are busy."""
         if self._open >= self.limits.connections:
             protocols = cast("set[_Protocol]", self.server_state.connections)
-            idle: dict[float, Callable[[], None]] = {each.idle_since: each.cut for each in protocols if each.idle_since}
-            idle |= {each.accepted: each.cut for each in self.greeting.values()}
-            self.refusals.note("http", "connections")
-            if not idle:
+            closers: dict[float, Callable[[], None]] = {
+                protocol.idle_since: protocol.cut for protocol in protocols if protocol.idle_since
+            }
+            closers |= {connection.accepted: connection.cut for connection in self.handshaking.values()}
+            self.refusals.record("http", "connections")
+            if not closers:
                 return None
-            idle[min(idle)]()
+            closers[min(closers)]()
         self._count(1)
         admitted = _Connection(connection.detach(), self)
-        self.greeting[admitted.fileno()] = admitted
+        self.handshaking[admitted.fileno()] = admitted
         return admitted
 
     def release(self) -> None:
-        """A connection that was admitted is closed."""
+        """Counts an admitted connection that is closed."""
         self._count(-1)
 
     def _count(self, change: int) -> None:
@@ -135,20 +142,20 @@ class HttpServer(uvicorn.Server):
 
 
 class _Listening(socket.socket):
-    """A listening socket that takes no more connections than its server has room for."""
+    """A listening socket that accepts no more connections than its server admits."""
 
     def __init__(self, fileno: int, server: HttpServer):
         super().__init__(fileno=fileno)
-        # A head and a body are two packets, and the second would wait 40 ms for the first to be acknowledged.
+        # A response's header and body are two packets: the second would wait 40 ms for the first one's acknowledgement.
         self.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._server = server
 
     def listen(self, backlog: int = BACKLOG) -> None:
-        """asyncio means how many are accepted at a time, too."""
+        """Ignores `backlog`, which asyncio also takes as the number to accept at a time."""
         super().listen(BACKLOG)
 
     def accept(self) -> tuple[socket.socket, Any]:
-        """Raises BlockingIOError where nobody waits."""
+        """The next admitted connection. Raises BlockingIOError if none is queued."""
         while True:
             connection, address = super().accept()
             if admitted := self._server.admit(connection):
@@ -157,10 +164,10 @@ class _Listening(socket.socket):
 
 
 class _Connection(socket.socket):
-    """Counted from accept to close: TLS handshakes too, of which the protocol hears only when they are over.
+    """A connection that counts from accept to close, TLS handshake included, of which the protocol sees nothing.
 
     Attributes:
-      accepted: when, by `time.monotonic`.
+      accepted: time of accept, as of `time.monotonic`.
     """
 
     def __init__(self, fileno: int, server: HttpServer):
@@ -169,25 +176,25 @@ class _Connection(socket.socket):
         self.accepted = time.monotonic()
 
     def cut(self) -> None:
-        """Ends it before its protocol has begun; whoever reads from it finds it closed."""
+        """Closes the connection before it has a protocol; asyncio's reader sees the end of the stream."""
         if self._server:
-            self._server.greeting.pop(self.fileno(), None)
+            self._server.handshaking.pop(self.fileno(), None)
         with contextlib.suppress(OSError):
             self.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         if self._server:
-            self._server.greeting.pop(self.fileno(), None)
+            self._server.handshaking.pop(self.fileno(), None)
             self._server.release()
             self._server = None
         super().close()
 
 
 class _Protocol(H11Protocol):
-    """uvicorn's, with a time for the head of a request, for its body, and for reading the answer.
+    """uvicorn's protocol, with time limits for a request's header, for its body, and for reading the response.
 
     Attributes:
-      idle_since: when it last began to do nothing for a caller, by `time.monotonic`; None while a request is answered.
+      idle_since: when it last became idle, as of `time.monotonic`; None while a request is answered.
     """
 
     def __init__(self, server: HttpServer):
@@ -199,7 +206,7 @@ class _Protocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(cast(asyncio.Transport, transport))
-        self._http.greeting.pop(transport.get_extra_info("socket").fileno(), None)
+        self._http.handshaking.pop(transport.get_extra_info("socket").fileno(), None)
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -231,30 +238,30 @@ class _Protocol(H11Protocol):
         self.loop.call_later(LINGER, self.transport.abort)
 
     def send_400_response(self, msg: str) -> None:
-        self._http.refusals.note("http", "invalid")
+        self._http.refusals.record("http", "invalid")
         super().send_400_response(msg)
 
     def shutdown(self) -> None:
-        """The server stops. Who has just come may still ask; the answer says that the connection is closed."""
+        """The server stops. A new connection may still send one request, whose response closes it."""
         if self.idle_since is not None and (self.cycle is None or self.conn.trailing_data[0]):
             self._set_timer(("leaving", self.cycle), min(LINGER, self._http.limits.header_seconds))
         else:
             super().shutdown()
 
     def cut(self) -> None:
-        """Ends the connection at once."""
+        """Aborts the connection."""
         self.idle_since = None
         self.transport.abort()
 
     def _watch(self) -> None:
-        """Sets the timer for what the caller is to send next."""
+        """Sets the time limit of what the caller sends next."""
         if self.transport.is_closing():
             self.idle_since = None
             return self._set_timer(None, 0)
         answering = self.cycle is not None and not self.cycle.response_complete
         self.idle_since = None if answering else self.idle_since or time.monotonic()
         limits, sending = self._http.limits, self.conn.their_state
-        if sending is h11.SEND_BODY:  # the application itself refuses a little sooner
+        if sending is h11.SEND_BODY:  # the application's own limit is a little shorter
             self._set_timer(("slow body", self.cycle), limits.body_seconds + LINGER)
         elif sending is h11.IDLE and (self.cycle is None or self.conn.trailing_data[0]):
             self._set_timer(("slow head", self.cycle), limits.header_seconds)
@@ -266,7 +273,7 @@ class _Protocol(H11Protocol):
                 )
 
     def _set_timer(self, phase: tuple[str, object] | None, seconds: float) -> None:
-        """Ends the connection in so many seconds; what is sent of the same phase in the meantime changes nothing."""
+        """Closes the connection in `seconds`, unless the phase changes; data of the same phase extends nothing."""
         if phase == self._phase:
             return
         if self._timer:
@@ -276,13 +283,14 @@ class _Protocol(H11Protocol):
             self._timer = self.loop.call_later(seconds, self._late, phase[0])
 
     def _late(self, reason: str) -> None:
+        """The time limit of a phase has passed."""
         if reason == "slow head" and self.conn.trailing_data[0] and not self.transport.is_closing():
             self.transport.write(REQUEST_TIMEOUT)
         if reason == "leaving":
             self.transport.close()
             self.loop.call_later(LINGER, self.transport.abort)
             return
-        self._http.refusals.note("http", reason)
+        self._http.refusals.record("http", reason)
         if self.transport.get_write_buffer_size():
             self.cut()
             return

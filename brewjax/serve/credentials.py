@@ -1,4 +1,4 @@
-"""Who may call, and what the server proves itself with: tokens and certificate, read again on SIGHUP."""
+"""Tokens that authenticate callers, and the certificate that authenticates the server; read again on SIGHUP."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from brewjax.serve.config import ServeConfig
 
 @dataclasses.dataclass(frozen=True)
 class _Secrets:
-    """What the files hold.
+    """Contents of the files.
 
     Attributes:
-      token: of every caller; None: nobody needs one.
-      admin_token: of those who may do everything; None: nobody may reload.
-      tls: private key and certificate, PEM.
+      token: that every caller needs; None if callers need none.
+      admin_token: that allows every call; None if Reload is refused to all.
+      tls: private key and certificate, PEM; None without TLS.
     """
 
     token: str | None
@@ -28,10 +28,12 @@ class _Secrets:
 
 
 class Credentials:
-    """The tokens and the certificate of a server, which take effect as soon as `read_again` has read other ones.
+    """The tokens and the certificate of a server. `read_again` replaces them while the server runs.
+
+    Raises ConfigError, naming the setting, for a file that cannot be used.
 
     Attributes:
-      ssl_context: of HTTP; None without TLS. New handshakes use what was read last.
+      ssl_context: of HTTP; None without TLS. New handshakes use the certificate that was read last.
     """
 
     def __init__(self, config: ServeConfig):
@@ -43,26 +45,28 @@ class Credentials:
             self.ssl_context.load_cert_chain(config.tls_cert, config.tls_key)
 
     def read_again(self) -> None:
-        """Takes up what the files hold now; ConfigError names the file that is of no use, and the old ones stay."""
-        self._secrets = _read(self._config)  # which checked that certificate and key belong together
+        """Reads the files again. Raises ConfigError, naming a file that cannot be used; the old ones stay in use."""
+        self._secrets = _read(self._config)  # checks that certificate and key belong together
         if self.ssl_context and self._config.tls_cert:
             self.ssl_context.load_cert_chain(self._config.tls_cert, self._config.tls_key)
 
     @property
     def needs_token(self) -> bool:
+        """Whether callers need a token."""
         return self._secrets.token is not None
 
     def may_call(self, authorization: str) -> bool:
-        """Whether a caller who sends this `authorization` header may score."""
+        """Whether a caller with this `authorization` header may make any call but Reload."""
         secrets = self._secrets
         return secrets.token is None or _bears(authorization, secrets.token) or self.may_reload(authorization)
 
     def may_reload(self, authorization: str) -> bool:
+        """Whether a caller with this `authorization` header may call Reload."""
         admin_token = self._secrets.admin_token
         return admin_token is not None and _bears(authorization, admin_token)
 
     def for_grpc(self) -> grpc.ServerCredentials | None:
-        """What gRPC serves TLS with; it asks again at every handshake. None without TLS."""
+        """gRPC's TLS credentials, which read the certificate at every handshake. None without TLS."""
         if self._secrets.tls is None:
             return None
 
@@ -79,7 +83,7 @@ def _bears(authorization: str, token: str) -> bool:
 
 
 def _read(config: ServeConfig) -> _Secrets:
-    """Raises ConfigError for a file that is of no use."""
+    """Reads the files. Raises ConfigError for one that cannot be used."""
     tls = None
     if config.tls_cert and config.tls_key:
         try:

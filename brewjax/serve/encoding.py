@@ -1,4 +1,4 @@
-"""From a request to tokens: every text checked, and every error naming the field it is about."""
+"""From a request to tokens. Every text is checked, and every error names the field that it is about."""
 
 from __future__ import annotations
 
@@ -17,17 +17,21 @@ from brewjax.serve.members import render_member
 from brewjax.serve.refusals import MAX_ID
 from brewjax.serve.texts import Texts
 
-SLICE = 1_000  # items that are read at a time
+SLICE = 1_000  # items that are encoded at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class EncodedRequest:
-    """A request as tokens, and what its answer needs.
+    """A request as tokens, and what its response needs.
 
     Attributes:
-      values: float64 [labels]; items are ordered by the expected one.
-      ids: of the items.
-      model: name and version of who is to answer.
+      prompt: the tokens to score.
+      labels: label words, or token ids in digits.
+      values: float64 [labels], the gain of each label; items are ordered by the expected gain.
+      ids: of the items, for the response.
+      model: name and version of the model that scores.
+      num_truncated_events: oldest events that were left out.
+      num_truncated_tokens: first tokens of a raw prefix that were left out.
     """
 
     prompt: EncodedPrompt
@@ -43,47 +47,58 @@ class RequestEncoder:
     """Encodes requests for one model.
 
     Args:
+      bundle: the model.
       model: its name and version.
-      tasks: what may be asked of members, beside what the model was trained on.
-      context: most tokens of a prefix.
+      tasks: for member requests, in addition to the tasks that the model was trained on.
+      config: limits of requests.
+      max_prefix_tokens: maximum tokens of a prefix.
+
+    Raises:
+      ConfigError: for a task with a label word that is not one token, or with too many labels.
     """
 
-    def __init__(self, bundle: Bundle, model: str, tasks: Sequence[Task], config: ServeConfig, context: int):
-        prompts = bundle.prompts.model_copy(update={"max_tokens": min(bundle.prompts.max_tokens, context)})
+    def __init__(self, bundle: Bundle, model: str, tasks: Sequence[Task], config: ServeConfig, max_prefix_tokens: int):
+        prompts = bundle.prompts.model_copy(update={"max_tokens": min(bundle.prompts.max_tokens, max_prefix_tokens)})
         self.bundle, self.model = dataclasses.replace(bundle, prompts=prompts), model
         self.tasks = {task.name: task for task in [*bundle.tasks, *tasks]}
-        self.config, self.context = config, context
+        self.config, self.max_prefix_tokens = config, max_prefix_tokens
         self._texts = Texts(bundle.tokenizer, config.special_tokens)
         for task in self.tasks.values():
             task.check_words(bundle.tokenizer)
             if len(task.labels) > LABELS_IN_PASS:
                 raise task.error(f"{len(task.labels)} of them; at most {LABELS_IN_PASS} are served", "labels")
 
-    def encode(self, request: pb.ScoreRequest, most_items: int) -> EncodedRequest:
-        """Raises ValueError naming the field that cannot be scored, and why."""
+    def encode(self, request: pb.ScoreRequest, max_items: int) -> EncodedRequest:
+        """The tokens of a request. Raises ValueError, naming field and reason, for a request that cannot be scored."""
         if len(request.request_id) > MAX_ID:
             raise ValueError(f"request_id: {len(request.request_id):,} characters; give at most {MAX_ID}")
         size = request.ByteSize()
         if size > self.config.max_request_bytes:
-            raise ValueError(f"the request: {size:,} bytes; at most {self.config.max_request_bytes:,} are read")
-        asked = request.WhichOneof("question")
-        if asked is None:
+            raise ValueError(
+                f"the request: {size:,} bytes; at most {self.config.max_request_bytes:,} are read (max_request_bytes)"
+            )
+        kind = request.WhichOneof("question")
+        if kind is None:
             raise ValueError("question: give a member or raw")
-        items = len(request.member.items if asked == "member" else request.raw.items)
-        if not 0 < items <= most_items:
-            raise ValueError(f"{asked}.items: {items:,} of them; give 1 to {most_items:,}")
-        history = "history" if asked == "member" else "events"
-        events = len(getattr(getattr(request, asked), history))
-        if events > self.config.max_events:
-            raise ValueError(f"{asked}.{history}: {events:,} of them; give at most {self.config.max_events:,}")
-        encoded = self._member(request) if asked == "member" else self._raw(request)
-        for place, item in enumerate(encoded.prompt.questions):
+        num_items = len(request.member.items if kind == "member" else request.raw.items)
+        if not 0 < num_items <= max_items:
+            raise ValueError(f"{kind}.items: {num_items:,} of them; give 1 to {max_items:,}")
+        history = "history" if kind == "member" else "events"
+        num_events = len(getattr(getattr(request, kind), history))
+        if num_events > self.config.max_events:
+            raise ValueError(
+                f"{kind}.{history}: {num_events:,} of them; give at most {self.config.max_events:,} (max_events)"
+            )
+        encoded = self._encode_member(request) if kind == "member" else self._encode_raw(request)
+        for index, item in enumerate(encoded.prompt.questions):
             if len(item) > self.config.max_candidate_tokens:
                 limit = self.config.max_candidate_tokens
-                raise ValueError(f"{asked}.items[{place}]: {len(item):,} tokens; at most {limit:,} are read")
+                raise ValueError(
+                    f"{kind}.items[{index}]: {len(item):,} tokens; at most {limit:,} are read (max_candidate_tokens)"
+                )
         return encoded
 
-    def _member(self, request: pb.ScoreRequest) -> EncodedRequest:
+    def _encode_member(self, request: pb.ScoreRequest) -> EncodedRequest:
         member = request.member
         task = self.tasks.get(member.task)
         if task is None:
@@ -94,17 +109,18 @@ class RequestEncoder:
             raise ValueError(f"member: {prompt.truncated_texts[0]}; set truncation to TRUNCATE or send less")
         if prompt.num_truncated_events and request.truncation == pb.ScoreRequest.REJECT:
             raise ValueError(
-                f"member.history: the oldest {prompt.num_truncated_events} events do not fit; set truncation to TRUNCATE or send fewer"
+                f"member.history: the oldest {prompt.num_truncated_events} events do not fit; "
+                "set truncation to TRUNCATE or send fewer"
             )
         ids = [item.id for item in member.items]
         return EncodedRequest(
             self.bundle.encode(prompt), task.words, task.values, ids, self.model, prompt.num_truncated_events
         )
 
-    def _bound_values(self, member: pb.Member, cut: bool) -> None:
-        """Before they are put into words, cuts texts that are longer than all that is read, or refuses them.
+    def _bound_values(self, member: pb.Member, truncate: bool) -> None:
+        """Shortens texts of a member that are longer than a whole prefix, so that rendering them costs little.
 
-        Raises ValueError, naming the field.
+        Raises ValueError, naming the field, unless `truncate`.
         """
         attributes = {"member.attributes": member.attributes}
         attributes |= {
@@ -112,93 +128,96 @@ class RequestEncoder:
         }
         attributes |= {f"member.history[{row}].item": event.item for row, event in enumerate(member.history)}
         attributes |= {f"member.items[{row}].attributes": item.attributes for row, item in enumerate(member.items)}
-        bound = self._texts.shorten if cut else self._texts.check_bytes
-        member.steering_note = bound(member.steering_note, self.context, "member.steering_note")
+        bound = self._texts.shorten if truncate else self._texts.check_bytes
+        member.steering_note = bound(member.steering_note, self.max_prefix_tokens, "member.steering_note")
         for field, values in attributes.items():
             for value in values.values():
                 if value.text:
-                    value.text = bound(value.text, self.context, field)
+                    value.text = bound(value.text, self.max_prefix_tokens, field)
                 for index, text in enumerate(value.list.values):
-                    value.list.values[index] = bound(text, self.context, field)
+                    value.list.values[index] = bound(text, self.max_prefix_tokens, field)
 
-    def _raw(self, request: pb.ScoreRequest) -> EncodedRequest:
-        raw, cut = request.raw, request.truncation == pb.ScoreRequest.TRUNCATE
-        prefix = self._prefix(raw.prefix, cut)
-        events = self._events(raw.events, self.context - len(prefix), cut)
+    def _encode_raw(self, request: pb.ScoreRequest) -> EncodedRequest:
+        raw, truncate = request.raw, request.truncation == pb.ScoreRequest.TRUNCATE
+        prefix = self._encode_prefix(raw.prefix, truncate)
+        events = self._encode_events(raw.events, self.max_prefix_tokens - len(prefix), truncate)
         length = len(prefix) + sum(map(len, events))
-        if length > self.context and not cut:
+        if length > self.max_prefix_tokens and not truncate:
             more = "" if len(events) == len(raw.events) else "more than "
             raise ValueError(
-                f"raw: {more}{length:,} tokens before the items; at most {self.context:,} are read, "
-                "unless truncation is TRUNCATE"
+                f"raw: {more}{length:,} tokens before the items; at most {self.max_prefix_tokens:,} are read "
+                "(max_prefix_tokens) unless truncation is TRUNCATE"
             )
-        excess = max(0, len(prefix) - self.context)
-        begin = self.bundle.tokenizer.bos
-        start = len(begin) if prefix[: len(begin)] == begin else 0
+        excess = max(0, len(prefix) - self.max_prefix_tokens)
+        bos = self.bundle.tokenizer.bos  # stays in front of a truncated prefix
+        start = len(bos) if prefix[: len(bos)] == bos else 0
         pieces = [prefix[:start] + prefix[start + excess :], *events]
-        items = self._items(raw.items)
-        labels = self._labels(raw)
+        items = self._encode_items(raw.items)
+        labels = self._encode_labels(raw)
         prompt = EncodedPrompt(pieces, items, labels, [None] * len(items), self.bundle.prompts.layout)
         words = [*raw.labels, *map(str, raw.label_tokens)]
-        num_cut = len(raw.events) - len(events)
-        return EncodedRequest(prompt, words, np.eye(len(labels))[0], [""] * len(items), self.model, num_cut, excess)
+        values = np.eye(len(labels))[0]  # the first label's probability orders the items
+        num_truncated = len(raw.events) - len(events)
+        return EncodedRequest(prompt, words, values, [""] * len(items), self.model, num_truncated, excess)
 
-    def _prefix(self, text: pb.Text, cut: bool) -> list[int]:
-        """Its tokens; of a text that is cut, an end that is long enough."""
+    def _encode_prefix(self, text: pb.Text, truncate: bool) -> list[int]:
+        """Tokens of a prefix; if it is a text to truncate, of an end of it that is long enough."""
         if text.WhichOneof("kind") == "tokens":
-            return self._known(text.tokens.ids, "raw.prefix")
-        if cut:
-            ids = self._texts.read_end(text.text, self.context, begins=True)
+            return self._check_tokens(text.tokens.ids, "raw.prefix")
+        if truncate:
+            ids = self._texts.read_end(text.text, self.max_prefix_tokens, begins=True)
         else:
-            (ids,) = self._texts.read([text.text], self.context, ["raw.prefix"], begins=True)
+            (ids,) = self._texts.read([text.text], self.max_prefix_tokens, ["raw.prefix"], begins=True)
         return self.bundle.tokenizer.with_bos(ids)
 
-    def _events(self, texts: Sequence[pb.Text], room: int, cut: bool) -> list[list[int]]:
-        """Tokens of the newest events that fit; where nothing is cut, of one more that does not."""
+    def _encode_events(self, texts: Sequence[pb.Text], room: int, truncate: bool) -> list[list[int]]:
+        """Tokens of the newest events that fit into `room` tokens; unless `truncate`, of one more, which does not."""
         newest_first: list[list[int]] = []
         for index in reversed(range(len(texts))):
             if room < 0:
                 break
             text, field = texts[index], f"raw.events[{index}]"
-            if cut and text.WhichOneof("kind") != "tokens":
-                ids = self._texts.read_end(text.text, self.context)
+            if truncate and text.WhichOneof("kind") != "tokens":
+                ids = self._texts.read_end(text.text, self.max_prefix_tokens)
             else:
-                (ids,) = self._tokens({field: text}, self.context)
+                (ids,) = self._encode_texts({field: text}, self.max_prefix_tokens)
             newest_first.append(ids)
             room -= len(ids)
-        if cut and room < 0 and newest_first:
+        if truncate and room < 0 and newest_first:
             newest_first.pop()
         return newest_first[::-1]
 
-    def _items(self, texts: Sequence[pb.Text]) -> list[list[int]]:
+    def _encode_items(self, texts: Sequence[pb.Text]) -> list[list[int]]:
         items: list[list[int]] = []
         for start in range(0, len(texts), SLICE):
             sliced = {f"raw.items[{start + index}]": text for index, text in enumerate(texts[start : start + SLICE])}
-            for field, item in zip(sliced, self._tokens(sliced, self.config.max_candidate_tokens), strict=True):
+            for field, item in zip(sliced, self._encode_texts(sliced, self.config.max_candidate_tokens), strict=True):
                 if not item:
                     raise ValueError(f"{field}: empty")
                 items.append(item)
         return items
 
-    def _labels(self, raw: pb.Raw) -> list[int]:
+    def _encode_labels(self, raw: pb.Raw) -> list[int]:
         if not 0 < (count := len(raw.labels) + len(raw.label_tokens)) <= LABELS_IN_PASS:
             raise ValueError(f"raw.labels: {count:,} of them; give 1 to {LABELS_IN_PASS}")
-        labels = [self._texts.word(word, f"raw.labels[{index}]") for index, word in enumerate(raw.labels)]
-        labels += self._known(raw.label_tokens, "raw.label_tokens")
+        labels = [self._texts.label_token_id(word, f"raw.labels[{index}]") for index, word in enumerate(raw.labels)]
+        labels += self._check_tokens(raw.label_tokens, "raw.label_tokens")
         if len(set(labels)) < len(labels):
             raise ValueError("raw.labels: one is given twice")
         return labels
 
-    def _tokens(self, texts: Mapping[str, pb.Text], limit: int) -> list[list[int]]:
-        """Token ids of texts by their fields in the request; ValueError where a written one has more than `limit`."""
+    def _encode_texts(self, texts: Mapping[str, pb.Text], limit: int) -> list[list[int]]:
+        """Token ids of texts, which are keyed by field. Raises ValueError for a written text of more than `limit`."""
         written = {field: text.text for field, text in texts.items() if text.WhichOneof("kind") != "tokens"}
-        read = iter(self._texts.read(list(written.values()), limit, list(written)))
+        written_ids = iter(self._texts.read(list(written.values()), limit, list(written)))
         return [
-            next(read) if field in written else self._known(text.tokens.ids, field) for field, text in texts.items()
+            next(written_ids) if field in written else self._check_tokens(text.tokens.ids, field)
+            for field, text in texts.items()
         ]
 
-    def _known(self, tokens: Sequence[int], place: str) -> list[int]:
+    def _check_tokens(self, tokens: Sequence[int], field: str) -> list[int]:
+        """The tokens. Raises ValueError for one that the model does not have."""
         size = self.bundle.model.vocab_size
         if tokens and max(tokens) >= size:
-            raise ValueError(f"{place}: no token {max(tokens)}; the model knows {size:,}")
+            raise ValueError(f"{field}: no token {max(tokens)}; the model knows {size:,}")
         return list(tokens)

@@ -1,4 +1,4 @@
-"""The HTTP face: SGLang's scoring API, probes, metrics, and a page about them at /docs."""
+"""The HTTP API: SGLang's scoring endpoint, probes, metrics, and their documentation at /docs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from brewjax.serve.scoring_loop import QueueFullError
 from brewjax.serve.service import Service
 
 log = logging.getLogger(__name__)
-PARSED_AT_ONCE = 1 << 16  # bytes of a body that the event loop parses itself
+PARSED_INLINE = 1 << 16  # bytes; larger bodies are parsed in a thread, not on the event loop
 OPEN_PATHS = ("/livez", "/readyz", "/startupz", "/health", "/docs", "/openapi.json")
 
 HTTP_STATUS = {
@@ -37,32 +37,36 @@ HTTP_STATUS = {
     grpc.StatusCode.DEADLINE_EXCEEDED: 504,
 }
 
-FIELDS = {  # of errors that name them as gRPC does
+FIELDS = {  # names of fields in gRPC's errors, and their names here
     r"^raw\.items": "items",
     r"^raw\.label(s|_tokens)": "label_token_ids",
     r"^raw(\.prefix)?:": "query:",
 }
 
 TokenId = Annotated[int, pydantic.Field(ge=0, lt=2**32)]
-_FIRST = pydantic.Field(fail_fast=True)  # a list of a million mistakes is one mistake
+_FIRST = pydantic.Field(fail_fast=True)  # a list of a million mistakes is reported as one
 TokenIds = Annotated[list[TokenId], _FIRST]
 
 
 class ScoreRequest(pydantic.BaseModel):
-    """As SGLang's /v1/score takes it."""
+    """A request of SGLang's /v1/score."""
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True)
-    query: str | TokenIds = pydantic.Field("", description="What all items share: a member's history, say.")
-    items: str | Annotated[list[str], _FIRST] | Annotated[list[TokenIds], _FIRST] = pydantic.Field(
-        description="Texts, or token ids of each."
+    query: str | TokenIds = pydantic.Field(
+        "", description="The prefix that all items share, such as a member's history."
     )
-    label_token_ids: TokenIds = pydantic.Field(description="The tokens whose probabilities are asked for.")
-    apply_softmax: bool = pydantic.Field(False, description="Among the labels; otherwise among all words of the model.")
-    item_first: bool = pydantic.Field(False, description="Items are read before the query: nothing is shared then.")
+    items: str | Annotated[list[str], _FIRST] | Annotated[list[TokenIds], _FIRST] = pydantic.Field(
+        description="Texts, or token ids, of the items."
+    )
+    label_token_ids: TokenIds = pydantic.Field(description="The tokens whose probabilities are returned.")
+    apply_softmax: bool = pydantic.Field(False, description="Normalize over the labels; otherwise over the vocabulary.")
+    item_first: bool = pydantic.Field(False, description="Items are read before the query, so they share no prefix.")
     model: str = pydantic.Field("", description="Ignored: one model is served.")
 
 
 class Usage(pydantic.BaseModel):
+    """Tokens of the request."""
+
     prompt_tokens: int
     cached_tokens: int
     total_tokens: int
@@ -70,6 +74,8 @@ class Usage(pydantic.BaseModel):
 
 
 class ScoreResponse(pydantic.BaseModel):
+    """A response of SGLang's /v1/score."""
+
     scores: list[list[float]] = pydantic.Field(description="Probabilities of the labels, in the order of the request.")
     model: str
     usage: Usage
@@ -78,21 +84,21 @@ class ScoreResponse(pydantic.BaseModel):
 
 
 def make_app(service: Service, credentials: Credentials, refusals: Refusals) -> FastAPI:
-    """The application; all but `OPEN_PATHS` needs the callers' token, where there is one."""
+    """The application. All paths but `OPEN_PATHS` need the callers' token, if the server has one."""
     app = FastAPI(title="brewjax", description=DESCRIPTION, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_middleware(Admission, service=service, credentials=credentials, refusals=refusals, open_paths=OPEN_PATHS)
 
     @app.exception_handler(starlette.exceptions.HTTPException)
-    async def in_one_form(request: Request, error: starlette.exceptions.HTTPException) -> JSONResponse:
+    async def format_error(request: Request, error: starlette.exceptions.HTTPException) -> JSONResponse:
         return error_response(error.status_code, error.detail, dict(error.headers or {}))
 
     @app.post("/v1/score")
     async def score(request: Request, response: Response) -> ScoreResponse:
-        """Scores items behind a query, in one pass where they fit."""
+        """Scores items behind a query, in one pass if they fit."""
         try:
-            asked = await _parse(request)
-            asked.request_id = request.headers.get("x-request-id", "")
-            answer = await _unless_gone(request, service.score(asked))
+            rpc_request = await _parse(request)
+            rpc_request.request_id = request.headers.get("x-request-id", "")
+            answer = await _until_disconnect(request, service.score(rpc_request))
         except HTTPException:
             raise
         except Exception as error:
@@ -101,37 +107,37 @@ def make_app(service: Service, credentials: Credentials, refusals: Refusals) -> 
                 log.exception("request failed", extra={"request_id": request.headers.get("x-request-id", "")})
             retry = {"Retry-After": str(round(error.retry_after + 0.5))} if isinstance(error, QueueFullError) else None
             message = truncate_message(error)
-            for ours, theirs in FIELDS.items():
-                message = re.sub(ours, theirs, message)
+            for rpc_field, field in FIELDS.items():
+                message = re.sub(rpc_field, field, message)
             raise HTTPException(HTTP_STATUS.get(code, 500), message, retry) from None
         response.headers["x-request-id"] = answer.request_id
-        read = answer.usage.prefix_tokens + answer.usage.item_tokens
+        num_tokens = answer.usage.prefix_tokens + answer.usage.item_tokens
         return ScoreResponse(
             scores=[list(item.probabilities) for item in sorted(answer.scores, key=lambda item: item.index)],
             model=answer.model,
-            usage=Usage(prompt_tokens=read, cached_tokens=answer.usage.cached_tokens, total_tokens=read),
+            usage=Usage(prompt_tokens=num_tokens, cached_tokens=answer.usage.cached_tokens, total_tokens=num_tokens),
             created=int(time.time()),
         )
 
     @app.get("/livez", response_class=PlainTextResponse)
     async def live() -> Response:
-        """Whether the process is of use: 503 where it can only be restarted, for the thread that scores has ended."""
+        """Liveness: 503 if the process has to be restarted, because its scoring thread has ended."""
         return PlainTextResponse("", 200 if service.live else 503)
 
     @app.get("/readyz", response_class=PlainTextResponse)
     @app.get("/health", response_class=PlainTextResponse)
     async def ready() -> Response:
-        """Whether callers should come: 503 where the server is about to stop, or its last pass failed."""
+        """Readiness: 503 if the server is about to stop, or its last pass failed."""
         return PlainTextResponse("", 200 if service.ready else 503)
 
     @app.get("/startupz", response_class=PlainTextResponse)
     async def started() -> Response:
-        """200: the server listens only once everything is compiled."""
+        """Startup: always 200, because the server listens only once everything is compiled."""
         return PlainTextResponse("")
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        """For Prometheus."""
+        """Metrics in Prometheus' text format."""
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/docs", include_in_schema=False)
@@ -143,7 +149,7 @@ def make_app(service: Service, credentials: Credentials, refusals: Refusals) -> 
 
 
 async def _parse(request: Request) -> pb.ScoreRequest:
-    """A request as gRPC has it; HTTPException names the field that is wrong."""
+    """The body as a gRPC request. Raises HTTPException, naming the field that is wrong."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         raise HTTPException(415, "content-type: give application/json")
@@ -155,7 +161,7 @@ async def _parse(request: Request) -> pb.ScoreRequest:
         return to_rpc(ScoreRequest.model_validate_json(body))
 
     try:
-        return parse() if len(body) <= PARSED_AT_ONCE else await asyncio.to_thread(parse)
+        return parse() if len(body) <= PARSED_INLINE else await asyncio.to_thread(parse)
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         field = "the body"
@@ -165,31 +171,31 @@ async def _parse(request: Request) -> pb.ScoreRequest:
 
 
 def to_rpc(body: ScoreRequest) -> pb.ScoreRequest:
-    """The same request as gRPC has it. HTTPException where items and query are not both texts or both tokens."""
+    """The same request for gRPC. Raises HTTPException if item_first would join texts with tokens."""
     items: list[Any] = [body.items] if isinstance(body.items, str) else list(body.items)
     prefix: str | list[int] = body.query
     if body.item_first:
         if any(isinstance(item, str) != isinstance(prefix, str) for item in items):
             raise HTTPException(400, "items: with item_first, give texts with a text, tokens with tokens")
         items, prefix = [item + prefix for item in items], prefix[:0]
-    asked = raw(prefix, items, body.label_token_ids)
+    question = raw(prefix, items, body.label_token_ids)
     normalize_over = pb.ScoreRequest.LABELS if body.apply_softmax else pb.ScoreRequest.VOCABULARY
-    return pb.ScoreRequest(raw=asked, normalize_over=normalize_over)
+    return pb.ScoreRequest(raw=question, normalize_over=normalize_over)
 
 
-async def _unless_gone(request: Request, answer: Coroutine[Any, Any, pb.ScoreResponse]) -> pb.ScoreResponse:
-    """The answer; it is given up when the caller hangs up, which the stack leaves to us."""
+async def _until_disconnect(request: Request, answer: Coroutine[Any, Any, pb.ScoreResponse]) -> pb.ScoreResponse:
+    """The answer; cancelled when the caller hangs up, which neither FastAPI nor uvicorn does."""
 
-    async def hangs_up() -> None:
+    async def disconnected() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    answering, gone = asyncio.create_task(answer), asyncio.create_task(hangs_up())
+    answering, hanging_up = asyncio.create_task(answer), asyncio.create_task(disconnected())
     try:
-        await asyncio.wait((answering, gone), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((answering, hanging_up), return_when=asyncio.FIRST_COMPLETED)
         if not answering.done():
-            raise HTTPException(499, "the caller is gone")
+            raise HTTPException(499, "the caller hung up")
         return answering.result()
     finally:
         answering.cancel()
-        gone.cancel()
+        hanging_up.cancel()

@@ -1,15 +1,16 @@
-"""google-jetstream 0.2.2 at arm's length: its `Engine` over our decoder; `jetstream.py` has the rest.
+"""JetStream's `Engine` interface (google-jetstream 0.2.2) over our decoder; `jetstream.py` has the rest.
 
-Nothing but these two modules knows of JetStream. What it does to a process that serves, and what is done about it here:
+Only these two modules know of JetStream. What it does to a serving process, and what they do about it:
 
-- It imports seqio, and so TensorFlow (18 s, 0.7 GB), for tokenizers that are not used: `_import_alone`.
-- It sets the root logger to DEBUG and logs every step: `_import_alone`, and a logger of its own.
-- It calls `jax.tree_map`, which is gone: `orchestrator.delete_pytree`.
-- It kills the process when one of its threads raises: the engine that it drives (`DrivenEngine`) raises nothing, a
-  request that fails fails alone; what its own threads raise is logged, and the thread goes on (`jetstream.Driver`).
-- It never bounds its queue, checks no token, cuts long prompts silently, runs what was cancelled to the end, and turns
-  tokens into text one by one, which breaks characters of several bytes: `jetstream.Decoding` does these itself.
-- It has no end: `jetstream.Decoding.drain`.
+- It imports seqio, and so TensorFlow (18 s, 0.7 GB), for tokenizers that are not used: `_stubbed_imports`.
+- It sets the root logger to DEBUG and logs every step: `_stubbed_imports`, and a logger of its own.
+- It calls `jax.tree_map`, which JAX has removed: `orchestrator.delete_pytree`.
+- It kills the process when one of its threads raises: the engine that it drives (`DrivenEngine`) never raises, but
+  fails single requests; exceptions of its own threads are logged, and the thread continues (`jetstream.Driver`).
+- It has no limit of its queue, checks no token ids, truncates long prompts silently, runs cancelled requests to the
+  end, and detokenises one token at a time, which breaks characters of several bytes: `jetstream.Decoding` does these
+  itself.
+- It cannot be drained: `jetstream.Decoding.drain`.
 """
 
 from __future__ import annotations
@@ -32,40 +33,40 @@ from brewjax.model.params import Params
 
 
 @contextlib.contextmanager
-def _import_alone() -> Iterator[None]:
-    """Stand-ins for what JetStream imports and we do not use, only while it does; the root logger is left as it was.
+def _stubbed_imports() -> Iterator[None]:
+    """Stubs for modules that JetStream imports and we do not use, while it is imported; restores the root logger.
 
-    So JetStream needs none of its requirements but ours: `pip install --no-deps google-jetstream` is enough.
+    So JetStream needs no requirements beyond ours: `pip install --no-deps google-jetstream` is enough.
     """
-    names: dict[str, dict[str, Any]] = {
+    stubbed: dict[str, dict[str, Any]] = {
         "seqio": {},
         "seqio.vocabularies": {"SentencePieceVocabulary": object, "Vocabulary": object},
         "tiktoken": {},
         "tiktoken.load": {"load_tiktoken_bpe": None},
         "jetstream.core.metrics.prometheus": {
             "JetstreamMetricsCollector": object
-        },  # two gauges for everyone's registry
+        },  # registers two gauges in the global registry
     }
-    stand_ins = {}
-    for name, content in names.items():
-        if name not in sys.modules:  # whoever has imported it keeps it
-            stand_ins[name] = types.ModuleType(name)
-            vars(stand_ins[name]).update(content)
+    stubs = {}
+    for name, content in stubbed.items():
+        if name not in sys.modules:  # a real import stays
+            stubs[name] = types.ModuleType(name)
+            vars(stubs[name]).update(content)
     root = logging.getLogger()
     level, handlers = root.level, root.handlers[:]
-    sys.modules.update(stand_ins)
+    sys.modules.update(stubs)
     try:
         yield
     except ModuleNotFoundError as error:
         raise ImportError(f"{error}: Decode needs google-jetstream; the README says how to install it") from error
     finally:
-        for name in stand_ins:
+        for name in stubs:
             del sys.modules[name]
         root.setLevel(level)
         root.handlers[:] = handlers
 
 
-with _import_alone():
+with _stubbed_imports():
     from jetstream.core import orchestrator
     from jetstream.core.proto import jetstream_pb2 as pb
     from jetstream.core.proto import jetstream_pb2_grpc
@@ -74,9 +75,9 @@ with _import_alone():
 __all__ = ["BrewEngine", "BrewTokenizer", "DecodeCall", "DrivenEngine", "jetstream_pb2_grpc", "orchestrator", "pb"]
 
 log = logging.getLogger(__name__)
-# Its calls of `logging.info` would go to the root logger, and give it a handler where it has none.
+# Its calls of `logging.info` would go to the root logger, and add a handler to it.
 orchestrator.logging = token_utils.logging = logging.getLogger("jetstream")
-orchestrator.logging.setLevel(logging.WARNING)  # unless someone asks for a line a step
+orchestrator.logging.setLevel(logging.WARNING)  # INFO is a line per step
 orchestrator.delete_pytree = lambda prefix: jax.tree.map(_delete, prefix)  # without `jax.tree_map`
 
 
@@ -86,20 +87,20 @@ def _delete(leaf: Any) -> None:
 
 
 class BrewTokenizer(tokenizer_api.Tokenizer):
-    """Our tokenizer as JetStream has them; an id that there is none of is -1."""
+    """Our tokenizer by JetStream's interface; a special token that the tokenizer lacks has id -1."""
 
     def __init__(self, tokenizer: Tokenizer, generator: Generator):
         self._tokenizer, self._generator = tokenizer, generator
 
     def encode(self, s: str, **kwargs: Any) -> tuple[np.ndarray, int]:
-        """Padded token ids and their true number; `is_bos` (by default) puts the first token in front."""
+        """Padded token ids and their number without padding; `is_bos` (default True) adds BOS in front."""
         ids = self._tokenizer.hf.backend_tokenizer.encode(s, add_special_tokens=False).ids
         if kwargs.get("is_bos", True):
             ids = self._tokenizer.with_bos(ids)
         return self._generator.pad(ids), len(ids)
 
     def decode(self, token_ids: list[int], **kwargs: Any) -> str:
-        """The text of these ids, special tokens spelled out."""
+        """The text of token ids, including special tokens."""
         return self._tokenizer.hf.backend_tokenizer.decode(token_ids, skip_special_tokens=False)
 
     @property
@@ -116,7 +117,7 @@ class BrewTokenizer(tokenizer_api.Tokenizer):
 
     @property
     def stop_tokens(self) -> set[int]:
-        """Not the padding's, which may be a word."""
+        """End of sequence only: the padding token may be a word."""
         return {self.eos_id} - {-1}
 
 
@@ -125,13 +126,13 @@ def _id(token: int | None) -> int:
 
 
 class BrewEngine(engine_api.Engine):
-    """JetStream's engine over our decoder, as its interface has it: arrays in, arrays out, one sample a slot."""
+    """JetStream's engine interface over our decoder: arrays in, arrays out, one sample per slot."""
 
     def __init__(self, generator: Generator, tokenizer: Tokenizer):
         self.generator, self.tokenizer = generator, tokenizer
 
     def load_params(self, *args: Any, **kwargs: Any) -> Params:
-        """Those of the generator, which it computes with, whatever `params` it is handed later."""
+        """The generator's parameters. Every method uses these, whatever `params` it is passed."""
         return self.generator.params
 
     def prefill(
@@ -142,27 +143,29 @@ class BrewEngine(engine_api.Engine):
         padded_tokens: Int[np.ndarray, " T"],
         true_length: int,
     ) -> Prefix:
-        """Reads a prompt, behind a prefix that was read before where it is given."""
+        """Computes the keys and values of a prompt, after an existing prefix if there is one."""
         return self.generator.prefill(padded_tokens, true_length, existing_prefix)
 
     def insert(self, prefix: Prefix, decode_state: DecodeState, slot: int) -> DecodeState:
+        """The decode state with a prefix in a slot."""
         return self.generator.insert(decode_state, prefix, slot)
 
     def generate(self, params: Params, decode_state: DecodeState) -> tuple[DecodeState, engine_api.ResultTokens]:
-        """A token in every slot. It waits for it: what fails, fails here."""
-        slots, tokens = self.generator.step(decode_state)
-        drawn = np.asarray(tokens)
-        return slots, _result(np.stack([drawn, np.ones_like(drawn), np.asarray(slots.num_sampled)], 1))
+        """Samples a token in every slot, and waits for it, so that errors of the device are raised here."""
+        decode_state, tokens = self.generator.step(decode_state)
+        sampled = np.asarray(tokens)
+        num_sampled = np.asarray(decode_state.num_sampled)
+        return decode_state, _result(np.stack([sampled, np.ones_like(sampled), num_sampled], 1))
 
     def init_decode_state(self, *args: Any, **kwargs: Any) -> DecodeState:
         return self.generator.slots()
 
     def get_prefix_destination_sharding(self) -> Any:
-        """A prefix is where it is needed: the same devices read and write."""
+        """None: prefill and generation use the same devices."""
         return None
 
     def get_tokenizer(self) -> tokenizer_pb2.TokenizerParameters:
-        """Says nothing: `build_tokenizer` knows."""
+        """Empty: `build_tokenizer` needs no parameters."""
         return tokenizer_pb2.TokenizerParameters()
 
     def build_tokenizer(self, metadata: tokenizer_pb2.TokenizerParameters) -> BrewTokenizer:
@@ -190,7 +193,7 @@ class BrewEngine(engine_api.Engine):
 
 
 def _result(rows: Int[np.ndarray, "N 3"]) -> engine_api.ResultTokens:
-    """Token, whether it counts, and number of tokens, of each slot."""
+    """JetStream's result from the columns token, is valid, number of tokens, a row per slot."""
     return engine_api.ResultTokens(rows, tokens_idx=(0, 1), valid_idx=(1, 2), length_idx=(2, 3), samples_per_slot=1)
 
 
@@ -198,19 +201,20 @@ class DecodeCall:
     """One call of Decode.
 
     Attributes:
-      tokens: of the prompt, then those that were drawn.
-      left: how many more may be drawn.
-      closed: the call is over, whoever ended it.
-      driven: JetStream holds it.
-      error: why it failed, and the code that says so.
-      version: of the weights that its slot's keys and values are from.
-      end: ends the call, whatever JetStream does.
+      max_tokens: how many tokens the caller wants at most.
+      tokens: of the prompt, followed by the sampled ones.
+      remaining: how many more may be sampled.
+      closed: whether the gRPC call has ended.
+      driven: whether JetStream holds the call.
+      error: gRPC code and message of a failure.
+      version: of the weights that computed the keys and values in its slot.
+      end: ends the gRPC call, whatever JetStream does.
     """
 
     session_cache = ""  # JetStream's only use of it is to leave out the first token
 
     def __init__(self, max_tokens: int):
-        self.max_tokens = self.left = max_tokens
+        self.max_tokens = self.remaining = max_tokens
         self.tokens: list[int] = []
         self.closed = self.driven = False
         self.error: tuple[grpc.StatusCode, str] | None = None
@@ -219,22 +223,25 @@ class DecodeCall:
 
     @property
     def over(self) -> bool:
-        """Nothing more is to be computed for it."""
-        return self.closed or self.error is not None or not self.left
+        """Whether no more tokens have to be computed for the call."""
+        return self.closed or self.error is not None or not self.remaining
 
-    def fail(self, code: grpc.StatusCode, why: str) -> None:
-        self.error = self.error or (code, why)
+    def fail(self, code: grpc.StatusCode, message: str) -> None:
+        """Records an error, unless there is one already."""
+        self.error = self.error or (code, message)
 
 
 class DrivenEngine(BrewEngine):
-    """The engine that the driver has: it raises nothing, and knows whose request is in which slot.
+    """The engine that JetStream's driver runs: it never raises, and it knows which request is in which slot.
 
-    Its "tokens" are a `DecodeCall`, its prefix a request with its prefix, and it keeps the decode state itself, which a
-    failed step takes with it. A request that is over is reported as invalid, and JetStream frees its slot.
+    Its "tokens" are a `DecodeCall`, its prefix a request with a `Prefix`, and it keeps the decode state itself, because
+    a failed step donates it. A request that is over is reported as invalid, and JetStream frees its slot.
 
     Args:
-      device: held while programs are sent to the device.
-      released: is told of each request that JetStream is done with.
+      generator: computes.
+      tokenizer: knows the stop tokens.
+      device: held while programs are dispatched.
+      on_released: called with each request that JetStream no longer holds.
     """
 
     def __init__(
@@ -242,20 +249,20 @@ class DrivenEngine(BrewEngine):
         generator: Generator,
         tokenizer: Tokenizer,
         device: contextlib.AbstractContextManager,
-        released: Callable[[DecodeCall], None],
+        on_released: Callable[[DecodeCall], None],
     ):
         super().__init__(generator, tokenizer)
-        self._device, self._released = device, released
+        self._device, self._on_released = device, on_released
         self._stop = BrewTokenizer(tokenizer, generator).stop_tokens
         self._requests: dict[int, DecodeCall] = {}  # by slot
         self._slots: DecodeState | None = None
         self._version = 0
 
     def load(self, params: Params) -> None:
-        """Other weights, from the next step on; texts that are running are read again with them."""
-        placed = self.generator.shard_params(params)
+        """Uses other weights from the next step on; the keys and values of running texts are computed again."""
+        sharded = self.generator.shard_params(params)
         with self._device:
-            self.generator.params = placed
+            self.generator.params = sharded
             self._version += 1
 
     def init_decode_state(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
@@ -268,7 +275,7 @@ class DrivenEngine(BrewEngine):
         try:
             with self._device:
                 prefix = self._read(request)
-            return request, jax.block_until_ready(prefix)  # what fails, fails here, and alone
+            return request, jax.block_until_ready(prefix)  # an error of the device fails this request only
         except Exception as error:
             log.exception("prefill failed")
             request.fail(grpc.StatusCode.INTERNAL, f"prefill failed: {type(error).__name__}")
@@ -278,30 +285,31 @@ class DrivenEngine(BrewEngine):
         request, keys_values = prefix
         self._requests[slot] = request
         if keys_values is not None:
-            with self._failing_all("insert"), self._device:
+            with self._fail_requests_on_error("insert"), self._device:
                 self._put(keys_values, slot)
 
     def generate(self, params: Params, decode_state: None) -> tuple[None, engine_api.ResultTokens]:  # type: ignore[override]
         rows = np.zeros((self.max_concurrent_decodes, 3), np.int32)
         running = {slot: request for slot, request in self._requests.items() if not request.over}
         for slot in self._requests.keys() - running.keys():
-            self._released(self._requests.pop(slot))
+            self._on_released(self._requests.pop(slot))
         if not running:
             return None, _result(rows)
-        with self._failing_all("step"):
+        with self._fail_requests_on_error("step"):
             with self._device:
                 for slot, request in running.items():
                     if request.version != self._version:
                         self._put(self._read(request), slot)
-                assert self._slots is not None  # whoever runs was put there
-                self._slots, drawn = self.generator.step(self._slots)
-            for (slot, request), token in zip(running.items(), np.asarray(drawn)[list(running)].tolist(), strict=True):
+                assert self._slots is not None  # a running request was inserted
+                self._slots, tokens = self.generator.step(self._slots)
+            sampled = np.asarray(tokens)[list(running)].tolist()
+            for (slot, request), token in zip(running.items(), sampled, strict=True):
                 if token in self._stop:
-                    request.left = 0
+                    request.remaining = 0
                     continue
                 request.tokens.append(token)
-                request.left -= 1
-                rows[slot] = token, True, request.max_tokens - request.left
+                request.remaining -= 1
+                rows[slot] = token, True, request.max_tokens - request.remaining
         return None, _result(rows)
 
     def _read(self, request: DecodeCall) -> Prefix:
@@ -312,12 +320,12 @@ class DrivenEngine(BrewEngine):
         self._slots = self.generator.insert(self._slots or self.generator.slots(), prefix, slot)
 
     @contextlib.contextmanager
-    def _failing_all(self, what: str) -> Iterator[None]:
-        """An error takes the keys and values of every slot with it, and so every request in one."""
+    def _fail_requests_on_error(self, operation: str) -> Iterator[None]:
+        """Fails every request in a slot on an error, which loses the keys and values of all slots."""
         try:
             yield
         except Exception as error:
-            log.exception("%s failed", what)
+            log.exception("%s failed", operation)
             self._slots = None
             for request in self._requests.values():
-                request.fail(grpc.StatusCode.INTERNAL, f"{what} failed: {type(error).__name__}")
+                request.fail(grpc.StatusCode.INTERNAL, f"{operation} failed: {type(error).__name__}")

@@ -1,4 +1,4 @@
-"""What the HTTP port says of itself: its OpenAPI schema, and a page made of it that needs nothing from elsewhere."""
+"""Documentation of the HTTP API: its OpenAPI schema, and a self-contained page made from it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ERRORS = {  # of scoring
     "408": "The body did not arrive in time.",
     "413": "The body has too many bytes.",
     "415": "The body is not JSON, or it is compressed.",
-    "429": "The queue is full; Retry-After says when to come back.",
+    "429": "The queue is full; Retry-After is the time to wait.",
     "500": "A pass failed; the server's log has more.",
     "503": "The server stops.",
     "504": "Not answered in time.",
@@ -36,7 +36,7 @@ pre {{ padding: 1em; overflow-x: auto }} td, th {{ text-align: left; vertical-al
 
 
 class Error(pydantic.BaseModel):
-    """What is wrong, and where."""
+    """An error; the message names the field and what is wrong with it."""
 
     object: str = "error"
     message: str
@@ -44,7 +44,7 @@ class Error(pydantic.BaseModel):
 
 
 def describe(app: FastAPI, request: type[pydantic.BaseModel], needs_token: bool, open_paths: Sequence[str]) -> None:
-    """Has the application's schema say every status, what the body of `/v1/score` is, and who needs a token."""
+    """Adds to the application's schema every status, the body of `/v1/score`, and which paths need a token."""
     make_schema = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -65,7 +65,7 @@ def describe(app: FastAPI, request: type[pydantic.BaseModel], needs_token: bool,
                 operation["requestBody"] = {"required": True, "content": _json(request.__name__)}
                 responses |= {code: _error(text) for code, text in ERRORS.items()}
             elif path in ("/livez", "/readyz", "/health"):
-                responses["503"] = {"description": "No."}
+                responses["503"] = {"description": "The probe fails."}
             if needs_token and path not in open_paths:
                 operation["security"] = [{"bearer": []}]
                 responses["401"] = _error(UNAUTHENTICATED)
@@ -75,7 +75,7 @@ def describe(app: FastAPI, request: type[pydantic.BaseModel], needs_token: bool,
 
 
 def render_page(schema: dict[str, Any]) -> str:
-    """A page of HTML, without scripts, that says what the schema says."""
+    """The schema as a page of HTML without scripts."""
     operations = []
     for path, methods in schema["paths"].items():
         for method, operation in methods.items():

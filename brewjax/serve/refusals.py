@@ -1,4 +1,4 @@
-"""What is refused: told to its caller in few words, counted by reason, and logged without what was in it."""
+"""Refusals: reported to the caller in a short message, counted by reason, and logged without their contents."""
 
 from __future__ import annotations
 
@@ -41,24 +41,24 @@ HTTP_REASONS = {
 
 
 class ForbiddenError(RuntimeError):
-    """Known callers ask for what is not theirs to ask."""
+    """An authenticated caller may not make this call."""
 
 
 class Refusals:
-    """Counts and logs what was refused on either port."""
+    """Counts and logs refusals of either port."""
 
     def __init__(self, metrics: Metrics):
         self._counter = metrics.refused
 
-    def note(self, port: str, reason: str, method: str = "", request_id: str = "") -> None:
-        """One more. Nothing of a request is logged but its id."""
+    def record(self, port: str, reason: str, method: str = "", request_id: str = "") -> None:
+        """Counts and logs one refusal. Only its id of a request is logged, because the rest may be personal."""
         self._counter.labels(port, reason).inc()
         fields = {"port": port, "reason": reason, "method": method, "request_id": request_id[:MAX_ID]}
         log.info("refused", extra={key: value for key, value in fields.items() if value})
 
 
 def status_of(error: BaseException) -> grpc.StatusCode:
-    """The gRPC code that tells a caller what to do about an error."""
+    """The gRPC code of an error."""
     kinds: dict[type[BaseException], grpc.StatusCode] = {
         QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
         ClosedError: grpc.StatusCode.UNAVAILABLE,
@@ -71,7 +71,7 @@ def status_of(error: BaseException) -> grpc.StatusCode:
 
 
 def truncate_message(error: BaseException | str) -> str:
-    """What an error says, however much of a request it quotes; nothing of what went wrong inside."""
+    """The message of an error, shortened if it quotes a long request; internal errors reveal nothing."""
     if isinstance(error, BaseException) and status_of(error) is grpc.StatusCode.INTERNAL:
         return INTERNAL
     message = str(error)

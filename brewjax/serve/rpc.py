@@ -1,4 +1,4 @@
-"""The gRPC face: Ranker, and the door that every call comes through."""
+"""The gRPC API: the Ranker service, and the interceptor that every call passes."""
 
 from __future__ import annotations
 
@@ -25,35 +25,36 @@ log = logging.getLogger(__name__)
 Code = grpc.StatusCode
 RANKER = pb.DESCRIPTOR.services_by_name["Ranker"].full_name
 RELOAD = f"/{RANKER}/Reload"
-OPEN = "/grpc.health.v1.Health/"  # may be called without a token
+OPEN = "/grpc.health.v1.Health/"  # prefix of methods that need no token
 CODES = {code.value[0]: code for code in Code}
-PINGS_MS = 500  # callers may ping so often
+MIN_PING_MS = 500  # callers may ping this often
 Reload = Callable[[str], Awaitable[str]]
 
 
 def channel_options(config: ServeConfig) -> list[tuple[str, int]]:
-    """What gRPC itself is to hold callers to."""
+    """Limits that gRPC itself enforces."""
     return [
-        # Larger ones are refused with a clear code by the service, much larger ones by gRPC.
+        # Up to four times the limit the service refuses a message with a clear error; beyond that gRPC does.
         ("grpc.max_receive_message_length", 4 * config.max_request_bytes),
         ("grpc.max_concurrent_streams", 2 * config.max_concurrent_requests),
         ("grpc.max_allowed_incoming_connections", config.connections),
         ("grpc.server_handshake_timeout_ms", int(1000 * config.header_seconds)),
         # Go, Envoy and mesh sidecars ping to keep a connection open, with and without calls on it. By default gRPC
-        # ends every call of one that pings more than once in five minutes ("Too many pings").
+        # ends every call of a caller that pings more than once in five minutes ("Too many pings").
         ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.min_ping_interval_without_data_ms", PINGS_MS),
+        ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_MS),
         ("grpc.max_connection_idle_ms", int(1000 * config.keep_alive_seconds)),
-        # And we ping, for a caller that vanished without a word to be noticed.
+        # The server pings too, to notice callers that vanished without closing their connection.
         ("grpc.keepalive_time_ms", 60_000),
         ("grpc.so_reuseport", 0),
     ]
 
 
 class Ranker(ranker_pb2_grpc.RankerServicer):
-    """Answers for a `Service`.
+    """The Ranker service of ranker.proto, on top of a `Service`.
 
     Args:
+      service: scores.
       reload: serves the checkpoint of a folder, and returns its name and version.
     """
 
@@ -74,18 +75,17 @@ class Ranker(ranker_pb2_grpc.RankerServicer):
 
 
 class Door(ServerInterceptor):
-    """What every call goes through: its token first; then its message, read within a time; errors become codes, and
-    refusals are counted.
+    """Checks the token of every call, reads its message within a time limit, turns errors into codes, counts refusals.
 
-    gRPC would read the message before it calls a handler, for as long as the caller takes to send it, and would answer
-    UNKNOWN with a traceback in the log where it cannot be parsed. So handlers are given to it as ones of a stream of
-    messages, which they read themselves.
+    By default gRPC reads the message before it calls a handler, for as long as the caller takes to send it, and answers
+    UNKNOWN, with a traceback in the log, to one that it cannot parse. So every handler is registered as one of a stream
+    of messages, and reads its single message itself, after the token is checked.
     """
 
     def __init__(self, credentials: Credentials, config: ServeConfig, metrics: Metrics, refusals: Refusals):
         self._credentials, self._config, self._refusals = credentials, config, refusals
         self._gauge = metrics.grpc_calls
-        self._calls = {True: 0, False: 0}  # in progress, by whether they need no token
+        self._calls = {True: 0, False: 0}  # calls in progress, by whether their method needs no token
 
     async def intercept_service(
         self,
@@ -97,13 +97,13 @@ class Door(ServerInterceptor):
         if refusal := self._refusal(method, authorization):
 
             async def refuse(messages: Any, context: ServicerContext) -> None:
-                self._refusals.note("grpc", REASONS[refusal[0]])
+                self._refusals.record("grpc", REASONS[refusal[0]])
                 await context.abort(*refusal)
 
             return grpc.stream_unary_rpc_method_handler(refuse)
         handler: Any = await continuation(details)
         if handler is None:
-            self._refusals.note("grpc", REASONS[Code.UNIMPLEMENTED])
+            self._refusals.record("grpc", REASONS[Code.UNIMPLEMENTED])
         if handler is None or handler.request_streaming:
             return handler
 
@@ -117,7 +117,7 @@ class Door(ServerInterceptor):
                 async with self._refusing(method, context) as fields:
                     responses = handler.unary_stream(await self._read(handler, messages, fields), context)
                     if not hasattr(responses, "__aiter__"):
-                        await responses  # it writes them itself
+                        await responses  # the handler writes its responses itself
                         return
                     async for response in responses:
                         yield response
@@ -127,15 +127,14 @@ class Door(ServerInterceptor):
         return grpc.stream_unary_rpc_method_handler(answer, None, handler.response_serializer)
 
     def _refusal(self, method: str, authorization: str) -> tuple[grpc.StatusCode, str] | None:
-        """Why a call is not even read; None where it is."""
+        """Code and message for a call that is refused before its message is read, or None."""
         is_open = method.startswith(OPEN)
         if not is_open and not self._credentials.may_call(authorization):
             return Code.UNAUTHENTICATED, "a bearer token is needed: authorization: Bearer .."
         if method == RELOAD and not self._credentials.may_reload(authorization):
             return Code.PERMISSION_DENIED, "Reload needs a token of its own, that of the server's admin_token_file"
-        limit = (
-            self._config.connections if is_open else 2 * self._config.max_concurrent_requests
-        )  # every connection may watch health
+        # Every connection may watch health.
+        limit = self._config.connections if is_open else 2 * self._config.max_concurrent_requests
         if self._calls[is_open] >= limit:
             return Code.RESOURCE_EXHAUSTED, f"{self._calls[is_open]} calls are answered at a time; try again later"
         return None
@@ -152,7 +151,10 @@ class Door(ServerInterceptor):
             self._gauge.set(sum(self._calls.values()))
 
     async def _read(self, handler: Any, messages: AsyncIterator[bytes], fields: dict[str, str]) -> Message:
-        """The one message of a call; its id goes to the `fields` of a log line. Raises TimeoutError and ValueError."""
+        """The single message of a call; its request_id is added to `fields`, those of a log line.
+
+        Raises TimeoutError for a message that is late, and ValueError for one that cannot be parsed.
+        """
         try:
             async with asyncio.timeout(self._config.body_seconds):
                 message = await anext(aiter(messages))
@@ -169,25 +171,25 @@ class Door(ServerInterceptor):
 
     @contextlib.asynccontextmanager
     async def _refusing(self, method: str, context: ServicerContext) -> AsyncIterator[dict[str, str]]:
-        """Turns errors into codes; a full queue says when to come back, in the way that gRPC's own retries obey.
+        """Turns errors into codes. QueueFullError comes with the pushback time that gRPC's own retries obey.
 
-        Gives the fields of the log line, to be filled.
+        Yields the fields of the log line, for the caller to fill.
         """
         is_open, fields = method.startswith(OPEN), {"method": method.rpartition("/")[2]}
         try:
             yield fields
         except AbortError:
-            self._refusals.note("grpc", REASONS.get(CODES[int(context.code())], "failed"), **fields)
+            self._refusals.record("grpc", REASONS.get(CODES[int(context.code())], "failed"), **fields)
             raise
         except (asyncio.CancelledError, GeneratorExit):
-            if not is_open:  # nobody watches health to the end
-                self._refusals.note("grpc", "cancelled", **fields)
+            if not is_open:  # a health watch normally ends so
+                self._refusals.record("grpc", "cancelled", **fields)
             raise
         except Exception as error:
             code = status_of(error)
             if code is Code.INTERNAL:
                 log.exception("request failed", extra=fields)
-            self._refusals.note("grpc", REASONS.get(code, "failed"), **fields)
+            self._refusals.record("grpc", REASONS.get(code, "failed"), **fields)
             trailing: tuple[tuple[str, str], ...] = ()
             if isinstance(error, QueueFullError):
                 trailing = (("grpc-retry-pushback-ms", str(int(error.retry_after * 1000))),)

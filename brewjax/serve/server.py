@@ -1,4 +1,4 @@
-"""One process that serves a model: gRPC and HTTP on one event loop, a thread that scores, and a way to stop."""
+"""The server process: gRPC and HTTP on one event loop, a thread that scores, reload and graceful stop."""
 
 from __future__ import annotations
 
@@ -49,13 +49,22 @@ if TYPE_CHECKING:
     from brewjax.serve.jetstream import Decoding
 
 log = logging.getLogger(__name__)
-LIVENESS, READINESS, STARTUP = "liveness", "readiness", "startup"  # names for gRPC's health service
+LIVENESS, READINESS, STARTUP = "liveness", "readiness", "startup"  # names of the probes in gRPC's health service
 
 
 class Server:
-    """A model folder, served.
+    """Serves a model folder. Construction loads the model and compiles every shape, which takes seconds to minutes.
 
-    After `start`, `port` and `http_port` say where; `stop` drains.
+    Args:
+      folder: of the model.
+      config: addresses, credentials and limits.
+
+    Raises:
+      ConfigError: for a setting that cannot be used, such as a port that is taken.
+      ValueError: for a folder that is not a model's.
+
+    Attributes:
+      port, http_port: where the server listens after `start`.
     """
 
     def __init__(self, folder: Path, config: ServeConfig):
@@ -63,10 +72,10 @@ class Server:
         self._credentials = Credentials(config)
         _check_ports(config)
         tasks = [Task.load(path) for path in config.tasks]
-        share = "context" if jax.default_backend() == "cpu" else "tensor"
-        self._mesh = config.mesh or MeshConfig.model_validate({share: jax.device_count()})
+        axis = "context" if jax.default_backend() == "cpu" else "tensor"
+        self._mesh = config.mesh or MeshConfig.model_validate({axis: jax.device_count()})
         bundle = Bundle.load(folder, self._mesh)
-        buckets, pages = _memory(bundle, config)
+        buckets, pages = _plan_memory(bundle, config)
         metrics = Metrics()
         scorer = Scorer(
             bundle.model, bundle.params, bundle.tokenizer, bundle.prompts.layout, buckets, self._mesh.build(), pages
@@ -74,22 +83,23 @@ class Server:
         scorer.warm_up()
         costs = scorer.profile_buckets()
         metrics.compilations.set(scorer.compilations())
-        batcher = Scheduler(costs, PrefixCache(pages))
+        scheduler = Scheduler(costs, PrefixCache(pages))
         device = threading.Lock()
-        worker = ScoringLoop(scorer, batcher, metrics, config.max_queued_tokens, config.batch_timeout_ms / 1000, device)
-        self._decoding = _decoding(bundle, config, self._mesh.build(), device)
-        self.service = Service(bundle, hash_folder(folder)[:8], tasks, worker, costs, config, metrics)
+        batch_timeout = config.batch_timeout_ms / 1000
+        scoring_loop = ScoringLoop(scorer, scheduler, metrics, config.max_queued_tokens, batch_timeout, device)
+        self._decoding = _make_decoding(bundle, config, self._mesh.build(), device)
+        self.service = Service(bundle, hash_folder(folder)[:8], tasks, scoring_loop, costs, config, metrics)
         self.port = self.http_port = 0
         self._http: HttpServer | None = None
         self._refusals = Refusals(metrics)
         self._reloading = asyncio.Lock()
 
     async def start(self) -> None:
-        """Listens; OSError where a port is taken."""
+        """Starts to listen on both ports. Raises OSError for a port that is taken."""
         config = self.config
-        traced, self._trace_http = trace_to_collector()
+        tracing, self._trace_http = trace_to_collector()
         door = Door(self._credentials, config, self.service.metrics, self._refusals)
-        self._rpc = grpc.aio.server(interceptors=[*traced, door], options=channel_options(config))
+        self._rpc = grpc.aio.server(interceptors=[*tracing, door], options=channel_options(config))
         ranker_pb2_grpc.add_RankerServicer_to_server(Ranker(self.service, self.reload), self._rpc)
         self._health = Health()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._rpc)
@@ -100,18 +110,18 @@ class Server:
         reflection.enable_server_reflection(services, self._rpc)
         try:
             self.port = self._add_port()
-            http = [] if config.http_port is None else listen(config.host, config.http_port)
+            http_sockets = [] if config.http_port is None else listen(config.host, config.http_port)
         except (OSError, RuntimeError) as error:
             raise OSError(f"port {config.port} or http_port {config.http_port} of {config.host}: {error}") from None
-        self.service.worker.start()
+        self.service.scoring_loop.start()
         await self._rpc.start()
-        if http:
-            await self._start_http(http)
+        if http_sockets:
+            await self._start_http(http_sockets)
         self._reporting_health = asyncio.create_task(self._report_health())
         log.info("ready", extra={"model": self.service.model, "port": self.port, "http_port": self.http_port})
 
     def _add_port(self) -> int:
-        """Has gRPC listen, at every address of the host, and returns the port."""
+        """Makes gRPC listen at every address of the host; returns the port."""
         host = "::" if self.config.host in WILDCARDS else self.config.host
         address = f"[{host}]:{self.config.port}" if ":" in host else f"{host}:{self.config.port}"
         if credentials := self._credentials.for_grpc():
@@ -137,17 +147,27 @@ class Server:
             await asyncio.sleep(0.2)
 
     def read_credentials(self) -> None:
-        """Takes up tokens and certificate anew; ConfigError names the file that is of no use, and the old ones stay."""
+        """Loads tokens and certificate again.
+
+        Raises ConfigError, naming the file, for one that cannot be used; the old ones stay in use.
+        """
         self._credentials.read_again()
-        log.info("took up tokens and certificate")
+        log.info("tokens and certificate loaded")
 
     async def reload(self, folder: str) -> str:
-        """Serves another checkpoint of the same shape, and returns its name and version.
+        """Serves another checkpoint of the same shape.
 
-        Raises ForbiddenError for a folder that is not below `reload_below`, and ValueError where it cannot be read or
-        does not fit; the one before is served on.
+        Args:
+          folder: of the checkpoint; empty for the folder that the server started with.
+
+        Returns:
+          the name and version of the checkpoint.
+
+        Raises:
+          ForbiddenError: for a folder that is not below `reload_below`.
+          ValueError: for a checkpoint that cannot be read or does not fit. The previous one stays in use.
         """
-        path = self._reloadable(folder) if folder else self.folder
+        path = self._check_folder(folder) if folder else self.folder
         async with self._reloading:
             try:
                 bundle = await asyncio.to_thread(self._read, path)
@@ -158,12 +178,12 @@ class Server:
             except ValueError:
                 self.service.metrics.reloads.labels("refused").inc()
                 raise
-        self.service.metrics.reloads.labels("taken up").inc()
+        self.service.metrics.reloads.labels("loaded").inc()
         log.info("reloaded", extra={"model": self.service.model, "folder": str(path)})
         return self.service.model
 
-    def _reloadable(self, folder: str) -> Path:
-        """A folder that a caller names, with all links followed."""
+    def _check_folder(self, folder: str) -> Path:
+        """The folder that a caller names, with links resolved. Raises ForbiddenError outside of `reload_below`."""
         path, below = Path(folder).resolve(), self.config.reload_below
         if path != self.folder.resolve() and not (below and path.is_relative_to(Path(below).resolve())):
             raise ForbiddenError(f"folder: not below {below}" if below else "folder: the server has no reload_below")
@@ -172,14 +192,21 @@ class Server:
     def _read(self, path: Path) -> Bundle:
         try:
             return Bundle.load(path, self._mesh)
-        except Exception as error:  # of the many that a broken checkpoint can raise
+        except Exception as error:  # a broken checkpoint can raise any of many
             raise ValueError(f"{path} cannot be read: {error}") from error
 
     async def stop(self, hurry: asyncio.Event | None = None) -> bool:
-        """Lets callers go elsewhere, then accepts no more and lets what runs finish.
+        """Stops gracefully.
 
-        Health fails from the first moment; requests are answered for `lame_duck_seconds`, or until `hurry` is set, and
-        HTTP connections closed with their answers. False where what runs took longer than `drain_seconds`.
+        Readiness fails at once, while requests are still answered for `lame_duck_seconds`, so that balancers send
+        callers elsewhere; HTTP connections are closed with their answers. Then no request is accepted, and those in
+        progress have `drain_seconds` to finish.
+
+        Args:
+          hurry: ends the lame-duck time when it is set.
+
+        Returns:
+          False if requests in progress took longer than `drain_seconds`.
         """
         log.info("lame duck")
         self.service.lame_duck = True
@@ -196,7 +223,7 @@ class Server:
             draining.append(self._decoding.drain(limit))
         await asyncio.gather(*draining)
         remaining = max(0.1, limit - (time.monotonic() - start_time))
-        finished = await asyncio.to_thread(self.service.worker.stop, remaining)
+        finished = await asyncio.to_thread(self.service.scoring_loop.stop, remaining)
         log.info("stopped", extra={"finished": finished})
         return finished
 
@@ -208,12 +235,18 @@ class Server:
 
 
 async def serve(folder: Path, config: ServeConfig) -> bool:
-    """Serves until SIGTERM, or SIGINT, which leaves out the lame-duck time, as a second signal does. SIGHUP reads the
-    tokens, the certificate and the folder's checkpoint again. True where all requests finished."""
-    sys.setswitchinterval(0.001)  # threads that encode and score hand over to the event loop five times sooner
+    """Serves until SIGTERM or SIGINT; SIGINT, or a second signal, skips the lame-duck time.
+
+    SIGHUP loads the tokens, the certificate and the folder's checkpoint again.
+
+    Returns:
+      True if all requests finished.
+    """
+    sys.setswitchinterval(0.001)  # seconds; threads that encode and score yield to the event loop five times sooner
     server = Server(folder, config)
     await server.start()
-    stop, hurry, loop = asyncio.Event(), asyncio.Event(), asyncio.get_running_loop()
+    stop, hurry = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
     reloads: set[asyncio.Task] = set()  # a loop holds its tasks only weakly
 
     async def reload() -> None:
@@ -226,20 +259,20 @@ async def serve(folder: Path, config: ServeConfig) -> bool:
         except ValueError as error:
             log.error("reload refused: %s", error)
 
-    def end(number: int) -> None:
-        if stop.is_set() or number == signal.SIGINT:
+    def on_signal(signal_number: int) -> None:
+        if stop.is_set() or signal_number == signal.SIGINT:
             hurry.set()
         stop.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, end, number)
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signal_number, on_signal, signal_number)
     loop.add_signal_handler(signal.SIGHUP, lambda: reloads.add(asyncio.create_task(reload())))
     await stop.wait()
     return await server.stop(hurry)
 
 
 def log_as_json() -> None:
-    """Logs go to stderr, a JSON object a line."""
+    """Logs to stderr, one JSON object per line."""
     handler = logging.StreamHandler()
     handler.setFormatter(
         JsonFormatter(
@@ -252,7 +285,7 @@ def log_as_json() -> None:
 
 
 def _check_ports(config: ServeConfig) -> None:
-    """Raises ConfigError for a port that is taken: before the model is compiled, not after."""
+    """Raises ConfigError for a port that is taken, before the model is compiled."""
     for key in ("port", "http_port"):
         try:
             if port := getattr(config, key):
@@ -262,25 +295,29 @@ def _check_ports(config: ServeConfig) -> None:
             raise config.error(f"cannot listen at {config.host}:{port}: {error.strerror}", key) from None
 
 
-def _memory(bundle: Bundle, config: ServeConfig) -> tuple[list[Bucket], int]:
-    """The shapes to compile, and how many pages the cache of prefixes has."""
+def _plan_memory(bundle: Bundle, config: ServeConfig) -> tuple[list[Bucket], int]:
+    """The shapes to compile, and the number of pages of the prefix cache.
+
+    Raises ConfigError for a cache that cannot hold one prefix.
+    """
     model = bundle.model
-    context = math.ceil((config.max_prefix_tokens or bundle.prompts.max_tokens) / PAGE)
-    bytes_in_page = 2 * PAGE * model.layers * model.kv_heads * model.head_dim * jnp.dtype(model.compute_dtype).itemsize
-    pages = int(config.prefix_cache_gb * 1e9 / bytes_in_page)
-    if pages <= context:
+    prefix_pages = math.ceil((config.max_prefix_tokens or bundle.prompts.max_tokens) / PAGE)
+    page_bytes = 2 * PAGE * model.layers * model.kv_heads * model.head_dim * jnp.dtype(model.compute_dtype).itemsize
+    pages = int(config.prefix_cache_gb * 1e9 / page_bytes)
+    if pages <= prefix_pages:
         raise config.error(
             f"{config.prefix_cache_gb} GB hold {pages * PAGE:,} tokens of this model, and one prefix may have "
-            f"{context * PAGE:,}: give {math.ceil((context + 1) * bytes_in_page / 1e7) / 100} or more",
+            f"{prefix_pages * PAGE:,}: give {math.ceil((prefix_pages + 1) * page_bytes / 1e7) / 100} or more",
             "prefix_cache_gb",
         )
-    most = max(context, max(config.token_buckets) // PAGE)
-    pasts = (0, math.ceil(most / 4), most)  # pages that are not needed are read all the same, which a CPU feels
-    return [Bucket(tokens, past) for tokens in config.token_buckets for past in pasts], pages
+    max_pages = max(prefix_pages, max(config.token_buckets) // PAGE)
+    # A pass reads as many pages as its shape has, needed or not, which costs time on a CPU: hence a smaller shape too.
+    page_counts = (0, math.ceil(max_pages / 4), max_pages)
+    return [Bucket(tokens, count) for tokens in config.token_buckets for count in page_counts], pages
 
 
-def _decoding(bundle: Bundle, config: ServeConfig, mesh: Mesh, device: threading.Lock) -> Decoding | None:
-    """JetStream's Decode, compiled, where it is asked for or can be."""
+def _make_decoding(bundle: Bundle, config: ServeConfig, mesh: Mesh, device: threading.Lock) -> Decoding | None:
+    """JetStream's Decode, compiled; None if `decode` turns it off, or is unset and google-jetstream is missing."""
     if config.decode is None and importlib.util.find_spec("jetstream") is None:
         log.info("no Decode: google-jetstream is not installed")
         return None

@@ -1,4 +1,4 @@
-"""What the server does with a request, whichever way it came: check, encode, queue, answer, count."""
+"""The path of a request, over gRPC or HTTP: check, encode, queue, answer, count."""
 
 from __future__ import annotations
 
@@ -38,11 +38,19 @@ LONG = 1 << 16  # bytes of a request that takes more than some 20 ms to encode
 
 
 class Service:
-    """A model, the worker that scores with it, and the rules of who may ask what.
+    """A model, the loop that scores with it, and the limits of requests.
 
     Args:
-      version: of the checkpoint, for answers to say which model they are from.
-      tasks: what may be asked of members, beside what the model was trained on.
+      bundle: the served model.
+      version: of the checkpoint, returned in responses.
+      tasks: for member requests, in addition to the tasks that the model was trained on.
+      scoring_loop: scores with the bundle's parameters.
+      costs: seconds that a full pass of each bucket takes, for `describe`.
+      config: limits of requests.
+      metrics: are updated with every request.
+
+    Attributes:
+      lame_duck: set while the server is about to stop: readiness fails, and requests are still answered.
     """
 
     def __init__(
@@ -50,55 +58,55 @@ class Service:
         bundle: Bundle,
         version: str,
         tasks: Sequence[Task],
-        worker: ScoringLoop,
+        scoring_loop: ScoringLoop,
         costs: dict[Bucket, float],
         config: ServeConfig,
         metrics: Metrics,
     ):
-        self.worker, self.config, self.metrics = worker, config, metrics
-        self._tasks, self._context = tasks, config.max_prefix_tokens or bundle.prompts.max_tokens
-        self._encoder = self._encodes(bundle, version)
+        self.scoring_loop, self.config, self.metrics = scoring_loop, config, metrics
+        self._tasks = tasks
+        self._max_prefix_tokens = config.max_prefix_tokens or bundle.prompts.max_tokens
+        self._encoder = self._make_encoder(bundle, version)
         self._costs = costs
-        # Tokenizers release Python's lock. Long requests have threads of their own: short ones do not wait for them.
+        # Tokenizers release Python's lock. Long requests have their own threads, so that short ones do not wait.
         self._threads = ThreadPoolExecutor(thread_name_prefix="encode")
-        self._threads_of_long = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2), "encode long")
-        self._streams = 0
+        self._long_request_threads = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2), "encode long")
+        self._num_requests = 0
         self.lame_duck = False
 
     @property
     def model(self) -> str:
-        """Name and version."""
+        """Name and version of the served model."""
         return self._encoder.model
 
     @property
     def live(self) -> bool:
-        """Whether it can score again without being restarted: the thread that scores runs."""
-        return self.worker.alive
+        """Liveness: whether the scoring thread runs. Without it the server can only be restarted."""
+        return self.scoring_loop.alive
 
     @property
     def ready(self) -> bool:
-        """Whether callers should come: it is not about to stop, and the last pass did not fail."""
-        return not self.lame_duck and self.worker.healthy
+        """Readiness: whether the server is not about to stop, and its last pass succeeded."""
+        return not self.lame_duck and self.scoring_loop.healthy
 
     @contextlib.contextmanager
     def request_scope(self, method: str, request_id: str) -> Iterator[None]:
-        """Counts, times and traces what is done of a request, logs that it was answered, and takes its place among the
-        streams.
+        """Counts, times, traces and logs a request, as one of `max_concurrent_requests`.
 
-        Raises QueueFullError where there is none.
+        Raises QueueFullError if there are too many requests already.
         """
         start_time, code = time.monotonic(), grpc.StatusCode.OK
-        self._streams += 1
+        self._num_requests += 1
         with tracer.start_as_current_span(method, attributes={"brewjax.request_id": request_id}):
             try:
-                if self._streams > self.config.max_concurrent_requests:
+                if self._num_requests > self.config.max_concurrent_requests:
                     raise QueueFullError(1.0, f"{self.config.max_concurrent_requests} requests are answered at a time")
                 yield
             except BaseException as error:
                 code = status_of(error)
                 raise
             finally:
-                self._streams -= 1
+                self._num_requests -= 1
                 seconds = time.monotonic() - start_time
                 self.metrics.requests.labels(method, code.name).inc()
                 self.metrics.request_seconds.labels(method).observe(seconds)
@@ -107,9 +115,17 @@ class Service:
                     log.info("answered", extra={**fields, "seconds": round(seconds, 4)})
 
     async def score(self, request: pb.ScoreRequest, seconds: float | None = None) -> pb.ScoreResponse:
-        """Scores a request's items; `seconds` are left until its deadline.
+        """Scores the items of a request.
 
-        Raises ValueError (the field, what is wrong with it), QueueFullError, ClosedError, TimeoutError.
+        Args:
+          request: a member or a raw prompt, with at most `max_candidates` items.
+          seconds: until the caller's deadline; None without one.
+
+        Raises:
+          ValueError: naming the field and what is wrong with it.
+          QueueFullError: if the queue is full.
+          ClosedError: if the server stops.
+          TimeoutError: if the deadline passes.
         """
         request_id = request.request_id or uuid.uuid4().hex
         with self.request_scope("Score", request_id):
@@ -117,14 +133,14 @@ class Service:
                 encoded, queued = await self._encode(request, self.config.max_candidates, deadline)
                 probabilities = np.empty((len(encoded.prompt.questions), len(encoded.prompt.labels)), np.float32)
 
-                def answer(first: int, found: np.ndarray) -> None:
-                    probabilities[first : first + len(found)] = found
+                def store(first: int, chunk: np.ndarray) -> None:
+                    probabilities[first : first + len(chunk)] = chunk
 
-                queued.on_answers = answer
-                self.worker.enqueue(queued)
+                queued.on_scores = store
+                self.scoring_loop.enqueue(queued)
                 with tracer.start_as_current_span("queue and pass"):
-                    cached = await asyncio.wrap_future(queued)  # cancelled, it takes the request out of the queue
-            return _response(request_id, encoded, 0, probabilities, cached, request.top_k)
+                    num_cached = await asyncio.wrap_future(queued)  # cancelling it takes the request out of the queue
+            return _response(request_id, encoded, 0, probabilities, num_cached, request.top_k)
 
     async def stream(
         self,
@@ -132,7 +148,10 @@ class Service:
         send: Callable[[pb.ScoreResponse], Awaitable[object]],
         seconds: float | None = None,
     ) -> None:
-        """As `score`, a response for each pass; `seconds` count until the last one is sent."""
+        """As `score` for up to `max_stream_candidates` items: sends a response for each pass.
+
+        The deadline is that of the last response, so a caller who reads slowly does not hold its place for ever.
+        """
         request_id = request.request_id or uuid.uuid4().hex
         with self.request_scope("ScoreStream", request_id):
             if request.top_k:
@@ -140,28 +159,28 @@ class Service:
             async with self._deadline(seconds) as deadline:
                 encoded, queued = await self._encode(request, self.config.max_stream_candidates, deadline)
                 loop = asyncio.get_running_loop()
-                found: asyncio.Queue[tuple[int, np.ndarray] | None] = asyncio.Queue()
+                chunks: asyncio.Queue[tuple[int, np.ndarray] | None] = asyncio.Queue()
 
-                def answer(first: int, probabilities: np.ndarray) -> None:
-                    loop.call_soon_threadsafe(found.put_nowait, (first, probabilities))
+                def pass_on(first: int, probabilities: np.ndarray) -> None:
+                    loop.call_soon_threadsafe(chunks.put_nowait, (first, probabilities))
 
-                queued.on_answers = answer
-                self.worker.enqueue(queued)
-                queued.add_done_callback(lambda _: loop.call_soon_threadsafe(found.put_nowait, None))
+                queued.on_scores = pass_on
+                self.scoring_loop.enqueue(queued)
+                queued.add_done_callback(lambda _: loop.call_soon_threadsafe(chunks.put_nowait, None))
                 try:
-                    while (chunk := await found.get()) is not None:
+                    while (chunk := await chunks.get()) is not None:
                         await send(_response(request_id, encoded, *chunk, queued.job.num_cached_tokens or 0))
                     queued.result()
                 finally:
                     queued.cancel()
 
     def describe(self) -> pb.DescribeResponse:
-        """What is served, and its limits."""
+        """The model, its tasks, and the limits."""
         config, bundle = self.config, self._encoder.bundle
         card = bundle.card
 
-        def attributes(those: Sequence[Attribute]) -> list[pb.AttributeDescription]:
-            return [pb.AttributeDescription(column=attribute.column, kind=attribute.kind) for attribute in those]
+        def describe_attributes(attributes: Sequence[Attribute]) -> list[pb.AttributeDescription]:
+            return [pb.AttributeDescription(column=attribute.column, kind=attribute.kind) for attribute in attributes]
 
         return pb.DescribeResponse(
             model=self.model,
@@ -173,9 +192,9 @@ class Service:
                     labels=task.words,
                     label_values=task.values,
                     history_actions=task.history.actions,
-                    member_attributes=attributes(card.members.attributes),
-                    event_attributes=attributes(card.events.attributes),
-                    item_attributes=attributes(card.items.attributes),
+                    member_attributes=describe_attributes(card.members.attributes),
+                    event_attributes=describe_attributes(card.events.attributes),
+                    item_attributes=describe_attributes(card.items.attributes),
                 )
                 for task in self._encoder.tasks.values()
                 if card is not None
@@ -183,7 +202,7 @@ class Service:
             limits=pb.Limits(
                 max_candidates=config.max_candidates,
                 max_stream_candidates=config.max_stream_candidates,
-                max_prefix_tokens=self._context,
+                max_prefix_tokens=self._max_prefix_tokens,
                 max_candidate_tokens=config.max_candidate_tokens,
                 max_labels=LABELS_IN_PASS,
                 max_request_bytes=config.max_request_bytes,
@@ -195,18 +214,23 @@ class Service:
                 pb.Shape(tokens=bucket.tokens, cached_tokens=bucket.cached_pages * PAGE, seconds=seconds)
                 for bucket, seconds in self._costs.items()
             ],
-            compilations=self.worker.scorer.compilations(),
+            compilations=self.scoring_loop.scorer.compilations(),
         )
 
     async def reload(self, bundle: Bundle, version: str) -> None:
-        """Other weights, from the next request on; ValueError where they do not fit what is compiled, or are broken."""
+        """Serves other weights from the next request on; returns when they are in use.
+
+        Raises ValueError for a bundle of another shape or tokenizer, or with weights that are not finite.
+        """
         await asyncio.to_thread(self._check, bundle)
-        encoder = await asyncio.to_thread(self._encodes, bundle, version)
-        taken_up = self.worker.reload(bundle.params)
-        self._encoder = encoder  # without a pause since: what is queued behind the weights is what it encoded
-        await asyncio.shield(asyncio.wrap_future(taken_up))
+        encoder = await asyncio.to_thread(self._make_encoder, bundle, version)
+        loaded = self.scoring_loop.reload(bundle.params)
+        # No `await` between these lines: every request of the new encoder must be queued behind the new weights.
+        self._encoder = encoder
+        await asyncio.shield(asyncio.wrap_future(loaded))
 
     def _check(self, bundle: Bundle) -> None:
+        """Raises ValueError for a bundle that the compiled programs cannot serve."""
         old = self._encoder.bundle
         if bundle.model.model_copy(update={"name": old.model.name}) != old.model:
             raise ValueError("the checkpoint's model has another shape; start a new server for it")
@@ -216,12 +240,13 @@ class Service:
         if not all(finite):
             raise ValueError("the checkpoint has weights that are not finite")
 
-    def _encodes(self, bundle: Bundle, version: str) -> RequestEncoder:
-        return RequestEncoder(bundle, f"{bundle.model.name}@{version}", self._tasks, self.config, self._context)
+    def _make_encoder(self, bundle: Bundle, version: str) -> RequestEncoder:
+        model = f"{bundle.model.name}@{version}"
+        return RequestEncoder(bundle, model, self._tasks, self.config, self._max_prefix_tokens)
 
     @contextlib.asynccontextmanager
     async def _deadline(self, seconds: float | None) -> AsyncIterator[float]:
-        """A limit of time: the caller's, or the server's; gives the moment when it ends, by `time.monotonic`."""
+        """Raises TimeoutError at the caller's deadline or the server's; yields its time, as of `time.monotonic`."""
         limit = min(self.config.timeout_seconds, math.inf if seconds is None else seconds)
         try:
             async with asyncio.timeout(limit):
@@ -232,13 +257,16 @@ class Service:
     async def _encode(
         self, request: pb.ScoreRequest, max_items: int, deadline: float
     ) -> tuple[EncodedRequest, QueuedRequest]:
-        """By the encoder that is in use when it is done: its caller enqueues the result without an `await` between."""
+        """Encodes a request with the encoder that is in use when it is done.
+
+        The caller enqueues the result without an `await` in between, so that it is scored with the encoder's weights.
+        """
         loop = asyncio.get_running_loop()
-        threads = self._threads if request.ByteSize() <= LONG else self._threads_of_long
+        threads = self._threads if request.ByteSize() <= LONG else self._long_request_threads
 
         def encode(encoder: RequestEncoder) -> tuple[EncodedRequest, QueuedRequest]:
             encoded = encoder.encode(request, max_items)
-            return encoded, self.worker.prepare(encoded.prompt, _against(request), deadline)
+            return encoded, self.scoring_loop.prepare(encoded.prompt, _normalize_over(request), deadline)
 
         with tracer.start_as_current_span("encode"):
             while True:
@@ -248,25 +276,27 @@ class Service:
                     return prepared
 
 
-def _against(request: pb.ScoreRequest) -> NormalizeOver:
+def _normalize_over(request: pb.ScoreRequest) -> NormalizeOver:
     return "vocabulary" if request.normalize_over == pb.ScoreRequest.VOCABULARY else "labels"
 
 
 def _response(
-    request_id: str, encoded: EncodedRequest, first: int, found: np.ndarray, cached: int, top_k: int = 0
+    request_id: str, encoded: EncodedRequest, first: int, probabilities: np.ndarray, num_cached: int, top_k: int = 0
 ) -> pb.ScoreResponse:
-    order = np.argsort(-(found @ encoded.values), kind="stable")[: top_k or None]
+    """The response for the items from `first` on, given their probabilities [items, labels]; best first."""
+    order = np.argsort(-(probabilities @ encoded.values), kind="stable")[: top_k or None]
     prompt = encoded.prompt
     return pb.ScoreResponse(
         request_id=request_id,
         labels=encoded.labels,
         scores=[
-            pb.ItemScore(index=first + row, id=encoded.ids[first + row], probabilities=found[row]) for row in order
+            pb.ItemScore(index=first + row, id=encoded.ids[first + row], probabilities=probabilities[row])
+            for row in order
         ],
         usage=pb.Usage(
             prefix_tokens=prompt.prefix_length,
-            cached_tokens=cached,
-            item_tokens=sum(map(len, prompt.questions[first : first + len(found)])),
+            cached_tokens=num_cached,
+            item_tokens=sum(map(len, prompt.questions[first : first + len(probabilities)])),
             truncated_events=encoded.num_truncated_events,
             truncated_tokens=encoded.num_truncated_tokens,
         ),

@@ -1,4 +1,4 @@
-"""What operators look at: Prometheus metrics of one server."""
+"""Prometheus metrics of one server. Their names are in dashboards: do not rename them."""
 
 from __future__ import annotations
 
@@ -11,30 +11,33 @@ POWERS_OF_TWO = tuple(2**n for n in range(4, 18))
 
 
 class Metrics:
-    """In a registry of their own, so that two servers in one process do not share them."""
+    """The metrics, in a registry of their own, so that two servers in one process do not share them."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         registry: dict[str, Any] = {"registry": self.registry, "namespace": "brewjax"}
-        self.requests = Counter("requests", "By method and gRPC status code.", ["method", "code"], **registry)
+        self.requests = Counter("requests", "Requests by method and gRPC status code.", ["method", "code"], **registry)
         self.refused = Counter(
-            "refused", "Requests and connections, by port (grpc, http) and reason.", ["port", "reason"], **registry
+            "refused",
+            "Refused requests and connections, by port (grpc, http) and reason.",
+            ["port", "reason"],
+            **registry,
         )
         self.http_connections = Gauge("http_connections", "Open connections to the HTTP port.", **registry)
-        self.grpc_calls = Gauge("grpc_calls", "Calls that are read, queued or answered.", **registry)
+        self.grpc_calls = Gauge("grpc_calls", "gRPC calls in progress.", **registry)
         self.request_seconds = Histogram(
-            "request_seconds", "From arrival to answer.", ["method"], buckets=SECONDS, **registry
+            "request_seconds", "Seconds from arrival to response.", ["method"], buckets=SECONDS, **registry
         )
         self.queue_seconds = Histogram(
-            "queue_seconds", "From being queued to the first pass.", buckets=SECONDS, **registry
+            "queue_seconds", "Seconds from being queued to the first pass.", buckets=SECONDS, **registry
         )
-        self.pass_seconds = Histogram("pass_seconds", "From dispatch to scores.", buckets=SECONDS, **registry)
+        self.pass_seconds = Histogram("pass_seconds", "Seconds from dispatch to scores.", buckets=SECONDS, **registry)
         self.pass_tokens = Histogram("pass_tokens", "Tokens computed in a pass.", buckets=POWERS_OF_TWO, **registry)
         self.pass_items = Histogram("pass_items", "Items scored in a pass.", buckets=POWERS_OF_TWO, **registry)
-        self.padding_tokens = Counter("padding_tokens", "Tokens computed for nothing.", **registry)
+        self.padding_tokens = Counter("padding_tokens", "Padding tokens computed.", **registry)
         self.prefix_tokens = Counter(
-            "prefix_tokens", "Of prefixes: computed, or found in the cache.", ["source"], **registry
+            "prefix_tokens", "Tokens of prefixes, computed or read from the cache.", ["source"], **registry
         )
         self.waiting = Gauge("waiting_tokens", "Tokens queued or running.", **registry)
         self.compilations = Gauge("compilations", "Compiled programs; constant once ready.", **registry)
-        self.reloads = Counter("reloads", "Checkpoints taken up, or refused.", ["outcome"], **registry)
+        self.reloads = Counter("reloads", "Reloads by outcome (loaded, refused).", ["outcome"], **registry)

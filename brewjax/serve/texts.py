@@ -1,4 +1,4 @@
-"""Callers' texts as tokens, at no more than a bounded cost for those that are refused."""
+"""Callers' texts as tokens; refusing a text costs a bounded amount of work."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from collections.abc import Iterable, Sequence
 
 from brewjax.data.text.tokenizer import Tokenizer, batches
 
-PIECE = 1 << 14  # characters of a long text that are counted at a time
+PIECE = 1 << 14  # characters of a long text that are tokenised at a time, to count their tokens
 
 
 class Texts:
-    """Reads texts with a tokenizer; each has a limit of tokens.
+    """Tokenises texts up to a limit of tokens.
 
-    A text is refused by its bytes before a byte of it is read, and otherwise soon after its first tokens beyond the
-    limit: tokenising eight megabytes takes seconds, and a gigabyte of memory.
+    A text with too many bytes is refused before it is tokenised, and any other soon after its first tokens beyond the
+    limit, because tokenising eight megabytes takes seconds and a gigabyte of memory.
 
     Args:
-      special_tokens: special tokens in a text count as such; otherwise they are text like any other.
+      tokenizer: of the model.
+      special_tokens: whether special tokens in a text are read as such; otherwise they are ordinary text.
     """
 
     def __init__(self, tokenizer: Tokenizer, special_tokens: bool):
@@ -24,25 +25,32 @@ class Texts:
         self.max_token_bytes = tokenizer.max_token_bytes
 
     def shorten(self, text: str, limit: int, field: str) -> str:
-        """The text without what is surely behind the limit of tokens."""
+        """The text without its end that is surely beyond the limit of tokens."""
         return text[: limit * self.max_token_bytes]
 
     def check_bytes(self, text: str, limit: int, field: str) -> str:
-        """The text. Raises ValueError, naming the field, where it surely has more tokens than the limit."""
+        """The text. Raises ValueError, naming the field, for one that surely has more tokens than the limit."""
         if len(text) * 4 > (max_bytes := limit * self.max_token_bytes) and len(text.encode()) > max_bytes:
             raise ValueError(f"{field}: {len(text):,} characters; at most {limit:,} tokens are read")
         return text
 
     def read(self, texts: Sequence[str], limit: int, fields: Sequence[str], begins: bool = False) -> list[list[int]]:
-        """Token ids of each text, which `begins` a prompt or stands behind other texts.
+        """Token ids of texts.
 
-        Raises ValueError naming the field of the first that has more than `limit`.
+        Args:
+          texts: to tokenise.
+          limit: maximum tokens of each.
+          fields: of the request, one for each text, for errors.
+          begins: whether the texts begin prompts; otherwise they follow other text.
+
+        Raises:
+          ValueError: naming the field of the first text with more than `limit` tokens.
         """
         for text, field in zip(texts, fields, strict=True):
             self.check_bytes(text, limit, field)
         ids: list[list[int]] = []
         for batch in batches(texts):
-            if len(batch[0]) > PIECE and self._end(batch[0], limit):  # it may be alone
+            if len(batch[0]) > PIECE and self._end(batch[0], limit):  # a text this long has a batch of its own
                 raise ValueError(f"{fields[len(ids)]}: too many tokens; at most {limit:,} are read")
             for tokens in self._encode(batch, begins):
                 if len(tokens) > limit:
@@ -50,8 +58,8 @@ class Texts:
                 ids.append(tokens)
         return ids
 
-    def word(self, word: str, field: str) -> int:
-        """The id of a label word. Raises ValueError, naming the field, for what is not one token."""
+    def label_token_id(self, word: str, field: str) -> int:
+        """The id of a label word. Raises ValueError, naming the field, for a word that is not one token."""
         self.check_bytes(word, 1, field)
         try:
             return self._tokenizer.label_token_id(word)
@@ -59,14 +67,15 @@ class Texts:
             raise ValueError(f"{field}: {error}") from None
 
     def read_end(self, text: str, limit: int, begins: bool = False) -> list[int]:
-        """Token ids of a text, or of an end of it with more than `limit` of them."""
+        """Token ids of a text, or of an end of the text that has more than `limit` of them."""
         end = self._end(text, limit)
         return self._encode([text[end:]], begins and not end)[0]
 
     def _end(self, text: str, limit: int) -> int:
-        """Where an end of the text begins that surely has more than `limit` tokens; 0 where the text may have fewer.
+        """Where an end of the text starts that surely has more than `limit` tokens; 0 if the text may have fewer.
 
-        Counted in pieces: where a token is cut in two, its bytes are at most as many tokens.
+        The text is counted in pieces. A token that a piece cuts in two counts for at most as many tokens as its bytes,
+        which are subtracted.
         """
         tokens = 0
         for start in range(len(text) - PIECE, 0, -PIECE):

@@ -1,4 +1,4 @@
-"""OpenTelemetry traces, where they are configured by its own environment variables (the `trace` extra)."""
+"""OpenTelemetry traces, configured by OpenTelemetry's own environment variables (needs the `trace` extra)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,14 @@ ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
 
 
 def trace_to_collector() -> tuple[list[Any], Callable[[FastAPI], None]]:
-    """gRPC interceptors, and what to do to the HTTP application, for spans to go on from the callers' own.
+    """Sends spans to a collector, as children of the callers' own.
 
-    Nothing unless `OTEL_EXPORTER_OTLP_ENDPOINT` says where they go. Raises ValueError where the extra is missing.
+    Returns:
+      gRPC interceptors, and a function that instruments the HTTP application; without effect unless
+      `OTEL_EXPORTER_OTLP_ENDPOINT` is set.
+
+    Raises:
+      ValueError: if the extra is not installed.
     """
     if not os.environ.get(ENDPOINT):
         return [], lambda app: None
@@ -30,8 +35,8 @@ def trace_to_collector() -> tuple[list[Any], Callable[[FastAPI], None]]:
         raise ValueError(
             f"{ENDPOINT} is set, but {error.name} is not installed: pip install 'brewjax[trace]'"
         ) from None
-    named = {} if os.environ.get("OTEL_SERVICE_NAME") else {SERVICE_NAME: "brewjax"}
-    provider = TracerProvider(resource=Resource.create(named))
+    attributes = {} if os.environ.get("OTEL_SERVICE_NAME") else {SERVICE_NAME: "brewjax"}
+    provider = TracerProvider(resource=Resource.create(attributes))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     trace.set_tracer_provider(provider)
     return [aio_server_interceptor()], FastAPIInstrumentor.instrument_app

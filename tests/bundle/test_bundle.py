@@ -78,7 +78,7 @@ def test_other_data_of_the_same_name_have_percentiles_of_their_own(bundle, tmp_p
     assert not bundle.scale.fits(dataset)
     assert own.fits(dataset)
     assert salaries(bundle, dataset) == salaries(bundle_of_own, dataset)
-    line = f"{dataset.path}: not the data that the model was trained on; percentiles are fitted to it\n"
+    line = f"{dataset.path}: not the dataset that the model was trained on; percentiles are fitted to this one\n"
     assert capsys.readouterr().err == line
 
 

@@ -54,15 +54,15 @@ def prompts(draw) -> list[EncodedPrompt]:
 items = st.lists(st.integers(1, 20), min_size=1, max_size=30) | st.just([1] * 100) | st.just([120])
 
 
-def run(scorer: Scorer, batcher: Scheduler, jobs: list[Job]) -> list[np.ndarray]:
+def run(scorer: Scorer, scheduler: Scheduler, jobs: list[Job]) -> list[np.ndarray]:
     """Probabilities of each job's labels. One pass is planned while the one before it is computed, as in serving."""
     results = [np.full((len(job.prompt.questions), 2), np.nan, np.float32) for job in jobs]
     for job, result in zip(jobs, results, strict=True):
         job.owner = result
-        batcher.add(job)
+        scheduler.add(job)
     running = None
-    while running or len(batcher):
-        following = batcher.next_pass()
+    while running or len(scheduler):
+        following = scheduler.next_pass()
         started = scorer.dispatch([following]) if following else None
         if running:
             for part, found in zip(running.passes[0].chunks, scorer.collect(running)[0], strict=True):
@@ -74,10 +74,10 @@ def run(scorer: Scorer, batcher: Scheduler, jobs: list[Job]) -> list[np.ndarray]
 @settings(deadline=None, max_examples=30)
 @given(st.lists(prompts(), min_size=1, max_size=3))
 def test_scores_are_those_of_each_prompt_alone_cold_or_hot(scorer, alone, rounds):
-    batcher = Scheduler(COSTS, PrefixCache(CACHE))
+    scheduler = Scheduler(COSTS, PrefixCache(CACHE))
     for asked in rounds:
         for found, expected in zip(
-            run(scorer, batcher, [Job(one) for one in asked]), alone.score_encoded(asked), strict=True
+            run(scorer, scheduler, [Job(one) for one in asked]), alone.score_encoded(asked), strict=True
         ):
             np.testing.assert_allclose(found, expected, atol=2e-5)
 
@@ -86,19 +86,19 @@ def test_scores_are_those_of_each_prompt_alone_cold_or_hot(scorer, alone, rounds
 @given(prompts(), st.data())
 def test_passes_keep_to_their_shape_and_lose_nothing(asked, data):
     cache = PrefixCache(CACHE)
-    batcher = Scheduler(COSTS, cache)
+    scheduler = Scheduler(COSTS, cache)
     jobs = [Job(one) for one in asked]
     for job in jobs:
-        batcher.add(job)
+        scheduler.add(job)
     done = {job: 0 for job in jobs}
-    while one := batcher.next_pass():
+    while one := scheduler.next_pass():
         check_shape(one)
         for part in one.chunks:
             assert part.questions.start == done[part.owner]
             done[part.owner] = part.questions.stop
-        if data.draw(st.integers(0, 9)) == 0 and len(batcher):  # somebody goes away
-            gone = data.draw(st.sampled_from(list(batcher)))
-            batcher.remove(gone)
+        if data.draw(st.integers(0, 9)) == 0 and len(scheduler):  # somebody goes away
+            gone = data.draw(st.sampled_from(list(scheduler)))
+            scheduler.remove(gone)
             del done[gone]
     assert all(done[job] == len(job.prompt.questions) for job in done)
     held = cache.acquire([bytes([page]) for page in range(CACHE - 1)])
@@ -136,40 +136,40 @@ def main(out: str) -> None:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(MODEL, mesh))
     sharded = jax.device_put(params(), shardings)
     scorer = Scorer(MODEL, sharded, Tokenizer.byte_level(), "dense", list(COSTS), mesh, CACHE)
-    batcher = Scheduler(COSTS, PrefixCache(CACHE))
-    np.save(out, np.concatenate([run(scorer, batcher, [Job(one)])[0] for one in prompts_for_the_mesh()]))
+    scheduler = Scheduler(COSTS, PrefixCache(CACHE))
+    np.save(out, np.concatenate([run(scorer, scheduler, [Job(one)])[0] for one in prompts_for_the_mesh()]))
 
 
 def test_a_second_request_pays_only_for_its_items(scorer):
-    batcher = Scheduler(COSTS, PrefixCache(CACHE))
+    scheduler = Scheduler(COSTS, PrefixCache(CACHE))
     one = prompt(np.random.default_rng(0), 100, [100], [3, 3])
     cold, hot = Job(one), Job(one)
     for job in (cold, hot):
-        run(scorer, batcher, [job])
+        run(scorer, scheduler, [job])
     assert (cold.num_cached_tokens, hot.num_cached_tokens) == (0, 200)
     longer = dataclasses.replace(one, prefix_pieces=[*one.prefix_pieces, [5] * 30])
-    run(scorer, batcher, [grown := Job(longer)])
+    run(scorer, scheduler, [grown := Job(longer)])
     assert grown.num_cached_tokens == 200 // PAGE * PAGE
 
 
 def test_two_that_begin_alike_compute_it_once():
-    batcher = Scheduler(COSTS, PrefixCache(CACHE))
+    scheduler = Scheduler(COSTS, PrefixCache(CACHE))
     one = prompt(np.random.default_rng(0), 64, [], [3, 3])
     for job in (Job(one), Job(one)):
-        batcher.add(job)
-    first, second = batcher.next_pass(), batcher.next_pass()
+        scheduler.add(job)
+    first, second = scheduler.next_pass(), scheduler.next_pass()
     assert [(len(part.new_pages), len(part.cached_pages)) for part in first.chunks + second.chunks] == [(1, 0), (0, 1)]
 
 
 def test_a_short_request_does_not_wait_for_a_long_one():
-    batcher = Scheduler(COSTS, PrefixCache(CACHE))
+    scheduler = Scheduler(COSTS, PrefixCache(CACHE))
     long, short = (
         Job(prompt(np.random.default_rng(0), length, [], [9] * count)) for length, count in ((9, 500), (5, 3))
     )
-    batcher.add(long)
-    batcher.next_pass()
-    batcher.add(short)
-    taken = [batcher.next_pass() for _ in range(2)]
+    scheduler.add(long)
+    scheduler.next_pass()
+    scheduler.add(short)
+    taken = [scheduler.next_pass() for _ in range(2)]
     assert short in [part.owner for one in taken for part in one.chunks]
     assert not long.finished
 
@@ -178,9 +178,9 @@ def test_the_cheapest_shapes_are_chosen_by_cost():
     one = prompt(np.random.default_rng(0), 60, [], [8] * 20)  # 64 + 160 places
     for large, chosen in ((200, [256]), (300, [128, 128])):
         costs = {bucket: large if bucket.tokens == 256 else 110 for bucket in COSTS}
-        batcher = Scheduler(costs, PrefixCache(CACHE))
-        batcher.add(Job(one))
-        passes = iter(batcher.next_pass, None)
+        scheduler = Scheduler(costs, PrefixCache(CACHE))
+        scheduler.add(Job(one))
+        passes = iter(scheduler.next_pass, None)
         assert [one.bucket.tokens for one in passes] == chosen
 
 

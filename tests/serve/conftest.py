@@ -130,9 +130,9 @@ def alone(bundle) -> Scorer:
 
 
 @pytest.fixture
-def worker(server):
+def scoring_loop(server):
     """Which nobody keeps busy, before and after."""
-    worker = server.service.worker
-    yield worker
-    eventually(lambda: waiting(worker) == 0 and pages_held(worker) == 0)
-    eventually(lambda: server.service._streams == 0)
+    scoring_loop = server.service.scoring_loop
+    yield scoring_loop
+    eventually(lambda: waiting(scoring_loop) == 0 and pages_held(scoring_loop) == 0)
+    eventually(lambda: server.service._num_requests == 0)

@@ -89,25 +89,25 @@ class Gate:
 
 
 @contextmanager
-def held(worker: ScoringLoop) -> Iterator[Gate]:
+def held(scoring_loop: ScoringLoop) -> Iterator[Gate]:
     """Passes wait at the gate; it is open in the end."""
-    gate, start = Gate(), worker.scorer.dispatch
+    gate, start = Gate(), scoring_loop.scorer.dispatch
 
     def wait(passes, *args):
         gate.go_through(passes)
         return start(passes, *args)
 
-    with mock.patch.object(worker.scorer, "dispatch", wait):
+    with mock.patch.object(scoring_loop.scorer, "dispatch", wait):
         try:
             yield gate
         finally:
             gate.open()
-            eventually(lambda: waiting(worker) == 0)
+            eventually(lambda: waiting(scoring_loop) == 0)
 
 
-def waiting(worker: ScoringLoop) -> int:
+def waiting(scoring_loop: ScoringLoop) -> int:
     """Places that requests take up in the queue."""
-    return int(worker._metrics.waiting._value.get())
+    return int(scoring_loop._metrics.waiting._value.get())
 
 
 def eventually(condition: Callable[[], object], seconds: float = 60) -> None:
@@ -124,8 +124,8 @@ def refusal(call: Callable[..., object], *args: Any, **kwargs: Any) -> tuple[grp
     return error.value.code(), error.value.details()  # type: ignore[attr-defined]
 
 
-def pages_held(worker: ScoringLoop) -> int:
-    return len(worker._batcher._cache._holders)
+def pages_held(scoring_loop: ScoringLoop) -> int:
+    return len(scoring_loop._scheduler._cache._holders)
 
 
 def draw(seed: int, items: int, prefix: int = 200) -> tuple[list[int], list[list[int]]]:

@@ -138,11 +138,11 @@ def wrong(member: pb.Member) -> dict[str, pb.ScoreRequest]:
 
 
 def test_wrong_requests_name_the_field_and_the_right_ones_beside_them_are_answered(
-    server, client, bare, worker, alone, member
+    server, client, bare, scoring_loop, alone, member
 ):
     of_member = probabilities(client.score(member))
     good = [ask(seed, 5) for seed in range(4)]
-    with held(worker) as gate:
+    with held(scoring_loop) as gate:
         answers = [bare.Score.future(request(one)) for one in (*good, member)]
         eventually(lambda: gate.passes)
         for message, question in wrong(member).items():
@@ -191,9 +191,12 @@ def test_any_time_there_is_can_be_told(client, member, year):
 # --- limits
 
 
-def test_a_full_queue_tells_when_to_come_back_and_the_client_does(server, client, bare, http, worker, alone):
+def test_a_full_queue_tells_when_to_come_back_and_the_client_does(server, client, bare, http, scoring_loop, alone):
     fits = ask(2, 5)
-    with mock.patch.multiple(worker, _most_waiting=1_000, _speed=500.0), held(worker) as gate:
+    with (
+        mock.patch.multiple(scoring_loop, _max_queued_tokens=1_000, _tokens_per_second=500.0),
+        held(scoring_loop) as gate,
+    ):
         first = bare.Score.future(request(ask(1, 300)))
         eventually(lambda: gate.passes)
         with pytest.raises(grpc.RpcError) as refused:
@@ -214,11 +217,11 @@ def test_a_full_queue_tells_when_to_come_back_and_the_client_does(server, client
         assert len(first.result().scores) == 300
 
 
-def test_a_large_request_is_tried_again_too(server, client, worker, member):
+def test_a_large_request_is_tried_again_too(server, client, scoring_loop, member):
     for item in member.items:
         item.id = "x" * 100_000
-    full = mock.patch.multiple(worker, _most_waiting=0, _speed=200.0)
-    with full, held(worker) as gate, concurrent.futures.ThreadPoolExecutor() as pool:
+    full = mock.patch.multiple(scoring_loop, _max_queued_tokens=0, _tokens_per_second=200.0)
+    with full, held(scoring_loop) as gate, concurrent.futures.ThreadPoolExecutor() as pool:
         first = pool.submit(client.score, ask(1, 3))
         eventually(lambda: gate.passes)
         before = answered(server, "RESOURCE_EXHAUSTED")
@@ -229,11 +232,11 @@ def test_a_large_request_is_tried_again_too(server, client, worker, member):
         assert len(large.result().scores) == 4
 
 
-def test_only_so_many_are_answered_at_a_time(server, client, bare, worker):
+def test_only_so_many_are_answered_at_a_time(server, client, bare, scoring_loop):
     config = server.service.config.model_copy(update={"max_concurrent_requests": 2})
-    with mock.patch.object(server.service, "config", config), held(worker) as gate:
+    with mock.patch.object(server.service, "config", config), held(scoring_loop) as gate:
         two = [bare.Score.future(request(ask(seed, 3))) for seed in range(2)]
-        eventually(lambda: server.service._streams == 2)
+        eventually(lambda: server.service._num_requests == 2)
         assert refusal(bare.Score, request(ask(3, 3))) == (
             Code.RESOURCE_EXHAUSTED,
             "2 requests are answered at a time; try again in 1.0 s",
@@ -254,14 +257,14 @@ def test_the_limits_are_told(client):
 # --- deadlines
 
 
-def test_a_deadline_that_passes_frees_its_place(server, bare, http, worker):
-    with held(worker) as gate:
+def test_a_deadline_that_passes_frees_its_place(server, bare, http, scoring_loop):
+    with held(scoring_loop) as gate:
         first = bare.Score.future(request(ask(1, 3)))
         eventually(lambda: gate.passes)
-        alone = waiting(worker)
+        alone = waiting(scoring_loop)
         assert refusal(bare.Score, request(ask(2, 3)), timeout=0.5)[0] is Code.DEADLINE_EXCEEDED
         assert refusal(lambda: list(bare.ScoreStream(request(ask(2, 3)), timeout=0.5)))[0] is Code.DEADLINE_EXCEEDED
-        eventually(lambda: waiting(worker) == alone)
+        eventually(lambda: waiting(scoring_loop) == alone)
         config = server.service.config.model_copy(update={"timeout_seconds": 0.2})
         with mock.patch.object(server.service, "config", config):
             body = {"query": [7], "items": [[8]], "label_token_ids": [5]}
@@ -269,7 +272,7 @@ def test_a_deadline_that_passes_frees_its_place(server, bare, http, worker):
             assert (late.status_code, late.json()["message"]) == (504, "not answered within 0.2 seconds")
             code, details = refusal(bare.Score, request(ask(2, 3)))
             assert (code, details) == (Code.DEADLINE_EXCEEDED, "not answered within 0.2 seconds")
-        eventually(lambda: waiting(worker) == alone)
+        eventually(lambda: waiting(scoring_loop) == alone)
         gate.open()
         assert first.result()
     assert all(part.prompt.prefix_length == 200 for one in gate.passes for part in one.chunks)  # of the first alone
@@ -277,7 +280,7 @@ def test_a_deadline_that_passes_frees_its_place(server, bare, http, worker):
 
 
 @pytest.mark.parametrize("timeout", [-5.0, 0.0, 1e-9])
-def test_a_deadline_in_the_past_is_no_crash(bare, worker, timeout):
+def test_a_deadline_in_the_past_is_no_crash(bare, scoring_loop, timeout):
     assert refusal(bare.Score, request(ask(1, 3)), timeout=timeout)[0] is Code.DEADLINE_EXCEEDED
 
 
@@ -288,52 +291,52 @@ def test_a_deadline_in_the_far_future_is_the_servers(bare):
 # --- callers that vanish
 
 
-def test_cancelled_work_never_runs(server, bare, worker):
-    with held(worker) as gate:
+def test_cancelled_work_never_runs(server, bare, scoring_loop):
+    with held(scoring_loop) as gate:
         first = bare.Score.future(request(ask(1, 3)))
         eventually(lambda: gate.passes)
         others = [bare.Score.future(request(ask(seed, 3))) for seed in (2, 3)]
         stream = bare.ScoreStream(request(ask(4, 2_000)))
-        eventually(lambda: server.service._streams == 4)
+        eventually(lambda: server.service._num_requests == 4)
         before = answered(server, "CANCELLED")
         for call in (*others, stream):
             call.cancel()
-        eventually(lambda: server.service._streams == 1)
+        eventually(lambda: server.service._num_requests == 1)
         assert answered(server, "CANCELLED") == before + 2
         gate.open()
         assert first.result()
     assert len(gate.passes) == 1
 
 
-def test_who_hangs_up_over_http_is_dropped_too(server, bare, worker):
-    with held(worker) as gate:
+def test_who_hangs_up_over_http_is_dropped_too(server, bare, scoring_loop):
+    with held(scoring_loop) as gate:
         first = bare.Score.future(request(ask(1, 3)))
         eventually(lambda: gate.passes)
         body = {"query": [7], "items": [[8]], "label_token_ids": [5]}
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"http://127.0.0.1:{server.http_port}/v1/score", json=body, timeout=1)
-        eventually(lambda: server.service._streams == 1)
+        eventually(lambda: server.service._num_requests == 1)
         gate.open()
         assert first.result()
     assert {part.prompt.prefix_length for one in gate.passes for part in one.chunks} == {200}
 
 
-def test_who_vanishes_in_the_middle_of_a_stream_frees_place_and_pages(server, bare, worker):
-    with held(worker) as gate:
+def test_who_vanishes_in_the_middle_of_a_stream_frees_place_and_pages(server, bare, scoring_loop):
+    with held(scoring_loop) as gate:
         stream = bare.ScoreStream(request(ask(1, 5_000)))
         gate.let(2)
         assert next(stream).scores
         eventually(lambda: len(gate.passes) == 3)
-        assert pages_held(worker) == 4
+        assert pages_held(scoring_loop) == 4
         stream.cancel()
-        eventually(lambda: server.service._streams == 0)
-        assert waiting(worker) == 0
+        eventually(lambda: server.service._num_requests == 0)
+        assert waiting(scoring_loop) == 0
         gate.open()
-        eventually(lambda: pages_held(worker) == 0)
+        eventually(lambda: pages_held(scoring_loop) == 0)
     assert len(gate.passes) <= 4
 
 
-def test_a_client_that_is_killed_frees_place_and_pages(server, worker):
+def test_a_client_that_is_killed_frees_place_and_pages(server, scoring_loop):
     script = """
         import sys, time
         from brewjax.serve.client import Client, raw
@@ -343,18 +346,18 @@ def test_a_client_that_is_killed_frees_place_and_pages(server, worker):
                 time.sleep(600)
     """
     command = [sys.executable, "-c", textwrap.dedent(script), f"127.0.0.1:{server.port}"]
-    with held(worker) as gate:
+    with held(scoring_loop) as gate:
         gate.let(2)
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout
             assert process.stdout.readline() == "first\n"
             process.send_signal(signal.SIGKILL)
-        eventually(lambda: server.service._streams == 0)
-        assert waiting(worker) == 0
+        eventually(lambda: server.service._num_requests == 0)
+        assert waiting(scoring_loop) == 0
         gate.open()
 
 
-def test_a_slow_client_holds_up_nobody_and_not_for_ever(server, client, bare, worker, alone):
+def test_a_slow_client_holds_up_nobody_and_not_for_ever(server, client, bare, scoring_loop, alone):
     """Its answers are far more than gRPC sends to one who does not read."""
     slow = raw(*draw(1, 5_000), range(10, 42))
     stream = bare.ScoreStream(request(slow))
@@ -376,7 +379,9 @@ def test_a_slow_client_holds_up_nobody_and_not_for_ever(server, client, bare, wo
 # --- passes that fail
 
 
-def test_a_pass_that_fails_is_internal_and_health_says_so_until_it_is_over(server, bare, http, client, worker, alone):
+def test_a_pass_that_fails_is_internal_and_health_says_so_until_it_is_over(
+    server, bare, http, client, scoring_loop, alone
+):
     health = health_pb2_grpc.HealthStub(grpc.insecure_channel(f"127.0.0.1:{server.port}"))
     states = health_pb2.HealthCheckResponse
 
@@ -386,7 +391,7 @@ def test_a_pass_that_fails_is_internal_and_health_says_so_until_it_is_over(serve
     question = ask(1, 10)
     compiled = client.describe().compilations
     eventually(lambda: told() == states.SERVING)
-    with mock.patch.object(worker.scorer, "collect", side_effect=RuntimeError("out of memory at 0x7f")):
+    with mock.patch.object(scoring_loop.scorer, "collect", side_effect=RuntimeError("out of memory at 0x7f")):
         code, details = refusal(bare.Score, request(question))
         assert (code, details) == (Code.INTERNAL, "internal error; the server's log has it")
         body = {"query": [7], "items": [[8]], "label_token_ids": [5]}
@@ -401,9 +406,9 @@ def test_a_pass_that_fails_is_internal_and_health_says_so_until_it_is_over(serve
     assert client.describe().compilations == compiled
 
 
-def test_nothing_of_all_this_is_left(server, client, worker, alone):
+def test_nothing_of_all_this_is_left(server, client, scoring_loop, alone):
     """The last of the file: the server is as it was."""
-    assert waiting(worker) == pages_held(worker) == server.service._streams == 0
+    assert waiting(scoring_loop) == pages_held(scoring_loop) == server.service._num_requests == 0
     assert server.service.ready
     question = ask(1, 50)
     np.testing.assert_allclose(probabilities(client.score(question)), expected(alone, question), atol=1e-5)

@@ -126,7 +126,7 @@ def all_at_once(server, tries: Iterable, attempt: Callable[[Any], Awaitable[obje
 def still_right(server, client, alone) -> None:
     question = ask(1, 30)
     np.testing.assert_allclose(probabilities(client.score(question)), expected(alone, question), atol=1e-5)
-    eventually(lambda: pages_held(server.service.worker) == waiting(server.service.worker) == 0)
+    eventually(lambda: pages_held(server.service.scoring_loop) == waiting(server.service.scoring_loop) == 0)
     assert server.service.ready
 
 

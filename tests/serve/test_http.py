@@ -99,11 +99,11 @@ def test_the_probes_are_three(http, server):
         return [http.get(path).status_code for path in ("/livez", "/readyz", "/health", "/startupz")]
 
     assert probes() == [200] * 4
-    with mock.patch.object(server.service.worker, "_passes_work", False):
+    with mock.patch.object(server.service.scoring_loop, "_passes_work", False):
         assert probes() == [200, 503, 503, 200]
     with mock.patch.object(server.service, "lame_duck", True):
         assert probes() == [200, 503, 503, 200]
-    with mock.patch.object(type(server.service.worker), "alive", False):
+    with mock.patch.object(type(server.service.scoring_loop), "alive", False):
         assert probes() == [503, 503, 503, 200]
 
 
@@ -189,7 +189,7 @@ def test_refusals_are_counted_and_logged_without_what_was_in_them(http, server, 
 def test_a_caller_that_hangs_up_is_not_logged_as_answered(server, caplog):
     metrics = server.service.metrics
     before = metrics.refused.labels("http", "cancelled")._value.get()
-    with caplog.at_level("INFO", "brewjax.serve"), held(server.service.worker) as gate:
+    with caplog.at_level("INFO", "brewjax.serve"), held(server.service.scoring_loop) as gate:
         body = {"query": [7], "items": [[8]], "label_token_ids": [5]}
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"http://127.0.0.1:{server.http_port}/v1/score", json=body, timeout=0.5)

@@ -163,7 +163,7 @@ def check_new_secrets(process: Process, secrets: Path, ready: dict, question: pb
     (secrets / "token").write_text("another token")
     certify(secrets)
     process.signal(signal.SIGHUP)
-    eventually(lambda: any(line["message"] == "took up tokens and certificate" for line in process.logged()))
+    eventually(lambda: any(line["message"] == "tokens and certificate loaded" for line in process.logged()))
     with Client(f"localhost:{ready['port']}", "another token", ca=str(secrets / "cert.pem")) as client:
         assert client.score(question).scores
     trusting = ssl.create_default_context(cafile=str(secrets / "cert.pem"))

@@ -28,7 +28,7 @@ def other(bundle, tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_reload_under_load_drops_nobody_and_mixes_nothing(server, client, bundle, alone, other, worker):
+def test_a_reload_under_load_drops_nobody_and_mixes_nothing(server, client, bundle, alone, other, scoring_loop):
     of_other = Scorer(bundle.model, params(bundle.model, 1), bundle.tokenizer, "dense", [Bucket(256), Bucket(4096)])
     questions = [ask(seed, 30) for seed in range(6)]
     before = client.describe()

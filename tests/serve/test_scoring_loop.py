@@ -36,13 +36,13 @@ def alone() -> Scorer:
 
 
 @pytest.fixture
-def worker(scorer) -> Iterator[ScoringLoop]:
+def scoring_loop(scorer) -> Iterator[ScoringLoop]:
     scorer.params = params()
     scorer.reset_cache()
-    worker = ScoringLoop(scorer, Scheduler(COSTS, PrefixCache(PAGES)), Metrics(), most_waiting=2_000)
-    worker.start()
-    yield worker
-    worker.stop(60)
+    scoring_loop = ScoringLoop(scorer, Scheduler(COSTS, PrefixCache(PAGES)), Metrics(), max_queued_tokens=2_000)
+    scoring_loop.start()
+    yield scoring_loop
+    scoring_loop.stop(60)
 
 
 def question(seed: int, prefix: int = 70, items: int = 3):
@@ -50,11 +50,11 @@ def question(seed: int, prefix: int = 70, items: int = 3):
 
 
 class Asked:
-    """A prompt given to a worker, and the scores that come."""
+    """A prompt submitted to a scoring loop, and its scores as they come."""
 
-    def __init__(self, worker: ScoringLoop, one, **how):
+    def __init__(self, scoring_loop: ScoringLoop, one, **how):
         self.prompt, self.scores = one, np.full((len(one.questions), 2), np.nan, np.float32)
-        self.request = worker.submit(one, on_answers=self._hear, **how)
+        self.request = scoring_loop.submit(one, on_scores=self._hear, **how)
 
     def _hear(self, first: int, found: np.ndarray) -> None:
         assert len(found)  # nobody is told nothing
@@ -65,15 +65,15 @@ class Asked:
         return np.allclose(self.scores, alone.score_encoded([self.prompt])[0], atol=1e-5)
 
 
-def is_idle(worker: ScoringLoop) -> bool:
-    return waiting(worker) == 0 and pages_held(worker) == 0 and not worker._batcher
+def is_idle(scoring_loop: ScoringLoop) -> bool:
+    return waiting(scoring_loop) == 0 and pages_held(scoring_loop) == 0 and not scoring_loop._scheduler
 
 
 # --- a pass that fails
 
 
 @pytest.mark.parametrize("step", ["dispatch", "collect"])
-def test_a_pass_that_fails_takes_only_its_own_requests_with_it(worker, scorer, alone, step):
+def test_a_pass_that_fails_takes_only_its_own_requests_with_it(scoring_loop, scorer, alone, step):
     """The long one has begun when the pass of the bad one fails: it begins anew, and what it was told stays right."""
     real = getattr(scorer, step)
     bad = question(6)
@@ -85,82 +85,82 @@ def test_a_pass_that_fails_takes_only_its_own_requests_with_it(worker, scorer, a
             raise RuntimeError("the device is gone")
         return real(work, *args)
 
-    with mock.patch.object(scorer, step, fails), held(worker) as gate:
-        long = Asked(worker, question(1, prefix=200, items=100))
+    with mock.patch.object(scorer, step, fails), held(scoring_loop) as gate:
+        long = Asked(scoring_loop, question(1, prefix=200, items=100))
         gate.let(2)  # it stored its prefix, and asks its first questions
         eventually(lambda: len(gate.passes) == 3)
-        poisoned = Asked(worker, bad)
-        good = [Asked(worker, question(seed)) for seed in (2, 3)]
+        poisoned = Asked(scoring_loop, bad)
+        good = [Asked(scoring_loop, question(seed)) for seed in (2, 3)]
         gate.open()
         with pytest.raises(RuntimeError, match="the pass failed: the device is gone"):
             poisoned.request.result(60)
         in_the_same_pass = [one for one in good if one.request.exception(60)]
         assert long.is_right(alone)
     assert all(one.is_right(alone) for one in good if one not in in_the_same_pass)
-    eventually(lambda: worker.healthy and is_idle(worker))
-    assert Asked(worker, question(2)).is_right(alone)
+    eventually(lambda: scoring_loop.healthy and is_idle(scoring_loop))
+    assert Asked(scoring_loop, question(2)).is_right(alone)
 
 
-def test_a_device_that_is_gone_is_unhealthy_until_it_is_back(worker, scorer, alone):
+def test_a_device_that_is_gone_is_unhealthy_until_it_is_back(scoring_loop, scorer, alone):
     with mock.patch.object(scorer, "dispatch", side_effect=RuntimeError("no device")):
         with pytest.raises(RuntimeError, match="no device"):
-            Asked(worker, question(1)).request.result(60)
-        assert not worker.healthy
-    eventually(lambda: worker.healthy)  # nobody asks for it: those who would are sent elsewhere
-    assert Asked(worker, question(1)).is_right(alone)
+            Asked(scoring_loop, question(1)).request.result(60)
+        assert not scoring_loop.healthy
+    eventually(lambda: scoring_loop.healthy)  # nobody asks for it: those who would are sent elsewhere
+    assert Asked(scoring_loop, question(1)).is_right(alone)
 
 
-def test_a_mistake_outside_of_passes_fails_who_is_there_and_the_worker_goes_on(worker, alone):
-    with held(worker) as gate:
-        under_way = [Asked(worker, question(seed)) for seed in range(3)]
+def test_a_mistake_outside_of_passes_fails_who_is_there_and_the_loop_goes_on(scoring_loop, alone):
+    with held(scoring_loop) as gate:
+        under_way = [Asked(scoring_loop, question(seed)) for seed in range(3)]
         eventually(lambda: gate.passes)
-        with mock.patch.object(worker._batcher, "next_pass", side_effect=KeyError("a bug")):
-            under_way += [Asked(worker, question(seed)) for seed in range(3, 6)]
+        with mock.patch.object(scoring_loop._scheduler, "next_pass", side_effect=KeyError("a bug")):
+            under_way += [Asked(scoring_loop, question(seed)) for seed in range(3, 6)]
             gate.open()
             failed = [one for one in under_way if one.request.exception(60)]
     assert failed
     assert all(one.is_right(alone) for one in under_way if one not in failed)
-    eventually(lambda: worker.healthy and is_idle(worker))
-    assert Asked(worker, question(7)).is_right(alone)
+    eventually(lambda: scoring_loop.healthy and is_idle(scoring_loop))
+    assert Asked(scoring_loop, question(7)).is_right(alone)
 
 
-def test_a_caller_that_cannot_be_told_fails_alone(worker, alone):
-    with held(worker) as gate:
-        deaf = worker.submit(question(1), on_answers=mock.Mock(side_effect=RuntimeError("the loop is closed")))
-        good = Asked(worker, question(2))
+def test_a_caller_that_cannot_be_told_fails_alone(scoring_loop, alone):
+    with held(scoring_loop) as gate:
+        deaf = scoring_loop.submit(question(1), on_scores=mock.Mock(side_effect=RuntimeError("the loop is closed")))
+        good = Asked(scoring_loop, question(2))
         gate.open()
         with pytest.raises(RuntimeError, match="the loop is closed"):
             deaf.result(60)
         assert good.is_right(alone)
-    assert worker.healthy
+    assert scoring_loop.healthy
 
 
-def test_scores_that_are_not_finite_are_never_answers(worker, scorer, alone):
+def test_scores_that_are_not_finite_are_never_answers(scoring_loop, scorer, alone):
     collect = scorer.collect
 
     def spoilt(work):
         found = collect(work)
         return [[np.full_like(one, np.nan) if at == 0 else one for at, one in enumerate(row)] for row in found]
 
-    with mock.patch.object(scorer, "collect", spoilt), held(worker) as gate:
-        bad, good = Asked(worker, question(1)), Asked(worker, question(2))
+    with mock.patch.object(scorer, "collect", spoilt), held(scoring_loop) as gate:
+        bad, good = Asked(scoring_loop, question(1)), Asked(scoring_loop, question(2))
         gate.open()
         with pytest.raises(FloatingPointError):
             bad.request.result(60)
-    assert Asked(worker, question(1)).is_right(alone)
+    assert Asked(scoring_loop, question(1)).is_right(alone)
     assert good.request.done()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_worker_that_dies_is_noticed_and_nobody_waits_for_it(worker, scorer):
-    with mock.patch.object(scorer, "collect", side_effect=SystemExit), held(worker) as gate:
-        asked = [Asked(worker, question(seed)) for seed in range(3)]
+def test_a_scoring_loop_that_dies_is_noticed_and_nobody_waits_for_it(scoring_loop, scorer):
+    with mock.patch.object(scorer, "collect", side_effect=SystemExit), held(scoring_loop) as gate:
+        asked = [Asked(scoring_loop, question(seed)) for seed in range(3)]
         gate.open()
         for one in asked:
             with pytest.raises(ClosedError):
                 one.request.result(60)
-    eventually(lambda: not worker.healthy)
-    for call in (lambda: worker.submit(question(1)), lambda: worker.reload(params())):
+    eventually(lambda: not scoring_loop.healthy)
+    for call in (lambda: scoring_loop.submit(question(1)), lambda: scoring_loop.reload(params())):
         with pytest.raises(ClosedError, match="stops, or cannot score any more"):
             call()
 
@@ -168,74 +168,76 @@ def test_a_worker_that_dies_is_noticed_and_nobody_waits_for_it(worker, scorer):
 # --- callers that leave
 
 
-def test_what_nobody_waits_for_never_runs_and_leaves_no_trace(worker, alone):
-    with held(worker) as gate:
-        first = Asked(worker, question(1))
+def test_what_nobody_waits_for_never_runs_and_leaves_no_trace(scoring_loop, alone):
+    with held(scoring_loop) as gate:
+        first = Asked(scoring_loop, question(1))
         eventually(lambda: gate.passes)
-        cancelled, late = Asked(worker, question(2)), Asked(worker, question(3), deadline=0.0)
-        assert waiting(worker) == sum(one.request.places for one in (first, cancelled, late))
+        cancelled, late = Asked(scoring_loop, question(2)), Asked(scoring_loop, question(3), deadline=0.0)
+        assert waiting(scoring_loop) == sum(one.request.num_tokens for one in (first, cancelled, late))
         assert cancelled.request.cancel()
-        assert waiting(worker) == first.request.places + late.request.places
+        assert waiting(scoring_loop) == first.request.num_tokens + late.request.num_tokens
         gate.open()
         with pytest.raises(TimeoutError, match="the deadline passed while the request was queued"):
             late.request.result(60)
         assert first.is_right(alone)
     assert all(part.prompt is first.prompt for one in gate.passes for part in one.chunks)
-    eventually(lambda: is_idle(worker))
+    eventually(lambda: is_idle(scoring_loop))
 
 
-def test_who_leaves_in_the_middle_gives_its_pages_back(worker, alone):
-    with held(worker) as gate:
-        long = Asked(worker, question(1, prefix=250, items=200))
+def test_who_leaves_in_the_middle_gives_its_pages_back(scoring_loop, alone):
+    with held(scoring_loop) as gate:
+        long = Asked(scoring_loop, question(1, prefix=250, items=200))
         gate.let(3)
         eventually(lambda: len(gate.passes) == 4)
-        assert pages_held(worker) == 4
+        assert pages_held(scoring_loop) == 4
         long.request.cancel()
-        after = Asked(worker, question(2))
+        after = Asked(scoring_loop, question(2))
         gate.open()
         assert after.is_right(alone)
-    eventually(lambda: is_idle(worker))
+    eventually(lambda: is_idle(scoring_loop))
     assert len(gate.passes) <= 6  # of the 12 that the long one would have taken
 
 
-def test_a_full_queue_says_when_to_come_back_and_has_room_again(worker, alone):
-    with held(worker) as gate:
-        asked = [Asked(worker, question(seed, items=100)) for seed in range(3)]
+def test_a_full_queue_says_when_to_come_back_and_has_room_again(scoring_loop, alone):
+    with held(scoring_loop) as gate:
+        asked = [Asked(scoring_loop, question(seed, items=100)) for seed in range(3)]
         eventually(lambda: gate.passes)
         with pytest.raises(QueueFullError, match=r"the queue is full; try again in [\d.]+ s") as refused:
-            worker.submit(question(9, items=100))
+            scoring_loop.submit(question(9, items=100))
         assert refused.value.retry_after > 0
         asked[2].request.cancel()
-        asked.append(Asked(worker, question(9, items=100)))
+        asked.append(Asked(scoring_loop, question(9, items=100)))
         gate.open()
         assert all(one.is_right(alone) for one in asked if not one.request.cancelled())
-    assert Asked(worker, question(3, prefix=100, items=500)).is_right(alone)  # more than the queue, but alone
+    assert Asked(scoring_loop, question(3, prefix=100, items=500)).is_right(alone)  # more than the queue, but alone
 
 
-def test_a_long_prefix_gets_its_pages_though_short_ones_keep_coming(worker):
+def test_a_long_prefix_gets_its_pages_though_short_ones_keep_coming(scoring_loop):
     """Eleven pages: two short ones hold four at any time, so that eight are never free by chance."""
-    batcher = Scheduler({Bucket(128, past): 1.0 for past in (0, 4, 8)}, PrefixCache(PAGES))
+    scheduler = Scheduler({Bucket(128, past): 1.0 for past in (0, 4, 8)}, PrefixCache(PAGES))
     jobs = [Request(question(seed, prefix=120, items=60), "labels", 1e9).job for seed in range(40)]
     long = Request(question(99, prefix=500, items=1), "labels", 1e9).job
     for job in (*jobs[:3], long):
-        batcher.add(job)
+        scheduler.add(job)
     for later in jobs[3:]:
-        batcher.next_pass()
-        batcher.add(later)
+        scheduler.next_pass()
+        scheduler.add(later)
     assert long.finished
 
 
 # --- other weights
 
 
-def test_each_request_is_scored_by_the_weights_of_when_it_came(worker, scorer, alone):
+def test_each_request_is_scored_by_the_weights_of_when_it_came(scoring_loop, scorer, alone):
     new = params(seed=1)
     of_new = Scorer(MODEL, new, Tokenizer.byte_level(), "dense", [Bucket(1024)])
-    with held(worker) as gate:
-        before = [Asked(worker, question(seed, items=20)) for seed in range(4)]
+    with held(scoring_loop) as gate:
+        before = [Asked(scoring_loop, question(seed, items=20)) for seed in range(4)]
         eventually(lambda: gate.passes)
-        reloaded = worker.reload(new)
-        after = [Asked(worker, question(seed, items=20)) for seed in range(4)]  # whose prefixes the old model cached
+        reloaded = scoring_loop.reload(new)
+        after = [
+            Asked(scoring_loop, question(seed, items=20)) for seed in range(4)
+        ]  # whose prefixes the old model cached
         gate.open()
         reloaded.result(60)
         assert all(one.is_right(alone) for one in before)
@@ -243,46 +245,46 @@ def test_each_request_is_scored_by_the_weights_of_when_it_came(worker, scorer, a
         assert not any(np.allclose(a.scores, b.scores, atol=1e-3) for a, b in zip(before, after, strict=True))
 
 
-def test_a_reload_that_nobody_waits_for_any_more_is_taken_up(worker, scorer):
+def test_a_reload_that_nobody_waits_for_any_more_is_taken_up(scoring_loop, scorer):
     new = params(seed=2)
-    with held(worker) as gate:
-        under_way = Asked(worker, question(1))
+    with held(scoring_loop) as gate:
+        under_way = Asked(scoring_loop, question(1))
         eventually(lambda: gate.passes)
-        worker.reload(new).cancel()
+        scoring_loop.reload(new).cancel()
         gate.open()
         under_way.request.result(60)
     eventually(lambda: scorer.params is new)
-    assert worker.healthy
+    assert scoring_loop.healthy
 
 
 # --- its start and its end
 
 
-def test_a_worker_that_stops_finishes_what_it_has_and_takes_no_more(worker, alone):
-    with held(worker) as gate:
-        asked = [Asked(worker, question(seed)) for seed in range(5)]
+def test_a_scoring_loop_that_stops_finishes_what_it_has_and_takes_no_more(scoring_loop, alone):
+    with held(scoring_loop) as gate:
+        asked = [Asked(scoring_loop, question(seed)) for seed in range(5)]
         eventually(lambda: gate.passes)
-        assert not worker.stop(0.01)
+        assert not scoring_loop.stop(0.01)
         with pytest.raises(ClosedError):
-            worker.submit(question(9))
+            scoring_loop.submit(question(9))
         gate.open()
-        assert worker.stop(60)
+        assert scoring_loop.stop(60)
     assert all(one.is_right(alone) for one in asked)
 
 
-def test_the_garbage_collector_rests_while_a_worker_works(scorer):
+def test_the_garbage_collector_rests_while_a_scoring_loop_works(scorer):
     frozen = gc.get_freeze_count()
-    worker = ScoringLoop(scorer, Scheduler(COSTS, PrefixCache(PAGES)), Metrics(), most_waiting=2_000)
+    scoring_loop = ScoringLoop(scorer, Scheduler(COSTS, PrefixCache(PAGES)), Metrics(), max_queued_tokens=2_000)
     assert gc.isenabled()
-    worker.start()
+    scoring_loop.start()
     assert not gc.isenabled()
     assert gc.get_freeze_count() > frozen
-    assert worker.stop(60)
+    assert scoring_loop.stop(60)
     assert gc.isenabled()
     assert gc.get_freeze_count() == 0
 
 
-def test_many_come_and_go_at_once(worker, alone):
+def test_many_come_and_go_at_once(scoring_loop, alone):
     """Threads that submit and cancel as they like: whoever stays is answered rightly."""
     answered: list[Asked] = []
 
@@ -292,7 +294,9 @@ def test_many_come_and_go_at_once(worker, alone):
             if number == 30:
                 return
             try:
-                one = Asked(worker, question(int(random.integers(6)), int(random.integers(1, 200)), 1 + number % 9))
+                one = Asked(
+                    scoring_loop, question(int(random.integers(6)), int(random.integers(1, 200)), 1 + number % 9)
+                )
             except QueueFullError:
                 continue
             if random.random() < 0.3:
@@ -307,7 +311,7 @@ def test_many_come_and_go_at_once(worker, alone):
         thread.join()
     assert answered
     assert all(one.is_right(alone) for one in answered)
-    eventually(lambda: is_idle(worker))
+    eventually(lambda: is_idle(scoring_loop))
 
 
 def test_a_gate_lets_through_as_many_as_it_is_told():

@@ -31,17 +31,17 @@ def test_a_stream_of_50_000_items_never_holds_the_event_loop(server, client):
         if phase == "start" and threading.current_thread().name == "scoring":
             generations.append(info["generation"])
 
-    worker = server.service.worker
+    scoring_loop = server.service.scoring_loop
     question = raw([3] * 200, [[3 + number % 200, 4, 5, 6, 7] for number in range(ITEMS)], [5, 9])
     responses = client.stream(question, timeout=600)
     with mock.patch.object(asyncio.Handle, "_run", timed):
         assert next(responses).scores
-        worker._collect_old_at = time.monotonic()  # it is time
+        scoring_loop._collect_old_at = time.monotonic()  # it is time
         gc.callbacks.append(collected)
         assert all(next(responses).scores for _ in range(5))
         gc.callbacks.remove(collected)
         responses.close()
-    eventually(lambda: waiting(worker) == 0)
+    eventually(lambda: waiting(scoring_loop) == 0)
     assert max(seconds) < MAX_SECONDS
     assert set(generations) == {1}
 

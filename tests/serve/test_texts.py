@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import grpc
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brewjax.data.tasks.examples import example_at
@@ -96,6 +96,7 @@ def test_batches_are_of_bounded_size(texts):
         assert len(batch) == 1 or sum(map(len, batch)) <= BATCH_CHARACTERS
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["a b ", "likes films ", "xyz", "\n", SPECIAL]), max_size=9), st.integers(1, 60))
 def test_the_end_that_is_read_has_the_tokens_that_are_kept(bundle, words, limit):
     text = "".join(words) * 900
