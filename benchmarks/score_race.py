@@ -47,15 +47,15 @@ def ours(model: str) -> Play:
     worker.start()
 
     def play(prefix: list[int], items: list[list[int]], hot: bool) -> list[list[float]]:
-        found = np.empty((len(items), len(LABELS)))
+        result = np.empty((len(items), len(LABELS)))
 
         def answer(first: int, probabilities: np.ndarray) -> None:
-            found[first : first + len(probabilities)] = np.log(probabilities)
+            result[first : first + len(probabilities)] = np.log(probabilities)
 
         prompt = EncodedPrompt([prefix], items, LABELS, [None] * len(items), "dense")
         cached = worker.submit(prompt, "vocabulary", on_answers=answer).result()
         assert cached == (len(prefix) if hot else 0)
-        return found.tolist()
+        return result.tolist()
 
     return play
 
@@ -127,8 +127,8 @@ def llama(model: str) -> Play:
 
     def play(prefix: list[int], items: list[list[int]], hot: bool) -> list[list[float]]:
         for item in items:
-            asked = {"prompt": prefix + item, "n_predict": 1, "n_probs": 1, "temperature": 0, "cache_prompt": True}
-            answer = engine.handle_completions(asked)
+            request = {"prompt": prefix + item, "n_predict": 1, "n_probs": 1, "temperature": 0, "cache_prompt": True}
+            answer = engine.handle_completions(request)
             assert "error" not in answer, answer
         return [[float("nan")] * len(LABELS)] * len(items)
 
@@ -147,9 +147,9 @@ def serve_turns(name: str, model: str) -> None:
     out.flush()
     for line in sys.stdin:
         turn = json.loads(line)
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         answer = play(turn["prefix"], turn["items"], turn["hot"])
-        out.write(json.dumps({"seconds": time.perf_counter() - began, "answer": answer}) + "\n")
+        out.write(json.dumps({"seconds": time.perf_counter() - start_time, "answer": answer}) + "\n")
         out.flush()
 
 

@@ -85,10 +85,10 @@ async def ask(
         return
     outcome.seconds.append(time.monotonic() - due)
     outcome.items += len(response.scores)
-    found = np.empty_like(expected)
+    result = np.empty_like(expected)
     for item in response.scores:
-        found[item.index] = item.probabilities
-    outcome.wrong += not np.allclose(found, expected, atol=TOLERANCE)
+        result[item.index] = item.probabilities
+    outcome.wrong += not np.allclose(result, expected, atol=TOLERANCE)
 
 
 def draw(requests: list, random: np.random.Generator) -> tuple[pb.ScoreRequest, np.ndarray]:
@@ -98,17 +98,17 @@ def draw(requests: list, random: np.random.Generator) -> tuple[pb.ScoreRequest, 
 
 async def closed_loop(requests: list, seconds: float, callers: int = 8) -> tuple[Outcome, float]:
     """Callers who each wait for their answer before they ask again; with the requests a second that were answered."""
-    outcome, began = Outcome(), time.monotonic()
+    outcome, start_time = Outcome(), time.monotonic()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{PORT}") as channel:
         ranker = ranker_pb2_grpc.RankerStub(channel)
 
         async def caller(seed: int) -> None:
             random = np.random.default_rng(seed)
-            while (now := time.monotonic()) < began + seconds:
+            while (now := time.monotonic()) < start_time + seconds:
                 await ask(ranker, draw(requests, random), now, outcome)
 
         await asyncio.gather(*(caller(seed) for seed in range(callers)))
-    return outcome, len(outcome.seconds) / (time.monotonic() - began)
+    return outcome, len(outcome.seconds) / (time.monotonic() - start_time)
 
 
 async def open_loop(requests: list, rate: float, seconds: float) -> Outcome:
@@ -155,9 +155,9 @@ def row(name: str, outcome: Outcome, seconds: float, before: dict[str, float], a
 def memory(process: subprocess.Popen) -> float:
     """Gigabytes that the process has at most had so far."""
     status = Path(f"/proc/{process.pid}/status").read_text()
-    found = re.search(r"VmHWM:\s+(\d+) kB", status)
-    assert found
-    return int(found[1]) / 1e6
+    result = re.search(r"VmHWM:\s+(\d+) kB", status)
+    assert result
+    return int(result[1]) / 1e6
 
 
 def main() -> None:
@@ -173,14 +173,14 @@ def main() -> None:
     requests = make_requests(arguments.model, arguments.dataset, arguments.task)
     settings = [f"port={PORT}", f"http_port={HTTP_PORT}", f"tasks=[{arguments.task}]", *arguments.settings]
     command = [sys.executable, "-m", "brewjax.cli", "serve", str(arguments.model)]
-    began = time.monotonic()
+    start_time = time.monotonic()
     with open(os.devnull, "w") as nowhere:
         server = subprocess.Popen([*command, *(f"--set={one}" for one in settings)], stderr=nowhere)
     try:
         with Client(f"127.0.0.1:{PORT}", timeout=300) as client:
             described = client.describe()
         table = Table(title=f"{described.model}, {described.parameters:,} parameters")
-        console.print(f"ready after {time.monotonic() - began:.1f} s, {described.compilations} programs compiled")
+        console.print(f"ready after {time.monotonic() - start_time:.1f} s, {described.compilations} programs compiled")
         columns = "requests/s|items/s|p50 ms|p95 ms|p99 ms|shed|late|wrong|padding|prefix cached|items a pass"
         for column in ["arrivals", *columns.split("|")]:
             table.add_column(column, justify="left" if column == "arrivals" else "right")

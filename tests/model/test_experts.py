@@ -80,13 +80,13 @@ def test_in_turns_is_as_at_once(sizes, others, count):
         whole = (0, -R % count)
         return _sum_in_chunks(said, count, x, jnp.pad(weight, whole), matrices, jnp.pad(token, whole), sizes)
 
-    expected, found = (
+    expected, actual = (
         jax.jit(jax.value_and_grad(lambda *taken, add=add: jnp.sum(add(*taken) * direction), (0, 1, 2)))
         for add in (at_once, in_turns)
     )
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
-        found(x, weight, matrices),
+        actual(x, weight, matrices),
         expected(x, weight, matrices),
     )
 

@@ -169,8 +169,8 @@ YARN |= {"llama.rope.scaling.original_context_length": 32}
 )
 def test_rope_is_scaled_as_a_gguf_file_says(tmp_path, keys, scaling):
     write_gguf(tmp_path / "tiny.gguf", keys=keys)
-    found = gguf_module.GGUFFile(tmp_path / "tiny.gguf").config("tiny").rope_scaling
-    assert (found and found.model_dump(exclude_defaults=True, exclude_none=True)) == scaling
+    actual = gguf_module.GGUFFile(tmp_path / "tiny.gguf").config("tiny").rope_scaling
+    assert (actual and actual.model_dump(exclude_defaults=True, exclude_none=True)) == scaling
 
 
 def test_the_factors_in_a_gguf_file_are_those_of_its_model(tmp_path):

@@ -52,9 +52,9 @@ def together(shards, tmp_path_factory) -> Path:
 
 
 def assert_same_parameters(folder: Path, other: Path) -> None:
-    (step, found), (last, expected) = newest_checkpoint(folder), newest_checkpoint(other)
+    (step, actual), (last, expected) = newest_checkpoint(folder), newest_checkpoint(other)
     assert step == last == CONFIG.steps
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), actual, expected)
 
 
 def test_two_processes_match_one(together, alone):
