@@ -25,7 +25,7 @@ def packed(length: int) -> np.ndarray:
             random.integers(20, 50, random.integers(5, 40)),
             random.integers(30, 50, random.integers(1, 30)),
         )
-        rows.append(example(120, events.tolist(), questions.tolist(), number=len(rows) + 1))
+        rows.append(example(120, events.tolist(), questions.tolist(), example_id=len(rows) + 1))
         used += len(rows[-1])
     return np.concatenate(rows)[:length]
 
