@@ -20,7 +20,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from brewjax.model.config import ModelConfig
-from brewjax.model.families import config_to_hf, names_of
+from brewjax.model.families import config_to_hf, tensor_names
 from brewjax.model.huggingface import CONFIG, INDEX
 from brewjax.model.loading import Name
 from brewjax.model.params import abstract_params, model_size
@@ -37,7 +37,7 @@ def write_checkpoint(folder: Path) -> int:
     """A sharded checkpoint of random weights; returns the bytes of its largest tensor."""
     import jax
 
-    random, names = np.random.default_rng(0), names_of(MODEL)
+    random, names = np.random.default_rng(0), tensor_names(MODEL)
     values = random.standard_normal(1 << 20).astype(ml_dtypes.bfloat16)
     files: list[dict[str, np.ndarray]] = [{}]
     largest = 0

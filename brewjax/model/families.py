@@ -11,7 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from brewjax.model.config import ModelConfig
-from brewjax.model.loading import CheckpointError, Name, checked_config
+from brewjax.model.loading import CheckpointError, Name, build_config
 from brewjax.model.rope import FactorsScaling, LinearScaling, RopeScaling, YarnScaling
 
 LAYER = "model.layers.{}."
@@ -154,7 +154,7 @@ def config_from_hf(values: dict[str, Any], name: str, where: str) -> ModelConfig
             "norm_topk_prob": getattr(hf, "norm_topk_prob", True),
             "router_aux_loss_coef": hf.router_aux_loss_coef,
         }
-    return checked_config(
+    return build_config(
         where,
         name=name,
         vocab_size=hf.vocab_size,
@@ -246,7 +246,7 @@ def _rope_to_hf(scaling: RopeScaling, positions: int) -> dict[str, Any]:
     }
 
 
-def family_of(config: ModelConfig) -> str:
+def find_family(config: ModelConfig) -> str:
     """The `model_type` that computes the same as `config`; raises CheckpointError if there is none."""
     for model_type, family in FAMILIES.items():
         same = (family.qkv_bias, family.qk_norm, bool(family.experts)) == (
@@ -270,7 +270,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """
     if config.quantized:
         raise CheckpointError(f"model '{config.name}' is quantised; export the model that it was made from")
-    model_type = family_of(config)
+    model_type = find_family(config)
     family = FAMILIES[model_type]
     values: dict[str, Any] = {
         "architectures": [family.architecture],
@@ -305,6 +305,6 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     return values
 
 
-def names_of(config: ModelConfig) -> dict[str, Name]:
+def tensor_names(config: ModelConfig) -> dict[str, Name]:
     """The names of transformers' tensors, by path of the parameter."""
-    return NAMES | FAMILIES[family_of(config)].names
+    return NAMES | FAMILIES[find_family(config)].names

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from brewjax.data.text.tokenizer import Tokenizer
 from brewjax.model.config import ModelConfig
-from brewjax.model.loading import CheckpointError, Name, Stored, checked_config, load
+from brewjax.model.loading import CheckpointError, Name, Stored, build_config, load
 from brewjax.model.params import Params
 
 LAYER = "blk.{}."
@@ -148,7 +148,7 @@ class GGUFFile:
         tensors = {tensor.name: tensor for tensor in self._reader.tensors}
         if "token_embd.weight" not in tensors:
             raise CheckpointError(f"{self._path}: tensor token_embd.weight is missing")
-        config = checked_config(
+        config = build_config(
             str(self._path),
             name=name,
             vocab_size=int(tensors["token_embd.weight"].shape[1]),

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from brewjax.model.config import Dtype, ModelConfig
-from brewjax.model.families import NAMES, config_from_hf, config_to_hf, names_of
+from brewjax.model.families import NAMES, config_from_hf, config_to_hf, tensor_names
 from brewjax.model.loading import CheckpointError, Name, Stored, load
 from brewjax.model.params import Params
 
@@ -59,7 +59,7 @@ def read_params(folder: Path, config: ModelConfig, mesh: Mesh) -> Params:
         name: Stored(str(file), shape, functools.partial(_read_tensor, file, name))
         for name, (file, shape, _) in _headers(folder).items()
     }
-    return load(config, names_of(config), stored, IGNORED[config.tie_head], mesh)
+    return load(config, tensor_names(config), stored, IGNORED[config.tie_head], mesh)
 
 
 def _has_own_head(headers: Headers) -> bool:
@@ -143,7 +143,7 @@ def write(folder: Path, config: ModelConfig, params: Params, tokens: dict[str, i
     Raises:
       CheckpointError: if the model is quantised, or no family computes it.
     """
-    values, names = config_to_hf(config) | tokens, names_of(config)
+    values, names = config_to_hf(config) | tokens, tensor_names(config)
     (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
     files: list[dict[str, tuple[Name, jax.Array, tuple[int, ...]]]] = [{}]
     size = total = 0

@@ -64,9 +64,9 @@ def taken(weights: Params, tokens: jax.Array, positions: jax.Array, token_labels
     x, rotation, actual = decoder.embed(tokens), rotary(positions, DEEPER), []
     for number in range(DEEPER.layers):
         layer = decoder.layer(jnp.int32(number))
-        heads, _ = layer.attended(x, rotation, token_labels, None)
+        heads, _ = layer.attend(x, rotation, token_labels, None)
         after = layer(x, rotation, token_labels, None)[0]
-        actual.append((x, heads, layer.neurons(layer.mlp_norm(layer.after_attention(x, heads))), after))
+        actual.append((x, heads, layer.neurons(layer.mlp_norm(layer.add_attention(x, heads))), after))
         x = after
     return tuple(jnp.stack(part) for part in zip(*actual, strict=True))
 

@@ -99,7 +99,7 @@ def test_a_gguf_file_has_the_weights_that_transformers_has(tmp_path, kind, archi
     assert bundle.model.norm_eps == 1e-5
     export_model(tmp_path / "model", tmp_path / "out")
     out = load_file(tmp_path / "out" / "model.safetensors")
-    names = huggingface.names_of(bundle.model)
+    names = huggingface.tensor_names(bundle.model)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["model_type"] == architecture
     theirs = {name.template: names[path].template for path, name in gguf_module.NAMES.items()}
