@@ -13,7 +13,7 @@ import pytest
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
-from brewjax import distributed as hosts
+from brewjax import distributed
 from brewjax.bundle.bundle import Bundle, PromptConfig
 from brewjax.compress.calibrate import calibrate
 from brewjax.compress.prune import PruneConfig, prune
@@ -321,7 +321,7 @@ def on_mesh(source: Path, out: Path) -> None:
     bundle = Bundle.load(out.with_suffix(""), mesh)
     actual |= gathered(bundle)
     actual["scores"] = score(bundle, PROMPTS, mesh)
-    if hosts.is_process_zero():
+    if distributed.is_process_zero():
         np.savez(out, **actual)
 
 
@@ -341,7 +341,7 @@ def gathered(bundle: Bundle) -> dict[str, np.ndarray]:
 
 if __name__ == "__main__":
     if sys.argv[1] == "mesh":
-        with hosts.distributed_runtime():
+        with distributed.distributed_runtime():
             on_mesh(Path(sys.argv[2]), Path(sys.argv[3]))
     else:
         measure(Path(sys.argv[2]))
