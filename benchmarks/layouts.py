@@ -10,7 +10,7 @@ from pallas_kernels.token_labels import ALL, QUESTIONS, SELF, TokenLabels
 def example(
     preamble: int, events: list[int], questions: list[int], star: bool = False, example_id: int = 1
 ) -> np.ndarray:
-    """int32 [tokens, 3]: example, segment and reach of each token of one example."""
+    """int32 [tokens, 3]: example id, piece id and visibility of each token of one example."""
     pieces = [(preamble, ALL), *((size, QUESTIONS if star else ALL) for size in events)]
     pieces += [(size, SELF) for size in questions]
     labels = [(example_id, piece_id, visibility) for piece_id, (_, visibility) in enumerate(pieces)]

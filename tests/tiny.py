@@ -51,7 +51,7 @@ def prompt(
 
 
 def pack(prompts: Iterable[EncodedPrompt], length: int) -> tuple[np.ndarray, np.ndarray, TokenLabels]:
-    """Tokens, positions and segments [length] of prompts that share a row."""
+    """Tokens, positions and token labels [length] of prompts that share a row."""
     parts = [one.arrays | {"example": np.full(len(one), number)} for number, one in enumerate(prompts, 1)]
     row = {}
     for name in ("tokens", "positions", "example", "piece_id", "visibility"):

@@ -143,8 +143,8 @@ def test_a_question_changes_no_bit_of_another(implementation, data, seed):
     row = data.draw(rows(length))
     questions = sorted({(e, s) for e, s, r in zip(*row, strict=True) if e != PADDING and r == SELF})
     hypothesis.assume(questions)
-    example, segment = data.draw(st.sampled_from(questions))
-    changed = ((row.example_id == example) & (row.piece_id == segment))[:, None, None]
+    example_id, piece_id = data.draw(st.sampled_from(questions))
+    changed = ((row.example_id == example_id) & (row.piece_id == piece_id))[:, None, None]
     (q, k, v, d), others = draw_qkvd(seed, length, B=1), draw_qkvd(seed + 1, length, B=1)
     token_labels = stack([row])
     before = results(implementation)(q, k, v, d, token_labels)[0]

@@ -17,14 +17,14 @@ see = jax.jit(lambda token_labels: dense_mask(token_labels, token_labels, index,
 
 @functools.partial(jax.jit, static_argnums=1)
 def seen(row: TokenLabels, tile: int):
-    """`sight` of one row over itself."""
+    """`block_visibility` of one row over itself."""
     batch = TokenLabels(*(labels[None] for labels in row))
     return jax.tree.map(lambda x: x[0], block_visibility(batch, batch, 0, tile, tile))
 
 
 def sees(row: TokenLabels, i: int, j: int) -> bool:
-    """DESIGN.md: Token i sees token j when same example, j is not after i, and (same segment, or reach[j] = ALL, or
-    reach[j] = QUESTIONS and i stands in a question)."""
+    """Token i attends to token j if they are of the same example, j is not after i, and (they are of the same piece, or
+    visibility[j] = ALL, or visibility[j] = QUESTIONS and i is in a question)."""
     i_stands_in_a_question = row.visibility[i] == SELF
     return (
         row.example_id[i] == row.example_id[j] != PADDING
