@@ -54,13 +54,15 @@ def main(lengths: list[int]) -> None:
         for name, labels in layouts(length).items():
             token_labels = TokenLabels(*(jnp.asarray(x)[None] for x in labels.T))
             q, k, v = (jax.random.normal(jax.random.key(n), (1, length, h, D)) for n, h in enumerate((H, K, K)))
-            ways = [step(attention_reference), step(attention)]
-            memory = [way.lower(q, k, v, token_labels).compile().memory_analysis().temp_size_in_bytes for way in ways]
+            methods = [step(attention_reference), step(attention)]
+            memory = [
+                method.lower(q, k, v, token_labels).compile().memory_analysis().temp_size_in_bytes for method in methods
+            ]
             seconds = np.zeros((ROUNDS + 1, 2))
             for at in np.ndindex(seconds.shape):  # in turn; the first round compiles
-                began = time.perf_counter()
-                jax.block_until_ready(ways[at[1]](q, k, v, token_labels))
-                seconds[at] = time.perf_counter() - began
+                start_time = time.perf_counter()
+                jax.block_until_ready(methods[at[1]](q, k, v, token_labels))
+                seconds[at] = time.perf_counter() - start_time
             ratio = np.median(seconds[1:, 0] / seconds[1:, 1])
             visited = int(block_visibility(token_labels, token_labels, 0, BLOCK, BLOCK).any.sum()) * BLOCK**2
             table.add_row(

@@ -100,10 +100,10 @@ def compile_all() -> None:
         for D in (64, 128, 256):
             for dtype in (jnp.bfloat16, jnp.float32):
                 function = gradients if case == "training" else scores
-                for kernel, *found in compiled(function, T, S, D, dtype, device):
+                for kernel, *result in compiled(function, T, S, D, dtype, device):
                     cut = attention_gpu.choose_blocks(kernel, D, dtype)
                     blocks = f"{cut.rows} x {cut.keys}, {cut.warps}"
-                    table.add_row(case, str(D), jnp.dtype(dtype).name, kernel, blocks, *map(str, found))
+                    table.add_row(case, str(D), jnp.dtype(dtype).name, kernel, blocks, *map(str, result))
     console.print(table)
 
 
@@ -119,11 +119,11 @@ def compiled(function: Callable, T: int, S: int, D: int, dtype: Any, device: jax
     (launches,) = (path.read_text() for path in DUMP.glob("*thunk_sequence.txt"))
     for path in sorted(DUMP.glob("*.ptx")):
         for kernel in re.findall(r"\.entry token_label_attention_(\w+)\(", path.read_text()):
-            told = subprocess.run(
+            assembler = subprocess.run(
                 [ptxas(), "-v", "-arch=sm_90a", path, "-o", os.devnull], capture_output=True, text=True
             )
-            registers = re.search(r"Used (\d+) registers", told.stderr)
-            spills = sum(map(int, re.findall(r"(\d+) bytes spill", told.stderr)))
+            registers = re.search(r"Used (\d+) registers", assembler.stderr)
+            spills = sum(map(int, re.findall(r"(\d+) bytes spill", assembler.stderr)))
             shared = re.search(rf"token_label_attention_{kernel} grid.*shared_memory: (\d+)", launches)
             product = next((name for name in ("wgmma", "mma.sync") if name in path.read_text()), "none")
             yield kernel, registers and registers[1], spills, shared and shared[1], product
@@ -146,9 +146,9 @@ def check() -> None:
         for D in (64, 128, 256):
             for dtype in (jnp.bfloat16, jnp.float32):
                 q, k, v = inputs(2048, 2048, D, dtype)
-                found = jax.jit(lambda *x, labels=labels: (scores(*x, labels), *gradients(*x, labels)))(q, k, v)
+                result = jax.jit(lambda *x, labels=labels: (scores(*x, labels), *gradients(*x, labels)))(q, k, v)
                 expected = reference(*(x.astype(jnp.float32) for x in (q, k, v)), labels)
-                errors = [float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in zip(found, expected, strict=True)]
+                errors = [float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in zip(result, expected, strict=True)]
                 table.add_row(layout, str(D), jnp.dtype(dtype).name, *(f"{x:.1e}" for x in errors))
                 assert max(errors) < (2**-6 if dtype == jnp.bfloat16 else 1e-5), (layout, D, dtype, errors)
     console.print(table)
@@ -185,8 +185,8 @@ def time_all() -> None:
             T = labels.example_id.shape[1]
             qkv = inputs(T, T, D, jnp.bfloat16)
             for name, ours, theirs in (("forward", scores, cudnn), ("both", gradients, cudnn_gradients)):
-                here, there = milliseconds(ours, *qkv, labels), milliseconds(theirs, *qkv)
-                table.add_row(layout, str(D), name, f"{here:.3f}", f"{there:.3f}", f"{here / there:.2f}")
+                own_ms, rival_ms = milliseconds(ours, *qkv, labels), milliseconds(theirs, *qkv)
+                table.add_row(layout, str(D), name, f"{own_ms:.3f}", f"{rival_ms:.3f}", f"{own_ms / rival_ms:.2f}")
     console.print(table)
 
 
@@ -196,11 +196,11 @@ def milliseconds(function: Callable, *arguments: Any) -> float:
     jax.block_until_ready(function(*arguments))
     times = []
     for _ in range(10):
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         for _ in range(10):
             out = function(*arguments)
         jax.block_until_ready(out)
-        times.append((time.perf_counter() - began) / 10)
+        times.append((time.perf_counter() - start_time) / 10)
     return statistics.median(times) * 1e3
 
 

@@ -58,32 +58,34 @@ def compile_parts(
 ) -> dict[str, dict[str, int]]:
     """Bundles of a kernel's parts: of those under its nth `pl.when`, beside what each step costs anyway ("step")."""
 
-    def compile_only(kept: int | None) -> dict[str, int]:
-        said = []
+    def compile_only(branch: int | None) -> dict[str, int]:
+        conditions = []
 
         def when(condition: object) -> Callable:
-            said.append(condition)
-            return lambda body: body() if len(said) - 1 == kept else None
+            conditions.append(condition)
+            return lambda body: body() if len(conditions) - 1 == branch else None
 
         with mock.patch.object(module, "pl", SimpleNamespace(**(vars(pl) | {"when": when}))):
             return chip.compile(call, *inputs, name="splash")
 
     empty = compile_only(None)
-    found = {"step": empty}
-    for name, kept in parts.items():
-        whole = compile_only(kept)
-        found[name] = {slot: whole[slot] - empty[slot] for slot in whole}
-    return found
+    result = {"step": empty}
+    for name, branch in parts.items():
+        whole = compile_only(branch)
+        result[name] = {slot: whole[slot] - empty[slot] for slot in whole}
+    return result
 
 
 def cycles(chip: Chip, products: int, parts: dict[str, dict[str, int]], steps: Steps) -> int:
     """The estimate: bundles of every step, and of every block computed these or what the matrix unit needs."""
     floor = round(BLOCK**2 * D * products / chip.products_a_cycle)
-    of_block = {name: max(parts[name]["bundles"], floor) for name in ("every", "some")}
-    return steps.all * parts["step"]["bundles"] + steps.every * of_block["every"] + steps.some * of_block["some"]
+    block_cycles = {name: max(parts[name]["bundles"], floor) for name in ("every", "some")}
+    return (
+        steps.all * parts["step"]["bundles"] + steps.every * block_cycles["every"] + steps.some * block_cycles["some"]
+    )
 
 
-def of_tokamax(chip: Chip, way: str, kinds: np.ndarray) -> tuple[int, str]:
+def tokamax_cycles(chip: Chip, direction: str, kinds: np.ndarray) -> tuple[int, str]:
     """Cycles, and the bundles of a block without a mask and with one."""
     shape = jax.ShapeDtypeStruct
     ints = [shape((1024,), jnp.int32)] * 4
@@ -107,22 +109,24 @@ def of_tokamax(chip: Chip, way: str, kinds: np.ndarray) -> tuple[int, str]:
         )  # fmt: skip
 
     inputs = [ints, shape((1,), jnp.int32), shape((LENGTH,), jnp.int32), q, kv, kv]
-    if way == "backward":
+    if direction == "backward":
         inputs += [per_query, q, per_query]
     # At the beginning, without a mask, with one, at the end.
-    call = forward if way == "forward" else backward
+    call = forward if direction == "forward" else backward
     parts = compile_parts(chip, tokamax, call, inputs, {"every": 1, "some": 2})
-    every, met = int(np.sum(kinds == FULL_BLOCK)), int(np.sum(kinds != 0))
-    found = cycles(chip, PRODUCTS[way], parts, Steps(met, every, met - every))
-    return found, f"{parts['every']['bundles']:,} ({parts['some']['bundles']:,})"
+    every, active = int(np.sum(kinds == FULL_BLOCK)), int(np.sum(kinds != 0))
+    result = cycles(chip, PRODUCTS[direction], parts, Steps(active, every, active - every))
+    return result, f"{parts['every']['bundles']:,} ({parts['some']['bundles']:,})"
 
 
-def of_stock(chip: Chip, way: str, kinds: np.ndarray) -> tuple[int, str]:
+def stock_cycles(chip: Chip, direction: str, kinds: np.ndarray) -> tuple[int, str]:
     """As `of_tokamax`; `kinds` are [query blocks, key blocks]."""
     shape = jax.ShapeDtypeStruct
-    met = kinds != 0
-    blocks, computed = len(kinds), int(met.sum())
-    by_query, by_key = (int(met.sum(axis).max()) for axis in (1, 0))  # the grid's width: the most visits of any block
+    active = kinds != 0
+    blocks, computed = len(kinds), int(active.sum())
+    by_query, by_key = (
+        int(active.sum(axis).max()) for axis in (1, 0)
+    )  # the grid's width: the most visits of any block
     q, kv = shape((1, LENGTH, D), jnp.bfloat16), shape((LENGTH, D), jnp.bfloat16)
     per_query, layout = shape((1, LENGTH), jnp.float32), stock.QKVLayout.HEAD_DIM_MINOR
     sizes = stock.BlockSizes(BLOCK, BLOCK)
@@ -155,7 +159,7 @@ def of_stock(chip: Chip, way: str, kinds: np.ndarray) -> tuple[int, str]:
             (backward(stock._splash_attention_bwd_dq), rows, per_pair, 3, by_query),
             (backward(stock._splash_attention_bwd_dkv, **dkv), columns, per_pair, 4, by_key),
         ],
-    }[way]
+    }[direction]
     total, bundles = 0, []
     for call, visits_of, more, products, width in kernels:
         inputs = [visits_of, shape((LENGTH,), jnp.int32), q, kv, kv, *more]
@@ -177,22 +181,22 @@ def main(chips: list[str]) -> None:
         table.add_column(column, justify="right")
     for name in chips:
         chip = Chip(name)
-        for way in PRODUCTS:
-            cost = costs(chip, way)
+        for direction in PRODUCTS:
+            cost = costs(chip, direction)
             plan = cost.plan
             ours, _ = estimate(cost, visits(plan, labels))
             blocks = dataclasses.replace(plan, chunk=128, chunks=BLOCK // 128, keys=BLOCK)
             kinds = kinds_of(blocks, labels)[0]
-            theirs = [of_tokamax(chip, way, kinds), of_stock(chip, way, kinds)]
+            theirs = [tokamax_cycles(chip, direction, kinds), stock_cycles(chip, direction, kinds)]
             scale = BLOCK**2 / cost.every["pairs"]
             table.add_row(
                 name,
-                way,
-                f"{chip.milliseconds(chip.cycles(way, ideal)):.2f}",
+                direction,
+                f"{chip.milliseconds(chip.cycles(direction, ideal)):.2f}",
                 f"{chip.milliseconds(ours):.2f}",
                 f"{cost.every['bundles'] * scale:,.0f}",
-                *(cell for found, body in theirs for cell in (f"{chip.milliseconds(found):.2f}", body)),
-                ", ".join(f"{ours / found:.2f}" for found, _ in theirs),
+                *(cell for result, body in theirs for cell in (f"{chip.milliseconds(result):.2f}", body)),
+                ", ".join(f"{ours / result:.2f}" for result, _ in theirs),
             )
     Console(width=140).print(table)
 

@@ -73,9 +73,9 @@ class Chip:
         self.clock = CLOCKS[name]
         self.products_a_cycle = round(peak / 2 / self.clock)
 
-    def cycles(self, way: str, pairs: int) -> int:
+    def cycles(self, direction: str, pairs: int) -> int:
         """What the matrix unit needs for so many pairs of tokens."""
-        return round(pairs * D * PRODUCTS[way] / self.products_a_cycle)
+        return round(pairs * D * PRODUCTS[direction] / self.products_a_cycle)
 
     def milliseconds(self, cycles: int) -> float:
         return cycles / self.clock * 1e3
@@ -117,14 +117,14 @@ class Costs:
     lines: list[Slots]
 
 
-def costs(chip: Chip, way: str, group: int = 1) -> Costs:
+def costs(chip: Chip, direction: str, group: int = 1) -> Costs:
     """Compiled with nothing in a visit but what is asked about."""
     length = 4096
     shape = jax.ShapeDtypeStruct
     q, k = (shape((1, length, heads, D), jnp.bfloat16) for heads in (group, 1))
     labels = TokenLabels(*[shape((1, length), jnp.int32)] * 3)
     inputs = [q, k, k, labels, labels, shape((), jnp.int32)]
-    if way == "backward":
+    if direction == "backward":
         inputs += [*[shape((1, length, group), jnp.float32)] * 2, q]
     with jax.sharding.use_abstract_mesh(chip.mesh.abstract_mesh):
         plan = AttentionPlan.of(q, k, False)
@@ -138,13 +138,13 @@ def costs(chip: Chip, way: str, group: int = 1) -> Costs:
 
         # A kernel that never begins or ends a block, has no other kind of visit, and runs nothing again.
         with mock.patch.multiple(attention_tpu, _visit=only, _edges=lambda block, i: (False, False), _rerun=nothing):
-            return Counter(chip.compile(getattr(attention_tpu, way), *inputs))
+            return Counter(chip.compile(getattr(attention_tpu, direction), *inputs))
 
     def less(a: Counter, b: Counter) -> Counter:
         return Counter({slot: a[slot] - b[slot] for slot in a})
 
-    def slots(found: Counter, pairs: int = 0) -> Slots:
-        return dict(found) | {"pairs": pairs, "cycles": chip.cycles(way, pairs)}
+    def slots(result: Counter, pairs: int = 0) -> Slots:
+        return dict(result) | {"pairs": pairs, "cycles": chip.cycles(direction, pairs)}
 
     def along(line: Line) -> Callable:
         return lambda whole, masked, masks: attention_tpu._run_line(plan, masked, masks, line)
@@ -161,7 +161,7 @@ def costs(chip: Chip, way: str, group: int = 1) -> Costs:
     times = chunks // largest_divisor(chunks, attention_tpu.UNROLL)  # the code is in a loop
 
     @functools.cache
-    def of_form(count: int, is_row: bool) -> Counter:
+    def line_cost(count: int, is_row: bool) -> Counter:
         """The first line of that form: others are the same code elsewhere."""
         line = next(line for line in plan.lines if len(line) == count and (line in plan.rows) == is_row)
         whole = less(compile_only(along(line)), empty)
@@ -172,7 +172,7 @@ def costs(chip: Chip, way: str, group: int = 1) -> Costs:
             heads = less(compile_only(along(line)), empty)  # in a loop, behind the masks of all heads
         return Counter({slot: whole[slot] + more * heads[slot] for slot in whole})
 
-    lines = [of_form(len(line), line in plan.rows) for line in plan.lines]
+    lines = [line_cost(len(line), line in plan.rows) for line in plan.lines]
     return Costs(
         plan,
         slots(empty),
@@ -219,11 +219,11 @@ def main(chips: list[str]) -> list[str]:
     """Prints the tables; returns what was missed."""
     console, missed = Console(width=110), []
     ideal = {name: pairs(make_labels(name)) for name in LAYOUTS}
-    for chip_name, way, group in itertools.product(chips, PRODUCTS, GROUPS):
+    for chip_name, direction, group in itertools.product(chips, PRODUCTS, GROUPS):
         chip = Chip(chip_name)
-        cost = costs(chip, way, group)
+        cost = costs(chip, direction, group)
         plan = cost.plan
-        title = f"{chip_name} {way}, {group} query heads on one"
+        title = f"{chip_name} {direction}, {group} query heads on one"
         code = table(
             f"{title}: a visit of {plan.queries} queries x {plan.keys} keys",
             ("what", "bundles", "MXU cycles", "MXU slots", "VALU slots", "spills"),
@@ -248,7 +248,7 @@ def main(chips: list[str]) -> list[str]:
             if visited > MAX_PAIRS_OVER_IDEAL.get(name, float("inf")) * ideal[name]:
                 limit = MAX_PAIRS_OVER_IDEAL[name]
                 missed.append(f"{title}: {visited / ideal[name]:.3f} pairs over ideal for {name}, over {limit}")
-            floor = chip.milliseconds(chip.cycles(way, ideal[name]))
+            floor = chip.milliseconds(chip.cycles(direction, ideal[name]))
             masked = (kinds != FULL_BLOCK).sum()
             numbers = (f"{visited / ideal[name]:.3f}", f"{floor:.2f}", f"{chip.milliseconds(cycles):.2f}")
             times.add_row(name, f"{len(kinds):,}", f"{masked:,}", *numbers)

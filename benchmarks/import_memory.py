@@ -20,7 +20,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from brewjax.model.config import ModelConfig
-from brewjax.model.families import config_to_hf, names_of
+from brewjax.model.families import config_to_hf, tensor_names
 from brewjax.model.huggingface import CONFIG, INDEX
 from brewjax.model.loading import Name
 from brewjax.model.params import abstract_params, model_size
@@ -37,7 +37,7 @@ def write_checkpoint(folder: Path) -> int:
     """A sharded checkpoint of random weights; returns the bytes of its largest tensor."""
     import jax
 
-    random, names = np.random.default_rng(0), names_of(MODEL)
+    random, names = np.random.default_rng(0), tensor_names(MODEL)
     values = random.standard_normal(1 << 20).astype(ml_dtypes.bfloat16)
     files: list[dict[str, np.ndarray]] = [{}]
     largest = 0
@@ -73,10 +73,10 @@ def measure(folder: Path, what: str) -> None:
     from brewjax.model import huggingface
 
     mesh = MeshConfig(fsdp=int(os.environ.get("JAX_NUM_CPU_DEVICES", 1))).build()
-    before, began = peak(), time.perf_counter()
+    before, start_time = peak(), time.perf_counter()
     config = huggingface.read_config(folder, "synthetic")
     params = huggingface.read_params(folder, config, mesh)
-    read, seconds = peak(), time.perf_counter() - began
+    read, seconds = peak(), time.perf_counter() - start_time
     if what == "save":
         from brewjax.model.params import save_model
 
@@ -93,11 +93,11 @@ def main() -> None:
             environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
             command = [sys.executable, __file__, "--measure", name, "save"]
             done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-            found = json.loads(done.stdout)
-            read, saved = ((found[key] - found["before"] - total) / 1e6 for key in ("read", "saved"))
+            result = json.loads(done.stdout)
+            read, saved = ((result[key] - result["before"] - total) / 1e6 for key in ("read", "saved"))
             print(
-                f"{devices} devices: read in {found['seconds']:.1f} s, beyond the parameters {read:.0f} MB at most, "
-                f"{saved:.0f} MB with the weights written as a bundle's (it began with {found['before'] / 1e6:.0f} MB)"
+                f"{devices} devices: read in {result['seconds']:.1f} s, beyond the parameters {read:.0f} MB at most, "
+                f"{saved:.0f} MB with the weights written as a bundle's (it began with {result['before'] / 1e6:.0f} MB)"
             )
 
 

@@ -7,11 +7,13 @@ import numpy as np
 from pallas_kernels.token_labels import ALL, QUESTIONS, SELF, TokenLabels
 
 
-def example(center: int, events: list[int], questions: list[int], star: bool = False, number: int = 1) -> np.ndarray:
-    """int32 [tokens, 3]: example, segment and reach of each token of one example."""
-    pieces = [(center, ALL), *((size, QUESTIONS if star else ALL) for size in events)]
+def example(
+    preamble: int, events: list[int], questions: list[int], star: bool = False, example_id: int = 1
+) -> np.ndarray:
+    """int32 [tokens, 3]: example id, piece id and visibility of each token of one example."""
+    pieces = [(preamble, ALL), *((size, QUESTIONS if star else ALL) for size in events)]
     pieces += [(size, SELF) for size in questions]
-    labels = [(number, segment, reach) for segment, (_, reach) in enumerate(pieces)]
+    labels = [(example_id, piece_id, visibility) for piece_id, (_, visibility) in enumerate(pieces)]
     return np.repeat(np.array(labels, np.int32), [size for size, _ in pieces], axis=0)
 
 
@@ -23,7 +25,7 @@ def packed(length: int) -> np.ndarray:
             random.integers(20, 50, random.integers(5, 40)),
             random.integers(30, 50, random.integers(1, 30)),
         )
-        rows.append(example(120, events.tolist(), questions.tolist(), number=len(rows) + 1))
+        rows.append(example(120, events.tolist(), questions.tolist(), example_id=len(rows) + 1))
         used += len(rows[-1])
     return np.concatenate(rows)[:length]
 

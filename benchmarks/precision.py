@@ -71,19 +71,19 @@ def main() -> None:
     )
     metrics = {"metrics": ("auc", "log_loss", "calibration_error")}
     tasks = [task.model_copy(update=metrics) for task in load_tasks(arguments.tasks, dataset)]
-    asked = [(task, sample_examples(dataset, task, "test", arguments.examples)) for task in tasks]
-    found = {name: predict(bundle, dataset, asked) for name, bundle in bundles.items()}
+    examples = [(task, sample_examples(dataset, task, "test", arguments.examples)) for task in tasks]
+    predictions_by_model = {name: predict(bundle, dataset, examples) for name, bundle in bundles.items()}
     for number, task in enumerate(tasks):
-        _show(task, {name: predictions[number].table for name, predictions in found.items()})
+        _show(task, {name: predictions[number].table for name, predictions in predictions_by_model.items()})
 
 
 def _show(task: Task, predictions: dict[str, pa.Table]) -> None:
-    found = {name: evaluate(table, task)[OVERALL] for name, table in predictions.items()}
-    table = Table(title=f"{task.name}: {found['float32'].rows:,} questions", title_justify="left")
+    results = {name: evaluate(table, task)[OVERALL] for name, table in predictions.items()}
+    table = Table(title=f"{task.name}: {results['float32'].rows:,} questions", title_justify="left")
     for column in ("", "AUC", "less than float32's by", "log loss", "calibration error", "ties"):
         table.add_column(column, justify="left" if not column else "right")
-    for name, result in found.items():
-        loss = found["float32"].metrics["auc"] - result.metrics["auc"]
+    for name, result in results.items():
+        loss = results["float32"].metrics["auc"] - result.metrics["auc"]
         table.add_row(
             name,
             f"{result.metrics['auc'].value:.4f}",

@@ -70,19 +70,19 @@ def rivals(kind: str | None, T: int, K: int, N: int) -> dict[str, tuple[Callable
         return {"bfloat16": (lambda x, w: x @ w, (x, shape((K, N), jnp.bfloat16)))}
     name, activations = KINDS[kind]
     weight = Quantized(shape((K, N), DTYPES[name]), shape((N,), jnp.float32))
-    graph, state = nnx.split(nnx.eval_shape(partial(of_qwix, kind, K, N)))
-    found: dict[str, tuple[Callable, tuple]] = {
+    graph, state = nnx.split(nnx.eval_shape(partial(qwix_products, kind, K, N)))
+    result: dict[str, tuple[Callable, tuple]] = {
         "ours": (partial(quantized_matmul, activations=activations), (x, weight)),
         "qwix": (lambda x, state: nnx.merge(graph, state)(x), (x, state)),
     }
     if kind == "int8":
         scales = shape((T // 128, 1), jnp.float32), shape((1, N // 128), jnp.float32)
         call = partial(qwix_kernel.quantized_matmul, **BLOCKS_OF_QWIX, dtype=jnp.bfloat16)
-        found["qwix's kernel"] = call, (shape((T, K), jnp.int8), scales[0], weight.values, scales[1])
-    return found
+        result["qwix's kernel"] = call, (shape((T, K), jnp.int8), scales[0], weight.values, scales[1])
+    return result
 
 
-def of_qwix(kind: str, K: int, N: int, weight: jax.Array | None = None) -> nnx.Module:
+def qwix_products(kind: str, K: int, N: int, weight: jax.Array | None = None) -> nnx.Module:
     """With random weights where none are given."""
     name, activations = KINDS[kind]
     linear = nnx.Linear(K, N, use_bias=False, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
@@ -106,18 +106,18 @@ class Cost:
 
 class Chip:
     def __init__(self, name: str):
-        found = topology(CHIPS[name])
-        self.name, self.clock = name, found.chip.clock
-        self.mesh = jax.sharding.Mesh(np.array(found.devices[:1]), ("chip",))
+        result = topology(CHIPS[name])
+        self.name, self.clock = name, result.chip.clock
+        self.mesh = jax.sharding.Mesh(np.array(result.devices[:1]), ("chip",))
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
             info = pltpu.get_tpu_info()
         self.bandwidth, bf16 = info.mem_bw_bytes_per_second, info.bf16_ops_per_second
         peaks = {"int8": info.int8_ops_per_second, "e4m3": info.fp8_ops_per_second}
         self.peaks = {kind: max(peaks.get(kind or "", 0), bf16) for kind in (None, *KINDS)}
 
-    def cost(self, who: str, kind: str | None, T: int, K: int, N: int, layers: int) -> Cost:
+    def cost(self, library: str, kind: str | None, T: int, K: int, N: int, layers: int) -> Cost:
         """Of one product; with `layers`, of one turn of a scan over so many, stacked, as in the model."""
-        call, (x, *weights) = rivals(kind, T, K, N)[who]
+        call, (x, *weights) = rivals(kind, T, K, N)[library]
         if layers:
             weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct((layers, *x.shape), x.dtype), weights)
         program = partial(scanned, call) if layers else call
@@ -129,30 +129,30 @@ class Chip:
         (around,) = [
             part for part in text.split("\n\n") if re.search("tpu_custom_call|convolution_algorithm_conf", part)
         ]
-        found, operations = Cost(), re.findall(r"\n +(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)", around)
-        results = {name: re.sub(rf"\[{layers},", "[", result) for name, result, _, _ in operations}
-        given = [name for name, _, op, _ in operations if op in ("parameter", "get-tuple-element")]
-        matrices = [name for name in given if f"[{K},{N}]" in results[name]]
+        cost, operations = Cost(), re.findall(r"\n +(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)", around)
+        results = {name: re.sub(rf"\[{layers},", "[", shape) for name, shape, _, _ in operations}
+        inputs = [name for name, _, op, _ in operations if op in ("parameter", "get-tuple-element")]
+        matrices = [name for name in inputs if f"[{K},{N}]" in results[name]]
         for name, _, op, rest in operations:
-            if name in given or op in ("bitcast", "tuple", "constant") or op.endswith("-done"):
+            if name in inputs or op in ("bitcast", "tuple", "constant") or op.endswith("-done"):
                 continue
-            taken = re.findall(r"%([\w.\-]+)", rest.split(")")[0])
+            operands = re.findall(r"%([\w.\-]+)", rest.split(")")[0])
             is_kernel = "tpu_custom_call" in rest
             if op == "custom-call" and not is_kernel:  # a name for memory
                 continue
             steps, fetched = grid_of_qwix(T, K, N) if is_kernel else (bounds(rest), {})
-            found.bytes += sum(in_hbm(results[each]) * fetched.get(at, 1) for at, each in enumerate(taken))
+            cost.bytes += sum(in_hbm(results[each]) * fetched.get(at, 1) for at, each in enumerate(operands))
             if op.endswith("-start"):  # on its way to the chip's own memory
                 continue
-            found.bytes += in_hbm(results[name])
+            cost.bytes += in_hbm(results[name])
             cycles = steps * bundles(name)
             if is_kernel or "convolution_algorithm_config" in rest:
-                found.product += max(cycles, round(2 * T * K * N / self.peaks[kind] * self.clock))
-                found.estimate += int((re.search(r'"estimated_cycles":"(\d+)"', rest) or (0, 0))[1])
+                cost.product += max(cycles, round(2 * T * K * N / self.peaks[kind] * self.clock))
+                cost.estimate += int((re.search(r'"estimated_cycles":"(\d+)"', rest) or (0, 0))[1])
             else:
-                found.rest += cycles
-                found.copies += any(each in matrices for each in taken)
-        return found
+                cost.rest += cycles
+                cost.copies += any(each in matrices for each in operands)
+        return cost
 
     def row(self, yardstick: float, *what: Any) -> tuple[float, list[str]]:
         """Milliseconds of `cost(*what)`, and the numbers to show."""
@@ -178,8 +178,8 @@ def grid_of_qwix(T: int, K: int, N: int) -> tuple[int, dict[int, int]]:
 
 def bounds(rest: str) -> int:
     """Steps of one of XLA's own operations."""
-    found = re.search(r'"iteration_bounds":\[([^\]]*)\]', rest)
-    return math.prod(int(n) for n in re.findall(r"\d+", found[1])) if found else 1
+    result = re.search(r'"iteration_bounds":\[([^\]]*)\]', rest)
+    return math.prod(int(n) for n in re.findall(r"\d+", result[1])) if result else 1
 
 
 def in_hbm(shape: str) -> float:
@@ -200,11 +200,13 @@ def on_chips(chips: list[str], products: list[str], tokens: list[int], kinds: li
     for chip in map(Chip, chips):
         for product, T in [(product, T) for product in products for T in tokens]:
             yardstick = 0.0
-            for kind, who in [(each, who) for each in (None, *kinds) for who in rivals(each, T, 128, 128)]:
-                ms, numbers = chip.row(yardstick, who, kind, T, *PRODUCTS[product], layers)
+            for kind, library in [(each, library) for each in (None, *kinds) for library in rivals(each, T, 128, 128)]:
+                ms, numbers = chip.row(yardstick, library, kind, T, *PRODUCTS[product], layers)
                 yardstick = yardstick or ms
-                shown.add_row(chip.name, f"{product}, {T:,} tokens, {kind or ''}", who, *numbers)
-                print(chip.name, product, T, kind, who, *numbers, file=sys.stderr, flush=True)  # compiling takes long
+                shown.add_row(chip.name, f"{product}, {T:,} tokens, {kind or ''}", library, *numbers)
+                print(
+                    chip.name, product, T, kind, library, *numbers, file=sys.stderr, flush=True
+                )  # compiling takes long
     Console(width=150).print(shown)
 
 
@@ -220,11 +222,11 @@ def on_cpu(T: int = 256, K: int = 1024, N: int = 1024, rounds: int = 15) -> None
         exact = np.float64(x) @ np.float64(weight)
         calls = {("", "bfloat16"): (jax.jit(jnp.matmul), (x, weight))}
         for kind, (name, activations) in KINDS.items():
-            by_ours = jax.jit(partial(quantized_matmul, activations=activations))
-            graph, state = nnx.split(of_qwix(kind, K, N, weight))
-            calls[kind, "ours"] = by_ours, (x, quantize(weight, DTYPES[name]))
+            own_output = jax.jit(partial(quantized_matmul, activations=activations))
+            graph, state = nnx.split(qwix_products(kind, K, N, weight))
+            calls[kind, "ours"] = own_output, (x, quantize(weight, DTYPES[name]))
             calls[kind, "qwix"] = jax.jit(lambda x, state, graph=graph: nnx.merge(graph, state)(x)), (x, state)
-        found = {key: np.float64(call(*arguments)) for key, (call, arguments) in calls.items()}
+        result = {key: np.float64(call(*arguments)) for key, (call, arguments) in calls.items()}
         times: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
         for _ in range(rounds):
             for key, (call, arguments) in calls.items():
@@ -233,7 +235,7 @@ def on_cpu(T: int = 256, K: int = 1024, N: int = 1024, rounds: int = 15) -> None
                 times[key].append(time.perf_counter() - start)
         scale = np.sqrt(np.mean(exact**2))
         base = statistics.median(times["", "bfloat16"])
-        for key, out in found.items():
+        for key, out in result.items():
             error = np.abs(out - exact) / scale
             ratio = statistics.median(times[key]) / base
             shown.add_row(inputs, *key, f"{error.mean():.4f}", f"{error.max():.3f}", f"{ratio:.2f}")
@@ -241,10 +243,10 @@ def on_cpu(T: int = 256, K: int = 1024, N: int = 1024, rounds: int = 15) -> None
 
 
 if __name__ == "__main__":
-    asked = sys.argv[1:]
-    if asked == ["cpu"]:
+    requested = sys.argv[1:]
+    if requested == ["cpu"]:
         on_cpu()
     else:
-        chosen = [[name for name in asked if name in known] or list(known) for known in (CHIPS, PRODUCTS, KINDS)]
-        tokens = [int(name) for name in asked if name.isdigit()] or [8192, 512]
-        on_chips(*chosen[:2], tokens, chosen[2], 4 if "scan" in asked else 0)
+        chosen = [[name for name in requested if name in known] or list(known) for known in (CHIPS, PRODUCTS, KINDS)]
+        tokens = [int(name) for name in requested if name.isdigit()] or [8192, 512]
+        on_chips(*chosen[:2], tokens, chosen[2], 4 if "scan" in requested else 0)

@@ -202,9 +202,9 @@ def maxtext() -> tuple[Play, int]:
         tokens = np.array(rows, np.int32)
         following, ones = np.roll(tokens, -1, 1), np.ones_like(tokens)
         positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape)
-        asked = ones * (positions < LENGTH - 1)
+        weights = ones * (positions < LENGTH - 1)
         batch = {"inputs": tokens, "inputs_position": positions, "inputs_segmentation": ones}
-        batch |= {"targets": following, "targets_position": positions, "targets_segmentation": asked}
+        batch |= {"targets": following, "targets_position": positions, "targets_segmentation": weights}
         with jax.set_mesh(mesh), logical_axis_rules(config.logical_axis_rules):
             state, metrics = step(state, batch)
         return float(metrics["scalar"]["learning/loss"])
@@ -223,9 +223,9 @@ def serve_turns(name: str) -> None:
     print(json.dumps({"parameters": parameters}), file=out, flush=True)
     for line in sys.stdin:
         rows = json.loads(line)
-        began, busy = time.perf_counter(), time.process_time()
+        start_time, busy = time.perf_counter(), time.process_time()
         loss = play(rows)
-        turn = {"seconds": time.perf_counter() - began, "busy": time.process_time() - busy, "loss": loss}
+        turn = {"seconds": time.perf_counter() - start_time, "busy": time.process_time() - busy, "loss": loss}
         turn["gigabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
         print(json.dumps(turn), file=out, flush=True)
 
@@ -252,9 +252,9 @@ def main() -> None:
             command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env=environment
         )
         assert player.stdout
-        if not (said := player.stdout.readline()):
+        if not (output := player.stdout.readline()):
             raise SystemExit(f"{name} did not start: {' '.join(command)}")
-        players[name], parameters[name] = player, json.loads(said)["parameters"]
+        players[name], parameters[name] = player, json.loads(output)["parameters"]
 
     rows = np.random.default_rng(0).integers(10, VOCABULARY, (ROWS, LENGTH)).tolist()  # the same, so that losses fall
     turns: dict[str, list[dict[str, float]]] = {name: [] for name in players}
@@ -263,9 +263,9 @@ def main() -> None:
             assert player.stdin
             assert player.stdout
             print(json.dumps(rows), file=player.stdin, flush=True)
-            if not (said := player.stdout.readline()):
+            if not (output := player.stdout.readline()):
                 raise SystemExit(f"{name} failed in step {len(turns[name]) + 1}")
-            turns[name].append(json.loads(said))
+            turns[name].append(json.loads(output))
     for player in players.values():
         player.communicate()
 

@@ -379,8 +379,8 @@ def _visit(plan: AttentionPlan, kind: Array, run_full: Run, run_masked: Run, mas
         def _() -> None:
             def row(n: Array, _: None) -> None:  # a loop over rows, not straight-line code: half as much to compile
                 line = [(q_tile, n) for q_tile, _ in plan.rows[0]]
-                seen = (kind >> len(plan.diagonals) + n) & 1 == 1
-                pl.when(seen)(functools.partial(_run_line, plan, run_masked, masks, line))
+                visible = (kind >> len(plan.diagonals) + n) & 1 == 1
+                pl.when(visible)(functools.partial(_run_line, plan, run_masked, masks, line))
 
             jax.lax.fori_loop(0, len(plan.rows), row, None)
 

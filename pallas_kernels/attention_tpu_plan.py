@@ -80,10 +80,12 @@ class AttentionPlan:
 
     @property
     def q_blocks(self) -> int:
+        """Query blocks of a row."""
         return pl.cdiv(self.T, self.queries)
 
     @property
     def kv_blocks(self) -> int:
+        """Key blocks of a row."""
         return pl.cdiv(self.S, self.keys)
 
     @property
@@ -113,6 +115,7 @@ class AttentionPlan:
 
     @property
     def scale(self) -> float:
+        """Factor on the scores."""
         return self.D**-0.5
 
     # The layout of arrays for the kernels, and back.
@@ -125,16 +128,19 @@ class AttentionPlan:
         return x.reshape(self.K, self.B * self.q_blocks, self.group * self.chunks, -1, self.chunk)
 
     def from_chunks(self, x: Float[Array, "K M GC D C"]) -> Float[Array, "B T H D"]:
+        """The inverse of `to_chunks`."""
         x = x.reshape(self.K, self.B, self.q_blocks, self.group, self.chunks, x.shape[-2], self.chunk)
         x = x.transpose(1, 2, 4, 6, 0, 3, 5)
         return x.reshape(self.B, self.q_blocks * self.queries, self.K * self.group, -1)[:, : self.T]
 
     def to_keys(self, x: Float[Array, "B S K D"]) -> Float[Array, "K M S D"]:
+        """Keys or values, in M blocks of all rows."""
         x = jnp.pad(x, ((0, 0), (0, self.kv_blocks * self.keys - self.S), (0, 0), (0, 0)))
         x = x.reshape(self.B, self.kv_blocks, self.keys, self.K, self.D).transpose(3, 0, 1, 2, 4)
         return x.reshape(self.K, self.B * self.kv_blocks, self.keys, self.D)
 
     def from_keys(self, x: Float[Array, "K M S D"]) -> Float[Array, "B S K D"]:
+        """The inverse of `to_keys`."""
         x = x.reshape(self.K, self.B, self.kv_blocks, self.keys, self.D).transpose(1, 2, 3, 0, 4)
         return x.reshape(self.B, self.kv_blocks * self.keys, self.K, self.D)[:, : self.S]
 

@@ -91,9 +91,11 @@ class Bounds(NamedTuple):
     high: Int[Array, "*B N"]
 
     def overlaps(self, bounds: Bounds) -> Bool[Array, "*B NQ NK"]:
+        """Whether two tiles may have a label in common."""
         return (self.low <= bounds.high) & (bounds.low <= self.high)
 
     def same_constant(self, bounds: Bounds) -> Bool[Array, "*B NQ NK"]:
+        """Whether both tiles have one and the same label throughout."""
         return (self.low == self.high) & (bounds.low == bounds.high) & (self.low == bounds.low)
 
 

@@ -141,8 +141,8 @@ ENTRY %main (p: bf16[8,4]) -> f32[8] {
 
 def test_loops_are_multiplied_in_and_what_runs_beside_others_is_counted_once():
     program = hlo.read(HLO)
-    found = {(one.kind, one.shape, one.devices): times for one, times in program.collectives.items()}
-    assert found == {
+    actual = {(one.kind, one.shape, one.devices): times for one, times in program.collectives.items()}
+    assert actual == {
         ("all-gather", "bf16[16,4]", 2): 1,
         ("reduce-scatter", "bf16[64,8]", 2): 1,
         ("all-reduce", "f32[8] + f32[4]", 2): 7 + 1,

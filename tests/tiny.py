@@ -38,20 +38,20 @@ def _random(abstract: Any, seed: int) -> Params:
 
 def prompt(
     random: np.random.Generator,
-    center: int = 6,
+    preamble: int = 6,
     events: Iterable[int] = (4, 3, 5),
     questions: Iterable[int] = (3, 5, 4),
     layout: HistoryLayout = "dense",
 ) -> EncodedPrompt:
     """Random tokens and answers, in pieces of these lengths."""
     piece = lambda length: random.integers(3, MODEL.vocab_size, length).tolist()  # noqa: E731
-    asked = [piece(length) for length in questions]
-    answers = random.integers(2, size=len(asked)).tolist()
-    return EncodedPrompt([piece(center), *map(piece, events)], asked, [YES, NO], answers, layout)
+    question_tokens = [piece(length) for length in questions]
+    answers = random.integers(2, size=len(question_tokens)).tolist()
+    return EncodedPrompt([piece(preamble), *map(piece, events)], question_tokens, [YES, NO], answers, layout)
 
 
 def pack(prompts: Iterable[EncodedPrompt], length: int) -> tuple[np.ndarray, np.ndarray, TokenLabels]:
-    """Tokens, positions and segments [length] of prompts that share a row."""
+    """Tokens, positions and token labels [length] of prompts that share a row."""
     parts = [one.arrays | {"example": np.full(len(one), number)} for number, one in enumerate(prompts, 1)]
     row = {}
     for name in ("tokens", "positions", "example", "piece_id", "visibility"):

@@ -99,9 +99,9 @@ def _run_layer(
     token_labels = TokenLabels(*(sharding.reshard(jnp.asarray(part), "batch", None) for part in token_labels))
     real = sharding.reshard(token_labels.example_id != PADDING, "batch", "length")
     rotation = rotary(positions, model)
-    attended, _ = layer.attended(x, rotation, token_labels, None)
-    between = layer.after_attention(x, attended)
-    after, _ = layer.after_mlp(between, token_labels)
+    attended, _ = layer.attend(x, rotation, token_labels, None)
+    between = layer.add_attention(x, attended)
+    after, _ = layer.add_mlp(between, token_labels)
     h = layer.mlp_norm(between)
     if model.experts:
         neurons, load = _expert_statistics(sharding, layer, h, real)

@@ -20,14 +20,14 @@ from jaxtyping import Bool, Float, Int
 ROUNDS = 256  # of removals, at most: if more groups must go, several are removed in each round
 
 
-def damped(gram: Float[np.ndarray, "N N"], damping: float) -> Float[np.ndarray, "N N"]:
+def damp(gram: Float[np.ndarray, "N N"], damping: float) -> Float[np.ndarray, "N N"]:
     """H = X^T X plus `damping` times its mean diagonal, in float64: positive definite."""
     H = np.array(gram, np.float64)
     H[np.diag_indices_from(H)] += damping * (np.mean(np.diag(H)) or 1.0)
     return H
 
 
-def rows_of(groups: Int[np.ndarray, " S"], size: int) -> Int[np.ndarray, " S*size"]:
+def group_rows(groups: Int[np.ndarray, " S"], size: int) -> Int[np.ndarray, " S*size"]:
     """The rows of groups of `size` rows each."""
     return (groups[:, None] * size + np.arange(size)).reshape(-1)
 
@@ -82,7 +82,7 @@ def resolve(
     return scipy.linalg.solve(H[np.ix_(rows, rows)], H[rows] @ weight, assume_a="pos")
 
 
-def lost(
+def lost_share(
     H: Float[np.ndarray, "N N"],
     weight: Float[np.ndarray, "N D"],
     rows: Int[np.ndarray, " S"],
@@ -122,7 +122,7 @@ class Subset:
 
     def move(self, groups: Int[np.ndarray, " M"]) -> None:
         """Removes groups that are all kept, or takes back groups that are all removed."""
-        rows, sign = rows_of(groups, self.size), -1 if self.is_kept[groups[0]] else 1
+        rows, sign = group_rows(groups, self.size), -1 if self.is_kept[groups[0]] else 1
         inverse = np.linalg.inv(self.pivots[np.ix_(rows, rows)])
         across = self.pivots[rows]
         solved, solved_rest = inverse @ across, inverse @ self.rest[rows]

@@ -22,7 +22,7 @@ from scipy.optimize import linear_sum_assignment
 
 from brewjax.bundle.bundle import Bundle
 from brewjax.compress.calibrate import Statistics, calibrate
-from brewjax.compress.least_squares import choose, damped, lost, resolve, rows_of
+from brewjax.compress.least_squares import choose, damp, group_rows, lost_share, resolve
 from brewjax.config import Config
 from brewjax.data.text.encode import EncodedPrompt
 from brewjax.model.config import ModelConfig
@@ -114,7 +114,7 @@ class LayerReport(NamedTuple):
     Attributes:
       layer: index of the layer.
       attention, mlp: share of the squared output of heads and of neurons that is lost on the calibration prompts (see
-        `least_squares.lost`); for a mixture the mean over the experts that stay.
+        `least_squares.lost_share`); for a mixture the mean over the experts that stay.
       influence: score by which layers are chosen; the lowest are removed first.
     """
 
@@ -235,7 +235,7 @@ def _prune_heads(
     }
     squares = sum(np.sum(w**2, 1) for w in group_weights.values()) + np.sum(output.reshape(K, -1) ** 2, 1)
     kept_groups, remaining, share = _keep(output, statistics.heads, squares, keep, config)
-    query_heads = rows_of(kept_groups, H // K)
+    query_heads = group_rows(kept_groups, H // K)
     smaller = dict(weights, output=remaining.reshape(-1, model.head_dim, D).astype(weights["output"].dtype))
     for name, heads in (("query", query_heads), ("key", kept_groups), ("value", kept_groups)):
         smaller[name] = weights[name][:, heads]
@@ -289,17 +289,17 @@ def _keep(
     Returns:
       The groups in order; the rows that remain, re-solved by least_squares; the share of the output that is lost.
     """
-    H, size = damped(gram, config.damping), len(weight) // len(squares)
+    H, size = damp(gram, config.damping), len(weight) // len(squares)
     if config.method == "least_squares":
         kept_groups = choose(H, weight, size, keep, config.swaps)
-        rows = rows_of(kept_groups, size)
+        rows = group_rows(kept_groups, size)
         remaining = resolve(H, weight, rows)
     else:
         scores = squares if config.method == "magnitude" else _output_squares(gram, weight, size)
         kept_groups = np.sort(np.argsort(-scores, kind="stable")[:keep])
-        rows = rows_of(kept_groups, size)
+        rows = group_rows(kept_groups, size)
         remaining = weight[rows]
-    return kept_groups, remaining, lost(gram, weight, rows, remaining)
+    return kept_groups, remaining, lost_share(gram, weight, rows, remaining)
 
 
 def _output_squares(

@@ -19,7 +19,7 @@ from brewjax.model.config import ModelConfig
 from brewjax.model.experts import Experts
 from brewjax.model.rope import rotary, rotate
 from brewjax.model.sharding import FSDP_TENSOR, Sharding
-from brewjax.model.weights import Matrix, Weight, gathered, matrix, product, random_weight
+from brewjax.model.weights import Matrix, Weight, gather_weight, matrix, product, random_weight
 from pallas_kernels.attention import attention
 from pallas_kernels.quantized_matmul import to_8_bits
 from pallas_kernels.token_labels import PADDING, TokenLabels
@@ -102,12 +102,12 @@ class Layer(nnx.Module):
         Returns:
           The residual stream after the layer; keys and values of the T new tokens; the experts' load-balancing loss.
         """
-        attended, new_kv = self.attended(x, rotation, token_labels, cached_kv)
-        x, balance = self.after_mlp(self.after_attention(x, attended), token_labels)
+        attended, new_kv = self.attend(x, rotation, token_labels, cached_kv)
+        x, balance = self.add_mlp(self.add_attention(x, attended), token_labels)
         return x, new_kv, balance
 
     @jax.named_scope("attention")
-    def attended(
+    def attend(
         self,
         x: Float[Array, "B T D"],
         rotation: Float[Array, "B T 1 E"],
@@ -127,11 +127,11 @@ class Layer(nnx.Module):
         return _attend(self.sharding, q, all_k, all_v, token_labels), (k, v)
 
     @jax.named_scope("attention")
-    def after_attention(self, x: Float[Array, "B T D"], attended: Float[Array, "B T H E"]) -> Float[Array, "B T D"]:
+    def add_attention(self, x: Float[Array, "B T D"], attended: Float[Array, "B T H E"]) -> Float[Array, "B T D"]:
         """The residual stream between attention and MLP."""
         return x + product(self.sharding, attended, self.output, inputs=2)
 
-    def after_mlp(
+    def add_mlp(
         self, x: Float[Array, "B T D"], token_labels: TokenLabels
     ) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
         """The residual stream after the MLP or the experts, and the experts' load-balancing loss (0 for an MLP)."""
@@ -150,7 +150,7 @@ class Layer(nnx.Module):
     def _heads(self, x: Array, weight: Matrix, bias: Weight | None, norm: RMSNorm | None) -> Array:
         heads = product(self.sharding, x, weight)
         if bias is not None:
-            heads += gathered(self.sharding, bias, x.dtype)
+            heads += gather_weight(self.sharding, bias, x.dtype)
         return heads if norm is None else norm(heads)
 
 

@@ -23,7 +23,7 @@ from brewjax.model.weights import (
     AdaptedWeight,
     Matrix,
     QuantizedWeight,
-    gathered,
+    gather_weight,
     matrix,
     random_weight,
     used_axes,
@@ -70,7 +70,7 @@ class Experts(nnx.Module):
           What the experts add to the residual stream, in the dtype of `x`; the loss, float32.
         """
         matrices = [self.gate, self.up, self.down]
-        weights = [self.router[...].astype(jnp.float32), *(gathered(self.sharding, w, x.dtype) for w in matrices)]
+        weights = [self.router[...].astype(jnp.float32), *(gather_weight(self.sharding, w, x.dtype) for w in matrices)]
         if jax.sharding.get_abstract_mesh().empty:
             rules: dict[str, tuple[str, ...]] = {"batch": (), "length": (), "neurons": (), "experts": ()}
             return _mix(self.config, self.activations, rules, x, real, *weights)

@@ -1,4 +1,4 @@
-"""Families of open models: what their configs say, and what their tensors are called. Data, and no model code."""
+"""Families of open models: their configs and the names of their tensors. Data only, no model code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from brewjax.model.config import ModelConfig
-from brewjax.model.loading import CheckpointError, Name, checked_config
+from brewjax.model.loading import CheckpointError, Name, build_config
 from brewjax.model.rope import FactorsScaling, LinearScaling, RopeScaling, YarnScaling
 
 LAYER = "model.layers.{}."
@@ -41,9 +41,10 @@ class Family:
     """A `model_type` of transformers.
 
     Attributes:
-      qkv_bias, qk_norm: what its layers have.
-      names: the tensors that it calls by names of its own.
-      experts: the keys of its config that count its experts and their neurons.
+      architecture: name of its class in transformers.
+      qkv_bias, qk_norm: whether its layers have these.
+      names: tensors that it names differently from `NAMES`, by path of the parameter.
+      experts: the keys of its config for the number of experts and their neurons; None for a dense model.
     """
 
     architecture: str
@@ -53,7 +54,7 @@ class Family:
     experts: tuple[str, str] | None = None
 
 
-# A model is exported as the first that it fits.
+# A model is exported as the first family that it fits.
 FAMILIES = {
     "llama": Family("LlamaForCausalLM"),
     "mistral": Family("MistralForCausalLM"),
@@ -81,7 +82,7 @@ FAMILIES = {
         experts=("num_experts", "moe_intermediate_size"),
     ),
 }
-# What the decoder does not compute in another way; a config that asks for one is refused.
+# Keys that the decoder supports with one value only; a config with another value is refused.
 ONLY = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -94,7 +95,7 @@ ONLY = {
     "add_cross_attention": False,
     "is_encoder_decoder": False,
 }
-# Keys of a config that change nothing of what is computed, beside those of the family that it is of.
+# Keys of a config that do not change the computation, in addition to those of its family.
 UNREAD = """
     _attn_implementation _attn_implementation_autoset _flash_attn_2_enabled _name_or_path architectures
     attn_implementation auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward cls_token_id
@@ -109,14 +110,19 @@ UNREAD = """
 """
 WITHOUT_EFFECT = frozenset(UNREAD.split())
 ROPE = {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings"}
-LONGEST = 131_072  # positions that an exported config names where the model's names none
+LONGEST = 131_072  # max_position_embeddings of an exported model without a max_seq_len
 
 
 def config_from_hf(values: dict[str, Any], name: str, where: str) -> ModelConfig:
     """The `ModelConfig` of a parsed config.json.
 
-    Every key is computed, or known to change nothing; CheckpointError, beginning with `where`, names one that is
-    neither.
+    Args:
+      values: the keys and values.
+      name: of the new config.
+      where: the beginning of error messages.
+
+    Raises:
+      CheckpointError: for an unknown family, and for a key that is neither computed nor known to change nothing.
     """
     family = FAMILIES.get(str(values.get("model_type")))
     if family is None:
@@ -148,7 +154,7 @@ def config_from_hf(values: dict[str, Any], name: str, where: str) -> ModelConfig
             "norm_topk_prob": getattr(hf, "norm_topk_prob", True),
             "router_aux_loss_coef": hf.router_aux_loss_coef,
         }
-    return checked_config(
+    return build_config(
         where,
         name=name,
         vocab_size=hf.vocab_size,
@@ -170,7 +176,7 @@ def config_from_hf(values: dict[str, Any], name: str, where: str) -> ModelConfig
 
 
 def _window(hf: PreTrainedConfig, where: str) -> int | None:
-    """Tokens that the layer with the shortest window sees; None where all see everything."""
+    """The shortest sliding window of the layers, in tokens; None if every layer attends to all tokens."""
     kinds = set(getattr(hf, "layer_types", None) or ["sliding_attention"])
     if kinds - {"full_attention", "sliding_attention"}:
         raise CheckpointError(f"{where}: layer_types has {', '.join(sorted(kinds))}; only full and sliding are known")
@@ -178,7 +184,7 @@ def _window(hf: PreTrainedConfig, where: str) -> int | None:
 
 
 def _rope_scaling(rope: dict[str, Any], positions: int, where: str) -> Any:
-    """What `RopeScaling` is made of, from transformers' `rope_parameters` (its modeling_rope_utils.py)."""
+    """The fields of a `RopeScaling`, from transformers' `rope_parameters` (its modeling_rope_utils.py); or None."""
     pop_key, kind = rope.pop, rope.pop("rope_type", None)
     for key in ("type", "rope_theta"):
         pop_key(key, None)
@@ -240,8 +246,8 @@ def _rope_to_hf(scaling: RopeScaling, positions: int) -> dict[str, Any]:
     }
 
 
-def family_of(config: ModelConfig) -> str:
-    """The `model_type` that computes what `config` does; CheckpointError if there is none."""
+def find_family(config: ModelConfig) -> str:
+    """The `model_type` that computes the same as `config`; raises CheckpointError if there is none."""
     for model_type, family in FAMILIES.items():
         same = (family.qkv_bias, family.qk_norm, bool(family.experts)) == (
             config.qkv_bias,
@@ -257,10 +263,14 @@ def family_of(config: ModelConfig) -> str:
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """The content of config.json, in the keys that every release of transformers reads."""
+    """The content of config.json, in keys that every release of transformers reads.
+
+    Raises:
+      CheckpointError: if the model is quantised, or no family computes it.
+    """
     if config.quantized:
         raise CheckpointError(f"model '{config.name}' is quantised; export the model that it was made from")
-    model_type = family_of(config)
+    model_type = find_family(config)
     family = FAMILIES[model_type]
     values: dict[str, Any] = {
         "architectures": [family.architecture],
@@ -295,6 +305,6 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     return values
 
 
-def names_of(config: ModelConfig) -> dict[str, Name]:
-    """By path of a parameter, what transformers calls its tensors."""
-    return NAMES | FAMILIES[family_of(config)].names
+def tensor_names(config: ModelConfig) -> dict[str, Name]:
+    """The names of transformers' tensors, by path of the parameter."""
+    return NAMES | FAMILIES[find_family(config)].names

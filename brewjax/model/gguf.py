@@ -1,4 +1,4 @@
-"""llama.cpp's files (GGUF) of the Llama families: weights, dequantised into sharded parameters, and tokenizer."""
+"""Reads llama.cpp's files (GGUF) of the Llama families: weights, dequantised into sharded parameters; tokenizer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from brewjax.data.text.tokenizer import Tokenizer
 from brewjax.model.config import ModelConfig
-from brewjax.model.loading import CheckpointError, Name, Stored, checked_config, load
+from brewjax.model.loading import CheckpointError, Name, Stored, build_config, load
 from brewjax.model.params import Params
 
 LAYER = "blk.{}."
@@ -39,18 +39,18 @@ NAMES = {
     "norm/scale": Name("output_norm.weight"),
     "untied_head": Name("output.weight", None),
 }
-FACTORS = "rope_freqs.weight"  # by which each angle turns slower
+FACTORS = "rope_freqs.weight"  # divisors of the rotary frequencies
 TYPES = (
     *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL"),
     *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS", "MXFP4", "TQ1_0", "TQ2_0"),
 )
-CONTROL, USER_DEFINED = 3, 4  # kinds of tokens that are found in a text before it is split
+CONTROL, USER_DEFINED = 3, 4  # types of tokens that are matched in a text before it is split
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-# How a text is split before bytes are merged, by tokenizer.ggml.pre; the last step is always bytes.
+# Steps that split a text before bytes are merged, by tokenizer.ggml.pre; the last step is always bytes.
 SPLITS: dict[str, list] = {
     "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
     "smollm": [
@@ -68,14 +68,15 @@ SPLITS["qwen2"] = SPLITS["deepseek-r1-qwen"] = [
     pre_tokenizers.Split(Regex(QWEN2), "isolated"),
     pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
 ]
-NORMALIZED = ("qwen2", "deepseek-r1-qwen")  # to NFC, before
+NORMALIZED = ("qwen2", "deepseek-r1-qwen")  # texts are normalised to NFC before they are split
 
 
 class Architecture(NamedTuple):
-    """What `general.architecture` says of a model.
+    """Properties of a `general.architecture`.
 
     Attributes:
-      side_by_side: the two numbers that an angle turns lie next to each other in queries and keys, and not in halves.
+      side_by_side: rotary pairs lie next to each other in queries and keys, not in the two halves of a head.
+      qkv_bias, qk_norm: whether its layers have these.
     """
 
     side_by_side: bool = False
@@ -88,14 +89,14 @@ ARCHITECTURES = {
     "qwen2": Architecture(qkv_bias=True),
     "qwen3": Architecture(qk_norm=True),
 }
-# Keys behind the architecture's name that the config is made of,
+# Keys, after the architecture's name, from which the config is computed,
 COMPUTED = """
     context_length embedding_length block_count feed_forward_length vocab_size attention.head_count
     attention.head_count_kv attention.key_length attention.layer_norm_rms_epsilon attention.sliding_window
     rope.freq_base rope.scaling.type rope.scaling.factor rope.scaling.original_context_length rope.scale_linear
     rope.scaling.yarn_beta_fast rope.scaling.yarn_beta_slow
 """.split()  # noqa: SIM905
-# keys that are computed with one value only ("head_dim" stands for the model's),
+# keys that are supported with one value only ("head_dim" stands for the model's),
 ONLY: dict[str, Any] = {
     "attention.causal": True,
     "attention.value_length": "head_dim",
@@ -120,14 +121,18 @@ WITHOUT_EFFECT = re.compile(
 
 
 class GGUFFile:
-    """An open file; CheckpointError names what is wrong with it."""
+    """An open GGUF file.
+
+    Raises:
+      CheckpointError: from the constructor and every method, naming the file and what is wrong with it.
+    """
 
     def __init__(self, path: Path):
         self._path = path
         try:
             self._reader = gguf.GGUFReader(path)
         except (ValueError, IndexError) as error:
-            raise CheckpointError(f"{path}: not a whole GGUF file: {error}") from None
+            raise CheckpointError(f"{path}: not a complete GGUF file: {error}") from None
         self._name = self._value("general.architecture")
         if self._name not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
@@ -137,13 +142,13 @@ class GGUFFile:
         self._architecture = ARCHITECTURES[self._name]
 
     def config(self, name: str) -> ModelConfig:
-        """The model; its weights are float32."""
+        """The config of the model, with float32 weights."""
         value = functools.partial(self._value, prefix=f"{self._name}.")
         heads, d_model, context = value("attention.head_count"), value("embedding_length"), value("context_length")
         tensors = {tensor.name: tensor for tensor in self._reader.tensors}
         if "token_embd.weight" not in tensors:
             raise CheckpointError(f"{self._path}: tensor token_embd.weight is missing")
-        config = checked_config(
+        config = build_config(
             str(self._path),
             name=name,
             vocab_size=int(tensors["token_embd.weight"].shape[1]),
@@ -165,7 +170,7 @@ class GGUFFile:
         return config
 
     def _check_keys(self, config: ModelConfig) -> None:
-        """Refuses a key that asks for something else than what is computed."""
+        """Raises CheckpointError for a key that is neither computed, nor at its only value, nor without effect."""
         if (stated := self._value(f"{self._name}.vocab_size", config.vocab_size)) != config.vocab_size:
             raise CheckpointError(
                 f"{self._path}: {self._name}.vocab_size is {stated}, but token_embd.weight has {config.vocab_size} rows"
@@ -181,7 +186,7 @@ class GGUFFile:
                 raise CheckpointError(f"{self._path}: {key} is {field.contents()!r}, which is not known here")
 
     def _rope_scaling(self, factors: gguf.ReaderTensor | None) -> dict[str, Any] | None:
-        """As llama.cpp reads it: a factor without a type is linear."""
+        """The fields of a `RopeScaling`, as llama.cpp reads them (a factor without a type is linear); or None."""
         value = functools.partial(self._value, prefix=f"{self._name}.rope.")
         factor = value("scaling.factor", 0) or value("scale_linear", 0) or 1
         kind = value("scaling.type", "linear")
@@ -204,7 +209,7 @@ class GGUFFile:
         return {"type": "factors", "factors": angle_factors} if set(angle_factors) != {1.0} else None
 
     def params(self, config: ModelConfig, mesh: Mesh) -> Params:
-        """The weights, dequantised, in `config.param_dtype`, over `mesh`."""
+        """The weights, dequantised to `config.param_dtype` and sharded over `mesh`."""
         heads = {"attn_q": config.heads, "attn_k": config.kv_heads} if self._architecture.side_by_side else {}
         stored = {}
         for tensor in self._reader.tensors:
@@ -219,7 +224,7 @@ class GGUFFile:
         return load(config, NAMES, stored, re.compile(re.escape(FACTORS)), mesh)
 
     def tokenizer(self) -> Tokenizer:
-        """The byte-level BPE in the file; CheckpointError where it is of another kind."""
+        """The tokenizer in the file, which must be a byte-level BPE."""
         value = functools.partial(self._value, prefix="tokenizer.")
         kind, split = value("ggml.model"), value("ggml.pre", "gpt-2")
         if kind != "gpt2" or split not in SPLITS:
@@ -229,7 +234,7 @@ class GGUFFile:
             )
         tokens, merges = value("ggml.tokens"), [tuple(merge.split(" ")) for merge in value("ggml.merges")]
         vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
-        # Llama 3 takes a word that is a token as it is, whichever merges lead to it.
+        # Llama 3 takes a word that is a token as it is, whatever its merges are.
         bpe = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=split == "llama-bpe"))
         bpe.normalizer = normalizers.NFC() if split in NORMALIZED else None
         bpe.pre_tokenizer = pre_tokenizers.Sequence(SPLITS[split])
@@ -242,7 +247,7 @@ class GGUFFile:
         if bos is not None and value("ggml.add_bos_token", split == "llama-bpe"):
             bpe.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, ids["bos"])])
         else:
-            bpe.post_processor = processors.ByteLevel(trim_offsets=False)  # which adds none
+            bpe.post_processor = processors.ByteLevel(trim_offsets=False)  # adds no tokens
         return Tokenizer(
             PreTrainedTokenizerFast(
                 tokenizer_object=bpe,
@@ -262,7 +267,7 @@ class GGUFFile:
 
 
 def _read(tensor: gguf.ReaderTensor, shape: tuple[int, ...], heads: int | None) -> np.ndarray:
-    """float32 [outputs, inputs]; of queries and keys, rotary pairs as halves, which llama.cpp has side by side."""
+    """float32 [outputs, inputs]; with `heads`, llama.cpp's adjacent rotary pairs are moved to the halves of a head."""
     values = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(shape).astype(np.float32, copy=False)
     if heads is None:
         return values

@@ -1,4 +1,4 @@
-"""Folders of Hugging Face models (config.json and safetensors): read into sharded parameters, and written."""
+"""Reads and writes folders of Hugging Face models (config.json and safetensors), to and from sharded parameters."""
 
 from __future__ import annotations
 
@@ -16,22 +16,26 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from brewjax.model.config import Dtype, ModelConfig
-from brewjax.model.families import NAMES, config_from_hf, config_to_hf, names_of
+from brewjax.model.families import NAMES, config_from_hf, config_to_hf, tensor_names
 from brewjax.model.loading import CheckpointError, Name, Stored, load
 from brewjax.model.params import Params
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-ADAPTER = "adapter_config.json"  # what transformers would load on top
+ADAPTER = "adapter_config.json"  # transformers would load this adapter on top of the weights
 Headers = dict[str, tuple[Path, tuple[int, ...], str]]  # file, shape and dtype of each tensor
-ROWS = 4096  # of the embedding and of the head that are compared at a time
-DTYPES = {"F32": "float32", "F16": "float32", "BF16": "bfloat16"}  # what keeps every value of each
-FILE_BYTES = 2 << 30  # a written file's size; so much is held in memory
-# Old releases saved the rotary frequencies; a head that is tied may be saved all the same.
+ROWS = 4096  # rows of embedding and head that are compared at a time
+DTYPES = {"F32": "float32", "F16": "float32", "BF16": "bfloat16"}  # a dtype that holds every value of the stored one
+FILE_BYTES = 2 << 30  # size of a written file, which is held in memory
+# Old releases saved the rotary frequencies; a tied head may be saved although it is the embedding.
 IGNORED = {True: re.compile(r"rotary_emb\.inv_freq$|^lm_head\.weight$"), False: re.compile(r"rotary_emb\.inv_freq$")}
 
 
 def read_config(folder: Path, name: str) -> ModelConfig:
-    """The model that a folder holds; CheckpointError where no family matches. Reads no weights but their headers."""
+    """The config of the model in a folder. Of the weights only headers are read (and a head, to compare it).
+
+    Raises:
+      CheckpointError: if the folder is incomplete, has an adapter, or no family matches.
+    """
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"{folder}: no {CONFIG} there; expected a folder as transformers saves models")
     if (folder / ADAPTER).is_file():
@@ -46,16 +50,20 @@ def read_config(folder: Path, name: str) -> ModelConfig:
 
 
 def read_params(folder: Path, config: ModelConfig, mesh: Mesh) -> Params:
-    """The weights, in `config.param_dtype`, over `mesh`; CheckpointError names file and tensor of what is wrong."""
+    """The weights in `config.param_dtype`, sharded over `mesh`.
+
+    Raises:
+      CheckpointError: for a missing, unknown, mis-shaped or non-finite tensor; it names file and tensor.
+    """
     stored = {
         name: Stored(str(file), shape, functools.partial(_read_tensor, file, name))
         for name, (file, shape, _) in _headers(folder).items()
     }
-    return load(config, names_of(config), stored, IGNORED[config.tie_head], mesh)
+    return load(config, tensor_names(config), stored, IGNORED[config.tie_head], mesh)
 
 
 def _has_own_head(headers: Headers) -> bool:
-    """Whether there is a head whose values are not the embedding's: transformers takes it, whatever the config says."""
+    """Whether a head is stored whose values differ from the embedding's: transformers uses it even if tied."""
     embedding, head = (NAMES[path].template for path in ("embedding", "untied_head"))
     if head not in headers or embedding not in headers:
         return False
@@ -91,7 +99,7 @@ def _headers(folder: Path) -> Headers:
                     part = opened.get_slice(name)
                     headers[name] = (file, tuple(part.get_shape()), part.get_dtype())
         except SafetensorError as error:
-            raise CheckpointError(f"{file}: not a whole safetensors file: {error}") from None
+            raise CheckpointError(f"{file}: not a complete safetensors file: {error}") from None
     for name, (file, _, dtype) in headers.items():
         if (indexed_file := weight_map.get(name, file.name)) != file.name:
             raise CheckpointError(f"{index}: is stale: tensor {name} is in {indexed_file} by it, and is in {file.name}")
@@ -109,7 +117,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _read_tensor(file: Path, name: str) -> np.ndarray:
-    # Opened for one tensor: what was read of a file stays in memory for as long as it is open.
+    # Opened for each tensor: what was read of a file stays in memory as long as it is open.
     with safe_open(file, "numpy") as opened:
         return opened.get_tensor(name)
 
@@ -125,12 +133,17 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def write(folder: Path, config: ModelConfig, params: Params, tokens: dict[str, int | None]) -> None:
-    """Writes config.json and the weights, bit for bit, as `AutoModelForCausalLM.from_pretrained` opens them.
+    """Writes config.json and the weights, bit for bit, for `AutoModelForCausalLM.from_pretrained`.
 
     Args:
-      tokens: the config's bos_token_id, eos_token_id and pad_token_id.
+      folder: an existing folder.
+      config, params: the model.
+      tokens: bos_token_id, eos_token_id and pad_token_id of the config.
+
+    Raises:
+      CheckpointError: if the model is quantised, or no family computes it.
     """
-    values, names = config_to_hf(config) | tokens, names_of(config)
+    values, names = config_to_hf(config) | tokens, tensor_names(config)
     (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
     files: list[dict[str, tuple[Name, jax.Array, tuple[int, ...]]]] = [{}]
     size = total = 0
@@ -155,7 +168,7 @@ def write(folder: Path, config: ModelConfig, params: Params, tokens: dict[str, i
 
 
 def _entry(stack: jax.Array, index: tuple[int, ...]) -> np.ndarray:
-    """One tensor of a parameter, from the devices that hold its parts: the host never holds the whole stack."""
+    """One tensor of a stacked parameter, from the devices that hold its parts: the host never holds the stack."""
     depth, entry = len(index), np.empty(stack.shape[len(index) :], stack.dtype)
     for shard in stack.addressable_shards:
         ranges = [range(size)[part] for size, part in zip(stack.shape, shard.index, strict=True)]

@@ -25,7 +25,7 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be read; the message names file and tensor, and what would be right."""
 
 
-def checked_config(where: str, **values: Any) -> ModelConfig:
+def build_config(where: str, **values: Any) -> ModelConfig:
     """A config of a file's values; raises CheckpointError, beginning with `where`, that names each invalid value."""
     try:
         return ModelConfig(**values)

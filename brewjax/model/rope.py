@@ -44,6 +44,7 @@ class Llama3Scaling(Config):
         return self
 
     def multipliers(self, frequencies: Float[np.ndarray, " E/2"], base: float) -> np.ndarray:
+        """Factors of the frequencies base ** (-2 i / E)."""
         turns = self.original_length * frequencies / (2 * math.pi)
         unscaled = np.clip((turns - self.low) / (self.high - self.low), 0, 1)
         return unscaled + (1 - unscaled) / self.factor
@@ -58,6 +59,7 @@ class LinearScaling(Config):
     """Divisor of every frequency."""
 
     def multipliers(self, frequencies: Float[np.ndarray, " E/2"], base: float) -> np.ndarray:
+        """Factors of the frequencies base ** (-2 i / E)."""
         return np.full_like(frequencies, 1 / self.factor)
 
 
@@ -90,9 +92,11 @@ class YarnScaling(Config):
 
     @property
     def attention_factor(self) -> float:
+        """Factor on queries and on keys."""
         return 0.1 * math.log(self.factor) + 1 if self.attention is None else self.attention
 
     def multipliers(self, frequencies: Float[np.ndarray, " E/2"], base: float) -> np.ndarray:
+        """Factors of the frequencies base ** (-2 i / E)."""
         count = len(frequencies)
         first, last = (  # indices of the frequencies that make so many turns
             count * math.log(self.original_length / (turns * 2 * math.pi)) / math.log(base)
@@ -114,6 +118,7 @@ class FactorsScaling(Config):
     """Divisor of each of the head_dim / 2 frequencies."""
 
     def multipliers(self, frequencies: Float[np.ndarray, " E/2"], base: float) -> np.ndarray:
+        """Factors of the frequencies base ** (-2 i / E)."""
         return 1 / np.array(self.factors)
 
 

@@ -68,7 +68,7 @@ class QuantizedWeight(nnx.Module):
 
     def __call__(self, sharding: Sharding, x: Float[Array, "B T *K"]) -> Float[Array, "B T *N"]:
         """`x` times the matrix, in the dtype of `x`."""
-        values, scale = gathered(sharding, self, x.dtype)
+        values, scale = gather_weight(sharding, self, x.dtype)
         axes = used_axes(self.values)
         sum_axes: tuple[str, ...] = ()
 
@@ -121,10 +121,10 @@ def matrix(
     return QuantizedWeight(weight, inputs, config.quantized) if config.quantized else weight
 
 
-def gathered(sharding: Sharding, weight: Matrix, dtype: jnp.dtype) -> Any:
+def gather_weight(sharding: Sharding, weight: Matrix, dtype: jnp.dtype) -> Any:
     """A weight as it is computed with: in the compute dtype (or `Quantized`, or `Adapted`), gathered over `fsdp`."""
     if isinstance(weight, AdaptedWeight):
-        return Adapted(*(gathered(sharding, part, dtype) for part in (weight.base, weight.a, weight.b)))
+        return Adapted(*(gather_weight(sharding, part, dtype) for part in (weight.base, weight.a, weight.b)))
     if isinstance(weight, QuantizedWeight):
         parts = (weight.values, weight.scale)
         return Quantized(*(sharding.reshard(part[...], *used_axes(part)) for part in parts))

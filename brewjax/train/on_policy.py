@@ -1,4 +1,7 @@
-"""On-policy distillation: a student's samples instead of the true answers (GKD, Agarwal et al., arXiv 2306.13649)."""
+"""On-policy distillation: a student's samples instead of the true answers (GKD, Agarwal et al., arXiv 2306.13649).
+
+Axis letters: B rows, T tokens (docs/glossary.md, "Axis letters").
+"""
 
 from __future__ import annotations
 

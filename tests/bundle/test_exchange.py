@@ -298,7 +298,7 @@ def test_a_sequence_begins_as_its_tokenizer_begins_it(folder, tmp_path):
 def test_files_that_are_not_there_or_not_whole_are_named(folder, tmp_path):
     whole = (folder / "model-00002-of-00005.safetensors").read_bytes()
     (folder / "model-00002-of-00005.safetensors").write_bytes(whole[:-100])
-    with pytest.raises(CheckpointError, match=r"model-00002-of-00005.safetensors: not a whole safetensors file"):
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00005.safetensors: not a complete safetensors file"):
         import_model(str(folder), tmp_path / "model")
     (folder / "model-00002-of-00005.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"no model-00002-of-00005.safetensors there; only safetensors are read"):

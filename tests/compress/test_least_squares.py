@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brewjax.compress import least_squares
-from brewjax.compress.least_squares import Subset, choose, damped, lost, resolve, rows_of
+from brewjax.compress.least_squares import Subset, choose, damp, group_rows, lost_share, resolve
 
 SIZES = pytest.mark.parametrize(("groups", "size"), [(12, 1), (5, 3)])
 
@@ -15,7 +15,7 @@ def draw(seed: int, rows: int, columns: int = 4) -> tuple[np.ndarray, np.ndarray
     """X^T X of inputs that depend on each other, damped, and a matrix."""
     random = np.random.default_rng(seed)
     X = random.standard_normal((4 * rows, rows)) @ random.standard_normal((rows, rows))
-    return damped(X.T @ X, 0.01), random.standard_normal((rows, columns))
+    return damp(X.T @ X, 0.01), random.standard_normal((rows, columns))
 
 
 def best(H: np.ndarray, W: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, float]:
@@ -34,7 +34,7 @@ def test_a_subset_stays_the_least_squares_solution_whatever_moves(groups, size, 
     for group in moves:
         if subset.is_kept.sum() > 1 or not subset.is_kept[group % groups]:
             subset.move(np.array([group % groups]))
-    rows = rows_of(np.flatnonzero(subset.is_kept), size)
+    rows = group_rows(np.flatnonzero(subset.is_kept), size)
     U, objective = best(H, W, rows)
     np.testing.assert_allclose(subset.rest[rows], U, rtol=1e-6, atol=1e-8)
     np.testing.assert_allclose(resolve(H, W, rows), U, rtol=1e-6, atol=1e-8)
@@ -42,7 +42,7 @@ def test_a_subset_stays_the_least_squares_solution_whatever_moves(groups, size, 
         without = np.setdiff1d(np.flatnonzero(subset.is_kept), group)
         other = without if subset.is_kept[group] else np.append(without, group)
         if len(other):
-            change = abs(best(H, W, rows_of(other, size))[1] - objective)
+            change = abs(best(H, W, group_rows(other, size))[1] - objective)
             np.testing.assert_allclose(score, change, rtol=1e-6, atol=1e-8 * objective + 1e-8)
 
 
@@ -66,9 +66,9 @@ def test_swaps_and_re_solving_are_never_for_the_worse(seed, keep, size):
         kept = choose(H, W, size, keep, swaps)
         assert len(kept) == keep
         assert list(kept) == sorted(set(kept))
-        rows = rows_of(kept, size)
-        objectives.append(lost(H, W, rows, resolve(H, W, rows)))
-        assert objectives[-1] <= lost(H, W, rows, W[rows]) + 1e-12
+        rows = group_rows(kept, size)
+        objectives.append(lost_share(H, W, rows, resolve(H, W, rows)))
+        assert objectives[-1] <= lost_share(H, W, rows, W[rows]) + 1e-12
     assert objectives == sorted(objectives, reverse=True) or np.ptp(objectives) < 1e-9
 
 
@@ -90,10 +90,10 @@ def test_redundant_rows_go_without_a_trace():
     X, W = random.standard_normal((200, 10)), random.standard_normal((10, 4))
     X = np.concatenate([X, X[:, :5], X[:, 5:] @ random.standard_normal((5, 3))], 1)  # doubles and mixtures
     W = np.concatenate([W, random.standard_normal((8, 4))])
-    H = damped(X.T @ X, 1e-9)
+    H = damp(X.T @ X, 1e-9)
     rows = choose(H, W, 1, 10, 10)
     np.testing.assert_allclose(X[:, rows] @ resolve(H, W, rows), X @ W, atol=1e-5)
-    assert lost(H, W, rows, W[rows]) > 0.05
+    assert lost_share(H, W, rows, W[rows]) > 0.05
 
 
 def test_many_go_in_rounds(monkeypatch):
@@ -108,7 +108,7 @@ def test_many_go_in_rounds(monkeypatch):
 
 def test_inputs_that_were_never_seen_are_no_division_by_zero():
     W = np.ones((4, 2))
-    H = damped(np.zeros((4, 4)), 0.01)
+    H = damp(np.zeros((4, 4)), 0.01)
     rows = choose(H, W, 1, 2, 5)
     assert np.isfinite(resolve(H, W, rows)).all()
-    assert lost(np.zeros((4, 4)), W, rows, W[rows]) == 0
+    assert lost_share(np.zeros((4, 4)), W, rows, W[rows]) == 0

@@ -38,7 +38,7 @@ def numpy_params(model: ModelConfig) -> Params:
 def test_statistics_are_of_every_token_and_of_no_padding():
     """Against prompts of two lengths, each alone and without padding."""
     random = np.random.default_rng(0)
-    prompts = [prompt(random, center) for center in (6, 6, 9)]
+    prompts = [prompt(random, preamble) for preamble in (6, 6, 9)]
     mesh = MeshConfig().build()
     weights = jax.device_put(params(DEEPER), jax.tree.map(lambda x: x.sharding, abstract_params(DEEPER, mesh)))
     seen = [[np.asarray(each, np.float64) for each in taken(params(DEEPER), *alone(one))] for one in prompts]
@@ -61,14 +61,14 @@ def alone(one: EncodedPrompt) -> tuple:
 def taken(weights: Params, tokens: jax.Array, positions: jax.Array, token_labels: TokenLabels) -> tuple[jax.Array, ...]:
     """Of every layer: its input, what the two projections take, its output."""
     decoder = bind(DEEPER, weights)
-    x, rotation, found = decoder.embed(tokens), rotary(positions, DEEPER), []
+    x, rotation, actual = decoder.embed(tokens), rotary(positions, DEEPER), []
     for number in range(DEEPER.layers):
         layer = decoder.layer(jnp.int32(number))
-        heads, _ = layer.attended(x, rotation, token_labels, None)
+        heads, _ = layer.attend(x, rotation, token_labels, None)
         after = layer(x, rotation, token_labels, None)[0]
-        found.append((x, heads, layer.neurons(layer.mlp_norm(layer.after_attention(x, heads))), after))
+        actual.append((x, heads, layer.neurons(layer.mlp_norm(layer.add_attention(x, heads))), after))
         x = after
-    return tuple(jnp.stack(part) for part in zip(*found, strict=True))
+    return tuple(jnp.stack(part) for part in zip(*actual, strict=True))
 
 
 # --- what is left

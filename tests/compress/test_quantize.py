@@ -13,7 +13,7 @@ import pytest
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
-from brewjax import distributed as hosts
+from brewjax import distributed
 from brewjax.bundle.bundle import Bundle, PromptConfig
 from brewjax.compress.calibrate import calibrate
 from brewjax.compress.prune import PruneConfig, prune
@@ -228,8 +228,8 @@ def test_a_mesh_calibrates_as_one_device(saved, sharded):
     encoded = [bundle.encode(prompt) for prompt in PROMPTS]
     for number, statistics in enumerate(calibrate(bundle.model, bundle.params, encoded, MeshConfig().build())):
         for name, sums in statistics._asdict().items():
-            found = sharded[f"{number}/{name}"]
-            np.testing.assert_allclose(found, sums, rtol=1e-4, atol=1e-5 * np.abs(sums).max())
+            actual = sharded[f"{number}/{name}"]
+            np.testing.assert_allclose(actual, sums, rtol=1e-4, atol=1e-5 * np.abs(sums).max())
     pruned = prune(bundle, encoded, PruneConfig(d_ff=40))
     for path, leaf in jax.tree_util.tree_leaves_with_path(pruned.params):
         np.testing.assert_allclose(sharded[f"pruned {jax.tree_util.keystr(path)}"], leaf, rtol=1e-3, atol=1e-4)
@@ -241,7 +241,7 @@ def test_a_mesh_calibrates_as_one_device(saved, sharded):
 def test_heads_of_less_than_float32_move_scores_and_make_ties(tokenizer):
     """Of states such as the last norm gives, as the `Scorer` scores them."""
     bundle = Bundle(DENSE, spread(DENSE), tokenizer, PromptConfig())
-    mesh, found = MeshConfig().build(), {}
+    mesh, actual = MeshConfig().build(), {}
     asked, labels = np.random.default_rng(0).standard_normal((1, 4000, 32), np.float32), np.array([[5, 6]])
     asked, labels = (
         jax.device_put(x, NamedSharding(mesh, jax.P(BATCH_AXES, *[None] * (x.ndim - 1)))) for x in (asked, labels)
@@ -251,10 +251,10 @@ def test_heads_of_less_than_float32_move_scores_and_make_ties(tokenizer):
             model = with_head(bundle, HeadPrecision(product=product, logits=logits)).model
             with jax.set_mesh(mesh):
                 log_probs = jax.jit(score_labels, static_argnums=(0, 4))(model, bundle.params, asked, labels, "labels")
-            found[product, logits] = normalize_over_labels(np.asarray(log_probs)[0])[:, 0]
-    exact = found["float32", "float32"]
-    moved = {name: np.abs(scores - exact).mean() for name, scores in found.items()}
-    different = {name: len(np.unique(scores)) for name, scores in found.items()}
+            actual[product, logits] = normalize_over_labels(np.asarray(log_probs)[0])[:, 0]
+    exact = actual["float32", "float32"]
+    moved = {name: np.abs(scores - exact).mean() for name, scores in actual.items()}
+    different = {name: len(np.unique(scores)) for name, scores in actual.items()}
     assert 0 < moved["bfloat16", "float32"] < moved["e4m3", "float32"] < 0.1
     # The rounding of the logits makes the ties, not that of the product.
     for product in ("float32", "bfloat16", "e4m3"):
@@ -310,24 +310,24 @@ def measure(folder: Path) -> None:
 def on_mesh(source: Path, out: Path) -> None:
     assert jax.device_count() == 8
     mesh = MeshConfig(fsdp=2, tensor=2) if source.name == "dense" else MeshConfig(fsdp=2, expert=2, tensor=2)
-    found: dict = {}
+    actual: dict = {}
     whole = Bundle.load(source, mesh)
     encoded = [whole.encode(prompt) for prompt in PROMPTS]
     for number, statistics in enumerate(calibrate(whole.model, whole.params, encoded, mesh.build())):
-        found |= {f"{number}/{name}": sums for name, sums in statistics._asdict().items()}
+        actual |= {f"{number}/{name}": sums for name, sums in statistics._asdict().items()}
     pruned = prune(whole, encoded, PruneConfig(d_ff=40, mesh=mesh))
-    found |= {f"pruned {path}": values for path, values in gathered(pruned).items()}
+    actual |= {f"pruned {path}": values for path, values in gathered(pruned).items()}
     quantize(source, QuantizeConfig(mesh=mesh)).save(out.with_suffix(""))
     bundle = Bundle.load(out.with_suffix(""), mesh)
-    found |= gathered(bundle)
-    found["scores"] = score(bundle, PROMPTS, mesh)
-    if hosts.is_process_zero():
-        np.savez(out, **found)
+    actual |= gathered(bundle)
+    actual["scores"] = score(bundle, PROMPTS, mesh)
+    if distributed.is_process_zero():
+        np.savez(out, **actual)
 
 
 def gathered(bundle: Bundle) -> dict[str, np.ndarray]:
     """Parameters by their paths; they lie as they should."""
-    found = {}
+    actual = {}
     mesh = bundle.mesh.build()
     for (path, leaf), wanted in zip(
         jax.tree_util.tree_leaves_with_path(bundle.params),
@@ -335,13 +335,13 @@ def gathered(bundle: Bundle) -> dict[str, np.ndarray]:
         strict=True,
     ):
         assert leaf.sharding == wanted.sharding
-        found[jax.tree_util.keystr(path)] = np.float32(multihost_utils.process_allgather(leaf, tiled=True))
-    return found
+        actual[jax.tree_util.keystr(path)] = np.float32(multihost_utils.process_allgather(leaf, tiled=True))
+    return actual
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "mesh":
-        with hosts.distributed_runtime():
+        with distributed.distributed_runtime():
             on_mesh(Path(sys.argv[2]), Path(sys.argv[3]))
     else:
         measure(Path(sys.argv[2]))

@@ -89,7 +89,7 @@ def test_one_question_behind_a_dense_history_reads_as_plain_text():
 def test_a_question_sees_the_whole_history():
     random = np.random.default_rng(0)
     one = prompt(random)
-    other = dataclasses.replace(one, pieces=[one.prefix_pieces[0], [63, 62, 61, 60], *one.prefix_pieces[2:]])
+    other = dataclasses.replace(one, prefix_pieces=[one.prefix_pieces[0], [63, 62, 61, 60], *one.prefix_pieces[2:]])
     first, second = run(row(one), row(other))
     assert np.abs(first - second)[one.ends].max(-1).min() > 1e-3
 

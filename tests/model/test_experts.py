@@ -76,17 +76,17 @@ def test_in_turns_is_as_at_once(sizes, others, count):
     def at_once(x, weight, matrices):
         return jnp.zeros((7, D)).at[token].add(said(x[token], weight, matrices, sizes))
 
-    def in_turns(x, weight, matrices):
+    def in_chunks(x, weight, matrices):
         whole = (0, -R % count)
         return _sum_in_chunks(said, count, x, jnp.pad(weight, whole), matrices, jnp.pad(token, whole), sizes)
 
-    expected, found = (
+    expected, actual = (
         jax.jit(jax.value_and_grad(lambda *taken, add=add: jnp.sum(add(*taken) * direction), (0, 1, 2)))
-        for add in (at_once, in_turns)
+        for add in (at_once, in_chunks)
     )
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
-        found(x, weight, matrices),
+        actual(x, weight, matrices),
         expected(x, weight, matrices),
     )
 

@@ -99,7 +99,7 @@ def test_a_gguf_file_has_the_weights_that_transformers_has(tmp_path, kind, archi
     assert bundle.model.norm_eps == 1e-5
     export_model(tmp_path / "model", tmp_path / "out")
     out = load_file(tmp_path / "out" / "model.safetensors")
-    names = huggingface.names_of(bundle.model)
+    names = huggingface.tensor_names(bundle.model)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["model_type"] == architecture
     theirs = {name.template: names[path].template for path, name in gguf_module.NAMES.items()}
@@ -139,9 +139,9 @@ def test_what_cannot_be_read_of_a_gguf_file_is_named(tmp_path, monkeypatch):
     write_gguf(path, attn_rot=np.ones(4, np.float32))
     refused(r"tensor attn_rot.weight \[4\] has no place")
     path.write_bytes(path.read_bytes()[:-1000])
-    refused("tiny.gguf: not a whole GGUF file")
+    refused("tiny.gguf: not a complete GGUF file")
     path.write_bytes(b"not one")
-    refused("tiny.gguf: not a whole GGUF file")
+    refused("tiny.gguf: not a complete GGUF file")
     writer = gguf.GGUFWriter(path, "gemma3")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -169,8 +169,8 @@ YARN |= {"llama.rope.scaling.original_context_length": 32}
 )
 def test_rope_is_scaled_as_a_gguf_file_says(tmp_path, keys, scaling):
     write_gguf(tmp_path / "tiny.gguf", keys=keys)
-    found = gguf_module.GGUFFile(tmp_path / "tiny.gguf").config("tiny").rope_scaling
-    assert (found and found.model_dump(exclude_defaults=True, exclude_none=True)) == scaling
+    actual = gguf_module.GGUFFile(tmp_path / "tiny.gguf").config("tiny").rope_scaling
+    assert (actual and actual.model_dump(exclude_defaults=True, exclude_none=True)) == scaling
 
 
 def test_the_factors_in_a_gguf_file_are_those_of_its_model(tmp_path):

@@ -224,10 +224,10 @@ def test_an_axis_that_does_not_divide_is_named():
 
 def main(out: str) -> None:
     assert jax.device_count() == 8
-    found = {name: loss_and_gradients(model, lora, config.build()) for name, (model, lora, config) in RUNS.items()}
+    actual = {name: loss_and_gradients(model, lora, config.build()) for name, (model, lora, config) in RUNS.items()}
     mesh = EXPERT_MESHES["experts, fsdp=2 expert=2 tensor=2"].build()
-    found |= {made.__name__: made(mesh) for made in (read_golden, upcycled)}
-    np.savez(out, **{f"{name}/{path}": values for name, one in found.items() for path, values in one.items()})
+    actual |= {made.__name__: made(mesh) for made in (read_golden, upcycled)}
+    np.savez(out, **{f"{name}/{path}": values for name, one in actual.items() for path, values in one.items()})
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def test_what_is_not_dense_or_would_not_say_the_same_is_refused():
 )
 def test_shipped_models_have_the_sizes_they_say(name, parameters, active):
     config = ModelConfig.load(CONFIGS / "models" / f"{name}.yaml")
-    found = model_size(config)
-    assert found.parameters == pytest.approx(parameters, rel=5e-3)
-    assert found.active == pytest.approx(active, rel=5e-3)
+    actual = model_size(config)
+    assert actual.parameters == pytest.approx(parameters, rel=5e-3)
+    assert actual.active == pytest.approx(active, rel=5e-3)
     assert config.name == name

@@ -14,7 +14,7 @@ from pallas_kernels.token_labels import ALL, PADDING, QUESTIONS, SELF, TokenLabe
 class Example(NamedTuple):
     """Lengths of the pieces of one example, and how much padding follows it."""
 
-    center: int
+    preamble: int
     events: Sequence[int] = ()
     questions: Sequence[int] = ()
     star: bool = False
@@ -24,13 +24,13 @@ class Example(NamedTuple):
 def pack(examples: Iterable[Example], length: int) -> TokenLabels:
     """int32 [length]: the examples one after the other, cut off where the row ends, padded where they do."""
     tokens = []
-    for number, one in enumerate(examples, 1):
-        pieces = [(one.center, ALL)]
-        pieces += [(event, QUESTIONS if one.star else ALL) for event in one.events]
-        pieces += [(question, SELF) for question in one.questions]
-        for segment, (size, reach) in enumerate(pieces):
-            tokens += [(number, segment, reach)] * size
-        tokens += [(PADDING, 0, 0)] * one.padding
+    for example_id, example in enumerate(examples, 1):
+        pieces = [(example.preamble, ALL)]
+        pieces += [(event, QUESTIONS if example.star else ALL) for event in example.events]
+        pieces += [(question, SELF) for question in example.questions]
+        for piece_id, (size, visibility) in enumerate(pieces):
+            tokens += [(example_id, piece_id, visibility)] * size
+        tokens += [(PADDING, 0, 0)] * example.padding
     tokens += [(PADDING, 0, 0)] * length
     return TokenLabels(*np.array(tokens[:length], np.int32).T)
 
@@ -48,7 +48,7 @@ examples = st.builds(Example, pieces, some_pieces, some_pieces, st.booleans(), s
 
 def rows(length: int) -> st.SearchStrategy[TokenLabels]:
     """One row [length] of any number of examples; none of them is a row of padding."""
-    return st.lists(examples, max_size=6).map(lambda drawn: pack(drawn, length))
+    return st.lists(examples, max_size=6).map(lambda sample: pack(sample, length))
 
 
 def batches(count: int, length: int) -> st.SearchStrategy[TokenLabels]:

@@ -68,8 +68,8 @@ def reference(qkvd: list[np.ndarray], token_labels: TokenLabels) -> list[np.ndar
         return [np.asarray(x) for x in results(None)(*(x.astype(np.float64) for x in qkvd), token_labels)]
 
 
-def assert_close(found, expected, tolerance: float) -> None:
-    for name, a, b in zip(("out", "log_sum", "dq", "dk", "dv"), found, expected, strict=True):
+def assert_close(actual, expected, tolerance: float) -> None:
+    for name, a, b in zip(("out", "log_sum", "dq", "dk", "dv"), actual, expected, strict=True):
         difference = np.abs(np.asarray(a, np.float64) - b).max()
         assert difference <= tolerance * max(1, np.abs(b).max()), name
 
@@ -106,10 +106,10 @@ def test_one_query(implementation):
 def test_bfloat16(implementation, data, seed):
     length = LENGTHS[implementation]
     token_labels, qkvd = data.draw(batches(2, length)), draw_qkvd(seed, length, dtype=jnp.bfloat16)
-    found = results(implementation)(*qkvd, token_labels)
-    assert [x.dtype for x in found] == [jnp.bfloat16, jnp.float32, *[jnp.bfloat16] * 3]
+    actual = results(implementation)(*qkvd, token_labels)
+    assert [x.dtype for x in actual] == [jnp.bfloat16, jnp.float32, *[jnp.bfloat16] * 3]
     # Sums are float32; weights and their gradients are rounded to bfloat16 before a product on a TPU.
-    assert_close(found, reference(qkvd, token_labels), 2**-6)
+    assert_close(actual, reference(qkvd, token_labels), 2**-6)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -143,8 +143,8 @@ def test_a_question_changes_no_bit_of_another(implementation, data, seed):
     row = data.draw(rows(length))
     questions = sorted({(e, s) for e, s, r in zip(*row, strict=True) if e != PADDING and r == SELF})
     hypothesis.assume(questions)
-    example, segment = data.draw(st.sampled_from(questions))
-    changed = ((row.example_id == example) & (row.piece_id == segment))[:, None, None]
+    example_id, piece_id = data.draw(st.sampled_from(questions))
+    changed = ((row.example_id == example_id) & (row.piece_id == piece_id))[:, None, None]
     (q, k, v, d), others = draw_qkvd(seed, length, B=1), draw_qkvd(seed + 1, length, B=1)
     token_labels = stack([row])
     before = results(implementation)(q, k, v, d, token_labels)[0]
@@ -170,9 +170,9 @@ def test_scores_may_be_of_any_size(implementation, dtype, tolerance):
     wild = random.random(length) < 0.1
     q[:, wild, :, 0] = random.choice([-1, 1], (wild.sum(), 1, H))
     q = q.astype(dtype)
-    found = results(implementation)(q, k, v, d, token_labels)
-    assert_close(found, reference([q, k, v, d], token_labels), tolerance)
-    for a, b in zip(found[:2], calm[:2], strict=True):
+    actual = results(implementation)(q, k, v, d, token_labels)
+    assert_close(actual, reference([q, k, v, d], token_labels), tolerance)
+    for a, b in zip(actual[:2], calm[:2], strict=True):
         np.testing.assert_array_equal(a[:, ~wild], b[:, ~wild])
 
 
@@ -208,12 +208,12 @@ def test_the_tpu_kernels_have_no_races(way):
     out, log_sum = attention_tpu.forward(*inputs, interpret=True)
     detect = pltpu.InterpretParams(detect_races=True)
     if way == "forward":
-        found, expected = attention_tpu.forward(*inputs, interpret=detect), (out, log_sum)
+        actual, expected = attention_tpu.forward(*inputs, interpret=detect), (out, log_sum)
     else:
         more = log_sum, (out * d_out).sum(-1), d_out
-        found = attention_tpu.backward(*inputs, *more, interpret=detect)
+        actual = attention_tpu.backward(*inputs, *more, interpret=detect)
         expected = attention_tpu.backward(*inputs, *more, interpret=True)
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 

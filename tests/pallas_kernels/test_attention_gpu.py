@@ -62,7 +62,7 @@ def test_products_of_float32_are_float32_and_not_tf32(function, queries, product
         text = str(jax.make_jaxpr(function)(*shapes((1, queries, 2, 64), (1, 256, 2, 64), dtype)))
         dots = re.findall(r"dot_general\[.*?\n\s*\]", text, re.DOTALL)
         assert len(dots) == products
-        return {found for dot in dots for found in re.findall(r"precision=(\S+)", dot)}
+        return {actual for dot in dots for actual in re.findall(r"precision=(\S+)", dot)}
 
     assert precisions(jnp.float32) == {"(Precision.HIGHEST,"}
     assert precisions(jnp.bfloat16) <= {"None"}

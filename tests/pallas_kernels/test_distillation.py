@@ -90,9 +90,9 @@ def dense(name, temperature):
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
 
 
-def assert_close(found, expected, atol=5e-5):
+def assert_close(actual, expected, atol=5e-5):
     """(sum, gradients) to the precision of float32 logits of about 30, sums of which cancel in the gradients."""
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=atol * max(1, np.abs(b).max()))
 
 
@@ -190,8 +190,8 @@ def test_what_a_teacher_leaves_in_a_cache(seed, counts):
     ids, log_probs = linear_top_k(inputs["teacher_hidden"], inputs["teacher_head"], counts, K, 2.0, chunk=5)
     expected = top_k(inputs, 2.0, K)
     np.testing.assert_allclose(log_probs[counts], expected["log_probs"][counts], rtol=1e-5, atol=1e-5)
-    found = np.take_along_axis(np.log(teacher_probs(inputs, 2.0)), np.maximum(ids, 0), -1)[counts]
-    np.testing.assert_allclose(found, log_probs[counts], rtol=1e-5, atol=1e-5)  # ties may change places
+    actual = np.take_along_axis(np.log(teacher_probs(inputs, 2.0)), np.maximum(ids, 0), -1)[counts]
+    np.testing.assert_allclose(actual, log_probs[counts], rtol=1e-5, atol=1e-5)  # ties may change places
     assert (np.sort(ids, -1)[counts, 1:] != np.sort(ids, -1)[counts, :-1]).all()
     assert (ids[~counts] == -1).all()
     assert (log_probs[~counts] == -np.inf).all()

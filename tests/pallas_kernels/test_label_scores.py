@@ -43,18 +43,18 @@ labels = (for_all | st.lists(for_all, min_size=N, max_size=N)).map(np.array)
 @given(st.integers(0, 2**32 - 1), labels)
 def test_log_softmax_at_the_labels(normalize_over, block, seed, labels):
     hidden, head = draw(seed)
-    found = log_probs(hidden, head, labels, normalize_over=normalize_over, block=block)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, reference(hidden, head, labels, normalize_over), rtol=1e-5, atol=1e-5)
+    actual = log_probs(hidden, head, labels, normalize_over=normalize_over, block=block)
+    assert actual.dtype == np.float32
+    np.testing.assert_allclose(actual, reference(hidden, head, labels, normalize_over), rtol=1e-5, atol=1e-5)
 
 
 @both_ways
 def test_bfloat16_inputs_are_taken_as_they_are(normalize_over):
     hidden, head = draw(1, jnp.bfloat16)
     labels = np.array([3, 20, 0])
-    found = log_probs(hidden, head, labels, normalize_over=normalize_over, block=8)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, reference(hidden, head, labels, normalize_over), rtol=1e-5, atol=1e-5)
+    actual = log_probs(hidden, head, labels, normalize_over=normalize_over, block=8)
+    assert actual.dtype == np.float32
+    np.testing.assert_allclose(actual, reference(hidden, head, labels, normalize_over), rtol=1e-5, atol=1e-5)
 
 
 @both_ways
@@ -70,10 +70,10 @@ def test_rows_of_their_own_labels(normalize_over):
     labels = np.array([[3, 20, -1], [5, 6, 7]])
     rows = np.stack([hidden, hidden[::-1]])
     score = jax.vmap(functools.partial(label_log_probs, normalize_over=normalize_over, block=8), in_axes=(0, None, 0))
-    found = jax.jit(score)(rows, head, labels)
+    actual = jax.jit(score)(rows, head, labels)
     for row in range(2):
         expected = reference(rows[row], head, labels[row], normalize_over)
-        np.testing.assert_allclose(found[row], expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(actual[row], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_items_that_bfloat16_would_put_in_another_order():

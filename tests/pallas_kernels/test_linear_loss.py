@@ -66,8 +66,8 @@ def value_and_grads(loss, chunk=4, block=8):
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
 
 
-def assert_close(found, expected, tolerance=1e-5):
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=tolerance, atol=tolerance), found, expected)
+def assert_close(actual, expected, tolerance=1e-5):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=tolerance, atol=tolerance), actual, expected)
 
 
 @every_loss
@@ -82,9 +82,9 @@ def test_a_token_that_does_not_count_gives_nothing_and_gets_nothing(loss):
         return np.where(counts.reshape(-1, *[1] * (x.ndim - 1)), x, np.nan)
 
     poisoned = {name: x if name == "weights" else poison(x) for name, x in tokens.items()}
-    found = value_and_grads(loss)(poison(student[0]), student[1], poisoned)
-    jax.tree.map(np.testing.assert_array_equal, found, clean)
-    d_hidden = np.asarray(found[1][0])
+    actual = value_and_grads(loss)(poison(student[0]), student[1], poisoned)
+    jax.tree.map(np.testing.assert_array_equal, actual, clean)
+    d_hidden = np.asarray(actual[1][0])
     assert d_hidden[counts].any(-1).all()
     assert not d_hidden[~counts].any()
 
@@ -131,8 +131,8 @@ def test_bfloat16_in_float32_loss(loss):
 def test_the_same_when_recomputed_in_the_backward_pass(loss):
     student, tokens = inputs(10)
     again = jax.checkpoint(functools.partial(loss, chunk=4, block=8))
-    found = jax.jit(jax.value_and_grad(again, argnums=(0, 1), has_aux=True))(*student, tokens)
-    assert_close(found, value_and_grads(loss)(*student, tokens))
+    actual = jax.jit(jax.value_and_grad(again, argnums=(0, 1), has_aux=True))(*student, tokens)
+    assert_close(actual, value_and_grads(loss)(*student, tokens))
 
 
 @every_loss
@@ -160,8 +160,8 @@ def test_each_device_its_own_tokens(tmp_path):
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
     student, tokens = inputs(20)
     for loss in LOSSES:
-        found = [x for _, x in sorted(np.load(tmp_path / f"{loss.__name__}.npz").items())]
-        assert_close(found, jax.tree.leaves(value_and_grads(loss)(*student, tokens)))
+        actual = [x for _, x in sorted(np.load(tmp_path / f"{loss.__name__}.npz").items())]
+        assert_close(actual, jax.tree.leaves(value_and_grads(loss)(*student, tokens)))
 
 
 def main(folder: Path) -> None:
@@ -177,8 +177,8 @@ def main(folder: Path) -> None:
         with jax.set_mesh(mesh):
             student, tokens = inputs(20)
             placed = jax.device_put((student[0], tokens), jax.NamedSharding(mesh, split))
-            found = jax.jit(jax.value_and_grad(whole, argnums=(0, 1), has_aux=True))(placed[0], student[1], placed[1])
-        np.savez(folder / f"{loss.__name__}.npz", *jax.tree.leaves(found))
+            actual = jax.jit(jax.value_and_grad(whole, argnums=(0, 1), has_aux=True))(placed[0], student[1], placed[1])
+        np.savez(folder / f"{loss.__name__}.npz", *jax.tree.leaves(actual))
 
 
 if __name__ == "__main__":

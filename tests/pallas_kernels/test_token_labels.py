@@ -17,14 +17,14 @@ see = jax.jit(lambda token_labels: dense_mask(token_labels, token_labels, index,
 
 @functools.partial(jax.jit, static_argnums=1)
 def seen(row: TokenLabels, tile: int):
-    """`sight` of one row over itself."""
+    """`block_visibility` of one row over itself."""
     batch = TokenLabels(*(labels[None] for labels in row))
     return jax.tree.map(lambda x: x[0], block_visibility(batch, batch, 0, tile, tile))
 
 
 def sees(row: TokenLabels, i: int, j: int) -> bool:
-    """DESIGN.md: Token i sees token j when same example, j is not after i, and (same segment, or reach[j] = ALL, or
-    reach[j] = QUESTIONS and i stands in a question)."""
+    """Token i attends to token j if they are of the same example, j is not after i, and (they are of the same piece, or
+    visibility[j] = ALL, or visibility[j] = QUESTIONS and i is in a question)."""
     i_stands_in_a_question = row.visibility[i] == SELF
     return (
         row.example_id[i] == row.example_id[j] != PADDING
@@ -49,9 +49,9 @@ def tiled(pairs: np.ndarray, q_tile: int, kv_tile: int) -> np.ndarray:
     return pairs.transpose(0, 2, 1, 3).reshape(T // q_tile, S // kv_tile, -1)
 
 
-def assert_sight(found: BlockVisibility, pairs: np.ndarray, queries: TokenLabels, q_tile: int, kv_tile: int) -> None:
+def assert_sight(actual: BlockVisibility, pairs: np.ndarray, queries: TokenLabels, q_tile: int, kv_tile: int) -> None:
     """`found` misses no visible pair, and does not promise one that is not; nobody asks what padding sees."""
-    some, every = map(np.asarray, found)
+    some, every = map(np.asarray, actual)
     assert not (tiled(pairs, q_tile, kv_tile).any(-1) & ~some).any()
     unasked = (queries.example_id == PADDING)[:, None]
     assert not (every & ~tiled(pairs | unasked, q_tile, kv_tile).all(-1)).any()
@@ -99,7 +99,7 @@ def test_star_history_is_met_by_its_questions_only():
     row = pack([Example(32, [16] * 60, [16, 16], star=True)], 1024)
     some = np.asarray(seen(row, 16).any)
     np.testing.assert_array_equal(some, tiled(brute_force(row), 16, 16).any(-1))
-    assert some[2:62].sum() == 60 * (2 + 1)  # an event: the center and itself
+    assert some[2:62].sum() == 60 * (2 + 1)  # an event: the preamble and itself
     assert some[62:].sum() == 2 * (2 + 60 + 1)
 
 
@@ -113,8 +113,8 @@ def test_padding_is_never_met():
 def test_queries_in_the_middle_of_a_row_see_what_they_see_there(row):
     start = 30
     queries, keys = (TokenLabels(*(x[None, at] for x in row)) for at in (slice(start, start + 32), slice(None)))
-    found = BlockVisibility(*(x[0] for x in block_visibility(queries, keys, start, 16, 8)))
-    assert_sight(found, brute_force(row)[start : start + 32], TokenLabels(*(x[0] for x in queries)), 16, 8)
+    actual = BlockVisibility(*(x[0] for x in block_visibility(queries, keys, start, 16, 8)))
+    assert_sight(actual, brute_force(row)[start : start + 32], TokenLabels(*(x[0] for x in queries)), 16, 8)
 
 
 @settings(deadline=None, max_examples=10)
@@ -122,11 +122,11 @@ def test_queries_in_the_middle_of_a_row_see_what_they_see_there(row):
 def test_sight_of_queries_that_stand_several_times_in_a_row(row, repeats):
     start, tile = 30, 16  # which `repeats` need not divide
     queries = TokenLabels(*(labels[None, start : start + 32].repeat(repeats, 1) for labels in row))
-    found = BlockVisibility(
+    actual = BlockVisibility(
         *(x[0] for x in block_visibility(queries, TokenLabels(*(x[None] for x in row)), start, tile, 8, repeats))
     )
     pairs = brute_force(row)[start : start + 32].repeat(repeats, 0)
-    assert_sight(found, pairs, TokenLabels(*(x[0] for x in queries)), tile, 8)
+    assert_sight(actual, pairs, TokenLabels(*(x[0] for x in queries)), tile, 8)
 
 
 @settings(deadline=None, max_examples=10)
@@ -147,11 +147,11 @@ def test_a_worklist_holds_every_pair_once_and_keeps_a_block_together(kind):
     for by_key, most in ((False, kind.size), (True, max(1, np.count_nonzero(kind)))):
         visits = jax.tree.map(np.asarray, worklist(kind, most, by_key))
         q_block, kv_block, kinds = (x[: visits.length] for x in visits[:3])
-        found = np.zeros_like(kind)
+        actual = np.zeros_like(kind)
         for q, kv, what in zip(q_block, kv_block, kinds, strict=True):
             row, other = q // 3, kv // 5
             assert row == other
-            assert found[row, q % 3, kv % 5] == 0
-            found[row, q % 3, kv % 5] = what
-        np.testing.assert_array_equal(found, kind)
+            assert actual[row, q % 3, kv % 5] == 0
+            actual[row, q % 3, kv % 5] = what
+        np.testing.assert_array_equal(actual, kind)
         assert (np.diff(kv_block if by_key else q_block) >= 0).all()

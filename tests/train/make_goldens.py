@@ -23,17 +23,17 @@ OUT = Path(__file__).parent / "goldens" / "trl.npz"
 def function(wheel: str, path: str, name: str):
     """A method of that name in a file of the wheel, as a function."""
     tree = ast.parse(zipfile.ZipFile(wheel).read(path))
-    found = next(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name)
-    found.decorator_list = []
+    actual = next(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name)
+    actual.decorator_list = []
     names = globals() | {"FDivergenceType": types.SimpleNamespace(ALPHA_DIVERGENCE=0, JS_DIVERGENCE=1)}
-    exec("from __future__ import annotations\n" + ast.unparse(found), names)
+    exec("from __future__ import annotations\n" + ast.unparse(actual), names)
     return names[name]
 
 
 def main(wheel: str) -> None:
     random = np.random.default_rng(0)
     logps = -random.exponential(5, (4, 20))  # of the chosen and the rejected: policy's, then reference's
-    found = {"logps": logps}
+    actual = {"logps": logps}
     dpo_loss = function(wheel, "trl/trainer/dpo_trainer.py", "dpo_loss")
     for beta, smoothing in itertools.product((0.1, 0.5), (0.0, 0.1)):
         trainer = types.SimpleNamespace(
@@ -44,14 +44,14 @@ def main(wheel: str) -> None:
             accelerator=types.SimpleNamespace(device="cpu"),
         )
         losses, chosen, rejected = dpo_loss(trainer, *map(torch.tensor, logps))
-        found[f"dpo {beta} {smoothing}"] = np.stack([losses.numpy(), chosen.numpy(), rejected.numpy()])
-    found["student"], found["teacher"] = logits = 3 * random.standard_normal((2, 6, 64))
+        actual[f"dpo {beta} {smoothing}"] = np.stack([losses.numpy(), chosen.numpy(), rejected.numpy()])
+    actual["student"], actual["teacher"] = logits = 3 * random.standard_normal((2, 6, 64))
     divergence = function(wheel, "trl/trainer/gkd_trainer.py", "generalized_jsd_loss")
     student, teacher = (torch.tensor(x)[None] for x in logits)
     for beta, temperature in itertools.product((0.0, 0.5, 1.0), (1.0, 2.0)):
         loss = divergence(student, teacher, beta=beta, temperature=temperature, reduction="sum")
-        found[f"jsd {beta} {temperature}"] = loss.numpy()
-    np.savez(OUT, **found)
+        actual[f"jsd {beta} {temperature}"] = loss.numpy()
+    np.savez(OUT, **actual)
 
 
 if __name__ == "__main__":

@@ -63,9 +63,9 @@ def losses(folder: Path) -> dict[int, float]:
 def assert_same_numbers(folder: Path, other: Path, steps: range) -> None:
     """The gradient's norm too: Adam hides a gradient that is wrong by a factor."""
     for name, tolerance in (("loss", 5e-5), ("grad_norm", 1e-4), ("targets", 0)):
-        found, expected = ([row[name] for row in read_metrics(run / METRICS)] for run in (folder, other))
+        actual, expected = ([row[name] for row in read_metrics(run / METRICS)] for run in (folder, other))
         at = slice(steps.start - 1, steps.stop - 1)
-        np.testing.assert_allclose(found[at], expected[at], rtol=tolerance, err_msg=name)
+        np.testing.assert_allclose(actual[at], expected[at], rtol=tolerance, err_msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +77,10 @@ def finished(shards, tmp_path_factory) -> Path:
 
 
 def test_loss_falls(finished):
-    found = losses(finished)
-    assert len(found) == CONFIG.steps
-    assert found[1] > 2
-    assert np.mean([found[step] for step in range(31, 41)]) < 0.3
+    actual = losses(finished)
+    assert len(actual) == CONFIG.steps
+    assert actual[1] > 2
+    assert np.mean([actual[step] for step in range(31, 41)]) < 0.3
 
 
 def test_a_finished_run_has_nothing_to_do(shards, finished):

@@ -69,11 +69,11 @@ def test_loss_and_gradients_are_those_through_merged_weights(model):
         with jax.set_mesh(MeshConfig().build()):
             return jax.jit(jax.value_and_grad(lambda learnt: supervised(decoder(learnt), batch, {})[0].total))(learnt)
 
-    loss, found = loss_and_gradients(lambda learnt: LORA.bind(model, base, learnt))
+    loss, actual = loss_and_gradients(lambda learnt: LORA.bind(model, base, learnt))
     expected_loss, expected = loss_and_gradients(lambda learnt: bind(model, LORA.merge(base, learnt)))
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
-    assert shapes(found) == shapes(expected)
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    assert shapes(actual) == shapes(expected)
+    for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert np.abs(other).max() > 0.01
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5 * np.abs(other).max())
 
@@ -123,8 +123,8 @@ def test_training_leaves_the_base_alone_and_saves_the_adapters_only(shards, tmp_
     config = CONFIG.model_copy(update={"lora": LORA})
     trained = train(MODEL, config, shards, tmp_path, supervised, init=lambda: base)
     jax.tree.map(np.testing.assert_array_equal, base, before)
-    found = losses(tmp_path)
-    assert np.mean([found[step] for step in range(31, 41)]) < 0.9 * found[1]
+    actual = losses(tmp_path)
+    assert np.mean([actual[step] for step in range(31, 41)]) < 0.9 * actual[1]
     _, learnt = newest_checkpoint(tmp_path, config)
     jax.tree.map(np.testing.assert_array_equal, trained, jax.jit(LORA.merge)(base, learnt))
     changed = jax.tree.map(lambda a, b: bool((a != b).any()), trained, before)

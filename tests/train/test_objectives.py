@@ -121,8 +121,8 @@ def alone(name: str) -> dict[str, np.ndarray]:
 
 
 def assert_is(name: str, metric: str, expected: tuple[float, float]) -> None:
-    found = [alone(name)[f"[0]['{metric}'].{part}"] for part in WeightedSum._fields]
-    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-5, err_msg=metric)
+    actual = [alone(name)[f"[0]['{metric}'].{part}"] for part in WeightedSum._fields]
+    np.testing.assert_allclose(actual, expected, rtol=2e-5, atol=1e-5, err_msg=metric)
 
 
 # --- the definitions
@@ -187,15 +187,15 @@ def whole_lists() -> list[tuple[Candidate, list[Candidate]]]:
             token_labels = batch().token_labels
             of_list = row, token_labels.example_id[row, place], abs(liked)
             targets[of_list][np.sign(liked), token_labels.piece_id[row, place]].append(n)
-    found = []
+    actual = []
     for of_list in targets.values():
         sides: dict = {1: [], -1: []}
         for (side, _), of in of_list.items():
             sides[side].append(Candidate(policy[of], reference[of], batch().weights[places][of]))
         if sides[1] and sides[-1]:
             (preferred,) = sides[1]
-            found.append((preferred, sides[-1]))
-    return found
+            actual.append((preferred, sides[-1]))
+    return actual
 
 
 def minus_log_sigmoid(x):
@@ -284,11 +284,11 @@ def test_pairs_cost_what_trl_says(against):
             for smoothing in (0.0, 0.1):
                 align = Align(beta=beta, label_smoothing=smoothing, loss_type=against)
                 losses, chosen, rejected = trl[f"dpo {beta} {smoothing}"]
-                found = {key: mean.total for key, mean in jax.jit(align.lists)(*map(jnp.asarray, row)).items()}
-                np.testing.assert_allclose(found["loss_dpo"], losses.sum(), rtol=1e-5)
-                np.testing.assert_allclose(found["reward_chosen"], chosen.sum(), rtol=1e-5)
-                np.testing.assert_allclose(found["reward_rejected"], rejected.sum(), rtol=1e-5)
-                assert found["preference_accuracy"] == (chosen > rejected).sum()
+                actual = {key: mean.total for key, mean in jax.jit(align.lists)(*map(jnp.asarray, row)).items()}
+                np.testing.assert_allclose(actual["loss_dpo"], losses.sum(), rtol=1e-5)
+                np.testing.assert_allclose(actual["reward_chosen"], chosen.sum(), rtol=1e-5)
+                np.testing.assert_allclose(actual["reward_rejected"], rejected.sum(), rtol=1e-5)
+                assert actual["preference_accuracy"] == (chosen > rejected).sum()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -400,6 +400,6 @@ def test_distill_without_a_teacher_or_with_one_of_another_vocabulary_is_refused(
 
 
 if __name__ == "__main__":
-    found = {f"{name} {key}": value for name in ON_MESH for key, value in run(name, MESH).items()}
-    found |= answers_moved(MESH, MeshConfig())
-    np.savez(sys.argv[1], **found)
+    actual = {f"{name} {key}": value for name in ON_MESH for key, value in run(name, MESH).items()}
+    actual |= answers_moved(MESH, MeshConfig())
+    np.savez(sys.argv[1], **actual)

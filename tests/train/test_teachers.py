@@ -55,8 +55,8 @@ def test_all_words_but_one_of_a_teacher_elsewhere_teach_what_it_does_in_memory(s
     frozen = distill.aux_models(TEACHER, MODEL, config, shards, tmp_path / "cache")
     train(MODEL, config, shards, tmp_path, distill, init=params, aux_models=frozen)
     for name in ("loss", "loss_kd", "loss_sft", "grad_norm"):
-        found, expected = ([row[name] for row in read_metrics(run / METRICS)] for run in (tmp_path, same_mesh))
-        np.testing.assert_allclose(found, expected, rtol=2e-4, err_msg=name)
+        actual, expected = ([row[name] for row in read_metrics(run / METRICS)] for run in (tmp_path, same_mesh))
+        np.testing.assert_allclose(actual, expected, rtol=2e-4, err_msg=name)
 
 
 def test_the_student_learns_from_the_teacher_and_the_teacher_learns_nothing(same_mesh):
@@ -85,11 +85,11 @@ def test_a_cache_has_the_answer_to_every_target(shards, tmp_path):
     batches = ShardedBatches(shards, mesh, 1, 4, 64, 1, 3, {"teacher": cache.look_up})
     for _ in range(3):  # packed otherwise than the cache was
         batch, placed, beside = next(batches)
-        said, found = jax.tree.map(lambda x: np.asarray(x)[0], (ask(placed), beside["teacher"]))
-        assert (found.ids >= 0).any(-1).tolist() == (batch.targets >= 0).tolist()
-        np.testing.assert_allclose(found.log_probs, said.log_probs, rtol=1e-4, atol=1e-5)
-        assert (found.ids == said.ids).mean() > 0.999  # ties apart
-        assert (np.diff(found.log_probs[batch.targets >= 0], axis=-1) <= 0).all()
+        said, actual = jax.tree.map(lambda x: np.asarray(x)[0], (ask(placed), beside["teacher"]))
+        assert (actual.ids >= 0).any(-1).tolist() == (batch.targets >= 0).tolist()
+        np.testing.assert_allclose(actual.log_probs, said.log_probs, rtol=1e-4, atol=1e-5)
+        assert (actual.ids == said.ids).mean() > 0.999  # ties apart
+        assert (np.diff(actual.log_probs[batch.targets >= 0], axis=-1) <= 0).all()
 
 
 def test_a_cache_that_was_killed_goes_on_and_one_that_is_done_is_left_alone(shards, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from brewjax import distributed as hosts
+from brewjax import distributed
 from brewjax.train.batches import ShardedBatches
 from brewjax.train.loop import train
 from brewjax.train.metrics_writer import METRICS, read_metrics
@@ -26,7 +26,7 @@ LIMIT = 60  # seconds in which a process must notice that another is gone
 
 
 def start(shards: Path, folder: Path, count: int) -> list[subprocess.Popen]:
-    return processes.start("tests.train.test_hosts", shards, folder, folder=folder, processes=count)
+    return processes.start("tests.train.test_distributed", shards, folder, folder=folder, processes=count)
 
 
 def wait_for(step: int, folder: Path, started: list[subprocess.Popen]) -> None:
@@ -52,9 +52,9 @@ def together(shards, tmp_path_factory) -> Path:
 
 
 def assert_same_parameters(folder: Path, other: Path) -> None:
-    (step, found), (last, expected) = newest_checkpoint(folder), newest_checkpoint(other)
+    (step, actual), (last, expected) = newest_checkpoint(folder), newest_checkpoint(other)
     assert step == last == CONFIG.steps
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), actual, expected)
 
 
 def test_two_processes_match_one(together, alone):
@@ -75,7 +75,7 @@ def test_one_killed_ends_the_other_and_a_restart_goes_on(shards, together, tmp_p
         started[killed].kill()
         code = started[1 - killed].wait(LIMIT)
         said = log(tmp_path, 1 - killed)
-        assert code in (hosts.EXIT_RESTART, -signal.SIGABRT), said
+        assert code in (distributed.EXIT_RESTART, -signal.SIGABRT), said
         assert "one of them ended" in said or "another task died" in said, said
         assert len(read_metrics(tmp_path / METRICS)) < CONFIG.steps
     finish(tmp_path, start(shards, tmp_path, 2))
@@ -86,7 +86,7 @@ def test_sigterm_to_one_saves_and_one_process_goes_on_from_two(shards, alone, tm
     started = start(shards, tmp_path, 2)
     wait_for(12, tmp_path, started)
     started[1].terminate()
-    assert [process.wait(LIMIT) for process in started] == [hosts.EXIT_RESTART] * 2, log(tmp_path, 0)
+    assert [process.wait(LIMIT) for process in started] == [distributed.EXIT_RESTART] * 2, log(tmp_path, 0)
     step, _ = newest_checkpoint(tmp_path)
     assert len(read_metrics(tmp_path / METRICS)) == step < CONFIG.steps
     assert f"checkpoint of step {step} of 40 is saved" in log(tmp_path, 0)
@@ -116,7 +116,7 @@ def test_wrong_variables_are_named(monkeypatch, variables, said):
         variables = {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "2"} | variables
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(hosts.DistributedError, match=said), hosts.distributed_runtime():
+    with pytest.raises(distributed.DistributedError, match=said), distributed.distributed_runtime():
         pass
 
 
@@ -128,13 +128,13 @@ def test_rows_must_divide_into_data_shards():
 
 if __name__ == "__main__":
     shards_folder, run = map(Path, sys.argv[1:])
-    with hosts.distributed_runtime():
+    with distributed.distributed_runtime():
 
         def check() -> None:
             if not list(shards_folder.glob("part-*")):
                 raise ValueError(f"{shards_folder}: no training shards there")
 
-        hosts.run_on_process_zero(check)
+        distributed.run_on_process_zero(check)
         sizes = (
             CONFIG.gradient_accumulation_steps,
             CONFIG.batch_size,
