@@ -149,7 +149,7 @@ def _kernel(q, required, banned, vectors, attributes, values, steps):
 
 
 def _scan(queries: Array, rows: Rows, filters: Filter, interpret: Any) -> tuple[Array, Array]:
-    """float32 and int32 [KEPT_PER_BIN, Q, BINS]: the best scores of each bin, and at which step of the scan they came."""
+    """float32 and int32 [KEPT_PER_BIN, Q, BINS]: the best scores of each bin, and the scan step of each."""
     (Q, D), N = queries.shape, len(rows.vectors)
     if N % BINS:
         raise ValueError(f"{N:,} rows; the kernel takes a multiple of {BINS}")
