@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import doctest
 import re
 
 import hypothesis
@@ -186,14 +185,6 @@ question 1: Will the member apply to the following job; Title=Teacher; Company=U
 question 2: Will the member apply to the following job; Title=Software Engineer; Company=Globex; Location=Oslo; Salary=p50; Posted=2mo; Popularity=p1; Attention=60; answer=No
 """,  # noqa: E501
 }
-
-
-def test_the_example_of_the_verbalizer_runs(jobs, tokenizer):
-    names = {"dataset": jobs, "tokenizer": tokenizer, "task": TASK, "build_examples": build_examples}
-    names |= {"Verbalizer": Verbalizer, "Percentiles": Percentiles}
-    (example,) = doctest.DocTestFinder(recurse=False).find(Verbalizer, "Verbalizer", globs=names)
-    assert len(example.examples) == 4
-    assert doctest.DocTestRunner().run(example).failed == 0
 
 
 @each_style
