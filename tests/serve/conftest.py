@@ -76,7 +76,7 @@ def model_folder(bundle, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(model_folder, tmp_path_factory) -> Iterator[Server]:
-    """One for all tests: whoever changes it changes it back."""
+    """One server for all tests: a test that changes it changes it back."""
     base = tmp_path_factory.getbasetemp()
     (base / "admin token").write_text(ADMIN_TOKEN)
     update = {"admin_token_file": str(base / "admin token"), "reload_below": str(base)}
@@ -98,7 +98,7 @@ def http(server) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="session")
 def strict(model_folder, tmp_path_factory) -> Iterator[Server]:
-    """One that asks for a token, with few connections and little time."""
+    """A server that needs a token, with few connections and short time limits."""
     tokens = tmp_path_factory.mktemp("tokens")
     (tokens / "token").write_text(TOKEN)
     (tokens / "admin").write_text(ADMIN_TOKEN)
@@ -125,13 +125,13 @@ def strict_http(strict) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="session")
 def alone(bundle) -> Scorer:
-    """The scorer that evaluation uses."""
+    """The scorer of evaluation, for expected scores."""
     return Scorer(bundle.model, bundle.params, bundle.tokenizer, "dense", [Bucket(256), Bucket(4096)])
 
 
 @pytest.fixture
 def scoring_loop(server):
-    """Which nobody keeps busy, before and after."""
+    """The server's scoring loop, which must be idle after the test."""
     scoring_loop = server.service.scoring_loop
     yield scoring_loop
     eventually(lambda: waiting(scoring_loop) == 0 and pages_held(scoring_loop) == 0)

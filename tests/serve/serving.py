@@ -1,4 +1,4 @@
-"""A server on an event loop of its own, what to ask it, and a way to hold its passes up."""
+"""A server on an event loop of its own, requests for it, and a gate that holds its passes."""
 
 from __future__ import annotations
 
@@ -64,33 +64,33 @@ def running(folder: Path, config: ServeConfig) -> Iterator[Server]:
 
 
 class Gate:
-    """Through which passes go one by one, or all when it is open.
+    """A gate that passes go through one by one, or all once it is open.
 
     Attributes:
-      passes: that came to the gate.
+      passes: all that arrived at the gate.
     """
 
     def __init__(self) -> None:
         self.passes: list[Pass] = []
-        self._places, self._open = threading.Semaphore(0), False
+        self._permits, self._open = threading.Semaphore(0), False
 
     def let(self, passes: int) -> None:
-        self._places.release(passes)
+        self._permits.release(passes)
 
     def open(self) -> None:
         self._open = True
-        self._places.release()
+        self._permits.release()
 
     def go_through(self, passes: list[Pass]) -> None:
         self.passes += passes
-        self._places.acquire()
+        self._permits.acquire()
         if self._open:
-            self._places.release()
+            self._permits.release()
 
 
 @contextmanager
 def held(scoring_loop: ScoringLoop) -> Iterator[Gate]:
-    """Passes wait at the gate; it is open in the end."""
+    """Passes wait at the gate, which opens on exit."""
     gate, start = Gate(), scoring_loop.scorer.dispatch
 
     def wait(passes, *args):
@@ -106,7 +106,7 @@ def held(scoring_loop: ScoringLoop) -> Iterator[Gate]:
 
 
 def waiting(scoring_loop: ScoringLoop) -> int:
-    """Places that requests take up in the queue."""
+    """Tokens of rows that requests count for in the queue."""
     return int(scoring_loop._metrics.waiting._value.get())
 
 
