@@ -10,8 +10,8 @@ from typing import Any
 import grpc
 import numpy as np
 
-from brewjax.serve import ranker_pb2 as pb
-from brewjax.serve import ranker_pb2_grpc
+import brewjax.serve.ranker_pb2 as pb
+import brewjax.serve.ranker_pb2_grpc as ranker_pb2_grpc
 
 STARTUP_TIMEOUT_S = 300  # for a server that is starting: it compiles its shapes first
 RETRIED_BYTES = 1 << 26  # larger requests are not retried; gRPC's own limit is below a request of 500 items
