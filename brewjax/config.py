@@ -177,7 +177,7 @@ def nearest(name: str, known: Iterable[str], aliases: Mapping[str, str] | None =
         return (aliases or {})[key]
     if near := difflib.get_close_matches(key, folded, n=1):
         return folded[near[0]]
-    within = [word for key, word in folded.items() if min(len(key), len(key)) > 1 and (key in key or key in key)]
+    within = [word for text, word in folded.items() if min(len(text), len(key)) > 1 and (text in key or key in text)]
     return within[0] if len(within) == 1 else None
 
 

@@ -294,9 +294,9 @@ class _PrefixMark(NamedTuple):
                 return part | {"add_prefix_space": False}
             return part
 
+        bare = parts | {name: remove_mark(parts[name]) for name in ("normalizer", "pre_tokenizer")}
         if not schemes:
             return None
-        bare = parts | {name: remove_mark(parts[name]) for name in ("normalizer", "pre_tokenizer")}
         unmarked = tokenizers.Tokenizer.from_str(json.dumps(bare))
         unmarked.encode_special_tokens = backend.encode_special_tokens  # tokenizer.json does not hold this setting
         return cls(unmarked, "always" in schemes and not backend.encode_special_tokens)
