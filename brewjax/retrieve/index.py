@@ -177,8 +177,9 @@ class Index:
 
     @property
     def _width(self) -> int:
-        """Dimensions as stored: whole lanes of a TPU."""
-        return -(-self.config.dimensions // 128) * 128
+        """Dimensions as stored: whole lanes on a TPU."""
+        lanes = 128 if jax.default_backend() == "tpu" else 1
+        return -(-self.config.dimensions // lanes) * lanes
 
     def _pad(self, vectors: np.ndarray) -> np.ndarray:
         if vectors.ndim != 2 or vectors.shape[1] != self.config.dimensions:
