@@ -146,7 +146,8 @@ class _File(NamedTuple):
 def misplaced(message: str, *location: Any) -> PydanticCustomError:
     """What a validator raises about a key further in: the error then names that key, and its line.
 
-    For instance, in a validator of a model with `stages`: `raise misplaced("no such stage", "stages", name, "start")`.
+    For instance, in a validator of a model with `stages`:
+    `raise misplaced("no such stage", "stages", name, "init_from")`.
     """
     return PydanticCustomError("misplaced", "{message}", {"message": message, "location": location})
 

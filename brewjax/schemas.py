@@ -14,16 +14,7 @@ from brewjax.data.tables.card import Card
 from brewjax.data.tasks.task import Task
 from brewjax.model.config import ModelConfig
 from brewjax.pipeline.ladder import Ladder
-from brewjax.pipeline.recipe import (
-    AlignStage,
-    CompilePlan,
-    DistillStage,
-    PretrainStage,
-    PruneStage,
-    QuantizeStage,
-    Recipe,
-    SftStage,
-)
+from brewjax.pipeline.recipe import KINDS, TRAINING, CompilePlan, Recipe
 from brewjax.serve.config import ServeConfig
 from brewjax.train.loop import TrainConfig
 
@@ -35,15 +26,7 @@ FILES: dict[str, type[Config]] = {
     "plan": CompilePlan,
     "serve": ServeConfig,
 }
-STAGES: dict[str, type[Config]] = {
-    "pretrain": PretrainStage,
-    "sft": SftStage,
-    "align": AlignStage,
-    "distill": DistillStage,
-    "prune": PruneStage,
-    "quantize": QuantizeStage,
-    "ladder": Ladder,
-}
+STAGES: dict[str, type[Config]] = {**KINDS, "ladder": Ladder}
 
 
 class Setting(NamedTuple):
@@ -140,12 +123,12 @@ def _default(field: FieldInfo) -> str:
 def _loosen_recipe(made: dict[str, Any]) -> None:
     """What `Recipe` fills in before it is checked: training settings shared by all stages, and ladders."""
     definitions = made["$defs"]
-    for name in ("PretrainStage", "SftStage", "AlignStage", "DistillStage"):
-        definitions[name]["required"].remove("train")
+    for stage in TRAINING.values():
+        definitions[stage.__name__]["required"].remove("train")
     definitions["TrainConfig"].pop("required")
     ladder = Ladder.model_json_schema()
     definitions |= ladder.pop("$defs")
     definitions["Ladder"] = ladder | {"required": ["do", "rungs"]}
     made["properties"]["train"] = {"$ref": "#/$defs/TrainConfig"}
-    (stage,) = made["properties"]["stages"]["patternProperties"].values()
-    stage["oneOf"].append({"$ref": "#/$defs/Ladder"})
+    (stages,) = made["properties"]["stages"]["patternProperties"].values()
+    stages["oneOf"].append({"$ref": "#/$defs/Ladder"})

@@ -142,8 +142,13 @@ class QuantizeStage(_Stage, QuantizeConfig):
 TrainedStage = PretrainStage | SftStage | AlignStage | DistillStage
 Stage = TrainedStage | PruneStage | QuantizeStage
 OTHER_FOLDERS = ("prepare", "baselines", "report")  # of a run, which no stage may be called after
-TRAINING = ("pretrain", "sft", "align", "distill")
-KINDS = (*TRAINING, "prune", "quantize")
+TRAINING: dict[str, type[TrainedStage]] = {
+    "pretrain": PretrainStage,
+    "sft": SftStage,
+    "align": AlignStage,
+    "distill": DistillStage,
+}
+KINDS: dict[str, type[Stage]] = {**TRAINING, "prune": PruneStage, "quantize": QuantizeStage}
 Name = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # of a folder
 
 
@@ -252,7 +257,7 @@ class Recipe(Config):
                     raise misplaced(f"the name '{key}' is taken; choose another", "stages", name)
                 if isinstance(keys, dict):
                     overrides = keys.get("train") or {}
-                    if keys.get("do") in TRAINING and isinstance(overrides, dict):
+                    if keys.get("do") in [*TRAINING] and isinstance(overrides, dict):
                         keys = keys | {"train": _merge(shared, overrides)}
                     if not keys.get("from_scratch"):
                         keys = {"init_from": before} | keys
@@ -278,7 +283,7 @@ class Recipe(Config):
                     near = f"; before it there are: {', '.join(earlier)}" if earlier else ""
                     raise misplaced(f"no stage '{source}' before it, and no model there{near}", "stages", name, key)
             if stage.init_from is None and isinstance(stage, (AlignStage, PruneStage, QuantizeStage)):
-                message = "there is no model to go on from; put it after another, or give 'start'"
+                message = "there is no model to go on from; put it after another, or give 'init_from'"
                 raise misplaced(message, "stages", name)
             if stage.init_from and self._is_quantised(stage.init_from):
                 message = f"'{stage.init_from}' is quantised, for serving; go on from the model that it was made from"
@@ -297,7 +302,7 @@ class Recipe(Config):
             )
             raise misplaced(message, "stages", name, "train", "seq_len")
         if train.lora and (stage.from_scratch or not stage.init_from):
-            message = "adapters of a model that is there: give 'start', or put the stage after another"
+            message = "adapters of a model that is there: give 'init_from', or put the stage after another"
             raise misplaced(message, "stages", name, "train", "lora")
 
     def _is_quantised(self, model: str) -> bool:
