@@ -8,7 +8,7 @@ import functools
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -152,25 +152,18 @@ class Index:
     def snapshot(self) -> None:
         """Writes all rows anew, so that the next start replays no changes."""
         with self._lock:
-            slots = sorted(self._slots.values())
-            vectors = np.asarray(self._rows.vectors)[slots, : self.config.dimensions]
-            attributes = np.asarray(self._rows.attributes)[slots] & ~ALIVE
-            ids = pa.array([self._ids[slot] for slot in slots], ID_TYPES[self.config.ids])
-            self._log.snapshot(Change(ids, vectors, attributes))
+            self._log.snapshot(self._all_rows())
 
     def rows(self) -> pa.Table:
         """All ids, vectors and attributes, in the order of slots."""
         with self._lock:
-            slots = sorted(self._slots.values())
-            vectors = np.asarray(self._rows.vectors)[slots, : self.config.dimensions]
-            lists = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), self.config.dimensions)
-            return pa.table(
-                {
-                    "id": pa.array([self._ids[slot] for slot in slots], ID_TYPES[self.config.ids]),
-                    "vector": lists,
-                    "attributes": pa.array(np.asarray(self._rows.attributes)[slots] & ~ALIVE, pa.int32()),
-                }
-            )
+            return pa.Table.from_batches([self._log.batch(self._all_rows())])
+
+    def _all_rows(self) -> Change:
+        slots = sorted(self._slots.values())
+        vectors = np.asarray(self._rows.vectors)[slots, : self.config.dimensions]
+        ids = pa.array([self._ids[slot] for slot in slots], ID_TYPES[self.config.ids])
+        return Change(ids, vectors, np.asarray(self._rows.attributes)[slots] & ~ALIVE)
 
     def close(self) -> None:
         self._log.close()
@@ -211,11 +204,10 @@ class Index:
         if change.vectors is None or change.attributes is None:
             slots = [self._slots.pop(id_) for id_ in ids]
             self._retired += [(slot, self._searches) for slot in slots]
-            self._rows = _write(self._rows, *_padded(slots, np.zeros(len(slots), np.int32)), None)
+            self._rows = _write(self._rows, slots, np.zeros(len(slots), np.int32), None)
             return
-        slots = [self._slot(id_) for id_ in ids]
-        vectors = self._pad(change.vectors)
-        self._rows = _write(self._rows, *_padded(slots, change.attributes | ALIVE, vectors))
+        slots = [self._slot(id_) for id_ in ids]  # before self._rows is read: it may grow
+        self._rows = _write(self._rows, slots, change.attributes | ALIVE, self._pad(change.vectors))
 
     def _slot(self, id_: Id) -> int:
         """The slot of an id; a new one, in rows twice as many where all are taken, for an id that is not there."""
@@ -269,7 +261,7 @@ class _Search:
         cls, rows: Rows, queries: np.ndarray, bits: np.ndarray, numbers: np.ndarray, k: int, slots: np.ndarray | None
     ) -> _Search:
         filters = Filter(*(jnp.asarray(column) for column in bits[numbers].T))
-        chosen, k = jnp.asarray(queries[numbers]), _round_up(k, len(rows.vectors))
+        chosen, k = jnp.asarray(queries[numbers]), min(_round_up(k), len(rows.vectors))
         return cls(numbers, chosen, filters, k, slots, jitted_top_k(chosen, rows, filters, k=k))
 
     def collect(self, again: Callable[[_Search], BestRows]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
@@ -305,7 +297,7 @@ def _dispatch(rows: Rows, queries: np.ndarray, bits: np.ndarray, k: int) -> list
 
 def _gather(rows: Rows, slots: np.ndarray) -> Rows:
     """Some rows, and others that are not alive up to a power of two, so that few programs are compiled."""
-    size = max(BINS, _round_up(len(slots), 1 << 62))
+    size = max(BINS, _round_up(len(slots)))
     vectors = np.zeros((size, rows.vectors.shape[1]), np.float32)
     vectors[: len(slots)] = np.asarray(rows.vectors)[slots]
     attributes = np.zeros(size, np.int32)
@@ -321,21 +313,21 @@ def _grow(rows: Rows) -> Rows:
     return Rows(*(jnp.concatenate([x, jnp.zeros_like(x)]) for x in rows))
 
 
-def _round_up(count: int, limit: int) -> int:
+def _round_up(count: int) -> int:
     """The next power of two, so that few programs are compiled."""
-    return min(1 << max(count - 1, 0).bit_length(), limit)
+    return 1 << max(count - 1, 0).bit_length()
 
 
-def _padded(slots: list[int], attributes: np.ndarray, vectors: np.ndarray | None = None) -> tuple[Any, ...]:
-    """Arrays of a power of two rows; those behind the last one are written nowhere."""
-    size = 1 << max(len(slots) - 1, 0).bit_length()
-    extra = size - len(slots)
-    padded_slots = jnp.asarray(np.pad(np.array(slots, np.int32), (0, extra), constant_values=np.iinfo(np.int32).max))
-    padded = [padded_slots, jnp.asarray(np.pad(attributes, (0, extra)))]
-    return (*padded, jnp.asarray(np.pad(vectors, ((0, extra), (0, 0))))) if vectors is not None else tuple(padded)
+def _write(rows: Rows, slots: list[int], attributes: np.ndarray, vectors: np.ndarray | None) -> Rows:
+    """The rows with other values in `slots`; with the vectors that they have where `vectors` is None."""
+    extra = _round_up(len(slots)) - len(slots)
+    nowhere = np.iinfo(np.int32).max  # the slot of what pads to a power of two
+    padded_slots = np.pad(np.array(slots, np.int32), (0, extra), constant_values=nowhere)
+    padded_vectors = None if vectors is None else np.pad(vectors, ((0, extra), (0, 0)))
+    return _write_padded(rows, padded_slots, np.pad(attributes, (0, extra)), padded_vectors)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _write(rows: Rows, slots: jax.Array, attributes: jax.Array, vectors: jax.Array | None) -> Rows:
+def _write_padded(rows: Rows, slots: jax.Array, attributes: jax.Array, vectors: jax.Array | None) -> Rows:
     written = rows.vectors if vectors is None else rows.vectors.at[slots].set(vectors, mode="drop")
     return Rows(written, rows.attributes.at[slots].set(attributes, mode="drop"))

@@ -66,7 +66,7 @@ class ChangeLog:
 
     def append(self, change: Change) -> None:
         """Writes a change; when this returns it is on disk."""
-        batch = self._batch(change)
+        batch = self.batch(change)
         self._writer.write_batch(batch, custom_metadata={"crc": str(_checksum(batch))})
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -76,7 +76,7 @@ class ChangeLog:
         self.close()
         self._number += 1
         with atomic_folder(self._folder / f"{SNAPSHOT}{self._number:08d}") as building:
-            pq.write_table(pa.Table.from_batches([self._batch(rows)]), building / "rows.parquet")
+            pq.write_table(pa.Table.from_batches([self.batch(rows)]), building / "rows.parquet")
         for path in _numbered(self._folder):
             if _number(path) < self._number:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -90,7 +90,8 @@ class ChangeLog:
         self._file = open(self._folder / f"{SEGMENT}{self._number:08d}.arrows", "wb")  # noqa: SIM115 (see close)
         self._writer = pa.ipc.new_stream(self._file, self._schema)
 
-    def _batch(self, change: Change) -> pa.RecordBatch:
+    def batch(self, change: Change) -> pa.RecordBatch:
+        """A change as columns id, vector and attributes."""
         n = len(change.ids)
         if change.vectors is None:
             vectors = pa.nulls(n, self._schema.field("vector").type)
