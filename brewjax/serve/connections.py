@@ -286,14 +286,11 @@ class _Protocol(H11Protocol):
         """The time limit of a phase has passed."""
         if reason == "slow head" and self.conn.trailing_data[0] and not self.transport.is_closing():
             self.transport.write(REQUEST_TIMEOUT)
-        if reason == "leaving":
-            self.transport.close()
-            self.loop.call_later(LINGER, self.transport.abort)
-            return
-        self._http.refusals.record("http", reason)
-        if self.transport.get_write_buffer_size():
-            self.cut()
-            return
-        self.idle_since = None
+        if reason != "leaving":
+            self._http.refusals.record("http", reason)
+            if self.transport.get_write_buffer_size():
+                self.cut()
+                return
+            self.idle_since = None
         self.transport.close()
         self.loop.call_later(LINGER, self.transport.abort)

@@ -46,17 +46,13 @@ def render_member(bundle: Bundle, task: Task, member: pb.Member) -> Prompt:
             raise ValueError(f"member.history[{index}].action: no action '{event.action}'; actions: {known}")
         if not event.HasField("time"):
             raise ValueError(f"member.history[{index}].time: missing")
-    item_values = {f"member.history[{index}].item": event.item for index, event in enumerate(member.history)}
-    item_values |= {f"member.items[{index}].attributes": item.attributes for index, item in enumerate(member.items)}
-    event_values = {
-        f"member.history[{index}].attributes": event.attributes for index, event in enumerate(member.history)
-    }
+    items = item_attributes(member)
     times = np.array(
         [_microseconds(event.time, f"member.history[{index}].time") for index, event in enumerate(member.history)],
         np.int64,
     )
     order = np.argsort(times, kind="stable")
-    events = _table(card.events.attributes, event_values).take(order)
+    events = _table(card.events.attributes, event_attributes(member)).take(order)
     num_events = len(order)
     tables = Dataset(
         Path("request"),
@@ -64,7 +60,7 @@ def render_member(bundle: Bundle, task: Task, member: pb.Member) -> Prompt:
         _table(card.members.attributes, {"member.attributes": member.attributes}).append_column(
             card.members.id, pa.array([0])
         ),
-        _table(card.items.attributes, item_values).append_column(card.items.id, pa.array(range(len(item_values)))),
+        _table(card.items.attributes, items).append_column(card.items.id, pa.array(range(len(items)))),
         events.append_column(card.events.member, pa.array(np.zeros(num_events, np.int64)))
         .append_column(card.events.item, pa.array(order))
         .append_column(card.events.action, pa.array([member.history[row].action for row in order], pa.string()))
@@ -72,7 +68,7 @@ def render_member(bundle: Bundle, task: Task, member: pb.Member) -> Prompt:
     )
     now = _microseconds(member.now, "member.now") if member.HasField("now") else int(time.time() * 1e6)
     history, num_past_events = history_before(tables, task, 0, now)
-    candidates = np.arange(num_events, len(item_values), dtype=np.int32)
+    candidates = np.arange(num_events, len(items), dtype=np.int32)
     labels = np.full(len(candidates), -1, np.int32)
     example = RankingExample(task.name, 0, now, history, num_past_events, candidates, labels)
     try:
@@ -80,6 +76,17 @@ def render_member(bundle: Bundle, task: Task, member: pb.Member) -> Prompt:
         return bundle.request_verbalizer(tables).prompt(task, example, bundle.prompts.score_style, note)
     except ValueError as error:
         raise ValueError(f"member: {error}") from None
+
+
+def event_attributes(member: pb.Member) -> dict[str, Attributes]:
+    """The attributes of each event, by field of the request."""
+    return {f"member.history[{index}].attributes": event.attributes for index, event in enumerate(member.history)}
+
+
+def item_attributes(member: pb.Member) -> dict[str, Attributes]:
+    """The attributes of the item of each event, then of each item to score, by field of the request."""
+    values = {f"member.history[{index}].item": event.item for index, event in enumerate(member.history)}
+    return values | {f"member.items[{index}].attributes": item.attributes for index, item in enumerate(member.items)}
 
 
 def _without_derived(card: Card) -> Card:
