@@ -13,10 +13,10 @@ import numpy as np
 import typer
 
 from brewjax import cli_index, cli_models
-from brewjax.cli_errors import parse_moment, run_app
+from brewjax.cli_errors import run_app
 from brewjax.cli_models import ModelFolder
 from brewjax.config import decode, read_text, suggest
-from brewjax.console import plain_console, print_ranking
+from brewjax.console import plain_console, print_line, print_ranking
 from brewjax.devices import cache_compilations, device_per_core, hide_useless_libtpu
 
 # Heavy imports (jax, transformers) are inside the verbs, so that --help answers at once.
@@ -30,18 +30,23 @@ app.add_typer(cli_index.app, name="index")
 app.add_typer(cli_models.app)
 console = plain_console()
 
+
+def _parse_moment(text: str) -> datetime.datetime:
+    """A moment of the command line; UTC where it names no zone."""
+    try:
+        moment = datetime.datetime.fromisoformat(text)
+    except ValueError:
+        raise typer.BadParameter(f"'{text}': expected a moment such as 2025-03-07 or 2025-03-07T12:30") from None
+    return moment.replace(tzinfo=moment.tzinfo or datetime.UTC)
+
+
 DatasetFolder = Annotated[Path, typer.Argument(help="A folder with dataset.yaml and its Parquet files.")]
 At = Annotated[
     Optional[datetime.datetime],
-    typer.Option(help="As of this moment (UTC), not after the last event.", parser=parse_moment, metavar="MOMENT"),
+    typer.Option(help="As of this moment (UTC), not after the last event.", parser=_parse_moment, metavar="MOMENT"),
 ]
 MICROSECONDS = 1_000_000
 TOKEN = "BREWJAX_TOKEN"  # the environment variable with the bearer token of a server
-
-
-def _print(text: object) -> None:
-    """On as many columns as it takes."""
-    console.print(text, soft_wrap=True)
 
 
 def main() -> None:
@@ -91,7 +96,7 @@ def run(
     exits with 75: start it again to go on.
     """
     device_per_core()
-    from brewjax import distributed as hosts
+    from brewjax import distributed
     from brewjax.pipeline.check import check_run
     from brewjax.pipeline.context import Run
     from brewjax.pipeline.dry_run import plan_table
@@ -105,7 +110,7 @@ def run(
         console.print(plan_table(planned))
         check_run(planned)
         return
-    with hosts.distributed_runtime():
+    with distributed.distributed_runtime():
         run_recipe(config, folder, allow_code_mismatch)
 
 
@@ -120,7 +125,7 @@ def _stage_verb(kind: str, does: str) -> None:
         overrides: Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE, as in a recipe.")] = None,
     ) -> None:
         device_per_core()
-        from brewjax import distributed as hosts
+        from brewjax import distributed
         from brewjax.pipeline.context import Run
         from brewjax.pipeline.recipe import Recipe
         from brewjax.pipeline.stages import run_recipe
@@ -129,9 +134,9 @@ def _stage_verb(kind: str, does: str) -> None:
         keys = [key if key.startswith(of_recipe) else f"stages.{kind}.{key}" for key in overrides or ()]
         values = {"name": kind, "model": model, "dataset": str(dataset), "tasks": tasks, "stages": {kind: {"do": kind}}}
         recipe = Recipe.of(values, f"brewjax {kind}", keys)
-        with hosts.distributed_runtime():
+        with distributed.distributed_runtime():
             run_recipe(recipe, out, until=kind)
-        _print(Run(recipe, out).model(kind))
+        print_line(Run(recipe, out).model(kind))
 
     app.command(kind, help=does)(verb)
 
@@ -229,7 +234,7 @@ def prompt(
                 f"(member {tables.member_id(example.member)} as of {moment:%Y-%m-%d %H:%M:%S} UTC)", style="dim"
             )
         text = verbalizer.prompt(checked, verbalizer.fitting(checked, example, style), style)
-        _print(text.render())
+        print_line(text.render())
         if text.num_truncated_events:
             console.print(f"({text.num_truncated_events} older events left out)", style="dim")
     verbalizer.print_overlong()

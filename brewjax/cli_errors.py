@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import sys
 import traceback
 from pathlib import Path
@@ -13,7 +12,7 @@ import typer
 from rich.text import Text
 
 from brewjax.config import describe
-from brewjax.console import plain_console
+from brewjax.console import print_line
 
 USAGE_ERROR: Any = typer.BadParameter.__base__  # of every mistake in a command line; typer does not export it
 HELP = "NoArgsIsHelpError"  # the one among them that has printed the help, and needs no words
@@ -53,13 +52,4 @@ def _explain(error: Exception) -> str | None:
 
 def _print_error(words: str) -> None:
     """To stderr, after "error:"."""
-    plain_console(stderr=True).print(Text.assemble(("error:", "bold red"), f" {words}"), soft_wrap=True)
-
-
-def parse_moment(text: str) -> datetime.datetime:
-    """A moment of the command line; UTC where it names no zone."""
-    try:
-        moment = datetime.datetime.fromisoformat(text)
-    except ValueError:
-        raise typer.BadParameter(f"'{text}': expected a moment such as 2025-03-07 or 2025-03-07T12:30") from None
-    return moment.replace(tzinfo=moment.tzinfo or datetime.UTC)
+    print_line(Text.assemble(("error:", "bold red"), f" {words}"), stderr=True)

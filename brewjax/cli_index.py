@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from brewjax.config import suggest
-from brewjax.console import plain_console
+from brewjax.console import plain_console, print_line
 
 # Heavy imports are inside the verbs, so that --help answers at once.
 
@@ -42,7 +42,7 @@ def build(
     index = Index.create(folder, IndexConfig(dimensions=dimensions, ids=ids, model=model))
     _add(index, file, table)
     index.snapshot()
-    console.print(f"{folder}: {len(index):,} vectors of {dimensions} dimensions", soft_wrap=True)
+    print_line(f"{folder}: {len(index):,} vectors of {dimensions} dimensions")
     index.close()
 
 
@@ -53,7 +53,7 @@ def add(folder: IndexFolder, table: VectorTable) -> None:
 
     index = Index(folder)
     _add(index, _open(table), table)
-    console.print(f"{folder}: {len(index):,} vectors", soft_wrap=True)
+    print_line(f"{folder}: {len(index):,} vectors")
     index.close()
 
 
@@ -84,7 +84,7 @@ def search(
     if out:
         names = ("query", "rank", "id", "score")
         pq.write_table(pa.table({name: [row[n] for row in rows] for n, name in enumerate(names)}), out)
-        console.print(f"{out}: {len(rows):,} rows", soft_wrap=True)
+        print_line(f"{out}: {len(rows):,} rows")
         return
     printed = Table("query", "rank", "id", "score", box=None, pad_edge=False)
     for query, rank, id_, score in rows:
@@ -95,7 +95,7 @@ def search(
 @app.command()
 def export(
     folder: IndexFolder,
-    out: Annotated[Path, typer.Argument(help="A file: .parquet, .npy (vectors, with ids beside), or .faiss.")],
+    out: Annotated[Path, typer.Argument(help="A file: .parquet, .npy (and .ids.parquet next to it), or .faiss.")],
 ) -> None:
     """Write all vectors for another system: Parquet, NumPy, or faiss' IDMap2,Flat."""
     import numpy as np
@@ -122,7 +122,7 @@ def export(
         faiss.write_index(flat, str(out))
     else:
         raise ValueError(f"{out}: {suggest(out.suffix, ('.parquet', '.npy', '.faiss'), listing='endings')}")
-    console.print(f"{out}: {len(rows):,} vectors", soft_wrap=True)
+    print_line(f"{out}: {len(rows):,} vectors")
 
 
 def _open(table: Path, columns: tuple[str, ...] = ("id", "vector")) -> Any:

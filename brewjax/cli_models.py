@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from brewjax.config import suggest
-from brewjax.console import bold, plain_console
+from brewjax.console import bold, plain_console, print_line
 
 # Heavy imports (jax, transformers) are inside the verbs, so that --help answers at once.
 
@@ -18,11 +18,6 @@ app = typer.Typer()
 console = plain_console()
 
 ModelFolder = Annotated[Path, typer.Argument(help="A model folder, e.g. runs/demo/turbo/model.")]
-
-
-def _print(text: object) -> None:
-    """On as many columns as it takes."""
-    console.print(text, soft_wrap=True)
 
 
 @app.command("quantize")
@@ -40,7 +35,7 @@ def quantize_(
     config = QuantizeConfig.of({}, "brewjax quantize", overrides or ())
     with atomic_folder(out) as folder:
         quantize(model, config).save(folder)
-    _print(f"{out}: {sum(path.stat().st_size for path in out.rglob('*') if path.is_file()) / 1e6:,.1f} MB")
+    print_line(f"{out}: {sum(path.stat().st_size for path in out.rglob('*') if path.is_file()) / 1e6:,.1f} MB")
 
 
 @app.command("import")
@@ -60,7 +55,7 @@ def import_(
     from brewjax.model.params import num_parameters
 
     bundle = import_model(source, out, name, dtype, overrides or ())
-    _print(f"{out}: {bundle.model.name}, {num_parameters(bundle.params):,} parameters, {bundle.model.param_dtype}")
+    print_line(f"{out}: {bundle.model.name}, {num_parameters(bundle.params):,} parameters, {bundle.model.param_dtype}")
 
 
 @app.command()
@@ -73,7 +68,7 @@ def export(
 
     check_folder(model)
     export_model(model, out)
-    _print(f"{out}: open it with AutoModelForCausalLM.from_pretrained")
+    print_line(f"{out}: open it with AutoModelForCausalLM.from_pretrained")
 
 
 @app.command()
@@ -102,7 +97,7 @@ def generate(
     generator = Generator(bundle.model, bundle.params, 1, context, sampling, seed)
     stop = [] if tokenizer.hf.eos_token_id is None else [tokenizer.hf.eos_token_id]
     (answer,) = generator.generate([ids], max_tokens, stop)
-    _print(tokenizer.hf.decode(answer))
+    print_line(tokenizer.hf.decode(answer))
 
 
 @app.command()
@@ -121,7 +116,7 @@ def upcycle(
 
     check_folder(model)
     bundle = upcycle_model(model, out, ExpertsConfig(num_experts=experts, num_experts_per_tok=per_token), seed)
-    _print(f"{out}: {bundle.model.name}, {num_parameters(bundle.params):,} parameters")
+    print_line(f"{out}: {bundle.model.name}, {num_parameters(bundle.params):,} parameters")
 
 
 @app.command()

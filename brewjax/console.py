@@ -23,6 +23,11 @@ def plain_console(**settings: Any) -> Console:
     return Console(markup=False, emoji=False, highlight=False, **settings)
 
 
+def print_line(text: object, stderr: bool = False) -> None:
+    """Prints a text on as many columns as it takes, whatever the width of the terminal."""
+    plain_console(stderr=stderr).print(text, soft_wrap=True)
+
+
 def bold(text: str, rest: str = "") -> Text:
     """Text whose first part is bold."""
     return Text.assemble((text, "bold"), rest)

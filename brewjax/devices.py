@@ -9,6 +9,8 @@ import platform
 import sys
 from pathlib import Path
 
+from brewjax.paths import user_cache
+
 GOOGLE = "0x1ae0"  # a vendor on the PCI bus: of TPUs, and of Google Cloud's disks and network cards
 DISK, NETWORK = "0x01", "0x02"  # classes of PCI devices
 MAX_CACHE_BYTES = 4 << 30  # of compiled programs; the least recently used go first
@@ -57,9 +59,8 @@ def cache_compilations() -> None:
     be called before JAX is imported; JAX's own environment variables take precedence
     (JAX_ENABLE_COMPILATION_CACHE=false turns it off).
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "brewjax" / "xla" / _processor()
     for name, value in {
-        "JAX_COMPILATION_CACHE_DIR": cache,
+        "JAX_COMPILATION_CACHE_DIR": user_cache() / "xla" / _processor(),
         "JAX_COMPILATION_CACHE_MAX_SIZE": MAX_CACHE_BYTES,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0,
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": 0,

@@ -5,12 +5,11 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from brewjax.paths import write_text
+from brewjax.paths import user_cache, write_text
 
 REMEMBERED_BYTES = 1 << 24  # the digest of a file this large is remembered by its path, size and time of change
 REMEMBERED_FILES = 10_000
@@ -53,11 +52,10 @@ def _is_text(statement: ast.stmt) -> bool:
 
 
 class _Remembered:
-    """Digests of large files, in the user's cache folder. Losing it costs time and nothing else."""
+    """Digests of large files, in the user's cache folder."""
 
     def __init__(self) -> None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        self._file, self._changed = cache / "brewjax" / "digests.json", False
+        self._file, self._changed = user_cache() / "digests.json", False
         try:
             self._digests: dict[str, str] = json.loads(self._file.read_text())
         except (OSError, ValueError):

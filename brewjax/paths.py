@@ -18,6 +18,11 @@ CONFIGS = INSTALLED if INSTALLED.is_dir() else Path(__file__).parent.parent / "c
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
+def user_cache() -> Path:
+    """brewjax's folder among the user's caches. Losing it costs time and nothing else."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "brewjax"
+
+
 @contextlib.contextmanager
 def atomic_folder(out: Path) -> Iterator[Path]:
     """A folder to write into, which becomes `out` when the block ends well; else nothing is left of it.

@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from brewjax import distributed
 from brewjax.config import Config, ConfigError
-from brewjax.console import plain_console
+from brewjax.console import print_line
 from brewjax.data.prompts.styles import PromptConfig
 from brewjax.data.prompts.verbalize import Verbalizer
 from brewjax.data.tables.card import CARD, Card
@@ -151,7 +151,7 @@ class Bundle:
         percentiles = Percentiles.fit(dataset, task.boundaries(dataset)[0])
         if self.scale and percentiles.quantiles:
             line = f"{dataset.path}: not the dataset that the model was trained on; percentiles are fitted to this one"
-            plain_console(stderr=True).print(line, soft_wrap=True)
+            print_line(line, stderr=True)
         return self._verbalizer(dataset, percentiles)
 
     def request_verbalizer(self, dataset: Dataset) -> Verbalizer:

@@ -6,7 +6,6 @@ import time
 
 import jax
 import jax.numpy as jnp
-from rich.markup import escape
 from rich.table import Table
 
 from brewjax.model.config import ModelConfig
@@ -27,7 +26,7 @@ def plan_table(run: Run) -> Table:
     time is of the matrix products of training, data and evaluation not counted."""
     rate, seconds = UTILISATION * _measure_flops(), 0.0
     title = f"{run.recipe.name}: {len(run.recipe.stages)} stages into {run.folder}"
-    table = Table(title=escape(title), title_justify="left", box=None, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for column in ("stage", "does", "params", "MB", "memory, GB", "tokens", "PFLOPs", "about, s"):
         left = column in ("stage", "does")
         table.add_column(column, justify="left" if left else "right", no_wrap=column == "stage", overflow="fold")

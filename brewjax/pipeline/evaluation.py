@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from brewjax import distributed as hosts
+from brewjax import distributed
 from brewjax.bundle.bundle import Bundle
 from brewjax.console import plain_console
 from brewjax.data.tasks.examples import build_examples
@@ -39,7 +39,7 @@ def evaluate_stage(run: Run, name: str, folder: Path) -> None:
     """The model's predictions on the test period of every task, and what they cost."""
     bundle = Bundle.load(run.model(name), run.recipe.evaluate.mesh)
     predicted = predict(bundle, run.dataset, [(task, run.test_examples[task.name]) for task in run.tasks])
-    if hosts.is_process_zero():
+    if distributed.is_process_zero():
         for task, predictions in zip(run.tasks, predicted, strict=True):
             pq.write_table(predictions.table, folder / f"{task.name}.parquet")
         cost = [sum(column) for column in zip(*(predictions.work for predictions in predicted), strict=True)]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from brewjax import distributed as hosts
+from brewjax import distributed
 from brewjax.config import ConfigError
 from brewjax.console import bold, plain_console
 from brewjax.fingerprint import hash_code, hash_json
@@ -61,7 +61,7 @@ def run_steps(steps: Sequence[Step], folder: Path, data: str, allow_code_mismatc
     """
     console = plain_console()
     made = _fingerprints(steps, data)
-    records = hosts.run_on_process_zero(
+    records = distributed.run_on_process_zero(
         lambda: {
             step.name: _usable_record(folder / step.name, step.protected, made[step.name], allow_code_mismatch)
             for step in steps
@@ -74,7 +74,7 @@ def run_steps(steps: Sequence[Step], folder: Path, data: str, allow_code_mismatc
             continue
         console.print(bold(step.name))
         with storage_errors(output):
-            record = hosts.run_on_process_zero(
+            record = distributed.run_on_process_zero(
                 functools.partial(_begin, output, step.protected, record, made[step.name])
             )
             seconds = _seconds_before(output)
@@ -82,9 +82,9 @@ def run_steps(steps: Sequence[Step], folder: Path, data: str, allow_code_mismatc
             if step.all_processes:
                 step.run(output)
             else:
-                hosts.run_on_process_zero(functools.partial(step.run, output))
+                distributed.run_on_process_zero(functools.partial(step.run, output))
             record["seconds"] = seconds + time.perf_counter() - start_time
-            hosts.run_on_process_zero(functools.partial(_write_record, output, record))
+            distributed.run_on_process_zero(functools.partial(_write_record, output, record))
         gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_BYTES / 1e9
         console.print(bold(step.name, f": {record['seconds']:.0f} s, {gigabytes:.1f} GB of memory at most so far"))
 

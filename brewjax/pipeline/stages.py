@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from brewjax import distributed as hosts
+from brewjax import distributed
 from brewjax.bundle.bundle import PERCENTILES, TOKENIZER, Bundle, PercentileScale
 from brewjax.compress.prune import LayerReport, prune
 from brewjax.compress.quantize import quantize
@@ -178,7 +178,7 @@ def prune_stage(run: Run, stage: PruneStage, folder: Path) -> None:
 
 
 def _print_layer(layer: LayerReport) -> None:
-    if hosts.is_process_zero():
+    if distributed.is_process_zero():
         loss = f"{layer.attention:.2%} of attention's output is lost, {layer.mlp:.2%} of the MLP's"
         plain_console().print(f"layer {layer.layer}: {loss}")
 
@@ -253,12 +253,12 @@ def run_recipe(recipe: Recipe, folder: Path, allow_code_mismatch: bool = False, 
     check_run(run)
     plan = steps(run)
     last = [step.name for step in plan].index(until)
-    with locked(folder) if hosts.is_process_zero() else contextlib.nullcontext():
-        hosts.run_on_process_zero(lambda: check_renames(folder))
+    with locked(folder) if distributed.is_process_zero() else contextlib.nullcontext():
+        distributed.run_on_process_zero(lambda: check_renames(folder))
         run_steps(
             plan[: last + 1],
             folder,
-            hosts.run_on_process_zero(lambda: _hash_dataset(Path(recipe.dataset))),
+            distributed.run_on_process_zero(lambda: _hash_dataset(Path(recipe.dataset))),
             allow_code_mismatch,
         )
 

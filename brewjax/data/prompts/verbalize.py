@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from brewjax.console import plain_console
+from brewjax.console import print_line
 from brewjax.data.prompts.numbers import age, format_number
 from brewjax.data.prompts.overlong import Overlong, OverlongLog, truncate_to_fit
 from brewjax.data.prompts.styles import STYLES, Style
@@ -205,7 +205,7 @@ class Verbalizer:
     def print_overlong(self) -> None:
         """Prints, on stderr, what was truncated or skipped since the last call."""
         for line in self.overlong.lines():
-            plain_console(stderr=True).print(line, soft_wrap=True)
+            print_line(line, stderr=True)
 
     def _groups(self, task: Task, style: Style) -> dict[str, str]:
         """By action of the history, the words before its events."""
