@@ -193,15 +193,20 @@ def suggest(
     return f"{listing}: {', '.join(map(str, known[:SHOWN])) or 'none'}{more}"
 
 
+def suggest_path(path: Path) -> str:
+    """A hint for an error about a missing path: the entry of its folder that was most likely meant; empty if none."""
+    siblings = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
+    near = nearest(path.name, siblings)
+    return f"; did you mean '{path.parent / near}'?" if near else ""
+
+
 def read_text(path: Path) -> str:
     """The text of a file; ConfigError where it is not there, a folder, not to be read, or not UTF-8."""
     if path.is_dir():
         raise ConfigError(f"{path}: a folder; expected a file")
     if not path.is_file():
-        siblings = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
-        near = nearest(path.name, siblings)
         missing = "no file fits this pattern" if set(path.name) & set("*?[") else "no such file"
-        raise ConfigError(f"{path}: {missing}" + (f"; did you mean '{path.parent / near}'?" if near else ""))
+        raise ConfigError(f"{path}: {missing}{suggest_path(path)}")
     try:
         content = path.read_bytes()
     except OSError as error:

@@ -10,9 +10,9 @@ import pytest
 from brewjax import cli
 
 
-def check_parts(said: str, parts: Iterable[str]) -> None:
-    missing = [part for part in parts if part not in said]
-    assert not missing, f"{missing} not in: {said}"
+def check_parts(message: str, parts: Iterable[str]) -> None:
+    missing = [part for part in parts if part not in message]
+    assert not missing, f"{missing} not in: {message}"
 
 
 def shown(monkeypatch, capsys, *arguments: object) -> str:

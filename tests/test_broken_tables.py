@@ -259,10 +259,10 @@ TABLES = {
 def test_a_broken_table(case, refuse, tmp_path):
     name, change, parts = TABLES[case]
     folder = write_dataset(tmp_path / "jobs [old]", **{name: change})
-    said = refuse("data", "check", folder)
-    check_parts(said, parts)
-    assert f"error: {folder}: " in said
-    assert f"in the dataset {name}.parquet: " in said
+    message = refuse("data", "check", folder)
+    check_parts(message, parts)
+    assert f"error: {folder}: " in message
+    assert f"in the dataset {name}.parquet: " in message
 
 
 def csv_for_parquet(path: Path) -> None:
@@ -335,6 +335,6 @@ def test_a_broken_file(case, refuse, tmp_path):
     spoil, parts = FILES[case]
     folder = write_dataset(tmp_path / "jobs")
     spoil(folder / "members.parquet")
-    said = refuse("data", "check", folder)
-    check_parts(said, parts)
-    assert f"{folder}: 1 problem in the dataset" in said
+    message = refuse("data", "check", folder)
+    check_parts(message, parts)
+    assert f"{folder}: 1 problem in the dataset" in message

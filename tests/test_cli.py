@@ -49,9 +49,9 @@ CARDS, TASKS = broken("cards"), broken("tasks")
 def test_a_broken_card(case, refuse, tmp_path):
     broken = CARDS[case]
     folder = write_dataset(tmp_path / "jobs", card=lambda text: edited(text, broken["replace"], broken["by"]))
-    said = refuse("data", "check", folder)
-    check_parts(said, broken["said"])
-    assert str(folder) in said
+    message = refuse("data", "check", folder)
+    check_parts(message, broken["message"])
+    assert str(folder) in message
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +67,9 @@ def folder(tmp_path_factory) -> Path:
 def test_a_broken_task(case, refuse, folder, tmp_path):
     broken = TASKS[case]
     (tmp_path / "apply.yaml").write_text(edited(TASK, broken["replace"], broken["by"]))
-    said = refuse("prompt", folder, tmp_path / "apply.yaml", "--split", "test")
-    check_parts(said, broken["said"])
-    assert f"{tmp_path / 'apply.yaml'}:" in said
+    message = refuse("prompt", folder, tmp_path / "apply.yaml", "--split", "test")
+    check_parts(message, broken["message"])
+    assert f"{tmp_path / 'apply.yaml'}:" in message
 
 
 # A prompt as JSON, and what the message must hold.
@@ -101,8 +101,8 @@ def test_a_broken_prompt(case, refuse, tmp_path):
     content, parts = PROMPTS[case]
     path = tmp_path / "prompt.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
-    said = refuse("score", tmp_path / "model", "--prompt", path)
-    check_parts(said, (f"error: {path}:", *parts))
+    message = refuse("score", tmp_path / "model", "--prompt", path)
+    check_parts(message, (f"error: {path}:", *parts))
 
 
 def test_a_command_line_that_names_what_is_not_there(refuse, folder, tmp_path):
@@ -168,8 +168,8 @@ def test_a_command_line_that_names_what_is_not_there(refuse, folder, tmp_path):
 
 def test_the_prompts_that_evaluation_asks_can_be_seen(monkeypatch, capsys, folder, tmp_path):
     (tmp_path / "apply.yaml").write_text(TASK)
-    said = shown(monkeypatch, capsys, "prompt", folder, tmp_path / "apply.yaml", "--split", "test", "--member", "m7")
-    assert re.search(r"^\(member m7 as of 2025-\d\d-\d\d \d\d:\d\d:\d\d UTC\)$", said, re.MULTILINE)
+    output = shown(monkeypatch, capsys, "prompt", folder, tmp_path / "apply.yaml", "--split", "test", "--member", "m7")
+    assert re.search(r"^\(member m7 as of 2025-\d\d-\d\d \d\d:\d\d:\d\d UTC\)$", output, re.MULTILINE)
     tables = Dataset.load(folder)
     (task,) = load_tasks([tmp_path / "apply.yaml"], tables)
     answers = [
@@ -177,7 +177,7 @@ def test_the_prompts_that_evaluation_asks_can_be_seen(monkeypatch, capsys, folde
         for example in itertools.islice((e for e in build_examples(tables, task, "test") if e.member == 7), 3)
         for label in example.labels
     ]
-    assert re.findall(r"## Answer\n(Yes|No)\n", said) == answers
+    assert re.findall(r"## Answer\n(Yes|No)\n", output) == answers
 
 
 def test_a_prompt_as_of_a_moment_knows_nothing_later(monkeypatch, capsys, folder, tmp_path):

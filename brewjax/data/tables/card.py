@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import pydantic
 
-from brewjax.config import Config, ConfigError, Words, misplaced, nearest, refuse_twice
+from brewjax.config import Config, ConfigError, Words, misplaced, refuse_twice, suggest_path
 
 CARD = "dataset.yaml"
 
@@ -236,8 +236,7 @@ def load_card(folder: Path) -> Card:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder}: a file; give the folder that holds {CARD} and its Parquet files")
     if not folder.exists():
-        siblings = sorted(entry.name for entry in folder.parent.iterdir()) if folder.parent.is_dir() else []
-        near = nearest(folder.name, siblings)
-        hint = f"; did you mean '{folder.parent / near}'?" if near else ""
-        raise ConfigError(f"{folder}: no such folder{hint}; a dataset is a folder with {CARD} and its Parquet files")
+        raise ConfigError(
+            f"{folder}: no such folder{suggest_path(folder)}; a dataset is a folder with {CARD} and its Parquet files"
+        )
     return Card.load(folder / CARD)
