@@ -1,0 +1,92 @@
+"""The texts of both sides of a dual encoder: a member with a history, and an item, in the words of one card."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pydantic
+
+from brewjax.config import Config
+from brewjax.console import print_line
+from brewjax.data.prompts.styles import STYLES, PromptConfig
+from brewjax.data.prompts.verbalize import Verbalizer
+from brewjax.data.tasks.examples import RankingExample
+from brewjax.data.tasks.task import Task
+from brewjax.data.text.encode import encode
+
+
+class SideConfig(Config):
+    """What the two sides of an encoder read."""
+
+    task: str = ""
+    """The task whose history a member's text holds, and whose best label makes an item a positive; by default the
+    first."""
+    member_instruction: str = "Represent the {member} to find the next {item}."
+    """The instruction of a member's text; {member} and {item} are the card's nouns. It may be empty."""
+    item_instruction: str = "Represent the {item}."
+    """The instruction of an item's text. It may be empty."""
+
+    @pydantic.field_validator("member_instruction", "item_instruction")
+    @classmethod
+    def _known_fields(cls, instruction: str) -> str:
+        try:
+            instruction.format(member="", item="")
+        except (KeyError, IndexError, ValueError):
+            raise ValueError(f"'{instruction}': only {{member}} and {{item}} can stand in braces") from None
+        return instruction
+
+    def choose(self, tasks: list[Task]) -> Task:
+        """The task by its name; ConfigError where there is none of this name."""
+        for task in tasks:
+            if self.task in ("", task.name):
+                return task
+        raise self.error(f"no task '{self.task}'; tasks: {', '.join(task.name for task in tasks)}", "task")
+
+
+class Sides:
+    """Writes the texts of members and items as tokens, the same in training, evaluation and serving.
+
+    A member's text is a ranking prompt without its question, with an instruction of its own; an item's text has the
+    facts of a question. Both end with EOS if the tokenizer has it.
+
+    Args:
+      verbalizer: of the dataset.
+      task: gives the history and the words around it.
+      prompts: the style (`score_style`) and the most tokens of a text.
+      config: the instructions.
+    """
+
+    def __init__(self, verbalizer: Verbalizer, task: Task, prompts: PromptConfig, config: SideConfig):
+        card = verbalizer.dataset.card
+        nouns = {"member": card.members.noun, "item": card.items.noun}
+        self._verbalizer, self._prompts, self._truncated = verbalizer, prompts, 0
+        self._task = task.model_copy(
+            update={"instruction": config.member_instruction.format(**nouns), "steering_note": ""}
+        )
+        self._item_instruction = config.item_instruction.format(**nouns)
+
+    def member(self, example: RankingExample) -> list[int]:
+        """The tokens of a member as of an example's cutoff time. The oldest events are left out to fit."""
+        # A question keeps its place in the budget, so that the text is the prefix that the ranker reads.
+        prompt = self._verbalizer.prompt(self._task, example.select(slice(0, 1)), self._prompts.score_style)
+        encoded = encode(dataclasses.replace(prompt, questions=()), self._verbalizer.tokenizer, "dense")
+        return [token for piece in encoded.prefix_pieces for token in piece] + self._verbalizer.tokenizer.eos
+
+    def items(self, rows: np.ndarray, time: int) -> list[list[int]]:
+        """The tokens of items (int [items], rows) as of a time, in microseconds since 1970."""
+        style, tokenizer = STYLES[self._prompts.score_style], self._verbalizer.tokenizer
+        heading = f"{self._item_instruction}\n" if self._item_instruction else ""
+        facts = self._verbalizer.facts("items", rows, time, style)
+        encoded = tokenizer.encode([heading + style.join.join(item_facts) for item_facts in facts], begins=True)
+        room = self._prompts.max_tokens - len(tokenizer.eos)
+        texts = [tokenizer.with_bos(tokens) for tokens in encoded]
+        self._truncated += sum(len(text) > room for text in texts)
+        return [text[:room] + tokenizer.eos for text in texts]
+
+    def print_truncated(self) -> None:
+        """Prints, on stderr, how many items' texts were cut since the last call."""
+        self._verbalizer.print_overlong()
+        if self._truncated:
+            print_line(f"{self._truncated:,} items' texts were cut to {self._prompts.max_tokens:,} tokens", stderr=True)
+        self._truncated = 0
