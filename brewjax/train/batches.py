@@ -97,7 +97,7 @@ class ShardedBatches:
                 )
                 return joined[:, start - block_shards[0] * self._block : stop - block_shards[0] * self._block]
 
-            shape = (*self._shape, *leaves[0].shape[2:])
+            shape = (*self._shape[:2], *leaves[0].shape[1:])
             return jax.make_array_from_callback(shape, self._sharding, read_block)
 
         batches = list(read.values())

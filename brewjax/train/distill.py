@@ -119,7 +119,7 @@ class Distill(Config):
         self, decoder: Decoder, batch: TokenBatch, aux: AuxInputs
     ) -> tuple[WeightedSum, dict[str, WeightedSum]]:
         teacher = aux.get(TEACHER)
-        if teacher is None:
+        if not isinstance(teacher, (Decoder, TopK)):
             raise ValueError("distill needs a teacher: give train() what Distill.aux_models returns")
         supervised_weights = batch.weights
         if self.on_policy_fraction:

@@ -18,16 +18,20 @@ from orbax.checkpoint import v1 as ocp
 
 from brewjax import distributed
 from brewjax.config import Config, Seed
+from brewjax.data.records.contrastive import ItemTable, TextLabels
 from brewjax.data.records.loader import NO_TARGET, TokenBatch, describe_sources
 from brewjax.data.records.shards import Shards
 from brewjax.model.config import Dtype, ModelConfig
+from brewjax.model.decoder import Decoder
 from brewjax.model.params import Params, abstract_params, bind, init_params
 from brewjax.model.sharding import MeshConfig, data_parallel_size
 from brewjax.train.batches import BATCH_SPEC, ShardedBatches
 from brewjax.train.checkpoints import open_checkpoints, restore
+from brewjax.train.contrastive import Contrastive
+from brewjax.train.gradients import AuxOutputs, compute_grads, decoder_params, with_loss_params
 from brewjax.train.lora import LoraConfig
 from brewjax.train.metrics_writer import MetricsWriter
-from brewjax.train.objectives import BASE, Objective, TopK, WeightedSum
+from brewjax.train.objectives import BASE, AuxInputs, Objective, TopK, WeightedSum
 from brewjax.train.optimizer import OptimizerConfig
 from brewjax.train.teachers import AuxModel, FrozenModel, TeacherCache, TeacherOnMesh
 from pallas_kernels.token_labels import PADDING, TokenLabels
@@ -92,7 +96,7 @@ def train(
     config: TrainConfig,
     shards: Shards,
     folder: Path,
-    objective: Objective,
+    objective: Objective | Contrastive,
     init: Callable[[], Params] | None = None,
     aux_models: Mapping[str, AuxModel] = {},
 ) -> Params:
@@ -109,13 +113,13 @@ def train(
       config: of the run.
       shards: folders of records, as `brewjax.data.records.shards.write_shards` writes them.
       folder: gets `checkpoints/`, `metrics.jsonl` and `tensorboard/`.
-      objective: the loss, for example `supervised`, `Align()` or `Distill()`.
+      objective: the loss, for example `supervised`, `Align()`, `Distill()` or `Contrastive()`.
       init: the initial parameters. Without a checkpoint, parameters come from `init()`, or are random if it is None.
         With LoRA, `init()` is always called, for the base weights. Without LoRA the step donates the returned arrays:
         do not use them afterwards.
       aux_models: frozen models or their outputs, by the names that the objective looks up ("teacher", "reference").
         With LoRA the objective also gets "base", the weights without updates. Checkpoints do not contain them: pass
-        them again on a restart.
+        them again on a restart. `Contrastive` needs an `ItemTable` of the shards as "items".
 
     Returns:
       The trained parameters, in `model.param_dtype`; with LoRA, updates are merged into the base weights.
@@ -155,7 +159,11 @@ def train(
     """
     mesh = config.mesh.build()
     config.check_rows(mesh)
-    caches = {name: aux_model.look_up for name, aux_model in aux_models.items() if isinstance(aux_model, TeacherCache)}
+    lookups = {
+        name: aux_model.look_up
+        for name, aux_model in aux_models.items()
+        if isinstance(aux_model, (TeacherCache, ItemTable))
+    }
     teachers = {name: aux_model for name, aux_model in aux_models.items() if isinstance(aux_model, TeacherOnMesh)}
     frozen = {name: aux_model for name, aux_model in aux_models.items() if isinstance(aux_model, FrozenModel)}
     if config.lora:
@@ -171,7 +179,7 @@ def train(
         config.seq_len,
         config.num_data_shards,
         config.seed,
-        caches,
+        lookups,
     )
     with (
         jax.set_mesh(mesh),
@@ -179,7 +187,7 @@ def train(
         open_checkpoints(folder, config.max_checkpoints_to_keep) as checkpointer,
     ):
         aux_params = {name: aux_model.on(mesh) for name, aux_model in frozen.items()}
-        state = _restore_or_init(checkpointer, model, config, mesh, batches, init)
+        state = _restore_or_init(checkpointer, model, config, mesh, batches, init, objective)
         step = jax.jit(make_step(model, config, objective, models), donate_argnums=0)
         start, preemption_sync = int(state["step"]), distributed.PreemptionSync(mesh)
         with contextlib.ExitStack() as stack:
@@ -209,16 +217,17 @@ def train(
                     checkpointer.wait()
                     distributed.exit_for_restart(f"checkpoint of step {step_index} of {config.steps} is saved")
         checkpointer.wait()
+        params = decoder_params(state["params"])
         if config.lora:
-            return jax.jit(config.lora.merge)(aux_params[BASE], state["params"])
-        return _cast(state["params"], model.param_dtype)
+            return jax.jit(config.lora.merge)(aux_params[BASE], params)
+        return _cast(params, model.param_dtype)
 
 
 Step = Callable[..., tuple[State, dict[str, Array]]]
 
 
 def make_step(
-    model: ModelConfig, config: TrainConfig, objective: Objective, models: Mapping[str, ModelConfig] = {}
+    model: ModelConfig, config: TrainConfig, objective: Objective | Contrastive, models: Mapping[str, ModelConfig] = {}
 ) -> Step:
     """One training step, to be compiled.
 
@@ -235,26 +244,16 @@ def make_step(
     def step(
         state: State,
         micro_batches: TokenBatch,
-        aux_outputs: Mapping[str, TopK] = {},
+        aux_outputs: Mapping[str, TopK | TextLabels] = {},
         aux_params: Mapping[str, Params] = {},
     ) -> tuple[State, dict[str, Array]]:
-        def loss_sum(
-            params: Params, micro_batch: TokenBatch, aux_outputs: Mapping[str, TopK]
-        ) -> tuple[Array, dict[str, WeightedSum]]:
+        def bind_all(params: Params, aux_outputs: AuxOutputs) -> tuple[Decoder, AuxInputs]:
+            params = decoder_params(params)
             decoder = config.lora.bind(model, aux_params[BASE], params) if config.lora else bind(model, params)
-            aux = dict(aux_outputs) | {name: bind(models[name], weights) for name, weights in aux_params.items()}
-            loss, metrics = objective(decoder, micro_batch, aux)
-            return loss.total, {"loss": loss} | metrics
+            return decoder, dict(aux_outputs) | {name: bind(models[name], aux_params[name]) for name in aux_params}
 
-        def accumulate(
-            sums: Params, inputs: tuple[TokenBatch, Mapping[str, TopK]]
-        ) -> tuple[Params, dict[str, WeightedSum]]:
-            with jax.named_scope("forward_backward"):
-                (_, means), grads = jax.value_and_grad(loss_sum, has_aux=True)(state["params"], *inputs)
-            return jax.tree.map(jnp.add, sums, grads), means
-
-        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), state["params"])
-        grads, means = jax.lax.scan(accumulate, zeros, (micro_batches, aux_outputs))
+        inputs = (micro_batches, aux_outputs)
+        grads, means = compute_grads(objective, bind_all, state["params"], inputs)
         # Divided once, by the weights of all micro-batches: accumulation and unevenly filled rows change nothing.
         means = {name: WeightedSum(jnp.sum(mean.total), jnp.sum(mean.weight)) for name, mean in means.items()}
         weights = {name: jnp.where(mean.weight > 0, mean.weight, 1) for name, mean in means.items()}
@@ -282,8 +281,10 @@ def _restore_or_init(
     mesh: Mesh,
     batches: ShardedBatches,
     init: Callable[[], Params] | None,
+    objective: Objective | Contrastive,
 ) -> State:
-    restored = restore(checkpointer, {"state": abstract_state(model, config, mesh), "data": batches})
+    loss_params = objective.init() if isinstance(objective, Contrastive) else {}
+    restored = restore(checkpointer, {"state": abstract_state(model, config, mesh, loss_params), "data": batches})
     if restored is not None:
         return restored["state"]
     if config.lora:
@@ -292,6 +293,7 @@ def _restore_or_init(
         params = _cast(_load_initial(model, init, mesh).on(mesh), "float32")
     else:
         params = init_params(master(model), mesh, config.seed)
+    params = with_loss_params(params, jax.device_put(loss_params, NamedSharding(mesh, jax.P())))
     return jax.jit(_initial(config), donate_argnums=0)(params)
 
 
@@ -330,9 +332,13 @@ def _initial(config: TrainConfig) -> Callable[[Params], State]:
     return init
 
 
-def abstract_state(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> State:
-    """Shapes, dtypes and shardings of a training state; call it with the mesh in context."""
+def abstract_state(model: ModelConfig, config: TrainConfig, mesh: Mesh, loss_params: Mapping[str, Any] = {}) -> State:
+    """Shapes, dtypes and shardings of a training state; call it with the mesh in context.
+
+    `loss_params` are parameters of the objective: scalars, on every device.
+    """
     params = config.lora.abstract(abstract_params(model, mesh)) if config.lora else abstract_params(master(model), mesh)
+    params = with_loss_params(params, jax.eval_shape(lambda: dict(loss_params)))
     # Every leaf with its sharding on this mesh: Orbax would restore a leaf without one to the mesh it was saved from.
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, Float, Int
 
+from brewjax.data.records.contrastive import TextLabels
 from brewjax.data.records.loader import TokenBatch
 from brewjax.model.decoder import Decoder
 from brewjax.model.sharding import Sharding
@@ -37,7 +38,7 @@ class TopK(NamedTuple):
 
 
 BASE = "base"  # name of the weights that LoRA adapts, among the auxiliary inputs
-AuxInputs = Mapping[str, Decoder | TopK]  # by name: frozen models, or their outputs for this batch
+AuxInputs = Mapping[str, Decoder | TopK | TextLabels]  # by name: frozen models, or what is known of this batch
 # (decoder, batch, aux) -> (loss, metrics by name)
 Objective = Callable[[Decoder, TokenBatch, AuxInputs], tuple[WeightedSum, dict[str, WeightedSum]]]
 

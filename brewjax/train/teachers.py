@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from rich.progress import Progress
 
 from brewjax import distributed
+from brewjax.data.records.contrastive import ItemTable
 from brewjax.data.records.loader import NO_TARGET, TokenBatch
 from brewjax.data.records.shards import Shards, read_counts, shard_folders
 from brewjax.model.config import ModelConfig
@@ -128,7 +129,7 @@ class TeacherCache:
         return TopK(ids, log_probs)  # type: ignore[arg-type]  # numpy until it is placed
 
 
-AuxModel = FrozenModel | TeacherOnMesh | TeacherCache  # what gives an objective's auxiliary inputs
+AuxModel = FrozenModel | TeacherOnMesh | TeacherCache | ItemTable  # what gives an objective's auxiliary inputs
 
 
 class _Part(NamedTuple):

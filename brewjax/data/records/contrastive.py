@@ -1,0 +1,214 @@
+"""Records of contrastive training: a member's text, items that the member went on to, and items passed over.
+
+The texts of a record are pieces that see only themselves, so one pass embeds them all. Which items they are stands in a
+table beside the shards, from which a batch is labelled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pydantic
+from jaxtyping import Array, Float, Int
+
+from brewjax.config import Seed
+from brewjax.console import track
+from brewjax.data.prompts.sides import SideConfig, Sides
+from brewjax.data.prompts.styles import PromptConfig
+from brewjax.data.prompts.verbalize import Verbalizer
+from brewjax.data.records.loader import TokenBatch
+from brewjax.data.records.provenance import Provenance, provenance, task_rng
+from brewjax.data.records.shards import Shards, shard_folders, write_shards
+from brewjax.data.tasks.examples import sample_examples
+from brewjax.data.tasks.task import Task
+from brewjax.data.text.encode import NO_TARGET
+from pallas_kernels.token_labels import PADDING, SELF
+
+TABLE = "items.npz"  # of a folder of shards: the columns of an `ItemTable`
+MEMBER, POSITIVE, NEGATIVE, MISSING = 0, 1, 2, 3  # roles of texts
+
+
+class ContrastiveConfig(SideConfig):
+    """The data of contrastive training."""
+
+    repeats: int = pydantic.Field(default=1, gt=0)
+    """How many times every example is used, each time with another choice of its items."""
+    max_examples: int | None = pydantic.Field(default=None, gt=0)
+    """The most examples of each repeat, chosen at random if there are more; by default all."""
+    positives: int = pydantic.Field(default=8, gt=0)
+    """The most items of the best label in a record, chosen at random. They share the member's text."""
+    hard_negatives: int = pydantic.Field(default=2, ge=0)
+    """The most items of other labels in a record, chosen at random: events of the member, not sampled negatives."""
+    seed: Seed = 0
+    """Seed of the choices."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ContrastiveExample:
+    """A member's text and items' texts as token ids.
+
+    Attributes:
+      member: row of the member.
+      items: rows of the items, those that the member went on to first.
+      num_positives: how many of the items these are.
+      texts: tokens of the member's text, then of each item's.
+    """
+
+    member: int
+    items: list[int]
+    num_positives: int
+    texts: list[list[int]]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.texts))
+
+    def split(self, capacity: int) -> list[ContrastiveExample]:
+        """This example, without its last items where they do not fit: hard negatives go first.
+
+        Raises:
+          ValueError: the member's text and one item exceed the capacity.
+        """
+        ends = np.cumsum([len(text) for text in self.texts])
+        fitting = int(np.searchsorted(ends, capacity, side="right"))
+        if fitting < 2:
+            raise ValueError(
+                f"a member's text of {len(self.texts[0])} tokens and an item's of {len(self.texts[1])} do not fit in a "
+                f"row of {capacity} tokens; raise seq_len, or lower prompts.max_tokens"
+            )
+        items = self.items[: fitting - 1]
+        return [ContrastiveExample(self.member, items, min(self.num_positives, len(items)), self.texts[:fitting])]
+
+    @cached_property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The fields of `TokenBatch` by name, each [T]; there are no targets."""
+        lengths = [len(text) for text in self.texts]
+        fields = {
+            "tokens": np.concatenate(self.texts),
+            "positions": np.concatenate([np.arange(length) for length in lengths]),
+            "piece_id": np.repeat(np.arange(len(lengths)), lengths),
+            "visibility": np.full(len(self), SELF),
+            "targets": np.full(len(self), NO_TARGET),
+            "preference": np.zeros(len(self)),
+        }
+        return {name: field.astype(np.int32) for name, field in fields.items()} | {
+            "weights": np.zeros(len(self), np.float32)
+        }
+
+
+def contrastive_records(
+    verbalizer: Verbalizer, task: Task, prompts: PromptConfig, config: ContrastiveConfig
+) -> Iterator[tuple[ContrastiveExample, Provenance]]:
+    """Yields the records of a task's training period, for `write_contrastive`. The same seed gives the same records.
+
+    An item is described as of the example's cutoff time, as the member is.
+    """
+    rng = task_rng(config.seed, task)
+    sides, style = Sides(verbalizer, task, prompts, config), prompts.score_style
+    best = int(np.argmax(task.values))
+    for repeat in range(config.repeats):
+        examples = sample_examples(verbalizer.dataset, task, "train", config.max_examples, config.seed + repeat)
+        for example in track(examples, f"contrastive {task.name}"):
+            positives = rng.permutation(np.unique(example.candidates[example.labels == best]))[: config.positives]
+            negatives = np.setdiff1d(example.candidates[example.labels != best], positives)
+            if task.questions.sampled_negatives:  # those of a batch are as good, and cost nothing
+                negatives = negatives[:0]
+            items = np.concatenate([positives, rng.permutation(negatives)[: config.hard_negatives]]).astype(int)
+            if len(positives):
+                texts = [sides.member(example), *sides.items(items, example.cutoff_time)]
+                origin = provenance(verbalizer, task, example, style)
+                yield ContrastiveExample(example.member, items.tolist(), len(positives), texts), origin
+    sides.print_truncated()
+
+
+def write_contrastive(
+    folder: Path, examples: Iterable[tuple[ContrastiveExample, Provenance]], capacity: int
+) -> dict[str, int]:
+    """Writes records as `write_shards` does, and their table; returns the counts, with "positives" and "negatives"."""
+    rows: list[tuple[int, int, int, int]] = []  # record, role, item, member of each text
+    shortest = capacity
+
+    def fitting() -> Iterator[tuple[ContrastiveExample, Provenance]]:
+        nonlocal shortest
+        for record, (example, origin) in enumerate(examples):
+            (part,) = _split(example, capacity, origin)
+            rows.append((record, MEMBER, -1, part.member))
+            for number, item in enumerate(part.items):
+                rows.append((record, POSITIVE if number < part.num_positives else NEGATIVE, item, part.member))
+            shortest = min(shortest, *map(len, part.texts))
+            yield part, origin
+
+    counts = write_shards(folder, fitting(), capacity)  # type: ignore[arg-type]  # has all that an example needs
+    if not rows:
+        raise ValueError(f"{folder}: no example of the training period has an item of the task's best label")
+    record, role, item, member = np.array(rows, np.int32).T
+    times = np.bincount(item[item >= 0])
+    log_share = np.where(item >= 0, np.log(np.maximum(times, 1) / times.sum())[item], 0).astype(np.float32)
+    np.savez(folder / TABLE, record=record, role=role, item=item, member=member, log_share=log_share, shortest=shortest)
+    return counts | {"positives": int((role == POSITIVE).sum()), "negatives": int((role == NEGATIVE).sum())}
+
+
+def _split(example: ContrastiveExample, capacity: int, origin: Provenance) -> list[ContrastiveExample]:
+    try:
+        return example.split(capacity)
+    except ValueError as error:
+        raise ValueError(f"{', '.join(f'{name} {value}' for name, value in origin.items())}: {error}") from None
+
+
+class TextLabels(NamedTuple):
+    """What the texts of a batch are: [rows, N], in the order in which they stand in a row.
+
+    Attributes:
+      record: of the shards, which one member's text shares with its items; -1 where a row has fewer texts.
+      role: MEMBER, POSITIVE, NEGATIVE or MISSING.
+      item: row of the item; -1 for a member's text.
+      member: row of the record's member.
+      log_share: log of the item's share of all items in the records: how likely a batch has it.
+    """
+
+    record: Int[Array, "B N"]
+    role: Int[Array, "B N"]
+    item: Int[Array, "B N"]
+    member: Int[Array, "B N"]
+    log_share: Float[Array, "B N"]
+
+
+class ItemTable:
+    """Which items the texts of shards are, as `write_contrastive` wrote it.
+
+    Raises:
+      ValueError: a folder has no table.
+    """
+
+    def __init__(self, shards: Shards):
+        tables, first = [], 0
+        for folder in shard_folders(shards):
+            if not (folder / TABLE).is_file():
+                raise ValueError(f"{folder / TABLE}: missing; are these records of contrastive training?")
+            with np.load(folder / TABLE) as file:
+                table = dict(file)
+            table["record"] += first
+            first = int(table["record"][-1]) + 1
+            tables.append(table)
+        self._columns = {name: np.concatenate([table[name] for table in tables]) for name in TextLabels._fields}
+        self._starts = np.searchsorted(self._columns["record"], np.arange(first))
+        self._shortest = min(int(table["shortest"]) for table in tables)
+
+    def look_up(self, batch: TokenBatch) -> TextLabels:
+        """The labels of a batch's texts [rows, N] for numpy arrays [rows, T]; N texts surely hold all of a row."""
+        example_id, piece_id = (np.asarray(x) for x in batch.token_labels[:2])
+        changes = (np.diff(example_id, prepend=PADDING) != 0) | (np.diff(piece_id, prepend=-1) != 0)
+        starts = changes & (example_id != PADDING)
+        row, column = np.nonzero(starts)
+        number = np.cumsum(starts, 1)[row, column] - 1
+        text = self._starts[batch.source[row, column]] + piece_id[row, column]
+        shape = len(example_id), example_id.shape[1] // self._shortest
+        labels = {}
+        for name, missing in zip(TextLabels._fields, (-1, MISSING, -1, -1, 0), strict=True):
+            labels[name] = np.full(shape, missing, self._columns[name].dtype)
+            labels[name][row, number] = self._columns[name][text]
+        return TextLabels(**labels)  # type: ignore[arg-type]  # numpy until it is placed

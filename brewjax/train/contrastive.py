@@ -1,0 +1,126 @@
+"""Contrastive training of a dual encoder: members and items as vectors, near where a member went on to an item.
+
+Axis letters: A micro-batches, B rows, T tokens, N texts of a row, S texts of the batch, D model dimension
+(docs/glossary.md, "Axis letters").
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pydantic
+from jaxtyping import Array, Float
+
+from brewjax.config import Config
+from brewjax.data.records.contrastive import MEMBER, MISSING, POSITIVE, TextLabels
+from brewjax.data.records.loader import TokenBatch
+from brewjax.model.decoder import Decoder
+from brewjax.model.params import Params
+from brewjax.model.pooling import Pooling, pool, unit
+from brewjax.train.objectives import AuxInputs, WeightedSum
+
+ITEMS = "items"  # name of the texts' labels among the auxiliary inputs
+MAX_SCALE = 100.0  # of the logits: a smaller temperature is unstable (CLIP, Radford et al. 2021, section 2.5)
+MASKED = -1e30
+
+
+class Embedded(NamedTuple):
+    """The texts of a batch, or of a micro-batch (without A).
+
+    Attributes:
+      vectors: float32, pooled; neither truncated nor of length 1.
+      balance: the experts' load-balancing loss.
+    """
+
+    vectors: Float[Array, "A B N D"]
+    balance: Float[Array, " A"]
+
+
+class Contrastive(Config):
+    """InfoNCE (van den Oord et al. 2018, arXiv 1807.03748) over all items of a global batch.
+
+    For a member u and an item i that it went on to, the loss is -log(exp(s(u, i)) / sum over items j of exp(s(u, j))),
+    where s(u, j) = cos(u, j) / temperature - log q(j), and q(j) is how often records have item j (Yi et al. 2019,
+    "Sampling-bias-corrected neural modeling", eq. 3): without it, popular items are pushed away for being in more
+    batches. Left out of the sum are other copies of item i, and other items that the same member went on to.
+
+    It is no sum over micro-batches, for every item is a negative of every member: see `cached_grads`.
+    """
+
+    pooling: Pooling = "mean"
+    """How a text's tokens become a vector: their mean, or the last one."""
+    dimensions: tuple[pydantic.PositiveInt, ...] = ()
+    """Sizes that vectors may be truncated to, besides d_model; the loss is the mean over all sizes (Matryoshka)."""
+    temperature: float = pydantic.Field(default=0.05, ge=1 / MAX_SCALE, le=1)
+    """The temperature at the first step; it is learnt, and stays above 0.01."""
+    logq_correction: bool = True
+    """Subtracts the log of how often records have an item from its logit."""
+
+    def init(self) -> Params:
+        """The parameters that are the loss's own."""
+        return {"logit_scale": jnp.array(-math.log(self.temperature), jnp.float32)}
+
+    def check_model(self, d_model: int) -> None:
+        """Raises ConfigError for a size that the model's vectors do not have."""
+        for index, size in enumerate(self.dimensions):
+            if size >= d_model:
+                raise self.error(f"{size} is not less than the model's d_model, {d_model}", "dimensions", index)
+
+    def embed(self, decoder: Decoder, batch: TokenBatch, aux: AuxInputs) -> tuple[Embedded, TextLabels]:
+        """The vectors of a micro-batch's texts and what they are."""
+        labels = aux.get(ITEMS)
+        if not isinstance(labels, TextLabels):
+            raise ValueError("contrastive needs to know its items: give train() an ItemTable as aux_models['items']")
+        hidden, balance = decoder.forward_with_aux_loss(batch.tokens, batch.positions, batch.token_labels)
+        vectors = pool(decoder, hidden, batch.token_labels, labels.record.shape[1], self.pooling)
+        return Embedded(vectors, balance), labels
+
+    def loss(
+        self, params: Params, embedded: Embedded, labels: TextLabels
+    ) -> tuple[Float[Array, ""], dict[str, WeightedSum]]:
+        """The summed loss of a batch's positives, and metrics by name ("loss" is the loss itself)."""
+        scale = jnp.minimum(jnp.exp(params["logit_scale"]), MAX_SCALE)
+        sizes = [*self.dimensions, embedded.vectors.shape[-1]]
+        sums = [self._info_nce(unit(embedded.vectors, size), labels, scale) for size in sizes]
+        loss, weight = sum(total for total, _, _ in sums) / len(sizes), sums[-1][1]
+        loss += jnp.mean(embedded.balance) * weight
+        return loss, {
+            "loss": WeightedSum(loss, weight),
+            "accuracy": WeightedSum(sums[-1][2], weight),
+            "temperature": WeightedSum(weight / scale, weight),
+        }
+
+    def _info_nce(self, vectors: Float[Array, "A B N D"], labels: TextLabels, scale: Array) -> tuple[Array, ...]:
+        """The summed loss of the positives, how many they are, and of how many no other item has a higher score."""
+        is_member = (labels.role == MEMBER).astype(jnp.float32)
+        same_record = labels.record[..., :, None] == labels.record[..., None, :]
+        members = _product("abnm,abmd->abnd", same_record * is_member[..., None, :], vectors)
+        items = _everywhere(vectors).reshape(-1, vectors.shape[-1])
+        of_item = TextLabels(*(_everywhere(x).reshape(-1) for x in labels))
+        correction = labels.log_share if self.logq_correction else jnp.zeros_like(labels.log_share)
+        logits = _product("abnd,sd->abns", members, items) * scale - _everywhere(correction).reshape(-1)
+        positive = jnp.sum(members * vectors, -1) * scale - correction
+        is_item = (of_item.role != MEMBER) & (of_item.role != MISSING)
+        same_item = labels.item[..., None] == of_item.item
+        also_positive = (labels.member[..., None] == of_item.member) & (of_item.role == POSITIVE)
+        negatives = jnp.where(is_item & ~same_item & ~also_positive, logits, MASKED)
+        is_positive = labels.role == POSITIVE
+        losses = jnp.logaddexp(positive, jax.nn.logsumexp(negatives, -1)) - positive
+        best = positive >= jnp.max(negatives, -1)
+        return (
+            jnp.sum(jnp.where(is_positive, losses, 0)),
+            jnp.sum(1.0 * is_positive),
+            jnp.sum(1.0 * (is_positive & best)),
+        )
+
+
+def _product(axes: str, x: Array, y: Array) -> Array:
+    return jnp.einsum(axes, x, y, precision=jax.lax.Precision.HIGHEST)
+
+
+def _everywhere(x: Array) -> Array:
+    """The whole of an array [A, B, ..] on every device. Its gradient is summed over the devices."""
+    return x if jax.sharding.get_abstract_mesh().empty else jax.reshard(x, jax.P())
