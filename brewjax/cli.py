@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Optional
 import numpy as np
 import typer
 
-from brewjax import cli_index, cli_models
+from brewjax import cli_index, cli_models, cli_retrieve
 from brewjax.cli_errors import run_app
 from brewjax.cli_models import ModelFolder
 from brewjax.config import decode, read_text, suggest
@@ -27,6 +27,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__d
 data = typer.Typer(no_args_is_help=True, help="Fetch and check datasets.")
 app.add_typer(data, name="data")
 app.add_typer(cli_index.app, name="index")
+app.add_typer(cli_retrieve.app, name="retrieve")
 app.add_typer(cli_models.app)
 console = plain_console()
 
@@ -146,6 +147,7 @@ for _kind, _does in {
     "sft": "Fine-tune a model on the answers of tasks.",
     "align": "Align a model to what members prefer (DPO over pairs or lists).",
     "distill": "Distil from a teacher, on tasks: --set teacher=FOLDER.",
+    "contrastive": "Train an encoder of members and items, for retrieval (InfoNCE).",
     "prune": "Take neurons, heads, layers or experts out of a model: --set d_ff=0.5.",
 }.items():
     _stage_verb(_kind, _does)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from brewjax.bundle.bundle import TOKENIZER
 from brewjax.config import Config, ConfigError
+from brewjax.data.records.contrastive import ContrastiveConfig
 from brewjax.data.records.preferences import AlignConfig
 from brewjax.data.records.pretrain import PretrainConfig, general_files
 from brewjax.data.records.sft import SftConfig
@@ -16,7 +17,7 @@ from brewjax.model.config import ModelConfig
 from brewjax.model.params import abstract_params
 from brewjax.model.sharding import MeshConfig
 from brewjax.pipeline.context import Run
-from brewjax.pipeline.recipe import DistillStage, Stage, TrainedStage
+from brewjax.pipeline.recipe import ContrastiveStage, DistillStage, Stage, TrainedStage
 
 
 def check_run(run: Run) -> None:
@@ -77,6 +78,8 @@ def _check_stage(run: Run, name: str, stage: Stage) -> None:
     _check_mesh(recipe, model, stage.train.mesh, "stages", name, "train", "mesh")
     with _blame(recipe, "stages", name, "train"):
         stage.train.check_rows(stage.train.mesh.build())
+    if isinstance(stage, ContrastiveStage):
+        stage.loss.check_model(model.d_model)
     if isinstance(stage, DistillStage):
         teacher = run.shape(stage.teacher)
         if stage.loss.teacher_placement != "same_mesh":
@@ -102,7 +105,7 @@ def _blame(config: Config, *location: str) -> Iterator[None]:
         raise config.error(str(error), *location) from None
 
 
-def _check_data(run: Run, data: SftConfig | AlignConfig | PretrainConfig) -> None:
+def _check_data(run: Run, data: SftConfig | AlignConfig | PretrainConfig | ContrastiveConfig) -> None:
     names = [task.name for task in run.tasks]
     if isinstance(data, SftConfig):
         data.mix.check_names(names)
@@ -113,5 +116,7 @@ def _check_data(run: Run, data: SftConfig | AlignConfig | PretrainConfig) -> Non
         for index, name in enumerate(data.tasks):
             if name not in names:
                 raise data.error(f"no task '{name}'; tasks: {', '.join(names)}", "tasks", index)
+    elif isinstance(data, ContrastiveConfig):
+        data.choose(run.tasks)
     elif data.general_text and not general_files(Path(data.general_text)):
         raise data.error(f"{data.general_text}: no .txt or .jsonl files there", "general_text")

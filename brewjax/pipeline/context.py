@@ -127,6 +127,7 @@ class Run:
             return stage.config(self.shape(stage.match_sizes_of) if stage.match_sizes_of else None).target(start)
         return stage.target(start) if isinstance(stage, QuantizeStage) else start
 
-    def save(self, folder: Path, model: ModelConfig, params: Params) -> None:
+    def bundle(self, model: ModelConfig, params: Params) -> Bundle:
+        """A trained model with the tokenizer, prompts and tasks of this run."""
         prompts, card, tasks = self.recipe.prompts, self.dataset.card, tuple(self.tasks)
-        Bundle(model, params, self.tokenizer, prompts, self.scale, card, tasks).save(folder)
+        return Bundle(model, params, self.tokenizer, prompts, self.scale, card, tasks)

@@ -21,6 +21,7 @@ from brewjax.evaluate.results import ModelSummary, compare
 from brewjax.model.config import ModelConfig
 from brewjax.model.flops import model_flops
 from brewjax.model.params import MODEL, model_size
+from brewjax.paths import write_text
 from brewjax.pipeline.context import Run
 from brewjax.pipeline.recipe import (
     DistillStage,
@@ -29,9 +30,11 @@ from brewjax.pipeline.recipe import (
     TrainedStage,
 )
 from brewjax.pipeline.runner import read_record
+from brewjax.retrieve.encoder import Encoder
+from brewjax.retrieve.evaluation import Recall, evaluate_retrieval, print_recall
 from brewjax.train.metrics_writer import METRICS, read_metrics
 
-EVALUATE, WORK = "evaluate-", "work.json"
+EVALUATE, WORK, RETRIEVAL = "evaluate-", "work.json", "recall.json"
 BASELINES = ("popularity", "LightGBM")
 
 
@@ -44,6 +47,14 @@ def evaluate_stage(run: Run, name: str, folder: Path) -> None:
             pq.write_table(predictions.table, folder / f"{task.name}.parquet")
         cost = [sum(column) for column in zip(*(predictions.work for predictions in predicted), strict=True)]
         (folder / WORK).write_text(json.dumps(cost))
+
+
+def retrieve_stage(run: Run, name: str, folder: Path) -> None:
+    """An encoder's recall on the test period, beside that of the baselines."""
+    encoder = Encoder.load(run.model(name), run.recipe.evaluate.mesh)
+    results = evaluate_retrieval(encoder, run.dataset, max_examples=run.recipe.evaluate.max_examples)
+    if distributed.is_process_zero():
+        write_text(folder / RETRIEVAL, json.dumps([row._asdict() for row in results], indent=1))
 
 
 def baselines_stage(run: Run, folder: Path) -> None:
@@ -63,7 +74,13 @@ def baselines_stage(run: Run, folder: Path) -> None:
 def report_stage(run: Run, before: Sequence[str], folder: Path) -> None:
     """All models, and the last of them against the largest that it came from and the baselines: tables in the terminal,
     report.md and report.html. `before` are the names of all steps before it."""
-    console, comparisons, stages = plain_console(), [], run.recipe.stages
+    console, comparisons = plain_console(), []
+    for name in [name for name in run.recipe.stages if name not in run.recipe.ranking_stages]:
+        rows = json.loads((run.folder / f"{EVALUATE}{name}" / RETRIEVAL).read_text())
+        print_recall(name, [Recall(**row) for row in rows], console)
+    stages = {name: run.recipe.stages[name] for name in run.recipe.ranking_stages}
+    if not stages:
+        return
     for task in run.tasks:
         files = {name: run.folder / f"{EVALUATE}{name}" / f"{task.name}.parquet" for name in stages}
         for name in BASELINES:

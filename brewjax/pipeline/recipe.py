@@ -14,6 +14,7 @@ from brewjax.compress.prune import PruneConfig
 from brewjax.compress.quantize import QuantizeConfig
 from brewjax.config import Config, Location, misplaced, misplaced_within
 from brewjax.data.prompts.styles import PromptConfig
+from brewjax.data.records.contrastive import ContrastiveConfig
 from brewjax.data.records.preferences import AlignConfig
 from brewjax.data.records.pretrain import PretrainConfig
 from brewjax.data.records.sft import SftConfig
@@ -22,6 +23,7 @@ from brewjax.model.params import MODEL
 from brewjax.model.sharding import MeshConfig
 from brewjax.pipeline.ladder import Ladder, expand
 from brewjax.train.align import Align
+from brewjax.train.contrastive import Contrastive
 from brewjax.train.distill import Distill
 from brewjax.train.loop import TrainConfig
 
@@ -113,6 +115,17 @@ class DistillStage(_Trained):
     """The distillation loss."""
 
 
+class ContrastiveStage(_Trained):
+    """Contrastive training of an encoder of members and items, for retrieval."""
+
+    do: Literal["contrastive"]
+    """Contrastive training of an encoder of members and items, for retrieval."""
+    data: ContrastiveConfig = ContrastiveConfig()
+    """How training records are made of a task's examples, and what members' and items' texts say."""
+    loss: Contrastive = Contrastive()
+    """The contrastive loss, and how a text becomes a vector."""
+
+
 class PruneStage(_Stage, PruneConfig):
     """Structured pruning."""
 
@@ -139,7 +152,7 @@ class QuantizeStage(_Stage, QuantizeConfig):
     """Quantisation of the model of `init_from` to 8 bits."""
 
 
-TrainedStage = PretrainStage | SftStage | AlignStage | DistillStage
+TrainedStage = PretrainStage | SftStage | AlignStage | DistillStage | ContrastiveStage
 Stage = TrainedStage | PruneStage | QuantizeStage
 OTHER_FOLDERS = ("prepare", "baselines", "report")  # of a run, which no stage may be called after
 TRAINING: dict[str, type[TrainedStage]] = {
@@ -147,6 +160,7 @@ TRAINING: dict[str, type[TrainedStage]] = {
     "sft": SftStage,
     "align": AlignStage,
     "distill": DistillStage,
+    "contrastive": ContrastiveStage,
 }
 KINDS: dict[str, type[Stage]] = {**TRAINING, "prune": PruneStage, "quantize": QuantizeStage}
 Name = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # of a folder
@@ -304,6 +318,11 @@ class Recipe(Config):
         if train.lora and (stage.from_scratch or not stage.init_from):
             message = "adapters of a model that is there: give 'init_from', or put the stage after another"
             raise misplaced(message, "stages", name, "train", "lora")
+
+    @property
+    def ranking_stages(self) -> list[str]:
+        """The stages whose models rank; the others embed."""
+        return [name for name, stage in self.stages.items() if not isinstance(stage, ContrastiveStage)]
 
     def _is_quantised(self, model: str) -> bool:
         """Of a stage, or of a folder."""

@@ -19,6 +19,12 @@ from brewjax.compress.prune import LayerReport, prune
 from brewjax.compress.quantize import quantize
 from brewjax.console import plain_console
 from brewjax.data.prompts.verbalize import Verbalizer
+from brewjax.data.records.contrastive import (
+    ContrastiveConfig,
+    ItemTable,
+    contrastive_records,
+    write_contrastive,
+)
 from brewjax.data.records.mixture import MixConfig
 from brewjax.data.records.preferences import AlignConfig, align_records
 from brewjax.data.records.pretrain import PretrainConfig, domain_texts, general_texts, pretrain_records
@@ -37,9 +43,10 @@ from brewjax.model.params import MODEL, Params, load_model
 from brewjax.paths import check_renames, locked
 from brewjax.pipeline.check import check_foreign_tokenizers, check_run
 from brewjax.pipeline.context import Run
-from brewjax.pipeline.evaluation import EVALUATE, baselines_stage, evaluate_stage, report_stage
+from brewjax.pipeline.evaluation import EVALUATE, baselines_stage, evaluate_stage, report_stage, retrieve_stage
 from brewjax.pipeline.recipe import (
     AlignStage,
+    ContrastiveStage,
     DistillStage,
     PretrainStage,
     PruneStage,
@@ -48,7 +55,9 @@ from brewjax.pipeline.recipe import (
     TrainedStage,
 )
 from brewjax.pipeline.runner import Step, run_steps
+from brewjax.retrieve.encoder import Encoder, EncoderConfig
 from brewjax.train.align import REFERENCE
+from brewjax.train.contrastive import ITEMS, Contrastive
 from brewjax.train.loop import train
 from brewjax.train.objectives import Objective, supervised
 from brewjax.train.teachers import AuxModel, FrozenModel
@@ -57,7 +66,8 @@ from brewjax.train.teachers import AuxModel, FrozenModel
 TRAIN = ("train", "model", "../pallas_kernels")
 COMPRESS = ("compress", "model", "../pallas_kernels")
 SCORE = ("evaluate", "scoring", "model", "../pallas_kernels")
-DataConfig = SftConfig | AlignConfig | PretrainConfig
+RETRIEVE = ("retrieve", "scoring", "model", "../pallas_kernels")
+DataConfig = SftConfig | AlignConfig | PretrainConfig | ContrastiveConfig
 TOKENIZER_EXAMPLES = 400  # prompts of each task that a tokenizer is trained on
 
 
@@ -107,13 +117,22 @@ def _reads_prose(recipe: Recipe) -> bool:
 
 def write_data(run: Run, config: DataConfig, seq_len: int, folder: Path) -> None:
     """What stages train on: a folder of shards for each source."""
+    if isinstance(config, ContrastiveConfig):
+        task = config.choose(run.tasks)
+        examples = contrastive_records(run.verbalizer, task, run.recipe.prompts, config)
+        counts = write_contrastive(folder / task.name, examples, seq_len)
+        numbers = ", ".join(f"{counts[name]:,} {name}" for name in ("records", "positives", "negatives", "tokens"))
+        plain_console().print(f"{task.name}: {numbers}")
+        return
     for name, records in _sources(run, config).items():
         counts = write_shards(folder / name, records, seq_len)
         each = f"{counts['tokens'] / max(1, counts['targets']):.0f} tokens a target"
         plain_console().print(f"{name}: {counts['records']:,} records, {counts['targets']:,} targets, {each}")
 
 
-def _sources(run: Run, config: DataConfig) -> dict[str, Iterator[tuple[EncodedPrompt | Text, Provenance]]]:
+def _sources(
+    run: Run, config: SftConfig | AlignConfig | PretrainConfig
+) -> dict[str, Iterator[tuple[EncodedPrompt | Text, Provenance]]]:
     """Records by the name of what they come from: a task, or a kind of text."""
     verbalizer, prompts = run.verbalizer, run.recipe.prompts
     match config:
@@ -133,6 +152,8 @@ def shares(run: Run, config: DataConfig, folder: Path) -> dict[Path, float]:
     if isinstance(config, PretrainConfig):
         general = config.general_fraction if config.general_text else 0
         return {folder / "domain": 1 - general} | ({folder / "general": general} if general else {})
+    if isinstance(config, ContrastiveConfig):
+        return {folder / config.choose(run.tasks).name: 1.0}
     if isinstance(config, AlignConfig):
         return MixConfig().shares({task.name: folder / task.name for task in _aligned(run, config)})
     return config.mix.shares({task.name: folder / task.name for task in run.tasks})
@@ -150,7 +171,7 @@ def train_stage(run: Run, stage: TrainedStage, data: Path, folder: Path) -> None
     mesh, shards = stage.train.mesh.build(), shares(run, stage.data, data)
     model, init = _beginning(run, stage, mesh)
     frozen: dict[str, AuxModel] = {}
-    objective: Objective = supervised
+    objective: Objective | Contrastive = supervised
     if isinstance(stage, DistillStage):
         objective = stage.loss
         teacher = FrozenModel(*load_model(run.model(stage.teacher), mesh))
@@ -159,7 +180,23 @@ def train_stage(run: Run, stage: TrainedStage, data: Path, folder: Path) -> None
         objective = stage.loss
         if not stage.train.lora:
             frozen = {REFERENCE: FrozenModel(*load_model(run.model(stage.init_from), mesh))}
-    run.save(folder / "model", model, train(model, stage.train, shards, folder, objective, init, frozen))
+    elif isinstance(stage, ContrastiveStage):
+        objective, frozen = stage.loss, {ITEMS: ItemTable(shards)}
+    bundle = run.bundle(model, train(model, stage.train, shards, folder, objective, init, frozen))
+    if isinstance(stage, ContrastiveStage):
+        Encoder(bundle, _encoder_config(run, stage)).save(folder / "model")
+    else:
+        bundle.save(folder / "model")
+
+
+def _encoder_config(run: Run, stage: ContrastiveStage) -> EncoderConfig:
+    return EncoderConfig(
+        task=stage.data.choose(run.tasks).name,
+        member_instruction=stage.data.member_instruction,
+        item_instruction=stage.data.item_instruction,
+        pooling=stage.loss.pooling,
+        dimensions=stage.loss.dimensions,
+    )
 
 
 def _beginning(run: Run, stage: TrainedStage, mesh: Mesh) -> tuple[ModelConfig, Callable[[], Params] | None]:
@@ -235,9 +272,12 @@ def steps(run: Run) -> list[Step]:
             does: Any = prune_stage if isinstance(stage, PruneStage) else quantize_stage
             work = functools.partial(make_model, run, name, functools.partial(does, run, stage))
             plan.append(Step(name, work, ("prepare", *models), settings, COMPRESS, all_processes=True))
-        work = functools.partial(evaluate_stage, run, name)
-        plan.append(Step(f"{EVALUATE}{name}", work, (name,), judged, SCORE, all_processes=True))
-    plan.append(Step("baselines", functools.partial(baselines_stage, run), ("prepare",), judged, ("evaluate",)))
+        embeds = isinstance(stage, ContrastiveStage)
+        work = functools.partial(retrieve_stage if embeds else evaluate_stage, run, name)
+        code = RETRIEVE if embeds else SCORE
+        plan.append(Step(f"{EVALUATE}{name}", work, (name,), judged, code, all_processes=True))
+    if recipe.ranking_stages:
+        plan.append(Step("baselines", functools.partial(baselines_stage, run), ("prepare",), judged, ("evaluate",)))
     everything = tuple(step.name for step in plan)
     plan.append(Step("report", functools.partial(report_stage, run, everything), everything, [], ("evaluate",)))
     return plan

@@ -1,0 +1,83 @@
+"""`brewjax retrieve VERB`: embed members and items with an encoder, and judge what it retrieves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Optional
+
+import typer
+
+from brewjax.console import plain_console, print_line
+from brewjax.devices import device_per_core
+
+# Heavy imports are inside the verbs, so that --help answers at once.
+
+app = typer.Typer(no_args_is_help=True, help="Embed members and items, and judge what an encoder retrieves.")
+console = plain_console()
+
+EncoderFolder = Annotated[Path, typer.Argument(help="A model folder that a stage `do: contrastive` made.")]
+DatasetFolder = Annotated[Path, typer.Argument(help="A folder with dataset.yaml and its Parquet files.")]
+Dimensions = Annotated[
+    Optional[int], typer.Option(help="Truncate the vectors to this size, one that training taught.", min=1)
+]
+
+
+@app.command()
+def embed(
+    model: EncoderFolder,
+    dataset: DatasetFolder,
+    out: Annotated[Path, typer.Argument(help="A Parquet file with columns id and vector, for `brewjax index build`.")],
+    side: Annotated[Literal["items", "members"], typer.Option(help="Which table to embed.")] = "items",
+    dimensions: Dimensions = None,
+) -> None:
+    """Embed all items, or all members, as of the last event."""
+    device_per_core()
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from brewjax.data.tables.dataset import Dataset
+    from brewjax.data.tasks.examples import example_at
+    from brewjax.retrieve.encoder import Encoder
+
+    encoder, tables = Encoder.load(model), Dataset.load(dataset)
+    now = int(tables.event_time.max()) + 1
+    if side == "items":
+        ids = tables.items[tables.card.items.id]
+        vectors = encoder.embed_items(tables, np.arange(len(ids)), now, dimensions)
+    else:
+        ids = tables.members[tables.card.members.id]
+        examples = [example_at(tables, encoder.task, member, now) for member in range(len(ids))]
+        vectors = encoder.embed_members(tables, examples, dimensions)
+    lists = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
+    pq.write_table(pa.table({"id": ids, "vector": lists}), out)
+    print_line(f"{out}: {len(ids):,} vectors of {vectors.shape[1]} dimensions")
+
+
+@app.command()
+def evaluate(
+    model: EncoderFolder,
+    dataset: DatasetFolder,
+    k: Annotated[str, typer.Option(help="How many items are retrieved, separated by commas.")] = "10,100,2000",
+    max_examples: Annotated[
+        Optional[int], typer.Option(help="The most queries; a random choice of them.", min=1)
+    ] = None,
+    dimensions: Dimensions = None,
+) -> None:
+    """Recall over the whole catalogue in the test period, beside popularity, item-kNN, ALS and BM25."""
+    device_per_core()
+    from brewjax.data.tables.dataset import Dataset
+    from brewjax.retrieve.encoder import Encoder
+    from brewjax.retrieve.evaluation import evaluate_retrieval, print_recall
+
+    ks = _parse_ks(k)
+    encoder, tables = Encoder.load(model), Dataset.load(dataset)
+    rows = evaluate_retrieval(encoder, tables, ks, max_examples, dimensions)
+    print_recall(f"{encoder.task.name}: the test period", rows, console)
+
+
+def _parse_ks(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isdigit() and int(part) for part in parts):
+        raise ValueError(f"--k {text}: expected whole numbers above 0, separated by commas, such as 10,100,2000")
+    return sorted({int(part) for part in parts})

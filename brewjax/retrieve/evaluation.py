@@ -1,0 +1,149 @@
+"""Recall over the whole catalogue: an encoder's, and that of the baselines on the same queries."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from brewjax.console import print_line
+from brewjax.data.tables.dataset import Dataset
+from brewjax.retrieve.baselines import BASELINES, Scores
+from brewjax.retrieve.encoder import Encoder
+from brewjax.retrieve.index import Index, IndexConfig
+from brewjax.retrieve.queries import Queries, select_queries
+
+ENCODER_NAME = "encoder"
+KS = (10, 100, 2000)
+SLICES = {"all": (0, np.inf), "0-10": (0, 10), "11-100": (11, 100), "over 100": (101, np.inf)}  # past events
+
+
+class Recall(NamedTuple):
+    """A method's recall on a slice of queries.
+
+    Attributes:
+      method: "encoder", or the name of a baseline.
+      past_events: the slice: members with so many past events.
+      k: items retrieved for each query.
+      queries, members: how many the slice has.
+      recall: mean over queries of the share of a query's positives that are among the k items.
+      error: half of its 95% interval, 1.96 standard errors over resampled members; NaN for a single member.
+      lead, lead_error: the encoder's recall minus this one, on the same resamples.
+    """
+
+    method: str
+    past_events: str
+    k: int
+    queries: int
+    members: int
+    recall: float
+    error: float
+    lead: float
+    lead_error: float
+
+
+def evaluate_retrieval(
+    encoder: Encoder,
+    dataset: Dataset,
+    ks: Sequence[int] = KS,
+    max_examples: int | None = None,
+    dimensions: int | None = None,
+    bootstrap: int = 200,
+) -> list[Recall]:
+    """Recall of the encoder and of the baselines in the test period of the encoder's task.
+
+    Items are described as of the start of the test period, as an index that was built then has them; members as of
+    each query's own time. Items that a member had an event with are retrieved by no method.
+
+    Args:
+      ks: how many items are retrieved; a k beyond the catalogue retrieves all of it.
+      max_examples: the most queries, chosen at random where there are more.
+      dimensions: what vectors are truncated to.
+      bootstrap: resamples of members behind each interval.
+    """
+    queries = select_queries(dataset, encoder.task, max_examples)
+    ranks = {ENCODER_NAME: _search(encoder, dataset, queries, max(ks), dimensions)}
+    for name, compute in BASELINES.items():
+        try:
+            ranks[name] = rank(compute(dataset, queries), queries.seen, max(ks))
+        except ModuleNotFoundError as error:
+            print_line(f"{name} is left out: pip install {error.name}", stderr=True)
+    recalls = {name: {k: recall_at(ranked, queries.positives, k) for k in ks} for name, ranked in ranks.items()}
+    return _summarize(queries, recalls, ks, bootstrap)
+
+
+def _search(encoder: Encoder, dataset: Dataset, queries: Queries, k: int, dimensions: int | None) -> list[np.ndarray]:
+    """Rows of the k nearest items of each query, by an index of the whole catalogue."""
+    rows = np.arange(len(dataset.items))
+    members = encoder.embed_members(dataset, queries.examples, dimensions)
+    with tempfile.TemporaryDirectory() as folder:
+        index = Index.create(Path(folder) / "items", IndexConfig(dimensions=members.shape[1]))
+        index.upsert(rows.tolist(), encoder.embed_items(dataset, rows, queries.time, dimensions))
+        hits = index.search(members, k, exclude=[seen.tolist() for seen in queries.seen])
+        index.close()
+    return [np.array(ids, np.int64) for ids, _ in hits]
+
+
+def rank(scores: Scores, seen: Sequence[np.ndarray], k: int) -> list[np.ndarray]:
+    """Rows of the k best items of each query without those in `seen`; equal scores come in the order of rows."""
+    ranked = []
+    for query_scores, known in zip(scores, seen, strict=True):
+        order = np.argsort(-query_scores, kind="stable")
+        ranked.append(order[~np.isin(order, known)][:k])
+    return ranked
+
+
+def recall_at(ranked: Sequence[np.ndarray], positives: Sequence[np.ndarray], k: int) -> np.ndarray:
+    """float64 [queries]: the share of a query's positives among its first k items."""
+    pairs = zip(ranked, positives, strict=True)
+    return np.array([np.isin(items, rows[:k]).mean() for rows, items in pairs])
+
+
+def _summarize(
+    queries: Queries, recalls: dict[str, dict[int, np.ndarray]], ks: Sequence[int], bootstrap: int
+) -> list[Recall]:
+    _, member = np.unique([example.member for example in queries.examples], return_inverse=True)
+    num_members = int(member.max()) + 1
+    weights = np.random.default_rng(0).multinomial(num_members, np.full(num_members, 1 / num_members), bootstrap)
+    past, rows = queries.num_past_events, []
+    for past_events, (low, high) in SLICES.items():
+        chosen = np.flatnonzero((past >= low) & (past <= high))
+        if not len(chosen):
+            continue
+        of_query = weights[:, member[chosen]]
+        members = len(np.unique(member[chosen]))
+        for k in ks:
+            of_encoder = recalls[ENCODER_NAME][k][chosen]
+            for method, by_k in recalls.items():
+                values = by_k[k][chosen]
+                error, lead_error = (
+                    _error(of_query, x) if members > 1 else np.nan for x in (values, of_encoder - values)
+                )
+                mean, lead = float(values.mean()), float((of_encoder - values).mean())
+                rows.append(Recall(method, past_events, k, len(chosen), members, mean, error, lead, lead_error))
+    return rows
+
+
+def _error(weights: np.ndarray, values: np.ndarray) -> float:
+    totals = weights.sum(1)
+    means = (weights[totals > 0] @ values) / totals[totals > 0]
+    return 1.96 * float(means.std(ddof=1))
+
+
+def print_recall(title: str, rows: Sequence[Recall], console: Console) -> None:
+    """Prints a table with a line for each method and slice, and a column for each k."""
+    ks = list(dict.fromkeys(row.k for row in rows))
+    table = Table("past events", "queries", "method", *(f"Recall@{k}" for k in ks), title=title, title_justify="left")
+    by_key = {(row.past_events, row.method, row.k): row for row in rows}
+    for past_events, method in dict.fromkeys((row.past_events, row.method) for row in rows):
+        cells = [by_key[past_events, method, k] for k in ks]
+        lead = lambda row: "" if row.method == ENCODER_NAME else f" ({row.lead:+.3f} ±{row.lead_error:.3f})"  # noqa: E731
+        shown = [f"{row.recall:.3f} ±{row.error:.3f}{lead(row)}" for row in cells]
+        table.add_row(past_events, f"{cells[0].queries:,}", method, *shown)
+    table.caption = "in brackets: how far the encoder is ahead"
+    console.print(table)

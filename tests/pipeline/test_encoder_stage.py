@@ -1,0 +1,46 @@
+"""A recipe that trains an encoder: data, training, recall beside the baselines, and mistakes named."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from brewjax.config import ConfigError
+from brewjax.pipeline.check import check_run
+from brewjax.pipeline.context import Run
+from brewjax.pipeline.recipe import Recipe
+from brewjax.pipeline.stages import run_recipe
+from brewjax.retrieve.encoder import Encoder
+from tests.pipeline.test_run import BASE, MODEL, TASK
+from tests.tables import write_dataset
+
+
+@pytest.fixture
+def make_recipe(tmp_path, monkeypatch):
+    """Makes a recipe with one contrastive stage, in a folder with all that it names."""
+    monkeypatch.chdir(tmp_path)
+    write_dataset(tmp_path / "jobs")
+    (tmp_path / "apply.yaml").write_text(TASK)
+    (tmp_path / "model.yaml").write_text(MODEL)
+    return lambda stage: Recipe.parse(f"{BASE}stages:\n  encoder: {{do: contrastive, {stage}}}\n")
+
+
+def test_a_recipe_leaves_an_encoder_and_its_recall(make_recipe, tmp_path, capsys):
+    recipe = make_recipe("data: {item_instruction: 'A {item}.'}, loss: {dimensions: [8], pooling: last}")
+    run_recipe(recipe, tmp_path / "run")
+    encoder = Encoder.load(tmp_path / "run" / "encoder" / "model")
+    assert encoder.config.item_instruction == "A {item}."
+    assert (encoder.config.task, encoder.config.dimensions, encoder.config.pooling) == ("apply", (8,), "last")
+    rows = json.loads((tmp_path / "run" / "evaluate-encoder" / "recall.json").read_text())
+    assert {row["method"] for row in rows} >= {"encoder", "popularity", "item-kNN"}
+    assert "Recall@100" in capsys.readouterr().out
+
+
+def test_what_cannot_be_trained_is_refused_before_it_begins(make_recipe, tmp_path):
+    recipe = make_recipe("data: {task: nope}, loss: {dimensions: [99]}")
+    with pytest.raises(ConfigError, match=r"no task 'nope'; tasks: apply"):
+        check_run(Run(recipe, tmp_path / "run"))
+    recipe = make_recipe("loss: {dimensions: [99]}")
+    with pytest.raises(ConfigError, match=r"99 is not less than the model's d_model, 16"):
+        check_run(Run(recipe, tmp_path / "run"))
