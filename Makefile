@@ -38,7 +38,7 @@ lint: .venv/test.installed
 	$(BIN)/mypy
 
 proto:
-	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. brewjax/serve/ranker.proto
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. brewjax/serve/ranker.proto brewjax/serve/retriever.proto
 
 clean:
 	rm -rf .venv runs data

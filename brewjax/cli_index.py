@@ -18,6 +18,7 @@ console = plain_console()
 
 IndexFolder = Annotated[Path, typer.Argument(help="The folder of an index.")]
 VectorTable = Annotated[Path, typer.Argument(help="A Parquet file with columns id, vector, and maybe attributes.")]
+ENCODER_KEY = "brewjax.encoder"  # of a table's metadata: name and version of the encoder that made it
 ROWS = 10_000  # that are added at a time
 
 
@@ -25,7 +26,9 @@ ROWS = 10_000  # that are added at a time
 def build(
     folder: Annotated[Path, typer.Argument(help="The folder to write.")],
     table: VectorTable,
-    model: Annotated[str, typer.Option(help="Name and version of the encoder that made the vectors.")] = "",
+    model: Annotated[
+        str, typer.Option(help="Name and version of the encoder that made the vectors; by default as the table says.")
+    ] = "",
 ) -> None:
     """Make an index of a table of vectors."""
     import pyarrow as pa
@@ -39,6 +42,7 @@ def build(
     if first is None or not first.num_rows:
         raise ValueError(f"{table}: no rows")
     dimensions = len(first["vector"][0])
+    model = model or (schema.metadata or {}).get(ENCODER_KEY.encode(), b"").decode()
     index = Index.create(folder, IndexConfig(dimensions=dimensions, ids=ids, model=model))
     _add(index, file, table)
     index.snapshot()

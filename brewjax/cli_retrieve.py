@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Optional
 
 import typer
 
+from brewjax.cli_index import ENCODER_KEY
 from brewjax.console import plain_console, print_line
 from brewjax.devices import device_per_core
 
@@ -50,7 +51,8 @@ def embed(
         examples = [example_at(tables, encoder.task, member, now) for member in range(len(ids))]
         vectors = encoder.embed_members(tables, examples, dimensions)
     lists = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
-    pq.write_table(pa.table({"id": ids, "vector": lists}), out)
+    table = pa.table({"id": ids, "vector": lists}).replace_schema_metadata({ENCODER_KEY: Encoder.version(model)})
+    pq.write_table(table, out)
     print_line(f"{out}: {len(ids):,} vectors of {vectors.shape[1]} dimensions")
 
 

@@ -27,8 +27,9 @@ from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.statistics import Percentiles
 from brewjax.data.tasks.examples import RankingExample
 from brewjax.data.tasks.task import Task
+from brewjax.fingerprint import hash_folder
 from brewjax.model.config import ModelConfig
-from brewjax.model.params import Params, bind
+from brewjax.model.params import MODEL, Params, bind
 from brewjax.model.pooling import Pooling, pool, unit
 from brewjax.model.sharding import BATCH_AXES, MeshConfig, data_parallel_size
 from pallas_kernels.token_labels import ALL, PADDING, TokenLabels
@@ -73,6 +74,11 @@ class Encoder:
         if not (Path(folder) / ENCODER).is_file():
             raise ConfigError(f"{folder}: no {ENCODER} there: a model, but not trained by a stage `do: contrastive`")
         return cls(bundle, EncoderConfig.load(Path(folder) / ENCODER))
+
+    @classmethod
+    def version(cls, folder: str | Path) -> str:
+        """Name and version of the encoder in a folder, which its vectors carry: a hash of all that it holds."""
+        return f"{ModelConfig.load(Path(folder) / MODEL).name}@{hash_folder(Path(folder))[:8]}"
 
     @property
     def task(self) -> Task:

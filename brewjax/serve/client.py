@@ -12,6 +12,7 @@ import numpy as np
 
 import brewjax.serve.ranker_pb2 as pb
 import brewjax.serve.ranker_pb2_grpc as ranker_pb2_grpc
+from brewjax.serve import retriever_pb2, retriever_pb2_grpc
 
 STARTUP_TIMEOUT_S = 300  # for a server that is starting: it compiles its shapes first
 RETRIED_BYTES = 1 << 26  # larger requests are not retried; gRPC's own limit is below a request of 500 items
@@ -68,6 +69,7 @@ class Client:
         else:
             self._channel = grpc.insecure_channel(address, options)
         self._ranker = ranker_pb2_grpc.RankerStub(self._channel)
+        self._retriever = retriever_pb2_grpc.RetrieverStub(self._channel)
         self._metadata = [("authorization", f"Bearer {token}")] if token else None
         self._timeout = timeout
 
@@ -104,6 +106,40 @@ class Client:
     def reload(self, folder: str = "") -> str:
         """Makes the server load another checkpoint; returns its name and version."""
         return self._ranker.Reload(pb.ReloadRequest(folder=folder), **self._call_options(600.0)).model
+
+    def embed(
+        self, inputs: Sequence[retriever_pb2.Input], timeout: float | None = None, **fields: Any
+    ) -> retriever_pb2.EmbedResponse:
+        """Vectors of members, items, texts or tokens; `fields` are others of EmbedRequest: request_id, dimensions."""
+        request = retriever_pb2.EmbedRequest(inputs=inputs, **fields)
+        return self._retriever.Embed(request, **self._call_options(timeout))
+
+    def retrieve(
+        self, query: pb.Member | str | Sequence[float], k: int, timeout: float | None = None, **fields: Any
+    ) -> retriever_pb2.RetrieveResponse:
+        """The k nearest items for a member, a text or a vector.
+
+        `fields` are others of RetrieveRequest: request_id, required, banned, exclude.
+        """
+        request = retriever_pb2.RetrieveRequest(k=k, **fields)
+        if isinstance(query, pb.Member):
+            request.member.CopyFrom(query)
+        elif isinstance(query, str):
+            request.text = query
+        else:
+            request.vector.values.extend(query)
+        return self._retriever.Retrieve(request, **self._call_options(timeout))
+
+    def upsert(
+        self, items: Sequence[retriever_pb2.IndexedItem], timeout: float | None = None
+    ) -> retriever_pb2.UpsertResponse:
+        """Adds items to the index, or replaces them; needs the server's admin token."""
+        return self._retriever.Upsert(retriever_pb2.UpsertRequest(items=items), **self._call_options(timeout))
+
+    def delete(self, ids: Sequence[str], timeout: float | None = None) -> int:
+        """Takes items out of the index; returns how many were there. Needs the server's admin token."""
+        request = retriever_pb2.DeleteRequest(ids=ids)
+        return self._retriever.Delete(request, **self._call_options(timeout)).deleted
 
     def close(self) -> None:
         """Closes the connection."""

@@ -54,6 +54,12 @@ class ServeConfig(Config):
     """Folder below which Reload may load models; by default it may only load the served folder again."""
     special_tokens: bool = False
     """Special tokens in callers' raw texts (`<|im_start|>`) are read as such; otherwise they are ordinary text."""
+    encoder: str | None = None
+    """Folder of an encoder to serve beside the model: Embed, and with `index` Retrieve."""
+    index: str | None = None
+    """Folder of the index that the encoder's vectors are in; made if there is none."""
+    max_retrieved: int = pydantic.Field(default=10_000, gt=0)
+    """Maximum items of a Retrieve."""
     tasks: tuple[str, ...] = ()
     """Task files to serve in addition to the tasks that the model was trained on."""
     token_buckets: tuple[int, ...] = pydantic.Field(default=(256, 512, 1024, 2048, 4096), min_length=1)
@@ -112,6 +118,8 @@ class ServeConfig(Config):
                 f"max_candidate_tokens {self.max_candidate_tokens} is over the longest of token_buckets "
                 f"{self.token_buckets}"
             )
+        if self.index and not self.encoder:
+            raise ValueError("index: give its encoder too")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("give both tls_cert and tls_key, or neither")
         if not _loopback(self.host):

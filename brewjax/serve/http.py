@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import re
 import time
-from collections.abc import Coroutine
 from typing import Annotated, Any
 
-import grpc
 import pydantic
 import starlette.exceptions
 from fastapi import FastAPI, HTTPException, Request, Response
@@ -20,22 +15,14 @@ from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve.admission import Admission, error_response
 from brewjax.serve.client import raw
 from brewjax.serve.credentials import Credentials
+from brewjax.serve.http_requests import parse_body, refusing, until_disconnect
+from brewjax.serve.http_retrieval import add_retrieval
 from brewjax.serve.openapi import DESCRIPTION, describe, render_page
-from brewjax.serve.refusals import Refusals, status_of, truncate_message
-from brewjax.serve.scoring_loop import QueueFullError
+from brewjax.serve.refusals import Refusals
+from brewjax.serve.retrieval import Retrieval
 from brewjax.serve.service import Service
 
-log = logging.getLogger(__name__)
-PARSED_INLINE = 1 << 16  # bytes; larger bodies are parsed in a thread, not on the event loop
 OPEN_PATHS = ("/livez", "/readyz", "/startupz", "/health", "/docs", "/openapi.json")
-
-HTTP_STATUS = {
-    grpc.StatusCode.INVALID_ARGUMENT: 400,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: 429,
-    grpc.StatusCode.CANCELLED: 499,
-    grpc.StatusCode.UNAVAILABLE: 503,
-    grpc.StatusCode.DEADLINE_EXCEEDED: 504,
-}
 
 FIELDS = {  # names of fields in gRPC's errors, and their names here
     r"^raw\.items": "items",
@@ -83,7 +70,9 @@ class ScoreResponse(pydantic.BaseModel):
     created: int
 
 
-def make_app(service: Service, credentials: Credentials, refusals: Refusals) -> FastAPI:
+def make_app(
+    service: Service, credentials: Credentials, refusals: Refusals, retrieval: Retrieval | None = None
+) -> FastAPI:
     """The application. All paths but `OPEN_PATHS` need the callers' token, if the server has one."""
     app = FastAPI(title="brewjax", description=DESCRIPTION, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_middleware(Admission, service=service, credentials=credentials, refusals=refusals, open_paths=OPEN_PATHS)
@@ -95,21 +84,10 @@ def make_app(service: Service, credentials: Credentials, refusals: Refusals) -> 
     @app.post("/v1/score")
     async def score(request: Request, response: Response) -> ScoreResponse:
         """Scores items behind a query, in one pass if they fit."""
-        try:
-            rpc_request = await _parse(request)
+        with refusing(request, FIELDS):
+            rpc_request = await parse_body(request, lambda body: to_rpc(ScoreRequest.model_validate_json(body)))
             rpc_request.request_id = request.headers.get("x-request-id", "")
-            answer = await _until_disconnect(request, service.score(rpc_request))
-        except HTTPException:
-            raise
-        except Exception as error:
-            code = status_of(error)
-            if code not in HTTP_STATUS:
-                log.exception("request failed", extra={"request_id": request.headers.get("x-request-id", "")})
-            retry = {"Retry-After": str(round(error.retry_after + 0.5))} if isinstance(error, QueueFullError) else None
-            message = truncate_message(error)
-            for rpc_field, field in FIELDS.items():
-                message = re.sub(rpc_field, field, message)
-            raise HTTPException(HTTP_STATUS.get(code, 500), message, retry) from None
+            answer = await until_disconnect(request, service.score(rpc_request))
         response.headers["x-request-id"] = answer.request_id
         num_tokens = answer.usage.prefix_tokens + answer.usage.item_tokens
         return ScoreResponse(
@@ -118,6 +96,9 @@ def make_app(service: Service, credentials: Credentials, refusals: Refusals) -> 
             usage=Usage(prompt_tokens=num_tokens, cached_tokens=answer.usage.cached_tokens, total_tokens=num_tokens),
             created=int(time.time()),
         )
+
+    if retrieval:
+        add_retrieval(app, retrieval, credentials)
 
     @app.get("/livez", response_class=PlainTextResponse)
     async def live() -> Response:
@@ -148,28 +129,6 @@ def make_app(service: Service, credentials: Credentials, refusals: Refusals) -> 
     return app
 
 
-async def _parse(request: Request) -> pb.ScoreRequest:
-    """The body as a gRPC request. Raises HTTPException, naming the field that is wrong."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json" and not kind.endswith("+json"):
-        raise HTTPException(415, "content-type: give application/json")
-    if request.headers.get("content-encoding", "identity") != "identity":
-        raise HTTPException(415, "content-encoding: leave it out")
-    body = await request.body()
-
-    def parse() -> pb.ScoreRequest:
-        return to_rpc(ScoreRequest.model_validate_json(body))
-
-    try:
-        return parse() if len(body) <= PARSED_INLINE else await asyncio.to_thread(parse)
-    except pydantic.ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        field = "the body"
-        if first["loc"]:
-            field = str(first["loc"][0]) + "".join(f"[{part}]" for part in first["loc"][1:] if isinstance(part, int))
-        raise HTTPException(400, f"{truncate_message(field)}: {first['msg']}") from None
-
-
 def to_rpc(body: ScoreRequest) -> pb.ScoreRequest:
     """The same request for gRPC. Raises HTTPException if item_first would join texts with tokens."""
     items: list[Any] = [body.items] if isinstance(body.items, str) else list(body.items)
@@ -181,21 +140,3 @@ def to_rpc(body: ScoreRequest) -> pb.ScoreRequest:
     question = raw(prefix, items, body.label_token_ids)
     normalize_over = pb.ScoreRequest.LABELS if body.apply_softmax else pb.ScoreRequest.VOCABULARY
     return pb.ScoreRequest(raw=question, normalize_over=normalize_over)
-
-
-async def _until_disconnect(request: Request, answer: Coroutine[Any, Any, pb.ScoreResponse]) -> pb.ScoreResponse:
-    """The answer; cancelled when the caller hangs up, which neither FastAPI nor uvicorn does."""
-
-    async def disconnected() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    answering, hanging_up = asyncio.create_task(answer), asyncio.create_task(disconnected())
-    try:
-        await asyncio.wait((answering, hanging_up), return_when=asyncio.FIRST_COMPLETED)
-        if not answering.done():
-            raise HTTPException(499, "the caller hung up")
-        return answering.result()
-    finally:
-        answering.cancel()
-        hanging_up.cancel()

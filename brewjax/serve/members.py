@@ -39,7 +39,17 @@ def render_member(bundle: Bundle, task: Task, member: pb.Member) -> Prompt:
     """
     if bundle.card is None:
         raise ValueError("member: this model was imported and has no dataset's card; send a raw request")
-    card = _without_derived(bundle.card)
+    tables, example = read_member(bundle.card, task, member)
+    try:
+        note = bundle.tokenizer.clean(member.steering_note)
+        return bundle.request_verbalizer(tables).prompt(task, example, bundle.prompts.score_style, note)
+    except ValueError as error:
+        raise ValueError(f"member: {error}") from None
+
+
+def read_member(training_card: Card, task: Task, member: pb.Member) -> tuple[Dataset, RankingExample]:
+    """The member of a request as a dataset of one member, and its example as of `member.now`; errors as above."""
+    card = _without_derived(training_card)
     for index, event in enumerate(member.history):
         if event.action not in card.events.actions:
             known = ", ".join(card.events.actions)
@@ -52,30 +62,44 @@ def render_member(bundle: Bundle, task: Task, member: pb.Member) -> Prompt:
         np.int64,
     )
     order = np.argsort(times, kind="stable")
+    actions = [member.history[row].action for row in order]
     events = _table(card.events.attributes, event_attributes(member)).take(order)
-    num_events = len(order)
-    tables = Dataset(
-        Path("request"),
-        card,
-        _table(card.members.attributes, {"member.attributes": member.attributes}).append_column(
-            card.members.id, pa.array([0])
-        ),
-        _table(card.items.attributes, items).append_column(card.items.id, pa.array(range(len(items)))),
-        events.append_column(card.events.member, pa.array(np.zeros(num_events, np.int64)))
-        .append_column(card.events.item, pa.array(order))
-        .append_column(card.events.action, pa.array([member.history[row].action for row in order], pa.string()))
-        .append_column(card.events.time, pa.array(times[order]).cast(pa.timestamp("us"))),
-    )
+    member_table = _table(card.members.attributes, {"member.attributes": member.attributes})
+    tables = _join(card, member_table, _table(card.items.attributes, items), events, order, actions, times[order])
     now = _microseconds(member.now, "member.now") if member.HasField("now") else int(time.time() * 1e6)
     history, num_past_events = history_before(tables, task, 0, now)
-    candidates = np.arange(num_events, len(items), dtype=np.int32)
+    candidates = np.arange(len(order), len(items), dtype=np.int32)
     labels = np.full(len(candidates), -1, np.int32)
-    example = RankingExample(task.name, 0, now, history, num_past_events, candidates, labels)
-    try:
-        note = bundle.tokenizer.clean(member.steering_note)
-        return bundle.request_verbalizer(tables).prompt(task, example, bundle.prompts.score_style, note)
-    except ValueError as error:
-        raise ValueError(f"member: {error}") from None
+    return tables, RankingExample(task.name, 0, now, history, num_past_events, candidates, labels)
+
+
+def read_items(training_card: Card, items: Mapping[str, Attributes]) -> Dataset:
+    """The items of a request, whose keys are fields of it, as a dataset without members and events."""
+    card, none = _without_derived(training_card), np.zeros(0, np.int64)
+    members, events = (_table(attributes, {}) for attributes in (card.members.attributes, card.events.attributes))
+    return _join(card, members, _table(card.items.attributes, items), events, none, [], none)
+
+
+def _join(
+    card: Card,
+    members: pa.Table,
+    items: pa.Table,
+    events: pa.Table,
+    event_items: np.ndarray,
+    actions: list[str],
+    times: np.ndarray,
+) -> Dataset:
+    """A dataset of tables without ids, whose events are all of the first member."""
+    return Dataset(
+        Path("request"),
+        card,
+        members.append_column(card.members.id, pa.array(np.arange(len(members)))),
+        items.append_column(card.items.id, pa.array(np.arange(len(items)))),
+        events.append_column(card.events.member, pa.array(np.zeros(len(events), np.int64)))
+        .append_column(card.events.item, pa.array(event_items))
+        .append_column(card.events.action, pa.array(actions, pa.string()))
+        .append_column(card.events.time, pa.array(times).cast(pa.timestamp("us"))),
+    )
 
 
 def event_attributes(member: pb.Member) -> dict[str, Attributes]:

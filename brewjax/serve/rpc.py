@@ -13,10 +13,11 @@ from google.protobuf.message import DecodeError, Message
 from grpc.aio import AbortError, ServerInterceptor, ServicerContext
 
 from brewjax.serve import ranker_pb2 as pb
-from brewjax.serve import ranker_pb2_grpc
+from brewjax.serve import ranker_pb2_grpc, retriever_pb2, retriever_pb2_grpc
 from brewjax.serve.config import ServeConfig
 from brewjax.serve.credentials import Credentials
 from brewjax.serve.refusals import REASONS, Refusals, status_of, truncate_message
+from brewjax.serve.retrieval import Retrieval
 from brewjax.serve.scoring_loop import QueueFullError
 from brewjax.serve.service import Service
 from brewjax.serve.telemetry import Metrics
@@ -24,7 +25,9 @@ from brewjax.serve.telemetry import Metrics
 log = logging.getLogger(__name__)
 Code = grpc.StatusCode
 RANKER = pb.DESCRIPTOR.services_by_name["Ranker"].full_name
-RELOAD = f"/{RANKER}/Reload"
+RETRIEVER = retriever_pb2.DESCRIPTOR.services_by_name["Retriever"].full_name
+# Methods that change what is served, and need the admin token.
+ADMIN = (f"/{RANKER}/Reload", f"/{RETRIEVER}/Upsert", f"/{RETRIEVER}/Delete")
 OPEN = "/grpc.health.v1.Health/"  # prefix of methods that need no token
 CODES = {code.value[0]: code for code in Code}
 MIN_PING_MS = 500  # callers may ping this often
@@ -72,6 +75,25 @@ class Ranker(ranker_pb2_grpc.RankerServicer):
 
     async def Reload(self, request: pb.ReloadRequest, context: ServicerContext) -> pb.ReloadResponse:  # noqa: N802
         return pb.ReloadResponse(model=await self._reload(request.folder))
+
+
+class Retriever(retriever_pb2_grpc.RetrieverServicer):
+    """The Retriever service of retriever.proto, on top of a `Retrieval`."""
+
+    def __init__(self, retrieval: Retrieval):
+        self._retrieval = retrieval
+
+    async def Embed(self, request: Any, context: ServicerContext) -> retriever_pb2.EmbedResponse:  # noqa: N802
+        return await self._retrieval.embed(request)
+
+    async def Retrieve(self, request: Any, context: ServicerContext) -> retriever_pb2.RetrieveResponse:  # noqa: N802
+        return await self._retrieval.retrieve(request)
+
+    async def Upsert(self, request: Any, context: ServicerContext) -> retriever_pb2.UpsertResponse:  # noqa: N802
+        return await self._retrieval.upsert(request)
+
+    async def Delete(self, request: Any, context: ServicerContext) -> retriever_pb2.DeleteResponse:  # noqa: N802
+        return await self._retrieval.delete(request)
 
 
 class Door(ServerInterceptor):
@@ -131,8 +153,9 @@ class Door(ServerInterceptor):
         is_open = method.startswith(OPEN)
         if not is_open and not self._credentials.may_call(authorization):
             return Code.UNAUTHENTICATED, "a bearer token is needed: authorization: Bearer .."
-        if method == RELOAD and not self._credentials.may_reload(authorization):
-            return Code.PERMISSION_DENIED, "Reload needs a token of its own, that of the server's admin_token_file"
+        if method in ADMIN and not self._credentials.may_reload(authorization):
+            name = method.rpartition("/")[2]
+            return Code.PERMISSION_DENIED, f"{name} needs a token of its own, that of the server's admin_token_file"
         # Every connection may watch health.
         limit = self._config.connections if is_open else 2 * self._config.max_concurrent_requests
         if self._calls[is_open] >= limit:

@@ -32,14 +32,15 @@ from brewjax.scoring.passes import PAGE, Bucket
 from brewjax.scoring.prefix_cache import PrefixCache
 from brewjax.scoring.scheduler import Scheduler
 from brewjax.scoring.scorer import Scorer
-from brewjax.serve import ranker_pb2_grpc
+from brewjax.serve import ranker_pb2_grpc, retriever_pb2_grpc
 from brewjax.serve.config import ServeConfig
 from brewjax.serve.connections import WILDCARDS, HttpServer, listen
 from brewjax.serve.credentials import Credentials
 from brewjax.serve.health import Health
 from brewjax.serve.http import make_app
 from brewjax.serve.refusals import ForbiddenError, Refusals
-from brewjax.serve.rpc import RANKER, Door, Ranker, channel_options
+from brewjax.serve.retrieval import Retrieval
+from brewjax.serve.rpc import RANKER, RETRIEVER, Door, Ranker, Retriever, channel_options
 from brewjax.serve.scoring_loop import ScoringLoop
 from brewjax.serve.service import Service
 from brewjax.serve.telemetry import Metrics
@@ -89,6 +90,8 @@ class Server:
         scoring_loop = ScoringLoop(scorer, scheduler, metrics, config.max_queued_tokens, batch_timeout, device)
         self._decoding = _make_decoding(bundle, config, self._mesh.build(), device)
         self.service = Service(bundle, hash_folder(folder)[:8], tasks, scoring_loop, costs, config, metrics)
+        scope = self.service.request_scope
+        self.retrieval = Retrieval(config, self._mesh, device, scope) if config.encoder else None
         self.port = self.http_port = 0
         self._http: HttpServer | None = None
         self._refusals = Refusals(metrics)
@@ -104,6 +107,9 @@ class Server:
         self._health = Health()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._rpc)
         services = [RANKER, health.SERVICE_NAME, reflection.SERVICE_NAME]
+        if self.retrieval:
+            retriever_pb2_grpc.add_RetrieverServicer_to_server(Retriever(self.retrieval), self._rpc)
+            services.append(RETRIEVER)
         if self._decoding:
             self._decoding.add_to(self._rpc)
             services.append(self._decoding.service)
@@ -130,7 +136,7 @@ class Server:
 
     async def _start_http(self, sockets: list[socket.socket]) -> None:
         self.http_port = sockets[0].getsockname()[1]
-        app = make_app(self.service, self._credentials, self._refusals)
+        app = make_app(self.service, self._credentials, self._refusals, self.retrieval)
         self._trace_http(app)
         self._http = HttpServer(app, self.config, self._credentials.ssl_context, self.service.metrics, self._refusals)
         self._http_task = asyncio.create_task(self._http.serve(sockets))
@@ -224,6 +230,8 @@ class Server:
         await asyncio.gather(*draining)
         remaining = max(0.1, limit - (time.monotonic() - start_time))
         finished = await asyncio.to_thread(self.service.scoring_loop.stop, remaining)
+        if self.retrieval:
+            await self.retrieval.close()
         log.info("stopped", extra={"finished": finished})
         return finished
 

@@ -1,4 +1,4 @@
-"""The generated modules are those of ranker.proto: `make proto` makes them anew."""
+"""The generated modules are those of the protos: `make proto` makes them anew."""
 
 from pathlib import Path
 
@@ -8,11 +8,12 @@ from grpc_tools import protoc
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_generated_modules_are_of_the_proto(tmp_path):
+def test_the_generated_modules_are_of_the_protos(tmp_path):
     includes = [f"-I{ROOT}", f"-I{Path(grpc_tools.__file__).parent / '_proto'}"]
+    protos = [f"brewjax/serve/{name}.proto" for name in ("ranker", "retriever")]
     outputs = [f"--{kind}_out={tmp_path}" for kind in ("python", "pyi", "grpc_python")]
-    assert protoc.main(["protoc", *includes, *outputs, "brewjax/serve/ranker.proto"]) == 0
+    assert protoc.main(["protoc", *includes, *outputs, *protos]) == 0
     generated = {path.name: path.read_text() for path in (tmp_path / "brewjax" / "serve").iterdir()}
-    assert len(generated) == 3
+    assert len(generated) == 6
     for name, text in generated.items():
         assert text == (ROOT / "brewjax" / "serve" / name).read_text(), name

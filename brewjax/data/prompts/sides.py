@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pydantic
 
@@ -67,10 +65,20 @@ class Sides:
         self._item_instruction = config.item_instruction.format(**nouns)
 
     def member(self, example: RankingExample) -> list[int]:
-        """The tokens of a member as of an example's cutoff time. The oldest events are left out to fit."""
-        # A question keeps its place in the budget, so that the text is the prefix that the ranker reads.
-        prompt = self._verbalizer.prompt(self._task, example.select(slice(0, 1)), self._prompts.score_style)
-        encoded = encode(dataclasses.replace(prompt, questions=()), self._verbalizer.tokenizer, "dense")
+        """The tokens of a member as of an example's cutoff time. The oldest events are left out to fit.
+
+        Its candidates play no part: what the member goes on to must not show in how much of the history fits.
+
+        Raises:
+          ValueError: the profile alone does not fit.
+        """
+        try:
+            prompt = self._verbalizer.prompt(self._task, example.select(slice(0, 0)), self._prompts.score_style)
+        except ValueError:
+            dataset = self._verbalizer.dataset
+            member = f"{dataset.card.members.noun} {dataset.member_id(example.member)}"
+            raise ValueError(f"the profile of {member} has more than {self._prompts.max_tokens:,} tokens") from None
+        encoded = encode(prompt, self._verbalizer.tokenizer, "dense")
         return [token for piece in encoded.prefix_pieces for token in piece] + self._verbalizer.tokenizer.eos
 
     def items(self, rows: np.ndarray, time: int) -> list[list[int]]:

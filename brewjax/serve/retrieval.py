@@ -1,0 +1,260 @@
+"""`Retrieval`: embeds members, items and texts, and finds the nearest items in an index that callers change."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from brewjax.data.tables.card import Card
+from brewjax.model.sharding import MeshConfig
+from brewjax.retrieve.encoder import Encoder
+from brewjax.retrieve.index import CONFIG, Hits, Id, Index, IndexConfig
+from brewjax.serve import ranker_pb2
+from brewjax.serve import retriever_pb2 as pb
+from brewjax.serve.batching import Batcher
+from brewjax.serve.config import ServeConfig
+from brewjax.serve.members import read_items, read_member
+from brewjax.serve.refusals import MAX_ID
+from brewjax.serve.texts import Texts
+
+BATCH = 256  # texts that are embedded, or queries that are searched for, at once
+Scope = Callable[[str, str], AbstractContextManager[None]]  # of a request: method, request_id
+
+
+class Query(NamedTuple):
+    """One search: a vector, how many items, and which."""
+
+    vector: np.ndarray
+    k: int
+    required: int
+    banned: int
+    exclude: frozenset[Id]
+
+
+class Retrieval:
+    """An encoder and, where there is one, an index of its vectors.
+
+    Args:
+      config: names their folders, and has the limits of requests.
+      mesh: the devices of the encoder.
+      device: is held by whatever computes on them.
+      scope: counts, times and logs a request.
+
+    Raises:
+      ConfigError: the folder is no encoder's, or the index has vectors of another encoder.
+    """
+
+    def __init__(self, config: ServeConfig, mesh: MeshConfig, device: threading.Lock, scope: Scope):
+        folder = config.encoder or ""
+        self.config, self._device, self._scope = config, device, scope
+        self.encoder, self.model = Encoder.load(folder, mesh), Encoder.version(folder)
+        self._texts = Texts(self.encoder.bundle.tokenizer, config.special_tokens)
+        self.index = self._open_index(config) if config.index else None
+        self._embed = Batcher(self._embed_texts, BATCH)
+        self._search = Batcher(self._search_index, BATCH)
+        self._embed_texts([self.encoder.bundle.tokenizer.with_bos([0])])  # compiles before the first request
+
+    def _open_index(self, config: ServeConfig) -> Index:
+        folder = Path(config.index or "")
+        if not (folder / CONFIG).is_file():
+            size = self.encoder.check_dimensions(None)
+            return Index.create(folder, IndexConfig(dimensions=size, ids="text", model=self.model))
+        index = Index(folder)
+        if index.config.model != self.model:
+            made = f"of encoder {index.config.model}" if index.config.model else "that do not say of which encoder"
+            raise config.error(f"{folder} has vectors {made}; this one is {self.model}: build it anew", "index")
+        return index
+
+    async def embed(self, request: pb.EmbedRequest) -> pb.EmbedResponse:
+        """Vectors of members, items, texts or tokens. Raises ValueError naming the field that is wrong."""
+        request_id = self._request_id(request.request_id)
+        with self._scope("Embed", request_id):
+            self._check_count(len(request.inputs), "inputs")
+            size = self.encoder.check_dimensions(request.dimensions or None)
+            texts = [self._read_input(entry, f"inputs[{n}]") for n, entry in enumerate(request.inputs)]
+            vectors = np.stack(await self._embed(texts))
+            return pb.EmbedResponse(
+                request_id=request_id,
+                vectors=[pb.Vector(values=vector) for vector in truncate(vectors, size)],
+                tokens=sum(map(len, texts)),
+                model=self.model,
+            )
+
+    async def retrieve(self, request: pb.RetrieveRequest) -> pb.RetrieveResponse:
+        """The nearest items. Raises ValueError naming the field that is wrong."""
+        request_id = self._request_id(request.request_id)
+        with self._scope("Retrieve", request_id):
+            index = self._need_index()
+            if not 0 < request.k <= self.config.max_retrieved:
+                raise ValueError(f"k: {request.k:,}; give 1 to {self.config.max_retrieved:,}")
+            exclude = frozenset(self._read_id(id_, "exclude") for id_ in request.exclude)
+            vector = await self._query_vector(request, index)
+            query = Query(vector, request.k, request.required, request.banned, exclude)
+            ((ids, scores),) = await self._search([query])
+            hits = [pb.Hit(id=str(id_), score=score) for id_, score in zip(ids, scores.tolist(), strict=True)]
+            return pb.RetrieveResponse(request_id=request_id, hits=hits, model=self.model)
+
+    async def upsert(self, request: pb.UpsertRequest) -> pb.UpsertResponse:
+        """Adds or replaces items: all of the request's, or none. Raises ValueError naming the field that is wrong."""
+        request_id = self._request_id(request.request_id)
+        with self._scope("Upsert", request_id):
+            index = self._need_index()
+            self._check_count(len(request.items), "items")
+            ids = [self._read_id(item.id, f"items[{n}].id") for n, item in enumerate(request.items)]
+            vectors: dict[int, np.ndarray] = {}
+            texts: dict[int, list[int]] = {}
+            for n, item in enumerate(request.items):
+                match item.WhichOneof("content"):
+                    case "vector":
+                        vectors[n] = self._read_vector(item.vector, index, f"items[{n}].vector")
+                    case "item":
+                        texts[n] = self._read_item(item.item, f"items[{n}].item")
+                    case "text":
+                        texts[n] = self._read_text(item.text, f"items[{n}].text")
+                    case _:
+                        raise ValueError(f"items[{n}]: give item, vector or text")
+            embedded = truncate(np.stack(await self._embed([*texts.values()])), self._size(index)) if texts else ()
+            vectors |= dict(zip(texts, embedded, strict=True))
+            bits = np.array([item.bits for item in request.items], np.int32)
+            stacked = np.stack([vectors[n] for n in range(len(ids))])
+            await asyncio.to_thread(index.upsert, ids, stacked, bits)
+            return pb.UpsertResponse(request_id=request_id, items=len(index), model=self.model)
+
+    async def delete(self, request: pb.DeleteRequest) -> pb.DeleteResponse:
+        """Takes items out."""
+        request_id = self._request_id(request.request_id)
+        with self._scope("Delete", request_id):
+            index = self._need_index()
+            self._check_count(len(request.ids), "ids")
+            ids = [self._read_id(id_, f"ids[{n}]") for n, id_ in enumerate(request.ids)]
+            return pb.DeleteResponse(request_id=request_id, deleted=await asyncio.to_thread(index.delete, ids))
+
+    async def close(self) -> None:
+        """Waits for changes that are being written."""
+        if self.index:
+            await asyncio.to_thread(self.index.close)
+
+    # --- reading requests
+
+    def _request_id(self, request_id: str) -> str:
+        if len(request_id) > MAX_ID:
+            raise ValueError(f"request_id: {len(request_id):,} characters; give at most {MAX_ID}")
+        return request_id or uuid.uuid4().hex
+
+    def _check_count(self, count: int, field: str) -> None:
+        if not 0 < count <= self.config.max_candidates:
+            raise ValueError(f"{field}: {count:,} of them; give 1 to {self.config.max_candidates:,}")
+
+    def _need_index(self) -> Index:
+        if self.index is None:
+            raise ValueError("this server has an encoder, but no index (set `index`)")
+        return self.index
+
+    def _need_card(self, field: str) -> Card:
+        card = self.encoder.bundle.card
+        if card is None:
+            raise ValueError(f"{field}: this encoder has no dataset's card; send a text")
+        return card
+
+    def _read_input(self, entry: pb.Input, field: str) -> list[int]:
+        match entry.WhichOneof("kind"):
+            case "member":
+                return self._read_member(entry.member, f"{field}.member")
+            case "item":
+                return self._read_item(entry.item, f"{field}.item")
+            case "text":
+                return self._read_text(entry.text, f"{field}.text")
+            case "tokens":
+                return self._read_tokens(entry.tokens.ids, f"{field}.tokens")
+        raise ValueError(f"{field}: give member, item, text or tokens")
+
+    def _read_member(self, member: ranker_pb2.Member, field: str) -> list[int]:
+        task = self.encoder.task
+        if member.task not in ("", task.name):
+            raise ValueError(f"{field}.task: '{member.task}'; this encoder reads the history of task '{task.name}'")
+        tables, example = read_member(self._need_card(field), task, member)
+        return self.encoder.sides(tables).member(example)
+
+    def _read_item(self, item: pb.Attributes, field: str) -> list[int]:
+        tables = read_items(self._need_card(field), {field: item.values})
+        return self.encoder.sides(tables).items(np.zeros(1, int), int(time.time() * 1e6))[0]
+
+    def _read_text(self, text: str, field: str) -> list[int]:
+        tokenizer = self.encoder.bundle.tokenizer
+        (tokens,) = self._texts.read([text], self.encoder.bundle.prompts.max_tokens, [field], begins=True)
+        return self._check_tokens(tokenizer.with_bos(tokens) + tokenizer.eos if tokens else [], field)
+
+    def _read_tokens(self, tokens: Sequence[int], field: str) -> list[int]:
+        limit, size = self.encoder.bundle.prompts.max_tokens, self.encoder.bundle.model.vocab_size
+        if len(tokens) > limit:
+            raise ValueError(f"{field}: {len(tokens):,} tokens; at most {limit:,} are read")
+        if tokens and max(tokens) >= size:
+            raise ValueError(f"{field}: no token {max(tokens)}; the encoder knows {size:,}")
+        return self._check_tokens([*tokens], field)
+
+    def _check_tokens(self, tokens: list[int], field: str) -> list[int]:
+        if not tokens:
+            raise ValueError(f"{field}: empty")
+        return tokens
+
+    def _read_vector(self, vector: pb.Vector, index: Index, field: str) -> np.ndarray:
+        values = np.array(vector.values, np.float32)
+        if len(values) != self._size(index):
+            raise ValueError(f"{field}: {len(values)} numbers; vectors of this index have {self._size(index)}")
+        if not np.isfinite(values).all():
+            raise ValueError(f"{field}: not all numbers are finite")
+        return values
+
+    def _read_id(self, id_: str, field: str) -> Id:
+        if self._need_index().config.ids == "text":
+            return id_
+        try:
+            return int(id_)
+        except ValueError:
+            raise ValueError(f"{field}: '{id_}'; ids of this index are whole numbers") from None
+
+    async def _query_vector(self, request: pb.RetrieveRequest, index: Index) -> np.ndarray:
+        match request.WhichOneof("query"):
+            case "vector":
+                return self._read_vector(request.vector, index, "vector")
+            case "member":
+                text = self._read_member(request.member, "member")
+            case "text":
+                text = self._read_text(request.text, "text")
+            case _:
+                raise ValueError("query: give member, vector or text")
+        return truncate(np.stack(await self._embed([text])), self._size(index))[0]
+
+    # --- computing
+
+    def _size(self, index: Index) -> int:
+        return index.config.dimensions
+
+    def _embed_texts(self, texts: Sequence[list[int]]) -> list[np.ndarray]:
+        with self._device:
+            return list(self.encoder.embed(texts))
+
+    def _search_index(self, queries: Sequence[Query]) -> list[Hits]:
+        """All queries in one scan, each with its own filter; each then gets its own k."""
+        hits = self._need_index().search(
+            np.stack([query.vector for query in queries]),
+            max(query.k for query in queries),
+            [query.required for query in queries],
+            [query.banned for query in queries],
+            [query.exclude for query in queries],
+        )
+        return [Hits(ids[: query.k], scores[: query.k]) for query, (ids, scores) in zip(queries, hits, strict=True)]
+
+
+def truncate(vectors: np.ndarray, size: int) -> np.ndarray:
+    """The first `size` numbers of vectors [n, D], at length 1."""
+    beginnings = vectors[:, :size]
+    return beginnings / np.maximum(np.linalg.norm(beginnings, axis=1, keepdims=True), np.finfo(np.float32).tiny)
