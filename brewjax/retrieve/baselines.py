@@ -40,10 +40,10 @@ def als(dataset: Dataset, queries: Queries) -> Scores:
     import threadpoolctl
     from implicit.als import AlternatingLeastSquares
 
-    model = AlternatingLeastSquares(factors=FACTORS, random_state=0)
     with threadpoolctl.threadpool_limits(1, "blas"):  # implicit has threads of its own
+        model = AlternatingLeastSquares(factors=FACTORS, random_state=0)
         model.fit(queries.past, show_progress=False)
-    factors = model.recalculate_user(np.arange(len(queries)), queries.history.astype(np.float32))
+        factors = model.recalculate_user(np.arange(len(queries)), queries.history)
     return np.asarray(factors) @ np.asarray(model.item_factors).T
 
 

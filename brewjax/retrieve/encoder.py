@@ -30,7 +30,7 @@ from brewjax.data.tasks.task import Task
 from brewjax.fingerprint import hash_folder
 from brewjax.model.config import ModelConfig
 from brewjax.model.params import MODEL, Params, bind
-from brewjax.model.pooling import Pooling, pool, unit
+from brewjax.model.pooling import Pooling, pool
 from brewjax.model.sharding import BATCH_AXES, MeshConfig, data_parallel_size
 from pallas_kernels.token_labels import ALL, PADDING, TokenLabels
 
@@ -131,9 +131,9 @@ class Encoder:
             if not len(text):
                 raise ValueError(f"text {number} is empty")
             self.bundle.model.check_length(len(text), f"text {number}")
-        vectors = np.zeros((len(texts), size), np.float32)
+        pooled = np.zeros((len(texts), self.bundle.model.d_model), np.float32)
         if not len(texts):
-            return vectors
+            return pooled[:, :size]
         shares = data_parallel_size(self._mesh)
         lengths = np.array([len(text) for text in texts])
         row_tokens = max(_round_up(lengths.max()), min(ROW_TOKENS, _round_up(lengths.sum())), SHORT_ROW)
@@ -143,22 +143,29 @@ class Encoder:
         for start in range(0, len(packed), rows):
             part = packed[start : start + rows]
             batch = _Rows.of([[texts[n] for n in numbers] for numbers in part], rows, row_tokens)
-            pending.append((part, self._embed(batch, size)))
+            pending.append((part, self._embed(batch)))
             if len(pending) > 1:
-                _collect(vectors, *pending.pop(0))
+                _collect(pooled, *pending.pop(0))
         for call in pending:
-            _collect(vectors, *call)
-        return vectors
+            _collect(pooled, *call)
+        return truncate(pooled, size)
 
     @functools.cached_property
     def _mesh(self) -> jax.sharding.Mesh:
         return self.bundle.mesh.build()
 
-    def _embed(self, rows: _Rows, size: int) -> Float[Array, "B N D"]:
+    def _embed(self, rows: _Rows) -> Float[Array, "B N D"]:
         with jax.set_mesh(self._mesh):
             placed = jax.device_put(rows, NamedSharding(self._mesh, jax.P(BATCH_AXES, None)))
             num_texts = rows.tokens.shape[1] // MIN_TOKENS
-            return _embed_rows(self.bundle.model, self.config.pooling, size, num_texts, self.bundle.params, placed)
+            return _embed_rows(self.bundle.model, self.config.pooling, num_texts, self.bundle.params, placed)
+
+
+def truncate(vectors: Float[np.ndarray, "N D"], size: int) -> Float[np.ndarray, "N d"]:
+    """The first `size` numbers of each vector, scaled to length 1; a vector of 0 stays 0."""
+    beginnings = vectors[:, :size]
+    lengths = np.linalg.norm(beginnings, axis=1, keepdims=True)
+    return beginnings / np.where(lengths > 0, lengths, 1)
 
 
 class _Rows(NamedTuple):
@@ -181,21 +188,21 @@ class _Rows(NamedTuple):
         return arrays
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _embed_rows(
-    model: ModelConfig, pooling: Pooling, size: int, num_texts: int, params: Params, rows: _Rows
+    model: ModelConfig, pooling: Pooling, num_texts: int, params: Params, rows: _Rows
 ) -> Float[Array, "B N D"]:
     decoder = bind(model, params)
     example_id = jnp.asarray(rows.example_id)
     token_labels = TokenLabels(example_id, jnp.zeros_like(example_id), jnp.full_like(example_id, ALL))
     hidden = decoder(jnp.asarray(rows.tokens), jnp.asarray(rows.positions), token_labels)
-    return unit(pool(decoder, hidden, token_labels, num_texts, pooling), size)
+    return pool(decoder, hidden, token_labels, num_texts, pooling)
 
 
-def _collect(vectors: np.ndarray, packed: Sequence[Sequence[int]], embedded: Array) -> None:
+def _collect(pooled: np.ndarray, packed: Sequence[Sequence[int]], embedded: Array) -> None:
     of_rows = np.asarray(embedded)
     for numbers, row in zip(packed, of_rows, strict=False):
-        vectors[numbers] = row[: len(numbers)]
+        pooled[numbers] = row[: len(numbers)]
 
 
 def _pack(lengths: np.ndarray, row_tokens: int, max_texts: int) -> list[list[int]]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +16,7 @@ import numpy as np
 
 from brewjax.data.tables.card import Card
 from brewjax.model.sharding import MeshConfig
-from brewjax.retrieve.encoder import Encoder
+from brewjax.retrieve.encoder import Encoder, truncate
 from brewjax.retrieve.index import CONFIG, Hits, Id, Index, IndexConfig
 from brewjax.serve import ranker_pb2
 from brewjax.serve import retriever_pb2 as pb
@@ -75,11 +76,10 @@ class Retrieval:
 
     async def embed(self, request: pb.EmbedRequest) -> pb.EmbedResponse:
         """Vectors of members, items, texts or tokens. Raises ValueError naming the field that is wrong."""
-        request_id = self._request_id(request.request_id)
-        with self._scope("Embed", request_id):
+        async with self._request_scope("Embed", request.request_id) as request_id:
             self._check_count(len(request.inputs), "inputs")
             size = self.encoder.check_dimensions(request.dimensions or None)
-            texts = [self._read_input(entry, f"inputs[{n}]") for n, entry in enumerate(request.inputs)]
+            texts = await asyncio.to_thread(self._read_inputs, request.inputs)
             vectors = np.stack(await self._embed(texts))
             return pb.EmbedResponse(
                 request_id=request_id,
@@ -90,8 +90,7 @@ class Retrieval:
 
     async def retrieve(self, request: pb.RetrieveRequest) -> pb.RetrieveResponse:
         """The nearest items. Raises ValueError naming the field that is wrong."""
-        request_id = self._request_id(request.request_id)
-        with self._scope("Retrieve", request_id):
+        async with self._request_scope("Retrieve", request.request_id) as request_id:
             index = self._need_index()
             if not 0 < request.k <= self.config.max_retrieved:
                 raise ValueError(f"k: {request.k:,}; give 1 to {self.config.max_retrieved:,}")
@@ -104,23 +103,11 @@ class Retrieval:
 
     async def upsert(self, request: pb.UpsertRequest) -> pb.UpsertResponse:
         """Adds or replaces items: all of the request's, or none. Raises ValueError naming the field that is wrong."""
-        request_id = self._request_id(request.request_id)
-        with self._scope("Upsert", request_id):
+        async with self._request_scope("Upsert", request.request_id) as request_id:
             index = self._need_index()
             self._check_count(len(request.items), "items")
             ids = [self._read_id(item.id, f"items[{n}].id") for n, item in enumerate(request.items)]
-            vectors: dict[int, np.ndarray] = {}
-            texts: dict[int, list[int]] = {}
-            for n, item in enumerate(request.items):
-                match item.WhichOneof("content"):
-                    case "vector":
-                        vectors[n] = self._read_vector(item.vector, index, f"items[{n}].vector")
-                    case "item":
-                        texts[n] = self._read_item(item.item, f"items[{n}].item")
-                    case "text":
-                        texts[n] = self._read_text(item.text, f"items[{n}].text")
-                    case _:
-                        raise ValueError(f"items[{n}]: give item, vector or text")
+            texts, vectors = await asyncio.to_thread(self._read_contents, request.items, index)
             embedded = truncate(np.stack(await self._embed([*texts.values()])), self._size(index)) if texts else ()
             vectors |= dict(zip(texts, embedded, strict=True))
             bits = np.array([item.bits for item in request.items], np.int32)
@@ -130,8 +117,7 @@ class Retrieval:
 
     async def delete(self, request: pb.DeleteRequest) -> pb.DeleteResponse:
         """Takes items out."""
-        request_id = self._request_id(request.request_id)
-        with self._scope("Delete", request_id):
+        async with self._request_scope("Delete", request.request_id) as request_id:
             index = self._need_index()
             self._check_count(len(request.ids), "ids")
             ids = [self._read_id(id_, f"ids[{n}]") for n, id_ in enumerate(request.ids)]
@@ -144,10 +130,18 @@ class Retrieval:
 
     # --- reading requests
 
-    def _request_id(self, request_id: str) -> str:
-        if len(request_id) > MAX_ID:
-            raise ValueError(f"request_id: {len(request_id):,} characters; give at most {MAX_ID}")
-        return request_id or uuid.uuid4().hex
+    @contextlib.asynccontextmanager
+    async def _request_scope(self, method: str, request_id: str) -> AsyncIterator[str]:
+        """Yields the request's id, made up when empty; raises TimeoutError after `timeout_seconds`."""
+        limit = self.config.timeout_seconds
+        with self._scope(method, request_id[:MAX_ID]):
+            if len(request_id) > MAX_ID:
+                raise ValueError(f"request_id: {len(request_id):,} characters; give at most {MAX_ID}")
+            try:
+                async with asyncio.timeout(limit):
+                    yield request_id or uuid.uuid4().hex
+            except TimeoutError:
+                raise TimeoutError(f"not answered within {limit:g} seconds") from None
 
     def _check_count(self, count: int, field: str) -> None:
         if not 0 < count <= self.config.max_candidates:
@@ -164,6 +158,9 @@ class Retrieval:
             raise ValueError(f"{field}: this encoder has no dataset's card; send a text")
         return card
 
+    def _read_inputs(self, inputs: Sequence[pb.Input]) -> list[list[int]]:
+        return [self._read_input(entry, f"inputs[{n}]") for n, entry in enumerate(inputs)]
+
     def _read_input(self, entry: pb.Input, field: str) -> list[int]:
         match entry.WhichOneof("kind"):
             case "member":
@@ -175,6 +172,24 @@ class Retrieval:
             case "tokens":
                 return self._read_tokens(entry.tokens.ids, f"{field}.tokens")
         raise ValueError(f"{field}: give member, item, text or tokens")
+
+    def _read_contents(
+        self, items: Sequence[pb.IndexedItem], index: Index
+    ) -> tuple[dict[int, list[int]], dict[int, np.ndarray]]:
+        """The texts of items to embed, and the vectors of the others, by their number."""
+        texts: dict[int, list[int]] = {}
+        vectors: dict[int, np.ndarray] = {}
+        for n, item in enumerate(items):
+            match item.WhichOneof("content"):
+                case "vector":
+                    vectors[n] = self._read_vector(item.vector, index, f"items[{n}].vector")
+                case "item":
+                    texts[n] = self._read_item(item.item, f"items[{n}].item")
+                case "text":
+                    texts[n] = self._read_text(item.text, f"items[{n}].text")
+                case _:
+                    raise ValueError(f"items[{n}]: give item, vector or text")
+        return texts, vectors
 
     def _read_member(self, member: ranker_pb2.Member, field: str) -> list[int]:
         task = self.encoder.task
@@ -226,7 +241,7 @@ class Retrieval:
             case "vector":
                 return self._read_vector(request.vector, index, "vector")
             case "member":
-                text = self._read_member(request.member, "member")
+                text = await asyncio.to_thread(self._read_member, request.member, "member")
             case "text":
                 text = self._read_text(request.text, "text")
             case _:
@@ -252,9 +267,3 @@ class Retrieval:
             [query.exclude for query in queries],
         )
         return [Hits(ids[: query.k], scores[: query.k]) for query, (ids, scores) in zip(queries, hits, strict=True)]
-
-
-def truncate(vectors: np.ndarray, size: int) -> np.ndarray:
-    """The first `size` numbers of vectors [n, D], at length 1."""
-    beginnings = vectors[:, :size]
-    return beginnings / np.maximum(np.linalg.norm(beginnings, axis=1, keepdims=True), np.finfo(np.float32).tiny)

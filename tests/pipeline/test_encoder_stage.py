@@ -26,6 +26,7 @@ def make_recipe(tmp_path, monkeypatch):
     return lambda stage: Recipe.parse(f"{BASE}stages:\n  encoder: {{do: contrastive, {stage}}}\n")
 
 
+@pytest.mark.long
 def test_a_recipe_leaves_an_encoder_and_its_recall(make_recipe, tmp_path, capsys):
     recipe = make_recipe("data: {item_instruction: 'A {item}.'}, loss: {dimensions: [8], pooling: last}")
     run_recipe(recipe, tmp_path / "run")

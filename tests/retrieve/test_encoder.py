@@ -31,12 +31,15 @@ def random_texts(count: int, longest: int = 40) -> list[list[int]]:
     return [random.integers(3, 500, length).tolist() for length in random.integers(1, longest, count)]
 
 
-@pytest.mark.parametrize(("family", "pooling"), [("llama", "mean"), ("qwen", "last"), ("experts", "mean")])
+@pytest.mark.parametrize(
+    ("family", "pooling"),
+    [("llama", "mean"), ("qwen", "last"), pytest.param("experts", "mean", marks=pytest.mark.long)],
+)
 def test_a_text_has_one_vector_alone_and_packed(make_encoder, family, pooling):
     encoder, texts = make_encoder(FAMILIES[family], pooling=pooling), random_texts(150)
     packed = encoder.embed(texts)
     np.testing.assert_allclose(np.linalg.norm(packed, axis=1), 1, atol=1e-5)
-    for number in (0, 1, 149):
+    for number in (0, 149):
         np.testing.assert_allclose(encoder.embed([texts[number]])[0], packed[number], atol=2e-5)
     assert packed.std(0).mean() > 0.05
 
@@ -55,7 +58,7 @@ def test_a_vector_is_pooled_from_the_hidden_states_of_its_tokens(make_encoder, p
 
 
 def test_a_truncated_vector_is_the_beginning_of_the_whole_one_at_length_1(make_encoder):
-    encoder, texts = make_encoder(), random_texts(5)
+    encoder, texts = make_encoder(), random_texts(2, 20)
     whole, short = encoder.embed(texts), encoder.embed(texts, 4)
     np.testing.assert_allclose(short, whole[:, :4] / np.linalg.norm(whole[:, :4], axis=1, keepdims=True), atol=1e-5)
     with pytest.raises(ValueError, match=r"dimensions 5: this encoder's vectors have 4, 8, 16"):
@@ -76,7 +79,7 @@ def test_an_encoder_goes_through_a_folder(make_encoder, jobs, tmp_path):
     encoder.save(tmp_path / "model")
     loaded = Encoder.load(tmp_path / "model")
     assert loaded.config == encoder.config
-    rows, time = np.arange(5), moment(100)
+    rows, time = np.arange(1), moment(100)
     np.testing.assert_array_equal(loaded.embed_items(jobs, rows, time), encoder.embed_items(jobs, rows, time))
     (tmp_path / "model" / "encoder.yaml").unlink()
     with pytest.raises(ConfigError, match=r"no encoder\.yaml there: a model, but not trained by"):

@@ -34,7 +34,7 @@ from tests.tiny import MODEL, params
 
 ADAM = OptimizerConfig(learning_rate=0.02, warmup=2, schedule="constant")
 CONFIG = TrainConfig(steps=6, batch_size=8, seq_len=48, optimizer=ADAM, checkpoint_every_steps=3)
-LOSS = Contrastive(dimensions=(4, 8), temperature=0.2)
+LOSS = Contrastive(dimensions=(8,), temperature=0.2)
 
 
 def toy(number: int) -> ContrastiveExample:
