@@ -77,7 +77,7 @@ def item_texts(dataset: Dataset) -> list[str]:
     columns = [
         dataset.items[attribute.column].to_pylist()
         for attribute in dataset.card.items.attributes
-        if attribute.kind in ("text", "category", "list") and not attribute.derive
+        if attribute.kind in ("text", "category", "list")
     ]
     texts = []
     for values in zip(*columns, strict=True):

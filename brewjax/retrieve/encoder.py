@@ -22,9 +22,8 @@ from brewjax import distributed
 from brewjax.bundle.bundle import Bundle
 from brewjax.config import ConfigError
 from brewjax.data.prompts.sides import SideConfig, Sides
-from brewjax.data.prompts.verbalize import Verbalizer
 from brewjax.data.tables.dataset import Dataset
-from brewjax.data.tables.statistics import Percentiles
+from brewjax.data.tables.statistics import FactSource
 from brewjax.data.tasks.examples import RankingExample
 from brewjax.data.tasks.task import Task
 from brewjax.fingerprint import hash_folder
@@ -85,12 +84,13 @@ class Encoder:
         """The task whose history members' texts hold."""
         return self.config.choose([*self.bundle.tasks])
 
-    def sides(self, dataset: Dataset) -> Sides:
-        """Writes the texts of a dataset's members and items as in training, with the percentiles of training."""
-        percentiles = Percentiles(self.bundle.scale.quantiles if self.bundle.scale else {})
-        prompts = self.bundle.prompts
-        verbalizer = Verbalizer(dataset, percentiles, self.bundle.tokenizer, prompts.max_tokens, prompts.chat)
-        return Sides(verbalizer, self.task, prompts, self.config)
+    def sides(self, dataset: Dataset, facts: FactSource | None = None) -> Sides:
+        """Writes the texts of a dataset's members and items as in training, with the percentiles of training.
+
+        `facts` are those that a request brings; by default they are computed from the dataset's events.
+        """
+        verbalizer = self.bundle.request_verbalizer(dataset, facts)
+        return Sides(verbalizer, self.task, self.bundle.prompts, self.config)
 
     def embed_members(
         self, dataset: Dataset, examples: Sequence[RankingExample], dimensions: int | None = None

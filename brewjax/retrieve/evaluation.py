@@ -58,7 +58,8 @@ def evaluate_retrieval(
     """Recall of the encoder and of the baselines in the test period of the encoder's task.
 
     Items are described as of the start of the test period, as an index that was built then has them; members as of
-    each query's own time. Items that a member had an event with are retrieved by no method.
+    each query's own time. Items that the task would not ask about at that time, such as those that the
+    member knows, are retrieved by no method.
 
     Args:
       ks: how many items are retrieved; a k beyond the catalogue retrieves all of it.
@@ -70,7 +71,7 @@ def evaluate_retrieval(
     ranks = {ENCODER_NAME: _search(encoder, dataset, queries, max(ks), dimensions)}
     for name, compute in BASELINES.items():
         try:
-            ranks[name] = rank(compute(dataset, queries), queries.seen, max(ks))
+            ranks[name] = rank(compute(dataset, queries), queries.excluded, max(ks))
         except ModuleNotFoundError as error:
             print_line(f"{name} is left out: pip install {error.name}", stderr=True)
     recalls = {name: {k: recall_at(ranked, queries.positives, k) for k in ks} for name, ranked in ranks.items()}
@@ -84,17 +85,17 @@ def _search(encoder: Encoder, dataset: Dataset, queries: Queries, k: int, dimens
     with tempfile.TemporaryDirectory() as folder:
         index = Index.create(Path(folder) / "items", IndexConfig(dimensions=members.shape[1]))
         index.upsert(rows.tolist(), encoder.embed_items(dataset, rows, queries.time, dimensions))
-        hits = index.search(members, k, exclude=[seen.tolist() for seen in queries.seen])
+        hits = index.search(members, k, exclude=[items.tolist() for items in queries.excluded])
         index.close()
     return [np.array(ids, np.int64) for ids, _ in hits]
 
 
-def rank(scores: Scores, seen: Sequence[np.ndarray], k: int) -> list[np.ndarray]:
-    """Rows of the k best items of each query without those in `seen`; equal scores come in the order of rows."""
+def rank(scores: Scores, excluded: Sequence[np.ndarray], k: int) -> list[np.ndarray]:
+    """Rows of the k best items of each query without those in `excluded`; equal scores come in the order of rows."""
     ranked = []
-    for query_scores, known in zip(scores, seen, strict=True):
+    for query_scores, absent in zip(scores, excluded, strict=True):
         order = np.argsort(-query_scores, kind="stable")
-        ranked.append(order[~np.isin(order, known)][:k])
+        ranked.append(order[~np.isin(order, absent)][:k])
     return ranked
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import scipy.sparse
 
 from brewjax.data.tables.dataset import Dataset
-from brewjax.data.tasks.examples import RankingExample, labelled_events, sample_examples
+from brewjax.data.tasks.examples import RankingExample, example_at, sample_examples
+from brewjax.data.tasks.questions import find_questions
 from brewjax.data.tasks.task import Task
 
 
@@ -19,16 +20,17 @@ class Queries:
     Attributes:
       examples: the member, cutoff time and history of each query.
       time: microseconds since 1970, at which the catalogue is described: the start of the test period.
-      positives: per query, rows of the items of the best label that the member went on to, and had no event with.
-      seen: per query, rows of the items that the member had an event with before; they are not retrieved.
+      positives: per query, rows of the items of the best label that the member went on to.
+      excluded: per query, rows of the items that the task would not ask about then: outside of their lives, or known to
+        the member unless the task asks repeats. No method retrieves them.
       past: float32 [members, items], 1 at a positive before `time`.
-      history: float32 [queries, items], 1 at a positive of the member before the query's cutoff time.
+      history: float32 [queries, items], 1 at a positive of the member that was known at the query's cutoff time.
     """
 
     examples: list[RankingExample]
     time: int
     positives: list[np.ndarray]
-    seen: list[np.ndarray]
+    excluded: list[np.ndarray]
     past: scipy.sparse.csr_matrix
     history: scipy.sparse.csr_matrix
 
@@ -47,32 +49,35 @@ def select_queries(dataset: Dataset, task: Task, max_examples: int | None = None
     Raises:
       ValueError: there is none.
     """
-    best = int(np.argmax(task.values))
-    examples, positives, seen = [], [], []
+    best, num_items = int(np.argmax(task.values)), len(dataset.items)
+    examples, positives, excluded = [], [], []
     for example in sample_examples(dataset, task, "test", max_examples):
-        start = dataset.member_offsets[example.member]
-        known = np.unique(dataset.event_item[start : start + example.num_past_events])
-        new_items = np.setdiff1d(example.candidates[example.labels == best], known)
+        try:
+            eligible = example_at(dataset, task, example.member, example.cutoff_time).candidates
+        except ValueError:  # no item is left
+            continue
+        new_items = np.intersect1d(example.candidates[example.labels == best], eligible)
         if len(new_items):
             examples.append(example)
             positives.append(new_items)
-            seen.append(known)
+            excluded.append(np.setdiff1d(np.arange(num_items), eligible))
     if not examples:
         raise ValueError(f"task '{task.name}': its test period has no item of its best label that is new to a member")
-    events, labels = labelled_events(dataset, task)
-    events = events[labels == best]
     time = task.boundaries(dataset)[1]
-    num_items = len(dataset.items)
-    before = events[dataset.event_time[events] < time]
-    past = _indicator(dataset.event_member[before], dataset.event_item[before], (len(dataset.members), num_items))
+    before = find_questions(dataset, task, time)
+    events = before.events[before.labels == best]
+    past = _indicator(dataset.event_member[events], dataset.event_item[events], (len(dataset.members), num_items))
+    questions = find_questions(dataset, task)
+    questions = questions.select(questions.labels == best)
+    member = dataset.event_member[questions.events]
     rows, items = [], []
     for row, example in enumerate(examples):
-        first = dataset.member_offsets[example.member]
-        start, end = np.searchsorted(events, [first, first + example.num_past_events])
-        items.append(dataset.event_item[events[start:end]])
-        rows.append(np.full(end - start, row))
+        first, last = np.searchsorted(member, [example.member, example.member + 1])
+        chosen = questions.events[first:last][questions.known[first:last] < example.cutoff_time]
+        items.append(dataset.event_item[chosen])
+        rows.append(np.full(len(chosen), row))
     history = _indicator(np.concatenate(rows), np.concatenate(items), (len(examples), num_items))
-    return Queries(examples, time, positives, seen, past, history)
+    return Queries(examples, time, positives, excluded, past, history)
 
 
 def _indicator(rows: np.ndarray, items: np.ndarray, shape: tuple[int, int]) -> scipy.sparse.csr_matrix:

@@ -15,6 +15,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from brewjax.bundle.bundle import Bundle
 from brewjax.data.tables.card import Attribute, Card
 from brewjax.data.tables.dataset import Dataset
+from brewjax.data.tables.facts import Fact, FactGroup
+from brewjax.data.tables.statistics import floats
 from brewjax.data.tasks.examples import RankingExample, history_before
 from brewjax.data.tasks.task import Task
 from brewjax.data.text.prompt import Prompt
@@ -42,14 +44,15 @@ def render_member(bundle: Bundle, task: Task, member: pb.Member) -> Prompt:
     tables, example = read_member(bundle.card, task, member)
     try:
         note = bundle.tokenizer.clean(member.steering_note)
-        return bundle.request_verbalizer(tables).prompt(task, example, bundle.prompts.score_style, note)
+        return bundle.request_verbalizer(tables, RequestFacts(tables)).prompt(
+            task, example, bundle.prompts.score_style, note
+        )
     except ValueError as error:
         raise ValueError(f"member: {error}") from None
 
 
-def read_member(training_card: Card, task: Task, member: pb.Member) -> tuple[Dataset, RankingExample]:
+def read_member(card: Card, task: Task, member: pb.Member) -> tuple[Dataset, RankingExample]:
     """The member of a request as a dataset of one member, and its example as of `member.now`; errors as above."""
-    card = _without_derived(training_card)
     for index, event in enumerate(member.history):
         if event.action not in card.events.actions:
             known = ", ".join(card.events.actions)
@@ -61,23 +64,35 @@ def read_member(training_card: Card, task: Task, member: pb.Member) -> tuple[Dat
         [_microseconds(event.time, f"member.history[{index}].time") for index, event in enumerate(member.history)],
         np.int64,
     )
-    order = np.argsort(times, kind="stable")
-    actions = [member.history[row].action for row in order]
-    events = _table(card.events.attributes, event_attributes(member)).take(order)
-    member_table = _table(card.members.attributes, {"member.attributes": member.attributes})
-    tables = _join(card, member_table, _table(card.items.attributes, items), events, order, actions, times[order])
     now = _microseconds(member.now, "member.now") if member.HasField("now") else int(time.time() * 1e6)
+    actions = [event.action for event in member.history]
+    events = event_attributes(member)
+    if task.questions.context:  # the exposures in question are events too, as of now, so no history holds them
+        events |= context_attributes(member)
+        actions += [task.questions.actions[0]] * len(member.items)
+        times = np.concatenate([times, np.full(len(member.items), max(now, int(times.max(initial=now))))])
+    order = np.argsort(times, kind="stable")
+    facts = card.facts
+    member_table = _table(card.members.attributes, facts.members, {"member.attributes": member.attributes})
+    item_table = _table(card.items.attributes, (*facts.items, *facts.pairs), items)
+    event_table = _table(card.events.attributes, facts.events, events).take(order)
+    ordered = [actions[row] for row in order]
+    tables = _join(card, member_table, item_table, event_table, order, ordered, times[order])
     history, num_past_events = history_before(tables, task, 0, now)
-    candidates = np.arange(len(order), len(items), dtype=np.int32)
+    candidates = np.arange(len(member.history), len(items), dtype=np.int32)
     labels = np.full(len(candidates), -1, np.int32)
-    return tables, RankingExample(task.name, 0, now, history, num_past_events, candidates, labels)
+    exposures = np.full(len(candidates), -1)
+    if task.questions.context:
+        exposures = np.argsort(order)[len(member.history) :]
+    return tables, RankingExample(task.name, 0, now, history, num_past_events, candidates, labels, exposures)
 
 
-def read_items(training_card: Card, items: Mapping[str, Attributes]) -> Dataset:
+def read_items(card: Card, items: Mapping[str, Attributes]) -> Dataset:
     """The items of a request, whose keys are fields of it, as a dataset without members and events."""
-    card, none = _without_derived(training_card), np.zeros(0, np.int64)
-    members, events = (_table(attributes, {}) for attributes in (card.members.attributes, card.events.attributes))
-    return _join(card, members, _table(card.items.attributes, items), events, none, [], none)
+    nothing = np.zeros(0, np.int64)
+    members, events = (_table(attributes, (), {}) for attributes in (card.members.attributes, card.events.attributes))
+    item_table = _table(card.items.attributes, (*card.facts.items, *card.facts.pairs), items)
+    return _join(card, members, item_table, events, nothing, [], nothing)
 
 
 def _join(
@@ -92,13 +107,13 @@ def _join(
     """A dataset of tables without ids, whose events are all of the first member."""
     return Dataset(
         Path("request"),
-        card,
+        card.model_copy(update={"events": card.events.model_copy(update={"time": "time", "request": None})}),
         members.append_column(card.members.id, pa.array(np.arange(len(members)))),
         items.append_column(card.items.id, pa.array(np.arange(len(items)))),
         events.append_column(card.events.member, pa.array(np.zeros(len(events), np.int64)))
         .append_column(card.events.item, pa.array(event_items))
         .append_column(card.events.action, pa.array(actions, pa.string()))
-        .append_column(card.events.time, pa.array(times).cast(pa.timestamp("us"))),
+        .append_column("time", pa.array(times).cast(pa.timestamp("us"))),
     )
 
 
@@ -113,10 +128,32 @@ def item_attributes(member: pb.Member) -> dict[str, Attributes]:
     return values | {f"member.items[{index}].attributes": item.attributes for index, item in enumerate(member.items)}
 
 
-def _without_derived(card: Card) -> Card:
-    """The card with no attribute to derive: a request brings the statistics of its items, as of its cutoff time."""
-    attributes = tuple(attribute.model_copy(update={"derive": None}) for attribute in card.items.attributes)
-    return card.model_copy(update={"items": card.items.model_copy(update={"attributes": attributes})})
+def context_attributes(member: pb.Member) -> dict[str, Attributes]:
+    """The attributes of the exposure of each item to score, by field of the request."""
+    return {f"member.items[{index}].context": item.context for index, item in enumerate(member.items)}
+
+
+class RequestFacts:
+    """Facts that a request brings, as of its own time: columns of its tables, by name."""
+
+    def __init__(self, tables: Dataset):
+        self._tables = tables
+
+    def values(
+        self, group: FactGroup, fact: Fact, members: np.ndarray, items: np.ndarray, times: np.ndarray
+    ) -> np.ndarray:
+        """See `FactSource`."""
+        table, rows = (self._tables.members, members) if group == "members" else (self._tables.items, items)
+        return floats(table[fact_column(fact)])[rows]
+
+    def event_values(self, fact: Fact, events: np.ndarray) -> np.ndarray:
+        """See `FactSource`."""
+        return floats(self._tables.events[fact_column(fact)])[events]
+
+
+def fact_column(fact: Fact) -> str:
+    """The column of a request's tables with the values of a fact; no attribute has a name of this form."""
+    return f"fact: {fact.name}"
 
 
 # For each kind of attribute: the type of its column, and a conversion from each kind of value that is accepted.
@@ -133,19 +170,25 @@ _KINDS: dict[str, tuple[pa.DataType, dict[str, Callable[[Any], Any]]]] = {
 }
 
 
-def _table(attributes: Sequence[Attribute], rows: Mapping[str, Attributes]) -> pa.Table:
-    """A table with a column for each attribute, and a row for each of `rows`, whose keys are fields of the request.
+def _table(attributes: Sequence[Attribute], facts: Sequence[Fact], rows: Mapping[str, Attributes]) -> pa.Table:
+    """A table with a column for each attribute and fact, and a row for each of `rows`, whose keys are fields of the
+    request.
 
     Raises ValueError naming the field of an unknown attribute, or of a value of the wrong kind.
     """
     by_column = {attribute.column: attribute for attribute in attributes}
+    by_column |= {fact.name: Attribute(column=fact.name, kind="number", where=("question",)) for fact in facts}
+    names = {fact.name: fact_column(fact) for fact in facts}
     columns: dict[str, list[Any]] = {column: [] for column in by_column}
     for field, row in rows.items():
         if unknown := set(row) - set(by_column):
             raise ValueError(f"{field}: no attribute '{min(unknown)}'; attributes: {', '.join(by_column)}")
         for column, attribute in by_column.items():
             columns[column].append(_read(attribute, row[column], field) if column in row else None)
-    arrays = {column: pa.array(values, _KINDS[by_column[column].kind][0]) for column, values in columns.items()}
+    arrays = {
+        names.get(column, column): pa.array(values, _KINDS[by_column[column].kind][0])
+        for column, values in columns.items()
+    }
     # A table without columns would have no rows: the null column keeps their number until the ids are appended.
     return pa.table({"_": pa.nulls(len(rows)), **arrays})
 

@@ -22,7 +22,7 @@ from brewjax.serve import ranker_pb2
 from brewjax.serve import retriever_pb2 as pb
 from brewjax.serve.batching import Batcher
 from brewjax.serve.config import ServeConfig
-from brewjax.serve.members import read_items, read_member
+from brewjax.serve.members import RequestFacts, read_items, read_member
 from brewjax.serve.refusals import MAX_ID
 from brewjax.serve.texts import Texts
 
@@ -196,11 +196,11 @@ class Retrieval:
         if member.task not in ("", task.name):
             raise ValueError(f"{field}.task: '{member.task}'; this encoder reads the history of task '{task.name}'")
         tables, example = read_member(self._need_card(field), task, member)
-        return self.encoder.sides(tables).member(example)
+        return self.encoder.sides(tables, RequestFacts(tables)).member(example)
 
     def _read_item(self, item: pb.Attributes, field: str) -> list[int]:
         tables = read_items(self._need_card(field), {field: item.values})
-        return self.encoder.sides(tables).items(np.zeros(1, int), int(time.time() * 1e6))[0]
+        return self.encoder.sides(tables, RequestFacts(tables)).items(np.zeros(1, int), int(time.time() * 1e6))[0]
 
     def _read_text(self, text: str, field: str) -> list[int]:
         tokenizer = self.encoder.bundle.tokenizer

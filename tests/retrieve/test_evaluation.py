@@ -35,7 +35,7 @@ def test_queries_know_nothing_later(queries):
     (example,) = queries.examples
     assert (example.member, example.cutoff_time, queries.time) == (6, moment(30), moment(24))
     assert [items.tolist() for items in queries.positives] == [[1]]
-    assert [items.tolist() for items in queries.seen] == [[0]]
+    assert [items.tolist() for items in queries.excluded] == [[0]]
     assert queries.history.toarray().tolist() == [[1, 0, 0, 0, 0, 0, 0, 0]]
     assert queries.past.sum(0).astype(int).tolist() == [[5, 4, 2, 2, 0, 0, 0, 0]]
     assert queries.num_past_events.tolist() == [1]
@@ -46,7 +46,7 @@ def test_each_baseline_finds_what_it_should(dataset, queries, name, monkeypatch)
     monkeypatch.setattr(baselines, "FACTORS", 2)  # fewer than items
     scores = BASELINES[name](dataset, queries)
     assert scores.shape == (1, 8)
-    (items,) = rank(scores, queries.seen, 8)
+    (items,) = rank(scores, queries.excluded, 8)
     assert 0 not in items  # seen
     if name == "BM25":  # by its words: the other job of the same title and company
         assert dataset.item_name(items[0]).split()[0] == dataset.item_name(0).split()[0]
