@@ -20,6 +20,7 @@ from brewjax.retrieve.queries import Queries, select_queries
 
 ENCODER_NAME = "encoder"
 KS = (10, 100, 2000)
+WIDTH = 130  # columns of the table, whatever the terminal has
 SLICES = {"all": (0, np.inf), "0-10": (0, 10), "11-100": (11, 100), "over 100": (101, np.inf)}  # past events
 
 
@@ -147,4 +148,4 @@ def print_recall(title: str, rows: Sequence[Recall], console: Console) -> None:
         shown = [f"{row.recall:.3f} ±{row.error:.3f}{lead(row)}" for row in cells]
         table.add_row(past_events, f"{cells[0].queries:,}", method, *shown)
     table.caption = "in brackets: how far the encoder is ahead"
-    console.print(table)
+    console.print(table, width=max(console.width, WIDTH), crop=False)
