@@ -8,13 +8,12 @@ from typing import Annotated, Literal, Optional
 import typer
 
 from brewjax.cli_index import ENCODER_KEY
-from brewjax.console import plain_console, print_line
+from brewjax.console import print_line
 from brewjax.devices import device_per_core
 
 # Heavy imports are inside the verbs, so that --help answers at once.
 
 app = typer.Typer(no_args_is_help=True, help="Embed members and items, and judge what an encoder retrieves.")
-console = plain_console()
 
 EncoderFolder = Annotated[Path, typer.Argument(help="A model folder that a stage `do: contrastive` made.")]
 DatasetFolder = Annotated[Path, typer.Argument(help="A folder with dataset.yaml and its Parquet files.")]
@@ -75,7 +74,7 @@ def evaluate(
     ks = _parse_ks(k)
     encoder, tables = Encoder.load(model), Dataset.load(dataset)
     rows = evaluate_retrieval(encoder, tables, ks, max_examples, dimensions)
-    print_recall(f"{encoder.task.name}: the test period", rows, console)
+    print_recall(f"{encoder.task.name}: the test period", rows)
 
 
 def _parse_ks(text: str) -> list[int]:

@@ -83,7 +83,7 @@ def report_stage(run: Run, before: Sequence[str], folder: Path) -> None:
     console, comparisons = plain_console(), []
     for name in [name for name in run.recipe.stages if name not in run.recipe.ranking_stages]:
         rows = json.loads((run.folder / f"{EVALUATE}{name}" / RETRIEVAL).read_text())
-        print_recall(name, [Recall(**row) for row in rows], console)
+        print_recall(name, [Recall(**row) for row in rows])
     stages = {name: run.recipe.stages[name] for name in run.recipe.ranking_stages}
     if not stages:
         return

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
-from brewjax.console import print_line
+from brewjax.console import plain_console, print_line
 from brewjax.data.tables.dataset import Dataset
 from brewjax.retrieve.baselines import BASELINES, Scores
 from brewjax.retrieve.encoder import Encoder
@@ -20,7 +19,7 @@ from brewjax.retrieve.queries import Queries, select_queries
 
 ENCODER_NAME = "encoder"
 KS = (10, 100, 2000)
-WIDTH = 130  # columns of the table, whatever the terminal has
+WIDTH = 140  # columns of the table, whatever the terminal has
 SLICES = {"all": (0, np.inf), "0-10": (0, 10), "11-100": (11, 100), "over 100": (101, np.inf)}  # past events
 
 
@@ -137,7 +136,7 @@ def _error(weights: np.ndarray, values: np.ndarray) -> float:
     return 1.96 * float(means.std(ddof=1))
 
 
-def print_recall(title: str, rows: Sequence[Recall], console: Console) -> None:
+def print_recall(title: str, rows: Sequence[Recall]) -> None:
     """Prints a table with a line for each method and slice, and a column for each k."""
     ks = list(dict.fromkeys(row.k for row in rows))
     table = Table("past events", "queries", "method", *(f"Recall@{k}" for k in ks), title=title, title_justify="left")
@@ -148,4 +147,4 @@ def print_recall(title: str, rows: Sequence[Recall], console: Console) -> None:
         shown = [f"{row.recall:.3f} ±{row.error:.3f}{lead(row)}" for row in cells]
         table.add_row(past_events, f"{cells[0].queries:,}", method, *shown)
     table.caption = "in brackets: how far the encoder is ahead"
-    console.print(table, width=max(console.width, WIDTH), crop=False)
+    plain_console(width=max(plain_console().width, WIDTH)).print(table, crop=False)
