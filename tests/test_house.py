@@ -30,7 +30,14 @@ FLOORS = (
     {"brewjax.evaluate", "brewjax.aot"},
     {"brewjax.serve"},
     {"brewjax.pipeline"},
-    {"brewjax.schemas", "brewjax.cli_errors", "brewjax.cli_index", "brewjax.cli_models", "brewjax.cli_retrieve"},
+    {
+        "brewjax.schemas",
+        "brewjax.cli_errors",
+        "brewjax.cli_data",
+        "brewjax.cli_index",
+        "brewjax.cli_models",
+        "brewjax.cli_retrieve",
+    },
     {"brewjax.cli"},
     {"brewjax"},
 )
