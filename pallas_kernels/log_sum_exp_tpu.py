@@ -113,7 +113,7 @@ def log_sum_exp(
         + [pltpu.VMEM((hidden_parts, n, D), jnp.bfloat16)] * (hidden.dtype == jnp.float32),
         interpret=interpret,
         cost_estimate=pl.CostEstimate(
-            flops=2 * len(_pairs(hidden_parts, head_parts)) * N * V * D,
+            flops=2 * len(pairs(hidden_parts, head_parts)) * N * V * D,
             transcendentals=N * V,
             bytes_accessed=blocks * head.size * head.dtype.itemsize + hidden.size * hidden.dtype.itemsize,
         ),
@@ -142,7 +142,7 @@ def _kernel(
 
     tokens = [split_hidden[0][p] for p in range(hidden_parts)] if split_hidden else [hidden[...]]
     words = split(head[...], head_parts) if head.dtype == jnp.float32 else [head[...]]
-    logits = sum(multiply(words[b], tokens[a]) for a, b in _pairs(hidden_parts, head_parts))
+    logits = sum(multiply(words[b], tokens[a]) for a, b in pairs(hidden_parts, head_parts))
     ids = j * v + jax.lax.broadcasted_iota(jnp.int32, (v, n), 0)
     if V % v:  # rows of the last tile that are no words, and hold anything
         logits = jnp.where(ids < V, logits, -jnp.inf)
@@ -190,7 +190,7 @@ def split(x: Float[Array, " *B"], parts: int) -> list[Float[Array, " *B"]]:
     return result
 
 
-def _pairs(hidden_parts: int, head_parts: int) -> Sequence[tuple[int, int]]:
+def pairs(hidden_parts: int, head_parts: int) -> Sequence[tuple[int, int]]:
     """Which parts to multiply, the smallest products first; smaller ones are below what the parts leave out."""
-    pairs = [(a, b) for a in range(hidden_parts) for b in range(head_parts) if a + b < max(hidden_parts, head_parts)]
-    return sorted(pairs, key=sum, reverse=True)
+    products = [(a, b) for a in range(hidden_parts) for b in range(head_parts) if a + b < max(hidden_parts, head_parts)]
+    return sorted(products, key=sum, reverse=True)
