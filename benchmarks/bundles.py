@@ -61,7 +61,7 @@ def kernel_bundles(name: str) -> Mapping[int, int]:
     (file,) = (
         file
         for file in DUMP.iterdir()
-        if re.fullmatch(rf"\d+-{re.escape(name)}[.\d]*-\d+-final_bundles\.txt", file.name)
+        if re.fullmatch(rf"\d+-\w*{re.escape(name)}[\w.]*-\d+-final_bundles\.txt", file.name)
     )
     lines = (
         re.match(r"\s*(?:0x[0-9a-f]+|0)\s+(?:\w\w)?\s*:\s*(>*)\s*\{", line) for line in file.read_text().splitlines()

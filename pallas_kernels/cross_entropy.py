@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import cross_entropy_tpu
 from pallas_kernels.distillation import SparseTeacher, forward_kl
-from pallas_kernels.linear_loss import MASKED, LossPlan, fused_linear_loss, fused_linear_losses
+from pallas_kernels.linear_loss import MASKED, LossPlan, default_chunk, fused_linear_loss, fused_linear_losses
 from pallas_kernels.log_sum_exp_tpu import choose_implementation, log_sum_exp
 
 
@@ -26,7 +26,7 @@ def linear_cross_entropy(
     head: Float[Array, "V D"],
     targets: Int[Array, " N"],
     weights: Float[Array, " N"] | None = None,
-    chunk: int = 512,
+    chunk: int | None = None,
     block: int = 8192,
     implementation: str | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -37,7 +37,7 @@ def linear_cross_entropy(
       head: the output matrix.
       targets: token ids; negative for no target. A target outside the vocabulary makes the loss NaN.
       weights: of the targets; by default 1.
-      chunk, block: tokens and words whose logits are in memory at a time, in XLA.
+      chunk, block: tokens (by default `default_chunk`) and words whose logits are in memory at a time, in XLA.
       implementation: "xla", "tpu" or "tpu-interpreted"; by default the fastest for the platform and these shapes.
 
     Returns:
@@ -49,7 +49,7 @@ def linear_cross_entropy(
         weights = jax.lax.stop_gradient(weights)
         losses = _token_losses(implementation == "tpu-interpreted", hidden, head, targets, weights != 0)
         return jnp.sum(weights * losses), jnp.sum(weights)
-    plan = LossPlan(SparseTeacher(forward_kl), 1.0, chunk, block)
+    plan = LossPlan(SparseTeacher(forward_kl), 1.0, chunk or default_chunk(), block)
     return fused_linear_loss(plan, (hidden, head), [], _one_hot_teacher(targets), weights)
 
 
@@ -57,7 +57,7 @@ def linear_log_probs(
     hidden: Float[Array, "N D"],
     head: Float[Array, "V D"],
     targets: Int[Array, " N"],
-    chunk: int = 512,
+    chunk: int | None = None,
     block: int = 8192,
     implementation: str | None = None,
 ) -> Float[Array, " N"]:
@@ -71,7 +71,7 @@ def linear_log_probs(
     implementation = implementation or _choose(hidden, head)
     if implementation != "xla":
         return -_token_losses(implementation == "tpu-interpreted", hidden, head, targets, targets >= 0)
-    plan = LossPlan(SparseTeacher(forward_kl), 1.0, chunk, block)
+    plan = LossPlan(SparseTeacher(forward_kl), 1.0, chunk or default_chunk(), block)
     return -fused_linear_losses(plan, (hidden, head), [], _one_hot_teacher(targets), targets >= 0)
 
 

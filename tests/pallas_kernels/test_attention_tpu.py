@@ -36,6 +36,13 @@ def compiled(chip: str, q: tuple, k: tuple, dtype, gradients: bool, side: int = 
         return jax.jit(function).lower(*(shape(x, dtype, "heads") for x in (q, k, k)), token_labels).compile()
 
 
+def assert_compiles(chip: str, head_dim: int, dtype, group: int) -> None:
+    text = compiled(chip, (2, 4096, 2 * group, head_dim), (2, 4096, 2, head_dim), dtype, gradients=True).as_text()
+    assert "token_label_attention_forward" in text
+    assert "token_label_attention_backward" in text
+
+
+# As much straight-line code takes to compile as there are heads in a group.
 @pytest.mark.parametrize(
     ("chip", "head_dim", "dtype"),
     [
@@ -48,9 +55,13 @@ def compiled(chip: str, q: tuple, k: tuple, dtype, gradients: bool, side: int = 
     ids=str,
 )
 def test_training_shapes_compile(chip, head_dim, dtype):
-    text = compiled(chip, (2, 4096, 8, head_dim), (2, 4096, 2, head_dim), dtype, gradients=True).as_text()
-    assert "token_label_attention_forward" in text
-    assert "token_label_attention_backward" in text
+    assert_compiles(chip, head_dim, dtype, group=1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "tpu7x"])
+def test_groups_of_four_heads_compile(chip):
+    assert_compiles(chip, 128, jnp.bfloat16, group=4)
 
 
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
