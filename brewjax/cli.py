@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Optional
 import numpy as np
 import typer
 
-from brewjax import cli_index, cli_models
+from brewjax import cli_data, cli_index, cli_models
 from brewjax.cli_errors import run_app
 from brewjax.cli_models import ModelFolder
 from brewjax.config import decode, read_text, suggest
@@ -24,8 +24,7 @@ from brewjax.devices import cache_compilations, device_per_core, hide_useless_li
 Split = Literal["train", "validation", "test"]
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__, rich_markup_mode="markdown")
-data = typer.Typer(no_args_is_help=True, help="Fetch and check datasets.")
-app.add_typer(data, name="data")
+app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_index.app, name="index")
 app.add_typer(cli_models.app)
 console = plain_console()
@@ -56,28 +55,6 @@ def main() -> None:
         hide_useless_libtpu()
     cache_compilations()
     run_app(app)
-
-
-@data.command()
-def fetch(
-    name: Annotated[str, typer.Argument(help="movielens-100k")],
-    out: Annotated[Optional[Path], typer.Option(help="Folder to write; data/NAME by default.")] = None,
-    source: Annotated[Optional[Path], typer.Option("--from", help="A copy that you have, in its place.")] = None,
-) -> None:
-    """Fetch a public dataset as a dataset folder (its licence is printed)."""
-    from brewjax.data.tables.movielens import fetch
-
-    fetch(name, out or Path("data") / name, source)
-
-
-@data.command()
-def check(folder: DatasetFolder) -> None:
-    """Check a dataset folder: every problem is listed, with file, column and row."""
-    from brewjax.data.tables.dataset import Dataset
-
-    dataset = Dataset.load(folder)
-    counts = f"{len(dataset.members):,} members, {len(dataset.items):,} items, {len(dataset.events):,} events"
-    console.print(f"{dataset.card.name}: {counts}; no problem found")
 
 
 @app.command()
@@ -190,7 +167,7 @@ def prompt(
         Optional[Split], typer.Option(help="Print the prompts that `evaluate` scores, with answers.")
     ] = None,
     examples: Annotated[int, typer.Option(help="How many prompts of the split.", min=1)] = 3,
-    style: Annotated[str, typer.Option(help="sectioned, chat, compact or key-value")] = "sectioned",
+    style: Annotated[str, typer.Option(help="sectioned, chat, turns, compact, numbers or key-value")] = "sectioned",
     questions: Annotated[
         Optional[int], typer.Option(help="How many items to ask about; 3, or all of a split's.", min=1)
     ] = None,
@@ -202,7 +179,7 @@ def prompt(
     from brewjax.data.prompts.styles import STYLES
     from brewjax.data.prompts.verbalize import Verbalizer
     from brewjax.data.tables.dataset import Dataset
-    from brewjax.data.tables.statistics import Percentiles
+    from brewjax.data.tables.statistics import FactValues, Percentiles
     from brewjax.data.tasks.examples import build_examples, example_at
     from brewjax.data.tasks.task import load_tasks
     from brewjax.data.text.tokenizer import Tokenizer
@@ -225,8 +202,9 @@ def prompt(
     else:
         assert row is not None  # there is no split, so there is a member
         printed = [example_at(tables, checked, row, _microseconds(at)).select(slice(questions or 3))]
-    percentiles = Percentiles.fit(tables, checked.boundaries(tables)[0])
-    verbalizer = Verbalizer(tables, percentiles, Tokenizer.byte_level(), max_tokens)
+    facts = FactValues(tables)
+    percentiles = Percentiles.fit(tables, checked.boundaries(tables)[0], facts)
+    verbalizer = Verbalizer(tables, percentiles, Tokenizer.byte_level(), max_tokens, facts=facts)
     for example in printed:
         if split:
             moment = datetime.datetime.fromtimestamp(example.cutoff_time / MICROSECONDS, datetime.UTC)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import scipy.stats
 
 from brewjax.data.tasks.task import MetricName, Task
-from brewjax.evaluate.metrics import auc, calibration_error, log_loss, ndcg
+from brewjax.evaluate.metrics import auc, calibration_error, gauc, log_loss, ndcg
 from brewjax.evaluate.predictions import check_same_questions, probabilities, scores, true_values
 
 OVERALL = "all"
@@ -21,6 +24,7 @@ SLICES = {  # by name, the least and the greatest number of past events
     "11-100": (11, 100),
     "over 100": (101, np.inf),
 }
+SAME = ["example", "list", "member", "item"]  # columns in which tasks with the same questions are equal
 CHUNK = 1_000_000  # weights in memory at a time: 8 MB
 
 
@@ -34,6 +38,7 @@ class Metric:
 
 
 METRICS: dict[MetricName, Metric] = {
+    "gauc": Metric("AUC in list", True, (0, 1)),
     "auc": Metric("AUC", True, (0, 1)),
     "log_loss": Metric("Log loss", False, (0, np.inf)),
     "ndcg@10": Metric("NDCG@10", True, (0, 1)),
@@ -119,10 +124,12 @@ def _estimates(
 ) -> dict[MetricName, Estimate]:
     predicted, label = probabilities(predictions, task), predictions["label"].to_numpy()
     score, value = scores(predictions, task), true_values(predictions, task)
+    lists = predictions["list"].to_numpy()
     functions = {
+        "gauc": lambda weights: gauc(score, value, lists, weights),
         "auc": lambda weights: auc(score, value, weights),
         "log_loss": lambda weights: log_loss(predicted, label, weights),
-        "ndcg@10": lambda weights: ndcg(score, value, predictions["example"].to_numpy(), weights),
+        "ndcg@10": lambda weights: ndcg(score, value, lists, weights),
         "calibration_error": lambda weights: calibration_error(predicted, label, weights),
     }
     values = {name: np.full(len(member_weights), np.nan) for name in task.metrics}
@@ -158,6 +165,38 @@ class Comparison:
         """The model's value minus the baseline's, with the interval of the paired difference."""
         model = next(iter(self.results))
         return self.results[model][OVERALL].metrics[metric] - self.results[baseline][OVERALL].metrics[metric]
+
+
+class Agreement(NamedTuple):
+    """How alike a model ranks the same questions for two tasks: it confuses the tasks if this is far from what the
+    baselines show. `liked` and `disliked` ask for opposite orders.
+
+    Attributes:
+      tasks: the names of the two.
+      spearman: the rank correlation of the scores, by the name of each model and baseline.
+    """
+
+    tasks: tuple[str, str]
+    spearman: dict[str, float]
+
+
+def agreements(comparisons: Sequence[Comparison]) -> list[Agreement]:
+    """The agreement of every two tasks that ask about the same members, items and moments."""
+    result = []
+    for first, second in itertools.combinations(comparisons, 2):
+        (first_table, *_), (second_table, *_) = first.predictions.values(), second.predictions.values()
+        if len(first_table) < 2 or not first_table.select(SAME).equals(second_table.select(SAME)):
+            continue
+        spearman = {
+            name: float(
+                scipy.stats.spearmanr(
+                    scores(first.predictions[name], first.task), scores(second.predictions[name], second.task)
+                ).statistic
+            )
+            for name in first.predictions
+        }
+        result.append(Agreement((first.task.name, second.task.name), spearman))
+    return result
 
 
 @dataclasses.dataclass(frozen=True)
