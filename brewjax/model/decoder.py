@@ -275,11 +275,15 @@ class Decoder(nnx.Module):
         return nnx.merge(graph, layer_weights)
 
     @property
-    @jax.named_scope("head")
     def lm_head(self) -> Float[Array, "V D"]:
         """The output matrix, gathered, in the parameter dtype or as `HeadPrecision` rounds it."""
+        return self.gather_head(None)
+
+    @jax.named_scope("head")
+    def gather_head(self, vocabulary: str | None) -> Float[Array, "V D"]:
+        """As `lm_head`; given the axis "vocab", each device gets the words that this axis gives it."""
         weight = self.embedding if self.untied_head is None else self.untied_head
-        return self.cast_for_head(self.sharding.reshard(weight[...], None, None))
+        return self.cast_for_head(self.sharding.reshard(weight[...], vocabulary, None))
 
     def cast_for_head(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Hidden states, or rows of the head, rounded as `HeadPrecision.product` says."""
