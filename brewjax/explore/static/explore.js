@@ -34,7 +34,7 @@ function edit(changes) {
 }
 
 function request(model) {
-  const { beside, ...rest } = state;
+  const { compare, ...rest } = state;
   return { member: $("member").value, task: $("task").value, candidates: Number($("candidates").value), ...rest, model };
 }
 
@@ -51,7 +51,7 @@ async function load() {
   $("ranking").classList.add("busy");
   try {
     const answer = await post("rank", request(0));
-    const second = state.beside === "model" ? await post("rank", request(1)) : null;
+    const second = state.compare === "model" ? await post("rank", request(1)) : null;
     if (current !== turn) return;
     shown = answer;
     const key = JSON.stringify([state.member, state.task, state.candidates, state.like]);
@@ -73,8 +73,8 @@ async function load() {
 
 function showState() {
   for (const id of ["member", "task", "style", "candidates", "like"]) if (state[id] !== undefined) $(id).value = state[id];
-  if ($("beside")) $("beside").value = state.beside || "pinned";
-  $("beside-heading").textContent = state.beside === "model" ? "there" : "was";
+  if ($("compare")) $("compare").value = state.compare || "pinned";
+  $("compare-heading").textContent = state.compare === "model" ? "there" : "was";
 }
 
 function showPrompt() {
@@ -90,27 +90,28 @@ function showPrompt() {
 }
 
 function showEvents() {
-  const focus = document.activeElement?.closest?.("#events li")?.dataset.row;
+  const focus = document.activeElement.closest("#events li")?.dataset.row;
+  const focused = document.activeElement.tagName;
   $("dropped").hidden = !shown.dropped.length;
   $("dropped").textContent = `${shown.dropped.length} older events do not fit into the token budget and are not read.`;
   $("events").replaceChildren(...shown.events.map((event, index) => {
     const box = element("input", { type: "checkbox", checked: event.on });
     box.addEventListener("change", () => switchEvent(event.row, box.checked));
     const up = element("button", { type: "button", title: "earlier", disabled: index === 0 }, "↑");
-    up.addEventListener("click", () => move(index, index - 1));
     up.setAttribute("aria-label", `move earlier: ${event.text}`);
     const item = element("li", { className: event.on ? "" : "off" },
       element("span", { className: "handle", ariaHidden: "true" }, "⠿"), element("label", {}, box, event.text), up);
     item.dataset.row = event.row;
+    up.addEventListener("click", () => move(item, -1));
     item.addEventListener("keydown", (key) => {
-      const to = { ArrowUp: index - 1, ArrowDown: index + 1 }[key.key];
-      if (!key.altKey || to === undefined) return;
+      const step = { ArrowUp: -1, ArrowDown: 1 }[key.key];
+      if (!key.altKey || !step) return;
       key.preventDefault();
-      move(index, to);
+      move(item, step);
     });
     return item;
   }));
-  $("events").querySelector(`li[data-row="${focus}"] input`)?.focus();
+  $("events").querySelector(`li[data-row="${focus}"] ${focused}`)?.focus();
 }
 
 function switchEvent(row, on) {
@@ -120,10 +121,17 @@ function switchEvent(row, on) {
   edit({ left_out: off.size ? [...off] : null });
 }
 
-function move(from, to) {
-  if (to < 0 || to >= shown.events.length) return;
-  const rows = shown.events.map((event) => event.row);
-  rows.splice(to, 0, ...rows.splice(from, 1));
+function move(item, step) {
+  const neighbour = step < 0 ? item.previousElementSibling : item.nextElementSibling;
+  if (!neighbour) return;
+  const focused = document.activeElement;
+  neighbour[step < 0 ? "before" : "after"](item);
+  focused.focus(); // which moving takes away
+  readOrder();
+}
+
+function readOrder() {
+  const rows = [...$("events").children].map((item) => Number(item.dataset.row));
   edit({ history: [...shown.dropped.map((event) => event.row), ...rows] });
 }
 
@@ -141,7 +149,7 @@ function showRanking(before) {
     const change = element("td", { className: `number ${up > 0 ? "up" : up < 0 ? "down" : ""}` }, arrow);
     if (was !== undefined) change.title = `rank ${was + 1}, P ${before[was].probability.toFixed(3)}`;
     const row = element("tr", { className: up > 0 ? "moved-up" : up < 0 ? "moved-down" : "" },
-      element("td", { className: "number" }, String(index + 1)), change, element("td", {}, entry.title),
+      element("td", { className: "number" }, String(index + 1)), change, element("td", {}, entry.title + " ", element("span", { className: "hint" }, entry.item)),
       element("td", { className: "number", title: `log-odds ${entry.log_odds.toFixed(3)}` }, entry.probability.toFixed(3)),
       element("td", {}, why));
     row.dataset.item = entry.item;
@@ -200,7 +208,7 @@ for (const id of ["instruction", "note"]) {
     timer = setTimeout(() => edit({ [id]: $(id).value }), 500);
   });
 }
-$("beside")?.addEventListener("change", () => edit({ beside: $("beside").value === "model" ? "model" : null }));
+$("compare")?.addEventListener("change", () => edit({ compare: $("compare").value === "model" ? "model" : null }));
 $("pin").addEventListener("click", () => {
   pinned = { ...pinned, ranking: shown.ranking };
   showRanking(pinned.ranking);
@@ -224,6 +232,6 @@ $("member").addEventListener("input", async () => {
 });
 window.addEventListener("hashchange", () => { state = readAddress(); load(); });
 new Sortable($("events"), {
-  handle: ".handle", animation: 120, onEnd: ({ oldIndex, newIndex }) => oldIndex !== newIndex && move(oldIndex, newIndex),
+  handle: ".handle", animation: 120, onEnd: ({ oldIndex, newIndex }) => oldIndex !== newIndex && readOrder(),
 });
 load();

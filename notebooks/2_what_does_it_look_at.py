@@ -1,0 +1,64 @@
+# %% [markdown]
+# # What does it look at?
+#
+# `why` leaves out each part of a prompt in turn (every event, every attribute, every sentence of the instruction) and
+# scores the prompt that is rendered without it. An effect is the difference of the log-odds. It answers "and without
+# this?", for one member and one item; parts that say the same can stand in for each other, and then neither has an
+# effect of its own.
+
+# %%
+import jobs
+import pandas as pd
+
+import brewjax
+
+run = jobs.train()
+model = brewjax.open(run / "big/model", jobs.DATASET)
+active = model.dataset.members.to_pandas()["seeking"] == "actively"
+seeker, idler = (str(active[active == value].index[0]) for value in (True, False))
+
+# %%
+context = model.context(seeker)
+best, worst = context.rank()["item"].iloc[[0, -1]]
+reasons = context.why(best)
+reasons
+
+# %%
+reasons.plot()
+
+# %% [markdown]
+# The two causes that were planted in the tables come first: the member seeks, and the job is remote or is not.
+
+# %%
+causes = [
+    (part.kind, part.text) for index in reasons.order for part in [reasons.parts[index]] if part.kind != "history"
+]
+assert {kind for kind, text in causes[:2]} == {"profile", "item"}
+assert causes[0][1].startswith(("Seeking", "Place"))
+causes[:2]
+
+# %%
+context.why(worst).plot()
+
+# %% [markdown]
+# Over many members: how large are effects of each kind, against how far items are apart? `noise` is what rounding alone
+# does: the same prompt, read at other positions.
+
+# %%
+rows = []
+for member in range(12):
+    some = model.context(member, items=6)
+    why = some.why(some.item_ids[0])
+    for part, effect in zip(why.parts, why.effects, strict=True):
+        rows.append(
+            {"kind": part.kind, "size of effect": abs(effect), "noise": why.noise, "spread of items": why.spread}
+        )
+pd.DataFrame(rows).groupby("kind").mean().sort_values("size of effect", ascending=False).round(4)
+
+# %% [markdown]
+# Two members with the same candidates: who seeks ranks the same jobs alike, and says Yes more often.
+
+# %%
+items = context.item_ids[:20]
+change = model.compare(model.context(seeker, items=items), model.context(idler, items=items))
+change
