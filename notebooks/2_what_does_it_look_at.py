@@ -56,6 +56,16 @@ for member in range(12):
 pd.DataFrame(rows).groupby("kind").mean().sort_values("size of effect", ascending=False).round(4)
 
 # %% [markdown]
+# Inside: what the head would make of each layer (the last is the score), and which pieces the question attends to. That
+# is a look and no reason: attention to a piece does not say that it matters.
+
+# %%
+context.layers(best)
+
+# %%
+context.layers(best).plot()
+
+# %% [markdown]
 # Two members with the same candidates: who seeks ranks the same jobs alike, and says Yes more often.
 
 # %%

@@ -7,7 +7,7 @@
 # %%
 import jobs
 import pandas as pd
-from matplotlib.figure import Figure
+from matplotlib import pyplot
 
 run = jobs.train()
 metrics = pd.read_json(run / "big/metrics.jsonl", lines=True).set_index("step")
@@ -38,8 +38,7 @@ best = entropy(1 / (1 + np.exp(-odds))).mean()
 {"knowing nothing": round(float(entropy(base)), 3), "knowing all": round(float(best), 3)}
 
 # %%
-figure = Figure(figsize=(8, 2.8), layout="constrained")
-loss, norm = figure.subplots(1, 2)
+figure, (loss, norm) = pyplot.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
 loss.plot(metrics["loss"], alpha=0.3)
 loss.plot(metrics["loss"].rolling(20).mean())
 loss.axhline(entropy(base), color="gray", linestyle=":")
@@ -49,7 +48,6 @@ norm.semilogy(metrics["grad_norm"], label="gradient")
 norm.semilogy(metrics["update_norm"].replace(0, np.nan), label="update")
 norm.legend(frameon=False)
 norm.set(xlabel="step", title="norms")
-figure
 
 # %% [markdown]
 # Is it fast? Tokens per second, without the first steps, in which programs are compiled.

@@ -18,6 +18,7 @@ from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tasks.examples import RankingExample
 from brewjax.data.tasks.task import Task
 from brewjax.data.text.prompt import Prompt
+from brewjax.explore.layers import Layers, read_layers
 from brewjax.explore.reasons import Reasons, explain, log_odds
 from brewjax.explore.views import PromptView, TokensView
 
@@ -188,6 +189,10 @@ class Context:
     def why(self, item: str | int) -> Reasons:
         """What moved the score of a candidate, by its id: see `brewjax.explore.reasons.explain`."""
         return explain(self, item)
+
+    def layers(self, item: str | int) -> Layers:
+        """The score of a candidate layer by layer, and attention: see `brewjax.explore.layers.read_layers`."""
+        return read_layers(self, item)
 
     def describe_events(self, rows: np.ndarray) -> list[str]:
         """A line for each event, for people to read: what the member did, on which item, on which day."""

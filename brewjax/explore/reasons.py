@@ -24,9 +24,9 @@ from brewjax.explore.views import bars_html
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure
 
     from brewjax.explore.context import Context
+    from brewjax.explore.plots import Plot
 
 Kind = Literal["event", "history", "profile", "item", "instruction", "note"]
 SENTENCE = re.compile(r"(?<=[.!?])\s+")
@@ -115,23 +115,14 @@ class Reasons:
             lines.append(f"The token budget left out {len(self.dropped)} older events.")
         return " ".join(lines)
 
-    def plot(self, top: int = 15) -> Figure:
+    def plot(self, top: int = 15) -> Plot:
         """Bars of the `top` largest effects, in log-odds, the noise shaded."""
-        from matplotlib.figure import Figure
+        from brewjax.explore.plots import plot_bars
 
-        chosen = self.order[:top][::-1]
-        figure = Figure(figsize=(7, 0.6 + 0.28 * len(chosen)), layout="constrained")
-        axes = figure.subplots()
-        colours = ["#999999" if self.is_noise(i) else "#3b82c4" if self.effects[i] > 0 else "#d9822b" for i in chosen]
-        axes.barh(range(len(chosen)), self.effects[chosen], color=colours)
-        names = [f"{self.parts[i].kind}: {self.parts[i].text}" for i in chosen]
-        axes.set_yticks(range(len(chosen)), [name if len(name) <= 60 else f"{name[:57]}..." for name in names])
-        axes.axvspan(-self.noise, self.noise, color="#999999", alpha=0.3, linewidth=0)
-        axes.axvline(0, color="#999999", linewidth=1)
-        axes.set_xlabel(f"effect on the log-odds of “{self.label}”")
-        axes.set_title(self.title)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        return figure
+        chosen = self.order[:top]
+        names = [f"{self.parts[index].kind}: {self.parts[index].text}" for index in chosen]
+        axis = f"effect on the log-odds of “{self.label}”"
+        return plot_bars(self.title, axis, names, self.effects[chosen], self.noise)
 
     def __repr__(self) -> str:
         rows = [
