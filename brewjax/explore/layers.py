@@ -96,7 +96,8 @@ def read_layers(context: Context, item: str | int) -> Layers:
     index = context.find(item)
     base = dataclasses.replace(context.text, questions=(context.text.questions[index],))
     encoded = context.bundle.encode(base)
-    reading = _read(context.bundle.model, context.bundle.params, *_pad(encoded), jnp.asarray(encoded.labels))
+    params = jax.device_get(context.bundle.params)  # without their mesh: one row has nothing to split over it
+    reading = _read(context.bundle.model, params, *_pad(encoded), jnp.asarray(encoded.labels))
     pieces = np.array(encoded.arrays["piece_id"])
     attention = np.asarray(reading.attention)[..., : len(pieces)]
     by_piece = np.stack([attention[..., pieces == piece].sum(-1) for piece in range(pieces.max() + 1)], -1)

@@ -33,9 +33,11 @@ def task() -> Task:
 
 
 @pytest.fixture(scope="session")
-def bundle(jobs, task) -> Bundle:
-    """Random weights."""
-    return make_bundle(jobs, (task,), max_tokens=1000)
+def bundle(jobs, task, tmp_path_factory) -> Bundle:
+    """Random weights, on a mesh as those of every folder."""
+    folder = tmp_path_factory.mktemp("model")
+    make_bundle(jobs, (task,), max_tokens=1000).save(folder)
+    return Bundle.load(folder)
 
 
 @pytest.fixture(scope="session")
