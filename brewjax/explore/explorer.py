@@ -116,7 +116,8 @@ class Explorer:
           task: a task, its name, or its file; the model's first task by default.
           at: a moment, UTC where it names no zone; just after the last event by default.
           items: ids of the candidates, or how many to draw; by default every item that is new to the member.
-          instruction, note: in place of the task's.
+          instruction: in place of the task's.
+          note: the steering note, in place of the task's.
           style: of the prompt; that of the model's evaluation by default.
 
         Raises:
