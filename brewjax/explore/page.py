@@ -6,6 +6,7 @@ It serves itself: no request leaves the machine, and its content security policy
 from __future__ import annotations
 
 import functools
+import os
 import socket
 import threading
 import time
@@ -31,6 +32,7 @@ from brewjax.console import print_line
 from brewjax.data.prompts.styles import STYLES
 from brewjax.explore.context import Context
 from brewjax.explore.explorer import Explorer
+from brewjax.model.params import num_parameters
 
 STATIC = Path(__file__).parent / "static"
 TEMPLATE = Path(__file__).parent / "page.html.j2"
@@ -97,6 +99,10 @@ def make_page(explorers: Sequence[Explorer]) -> FastAPI:
     def find_context(edit: Edit) -> Context:
         return make_context(explorers, edit)
 
+    @functools.lru_cache(maxsize=REMEMBERED)
+    def find_ranking(edit: Edit) -> dict[str, Any]:
+        return describe_ranking(find_context(edit))
+
     def answer(compute: Callable[[], T]) -> T | JSONResponse:
         """The result, or an error of one line: a member that does not exist, a text that does not fit."""
         try:
@@ -132,7 +138,7 @@ def make_page(explorers: Sequence[Explorer]) -> FastAPI:
 
     @app.post("/rank")
     def rank(edit: Edit) -> Any:
-        return answer(lambda: describe_ranking(find_context(edit)))
+        return answer(lambda: find_ranking(edit))
 
     @app.post("/why")
     def why(question: WhyEdit) -> Any:
@@ -237,7 +243,10 @@ def _render_page(explorers: Sequence[Explorer]) -> str:
         raise ValueError("the page needs a dataset and a task: --dataset and --task")
     template = jinja2.Template(TEMPLATE.read_text(), autoescape=True)
     return template.render(
-        models=[explorer.bundle.model.name for explorer in explorers],
+        models=[
+            f"{explorer.bundle.model.name}, {num_parameters(explorer.bundle.params):,} parameters"
+            for explorer in explorers
+        ],
         facts=first.facts(),
         tasks=[*first.tasks],
         styles=[*STYLES],
@@ -256,4 +265,4 @@ def serve(explorers: Sequence[Explorer], port: int) -> None:
             print_line(f"http://localhost:{listening.getsockname()[1]} (Ctrl-C ends it)")
             uvicorn.Server(uvicorn.Config(page, log_level="warning")).run([listening])
     except OSError as error:
-        raise ConfigError(f"cannot listen at {HOST}:{port}: {error.strerror}; give another --port") from None
+        raise ConfigError(f"cannot listen at {HOST}:{port}: {os.strerror(error.errno or 0)}; give another --port") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 
 import pytest
 import yaml
@@ -110,6 +111,14 @@ def test_what_is_wrong_is_one_line(page, change, message):
 def test_an_item_that_is_no_candidate(page):
     response = page.post("/why", json={"edit": EDIT, "item": str(ZOOKEEPER)})
     assert (response.status_code, "is not among the 4 candidates" in response.json()["message"]) == (400, True)
+
+
+def test_a_port_that_is_taken(refuse, bundle, jobs, tmp_path):
+    bundle.save(tmp_path / "model")
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        message = refuse("explore", tmp_path / "model", "--dataset", jobs.path, "--port", port)
+    assert f"cannot listen at 127.0.0.1:{port}: Address already in use; give another --port" in message
 
 
 def test_another_site_cannot_read_through_a_name_of_its_own(page):

@@ -8,6 +8,7 @@ let shown = null; // the last answer
 let pinned = null; // the ranking that the shown one is compared with
 let turn = 0; // of requests: only the answer to the last one is shown
 let undone = []; // addresses before this one
+const opened = new Set(); // items whose reasons are shown, which stay so in the next ranking
 
 function element(tag, properties = {}, ...children) {
   const node = Object.assign(document.createElement(tag), properties);
@@ -154,18 +155,22 @@ function showRanking(before) {
       element("td", {}, why));
     row.dataset.item = entry.item;
     why.addEventListener("click", () => toggleWhy(row, why, entry));
+    row.openWhy = () => openWhy(row, why, entry);
     return row;
   });
   $("ranking").tBodies[0].replaceChildren(...rows);
+  for (const row of rows) if (opened.has(row.dataset.item)) row.openWhy();
   $("moved").textContent = `${moved} of ${rows.length} moved`;
 }
 
-async function toggleWhy(row, button, entry) {
-  if (row.nextSibling?.className === "why") {
-    row.nextSibling.remove();
-    button.setAttribute("aria-expanded", "false");
-    return;
-  }
+function toggleWhy(row, button, entry) {
+  if (!opened.delete(entry.item)) return openWhy(row, button, entry);
+  row.nextSibling.remove();
+  button.setAttribute("aria-expanded", "false");
+}
+
+async function openWhy(row, button, entry) {
+  opened.add(entry.item);
   const cell = element("td", { colSpan: 5 }, "…");
   row.after(element("tr", { className: "why" }, cell));
   button.setAttribute("aria-expanded", "true");
