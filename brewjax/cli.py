@@ -190,7 +190,7 @@ def prompt(
         Optional[Split], typer.Option(help="Print the prompts that `evaluate` scores, with answers.")
     ] = None,
     examples: Annotated[int, typer.Option(help="How many prompts of the split.", min=1)] = 3,
-    style: Annotated[str, typer.Option(help="sectioned, chat, compact or key-value")] = "sectioned",
+    style: Annotated[str, typer.Option(help="sectioned, chat, turns, compact, numbers or key-value")] = "sectioned",
     questions: Annotated[
         Optional[int], typer.Option(help="How many items to ask about; 3, or all of a split's.", min=1)
     ] = None,
@@ -202,7 +202,7 @@ def prompt(
     from brewjax.data.prompts.styles import STYLES
     from brewjax.data.prompts.verbalize import Verbalizer
     from brewjax.data.tables.dataset import Dataset
-    from brewjax.data.tables.statistics import Percentiles
+    from brewjax.data.tables.statistics import FactValues, Percentiles
     from brewjax.data.tasks.examples import build_examples, example_at
     from brewjax.data.tasks.task import load_tasks
     from brewjax.data.text.tokenizer import Tokenizer
@@ -225,8 +225,9 @@ def prompt(
     else:
         assert row is not None  # there is no split, so there is a member
         printed = [example_at(tables, checked, row, _microseconds(at)).select(slice(questions or 3))]
-    percentiles = Percentiles.fit(tables, checked.boundaries(tables)[0])
-    verbalizer = Verbalizer(tables, percentiles, Tokenizer.byte_level(), max_tokens)
+    facts = FactValues(tables)
+    percentiles = Percentiles.fit(tables, checked.boundaries(tables)[0], facts)
+    verbalizer = Verbalizer(tables, percentiles, Tokenizer.byte_level(), max_tokens, facts=facts)
     for example in printed:
         if split:
             moment = datetime.datetime.fromtimestamp(example.cutoff_time / MICROSECONDS, datetime.UTC)

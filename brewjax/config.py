@@ -42,11 +42,12 @@ class Config(pydantic.BaseModel):
         """Unknown keys, and true or false where a number is expected, which pydantic would take for 1 or 0."""
         if not isinstance(values, dict):
             return values
+        fields = {field.alias or name: field for name, field in cls.model_fields.items()}
         for key, value in values.items():
-            if key not in cls.model_fields:
-                hint = suggest(str(key), cls.model_fields, cls.ALIASES, "valid keys")
+            if key not in fields:
+                hint = suggest(str(key), fields, cls.ALIASES, "valid keys")
                 raise misplaced(f"unknown key '{key}'; {hint}", key)
-            if isinstance(value, bool) and _takes_numbers_only(cls.model_fields[key].annotation):
+            if isinstance(value, bool) and _takes_numbers_only(fields[key].annotation):
                 raise misplaced(f"expected a number, found {_show(value)}", key)
         return values
 
@@ -124,7 +125,9 @@ class Config(pydantic.BaseModel):
 
     def save(self, path: Path) -> None:
         """Writes what `load` reads, every default spelled out."""
-        write_text(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+        write_text(
+            path, yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
+        )
 
     def error(self, message: str, *location: str | int) -> ConfigError:
         """A ConfigError about the key at `location`, e.g. `task.error("no such action", "history", "actions", 0)`."""

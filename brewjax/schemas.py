@@ -73,7 +73,7 @@ def schema(file: str) -> dict[str, Any]:
 
 def _settings(file: str, prefix: str, config: type[Config]) -> Iterator[Setting]:
     for name, field in config.model_fields.items():
-        key = f"{prefix}{name}"
+        key = f"{prefix}{field.alias or name}"
         yield Setting(file, key, _type_name(field.annotation), _default(field), field.description or "")
         if name == "train" and FILES[file] is Recipe:  # the same in every stage: spelled out once
             yield from _settings(file, f"{key}.", TrainConfig) if config is Recipe else ()

@@ -32,14 +32,16 @@ items:
     - {column: skills, kind: list}
     - {column: salary, kind: number, percentile: true, unit: dollars}
     - {column: posted, kind: date, where: [question]}
-    - {column: popularity, kind: number, percentile: true, where: [question], derive: {count: [applied]}}
-    - {column: attention, kind: number, where: [question], derive: {mean: seconds}}
 events:
   actions:
     viewed: {past: has viewed}
     applied: {past: has applied to}
   attributes:
     - {column: seconds, kind: number, unit: seconds}
+facts:
+  items:
+    - {name: popularity, count: [applied], buckets: 100}
+    - {name: attention, mean: seconds, buckets: null}
 """
 
 EVENTS_PER_MEMBER = (0, 1, 3, 4, 7, 12, 18, 35)

@@ -299,7 +299,7 @@ FILES = {
         csv_for_parquet,
         (
             'members.parquet: not Parquet: it begins with \'"member_id","position"\'',
-            "pandas.read_csv(file).to_parquet(file)",
+            "if it is CSV, let its name end with .csv",
         ),
     ),
     "json": (

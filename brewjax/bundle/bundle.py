@@ -17,7 +17,7 @@ from brewjax.data.prompts.styles import PromptConfig
 from brewjax.data.prompts.verbalize import Verbalizer
 from brewjax.data.tables.card import CARD, Card
 from brewjax.data.tables.dataset import Dataset
-from brewjax.data.tables.statistics import Percentiles
+from brewjax.data.tables.statistics import FactSource, FactValues, Percentiles
 from brewjax.data.tasks.task import Task
 from brewjax.data.text.encode import EncodedPrompt, encode
 from brewjax.data.text.prompt import Prompt
@@ -62,9 +62,9 @@ class PercentileScale(Config):
         """Fits the percentiles of a dataset as of `until`, in microseconds since 1970."""
         return cls(until=until, quantiles=Percentiles.fit(dataset, until).quantiles)
 
-    def fits(self, dataset: Dataset) -> bool:
+    def fits(self, dataset: Dataset, facts: FactSource | None = None) -> bool:
         """Whether `dataset` has the same attributes and, before `until`, the same values; its name does not matter."""
-        refitted = Percentiles.fit(dataset, self.until).quantiles
+        refitted = Percentiles.fit(dataset, self.until, facts).quantiles
         return refitted.keys() == self.quantiles.keys() and all(
             len(refitted[name]) == len(scale) and np.allclose(refitted[name], scale, rtol=1e-9, atol=0)
             for name, scale in self.quantiles.items()
@@ -156,20 +156,23 @@ class Bundle:
         Raises ValueError for a label word that is not one token.
         """
         task.check_words(self.tokenizer)
-        if self.scale and self.scale.fits(dataset):
-            return self.request_verbalizer(dataset)
-        percentiles = Percentiles.fit(dataset, task.boundaries(dataset)[0])
+        facts = FactValues(dataset)
+        if self.scale and self.scale.fits(dataset, facts):
+            return self.request_verbalizer(dataset, facts)
+        percentiles = Percentiles.fit(dataset, task.boundaries(dataset)[0], facts)
         if self.scale and percentiles.quantiles:
             line = f"{dataset.path}: not the dataset that the model was trained on; percentiles are fitted to this one"
             print_line(line, stderr=True)
-        return self._verbalizer(dataset, percentiles)
+        return self._verbalizer(dataset, percentiles, facts)
 
-    def request_verbalizer(self, dataset: Dataset) -> Verbalizer:
-        """A verbalizer for a request, whose tables follow the model's card, with the percentiles of training."""
-        return self._verbalizer(dataset, Percentiles(self.scale.quantiles if self.scale else {}))
+    def request_verbalizer(self, dataset: Dataset, facts: FactSource | None = None) -> Verbalizer:
+        """A verbalizer for a request, whose tables follow the model's card, with the percentiles of training, and with
+        the facts that the request brings."""
+        return self._verbalizer(dataset, Percentiles(self.scale.quantiles if self.scale else {}), facts)
 
-    def _verbalizer(self, dataset: Dataset, percentiles: Percentiles) -> Verbalizer:
-        return Verbalizer(dataset, percentiles, self.tokenizer, self.prompts.max_tokens, self.prompts.chat)
+    def _verbalizer(self, dataset: Dataset, percentiles: Percentiles, facts: FactSource | None = None) -> Verbalizer:
+        prompts = self.prompts
+        return Verbalizer(dataset, percentiles, self.tokenizer, prompts.max_tokens, prompts.chat, facts)
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:
         """Tokens of a prompt in the layout of training. Raises ValueError if they are more than the model reads."""

@@ -15,7 +15,8 @@ from scipy.special import expit
 
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.point_in_time import PointInTimeIndex
-from brewjax.data.tasks.examples import RankingExample, labelled_events
+from brewjax.data.tasks.examples import RankingExample
+from brewjax.data.tasks.questions import find_questions, match_labels
 from brewjax.data.tasks.task import Task
 from brewjax.evaluate.features import CandidateRows, Features, build_features
 from brewjax.evaluate.metrics import log_loss
@@ -84,8 +85,7 @@ def _label_counts(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Counts of the events before the cutoff time with each of `labels`, of the candidate and of all items, each
     float64 [questions, labels]."""
-    events, answers = labelled_events(dataset, task)
-    times = dataset.event_time[events]
+    events, answers, times = _answered_events(dataset, task)
     item_events = PointInTimeIndex(dataset.event_item[events], times)
     all_events = PointInTimeIndex(np.zeros(len(events)), times)
     item_window = item_events.window(candidates.item, candidates.cutoff_time)
@@ -93,6 +93,16 @@ def _label_counts(
     counts = [item_events.sum(answers == label, item_window) for label in labels]
     totals = [all_events.sum(answers == label, window) for label in labels]
     return np.stack(counts, axis=1), np.stack(totals, axis=1)
+
+
+def _answered_events(dataset: Dataset, task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Events with the label of each, and the time at which it was known; repeats and new items are events too."""
+    if task.questions.outcomes:
+        questions = find_questions(dataset, task)
+        return questions.events, questions.labels, questions.known
+    labels = match_labels(dataset, task, np.arange(len(dataset.events)))
+    events = np.flatnonzero(labels >= 0)
+    return events, labels[events], dataset.event_time[events]
 
 
 def _frequencies(counts: np.ndarray, totals: np.ndarray, smoothing: float) -> np.ndarray:

@@ -11,12 +11,14 @@ from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from brewjax.data.tables.card import Attribute
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.point_in_time import DAY, PointInTimeIndex
-from brewjax.data.tasks.examples import RankingExample, labelled_events
+from brewjax.data.tables.ragged import Ragged
+from brewjax.data.tables.statistics import FactValues, floats
+from brewjax.data.tasks.examples import RankingExample
+from brewjax.data.tasks.questions import match_labels
 from brewjax.data.tasks.task import Task
 from brewjax.evaluate.metrics import ratio
 
@@ -91,24 +93,23 @@ class EventLog:
         the excess of both over the item's average until then, so that a member who saw good items does not look
         generous.
         """
-        names = sorted({*task.history.actions, *task.questions.actions})
-        events = np.flatnonzero(np.isin(dataset.event_action, names))
+        names = sorted({*task.history.actions, *task.questions.actions, *task.questions.outcomes})
+        events = np.flatnonzero(dataset.has_action(names))
         item, time = dataset.event_item[events].astype(np.int64), dataset.event_time[events]
         numbers = [attribute for attribute in dataset.card.events.attributes if attribute.kind == "number"]
-        signals = {attribute.name: _floats(dataset.events[attribute.column])[events] for attribute in numbers}
+        signals = {attribute.name: floats(dataset.events[attribute.column])[events] for attribute in numbers}
         if not task.questions.sampled_negatives:  # with them, every event has the same answer
-            rows, labels = labelled_events(dataset, task)
+            # An event's own label: the answer to a question may be known only later.
+            labels = match_labels(dataset, task, events)
             for index, word in enumerate(task.words[:-1]):
-                answer = np.full(len(dataset.events), np.nan)
-                answer[rows] = labels == index
-                signals[f"answer {word}"] = answer[events]
+                signals[f"answer {word}"] = np.where(labels >= 0, labels == index, np.nan)
         item_events = PointInTimeIndex(item, time)
         earlier = item_events.window(item, time)
         excess = {
             f"{name} above average": values - item_events.mean(values, earlier) for name, values in signals.items()
         }
         member = dataset.event_member[events].astype(np.int64)
-        actions = {name: dataset.event_action[events] == name for name in names}
+        actions = {name: dataset.has_action([name])[events] for name in names}
         return cls(member, item, time, actions, signals | excess)
 
 
@@ -117,7 +118,8 @@ def build_features(dataset: Dataset, task: Task, examples: Sequence[RankingExamp
 
     Of the member and of the item: the number of events of each action, the mean and spread of every signal, the days
     since the first and the last event, and the attributes. Of both together: the member's events with items that share
-    a category or list value with this one, and the events of members of the same category with this item.
+    a category or list value with this one, the events of members of the same category with this item, and the facts of
+    the card: all that a prompt states.
     """
     candidates, log = CandidateRows.from_examples(examples), EventLog.from_dataset(dataset, task)
     columns: dict[str, np.ndarray] = {}
@@ -139,6 +141,12 @@ def build_features(dataset: Dataset, task: Task, examples: Sequence[RankingExamp
     for attribute in dataset.card.members.attributes:
         if attribute.kind == "category":
             columns |= _cohort_features(log, candidates, dataset.members, attribute)
+    facts = FactValues(dataset)
+    for group, fact in dataset.card.facts.declared():
+        if group != "events":
+            columns[f"{group}: {fact.name}"] = facts.values(
+                group, fact, candidates.member, candidates.item, candidates.cutoff_time
+            )
     return Features(list(columns), np.stack(list(columns.values()), axis=1).astype(np.float32), categorical)
 
 
@@ -170,7 +178,8 @@ def _affinity(log: EventLog, candidates: CandidateRows, items: pa.Table, attribu
     For each value of the candidate: its share of the member's events, and the mean of every signal over these; each is
     averaged over the candidate's values.
     """
-    item_values, names = _values(items, attribute)
+    item_values = Ragged.read(items, attribute)
+    names = item_values.names
     event, value = item_values.expand(log.item)
     pairs = PointInTimeIndex(log.member[event] * len(names) + value, log.time[event])
     row, row_value = item_values.expand(candidates.item)
@@ -195,7 +204,8 @@ def _cohort_features(
 ) -> dict[str, np.ndarray]:
     """The item among the members of the same category: its share of their events, and the mean of every signal over
     their events with it."""
-    member_values, names = _values(members, attribute)
+    member_values = Ragged.read(members, attribute)
+    names = member_values.names
     event, value = member_values.expand(log.member)
     pairs = PointInTimeIndex(log.item[event] * len(names) + value, log.time[event])
     row, row_value = member_values.expand(candidates.member)
@@ -217,15 +227,16 @@ def _cohort_features(
 def _attribute(
     table: pa.Table, attribute: Attribute, rows: np.ndarray, cutoff_time: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """The attribute of each row as columns of numbers; none for text, and for attributes derived from the events."""
-    if attribute.derive or attribute.kind == "text":
+    """The attribute of each row as columns of numbers; none for text."""
+    if attribute.kind == "text":
         return {}
     if attribute.kind == "number":
-        return {attribute.name: _floats(table[attribute.column])[rows]}
+        return {attribute.name: floats(table[attribute.column])[rows]}
     if attribute.kind == "date":
-        times = _floats(table[attribute.column].cast(pa.timestamp("us")).cast(pa.int64()))
+        times = floats(table[attribute.column].cast(pa.timestamp("us")).cast(pa.int64()))
         return {f"days since {attribute.name}": (cutoff_time - times[rows]) / DAY}
-    row_values, names = _values(table, attribute)
+    row_values = Ragged.read(table, attribute)
+    names = row_values.names
     row, value = row_values.expand(rows)
     if attribute.kind == "category":
         codes = np.full(len(rows), np.nan)
@@ -235,45 +246,3 @@ def _attribute(
     frequent = value < MAX_LIST_VALUES
     indicators[row[frequent], value[frequent]] = 1
     return {f"{attribute.name}: {name}": indicators[:, index] for index, name in enumerate(names[:MAX_LIST_VALUES])}
-
-
-@dataclasses.dataclass(frozen=True)
-class Ragged:
-    """The values of each row of a table: row r has codes[offsets[r] : offsets[r + 1]].
-
-    Attributes:
-      offsets: int64 [rows + 1].
-      codes: int64 [values].
-    """
-
-    offsets: np.ndarray
-    codes: np.ndarray
-
-    def expand(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Two arrays with an entry per value of each of `rows`: the index into `rows`, and the value's code."""
-        sizes = self.offsets[rows + 1] - self.offsets[rows]
-        index = np.repeat(np.arange(len(rows)), sizes)
-        within = np.arange(len(index)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        return index, self.codes[self.offsets[rows][index] + within]
-
-
-def _values(table: pa.Table, attribute: Attribute) -> tuple[Ragged, list[str]]:
-    """The values of a category or list as codes, 0 for the most frequent, and the value of each code."""
-    column = table[attribute.column].combine_chunks()
-    if attribute.kind == "list":
-        parents, flat = pc.list_parent_indices(column), pc.list_flatten(column)
-    else:
-        parents, flat = pa.array(np.arange(len(column))), column
-    known = pc.is_valid(flat)
-    parents, flat = parents.filter(known).to_numpy(), flat.filter(known).cast(pa.string()).to_numpy(False)
-    names, codes, counts = np.unique(flat.astype(str), return_inverse=True, return_counts=True)
-    frequency_order = np.argsort(-counts, kind="stable")
-    rank = np.empty(len(names), np.int64)
-    rank[frequency_order] = np.arange(len(names))
-    return Ragged(np.searchsorted(parents, np.arange(len(column) + 1)), rank[codes]), names[frequency_order].tolist()
-
-
-def _floats(column: pa.ChunkedArray) -> np.ndarray:
-    """float64; NaN for null, and for infinity, which would spoil every running total after it."""
-    values = column.cast(pa.float64()).to_numpy()
-    return np.where(np.isfinite(values), values, np.nan)

@@ -33,6 +33,39 @@ def auc(scores: np.ndarray, values: np.ndarray, weights: np.ndarray) -> np.ndarr
     return ratio(concordant, pairs)
 
 
+def gauc(scores: np.ndarray, values: np.ndarray, groups: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The AUC within each group, averaged by the groups' weights (GAUC: Zhou et al., KDD 2018, section 5.2).
+
+    It says how well a ranker orders one list. What all items of a list share, such as a generous member, counts for
+    nothing. A group whose values are all equal cannot be ranked and is left out.
+
+    Args:
+      scores: float64 [rows], by which items are ranked.
+      values: float64 [rows], the value of the true answer.
+      groups: int [rows]; the rows of a group are one list.
+      weights: float64 [..., rows], equal within a group.
+    """
+    order = np.lexsort((scores, groups))
+    scores, values, groups = scores[order], values[order], groups[order]
+    first = np.diff(groups, prepend=groups[0] - 1) != 0
+    ties = np.flatnonzero(first | (np.diff(scores, prepend=scores[0]) != 0))
+    group = np.cumsum(first) - 1
+    group_of_tie = group[ties]
+    begins = np.searchsorted(group_of_tie, group_of_tie)  # the first tie of the same group
+    below = np.zeros(len(ties))  # per distinct score of a group, the number of smaller values
+    concordant = pairs = np.zeros(group[-1] + 1)
+    for value in np.unique(values):
+        count = np.add.reduceat((values == value).astype(np.float64), ties)
+        smaller = below.cumsum() - below
+        smaller -= smaller[begins]
+        concordant = concordant + np.bincount(group_of_tie, count * (smaller + below / 2))
+        pairs = pairs + np.bincount(group_of_tie, count) * np.bincount(group_of_tie, below)
+        below += count
+    mass = np.add.reduceat(weights[..., order], np.flatnonzero(first), axis=-1)
+    ranked = pairs > 0
+    return ratio(mass[..., ranked] @ ratio(concordant[ranked], pairs[ranked]), mass[..., ranked].sum(-1))
+
+
 def log_loss(probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Mean of -ln(probability of the true label), with probabilities clipped to at least the epsilon of float32.
 
@@ -55,7 +88,7 @@ def ndcg(scores: np.ndarray, values: np.ndarray, groups: np.ndarray, weights: np
     Args:
       scores: float64 [rows], by which items are ranked.
       values: float64 [rows], the value of the true answer, not negative.
-      groups: int [rows]; the rows of a group are the candidates of one example.
+      groups: int [rows]; the rows of a group are one list.
       weights: float64 [..., rows].
       k: ranks after this one count for nothing.
     """

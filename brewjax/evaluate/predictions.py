@@ -14,6 +14,7 @@ SCHEMA = pa.schema(
     {
         "task": pa.string(),
         "example": pa.int64(),
+        "list": pa.int64(),
         "member": pa.int64(),
         "item": pa.int64(),
         "num_past_events": pa.int64(),
@@ -32,7 +33,9 @@ def from_examples(examples: Sequence[RankingExample], probabilities: np.ndarray)
       probabilities: float [questions, labels], of all candidates of all examples in order; each row sums to 1.
 
     Returns:
-      A table with the columns of SCHEMA; `example` is the index in `examples`, the others are as in `RankingExample`.
+      A table with the columns of SCHEMA; `example` is the index in `examples`; `list` is the same for the candidates
+      that are ranked against each other, those of a request or, where there is none, all of a member; the others are as
+      in `RankingExample`.
 
     Raises:
       ValueError: a row is wrong; names the first.
@@ -47,9 +50,12 @@ def from_examples(examples: Sequence[RankingExample], probabilities: np.ndarray)
         raise ValueError(f"row {row}: expected probabilities that sum to 1, found {probabilities[row].tolist()}")
     if (labels < 0).any():
         raise ValueError(f"row {np.flatnonzero(labels < 0)[0]}: the question has no known label to judge it by")
+    # Requests are numbered from 0 on, so that below 0 there is room for members.
+    lists = np.array([-1 - example.member if example.request < 0 else example.request for example in examples], int)
     columns = {
         "task": np.repeat(np.array([example.task for example in examples], object), sizes),
         "example": np.repeat(np.arange(len(examples)), sizes),
+        "list": np.repeat(lists, sizes),
         "member": np.repeat(np.array([example.member for example in examples], int), sizes),
         "item": np.concatenate([example.candidates for example in examples]) if len(examples) else np.zeros(0, int),
         "num_past_events": np.repeat(np.array([example.num_past_events for example in examples], int), sizes),

@@ -21,8 +21,8 @@ UNDEFINED = "\N{EN DASH}"
 HOW_TO_READ = (
     "All models and baselines answer the same questions of the test period, from data before the cutoff time.",
     "AUC: the probability that of two questions with different answers the better one has the higher score; 0.5 is "
-    "chance. NDCG@10: how close the ten best-scored candidates of one history are to the best order; 1 is perfect. "
-    "Both are better when higher.",
+    "chance. AUC in list (GAUC): the same for questions of one list, a request or a member. NDCG@10: how close the ten "
+    "best-scored candidates of a list are to the best order; 1 is perfect. All are better when higher.",
     "Log loss: the mean of -ln(probability of the true answer). Calibration error: how far probabilities are from "
     "observed frequencies. Both are better when lower.",
     "In brackets: a 95% interval, from a bootstrap over members. If two intervals overlap, look at the paired "

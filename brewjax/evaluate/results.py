@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from brewjax.data.tasks.task import MetricName, Task
-from brewjax.evaluate.metrics import auc, calibration_error, log_loss, ndcg
+from brewjax.evaluate.metrics import auc, calibration_error, gauc, log_loss, ndcg
 from brewjax.evaluate.predictions import check_same_questions, probabilities, scores, true_values
 
 OVERALL = "all"
@@ -34,6 +34,7 @@ class Metric:
 
 
 METRICS: dict[MetricName, Metric] = {
+    "gauc": Metric("AUC in list", True, (0, 1)),
     "auc": Metric("AUC", True, (0, 1)),
     "log_loss": Metric("Log loss", False, (0, np.inf)),
     "ndcg@10": Metric("NDCG@10", True, (0, 1)),
@@ -119,10 +120,12 @@ def _estimates(
 ) -> dict[MetricName, Estimate]:
     predicted, label = probabilities(predictions, task), predictions["label"].to_numpy()
     score, value = scores(predictions, task), true_values(predictions, task)
+    lists = predictions["list"].to_numpy()
     functions = {
+        "gauc": lambda weights: gauc(score, value, lists, weights),
         "auc": lambda weights: auc(score, value, weights),
         "log_loss": lambda weights: log_loss(predicted, label, weights),
-        "ndcg@10": lambda weights: ndcg(score, value, predictions["example"].to_numpy(), weights),
+        "ndcg@10": lambda weights: ndcg(score, value, lists, weights),
         "calibration_error": lambda weights: calibration_error(predicted, label, weights),
     }
     values = {name: np.full(len(member_weights), np.nan) for name in task.metrics}

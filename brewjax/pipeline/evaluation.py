@@ -12,10 +12,12 @@ import pyarrow.parquet as pq
 from brewjax import distributed
 from brewjax.bundle.bundle import Bundle
 from brewjax.console import plain_console
+from brewjax.data.tables.statistics import Percentiles
 from brewjax.data.tasks.examples import build_examples
 from brewjax.evaluate.baselines import LightGBM, popularity
 from brewjax.evaluate.predict import ScoringCost, predict
 from brewjax.evaluate.predictions import from_examples
+from brewjax.evaluate.regression import FactRegression
 from brewjax.evaluate.report import print_models, print_results, write_report
 from brewjax.evaluate.results import ModelSummary, compare
 from brewjax.model.config import ModelConfig
@@ -32,7 +34,7 @@ from brewjax.pipeline.runner import read_record
 from brewjax.train.metrics_writer import METRICS, read_metrics
 
 EVALUATE, WORK = "evaluate-", "work.json"
-BASELINES = ("popularity", "LightGBM")
+BASELINES = ("popularity", "fact regression", "LightGBM")
 
 
 def evaluate_stage(run: Run, name: str, folder: Path) -> None:
@@ -47,13 +49,17 @@ def evaluate_stage(run: Run, name: str, folder: Path) -> None:
 
 
 def baselines_stage(run: Run, folder: Path) -> None:
-    """Popularity's and LightGBM's predictions on the same questions."""
+    """The predictions of the baselines on the same questions."""
+    percentiles = Percentiles(run.scale.quantiles)
     for task in run.tasks:
         train, validation = (list(build_examples(run.dataset, task, split)) for split in ("train", "validation"))
         examples = run.test_examples[task.name]
         trees = LightGBM.fit(run.dataset, task, train, validation, run.recipe.evaluate.baseline_settings)
         for name, probabilities in {
             "popularity": popularity(run.dataset, task, train, examples),
+            "fact regression": FactRegression.fit(run.dataset, task, train, percentiles).predict(
+                run.dataset, task, examples
+            ),
             "LightGBM": trees.predict(run.dataset, task, examples),
         }.items():
             pq.write_table(from_examples(examples, probabilities), folder / f"{task.name}.{name}.parquet")

@@ -13,7 +13,7 @@ from brewjax.data.text.encode import EncodedPrompt
 from brewjax.scoring.passes import LABELS_IN_PASS
 from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve.config import ServeConfig
-from brewjax.serve.members import event_attributes, item_attributes, render_member
+from brewjax.serve.members import context_attributes, event_attributes, item_attributes, render_member
 from brewjax.serve.refusals import MAX_ID
 from brewjax.serve.texts import Texts
 
@@ -123,6 +123,7 @@ class RequestEncoder:
         Raises ValueError, naming the field, unless `truncate`.
         """
         attributes = {"member.attributes": member.attributes, **event_attributes(member), **item_attributes(member)}
+        attributes |= context_attributes(member)
         bound = self._texts.shorten if truncate else self._texts.check_bytes
         member.steering_note = bound(member.steering_note, self.max_prefix_tokens, "member.steering_note")
         for field, values in attributes.items():

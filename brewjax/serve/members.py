@@ -13,8 +13,10 @@ import pyarrow as pa
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from brewjax.bundle.bundle import Bundle
-from brewjax.data.tables.card import Attribute, Card
+from brewjax.data.tables.card import Attribute
 from brewjax.data.tables.dataset import Dataset
+from brewjax.data.tables.facts import Fact, FactGroup
+from brewjax.data.tables.statistics import floats
 from brewjax.data.tasks.examples import RankingExample, history_before
 from brewjax.data.tasks.task import Task
 from brewjax.data.text.prompt import Prompt
@@ -39,7 +41,7 @@ def render_member(bundle: Bundle, task: Task, member: pb.Member) -> Prompt:
     """
     if bundle.card is None:
         raise ValueError("member: this model was imported and has no dataset's card; send a raw request")
-    card = _without_derived(bundle.card)
+    card = bundle.card
     for index, event in enumerate(member.history):
         if event.action not in card.events.actions:
             known = ", ".join(card.events.actions)
@@ -51,29 +53,41 @@ def render_member(bundle: Bundle, task: Task, member: pb.Member) -> Prompt:
         [_microseconds(event.time, f"member.history[{index}].time") for index, event in enumerate(member.history)],
         np.int64,
     )
+    now = _microseconds(member.now, "member.now") if member.HasField("now") else int(time.time() * 1e6)
+    actions = [event.action for event in member.history]
+    events = event_attributes(member)
+    if task.questions.context:  # the exposures in question are events too, as of now, so no history holds them
+        events |= context_attributes(member)
+        actions += [task.questions.actions[0]] * len(member.items)
+        times = np.concatenate([times, np.full(len(member.items), max(now, int(times.max(initial=now))))])
     order = np.argsort(times, kind="stable")
-    events = _table(card.events.attributes, event_attributes(member)).take(order)
+    facts = card.facts
+    member_table = _table(card.members.attributes, facts.members, {"member.attributes": member.attributes})
+    item_table = _table(card.items.attributes, (*facts.items, *facts.pairs), items)
+    event_table = _table(card.events.attributes, facts.events, events).take(order)
     num_events = len(order)
     tables = Dataset(
         Path("request"),
-        card,
-        _table(card.members.attributes, {"member.attributes": member.attributes}).append_column(
-            card.members.id, pa.array([0])
-        ),
-        _table(card.items.attributes, items).append_column(card.items.id, pa.array(range(len(items)))),
-        events.append_column(card.events.member, pa.array(np.zeros(num_events, np.int64)))
+        card.model_copy(update={"events": card.events.model_copy(update={"time": "time", "request": None})}),
+        member_table.append_column(card.members.id, pa.array([0])),
+        item_table.append_column(card.items.id, pa.array(range(len(items)))),
+        event_table.append_column(card.events.member, pa.array(np.zeros(num_events, np.int64)))
         .append_column(card.events.item, pa.array(order))
-        .append_column(card.events.action, pa.array([member.history[row].action for row in order], pa.string()))
-        .append_column(card.events.time, pa.array(times[order]).cast(pa.timestamp("us"))),
+        .append_column(card.events.action, pa.array([actions[row] for row in order], pa.string()))
+        .append_column("time", pa.array(times[order]).cast(pa.timestamp("us"))),
     )
-    now = _microseconds(member.now, "member.now") if member.HasField("now") else int(time.time() * 1e6)
     history, num_past_events = history_before(tables, task, 0, now)
-    candidates = np.arange(num_events, len(items), dtype=np.int32)
+    candidates = np.arange(len(member.history), len(items), dtype=np.int32)
     labels = np.full(len(candidates), -1, np.int32)
-    example = RankingExample(task.name, 0, now, history, num_past_events, candidates, labels)
+    exposures = np.full(len(candidates), -1)
+    if task.questions.context:
+        exposures = np.argsort(order)[len(member.history) :]
+    example = RankingExample(task.name, 0, now, history, num_past_events, candidates, labels, exposures)
     try:
         note = bundle.tokenizer.clean(member.steering_note)
-        return bundle.request_verbalizer(tables).prompt(task, example, bundle.prompts.score_style, note)
+        return bundle.request_verbalizer(tables, _RequestFacts(tables)).prompt(
+            task, example, bundle.prompts.score_style, note
+        )
     except ValueError as error:
         raise ValueError(f"member: {error}") from None
 
@@ -89,10 +103,32 @@ def item_attributes(member: pb.Member) -> dict[str, Attributes]:
     return values | {f"member.items[{index}].attributes": item.attributes for index, item in enumerate(member.items)}
 
 
-def _without_derived(card: Card) -> Card:
-    """The card with no attribute to derive: a request brings the statistics of its items, as of its cutoff time."""
-    attributes = tuple(attribute.model_copy(update={"derive": None}) for attribute in card.items.attributes)
-    return card.model_copy(update={"items": card.items.model_copy(update={"attributes": attributes})})
+def context_attributes(member: pb.Member) -> dict[str, Attributes]:
+    """The attributes of the exposure of each item to score, by field of the request."""
+    return {f"member.items[{index}].context": item.context for index, item in enumerate(member.items)}
+
+
+class _RequestFacts:
+    """Facts that a request brings, as of its own time: columns of its tables, by name."""
+
+    def __init__(self, tables: Dataset):
+        self._tables = tables
+
+    def values(
+        self, group: FactGroup, fact: Fact, members: np.ndarray, items: np.ndarray, times: np.ndarray
+    ) -> np.ndarray:
+        """See `FactSource`."""
+        table, rows = (self._tables.members, members) if group == "members" else (self._tables.items, items)
+        return floats(table[fact_column(fact)])[rows]
+
+    def event_values(self, fact: Fact, events: np.ndarray) -> np.ndarray:
+        """See `FactSource`."""
+        return floats(self._tables.events[fact_column(fact)])[events]
+
+
+def fact_column(fact: Fact) -> str:
+    """The column of a request's tables with the values of a fact; no attribute has a name of this form."""
+    return f"fact: {fact.name}"
 
 
 # For each kind of attribute: the type of its column, and a conversion from each kind of value that is accepted.
@@ -109,19 +145,25 @@ _KINDS: dict[str, tuple[pa.DataType, dict[str, Callable[[Any], Any]]]] = {
 }
 
 
-def _table(attributes: Sequence[Attribute], rows: Mapping[str, Attributes]) -> pa.Table:
-    """A table with a column for each attribute, and a row for each of `rows`, whose keys are fields of the request.
+def _table(attributes: Sequence[Attribute], facts: Sequence[Fact], rows: Mapping[str, Attributes]) -> pa.Table:
+    """A table with a column for each attribute and fact, and a row for each of `rows`, whose keys are fields of the
+    request.
 
     Raises ValueError naming the field of an unknown attribute, or of a value of the wrong kind.
     """
     by_column = {attribute.column: attribute for attribute in attributes}
+    by_column |= {fact.name: Attribute(column=fact.name, kind="number", where=("question",)) for fact in facts}
+    names = {fact.name: fact_column(fact) for fact in facts}
     columns: dict[str, list[Any]] = {column: [] for column in by_column}
     for field, row in rows.items():
         if unknown := set(row) - set(by_column):
             raise ValueError(f"{field}: no attribute '{min(unknown)}'; attributes: {', '.join(by_column)}")
         for column, attribute in by_column.items():
             columns[column].append(_read(attribute, row[column], field) if column in row else None)
-    arrays = {column: pa.array(values, _KINDS[by_column[column].kind][0]) for column, values in columns.items()}
+    arrays = {
+        names.get(column, column): pa.array(values, _KINDS[by_column[column].kind][0])
+        for column, values in columns.items()
+    }
     # A table without columns would have no rows: the null column keeps their number until the ids are appended.
     return pa.table({"_": pa.nulls(len(rows)), **arrays})
 

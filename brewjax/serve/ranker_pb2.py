@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x62rewjax/serve/ranker.proto\x12\x11\x62rewjax.ranker.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x89\x03\n\x0cScoreRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x06member\x18\x02 \x01(\x0b\x32\x19.brewjax.ranker.v1.MemberH\x00\x12%\n\x03raw\x18\x03 \x01(\x0b\x32\x16.brewjax.ranker.v1.RawH\x00\x12\r\n\x05top_k\x18\x04 \x01(\r\x12>\n\ntruncation\x18\x05 \x01(\x0e\x32*.brewjax.ranker.v1.ScoreRequest.Truncation\x12\x45\n\x0enormalize_over\x18\x06 \x01(\x0e\x32-.brewjax.ranker.v1.ScoreRequest.NormalizeOver\"B\n\nTruncation\x12\x1a\n\x16TRUNCATION_UNSPECIFIED\x10\x00\x12\n\n\x06REJECT\x10\x01\x12\x0c\n\x08TRUNCATE\x10\x02\"+\n\rNormalizeOver\x12\n\n\x06LABELS\x10\x00\x12\x0e\n\nVOCABULARY\x10\x01\x42\n\n\x08question\"\xb5\x02\n\x06Member\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\'\n\x03now\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12=\n\nattributes\x18\x03 \x03(\x0b\x32).brewjax.ranker.v1.Member.AttributesEntry\x12)\n\x07history\x18\x04 \x03(\x0b\x32\x18.brewjax.ranker.v1.Event\x12&\n\x05items\x18\x05 \x03(\x0b\x32\x17.brewjax.ranker.v1.Item\x12\x15\n\rsteering_note\x18\x06 \x01(\t\x1aK\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\'\n\x05value\x18\x02 \x01(\x0b\x32\x18.brewjax.ranker.v1.Value:\x02\x38\x01\"\xc5\x02\n\x05\x45vent\x12\x0e\n\x06\x61\x63tion\x18\x01 \x01(\t\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12<\n\nattributes\x18\x03 \x03(\x0b\x32(.brewjax.ranker.v1.Event.AttributesEntry\x12\x30\n\x04item\x18\x04 \x03(\x0b\x32\".brewjax.ranker.v1.Event.ItemEntry\x1aK\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\'\n\x05value\x18\x02 \x01(\x0b\x32\x18.brewjax.ranker.v1.Value:\x02\x38\x01\x1a\x45\n\tItemEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\'\n\x05value\x18\x02 \x01(\x0b\x32\x18.brewjax.ranker.v1.Value:\x02\x38\x01\"\x9c\x01\n\x04Item\x12\n\n\x02id\x18\x01 \x01(\t\x12;\n\nattributes\x18\x02 \x03(\x0b\x32\'.brewjax.ranker.v1.Item.AttributesEntry\x1aK\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\'\n\x05value\x18\x02 \x01(\x0b\x32\x18.brewjax.ranker.v1.Value:\x02\x38\x01\"\xab\x01\n\x05Value\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x11\n\x07integer\x18\x02 \x01(\x03H\x00\x12\x10\n\x06number\x18\x03 \x01(\x01H\x00\x12(\n\x04list\x18\x04 \x01(\x0b\x32\x18.brewjax.ranker.v1.TextsH\x00\x12*\n\x04\x64\x61te\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x00\x12\x0f\n\x05truth\x18\x06 \x01(\x08H\x00\x42\x06\n\x04kind\"\x17\n\x05Texts\x12\x0e\n\x06values\x18\x01 \x03(\t\"\xa5\x01\n\x03Raw\x12\'\n\x06prefix\x18\x01 \x01(\x0b\x32\x17.brewjax.ranker.v1.Text\x12\'\n\x06\x65vents\x18\x05 \x03(\x0b\x32\x17.brewjax.ranker.v1.Text\x12&\n\x05items\x18\x02 \x03(\x0b\x32\x17.brewjax.ranker.v1.Text\x12\x0e\n\x06labels\x18\x03 \x03(\t\x12\x14\n\x0clabel_tokens\x18\x04 \x03(\r\"K\n\x04Text\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12+\n\x06tokens\x18\x02 \x01(\x0b\x32\x19.brewjax.ranker.v1.TokensH\x00\x42\x06\n\x04kind\"\x15\n\x06Tokens\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x99\x01\n\rScoreResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06labels\x18\x02 \x03(\t\x12,\n\x06scores\x18\x03 \x03(\x0b\x32\x1c.brewjax.ranker.v1.ItemScore\x12\'\n\x05usage\x18\x04 \x01(\x0b\x32\x18.brewjax.ranker.v1.Usage\x12\r\n\x05model\x18\x05 \x01(\t\"=\n\tItemScore\x12\r\n\x05index\x18\x01 \x01(\r\x12\n\n\x02id\x18\x02 \x01(\t\x12\x15\n\rprobabilities\x18\x03 \x03(\x02\"~\n\x05Usage\x12\x15\n\rprefix_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x13\n\x0bitem_tokens\x18\x03 \x01(\r\x12\x18\n\x10truncated_events\x18\x04 \x01(\r\x12\x18\n\x10truncated_tokens\x18\x05 \x01(\r\"\x11\n\x0f\x44\x65scribeRequest\"\xd3\x01\n\x10\x44\x65scribeResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nparameters\x18\x02 \x01(\x04\x12\x31\n\x05tasks\x18\x03 \x03(\x0b\x32\".brewjax.ranker.v1.TaskDescription\x12)\n\x06limits\x18\x04 \x01(\x0b\x32\x19.brewjax.ranker.v1.Limits\x12(\n\x06shapes\x18\x05 \x03(\x0b\x32\x18.brewjax.ranker.v1.Shape\x12\x14\n\x0c\x63ompilations\x18\x06 \x01(\r\"\xbc\x02\n\x0fTaskDescription\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0binstruction\x18\x02 \x01(\t\x12\x0e\n\x06labels\x18\x03 \x03(\t\x12\x14\n\x0clabel_values\x18\x04 \x03(\x01\x12\x17\n\x0fhistory_actions\x18\x05 \x03(\t\x12\x42\n\x11member_attributes\x18\x06 \x03(\x0b\x32\'.brewjax.ranker.v1.AttributeDescription\x12\x41\n\x10\x65vent_attributes\x18\x07 \x03(\x0b\x32\'.brewjax.ranker.v1.AttributeDescription\x12@\n\x0fitem_attributes\x18\x08 \x03(\x0b\x32\'.brewjax.ranker.v1.AttributeDescription\"4\n\x14\x41ttributeDescription\x12\x0e\n\x06\x63olumn\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\"\xf7\x01\n\x06Limits\x12\x16\n\x0emax_candidates\x18\x01 \x01(\r\x12\x1d\n\x15max_stream_candidates\x18\x02 \x01(\r\x12\x19\n\x11max_prefix_tokens\x18\x03 \x01(\r\x12\x1c\n\x14max_candidate_tokens\x18\x04 \x01(\r\x12\x12\n\nmax_labels\x18\x05 \x01(\r\x12\x19\n\x11max_request_bytes\x18\x06 \x01(\x04\x12\x19\n\x11max_queued_tokens\x18\x07 \x01(\x04\x12\x1f\n\x17max_concurrent_requests\x18\x08 \x01(\r\x12\x12\n\nmax_events\x18\t \x01(\r\"?\n\x05Shape\x12\x0e\n\x06tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\"\x1f\n\rReloadRequest\x12\x0e\n\x06\x66older\x18\x01 \x01(\t\"\x1f\n\x0eReloadResponse\x12\r\n\x05model\x18\x01 \x01(\t2\xcc\x02\n\x06Ranker\x12J\n\x05Score\x12\x1f.brewjax.ranker.v1.ScoreRequest\x1a .brewjax.ranker.v1.ScoreResponse\x12R\n\x0bScoreStream\x12\x1f.brewjax.ranker.v1.ScoreRequest\x1a .brewjax.ranker.v1.ScoreResponse0\x01\x12S\n\x08\x44\x65scribe\x12\".brewjax.ranker.v1.DescribeRequest\x1a#.brewjax.ranker.v1.DescribeResponse\x12M\n\x06Reload\x12 .brewjax.ranker.v1.ReloadRequest\x1a!.brewjax.ranker.v1.ReloadResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x62rewjax/serve/ranker.proto\x12\x11\x62rewjax.ranker.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x89\x03\n\x0cScoreRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x06member\x18\x02 \x01(\x0b\x32\x19.brewjax.ranker.v1.MemberH\x00\x12%\n\x03raw\x18\x03 \x01(\x0b\x32\x16.brewjax.ranker.v1.RawH\x00\x12\r\n\x05top_k\x18\x04 \x01(\r\x12>\n\ntruncation\x18\x05 \x01(\x0e\x32*.brewjax.ranker.v1.ScoreRequest.Truncation\x12\x45\n\x0enormalize_over\x18\x06 \x01(\x0e\x32-.brewjax.ranker.v1.ScoreRequest.NormalizeOver\"B\n\nTruncation\x12\x1a\n\x16TRUNCATION_UNSPECIFIED\x10\x00\x12\n\n\x06REJECT\x10\x01\x12\x0c\n\x08TRUNCATE\x10\x02\"+\n\rNormalizeOver\x12\n\n\x06LABELS\x10\x00\x12\x0e\n\nVOCABULARY\x10\x01\x42\n\n\x08question\"\xb5\x02\n\x06Member\x12\x0c\n\x04task\x18\x01 \x01(\t\x12\'\n\x03now\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12=\n\nattributes\x18\x03 \x03(\x0b\x32).brewjax.ranker.v1.Member.AttributesEntry\x12)\n\x07history\x18\x04 \x03(\x0b\x32\x18.brewjax.ranker.v1.Event\x12&\n\x05items\x18\x05 \x03(\x0b\x32\x17.brewjax.ranker.v1.Item\x12\x15\n\rsteering_note\x18\x06 \x01(\t\x1aK\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\'\n\x05value\x18\x02 \x01(\x0b\x32\x18.brewjax.ranker.v1.Value:\x02\x38\x01\"\xc5\x02\n\x05\x45vent\x12\x0e\n\x06\x61\x63tion\x18\x01 \x01(\t\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12<\n\nattributes\x18\x03 \x03(\x0b\x32(.brewjax.ranker.v1.Event.AttributesEntry\x12\x30\n\x04item\x18\x04 \x03(\x0b\x32\".brewjax.ranker.v1.Event.ItemEntry\x1aK\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\'\n\x05value\x18\x02 \x01(\x0b\x32\x18.brewjax.ranker.v1.Value:\x02\x38\x01\x1a\x45\n\tItemEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\'\n\x05value\x18\x02 \x01(\x0b\x32\x18.brewjax.ranker.v1.Value:\x02\x38\x01\"\x9d\x02\n\x04Item\x12\n\n\x02id\x18\x01 \x01(\t\x12;\n\nattributes\x18\x02 \x03(\x0b\x32\'.brewjax.ranker.v1.Item.AttributesEntry\x12\x35\n\x07\x63ontext\x18\x03 \x03(\x0b\x32$.brewjax.ranker.v1.Item.ContextEntry\x1aK\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\'\n\x05value\x18\x02 \x01(\x0b\x32\x18.brewjax.ranker.v1.Value:\x02\x38\x01\x1aH\n\x0c\x43ontextEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\'\n\x05value\x18\x02 \x01(\x0b\x32\x18.brewjax.ranker.v1.Value:\x02\x38\x01\"\xab\x01\n\x05Value\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x11\n\x07integer\x18\x02 \x01(\x03H\x00\x12\x10\n\x06number\x18\x03 \x01(\x01H\x00\x12(\n\x04list\x18\x04 \x01(\x0b\x32\x18.brewjax.ranker.v1.TextsH\x00\x12*\n\x04\x64\x61te\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x00\x12\x0f\n\x05truth\x18\x06 \x01(\x08H\x00\x42\x06\n\x04kind\"\x17\n\x05Texts\x12\x0e\n\x06values\x18\x01 \x03(\t\"\xa5\x01\n\x03Raw\x12\'\n\x06prefix\x18\x01 \x01(\x0b\x32\x17.brewjax.ranker.v1.Text\x12\'\n\x06\x65vents\x18\x05 \x03(\x0b\x32\x17.brewjax.ranker.v1.Text\x12&\n\x05items\x18\x02 \x03(\x0b\x32\x17.brewjax.ranker.v1.Text\x12\x0e\n\x06labels\x18\x03 \x03(\t\x12\x14\n\x0clabel_tokens\x18\x04 \x03(\r\"K\n\x04Text\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12+\n\x06tokens\x18\x02 \x01(\x0b\x32\x19.brewjax.ranker.v1.TokensH\x00\x42\x06\n\x04kind\"\x15\n\x06Tokens\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x99\x01\n\rScoreResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06labels\x18\x02 \x03(\t\x12,\n\x06scores\x18\x03 \x03(\x0b\x32\x1c.brewjax.ranker.v1.ItemScore\x12\'\n\x05usage\x18\x04 \x01(\x0b\x32\x18.brewjax.ranker.v1.Usage\x12\r\n\x05model\x18\x05 \x01(\t\"=\n\tItemScore\x12\r\n\x05index\x18\x01 \x01(\r\x12\n\n\x02id\x18\x02 \x01(\t\x12\x15\n\rprobabilities\x18\x03 \x03(\x02\"~\n\x05Usage\x12\x15\n\rprefix_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x13\n\x0bitem_tokens\x18\x03 \x01(\r\x12\x18\n\x10truncated_events\x18\x04 \x01(\r\x12\x18\n\x10truncated_tokens\x18\x05 \x01(\r\"\x11\n\x0f\x44\x65scribeRequest\"\xd3\x01\n\x10\x44\x65scribeResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nparameters\x18\x02 \x01(\x04\x12\x31\n\x05tasks\x18\x03 \x03(\x0b\x32\".brewjax.ranker.v1.TaskDescription\x12)\n\x06limits\x18\x04 \x01(\x0b\x32\x19.brewjax.ranker.v1.Limits\x12(\n\x06shapes\x18\x05 \x03(\x0b\x32\x18.brewjax.ranker.v1.Shape\x12\x14\n\x0c\x63ompilations\x18\x06 \x01(\r\"\xbc\x02\n\x0fTaskDescription\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0binstruction\x18\x02 \x01(\t\x12\x0e\n\x06labels\x18\x03 \x03(\t\x12\x14\n\x0clabel_values\x18\x04 \x03(\x01\x12\x17\n\x0fhistory_actions\x18\x05 \x03(\t\x12\x42\n\x11member_attributes\x18\x06 \x03(\x0b\x32\'.brewjax.ranker.v1.AttributeDescription\x12\x41\n\x10\x65vent_attributes\x18\x07 \x03(\x0b\x32\'.brewjax.ranker.v1.AttributeDescription\x12@\n\x0fitem_attributes\x18\x08 \x03(\x0b\x32\'.brewjax.ranker.v1.AttributeDescription\"4\n\x14\x41ttributeDescription\x12\x0e\n\x06\x63olumn\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\"\xf7\x01\n\x06Limits\x12\x16\n\x0emax_candidates\x18\x01 \x01(\r\x12\x1d\n\x15max_stream_candidates\x18\x02 \x01(\r\x12\x19\n\x11max_prefix_tokens\x18\x03 \x01(\r\x12\x1c\n\x14max_candidate_tokens\x18\x04 \x01(\r\x12\x12\n\nmax_labels\x18\x05 \x01(\r\x12\x19\n\x11max_request_bytes\x18\x06 \x01(\x04\x12\x19\n\x11max_queued_tokens\x18\x07 \x01(\x04\x12\x1f\n\x17max_concurrent_requests\x18\x08 \x01(\r\x12\x12\n\nmax_events\x18\t \x01(\r\"?\n\x05Shape\x12\x0e\n\x06tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\"\x1f\n\rReloadRequest\x12\x0e\n\x06\x66older\x18\x01 \x01(\t\"\x1f\n\x0eReloadResponse\x12\r\n\x05model\x18\x01 \x01(\t2\xcc\x02\n\x06Ranker\x12J\n\x05Score\x12\x1f.brewjax.ranker.v1.ScoreRequest\x1a .brewjax.ranker.v1.ScoreResponse\x12R\n\x0bScoreStream\x12\x1f.brewjax.ranker.v1.ScoreRequest\x1a .brewjax.ranker.v1.ScoreResponse0\x01\x12S\n\x08\x44\x65scribe\x12\".brewjax.ranker.v1.DescribeRequest\x1a#.brewjax.ranker.v1.DescribeResponse\x12M\n\x06Reload\x12 .brewjax.ranker.v1.ReloadRequest\x1a!.brewjax.ranker.v1.ReloadResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,6 +40,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EVENT_ITEMENTRY']._serialized_options = b'8\001'
   _globals['_ITEM_ATTRIBUTESENTRY']._loaded_options = None
   _globals['_ITEM_ATTRIBUTESENTRY']._serialized_options = b'8\001'
+  _globals['_ITEM_CONTEXTENTRY']._loaded_options = None
+  _globals['_ITEM_CONTEXTENTRY']._serialized_options = b'8\001'
   _globals['_SCOREREQUEST']._serialized_start=83
   _globals['_SCOREREQUEST']._serialized_end=476
   _globals['_SCOREREQUEST_TRUNCATION']._serialized_start=353
@@ -57,41 +59,43 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EVENT_ITEMENTRY']._serialized_start=1047
   _globals['_EVENT_ITEMENTRY']._serialized_end=1116
   _globals['_ITEM']._serialized_start=1119
-  _globals['_ITEM']._serialized_end=1275
+  _globals['_ITEM']._serialized_end=1404
   _globals['_ITEM_ATTRIBUTESENTRY']._serialized_start=713
   _globals['_ITEM_ATTRIBUTESENTRY']._serialized_end=788
-  _globals['_VALUE']._serialized_start=1278
-  _globals['_VALUE']._serialized_end=1449
-  _globals['_TEXTS']._serialized_start=1451
-  _globals['_TEXTS']._serialized_end=1474
-  _globals['_RAW']._serialized_start=1477
-  _globals['_RAW']._serialized_end=1642
-  _globals['_TEXT']._serialized_start=1644
-  _globals['_TEXT']._serialized_end=1719
-  _globals['_TOKENS']._serialized_start=1721
-  _globals['_TOKENS']._serialized_end=1742
-  _globals['_SCORERESPONSE']._serialized_start=1745
-  _globals['_SCORERESPONSE']._serialized_end=1898
-  _globals['_ITEMSCORE']._serialized_start=1900
-  _globals['_ITEMSCORE']._serialized_end=1961
-  _globals['_USAGE']._serialized_start=1963
-  _globals['_USAGE']._serialized_end=2089
-  _globals['_DESCRIBEREQUEST']._serialized_start=2091
-  _globals['_DESCRIBEREQUEST']._serialized_end=2108
-  _globals['_DESCRIBERESPONSE']._serialized_start=2111
-  _globals['_DESCRIBERESPONSE']._serialized_end=2322
-  _globals['_TASKDESCRIPTION']._serialized_start=2325
-  _globals['_TASKDESCRIPTION']._serialized_end=2641
-  _globals['_ATTRIBUTEDESCRIPTION']._serialized_start=2643
-  _globals['_ATTRIBUTEDESCRIPTION']._serialized_end=2695
-  _globals['_LIMITS']._serialized_start=2698
-  _globals['_LIMITS']._serialized_end=2945
-  _globals['_SHAPE']._serialized_start=2947
-  _globals['_SHAPE']._serialized_end=3010
-  _globals['_RELOADREQUEST']._serialized_start=3012
-  _globals['_RELOADREQUEST']._serialized_end=3043
-  _globals['_RELOADRESPONSE']._serialized_start=3045
-  _globals['_RELOADRESPONSE']._serialized_end=3076
-  _globals['_RANKER']._serialized_start=3079
-  _globals['_RANKER']._serialized_end=3411
+  _globals['_ITEM_CONTEXTENTRY']._serialized_start=1332
+  _globals['_ITEM_CONTEXTENTRY']._serialized_end=1404
+  _globals['_VALUE']._serialized_start=1407
+  _globals['_VALUE']._serialized_end=1578
+  _globals['_TEXTS']._serialized_start=1580
+  _globals['_TEXTS']._serialized_end=1603
+  _globals['_RAW']._serialized_start=1606
+  _globals['_RAW']._serialized_end=1771
+  _globals['_TEXT']._serialized_start=1773
+  _globals['_TEXT']._serialized_end=1848
+  _globals['_TOKENS']._serialized_start=1850
+  _globals['_TOKENS']._serialized_end=1871
+  _globals['_SCORERESPONSE']._serialized_start=1874
+  _globals['_SCORERESPONSE']._serialized_end=2027
+  _globals['_ITEMSCORE']._serialized_start=2029
+  _globals['_ITEMSCORE']._serialized_end=2090
+  _globals['_USAGE']._serialized_start=2092
+  _globals['_USAGE']._serialized_end=2218
+  _globals['_DESCRIBEREQUEST']._serialized_start=2220
+  _globals['_DESCRIBEREQUEST']._serialized_end=2237
+  _globals['_DESCRIBERESPONSE']._serialized_start=2240
+  _globals['_DESCRIBERESPONSE']._serialized_end=2451
+  _globals['_TASKDESCRIPTION']._serialized_start=2454
+  _globals['_TASKDESCRIPTION']._serialized_end=2770
+  _globals['_ATTRIBUTEDESCRIPTION']._serialized_start=2772
+  _globals['_ATTRIBUTEDESCRIPTION']._serialized_end=2824
+  _globals['_LIMITS']._serialized_start=2827
+  _globals['_LIMITS']._serialized_end=3074
+  _globals['_SHAPE']._serialized_start=3076
+  _globals['_SHAPE']._serialized_end=3139
+  _globals['_RELOADREQUEST']._serialized_start=3141
+  _globals['_RELOADREQUEST']._serialized_end=3172
+  _globals['_RELOADRESPONSE']._serialized_start=3174
+  _globals['_RELOADRESPONSE']._serialized_end=3205
+  _globals['_RANKER']._serialized_start=3208
+  _globals['_RANKER']._serialized_end=3540
 # @@protoc_insertion_point(module_scope)

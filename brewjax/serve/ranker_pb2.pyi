@@ -90,8 +90,15 @@ class Event(_message.Message):
     def __init__(self, action: _Optional[str] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., attributes: _Optional[_Mapping[str, Value]] = ..., item: _Optional[_Mapping[str, Value]] = ...) -> None: ...
 
 class Item(_message.Message):
-    __slots__ = ("id", "attributes")
+    __slots__ = ("id", "attributes", "context")
     class AttributesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: Value
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[Value, _Mapping]] = ...) -> None: ...
+    class ContextEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
@@ -100,9 +107,11 @@ class Item(_message.Message):
         def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[Value, _Mapping]] = ...) -> None: ...
     ID_FIELD_NUMBER: _ClassVar[int]
     ATTRIBUTES_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_FIELD_NUMBER: _ClassVar[int]
     id: str
     attributes: _containers.MessageMap[str, Value]
-    def __init__(self, id: _Optional[str] = ..., attributes: _Optional[_Mapping[str, Value]] = ...) -> None: ...
+    context: _containers.MessageMap[str, Value]
+    def __init__(self, id: _Optional[str] = ..., attributes: _Optional[_Mapping[str, Value]] = ..., context: _Optional[_Mapping[str, Value]] = ...) -> None: ...
 
 class Value(_message.Message):
     __slots__ = ("text", "integer", "number", "list", "date", "truth")

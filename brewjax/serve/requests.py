@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +13,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from brewjax.data.tables.card import Attribute
 from brewjax.data.tables.dataset import Dataset
-from brewjax.data.tables.statistics import ItemStatistic
+from brewjax.data.tables.statistics import FactValues
 from brewjax.data.tasks.examples import RankingExample
 from brewjax.data.tasks.task import Task
 from brewjax.serve import ranker_pb2 as pb
@@ -22,8 +22,8 @@ from brewjax.serve import ranker_pb2 as pb
 def request_from_example(dataset: Dataset, task: Task, example: RankingExample, steering_note: str = "") -> pb.Member:
     """A ranking example of a dataset as a request.
 
-    The server renders the request with the text that a `Verbalizer` of the dataset renders for the example. Derived
-    attributes of items travel as values, as of the example's cutoff time, because the server has no events of others.
+    The server renders the request with the text that a `Verbalizer` of the dataset renders for the example. Facts
+    travel as values, as of the example's cutoff time, because the server has no events of others.
 
     Args:
       dataset: where the example's rows are.
@@ -34,51 +34,63 @@ def request_from_example(dataset: Dataset, task: Task, example: RankingExample, 
     Returns:
       a `Member`, whose items are the candidates in their order, by the ids of the items table.
     """
-    card = dataset.card
+    card, facts = dataset.card, FactValues(dataset)
+    count = len(example.candidates)
+    cutoff = np.full(count, example.cutoff_time)
+    candidates = _StatedRows(dataset.items, card.items.attributes, example.candidates, "question")
+    candidate_attributes = candidates.attributes()
+    members = np.full(count, example.member)
+    for group in ("items", "pairs"):
+        for fact in getattr(card.facts, group):
+            _add(candidate_attributes, fact.name, facts.values(group, fact, members, example.candidates, cutoff))
+    profile = _StatedRows(dataset.members, card.members.attributes, np.array([example.member]), "question").attributes()
+    for fact in card.facts.members:
+        _add(profile, fact.name, facts.values("members", fact, members[:1], example.candidates[:1], cutoff[:1]))
+    events = _StatedRows(dataset.events, card.events.attributes, example.history, "question").attributes()
+    for fact in card.facts.events:
+        _add(events, fact.name, facts.event_values(fact, example.history))
     history_items = dataset.event_item[example.history]
-    (member_attributes,) = _attributes(card.members.attributes, dataset.members, np.array([example.member]))
-    event_attributes = _attributes(card.events.attributes, dataset.events, example.history)
-    history_item_attributes = _item_attributes(dataset, history_items, "history", example.cutoff_time)
-    candidate_attributes = _item_attributes(dataset, example.candidates, "question", example.cutoff_time)
+    items = _StatedRows(dataset.items, card.items.attributes, history_items, "history").attributes()
     now = Timestamp()
     now.FromMicroseconds(example.cutoff_time)
-    request = pb.Member(task=task.name, now=now, attributes=member_attributes, steering_note=steering_note)
-    for row, attributes, item in zip(example.history, event_attributes, history_item_attributes, strict=True):
-        event = request.history.add(action=str(dataset.event_action[row]), attributes=attributes, item=item)
+    request = pb.Member(task=task.name, now=now, attributes=profile[0], steering_note=steering_note)
+    for row, attributes, item in zip(example.history, events, items, strict=True):
+        event = request.history.add(action=dataset.action_name(row), attributes=attributes, item=item)
         event.time.FromMicroseconds(int(dataset.event_time[row]))
     ids = dataset.items[card.items.id]
-    for row, attributes in zip(example.candidates, candidate_attributes, strict=True):
-        request.items.add(id=str(ids[int(row)].as_py()), attributes=attributes)
+    context = [a for a in card.events.attributes if a.column in task.questions.context]
+    for row, attributes, exposure in zip(example.candidates, candidate_attributes, example.exposures, strict=True):
+        item = request.items.add(id=str(ids[int(row)].as_py()), attributes=attributes)
+        if context and exposure >= 0:
+            (values,) = _StatedRows(dataset.events, context, np.array([exposure]), "question").attributes()
+            for column, value in values.items():
+                item.context[column].CopyFrom(value)
     return request
 
 
-def _item_attributes(dataset: Dataset, rows: np.ndarray, where: str, cutoff_time: int) -> list[dict[str, pb.Value]]:
-    """Attributes of items that prompts show at `where` ("history" or "question"), derived ones as of the cutoff."""
-    attributes = dataset.card.items.attributes
-    times = np.full(len(rows), cutoff_time)
-    derived = {
-        attribute.column: ItemStatistic(dataset, attribute.derive).at(rows, times).tolist()
-        for attribute in attributes
-        if attribute.derive
-    }
-    return _attributes(
-        [attribute for attribute in attributes if where in attribute.where], dataset.items, rows, derived
-    )
+class _StatedRows(NamedTuple):
+    """Rows of a table with the attributes that prompts show at `where`, "history" or "question"."""
+
+    table: pa.Table
+    columns: Sequence[Attribute]
+    rows: np.ndarray
+    where: str
+
+    def attributes(self) -> list[dict[str, pb.Value]]:
+        """The known attributes of each row, by column."""
+        known: list[dict[str, pb.Value]] = [{} for _ in self.rows]
+        for attribute in self.columns:
+            if self.where in attribute.where:
+                _add(known, attribute.column, self.table[attribute.column].take(pa.array(self.rows)).to_pylist())
+        return known
 
 
-def _attributes(
-    attributes: Sequence[Attribute], table: pa.Table, rows: np.ndarray, derived: Mapping[str, list[float]] | None = None
-) -> list[dict[str, pb.Value]]:
-    """Known attributes of each of `rows` of a table, by column; `derived` values take the place of the table's."""
-    known: list[dict[str, pb.Value]] = [{} for _ in rows]
-    for attribute in attributes:
-        values = (derived or {}).get(attribute.column)
-        if values is None:
-            values = table[attribute.column].take(pa.array(rows)).to_pylist()
-        for row_values, value in zip(known, values, strict=True):
-            if value is not None and not (isinstance(value, float) and math.isnan(value)):
-                row_values[attribute.column] = _value(value)
-    return known
+def _add(known: list[dict[str, pb.Value]], name: str, values: Iterable[Any]) -> None:
+    """Adds a value to each of `known`, unless it is unknown."""
+    for row_values, value in zip(known, values, strict=True):
+        value = float(value) if isinstance(value, np.floating) else value
+        if value is not None and not (isinstance(value, float) and math.isnan(value)):
+            row_values[name] = _value(value)
 
 
 def _value(value: Any) -> pb.Value:

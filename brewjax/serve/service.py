@@ -20,6 +20,7 @@ from opentelemetry import trace
 
 from brewjax.bundle.bundle import Bundle
 from brewjax.data.tables.card import Attribute
+from brewjax.data.tables.facts import Fact
 from brewjax.data.tasks.task import Task
 from brewjax.model.params import num_parameters
 from brewjax.scoring.passes import LABELS_IN_PASS, PAGE, Bucket
@@ -179,8 +180,13 @@ class Service:
         config, bundle = self.config, self._encoder.bundle
         card = bundle.card
 
-        def describe_attributes(attributes: Sequence[Attribute]) -> list[pb.AttributeDescription]:
-            return [pb.AttributeDescription(column=attribute.column, kind=attribute.kind) for attribute in attributes]
+        def describe_attributes(
+            attributes: Sequence[Attribute], facts: Sequence[Fact]
+        ) -> list[pb.AttributeDescription]:
+            columns = [
+                pb.AttributeDescription(column=attribute.column, kind=attribute.kind) for attribute in attributes
+            ]
+            return columns + [pb.AttributeDescription(column=fact.name, kind="number") for fact in facts]
 
         return pb.DescribeResponse(
             model=self.model,
@@ -192,9 +198,9 @@ class Service:
                     labels=task.words,
                     label_values=task.values,
                     history_actions=task.history.actions,
-                    member_attributes=describe_attributes(card.members.attributes),
-                    event_attributes=describe_attributes(card.events.attributes),
-                    item_attributes=describe_attributes(card.items.attributes),
+                    member_attributes=describe_attributes(card.members.attributes, card.facts.members),
+                    event_attributes=describe_attributes(card.events.attributes, card.facts.events),
+                    item_attributes=describe_attributes(card.items.attributes, (*card.facts.items, *card.facts.pairs)),
                 )
                 for task in self._encoder.tasks.values()
                 if card is not None

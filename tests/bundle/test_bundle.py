@@ -63,7 +63,7 @@ def test_the_data_of_training_are_known_whatever_they_are_called(bundle, jobs, t
     ("card", "items"),
     [
         (str, lambda table: with_column("salary", pa.array(np.arange(40) * 1e6))(table)),
-        (lambda text: text.replace("percentile: true, where", "where"), lambda table: table),
+        (lambda text: text.replace("percentile: true, unit", "unit"), lambda table: table),
         (
             lambda text: text.replace("experience, kind: number", "experience, kind: number, percentile: true"),
             lambda table: table,

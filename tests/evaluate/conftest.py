@@ -58,6 +58,7 @@ def make_examples(rng: np.random.Generator, count: int, members: int = 20, label
             int(p),
             rng.integers(9, size=4),
             rng.integers(labels, size=4),
+            np.full(4, -1),
         )
         for p in past
     ]

@@ -68,6 +68,8 @@ def test_popularity_with_sampled_negatives_counts_events(jobs_with, sampled_task
     rng = np.random.default_rng(0)
     draw = lambda: min(int(rng.exponential(4)), 39)  # noqa: E731 (the first items are the popular ones)
     dataset = jobs_with([Event(m, draw(), "applied", float(day)) for day in range(60) for m in range(8)])
+    questions = sampled_task.questions.model_copy(update={"repeats": True})
+    sampled_task = sampled_task.model_copy(update={"questions": questions})
     train = list(build_examples(dataset, sampled_task, "train"))
     test = list(build_examples(dataset, sampled_task, "test"))
     said = popularity(dataset, sampled_task, train, test)

@@ -27,7 +27,8 @@ EVENTS = st.lists(
 
 def ask(member: int, items: list[int], day: float) -> RankingExample:
     nothing = np.zeros(0, np.int64)
-    return RankingExample("apply", member, moment(day), nothing, 0, np.array(items), np.zeros(len(items), int))
+    labels, exposures = np.zeros(len(items), int), np.full(len(items), -1)
+    return RankingExample("apply", member, moment(day), nothing, 0, np.array(items), labels, exposures)
 
 
 def rows(dataset, task, *examples: RankingExample) -> list[dict[str, float]]:
@@ -115,11 +116,11 @@ def test_an_example_has_the_same_features_alone_and_among_others(jobs, task):
 @hypothesis.given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9), st.integers(-5, 5)), min_size=1), st.data())
 def test_a_point_in_time_index_is_a_filter(events, data):
     keys, times, values = (np.array(column) for column in zip(*events, strict=True))
-    key, time, days = data.draw(st.tuples(st.integers(0, 3), st.integers(-1, 11), st.sampled_from([np.inf, 3])))
+    key, time, days = data.draw(st.tuples(st.integers(0, 3), st.integers(-1, 11), st.sampled_from([None, 3])))
     day = 86_400_000_000
     index = PointInTimeIndex(keys, times * day)
     window = index.window(np.array([key]), np.array([time * day]), days)
-    inside = (keys == key) & (times < time) & (times >= time - days)
+    inside = (keys == key) & (times < time) & (times >= time - (days or np.inf))
     assert index.sum(values, window) == values[inside].sum()
     first, last = index.since(window, np.array([time * day]))
     if inside.any():

@@ -9,7 +9,7 @@ import sklearn.metrics
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from brewjax.evaluate.metrics import auc, calibration_error, log_loss, ndcg, reliability
+from brewjax.evaluate.metrics import auc, calibration_error, gauc, log_loss, ndcg, reliability
 
 FEW = st.sampled_from([0.05, 0.2, 0.35, 0.5, 0.8, 0.95])  # few different scores: many ties
 
@@ -76,6 +76,18 @@ def test_ndcg_is_scikit_learns_mean_over_groups(rows):
     ]
     found = ndcg(scores, values.astype(float), groups, np.ones(len(scores)))
     assert found == pytest.approx(np.mean(expected) if expected else np.nan, nan_ok=True)
+
+
+@hypothesis.given(questions(labels=4))
+@hypothesis.settings(deadline=None)
+def test_gauc_is_the_mean_over_lists_of_the_auc_in_each(rows):
+    scores, values, groups, _ = rows
+    values = values.astype(float)
+    lists = [groups == group for group in np.unique(groups) if len(np.unique(values[groups == group])) > 1]
+    aucs = [auc(scores[rows], values[rows], np.ones(rows.sum())) for rows in lists]
+    expected = np.average(aucs, weights=[rows.sum() for rows in lists]) if lists else np.nan
+    actual = gauc(scores, values, groups, np.ones((3, len(scores))))
+    assert actual == pytest.approx([expected] * 3, nan_ok=True)
 
 
 def test_constant_scores_are_worth_a_random_order():

@@ -79,7 +79,7 @@ def test_the_best_is_bold_in_markdown(report):
     row = next(line for line in text.splitlines() if line.startswith("| brewjax | **"))
     assert re.fullmatch(r"\| brewjax \|( \*\*\d\.\d{3}\*\* \(\d\.\d{3} to \d\.\d{3}\) \|){2}.*", row)
     assert "## three" in text
-    assert "- brewjax minus LightGBM: AUC +0." in text
+    assert "- brewjax minus LightGBM: AUC in list +0." in text
 
 
 def test_a_table_for_the_terminal(comparisons):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import numpy as np
 import pydantic
@@ -24,9 +25,13 @@ class Style:
         time instead, each with its action.
       event: a past event; field: facts.
       heading: the beginning of every question.
-      question: a question; fields: question, facts.
-      percentile: a percentile; its field is a number from 1 to 100.
+      question: a question; fields: question, task (its name), facts.
+      bucket: a number in buckets; fields: name, bucket, buckets. In a style whose facts have no names, the name is a
+        `code`, and name and bucket together are one token of a tokenizer that brewjax trains.
+      percentile: the same, of a hundred buckets.
       short: whether ages are short, "2d" and not "2 days".
+      history: whether past events are rendered.
+      buckets_only: whether only numbers in buckets are rendered, and no other attribute.
       chat: whether the parts are put into the tokenizer's own chat template.
       turns: whether each past event is rendered as a chat turn: the question about its item, then the label word, then
         the event. The label words are training targets as well, so a history of n turns adds n targets. Not so with
@@ -41,8 +46,11 @@ class Style:
     event: str
     heading: str
     question: str
-    percentile: str = "percentile {}"
+    bucket: str = "{name}: {bucket} of {buckets}"
+    percentile: str = "{name}: percentile {bucket}"
     short: bool = False
+    history: bool = True
+    buckets_only: bool = False
     chat: bool = False
     turns: bool = False
 
@@ -65,21 +73,24 @@ CHAT = dataclasses.replace(
     question=": {question}? {facts}",
     chat=True,
 )
+COMPACT = Style(
+    preamble="{instruction}\n{profile}\n",
+    fact="{value}",
+    join="|",
+    group="",
+    event="{facts}\n",
+    heading="?",
+    question=" {task}|{facts}\n",
+    bucket="{name}#{bucket}",
+    percentile="{name}#{bucket}",
+    short=True,
+)
 STYLES = {
     "sectioned": SECTIONED,
     "chat": CHAT,
     "turns": dataclasses.replace(CHAT, preamble="{profile}\n", turns=True),
-    "compact": Style(
-        preamble="{instruction}\n{profile}\n",
-        fact="{value}",
-        join="|",
-        group="",
-        event="{facts}\n",
-        heading="?",
-        question=" {facts}\n",
-        percentile="{}",
-        short=True,
-    ),
+    "compact": COMPACT,
+    "numbers": dataclasses.replace(COMPACT, history=False, buckets_only=True),
     "key-value": Style(
         preamble="task={instruction}\nmember: {profile}\n",
         fact="{name}={value}",
@@ -88,10 +99,16 @@ STYLES = {
         event="event: {facts}\n",
         heading="question",
         question=": {question}; {facts}; answer=",
-        percentile="p{}",
+        bucket="{name}={bucket}/{buckets}",
+        percentile="{name}=p{bucket}",
         short=True,
     ),
 }
+
+
+def code(name: str) -> str:
+    """A name as a code of small letters, digits and underscores: "Average stars" becomes "average_stars"."""
+    return re.sub(r"\W+", "_", name.lower()).strip("_")
 
 
 class PromptConfig(Config):

@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from brewjax.console import print_line
-from brewjax.data.prompts.numbers import age, format_number
+from brewjax.data.prompts.attributes import RowRenderer, RowsAsOf, Where, render_age
 from brewjax.data.prompts.overlong import Overlong, OverlongLog, truncate_to_fit
 from brewjax.data.prompts.styles import STYLES, Style
 from brewjax.data.tables.card import Attribute
 from brewjax.data.tables.dataset import Dataset
-from brewjax.data.tables.statistics import ItemStatistic, Percentiles
-from brewjax.data.tasks.examples import Choice, RankingExample, event_labels
+from brewjax.data.tables.statistics import FactSource, FactValues, Percentiles, Table
+from brewjax.data.tasks.examples import Choice, RankingExample
+from brewjax.data.tasks.questions import Questions, find_questions
 from brewjax.data.tasks.task import Task
 from brewjax.data.text.chat import AS_IT_COMES, Chat, ChatTemplate, chat_parts
 from brewjax.data.text.prompt import Prompt, Question
 from brewjax.data.text.tokenizer import Tokenizer
 
-Table = Literal["members", "items", "events"]
-Where = Literal["history", "question"]
-TEXTUAL = ("text", "category", "list")  # kinds of attributes that can be truncated
 CHOICES = " / "  # between the names of the items of a multiple-choice question
 
 
@@ -47,6 +43,7 @@ class Verbalizer:
       tokenizer: counts the tokens of the budget, and has the chat template.
       max_tokens: budget for preamble, history and the longest question; the oldest events are left out to fit.
       template: variables of the chat template, for the styles that use it.
+      facts: where facts come from; by default they are computed from the dataset's events.
 
     Attributes:
       overlong: counts the items and members whose texts did not fit.
@@ -59,18 +56,14 @@ class Verbalizer:
         tokenizer: Tokenizer,
         max_tokens: int,
         template: ChatTemplate = AS_IT_COMES,
+        facts: FactSource | None = None,
     ):
         self.dataset, self.tokenizer, self._max_tokens, self._template = dataset, tokenizer, max_tokens, template
         self.overlong = OverlongLog()
-        self._facts = {
-            table: _Facts(
-                table, getattr(dataset, table), getattr(dataset.card, table).attributes, percentiles, tokenizer
-            )
-            for table in ("members", "items", "events")
-        }
-        for attribute in dataset.card.items.attributes:
-            if attribute.derive:
-                self._facts["items"].statistics[attribute.column] = ItemStatistic(dataset, attribute.derive)
+        self._known_questions: dict[str, Questions] = {}  # of each task, by name
+        source = facts or FactValues(dataset)
+        tables: tuple[Table, ...] = ("members", "items", "events")
+        self._rows = {table: RowRenderer(dataset, table, percentiles, source, tokenizer.clean) for table in tables}
 
     @cached_property
     def _chat(self) -> Chat:
@@ -89,23 +82,35 @@ class Verbalizer:
         return [self.tokenizer.clean(self.dataset.item_name(row)) for row in items]
 
     def facts(
-        self, table: Table, rows: np.ndarray, time: int | np.ndarray, style: Style, where: Where = "question"
+        self,
+        table: Table,
+        rows: np.ndarray,
+        time: int | np.ndarray,
+        style: Style,
+        where: Where = "question",
+        members: np.ndarray | None = None,
     ) -> list[list[str]]:
-        """Renders the attributes of rows of a table.
+        """Renders the attributes and facts of rows of a table.
 
         Args:
           rows: int [rows].
-          time: microseconds since 1970 as of which ages and statistics are computed, one for all rows or one each.
-          where: whether the facts stand in the history or in a question.
+          time: microseconds since 1970 as of which ages and facts are computed, one for all rows or one each.
+          where: whether the texts stand in the history or in a question.
+          members: int [rows], the member of each row, for facts of pairs; without, these facts are left out.
 
         Returns:
-          The facts of each row.
+          The texts of each row.
         """
-        return self._facts[table].render(rows, time, style, where)
+        return self._rows[table].render(RowsAsOf(rows, np.broadcast_to(time, len(rows)), members), style, where)
 
-    def item_values(self, attribute: Attribute, items: np.ndarray, time: int) -> list[Any]:
-        """The value of `attribute` of each item (int [items], rows) as of a time; None or NaN if it is unknown."""
-        return self._facts["items"].values(attribute, items, np.full(len(items), time))
+    def question_values(self, items: np.ndarray, time: int) -> list[tuple[Attribute, list[Any]]]:
+        """Every attribute and fact of items (int [items], rows) that questions state, with its values as of a time:
+        None or NaN where a value is unknown. Facts of pairs are not among them."""
+        renderer = self._rows["items"]
+        rows = RowsAsOf(items, np.full(len(items), time))
+        values = [(a, renderer.values(a, items)) for a in renderer.attributes if "question" in a.where]
+        facts = [stated for stated in renderer.facts if stated.group == "items"]
+        return values + [(stated.attribute, renderer.fact_values(stated, rows)) for stated in facts]
 
     def prompt(
         self, task: Task, example: RankingExample, style_name: str, note: str = "", choices: Sequence[Choice] = ()
@@ -157,7 +162,7 @@ class Verbalizer:
         num_truncated = self._num_events_over_budget(room, events, offsets)
         events, rows = events[num_truncated:], example.history[num_truncated:]
         if style.group:
-            events = _group_events(events, self.dataset.event_action[rows], groups)
+            events = _group_events(events, [self.dataset.action_name(row) for row in rows], groups)
         answer_offsets = tuple(offsets[num_truncated:]) if style.turns else ()
         words = tuple(chat.answer + word for word in task.words)
         return Prompt(preamble, tuple(events), questions, words, num_truncated, answer_offsets, tuple(truncated))
@@ -221,9 +226,8 @@ class Verbalizer:
     ) -> str:
         note = note or task.steering_note
         instruction = task.instruction + (f"\nNote: {note}" if note else "")
-        profile = self._facts["members"].render(
-            np.array([example.member]), example.cutoff_time, style, "question", longest
-        )[0]
+        member = RowsAsOf(np.array([example.member]), np.array([example.cutoff_time]))
+        profile = self._rows["members"].render(member, style, "question", longest)[0]
         card = self.dataset.card
         preamble = style.preamble.format(
             instruction=instruction,
@@ -238,16 +242,25 @@ class Verbalizer:
     def _questions(
         self, task: Task, example: RankingExample, style: Style, chat: Chat, longest: int | None = None
     ) -> tuple[Question, ...]:
-        facts = self._facts["items"].render(example.candidates, example.cutoff_time, style, "question", longest)
+        count = len(example.candidates)
+        rows = RowsAsOf(example.candidates, np.full(count, example.cutoff_time), np.full(count, example.member))
+        facts = self._rows["items"].render(rows, style, "question", longest)
+        if columns := task.questions.context:
+            for index in np.flatnonzero(example.exposures >= 0):
+                exposure = RowsAsOf(example.exposures[index : index + 1], rows.times[:1])
+                facts[index] += self._rows["events"].render(exposure, style, "question", longest, columns)[0]
         return tuple(
             Question(
-                style.question.format(question=task.questions.question, facts=style.join.join(item_facts))
-                + chat.assistant,
+                self._question_text(task, task.questions.question, style, style.join.join(item_facts)) + chat.assistant,
                 int(label) if label >= 0 else None,
                 style.heading,
             )
             for item_facts, label in zip(facts, example.labels, strict=True)
         )
+
+    @staticmethod
+    def _question_text(task: Task, question: str, style: Style, facts: str) -> str:
+        return style.question.format(question=question, task=task.name, facts=facts)
 
     def _truncate_questions(
         self,
@@ -309,7 +322,7 @@ class Verbalizer:
             noun = f"{self.dataset.card.items.noun} {self.dataset.item_id(row)}"
         else:
             noun = f"the instruction with {self.dataset.card.members.noun} {self.dataset.member_id(row)}"
-        return Overlong(row, noun, self._facts[table].longest(row, time, style), self._count(text), room)
+        return Overlong(row, noun, self._rows[table].longest(row, time, style), self._count(text), room)
 
     def _overlong_error(self, task: Task, overlong: Overlong) -> ValueError:
         allowed = task.questions.overlong == "truncate"
@@ -335,7 +348,7 @@ class Verbalizer:
         questions = []
         for choice in choices:
             names = self.names(choice.items)
-            text = style.question.format(question=task.questions.choice_question, facts=CHOICES.join(names))
+            text = self._question_text(task, task.questions.choice_question, style, CHOICES.join(names))
             answer = chat.answer + names[choice.correct]
             questions.append(Question(text + chat.assistant, None, style.heading, answer))
         return tuple(questions)
@@ -345,7 +358,7 @@ class Verbalizer:
     ) -> tuple[list[str], list[int]]:
         """The text of each event: its age, its action if `name_action`, and the facts of the event and of its item; and
         the character in the text at which the answer begins, 0 if the event is no turn with an answer."""
-        rows, cutoff_time = example.history, example.cutoff_time
+        rows, cutoff_time = example.history if style.history else example.history[:0], example.cutoff_time
         times = self.dataset.event_time[rows]
         event_facts = self.facts("events", rows, cutoff_time, style)
         # A turn asks as of the event's own time: a statistic that includes the event would give its answer away.
@@ -353,18 +366,20 @@ class Verbalizer:
         item_facts = self.facts("items", self.dataset.event_item[rows], item_times, style, "history")
         labels = np.full(len(rows), -1)
         if style.turns and not task.questions.sampled_negatives:
-            labels = event_labels(self.dataset, task, rows)
+            labels = self._answers(task, rows, cutoff_time)
         texts, offsets = [], []
         for row, time, row_facts, row_item_facts, label in zip(
             rows, times, event_facts, item_facts, labels, strict=True
         ):
-            facts = [style.fact.format(name="Age", value=_render_age(cutoff_time - int(time), style))]
+            facts = []
+            if self.dataset.card.events.time:
+                facts.append(style.fact.format(name="Age", value=render_age(cutoff_time - int(time), style)))
             if name_action:
-                action = self.dataset.card.events.actions[self.dataset.event_action[row]].past
+                action = self.dataset.card.events.actions[self.dataset.action_name(row)].past
                 facts.append(style.fact.format(name="Action", value=action))
             question = answer = ""
             if label >= 0:
-                text = style.question.format(question=task.questions.question, facts=style.join.join(row_item_facts))
+                text = self._question_text(task, task.questions.question, style, style.join.join(row_item_facts))
                 question = style.heading + text + chat.assistant
                 answer = chat.answer + task.words[label] + chat.user_again
                 facts += row_facts
@@ -373,6 +388,17 @@ class Verbalizer:
             texts.append(question + answer + style.event.format(facts=style.join.join(facts)))
             offsets.append(len(question))
         return texts, offsets
+
+    def _answers(self, task: Task, events: np.ndarray, time: int) -> np.ndarray:
+        """The answers to past events that were known at a time, int64 [events]; -1 where there was none."""
+        if task.name not in self._known_questions:
+            self._known_questions[task.name] = find_questions(self.dataset, task)
+        questions = self._known_questions[task.name]
+        if not len(questions.events):
+            return np.full(len(events), -1)
+        position = np.minimum(np.searchsorted(questions.events, events), len(questions.events) - 1)
+        known = (questions.events[position] == events) & (questions.known[position] < time)
+        return np.where(known, questions.labels[position], -1)
 
     def _num_events_over_budget(self, room: int, events: list[str], offsets: list[int]) -> int:
         """How many of the oldest events must be left out for the others to take at most `room` tokens."""
@@ -383,97 +409,7 @@ class Verbalizer:
         return len(events) - int(np.searchsorted(newest_first, room, side="right"))
 
 
-class _Facts:
-    """Renders the attributes of the rows of one table."""
-
-    def __init__(
-        self,
-        name: str,
-        table: pa.Table,
-        attributes: Sequence[Attribute],
-        percentiles: Percentiles,
-        tokenizer: Tokenizer,
-    ):
-        self._name, self._attributes, self._percentiles = name, attributes, percentiles
-        self._columns = {a.column: _read_values(table[a.column], a.kind) for a in attributes if not a.derive}
-        self._clean: Callable[[str], str] = tokenizer.clean
-        self.statistics: dict[str, ItemStatistic] = {}
-
-    def render(
-        self,
-        rows: np.ndarray,
-        time: int | np.ndarray,
-        style: Style,
-        where: Where,
-        longest: int | None = None,
-    ) -> list[list[str]]:
-        """The facts of each row as of `time`, texts truncated to `longest` characters. Unknown values are left out, or
-        empty in a style in which the position of a value stands for its name."""
-        times = np.broadcast_to(time, len(rows))
-        attributes = [attribute for attribute in self._attributes if where in attribute.where]
-        style_has_names = "{name}" in style.fact
-        facts_by_row: list[list[str]] = [[] for _ in rows]
-        for attribute in attributes:
-            values = self.values(attribute, rows, times)
-            for facts, value, row_time in zip(facts_by_row, values, times.tolist(), strict=True):
-                text = "" if is_unknown(value) else self._render_value(attribute, value, row_time, style)
-                if attribute.kind in TEXTUAL:
-                    text = text[:longest].rstrip()
-                if text or not style_has_names:
-                    facts.append(style.fact.format(name=attribute.name, value=text))
-        return facts_by_row
-
-    def longest(self, row: int, time: int, style: Style) -> str:
-        """The column whose text is the longest of a row."""
-        attributes = [attribute for attribute in self._attributes if "question" in attribute.where]
-        sizes = {}
-        for attribute in attributes:
-            (value,) = self.values(attribute, np.array([row]), np.array([time]))
-            sizes[attribute.column] = 0 if is_unknown(value) else len(self._render_value(attribute, value, time, style))
-        return max(sizes, key=sizes.__getitem__, default="instruction")
-
-    def values(self, attribute: Attribute, rows: np.ndarray, times: np.ndarray) -> list[Any]:
-        """The value of an attribute of each row; of a derived one, as of the row's time."""
-        if attribute.derive:
-            return self.statistics[attribute.column].at(rows, times).tolist()
-        column = self._columns[attribute.column]
-        return [column[row] for row in rows]
-
-    def _render_value(self, attribute: Attribute, value: Any, time: int, style: Style) -> str:
-        if attribute.kind == "number":
-            if attribute.percentile:
-                return style.percentile.format(self._percentiles.percentile(self._name, attribute.column, value))
-            number = format_number(value)
-            return f"{number} {attribute.unit}".strip() if not style.short else number
-        if attribute.kind == "date":
-            elapsed = time - value
-            if elapsed < 0:
-                return f"in {_render_age(-elapsed, style)}"
-            return _render_age(elapsed, style) + ("" if style.short else " ago")
-        if attribute.kind == "list":
-            return ("," if style.short else ", ").join(text for entry in value if (text := self._clean(str(entry))))
-        text = self._clean(str(value))
-        return " ".join(text.split(" ")[: attribute.max_words]) if attribute.max_words else text
-
-
-def is_unknown(value: Any) -> bool:
-    """Whether an attribute has no value: null, an empty list, or NaN."""
-    return value is None or value == [] or (isinstance(value, float) and math.isnan(value))
-
-
-def _read_values(column: pa.ChunkedArray, kind: str) -> list[Any]:
-    """The values of a column; dates as microseconds since 1970."""
-    return (column.cast(pa.timestamp("us")).cast(pa.int64()) if kind == "date" else column).to_pylist()
-
-
-def _render_age(microseconds: int, style: Style) -> str:
-    count, unit = age(microseconds)
-    if style.short:
-        return f"{count}{'mo' if unit == 'month' else unit[0]}"
-    return f"{count} {unit}{'' if count == 1 else 's'}"
-
-
-def _group_events(texts: list[str], actions: np.ndarray, groups: dict[str, str]) -> list[str]:
+def _group_events(texts: list[str], actions: list[str], groups: dict[str, str]) -> list[str]:
     """The events of each action together, with the group's words before its first event."""
     grouped = []
     for action, words in groups.items():

@@ -11,8 +11,9 @@ import pydantic
 
 from brewjax.config import Config, Seed
 from brewjax.console import track
+from brewjax.data.prompts.attributes import is_unknown
 from brewjax.data.prompts.styles import PromptConfig
-from brewjax.data.prompts.verbalize import Verbalizer, is_unknown
+from brewjax.data.prompts.verbalize import Verbalizer
 from brewjax.data.records.provenance import Provenance, provenance, task_rng
 from brewjax.data.tables.card import Attribute
 from brewjax.data.tasks.examples import RankingExample, sample_examples
@@ -141,16 +142,12 @@ def draw_contrast(
     Returns:
       None if no attribute of the questions differs among candidates with the same answer.
     """
-    attributes = [
-        attribute
-        for attribute in verbalizer.dataset.card.items.attributes
-        if attribute.kind in CONTRASTS and "question" in attribute.where
-    ]
     for label in rng.permutation(np.unique(example.labels)):
         indices = np.flatnonzero(example.labels == label)
-        for attribute_index in rng.permutation(len(attributes)):
-            attribute = attributes[attribute_index]
-            values = verbalizer.item_values(attribute, example.candidates[indices], example.cutoff_time)
+        stated = verbalizer.question_values(example.candidates[indices], example.cutoff_time)
+        stated = [(attribute, values) for attribute, values in stated if attribute.kind in CONTRASTS]
+        for attribute_index in rng.permutation(len(stated)):
+            attribute, values = stated[attribute_index]
             known = np.array([not is_unknown(value) for value in values], bool)
             contrast = CONTRASTS[attribute.kind](
                 verbalizer, attribute, indices[known], [v for v, k in zip(values, known, strict=True) if k], rng

@@ -72,7 +72,7 @@ def _history(verbalizer: Verbalizer, member: int, events: np.ndarray, until: int
     ]
     months = times.astype("M8[us]").astype("M8[M]")
     for (month, action), group_events in itertools.groupby(
-        zip(months, dataset.event_action[events], texts, strict=True), key=lambda event: event[:2]
+        zip(months, map(dataset.action_name, events), texts, strict=True), key=lambda event: event[:2]
     ):
         group = SECTIONED.group.format(
             member=f"the {card.members.noun}", past=card.events.actions[action].past, items=card.items.plural

@@ -1,7 +1,7 @@
 """The card of a dataset, `dataset.yaml`: which files and columns the tables have, and in which words they are rendered.
 
 The card is what a company writes instead of code. Everything that can be wrong with it alone is refused here; what does
-not fit the tables is found by `validate`.
+not fit the tables is found by `validate`. Facts, which are derived from the events, have a file of their own.
 """
 
 from __future__ import annotations
@@ -11,28 +11,10 @@ from typing import Any, ClassVar, Literal, Self
 
 import pydantic
 
-from brewjax.config import Config, ConfigError, Words, misplaced, refuse_twice, suggest_path
+from brewjax.config import Config, ConfigError, Words, misplaced, refuse_twice, suggest, suggest_path
+from brewjax.data.tables.facts import Facts
 
 CARD = "dataset.yaml"
-
-
-class Statistic(Config):
-    """A number per item that grows with the events, computed as of a time from strictly older events.
-
-    Exactly one of `count` and `mean` is set.
-    """
-
-    count: tuple[str, ...] | None = pydantic.Field(default=None, min_length=1)
-    """Actions of which the item's events are counted, for instance `[applied]`."""
-    mean: Words | None = None
-    """Numeric event column whose mean over the item's events is taken, for instance `stars`."""
-
-    @pydantic.model_validator(mode="after")
-    def _exactly_one(self) -> Self:
-        if (self.count is None) == (self.mean is None):
-            raise ValueError("give either 'count' (a list of actions) or 'mean' (an event column)")
-        refuse_twice(self.count or (), "action", "count")
-        return self
 
 
 class Attribute(Config):
@@ -48,28 +30,35 @@ class Attribute(Config):
     }
 
     column: Words
-    """The Parquet column, or the attribute's name where `derive` computes its values."""
+    """The column of the table."""
     kind: Literal["text", "category", "list", "number", "date"]
     """How values are read and rendered: a text, a category, a list of texts, a number or a date."""
     display_name: str = ""
     """The attribute's name in prompts; by default the column's name, capitalised, with spaces for underscores."""
     percentile: bool = False
     """Whether a number is rendered as its percentile, 1 to 100, among the training data."""
+    buckets: int | None = pydantic.Field(default=None, ge=2, le=1000)
+    """Renders a number as one of so many buckets, each with an equal share of the training data."""
     unit: str = ""
     """Rendered after a number, for instance "years"."""
     max_words: int | None = pydantic.Field(default=None, gt=0)
     """A text or category of more words is truncated to this many."""
     where: tuple[Literal["history", "question"], ...] = pydantic.Field(("history", "question"), min_length=1)
     """Whether items have the attribute in the history, in questions, or in both (items only)."""
-    derive: Statistic | None = None
-    """Computes the values from the events instead of reading a column (items only)."""
 
     @pydantic.model_validator(mode="after")
     def _options_fit_the_kind(self) -> Self:
         for option, kinds in OPTION_KINDS.items():
             if getattr(self, option) and self.kind not in kinds:
                 raise misplaced(f"only for kind {' or '.join(kinds)}, and '{self.column}' is a {self.kind}", option)
+        if self.percentile and self.buckets:
+            raise misplaced("give 'percentile' (which is 100 buckets) or 'buckets', not both", "buckets")
         return self
+
+    @property
+    def num_buckets(self) -> int | None:
+        """How many buckets a number is rendered in, 100 for percentiles; None if it is rendered as it is."""
+        return 100 if self.percentile else self.buckets
 
     @property
     def name(self) -> str:
@@ -80,9 +69,9 @@ class Attribute(Config):
 # Options of an attribute that only some kinds have.
 OPTION_KINDS = {
     "percentile": ("number",),
+    "buckets": ("number",),
     "unit": ("number",),
     "max_words": ("text", "category"),
-    "derive": ("number",),
 }
 
 
@@ -103,12 +92,27 @@ class _Described(Config):
 
 def _refuse_options_of_items(attributes: tuple[Attribute, ...]) -> None:
     for index, attribute in enumerate(attributes):
-        if attribute.derive:
-            raise misplaced("only items have derived attributes", "attributes", index, "derive")
         if len(attribute.where) == 1:
             raise misplaced(
                 "only for attributes of items, which are in history and questions", "attributes", index, "where"
             )
+
+
+class Available(Config):
+    """The life of an item or member: it is asked about only within it."""
+
+    ALIASES: ClassVar = {"since": "from", "start": "from", "end": "until", "to": "until"}
+
+    from_: Words | None = pydantic.Field(default=None, alias="from")
+    """Date column with the time from which the row exists; null: from its first event on."""
+    until: Words | None = None
+    """Date column with the time at which the row ceases to exist; null: never."""
+
+    @pydantic.model_validator(mode="after")
+    def _something_given(self) -> Self:
+        if self.from_ is None and self.until is None:
+            raise ValueError("give 'from', 'until' or both: date columns of the table")
+        return self
 
 
 class Members(_Described):
@@ -122,6 +126,8 @@ class Members(_Described):
     """Column with each member's unique id."""
     noun: Words = "member"
     """What prompts call a member, for instance "user"."""
+    available: Available | None = None
+    """Date columns between which a member can be asked about; by default always."""
 
     @pydantic.model_validator(mode="after")
     def _no_options_of_items(self) -> Self:
@@ -142,6 +148,9 @@ class Items(_Described):
     """What prompts call an item, for instance "job"."""
     plural: Words = "items"
     """What prompts call several items, for instance "jobs"."""
+    available: Available | None = None
+    """Date columns between which an item exists: negatives, candidates and rankings hold no other. By default an item
+    exists from its first event on."""
     attributes: tuple[Attribute, ...] = pydantic.Field(min_length=1)
     """The facts that prompts state about each item, in this order; at least one."""
 
@@ -170,15 +179,22 @@ class Events(_Described):
     }
 
     file: Words = "events.parquet"
-    """Parquet file of the events, or a folder of such files, within the dataset folder."""
+    """Parquet or CSV file of the events, or a folder of such files, within the dataset folder."""
+    files: dict[str, Words] | None = pydantic.Field(default=None, min_length=1)
+    """In place of `file`: a file for each action, whose rows are all of that action; there is no `action` column."""
     member: Words = "member_id"
     """Column with the id of the member who acted."""
     item: Words = "item_id"
     """Column with the id of the item that was acted on."""
     action: Words = "action"
     """Column with the name of the action, one of `actions`."""
-    time: Words = "time"
-    """Timestamp column with the time of the event."""
+    time: Words | None = "time"
+    """Timestamp column with the time of the event; null where the events have none."""
+    order: Words | None = None
+    """In place of `time`: column of whole numbers that grow with the events of a member and of an item. Without both,
+    events have no order: members are split instead of time, and history is what else a member did."""
+    request: Words | None = None
+    """Column with the id of the list that an event belongs to (an impression, a search, a choice set)."""
     actions: dict[str, Action] = pydantic.Field(min_length=1)
     """Every action that the table may hold, by name, with its words."""
 
@@ -198,9 +214,19 @@ class Events(_Described):
 
     @pydantic.model_validator(mode="after")
     def _columns_differ(self) -> Self:
+        if self.time and self.order and "time" not in self.model_fields_set:
+            self.__dict__["time"] = None
+        if self.time and self.order:
+            raise misplaced("give 'time' or 'order', not both", "order")
+        for name in self.files or ():
+            if name not in self.actions:
+                hint = suggest(name, self.actions, listing="actions")
+                raise misplaced(f"no action '{name}' under 'actions'; {hint}", "files", name)
         used: dict[str, str] = {}
-        for key in ("member", "item", "action", "time"):
+        for key in ("member", "item", "action", "time", "order", "request"):
             column = getattr(self, key)
+            if column is None:
+                continue
             if column in used:
                 raise misplaced(f"column '{column}' is the {used[column]} already; name another", key)
             used[column] = key
@@ -222,6 +248,13 @@ class Card(Config):
     """The items table and its attributes."""
     events: Events
     """The events table, its columns, actions and attributes."""
+    facts: Facts = Facts()
+    """Numbers derived from the events, as of a moment, that prompts state; `brewjax data facts` proposes them."""
+
+    @pydantic.model_validator(mode="after")
+    def _facts_fit(self) -> Self:
+        self.facts.check(self.members.attributes, self.items.attributes, self.events)
+        return self
 
 
 def load_card(folder: Path) -> Card:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +15,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from brewjax.data.tables.card import Card, load_card
+from brewjax.data.tables.reading import TIME
 from brewjax.data.tables.validate import read_validated
+
+PSEUDO_TIME = "brewjax_time"  # column that stands for the times of events without any
+SECOND = 1_000_000  # microseconds
+FOREVER = np.iinfo(np.int64).max - 1  # a time that never comes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +32,8 @@ class Dataset:
       card: `dataset.yaml`.
       members: one row per member.
       items: one row per item.
-      events: sorted by member, then time; events of one time keep the order of the file.
+      events: sorted by member, then time; events of one time keep the order of the file. Events without times have a
+        column `PSEUDO_TIME` that stands for their order.
     """
 
     path: Path
@@ -44,15 +53,11 @@ class Dataset:
         path = Path(path)
         card = load_card(path)
         members, items, events = read_validated(path, card)
-        columns = pa.table(
-            {
-                "member": pc.index_in(events[card.events.member], members[card.members.id].combine_chunks()),
-                "time": events[card.events.time].cast(pa.timestamp("us")).cast(pa.int64()),
-                "row": pa.array(np.arange(len(events))),
-            }
-        )
-        order = pc.sort_indices(columns, [("member", "ascending"), ("time", "ascending"), ("row", "ascending")])
-        return cls(path, card, members, items, events.take(order))
+        if not card.events.time:
+            events = events.append_column(PSEUDO_TIME, _pseudo_times(card, members, items, events))
+        time = events[card.events.time or PSEUDO_TIME].cast(pa.timestamp("us")).cast(pa.int64()).to_numpy()
+        member = pc.index_in(events[card.events.member], members[card.members.id].combine_chunks()).to_numpy()
+        return cls(path, card, members, items, events.take(np.lexsort((time, member))))
 
     @cached_property
     def event_member(self) -> np.ndarray:
@@ -68,18 +73,93 @@ class Dataset:
 
     @cached_property
     def event_action(self) -> np.ndarray:
-        """str [events]: name of the action."""
-        return self.events[self.card.events.action].to_numpy()
+        """int16 [events]: index of the action among the card's actions."""
+        names = pa.array(self.card.events.actions, pa.string())
+        return pc.index_in(self.events[self.card.events.action], names).to_numpy().astype(np.int16)
+
+    def action_name(self, event: int) -> str:
+        """The name of an event's action."""
+        return list(self.card.events.actions)[self.event_action[event]]
+
+    def has_action(self, actions: Iterable[str]) -> np.ndarray:
+        """bool [events]: whether each event is of one of `actions`."""
+        is_selected = np.isin(list(self.card.events.actions), list(actions))
+        return is_selected[self.event_action]
 
     @cached_property
     def event_time(self) -> np.ndarray:
         """int64 [events]: microseconds since 1970, UTC."""
-        return self.events[self.card.events.time].cast(pa.timestamp("us")).cast(pa.int64()).to_numpy()
+        return self.events[self.card.events.time or PSEUDO_TIME].cast(pa.timestamp("us")).cast(pa.int64()).to_numpy()
+
+    @cached_property
+    def event_request(self) -> np.ndarray:
+        """int64 [events]: the request that an event belongs to, by number; -1 if the card or the event has none."""
+        column = self.card.events.request
+        if column is None:
+            return np.full(len(self.events), -1)
+        codes = self.events[column].combine_chunks().dictionary_encode().indices
+        return codes.fill_null(-1).to_numpy().astype(np.int64)
+
+    @cached_property
+    def time_order(self) -> np.ndarray:
+        """int64 [events]: rows of the events in order of time."""
+        return np.argsort(self.event_time, kind="stable")
 
     @cached_property
     def member_offsets(self) -> np.ndarray:
         """int64 [members + 1]: the events of member m are rows offsets[m] to offsets[m + 1]."""
         return np.searchsorted(self.event_member, np.arange(len(self.members) + 1))
+
+    def member_rows(self, actions: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of the events of some actions, int64 [rows], and the offsets of each member's, int64 [members + 1]."""
+        if actions not in self._rows_by_actions:
+            rows = np.flatnonzero(self.has_action(actions))
+            offsets = np.searchsorted(self.event_member[rows], np.arange(len(self.members) + 1))
+            self._rows_by_actions[actions] = rows, offsets
+        return self._rows_by_actions[actions]
+
+    @cached_property
+    def _rows_by_actions(self) -> dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]]:
+        return {}
+
+    @cached_property
+    def first_event_time(self) -> np.ndarray:
+        """int64 [items]: time of the first event with each item; the greatest int64 for an item without events."""
+        first = np.full(len(self.items), FOREVER)
+        np.minimum.at(first, self.event_item, self.event_time)
+        return first
+
+    @cached_property
+    def item_life(self) -> tuple[np.ndarray, np.ndarray]:
+        """int64 [items] each: an item can be asked about from the first time on, and before the second. An item whose
+        beginning the card does not state exists just after its first event: only then is it known."""
+        stated = self._stated_life("items")
+        return stated[0] if stated[0] is not None else self.first_event_time + 1, stated[1]
+
+    @cached_property
+    def member_life(self) -> tuple[np.ndarray, np.ndarray]:
+        """int64 [members] each: a member can be asked about from the first time on, and before the second."""
+        beginning, end = self._stated_life("members")
+        return beginning if beginning is not None else np.full(len(self.members), -FOREVER), end
+
+    def _stated_life(self, name: Literal["members", "items"]) -> tuple[np.ndarray | None, np.ndarray]:
+        """What the card's `available` says of the rows of a table: None for a beginning that it does not state; an
+        unknown beginning is long ago, an unknown end never."""
+        table, available = getattr(self, name), getattr(self.card, name).available
+
+        def times(column: str | None, unknown: int) -> np.ndarray | None:
+            if column is None:
+                return None
+            values = table[column].cast(pa.timestamp("us")).cast(pa.int64())
+            return pc.fill_null(values, unknown).to_numpy()
+
+        end = times(available and available.until, FOREVER)
+        return times(available and available.from_, -FOREVER), np.full(len(table), FOREVER) if end is None else end
+
+    @cached_property
+    def member_hash(self) -> np.ndarray:
+        """uint64 [members]: a hash of each member's id, the same wherever the member stands in the table."""
+        return _hash_ids(self.members[self.card.members.id])
 
     def member_row(self, member: str) -> int:
         """The row of the member whose id, written as text, is `member`.
@@ -119,6 +199,31 @@ class Dataset:
         if name not in self.events.column_names:
             raise ValueError(f"{self.path}: events have no column '{name}'")
         return self.events[name]
+
+
+def _pseudo_times(card: Card, members: pa.Table, items: pa.Table, events: pa.Table) -> pa.Array:
+    """Times for events without any. They grow with `order`, a second a step, if there is one. Otherwise each member has
+    a period of its own, in random order, so that a split of time splits members; the events in it are in random order.
+    """
+    if card.events.order:
+        return pc.multiply(events[card.events.order].cast(pa.int64()), SECOND).cast(TIME)
+    row, item = (
+        pc.index_in(events[column], table[part.id].combine_chunks()).to_numpy()
+        for column, table, part in ((card.events.member, members, card.members), (card.events.item, items, card.items))
+    )
+    member_rank = np.argsort(np.argsort(_hash_ids(members[card.members.id]), kind="stable"))
+    within = np.lexsort((_hash_ids(items[card.items.id])[item], row))
+    sizes = np.bincount(row, minlength=len(members))
+    rank = np.empty(len(row), np.int64)
+    rank[within] = np.arange(len(row)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return pa.array((member_rank[row] * (int(sizes.max(initial=0)) + 1) + rank) * SECOND).cast(TIME)
+
+
+def _hash_ids(ids: pa.ChunkedArray) -> np.ndarray:
+    """uint64 hashes of ids as texts (BLAKE2b)."""
+    texts = ids.cast(pa.string()).to_pylist()
+    digests = b"".join(hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
+    return np.frombuffer(digests, "<u8").astype(np.uint64)
 
 
 def write_tables(path: Path, **tables: pa.Table) -> None:

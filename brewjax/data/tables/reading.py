@@ -1,4 +1,4 @@
-"""Reads Parquet files as tables of a few plain types, whatever widths and encodings the files have."""
+"""Reads Parquet and CSV files as tables of a few plain types, whatever widths and encodings the files have."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.csv
 import pyarrow.dataset
 
 from brewjax.config import nearest
@@ -23,7 +24,9 @@ class UnreadableError(ValueError):
 
 
 def open_table(folder: Path, file: str) -> tuple[pa.Table, list[tuple[int, str]]]:
-    """Reads a Parquet file, or a folder of Parquet files as one table.
+    """Reads a Parquet or CSV file, or a folder of Parquet files as one table.
+
+    In a CSV file whole numbers, numbers, dates and timestamps are read as such, and an empty field is unknown.
 
     Args:
       folder: the dataset folder.
@@ -33,7 +36,7 @@ def open_table(folder: Path, file: str) -> tuple[pa.Table, list[tuple[int, str]]
       The table, and for error messages the first row and the name of each file of a folder, or [(0, "")] for a file.
 
     Raises:
-      UnreadableError: the file is missing, is not Parquet, or has two columns of one name.
+      UnreadableError: the file is missing, is not Parquet or CSV, or has two columns of one name.
     """
     path = folder / file
     if not path.exists():
@@ -41,6 +44,8 @@ def open_table(folder: Path, file: str) -> tuple[pa.Table, list[tuple[int, str]]
         near = nearest(Path(file).stem, [Path(name).stem for name in present if name.endswith(Path(file).suffix)])
         hint = f"did you mean '{near}{Path(file).suffix}'?" if near else f"there are: {', '.join(present) or 'none'}"
         raise UnreadableError(f"{file}: no such file or folder in {folder}; {hint}")
+    if path.is_file() and path.name.endswith((".csv", ".csv.gz")):
+        return _read_csv(path, file), [(0, "")]
     for part in _files(path):
         if problem := _no_parquet(part):
             raise UnreadableError(f"{file}{'' if part == path else f': {part.relative_to(path)}'}: {problem}")
@@ -61,6 +66,17 @@ def open_table(folder: Path, file: str) -> tuple[pa.Table, list[tuple[int, str]]
         raise UnreadableError(f"{file}: a folder without Parquet files")
     names = [str(Path(name).relative_to(path)) for name in source.files]
     return table, list(zip(np.cumsum([0, *rows[:-1]]).tolist(), names, strict=True))
+
+
+def _read_csv(path: Path, file: str) -> pa.Table:
+    convert = pyarrow.csv.ConvertOptions(strings_can_be_null=True, null_values=[""])
+    try:
+        table = pyarrow.csv.read_csv(path, convert_options=convert)
+    except (OSError, pa.ArrowException) as error:
+        raise UnreadableError(f"{file}: not readable as CSV: {str(error).splitlines()[0]}") from None
+    if duplicate := next((name for name in table.column_names if table.column_names.count(name) > 1), None):
+        raise UnreadableError(f"{file}: two columns are named '{duplicate}'; give each a name of its own")
+    return table
 
 
 def _files(path: Path) -> Iterator[Path]:
@@ -88,7 +104,7 @@ def _no_parquet(path: Path) -> str:
         return "an empty file; expected Parquet"
     if not begin.startswith(MAGIC):
         line = begin.decode("utf-8", "replace").splitlines()[0]
-        csv = "; if it is CSV, write it with pandas.read_csv(file).to_parquet(file)" if line.isprintable() else ""
+        csv = "; if it is CSV, let its name end with .csv" if line.isprintable() else ""
         return f"not Parquet: it begins with {line!r:.40}{csv}"
     return "" if end == MAGIC else "truncated Parquet: its end is missing; write or copy it again"
 

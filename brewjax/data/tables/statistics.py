@@ -1,60 +1,315 @@
-"""Numbers that depend on time or on the training data: item statistics as of a time, and percentile scales."""
+"""Numbers that depend on time or on the training data: facts as of a moment, and the scales that numbers are put on."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
 
-from brewjax.data.tables.card import Attribute, Statistic
+from brewjax.data.tables.card import Attribute
 from brewjax.data.tables.dataset import Dataset
-from brewjax.data.tables.point_in_time import PointInTimeIndex
+from brewjax.data.tables.facts import Fact, FactGroup
+from brewjax.data.tables.neighbors import Neighbors
+from brewjax.data.tables.point_in_time import DAY, PointInTimeIndex, Totals, Window
+from brewjax.data.tables.ragged import Ragged
+
+Table = Literal["members", "items", "events"]
+MIN_FIT_EVENTS, MAX_FIT_EVENTS = 10_000, 500_000  # that the scales of facts are fitted on
 
 
-class ItemStatistic:
-    """A `Statistic` of items as of a time: only strictly older events count."""
+class FactSource(Protocol):
+    """Where the numbers of facts come from: the events of a dataset, or a request that brings them."""
 
-    def __init__(self, dataset: Dataset, statistic: Statistic):
-        self._events = PointInTimeIndex(dataset.event_item, dataset.event_time)
-        self._counts: np.ndarray | None = None  # of a mean: how many known values
-        if statistic.mean is not None:
-            values = dataset.event_column(statistic.mean).cast(pa.float64()).to_numpy()
-            known = ~np.isnan(values)
-            self._sums, self._counts = self._events.totals(np.where(known, values, 0)), self._events.totals(known)
-        else:
-            self._sums = self._events.totals(np.isin(dataset.event_action, statistic.count or ()))
-
-    def at(self, items: np.ndarray, times: np.ndarray) -> np.ndarray:
-        """float64 [items]: the statistic of each item as of its time; NaN for a mean without values.
+    def values(
+        self, group: FactGroup, fact: Fact, members: np.ndarray, items: np.ndarray, times: np.ndarray
+    ) -> np.ndarray:
+        """float64 [rows]: a fact of members, items or pairs, each as of its time; NaN where it is unknown.
 
         Args:
-          items: int [items], rows of the items table.
-          times: int64 [items], microseconds since 1970.
+          members: int [rows], rows of the members table.
+          items: int [rows], rows of the items table.
+          times: int64 [rows], microseconds since 1970.
         """
-        start, end = self._events.window(items, times)
-        sums = self._sums[end] - self._sums[start]
-        if self._counts is None:
-            return sums
+
+    def event_values(self, fact: Fact, events: np.ndarray) -> np.ndarray:
+        """float64 [events]: a fact of events (int [events], rows of the events table); NaN where it is unknown."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _KeyedEvents:
+    """The events by one kind of key. An event counts once for each of its keys.
+
+    Attributes:
+      index: the events by key and time.
+      event: int64 [entries], the event of each entry of the index.
+      query: from members and items, the query (row) of each key to look up, and the key.
+    """
+
+    index: PointInTimeIndex
+    event: np.ndarray
+    query: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+class FactValues:
+    """Facts computed from a dataset's events: only events strictly older than the time of a question count.
+
+    What is computed for all questions (indices, running totals, similarities) is kept, so a call costs what its own
+    questions cost.
+    """
+
+    def __init__(self, dataset: Dataset):
+        self._dataset = dataset
+        self._keyed: dict[tuple[str, str], _KeyedEvents] = {}
+        self._totals: dict[tuple[Any, ...], Totals] = {}
+        self._columns: dict[tuple[Any, ...], np.ndarray] = {}
+        self._neighbors: dict[tuple[Any, ...], Neighbors] = {}
+        self._windows: tuple[tuple[np.ndarray, ...], dict[tuple[Any, ...], Any]] = ((), {})  # of the latest questions
+
+    def values(
+        self, group: FactGroup, fact: Fact, members: np.ndarray, items: np.ndarray, times: np.ndarray
+    ) -> np.ndarray:
+        """See `FactSource`."""
+        if fact.together or fact.neighbors:
+            return self._similarity(fact, members, items, times)
+        if fact.distance:
+            item_numbers = self._item_numbers(fact.distance)
+            mean, _ = self._mean(("members", ""), ("distance", fact.distance), None, members, items, times)
+            return np.abs(item_numbers[items] - mean)
+        kind = ("by", fact.by) if fact.by else ("among", fact.among) if fact.among else (group, "")
+        if fact.days_since:
+            return self._days_since(kind, fact.days_since, members, items, times)
+        if fact.mean:
+            mean, count = self._mean(kind, ("mean", fact.mean, fact.less), fact.days, members, items, times)
+            if fact.shrink:
+                mean = self._shrink(kind, fact, mean, count, members, items, times)
+        else:
+            mean = self._sum(kind, ("actions", *fact.actions), fact.days, members, items, times)
+            if fact.share:
+                totals = self._sum(("members", ""), ("actions", *fact.actions), fact.days, members, items, times)
+                with np.errstate(invalid="ignore"):
+                    mean = mean / totals[self._rows(kind, members, items, times)]
+        return self._average(kind, mean, members, items, times)
+
+    def event_values(self, fact: Fact, events: np.ndarray) -> np.ndarray:
+        """See `FactSource`."""
+        return self._column(("mean", fact.mean, fact.less))[events]
+
+    def _keyed_events(self, kind: tuple[str, str]) -> _KeyedEvents:
+        if kind not in self._keyed:
+            self._keyed[kind] = self._key_events(*kind)
+        return self._keyed[kind]
+
+    def _key_events(self, kind: str, column: str) -> _KeyedEvents:
+        dataset = self._dataset
+        member, item, time = (
+            dataset.event_member.astype(np.int64),
+            dataset.event_item.astype(np.int64),
+            dataset.event_time,
+        )
+        every, num_items = np.arange(len(time)), len(dataset.items)
+        if kind == "members":
+            return _KeyedEvents(PointInTimeIndex(member, time), every, lambda m, _: (np.arange(len(m)), m))
+        if kind == "items":
+            return _KeyedEvents(PointInTimeIndex(item, time), every, lambda _, i: (np.arange(len(i)), i))
+        if kind == "pairs":
+            index = PointInTimeIndex(member * num_items + item, time)
+            return _KeyedEvents(index, every, lambda m, i: (np.arange(len(m)), m.astype(np.int64) * num_items + i))
+        if kind == "all":
+            index = PointInTimeIndex(np.zeros(len(time), np.int64), time)
+            return _KeyedEvents(index, every, lambda m, _: (np.arange(len(m)), np.zeros(len(m), np.int64)))
+        by = kind == "by"
+        part, table = (dataset.card.items, dataset.items) if by else (dataset.card.members, dataset.members)
+        ragged = Ragged.read(table, next(a for a in part.attributes if a.column == column))
+        size = len(ragged.names)
+        event, value = ragged.expand(item if by else member)
+        index = PointInTimeIndex((member if by else item)[event] * size + value, time[event])
+
+        def query(members: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            row, code = ragged.expand(items if by else members)
+            return row, (members if by else items)[row].astype(np.int64) * size + code
+
+        return _KeyedEvents(index, event, query)
+
+    def _remembered(self, key: tuple[Any, ...], questions: tuple[np.ndarray, ...], compute: Callable[[], Any]) -> Any:
+        """What was computed for the latest questions; the facts of a prompt share their windows."""
+        latest, results = self._windows
+        if len(latest) != len(questions) or any(a is not b for a, b in zip(latest, questions, strict=True)):
+            results = {}
+            self._windows = (questions, results)
+        if key not in results:
+            results[key] = compute()
+        return results[key]
+
+    def _rows(self, kind: tuple[str, str], members: np.ndarray, items: np.ndarray, times: np.ndarray) -> np.ndarray:
+        row, _ = self._remembered(
+            ("query", kind), (members, items, times), lambda: self._keyed_events(kind).query(members, items)
+        )
+        return row
+
+    def _window(
+        self, kind: tuple[str, str], days: float | None, members: np.ndarray, items: np.ndarray, times: np.ndarray
+    ) -> Window:
+        def compute() -> Window:
+            row, keys = self._remembered(
+                ("query", kind), (members, items, times), lambda: self._keyed_events(kind).query(members, items)
+            )
+            return self._keyed_events(kind).index.window(keys, times[row], days)
+
+        return self._remembered(("window", kind, days), (members, items, times), compute)
+
+    def _sum(
+        self,
+        kind: tuple[str, str],
+        column: tuple[Any, ...],
+        days: float | None,
+        members: np.ndarray,
+        items: np.ndarray,
+        times: np.ndarray,
+    ) -> np.ndarray:
+        """float64 [keys]: the sum of an event column over each key's window, of all keys of the questions in order."""
+        window = self._window(kind, days, members, items, times)
+        if (kind, column) not in self._totals:
+            keyed = self._keyed_events(kind)
+            self._totals[kind, column] = keyed.index.totals(self._column(column)[keyed.event])
+        return self._totals[kind, column].over(window)
+
+    def _mean(
+        self,
+        kind: tuple[str, str],
+        column: tuple[Any, ...],
+        days: float | None,
+        members: np.ndarray,
+        items: np.ndarray,
+        times: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The mean of an event column over each key's window, and how many values it is of."""
+        total = self._sum(kind, ("zero for unknown", *column), days, members, items, times)
+        count = self._sum(kind, ("known", *column), days, members, items, times)
         with np.errstate(invalid="ignore"):
-            return sums / (self._counts[end] - self._counts[start])
+            return total / count, count
+
+    def _shrink(
+        self,
+        kind: tuple[str, str],
+        fact: Fact,
+        mean: np.ndarray,
+        count: np.ndarray,
+        members: np.ndarray,
+        items: np.ndarray,
+        times: np.ndarray,
+    ) -> np.ndarray:
+        """Draws means of `count` values towards the mean of all events, or towards 0."""
+        prior = np.zeros(len(times))
+        if not fact.less:
+            prior, _ = self._mean(("all", ""), ("mean", fact.mean, None), None, members, items, times)
+        prior = prior[self._rows(kind, members, items, times)]
+        shrunk = (np.where(count > 0, mean, 0) * count + fact.shrink * prior) / (count + fact.shrink)
+        return np.where(np.isnan(prior), mean, shrunk)
+
+    def _average(
+        self, kind: tuple[str, str], values: np.ndarray, members: np.ndarray, items: np.ndarray, times: np.ndarray
+    ) -> np.ndarray:
+        """The mean over the keys of each question."""
+        if kind[0] not in ("by", "among"):
+            return values
+        rows, known = self._rows(kind, members, items, times), ~np.isnan(values)
+        sums = np.bincount(rows, np.where(known, values, 0), len(times))
+        with np.errstate(invalid="ignore"):
+            return sums / np.bincount(rows, known, len(times))
+
+    def _days_since(
+        self, kind: tuple[str, str], actions: tuple[str, ...], members: np.ndarray, items: np.ndarray, times: np.ndarray
+    ) -> np.ndarray:
+        keyed_by = (f"{kind[0]} {' '.join(actions)}", kind[1])
+        if keyed_by not in self._keyed:
+            keyed = self._keyed_events(kind)
+            event = keyed.event[self._column(("actions", *actions))[keyed.event] > 0]
+            dataset = self._dataset
+            _, keys = keyed.query(dataset.event_member[event], dataset.event_item[event])
+            self._keyed[keyed_by] = _KeyedEvents(PointInTimeIndex(keys, dataset.event_time[event]), event, keyed.query)
+        window = self._window(keyed_by, None, members, items, times)
+        return self._keyed[keyed_by].index.since(window, times)[1]
+
+    def _similarity(self, fact: Fact, members: np.ndarray, items: np.ndarray, times: np.ndarray) -> np.ndarray:
+        key = (fact.together, fact.neighbors)
+        if key not in self._neighbors:
+            if fact.together:
+                events = np.flatnonzero(self._dataset.has_action(fact.together))
+                self._neighbors[key] = Neighbors(self._dataset, events, np.ones(len(events)))
+            else:
+                values = self._column(("mean", fact.neighbors, "items"))
+                self._neighbors[key] = Neighbors(self._dataset, np.arange(len(values)), values)
+        weights, weighted = self._neighbors[key].sums(members, items, times)
+        if fact.together:
+            return weights
+        with np.errstate(invalid="ignore"):
+            return weighted / (weights + fact.shrink)
+
+    def _column(self, column: tuple[Any, ...]) -> np.ndarray:
+        """float64 [events]: an event column by what it is."""
+        if column not in self._columns:
+            self._columns[column] = self._make_column(*column)
+        return self._columns[column]
+
+    def _make_column(self, kind: str, *rest: Any) -> np.ndarray:
+        if kind == "actions":
+            return self._dataset.has_action(rest).astype(np.float64) if rest else np.ones(len(self._dataset.events))
+        if kind == "known":
+            return (~np.isnan(self._column(rest))).astype(np.float64)
+        if kind == "zero for unknown":
+            return np.nan_to_num(self._column(rest), nan=0.0)
+        if kind == "distance":
+            return self._item_numbers(rest[0])[self._dataset.event_item]
+        name, less = rest
+        values = floats(self._dataset.event_column(name))
+        if less:
+            dataset = self._dataset
+            mean, _ = self._mean(
+                (less, ""), ("mean", name, None), None, dataset.event_member, dataset.event_item, dataset.event_time
+            )
+            values = values - mean
+        return values
+
+    def _item_numbers(self, column: str) -> np.ndarray:
+        """float64 [items]: a number of each item, or a date in days since 1970."""
+        key = ("item", column)
+        if key not in self._columns:
+            values = self._dataset.items[column]
+            is_date = pa.types.is_temporal(values.type)
+            microseconds = values.cast(pa.timestamp("us")).cast(pa.int64()) if is_date else values
+            self._columns[key] = floats(microseconds) / (DAY if is_date else 1)
+        return self._columns[key]
+
+
+def floats(column: pa.ChunkedArray) -> np.ndarray:
+    """float64; NaN for null, and for infinity, which would spoil every running total after it."""
+    values = column.cast(pa.float64()).to_numpy()
+    return np.where(np.isfinite(values), values, np.nan)
 
 
 @dataclasses.dataclass(frozen=True)
 class Percentiles:
-    """Percentile scales of number attributes, fitted on training data only.
+    """Scales of numbers in buckets of equal shares of the training data.
 
     Attributes:
-      quantiles: by "table.column", the 99 values that split the training data into hundredths; empty without data.
+      quantiles: by "table.column" or "group.fact", the values that split the training data into equal shares: 99 for
+        percentiles, 9 for ten buckets; empty without data.
     """
 
     quantiles: dict[str, list[float]]
 
     @classmethod
-    def fit(cls, dataset: Dataset, until: int) -> Percentiles:
-        """Fits the scale of every percentile attribute on the events before `until` (microseconds since 1970) and on
-        the members and items that occur in them; item statistics are computed as of each of these events."""
+    def fit(cls, dataset: Dataset, until: int, facts: FactSource | None = None) -> Percentiles:
+        """Fits the scale of every attribute and fact in buckets on the events before `until` (microseconds since 1970)
+        and on the members and items that occur in them. Counts grow with time, and a model is asked about what comes
+        next: the scales of facts are of the latest quarter of these events, each as of its own time.
+
+        Args:
+          facts: where facts come from; by default they are computed from the dataset.
+        """
         events = np.flatnonzero(dataset.event_time < until)
         rows_by_table = {
             "members": np.unique(dataset.event_member[events]),
@@ -62,27 +317,42 @@ class Percentiles:
             "events": events,
         }
         quantiles = {}
-        for table, attribute in percentile_attributes(dataset):
-            if attribute.derive:
-                statistic = ItemStatistic(dataset, attribute.derive)
-                values = statistic.at(dataset.event_item[events], dataset.event_time[events])
-            else:
-                column: pa.ChunkedArray = getattr(dataset, table)[attribute.column]
-                values = column.take(rows_by_table[table]).cast(pa.float64()).to_numpy()
-            values = values[np.isfinite(values)]
-            quantiles[f"{table}.{attribute.column}"] = (
-                np.quantile(values, np.arange(1, 100) / 100).tolist() if len(values) else []
-            )
+        for table, attribute in bucket_attributes(dataset):
+            column: pa.ChunkedArray = getattr(dataset, table)[attribute.column]
+            values = column.take(rows_by_table[table]).cast(pa.float64()).to_numpy()
+            quantiles[f"{table}.{attribute.column}"] = _quantiles(values, attribute.num_buckets or 0)
+        sample = _latest(dataset, events)
+        questions = dataset.event_member[sample], dataset.event_item[sample], dataset.event_time[sample]
+        for group, fact in dataset.card.facts.declared():
+            facts = facts or FactValues(dataset)
+            if fact.buckets:
+                known = facts.event_values(fact, sample) if group == "events" else facts.values(group, fact, *questions)
+                quantiles[f"{group}.{fact.name}"] = _quantiles(known, fact.buckets)
         return cls(quantiles)
 
-    def percentile(self, table: str, column: str, value: float) -> int:
-        """The hundredth of the training data that `value` falls in, 1 to 100."""
-        return int(np.searchsorted(self.quantiles[f"{table}.{column}"], value, side="left")) + 1
+    def bucket(self, key: str, value: float) -> int:
+        """The bucket that a value of `key`, a "table.column" or "group.fact", falls in: 1 is the lowest."""
+        return int(np.searchsorted(self.quantiles[key], value, side="left")) + 1
 
 
-def percentile_attributes(dataset: Dataset) -> Iterator[tuple[str, Attribute]]:
-    """Yields (table, attribute) for every attribute that is rendered as a percentile."""
-    for table in ("members", "items", "events"):
+def _latest(dataset: Dataset, events: np.ndarray) -> np.ndarray:
+    """The latest quarter of some events, but at least MIN_FIT_EVENTS of them, evenly thinned to MAX_FIT_EVENTS."""
+    times = dataset.event_time[events]
+    count = min(len(events), max(len(events) // 4, MIN_FIT_EVENTS))
+    if count:
+        events = events[times >= np.partition(times, len(times) - count)[len(times) - count]]
+    return events[:: -(-len(events) // MAX_FIT_EVENTS) or 1]
+
+
+def _quantiles(values: np.ndarray, buckets: int) -> list[float]:
+    values = values[np.isfinite(values)]
+    return np.quantile(values, np.arange(1, buckets) / buckets).tolist() if len(values) else []
+
+
+def bucket_attributes(dataset: Dataset) -> Iterator[tuple[Table, Attribute]]:
+    """Yields (table, attribute) for every attribute that is rendered as a bucket or percentile."""
+    tables: tuple[Table, ...] = ("members", "items", "events")
+    for table in tables:
         for attribute in getattr(dataset.card, table).attributes:
-            if attribute.percentile:
+            if attribute.num_buckets:
                 yield table, attribute

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from brewjax.config import suggest
 from brewjax.data.tables.card import Card
+from brewjax.data.tables.facts import GROUPS
 from brewjax.data.tables.reading import DAY, FLOAT, INTEGER, TEXT, TEXTS, TIME, UnreadableError, open_table, plain, show
 
 SHOWN = 3  # rows listed of each kind of problem
@@ -27,6 +28,7 @@ NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
 KINDS = {
     "id": ((INTEGER, TEXT), "ids are whole numbers or strings, never floats"),
     "time": ((TIME,), "expected timestamps"),
+    "order": ((INTEGER,), "expected whole numbers"),
     "text": ((TEXT,), "expected strings"),
     "category": ((TEXT, INTEGER, pa.bool_()), "expected strings, whole numbers or booleans"),
     "list": ((TEXTS,), "expected lists of strings"),
@@ -40,7 +42,8 @@ class DatasetError(ValueError):
 
 
 def read_validated(path: Path, card: Card) -> tuple[pa.Table, pa.Table, pa.Table]:
-    """Reads members, items and events from the dataset folder `path`; each is a Parquet file or a folder of them.
+    """Reads members, items and events from the dataset folder `path`; each is a Parquet or
+    CSV file, or a folder of Parquet files.
 
     Returns:
       The three tables. Integers are int64, other numbers float64, texts string, times timestamp[us, UTC] (times without
@@ -49,7 +52,8 @@ def read_validated(path: Path, card: Card) -> tuple[pa.Table, pa.Table, pa.Table
     Raises:
       DatasetError: lists every problem of the tables, and of what the card states about them.
     """
-    members, items, events = (_Table(path, part.file) for part in (card.members, card.items, card.events))
+    members, items = _Table(path, card.members.file), _Table(path, card.items.file)
+    events = _Table(path, card.events.file, card.events.files, card.events.action)
     members.check_own_id(card.members.id)
     items.check_own_id(card.items.id)
     events.check_reference(card.events.member, "member", members, card.members.id)
@@ -59,10 +63,15 @@ def read_validated(path: Path, card: Card) -> tuple[pa.Table, pa.Table, pa.Table
     _check_duplicates(events, card)
     for table, part in ((members, card.members), (items, card.items), (events, card.events)):
         for attribute in part.attributes:
-            if not attribute.derive:
-                _check_attribute(table, attribute.column, attribute.kind)
-    card_problems = list(_card_problems(card, events))
-    # A column may be named twice, as an attribute and under `derive`: its problems are reported once.
+            _check_attribute(table, attribute.column, attribute.kind)
+    for table, available in ((members, card.members.available), (items, card.items.available)):
+        for column in (available and available.from_, available and available.until):
+            if column:
+                _check_attribute(table, column, "date")
+    if card.events.request:
+        events.read(card.events.request, "id")
+    card_problems = list(_fact_problems(card, events))
+    # A column may be named twice, as an attribute and by a fact: its problems are reported once.
     problems = list(dict.fromkeys([*members.problems, *items.problems, *events.problems, *card_problems]))
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
@@ -73,15 +82,15 @@ def read_validated(path: Path, card: Card) -> tuple[pa.Table, pa.Table, pa.Table
 class _Table:
     """A table and its problems. An unreadable file is one problem, and then a table without columns."""
 
-    def __init__(self, folder: Path, file: str):
-        self.file = file
+    def __init__(self, folder: Path, file: str, files: dict[str, str] | None = None, action_column: str = ""):
+        self.file = ", ".join(files.values()) if files else file
         self.problems: list[str] = []
         self.table = pa.table({})
         self.types: dict[str, pa.DataType] = {}  # as they are in the file, by column
         self.readable = False
         self.parts = [(0, "")]  # first row and name of each file of a folder
         try:
-            table, self.parts = open_table(folder, file)
+            table, self.parts = _open_each(folder, files, action_column) if files else open_table(folder, file)
         except UnreadableError as error:
             self.problems.append(str(error))
             return
@@ -160,6 +169,23 @@ class _Table:
         self.refuse(column, unknown, f"unknown {noun}", f"it must be in {home}")
 
 
+def _open_each(folder: Path, files: dict[str, str], action_column: str) -> tuple[pa.Table, list[tuple[int, str]]]:
+    """The tables of several actions as one, with a column of the actions; and the first row and name of each file."""
+    tables, parts, rows = [], [], 0
+    for action, file in files.items():
+        table, table_parts = open_table(folder, file)
+        if action_column in table.column_names:
+            raise UnreadableError(f"{file}: a column '{action_column}', where the card's 'files' says the action")
+        plain_table = pa.table({name: plain(table[name]) for name in table.column_names})
+        tables.append(plain_table.append_column(action_column, pa.array([action] * len(table), pa.string())))
+        parts += [(rows + first, f"{file}/{name}" if name else file) for first, name in table_parts]
+        rows += len(table)
+    try:
+        return pa.concat_tables(tables, promote_options="permissive"), parts
+    except pa.ArrowException as error:
+        raise UnreadableError(f"{', '.join(files.values())}: columns of one name and several types: {error}") from None
+
+
 def _check_actions(events: _Table, card: Card) -> None:
     column = card.events.action
     actions = events.read(column, "text")
@@ -173,6 +199,11 @@ def _check_actions(events: _Table, card: Card) -> None:
 
 def _check_times(events: _Table, card: Card) -> None:
     column = card.events.time
+    if column is None:
+        order = events.read(card.events.order, "order") if card.events.order else None
+        if card.events.order and order is not None:
+            events.refuse(card.events.order, order.is_null(), "no place in the order", "every event needs one")
+        return
     times = events.read(column, "time")
     if times is None:
         return
@@ -196,7 +227,10 @@ def _check_times(events: _Table, card: Card) -> None:
 
 def _check_duplicates(events: _Table, card: Card) -> None:
     """No two events are the same in every column: a copy in the history would give the answer to the other away."""
-    keys = [card.events.member, card.events.item, card.events.action, card.events.time]
+    time = card.events.time or card.events.order
+    if time is None:  # without any order equal rows are no mistake: a member may buy a thing twice
+        return
+    keys = [card.events.member, card.events.item, card.events.action, time]
     if not len(events.table) or any(key not in events.table.column_names for key in keys):
         return
     columns = [_comparable(column) for column in events.table.columns if not pa.types.is_null(column.type)]
@@ -305,23 +339,18 @@ def _rows_in(values: pa.ChunkedArray, rows: pa.Array) -> pa.Array:
     return pc.is_in(pa.array(np.arange(len(values))), value_set=rows)
 
 
-def _card_problems(card: Card, events: _Table) -> Iterable[str]:
-    """Yields the problems of `derive`, unknown actions and event columns, each with the card's file and line."""
-    for index, attribute in enumerate(card.items.attributes):
-        if not (derive := attribute.derive):
-            continue
-        location = ("items", "attributes", index, "derive")
-        for position, action in enumerate(derive.count or ()):
-            if action not in card.events.actions:
-                error = f"unknown action '{action}'; {suggest(action, card.events.actions)}"
-                yield str(card.error(error, *location, "count", position))
-        if derive.mean and events.readable:
-            type_ = events.types.get(derive.mean)
+def _fact_problems(card: Card, events: _Table) -> Iterable[str]:
+    """Yields the problems of the event columns that facts name, each with the card's file and line."""
+    for group in GROUPS:
+        for index, fact in enumerate(getattr(card.facts, group)):
+            column, location = fact.column, ("facts", group, index, fact.kind)
+            if column is None or not events.readable:
+                continue
+            type_ = events.types.get(column)
             if type_ is None:
-                error = f"events have no column '{derive.mean}'; {suggest(derive.mean, events.types)}"
-                yield str(card.error(error, *location, "mean"))
-            elif events.table[derive.mean].type not in KINDS["number"][0]:
-                error = f"column '{derive.mean}' of {events.file} is {type_}; only numbers have a mean"
-                yield str(card.error(error, *location, "mean"))
+                yield str(card.error(f"events have no column '{column}'; {suggest(column, events.types)}", *location))
+            elif events.table[column].type not in KINDS["number"][0]:
+                error = f"column '{column}' of {events.file} is {type_}; only numbers have a mean"
+                yield str(card.error(error, *location))
             else:
-                _check_attribute(events, derive.mean, "number")
+                _check_attribute(events, column, "number")

@@ -6,16 +6,21 @@ Every example is point-in-time correct: what happens at or after its cutoff time
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-from brewjax.data.tables.dataset import Dataset
+from brewjax.data.tables.dataset import FOREVER, Dataset
 from brewjax.data.tables.point_in_time import DAY
+from brewjax.data.tasks.conditions import ITEM, row_matches
+from brewjax.data.tasks.negatives import NegativeSampler
+from brewjax.data.tasks.questions import Questions, split_period, split_questions
 from brewjax.data.tasks.task import Split, Task
 
 MIN_CANDIDATES_PER_EXAMPLE = 8  # a chunk of events may always be so large, however short the history
+NO_REQUEST, NO_EVENT = -1, -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +35,9 @@ class RankingExample:
       num_past_events: how many events the member had before the cutoff time, in the history or not.
       candidates: int32 [candidates], rows of the items to rank.
       labels: int32 [candidates], indices into `Task.labels`; -1 if the answer is unknown.
+      exposures: int64 [candidates], rows of the events that are asked about, for the context of the questions: a
+        sampled negative has that of the event it was sampled for; -1 for none.
+      request: the request whose list the candidates are, by number (`Dataset.event_request`); -1 for none.
     """
 
     task: str
@@ -39,10 +47,17 @@ class RankingExample:
     num_past_events: int
     candidates: np.ndarray
     labels: np.ndarray
+    exposures: np.ndarray
+    request: int = NO_REQUEST
 
     def select(self, indices: slice | np.ndarray) -> RankingExample:
         """The same context with some of its candidates, by index or mask."""
-        return dataclasses.replace(self, candidates=self.candidates[indices], labels=self.labels[indices])
+        return dataclasses.replace(
+            self,
+            candidates=self.candidates[indices],
+            labels=self.labels[indices],
+            exposures=self.exposures[indices],
+        )
 
 
 class Choice(NamedTuple):
@@ -68,140 +83,203 @@ def history_before(dataset: Dataset, task: Task, member: int, cutoff_time: int) 
       Rows of the events that the task's history holds, oldest first, and how many events precede the cutoff time.
     """
     start, end = dataset.member_offsets[member : member + 2]
-    end = start + np.searchsorted(dataset.event_time[start:end], cutoff_time, side="left")
-    rows = np.arange(start, end)
-    history_mask = np.isin(dataset.event_action[rows], task.history.actions)
+    num_past_events = int(np.searchsorted(dataset.event_time[start:end], cutoff_time, side="left"))
+    rows, offsets = dataset.member_rows(task.history.actions)
+    rows = rows[offsets[member] : offsets[member + 1]]
+    rows = rows[: np.searchsorted(rows, start + num_past_events)]
     if task.history.max_age_days is not None:
-        history_mask &= dataset.event_time[rows] >= cutoff_time - task.history.max_age_days * DAY
-    history_rows = rows[history_mask]
-    return history_rows[max(0, len(history_rows) - task.history.max_events) :], len(rows)
+        oldest = cutoff_time - int(task.history.max_age_days * DAY)
+        rows = rows[np.searchsorted(dataset.event_time[rows], oldest) :]
+    return rows[max(0, len(rows) - task.history.max_events) :], num_past_events
 
 
 def example_at(dataset: Dataset, task: Task, member: int, time: int | None = None) -> RankingExample:
-    """An example of a member as of a time, with every item that the member had no event with before as a candidate.
+    """An example of a member as of a time, with every item that the task could ask about then as a candidate.
+
+    These are the items within their lives, which fulfil the task's conditions, and which are new to the member unless
+    the task asks repeats.
 
     Args:
       member: row of the member.
       time: microseconds since 1970; by default just after the last event of the dataset.
 
     Raises:
-      ValueError: the member had an event with every item.
+      ValueError: no item is left.
     """
     cutoff_time = int(dataset.event_time.max()) + 1 if time is None else time
     history, num_past_events = history_before(dataset, task, member, cutoff_time)
-    start = dataset.member_offsets[member]
-    past_items = dataset.event_item[start : start + num_past_events]
-    candidates = np.setdiff1d(np.arange(len(dataset.items)), past_items).astype(np.int32)
+    begins, ends = dataset.item_life
+    if dataset.card.items.available is None:  # whoever ranks names the items: that they exist is then known
+        begins = np.where(dataset.first_event_time >= FOREVER, -FOREVER, begins)
+    eligible = (begins <= cutoff_time) & (cutoff_time < ends) & row_matches(dataset, task.questions.where, ITEM)
+    if not task.questions.repeats:
+        start = dataset.member_offsets[member]
+        eligible[dataset.event_item[start : start + num_past_events]] = False
+    candidates = np.flatnonzero(eligible).astype(np.int32)
     if not len(candidates):
-        raise ValueError("the member had an event with every item; there is none left to rank")
-    labels = np.full(len(candidates), -1, np.int32)
-    return RankingExample(task.name, member, cutoff_time, history, num_past_events, candidates, labels)
+        new = "" if task.questions.repeats else ", new to the member"
+        raise ValueError(f"there is no item to rank: none exists at that time{new} and fulfils the task's conditions")
+    unknown = np.full(len(candidates), -1, np.int32)
+    return RankingExample(
+        task.name, member, cutoff_time, history, num_past_events, candidates, unknown, unknown.astype(np.int64)
+    )
 
 
 def build_examples(dataset: Dataset, task: Task, split: Split, seed: int = 0) -> Iterator[RankingExample]:
-    """Yields every labelled event of a split as a candidate exactly once, with sampled negatives.
+    """Yields every question of a split exactly once, with sampled negatives.
 
-    A member's events are cut into consecutive chunks; each becomes one example whose cutoff time is that of its first
-    event. A chunk has at most min(candidates_per_prompt, max(events before it, MIN_CANDIDATES_PER_EXAMPLE)) events:
-    later candidates of a chunk see an older history, and this bounds how old, and keeps short histories as frequent as
-    they are in serving.
+    A member's questions are cut into consecutive chunks; each becomes one example whose cutoff time is that of its
+    first event. The events of a chunk lie within the task's `span_days`, and are at most
+    min(candidates_per_prompt, max(events before it, MIN_CANDIDATES_PER_EXAMPLE)): later candidates of a chunk see an
+    older history, and this bounds how old, and keeps short histories as frequent as they are in serving. If the task
+    asks by request, the questions of each request are a chunk.
 
-    An event belongs to the split that its time falls in. History is strictly older than the cutoff time, which is the
-    oldest candidate's, so no prompt holds an event of a later split, or a candidate's own event. Events that match no
-    label are no candidates.
+    History is strictly older than the cutoff time, so no prompt holds an event of a later split, or a candidate's own.
 
     Args:
-      seed: of the sampled negatives.
+      seed: of the sampled negatives, which depend on nothing else but the task, the member and the cutoff time.
 
     Raises:
       ConfigError: an event matches two labels.
     """
-    start, end = _period(dataset, task, split)
-    events, labels = labelled_events(dataset, task)
-    split_mask = (dataset.event_time[events] >= start) & (dataset.event_time[events] < end)
-    events, labels = events[split_mask], labels[split_mask]
-    negatives = task.questions.sampled_negatives
-    events_per_prompt = max(1, task.questions.candidates_per_prompt // (1 + negatives.per_event if negatives else 1))
-    rng = np.random.default_rng([seed, ["train", "validation", "test"].index(split)])
-    event_members = dataset.event_member[events]
-    for member in np.unique(event_members):
-        first, last = np.searchsorted(event_members, [member, member + 1])
-        unseen_items = _unseen_items(dataset, member, end)
-        chunk_start = first
-        while chunk_start < last:
-            cutoff_time = int(dataset.event_time[events[chunk_start]])  # a member's events are sorted by time
-            history, num_past_events = history_before(dataset, task, member, cutoff_time)
-            size = min(max(num_past_events, MIN_CANDIDATES_PER_EXAMPLE), events_per_prompt)
-            chunk = slice(chunk_start, min(chunk_start + size, last))
-            chunk_start = chunk.stop
-            candidates, answers = dataset.event_item[events[chunk]], labels[chunk]
-            if negatives:
-                num_sampled = min(negatives.per_event * len(candidates), len(unseen_items))
-                sampled = rng.choice(unseen_items, num_sampled, replace=False)
-                candidates = np.concatenate([candidates, sampled])
-                answers = np.concatenate([answers, np.full(len(sampled), task.words.index(negatives.label))])
-            yield RankingExample(
-                task.name,
-                int(member),
-                cutoff_time,
-                history,
-                num_past_events,
-                candidates.astype(np.int32),
-                answers.astype(np.int32),
-            )
+    yield from _examples(dataset, task, split, None, seed)
 
 
 def sample_examples(
     dataset: Dataset, task: Task, split: Split, max_examples: int | None = None, seed: int = 0
 ) -> list[RankingExample]:
-    """The examples of a split; if there are more than `max_examples`, a random choice of so many, in their order."""
-    examples = list(build_examples(dataset, task, split, seed))
-    if max_examples is None or len(examples) <= max_examples:
-        return examples
-    chosen = np.random.default_rng(seed).choice(len(examples), max_examples, replace=False)
-    return [examples[index] for index in np.sort(chosen)]
+    """The examples of a split; if there are more than `max_examples`, those with the smallest hashes.
+
+    The hashes are of seed, member and cutoff time: tasks with the same questions get the same examples. They keep
+    their order, and no other example is built."""
+    return list(_examples(dataset, task, split, max_examples, seed))
 
 
-def _period(dataset: Dataset, task: Task, split: Split) -> tuple[int, int]:
-    """Start and end of a split, in microseconds since 1970."""
-    validation, test = task.boundaries(dataset)
-    infinity = np.iinfo(np.int64).max
-    return {"train": (-infinity, validation), "validation": (validation, test), "test": (test, infinity)}[split]
+def _examples(
+    dataset: Dataset, task: Task, split: Split, max_examples: int | None, seed: int
+) -> Iterator[RankingExample]:
+    questions, starts, stops = _cut_chunks(dataset, task, split_questions(dataset, task, split))
+    hashes = _hash(dataset, questions.events[starts], seed)
+    chosen = np.arange(len(starts))
+    if max_examples is not None and len(starts) > max_examples:
+        chosen = np.sort(np.argpartition(hashes, max_examples - 1)[:max_examples])
+    sampler = NegativeSampler(dataset, task) if task.questions.sampled_negatives else None
+    _, end = split_period(dataset, task, split)
+    for chunk in chosen:
+        rng = np.random.default_rng([int(hashes[chunk]), zlib.crc32(task.name.encode())])
+        example = _build(dataset, task, questions, slice(starts[chunk], stops[chunk]), sampler, rng, end)
+        if len(example.candidates):
+            yield example
 
 
-def labelled_events(dataset: Dataset, task: Task) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the events that match a label, and the index of the label of each."""
-    labels = event_labels(dataset, task, np.arange(len(dataset.events)))
-    events = np.flatnonzero(labels >= 0)
-    return events, labels[events]
+def _build(
+    dataset: Dataset,
+    task: Task,
+    questions: Questions,
+    chunk: slice,
+    sampler: NegativeSampler | None,
+    rng: np.random.Generator,
+    split_end: int,
+) -> RankingExample:
+    events, labels = questions.events[chunk], questions.labels[chunk]
+    member, cutoff_time = int(dataset.event_member[events[0]]), int(dataset.event_time[events].min())
+    history, num_past_events = history_before(dataset, task, member, cutoff_time)
+    negatives = task.questions.sampled_negatives
+    if sampler and negatives:
+        # As for the time of the question itself, in `find_questions`.
+        begins, _ = dataset.item_life
+        exists = begins[dataset.event_item[events]] <= cutoff_time
+        events, labels = events[exists], labels[exists]
+    candidates = dataset.event_item[events]
+    if sampler and negatives and len(events):
+        start, stop = dataset.member_offsets[member : member + 2]
+        times = dataset.event_time[start:stop]
+        # Items that the member acts on later are excluded up to the end of the split, but not beyond: their absence
+        # would give later events away. If repeats are asked, only what the member does next is excluded.
+        since = np.searchsorted(times, cutoff_time) if task.questions.asks_repeats else 0
+        until = cutoff_time + int(task.questions.span_days * DAY) + 1 if task.questions.asks_repeats else split_end
+        touched = dataset.event_item[start + since : start + np.searchsorted(times, until)]
+        sampled, of_event = sampler.draw(rng, candidates, touched, cutoff_time)
+        candidates = np.concatenate([candidates, sampled])
+        labels = np.concatenate([labels, np.full(len(sampled), task.words.index(negatives.label))])
+        events = np.concatenate([events, events[of_event]])
+    request = int(dataset.event_request[events[0]]) if task.questions.per_request and len(events) else NO_REQUEST
+    return RankingExample(
+        task.name,
+        member,
+        cutoff_time,
+        history,
+        num_past_events,
+        candidates.astype(np.int32),
+        labels.astype(np.int32),
+        events.astype(np.int64),
+        request,
+    )
 
 
-def event_labels(dataset: Dataset, task: Task, events: np.ndarray) -> np.ndarray:
-    """The label of each event.
+def _cut_chunks(dataset: Dataset, task: Task, questions: Questions) -> tuple[Questions, np.ndarray, np.ndarray]:
+    """The questions, by request if the task asks so, and where each chunk of them starts and stops, int64 [chunks]."""
+    asks, events = task.questions, questions.events
+    member, time = dataset.event_member[events].astype(np.int64), dataset.event_time[events]
+    negatives = asks.sampled_negatives
+    max_events = max(1, asks.candidates_per_prompt // (1 + negatives.per_event if negatives else 1))
+    if asks.per_request:
+        request = dataset.event_request[events]
+        order = np.lexsort((time, request, member))
+        questions = questions.select(order)
+        group = np.cumsum(np.diff(request[order], prepend=-2).astype(bool) | np.diff(member, prepend=-1).astype(bool))
+        first = np.flatnonzero(np.diff(group, prepend=0))
+        sizes = np.diff(first, append=len(group))
+        parts = -(-sizes // max_events)
+        starts = np.repeat(first, parts) + max_events * (
+            np.arange(parts.sum()) - np.repeat(np.cumsum(parts) - parts, parts)
+        )
+        return questions, starts, np.minimum(starts + max_events, np.repeat(first + sizes, parts))
+    past = _num_past_events(dataset, events)
+    span = int(asks.span_days * DAY) if dataset.card.events.time else FOREVER
+    ends_of_member = np.searchsorted(member, member, side="right")
+    within_span = _first_beyond(member, time, span)
+    reach = np.minimum(ends_of_member, within_span)
+    reach = np.minimum(
+        reach, np.arange(len(events)) + np.minimum(max_events, np.maximum(past, MIN_CANDIDATES_PER_EXAMPLE))
+    )
+    starts, position, reaches = [], 0, reach.tolist()
+    while position < len(reaches):
+        starts.append(position)
+        position = reaches[position]
+    chunk_starts = np.array(starts, np.int64)
+    return questions, chunk_starts, reach[chunk_starts]
 
-    Args:
-      events: int [events], rows of the events table.
 
-    Returns:
-      int64 [events]: index into `Task.labels`; -1 if the event is of another action or matches no label.
-
-    Raises:
-      ConfigError: an event matches two labels.
-    """
-    labels = np.full(len(events), -1)
-    question_mask = np.isin(dataset.event_action[events], task.questions.actions)
-    for index, label in enumerate(task.labels):
-        match = question_mask & label.matches(dataset, events)
-        if (labels[match] >= 0).any():
-            word = task.words[labels[match & (labels >= 0)][0]]
-            raise task.error(f"an event can be both '{word}' and '{label.word}'", "labels", index, "match")
-        labels[match] = index
-    return labels
+def _num_past_events(dataset: Dataset, events: np.ndarray) -> np.ndarray:
+    """int64 [events]: how many events of the member are strictly older than each event."""
+    same_time = np.diff(dataset.event_time, prepend=0) == 0
+    same_time &= np.diff(dataset.event_member, prepend=-1) == 0
+    rows = np.arange(len(same_time))
+    first_of_time = np.maximum.accumulate(np.where(same_time, 0, rows))
+    return first_of_time[events] - dataset.member_offsets[dataset.event_member[events]]
 
 
-def _unseen_items(dataset: Dataset, member: int, until: int) -> np.ndarray:
-    """Rows of the items that the member had no event with before `until`, the end of the split. Later events do not
-    exclude an item: its absence from the negatives would give them away."""
-    start, end = dataset.member_offsets[member : member + 2]
-    end = start + np.searchsorted(dataset.event_time[start:end], until)
-    return np.setdiff1d(np.arange(len(dataset.items)), dataset.event_item[start:end])
+def _first_beyond(member: np.ndarray, time: np.ndarray, span: int) -> np.ndarray:
+    """The first position of the same member, or a later one, whose time is at least `span` after each position's."""
+    if span >= FOREVER or not len(time):
+        return np.full(len(time), len(time))
+    ranks = np.unique(time)
+    code = member * (len(ranks) + 1) + np.searchsorted(ranks, time)
+    return np.searchsorted(code, member * (len(ranks) + 1) + np.searchsorted(ranks, time + span))
+
+
+def _hash(dataset: Dataset, events: np.ndarray, seed: int) -> np.ndarray:
+    """uint64 hashes of chunks by seed, and the member and time of their first events (splitmix64: Steele et al., OOPSLA
+    2014). Chunks of one member and time are told apart by their place among them."""
+    member, time = dataset.event_member[events], dataset.event_time[events]
+    group = np.cumsum((np.diff(time, prepend=-1) != 0) | (np.diff(member, prepend=-1) != 0))
+    place = np.arange(len(events)) - np.searchsorted(group, group)
+    state = np.full(len(events), seed, np.uint64)
+    with np.errstate(over="ignore"):
+        for part in (dataset.member_hash[member], time.astype(np.uint64), place.astype(np.uint64)):
+            state = (state ^ part) + np.uint64(0x9E3779B97F4A7C15)
+            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state = state ^ (state >> np.uint64(31))
+    return state

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import datetime
-import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import pydantic
 
 from brewjax.config import Config, Words, misplaced, refuse_twice, suggest
-from brewjax.data.tables.card import Card
+from brewjax.data.tables.card import CARD
 from brewjax.data.tables.dataset import Dataset
-from brewjax.data.tables.reading import show
+from brewjax.data.tasks.conditions import (
+    check_column,
+    check_condition,
+    describe,
+    event_values,
+    is_number,
+    known_columns,
+    matches,
+)
 
 if TYPE_CHECKING:
     from brewjax.data.text.tokenizer import Tokenizer
 
-MetricName = Literal["auc", "log_loss", "ndcg@10", "calibration_error"]
+MetricName = Literal["gauc", "ndcg@10", "auc", "log_loss", "calibration_error"]
 Split = Literal["train", "validation", "test"]
-SHOWN = 5  # values of a column that an error lists if a label matches none
 MAX_VALUE = 1000  # of a label: NDCG's 2^1024 would overflow
 
 
@@ -71,41 +75,30 @@ class Label(Config):
     """The answer's worth in a ranking: AUC orders by it, and NDCG, whose gain is 2^value - 1, needs values from 0. No
     two labels have the same."""
     match: dict[str, Any] | None = pydantic.Field(default=None, min_length=1)
-    """Event columns (or `action`), each with the value, or list of values, for which this is the answer; all must
-    match. Only the label of `sampled_negatives` may leave it out."""
-
-    def matches(self, dataset: Dataset, events: np.ndarray) -> np.ndarray:
-        """Whether this is the answer to each event.
-
-        Args:
-          events: int [events], rows of the events table.
-
-        Returns:
-          bool [events].
-
-        Raises:
-          ValueError: a value is not of its column's type.
-        """
-        match = np.ones(len(events), bool) if self.match is not None else np.zeros(len(events), bool)
-        for column in self.match or {}:
-            values = dataset.event_column(column)
-            answers = pa.array([_as_type(value, values.type) for value in self.match_values(column)], values.type)
-            match &= pc.is_in(values.take(events), value_set=answers).to_numpy()
-        return match
-
-    def match_values(self, column: str) -> list[Any]:
-        """The values of an event column for which this is the answer."""
-        value = (self.match or {})[column]
-        return value if isinstance(value, list) else [value]
+    """Columns of events (or `action`, `item.COLUMN`, `member.COLUMN`), each with the value, list of values or range
+    (`{min: 4}`, `max`, `above`, `below`) for which this is the answer; all must match. One label may leave it out: that
+    of `sampled_negatives`, or, with `outcomes`, the answer where nothing else followed."""
 
 
 class NegativesConfig(Config):
     """Sampled negatives: items without any event of the member, drawn at random as candidates."""
 
+    ALIASES: ClassVar = {"power": "popularity", "category": "same", "sharing": "same"}
+
     label: str
     """The label word that is the answer for sampled items."""
     per_event: int = pydantic.Field(gt=0)
     """How many items are sampled for each event."""
+    popularity: float = pydantic.Field(default=0, ge=0, le=1)
+    """Items are drawn in proportion to their number of events until then, to this power: 0 draws all evenly."""
+    same: str | None = None
+    """Only items that share a value of this category or list with the item of the event are drawn."""
+
+    @pydantic.model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.popularity and self.same:
+            raise misplaced("give 'popularity' or 'same', not both", "same")
+        return self
 
 
 OverlongPolicy = Literal["truncate", "skip", "error"]
@@ -120,6 +113,12 @@ class QuestionConfig(Config):
         "choose": "choice_question",
         "per_prompt": "candidates_per_prompt",
         "negatives": "sampled_negatives",
+        "outcome": "outcomes",
+        "window": "window_days",
+        "within_days": "window_days",
+        "eligibility": "where",
+        "conditions": "where",
+        "group": "per_request",
     }
 
     question: Words
@@ -128,7 +127,25 @@ class QuestionConfig(Config):
     """The multiple-choice form, "To which of the following jobs will the member apply", answered by an item's name;
     needed where training draws choices (`choice_fraction`)."""
     actions: tuple[str, ...] = pydantic.Field(min_length=1)
-    """Events of these actions are asked about."""
+    """Events of these actions are asked about: exposures, such as an impression or a view."""
+    outcomes: tuple[str, ...] = ()
+    """Events of these actions answer an earlier event about the same item, for instance the application after a view. A
+    question whose window is not over by the end of its split is not asked."""
+    window_days: float = pydantic.Field(default=1, gt=0)
+    """What a member does with an item within so many days of the first event in question is one question, and its
+    answer is the label with the highest value among all of it."""
+    where: dict[str, Any] = {}
+    """Conditions on columns of events (or `action`, `item.COLUMN`, `member.COLUMN`) for an event to be asked about, as
+    in a label's `match`. Those on items and members say who is asked about what when serving, too."""
+    context: tuple[str, ...] = ()
+    """Attributes of events that are known when the question is asked, such as a query or a slot: they stand in it."""
+    per_request: bool = False
+    """Whether the candidates of a prompt are those of one request (`events.request` of the card)."""
+    repeats: bool | None = None
+    """Whether an item that the member had an event with before may be asked about again. By default events may, unless
+    there are sampled negatives, which never are repeats; and rankings hold only items new to the member."""
+    span_days: float = pydantic.Field(default=1, gt=0)
+    """The events in question of one prompt lie within so many days of its moment; facts are as of its moment."""
     candidates_per_prompt: int = pydantic.Field(default=16, gt=0)
     """The most candidates that share one history, sampled negatives included."""
     sampled_negatives: NegativesConfig | None = None
@@ -141,7 +158,14 @@ class QuestionConfig(Config):
     @pydantic.model_validator(mode="after")
     def _actions_differ(self) -> Self:
         refuse_twice(self.actions, "action", "actions")
+        refuse_twice(self.outcomes, "action", "outcomes")
+        refuse_twice(self.context, "attribute", "context")
         return self
+
+    @property
+    def asks_repeats(self) -> bool:
+        """Whether events with an item that the member had before are asked about."""
+        return self.sampled_negatives is None if self.repeats is None else self.repeats
 
 
 def _time_text(value: Any) -> Any:
@@ -187,8 +211,11 @@ class Task(Config):
     """The possible answers; reliability plots and binary calibration are of the first."""
     split: TimeSplit = TimeSplit(validation="80%", test="90%")
     """The times at which validation and test begin."""
-    metrics: tuple[MetricName, ...] = pydantic.Field(("auc", "log_loss", "ndcg@10", "calibration_error"), min_length=1)
-    """The metrics of an evaluation; the first is the headline of reports."""
+    metrics: tuple[MetricName, ...] = pydantic.Field(
+        ("gauc", "ndcg@10", "auc", "log_loss", "calibration_error"), min_length=1
+    )
+    """The metrics of an evaluation; the first is the headline of reports. `gauc` (the AUC within a list) and `ndcg@10`
+    are of lists: a request, or all that a member was asked about."""
 
     @pydantic.field_validator("name")
     @classmethod
@@ -222,11 +249,12 @@ class Task(Config):
         if negatives and negatives.label not in self.words:
             message = f"'{negatives.label}' is not a label; {suggest(negatives.label, self.words, listing='labels')}"
             raise misplaced(message, "questions", "sampled_negatives", "label")
-        for index, label in enumerate(self.labels):
-            if label.match is None and not (negatives and negatives.label == label.word):
+        unmatched = [index for index, label in enumerate(self.labels) if label.match is None]
+        for index in unmatched[0 if not self.questions.outcomes else 1 :]:
+            word = self.labels[index].word
+            if not (negatives and negatives.label == word):
                 message = (
-                    f"no event is ever '{label.word}': give it 'match', or make it the label of "
-                    "questions.sampled_negatives"
+                    f"no event is ever '{word}': give it 'match', or make it the label of questions.sampled_negatives"
                 )
                 raise misplaced(message, "labels", index)
         return self
@@ -235,6 +263,13 @@ class Task(Config):
     def words(self) -> tuple[str, ...]:
         """The label words, in the order of `labels`."""
         return tuple(label.word for label in self.labels)
+
+    @property
+    def default_label(self) -> int:
+        """Index of the label of a question that nothing else followed; -1 if there is none."""
+        if not self.questions.outcomes:
+            return -1
+        return next((index for index, label in enumerate(self.labels) if label.match is None), -1)
 
     @property
     def values(self) -> np.ndarray:
@@ -260,41 +295,57 @@ class Task(Config):
             raise self.error(message + hint, "split")
         return validation, test
 
-    def check(self, card: Card, event_columns: list[str]) -> None:
-        """Checks that the dataset has the task's actions and event columns.
+    def check(self, dataset: Dataset) -> None:
+        """Checks that the dataset has the task's actions and columns, that values are of their columns' types, and that
+        some event matches each label.
 
         Raises:
           ConfigError: names file, line and key.
         """
-        for key in ("history", "questions"):
-            for index, action in enumerate(getattr(self, key).actions):
+        card, questions = dataset.card, self.questions
+        for key, name, actions in (
+            ("history", "actions", self.history.actions),
+            ("questions", "actions", questions.actions),
+            ("questions", "outcomes", questions.outcomes),
+        ):
+            for index, action in enumerate(actions):
                 if action not in card.events.actions:
                     hint = suggest(action, card.events.actions, listing="it has")
-                    raise self.error(f"the dataset has no action '{action}'; {hint}", key, "actions", index)
-        known = list(dict.fromkeys(["action", *event_columns]))
-        for index, label in enumerate(self.labels):
-            for column in label.match or {}:
-                if column not in known:
-                    hint = suggest(column, known, listing="they have")
-                    raise self.error(f"events have no column '{column}'; {hint}", "labels", index, "match", column)
+                    raise self.error(f"the dataset has no action '{action}'; {hint}", key, name, index)
+        if questions.outcomes and card.events.time is None:
+            raise self.error("events without times have no window for an outcome", "questions", "outcomes")
+        if questions.per_request and card.events.request is None:
+            message = f"{dataset.path / CARD} names no 'events.request', the column with the id of each list"
+            raise self.error(message, "questions", "per_request")
+        attributes = [attribute.column for attribute in card.events.attributes]
+        for index, column in enumerate(questions.context):
+            if column not in attributes:
+                hint = suggest(column, attributes, listing="they have")
+                raise self.error(f"events have no attribute '{column}'; {hint}", "questions", "context", index)
+        negatives = questions.sampled_negatives
+        if negatives and negatives.same:
+            kinds = {a.column: a.kind for a in card.items.attributes if a.kind in ("category", "list")}
+            if negatives.same not in kinds:
+                hint = suggest(negatives.same, kinds, listing="there are")
+                message = f"items have no category or list '{negatives.same}'; {hint}"
+                raise self.error(message, "questions", "sampled_negatives", "same")
+        self._check_conditions(dataset)
 
-    def check_values(self, dataset: Dataset) -> None:
-        """Checks that the values of `match` are of their columns' types, and that some event matches each label.
-
-        Raises:
-          ConfigError: names file, line and key.
-        """
-        events = np.flatnonzero(np.isin(dataset.event_action, self.questions.actions))
-        for index, label in enumerate(self.labels):
-            for column in label.match or {}:
+    def _check_conditions(self, dataset: Dataset) -> None:
+        events = np.flatnonzero(dataset.has_action((*self.questions.actions, *self.questions.outcomes)))
+        known = known_columns(dataset)
+        sources: list[tuple[tuple[str | int, ...], dict[str, Any]]] = [(("questions", "where"), self.questions.where)]
+        sources += [(("labels", index, "match"), label.match or {}) for index, label in enumerate(self.labels)]
+        for location, conditions in sources:
+            for column, condition in conditions.items():
                 try:
-                    for value in label.match_values(column):
-                        _check_type(value, dataset.event_column(column).type)
+                    check_column(column, known)
+                    check_condition(condition, event_values(dataset, column, events[:0]).type)
                 except ValueError as error:
-                    raise self.error(f"{error}", "labels", index, "match", column) from None
-            if label.match is not None and not label.matches(dataset, events).any():
-                matches = " and ".join(_describe_match(dataset, label, column, events) for column in label.match)
-                raise self.error(f"no event in question is {matches}", "labels", index, "match")
+                    raise self.error(f"{error}", *location, column) from None
+            if conditions and not matches(dataset, conditions, events).any():
+                shown = " and ".join(describe(dataset, column, value, events) for column, value in conditions.items())
+                raise self.error(f"no event in question is {shown}", *location)
 
     def check_words(self, tokenizer: Tokenizer) -> None:
         """Checks that every label word is one token.
@@ -316,75 +367,14 @@ def load_tasks(paths: Iterable[str | Path], dataset: Dataset) -> list[Task]:
       ConfigError: a task is wrong, or two have the same name; names file and line.
     """
     tasks = [Task.load(path) for path in paths]
-    columns = [name for name in dataset.events.column_names if name != dataset.card.events.action]
     for task in tasks:
-        task.check(dataset.card, columns)
         task.boundaries(dataset)
-        task.check_values(dataset)
+        task.check(dataset)
     names = [task.name for task in tasks]
     for task in tasks:
         if names.count(task.name) > 1:
             raise task.error(f"two tasks are named '{task.name}'", "name")
     return tasks
-
-
-def _describe_match(dataset: Dataset, label: Label, column: str, events: np.ndarray) -> str:
-    """The label's values of a column, and a few values that the column has in `events`."""
-    values = dataset.event_column(column).take(events).unique().drop_null()
-    shown = ", ".join(show(value) for value in values[:SHOWN]) + (", .." if len(values) > SHOWN else "")
-    return f"{column}: {label.match[column]!r} (there is: {shown or 'nothing'})"  # type: ignore[index]
-
-
-def _check_type(value: Any, type_: pa.DataType) -> None:
-    """ValueError, with what would be right, if a column of this type cannot hold the value."""
-    if pa.types.is_nested(type_):
-        raise ValueError(f"this column holds {type_}; a label matches columns of single values")
-    if value is None:
-        raise ValueError("an unknown value matches nothing; leave null out")
-    if isinstance(value, (list, dict)):
-        raise ValueError(f"found {value!r}; give one value, or a list of values")
-    text, number = isinstance(value, str), isinstance(value, (int, float)) and not isinstance(value, bool)
-    if pa.types.is_boolean(type_) and not isinstance(value, bool):
-        raise ValueError(f"this column holds true and false, found {value!r}")
-    if pa.types.is_string(type_) and not text:
-        shown = str(value).lower() if isinstance(value, bool) else value
-        raise ValueError(f'this column holds texts, found {shown}; put it in quotes: "{shown}"')
-    if (pa.types.is_integer(type_) or pa.types.is_floating(type_)) and not number:
-        bare = f"; write it without quotes: {value}" if text and _is_number(value) else ""
-        raise ValueError(f"this column holds numbers, found {value!r}{bare}")
-    _as_type(value, type_)
-
-
-def _as_type(value: Any, type_: pa.DataType) -> Any:
-    """Converts a value of a task file to the type of its column; ValueError if that is impossible.
-
-    Categories are text in a server's request, even if they are numbers in the task, so a text column takes numbers.
-    """
-    if pa.types.is_string(type_):
-        return str(value)
-    if pa.types.is_integer(type_) and isinstance(value, float):
-        if not value.is_integer():
-            raise ValueError(f"this column holds whole numbers, found {value!r}")
-        return int(value)
-    if pa.types.is_date(type_) or pa.types.is_timestamp(type_):
-        try:
-            time = datetime.datetime.fromisoformat(str(value))
-        except ValueError:
-            raise ValueError(f"this column holds dates, found {value!r}; expected one such as 1998-03-07") from None
-        if pa.types.is_date(type_):
-            return time.date()
-        time = time.replace(tzinfo=time.tzinfo or datetime.UTC)
-        return time if type_.tz else time.astimezone(datetime.UTC).replace(tzinfo=None)
-    if not (pa.types.is_integer(type_) or pa.types.is_floating(type_) or pa.types.is_boolean(type_)):
-        raise ValueError(f"this column holds {type_}; a label matches texts, numbers, dates, or true and false")
-    return value
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
 
 
 def _parse_time(text: str, event_times: np.ndarray) -> int:
@@ -400,6 +390,6 @@ def _parse_time(text: str, event_times: np.ndarray) -> int:
     try:
         date = datetime.datetime.fromisoformat(text)
     except ValueError:
-        share_text = f"{float(text) * (100 if float(text) < 1 else 1):g}%" if _is_number(text) else "80%"
+        share_text = f"{float(text) * (100 if float(text) < 1 else 1):g}%" if is_number(text) else "80%"
         raise ValueError(f"'{text}': expected a date, 1998-03-07, or a share, {share_text}") from None
     return int(date.replace(tzinfo=date.tzinfo or datetime.UTC).timestamp() * 1_000_000)

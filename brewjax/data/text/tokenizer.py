@@ -31,6 +31,9 @@ PIECES = (
 )  # as in prompts
 BEGINS = "begins_with_bos"  # key of tokenizer_config.json, because transformers drops its own add_bos_token
 BATCH_CHARACTERS = 1 << 16  # characters that are tokenized at a time, in some 20 ms
+# What may be merged into tokens: a number in buckets with its name and the mark before it ("|popularity#9"); words,
+# numbers and punctuation, as in GPT-2, but no number with the space before it.
+WORDS = r"[ |]?\w+#\d+|'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -89,7 +92,10 @@ class Tokenizer:
         """
         bpe = tokenizers.Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=False), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+            [
+                pre_tokenizers.Split(tokenizers.Regex(WORDS), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
         )
         bpe.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(

@@ -70,16 +70,16 @@ def test_what_was_applied_to_is_preferred_to_what_was_not(jobs_with, tokenizer, 
 def test_a_list_is_never_split(jobs_with, tokenizer):
     verbalizer = make_verbalizer(jobs_with(MANY), tokenizer)
     records = align_records(
-        verbalizer, TASK, PROMPTS, AlignConfig(list_size=3, lists_per_example=4, steering_fraction=0)
+        verbalizer, TASK, PROMPTS, AlignConfig(list_size=3, lists_per_example=3, steering_fraction=0)
     )
     record = max((record for record, _ in records), key=lambda record: len(record.preference_lists))
-    assert len(candidates(record)) == 4
+    assert len(candidates(record)) == 3
     longest = 3 * max(map(len, record.questions))
     parts = record.split(record.prefix_length + longest)
     assert len(parts) > 1
     assert [list(map(abs, part.preference_lists)) for part in parts] != [list(map(abs, record.preference_lists))]
-    assert [number for part in parts for number in candidates(part)] == [1, 2, 3, 4]
-    assert [len(one) for part in parts for one in candidates(part).values()] == [3] * 4
+    assert [number for part in parts for number in candidates(part)] == [1, 2, 3]
+    assert [len(one) for part in parts for one in candidates(part).values()] == [3] * 3
     with pytest.raises(ValueError, match="a list of 3 questions of"):
         record.split(record.prefix_length + max(map(len, record.questions)))
 

@@ -59,6 +59,7 @@ def make_verbalizer(dataset: Dataset, tokenizer: Tokenizer, task: Task = TASK) -
     return Verbalizer(dataset, Percentiles.fit(dataset, task.boundaries(dataset)[0]), tokenizer, ALL_STYLES.max_tokens)
 
 
+REPEATS = TASK.questions.model_copy(update={"repeats": True})
 SCALE = Percentiles({"items.salary": [], "items.popularity": []})
 
 
@@ -116,19 +117,19 @@ def test_turns_are_learnt_once_and_only_where_events_have_several_answers(jobs_w
         assert len(learnt(record, tokenizer)) == len(record.questions)
 
 
-def test_a_turn_does_not_hold_a_statistic_that_its_own_event_is_part_of(jobs_with, tokenizer):
-    """The mean of seconds of an item is known only from the one event that is told."""
+def test_a_turn_does_not_hold_a_fact_that_its_own_event_is_part_of(jobs_with, tokenizer):
+    """The mean of seconds of an item is known only from the single event of the history."""
     dataset = jobs_with([Event(0, 1, "applied", 1, 500.0)])
-    attributes = tuple(a.model_copy(update={"where": ("history", "question")}) for a in dataset.card.items.attributes)
-    items = dataset.card.items.model_copy(update={"attributes": attributes})
-    dataset = dataclasses.replace(dataset, card=dataset.card.model_copy(update={"items": items}))
     example = dataclasses.replace(
-        example_at(dataset, TASK, 0, moment(2)), candidates=np.array([1]), labels=np.array([0])
+        example_at(dataset, TASK.model_copy(update={"questions": REPEATS}), 0, moment(2)),
+        candidates=np.array([1]),
+        labels=np.array([0]),
+        exposures=np.array([-1]),
     )
     verbalizer = Verbalizer(dataset, SCALE, tokenizer, ALL_STYLES.max_tokens)
-    for style, told in (("chat", True), ("turns", False)):
+    for style in ("chat", "turns"):
         prompt = verbalizer.prompt(TASK, example, style)
-        assert ("Attention: 500" in prompt.events[0]) == told
+        assert "Attention" not in prompt.events[0]
         assert "Attention: 500" in prompt.questions[0].text, "which is asked later"
 
 

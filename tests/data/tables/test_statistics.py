@@ -1,3 +1,5 @@
+"""Facts against plain definitions over lists of events, and the scales that numbers are put on."""
+
 from __future__ import annotations
 
 import math
@@ -7,15 +9,16 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from brewjax.data.tables.card import Statistic
-from brewjax.data.tables.statistics import ItemStatistic, Percentiles
+from brewjax.data.tables.dataset import Dataset
+from brewjax.data.tables.facts import Fact
+from brewjax.data.tables.statistics import FactValues, Percentiles
 from tests.data.conftest import Event, moment
 
-ITEMS = 4
+ITEMS, MEMBERS = 4, 3
 EVENTS = st.lists(
     st.builds(
         Event,
-        st.integers(0, 2),
+        st.integers(0, MEMBERS - 1),
         st.integers(0, ITEMS - 1),
         st.sampled_from(["viewed", "applied"]),
         st.integers(0, 6),
@@ -24,47 +27,160 @@ EVENTS = st.lists(
     min_size=1,
     max_size=30,
 )
+properties = hypothesis.settings(max_examples=40, deadline=None)
+
+
+def values(dataset: Dataset, group: str, fact: Fact, day: float) -> np.ndarray:
+    """A fact of every member and item as of a day, [members, items]."""
+    members, items = (grid.ravel() for grid in np.meshgrid(np.arange(MEMBERS), np.arange(ITEMS), indexing="ij"))
+    times = np.full(len(items), moment(day))
+    return FactValues(dataset).values(group, fact, members, items, times).reshape(MEMBERS, ITEMS)
+
+
+def mean_before(events: list[Event], day: float) -> float:
+    """The mean of the known seconds before a day; NaN if there are none."""
+    known = [event.seconds for event in events if event.day < day and event.seconds is not None]
+    return math.fsum(known) / len(known) if known else math.nan
 
 
 @hypothesis.given(EVENTS, st.sets(st.sampled_from(["viewed", "applied"]), min_size=1), st.integers(0, 7))
-@hypothesis.settings(max_examples=60, deadline=None)
+@properties
 def test_a_count_is_of_the_events_strictly_before(jobs_with, events, actions, day):
-    statistic = ItemStatistic(jobs_with(events, ITEMS), Statistic(count=sorted(actions)))
+    dataset, fact = jobs_with(events, ITEMS), Fact(name="n", count=sorted(actions))
+    recent = fact.model_copy(update={"days": 2})
+    for group, key in (("members", lambda e: e.member), ("items", lambda e: e.item)):
+        counts, recent_counts = values(dataset, group, fact, day), values(dataset, group, recent, day)
+        for member in range(MEMBERS):
+            for item in range(ITEMS):
+                own = [e for e in events if key(e) == (member if group == "members" else item) and e.action in actions]
+                assert counts[member, item] == len([e for e in own if e.day < day])
+                assert recent_counts[member, item] == len([e for e in own if day - 2 <= e.day < day])
+
+
+@hypothesis.given(EVENTS, st.integers(0, 7), st.sampled_from([0, 3]))
+@properties
+def test_a_mean_is_over_the_known_values_strictly_before_drawn_to_that_of_all(jobs_with, events, day, shrink):
+    actual = values(jobs_with(events, ITEMS), "items", Fact(name="m", mean="seconds", shrink=shrink), day)
+    prior = mean_before(events, day)
     for item in range(ITEMS):
-        before = [event for event in events if event.item == item and event.day < day and event.action in actions]
-        assert statistic.at(np.array([item]), np.array([moment(day)]))[0] == len(before)
+        own = [event for event in events if event.item == item]
+        known = [event.seconds for event in own if event.day < day and event.seconds is not None]
+        expected = mean_before(own, day)
+        if shrink and not math.isnan(prior):
+            expected = (math.fsum(known) + shrink * prior) / (len(known) + shrink)
+        assert actual[0, item] == pytest.approx(expected, abs=1e-6, nan_ok=True)
 
 
 @hypothesis.given(EVENTS, st.integers(0, 7))
-@hypothesis.settings(max_examples=60, deadline=None)
-def test_a_mean_is_over_the_known_values_strictly_before(jobs_with, events, day):
-    statistic = ItemStatistic(jobs_with(events, ITEMS), Statistic(mean="seconds"))
-    for item in range(ITEMS):
-        before = [event for event in events if event.item == item and event.day < day]
-        known = [event.seconds for event in before if event.seconds is not None]
-        found = statistic.at(np.array([item]), np.array([moment(day)]))[0]
-        if known:
-            assert found == pytest.approx(np.mean(known), abs=1e-6)
-        else:
-            assert math.isnan(found)
+@properties
+def test_generosity_is_what_a_member_gives_more_than_each_item_had_until_then(jobs_with, events, day):
+    fact = Fact(name="generosity", mean="seconds", less="items", shrink=5)
+    actual = values(jobs_with(events, ITEMS), "members", fact, day)
+    for member in range(MEMBERS):
+        excess = [
+            event.seconds - mean_before([other for other in events if other.item == event.item], event.day)
+            for event in events
+            if event.member == member and event.day < day and event.seconds is not None
+        ]
+        known = [value for value in excess if not math.isnan(value)]
+        assert actual[member, 0] == pytest.approx(math.fsum(known) / (len(known) + 5), abs=1e-6)
+
+
+@hypothesis.given(EVENTS, st.integers(0, 7))
+@properties
+def test_a_share_is_of_the_events_with_items_that_share_a_value(jobs_with, events, day):
+    dataset = jobs_with(events, ITEMS)
+    companies = dataset.items["company"].to_pylist()
+    actual = values(dataset, "pairs", Fact(name="s", share=["viewed", "applied"], by="company"), day)
+    for member in range(MEMBERS):
+        past = [event for event in events if event.member == member and event.day < day]
+        for item in range(ITEMS):
+            alike = [event for event in past if companies[event.item] == companies[item]]
+            expected = len(alike) / len(past) if past else math.nan
+            assert actual[member, item] == pytest.approx(expected, nan_ok=True)
+
+
+@hypothesis.given(EVENTS, st.integers(0, 7))
+@properties
+def test_days_since_and_distance(jobs_with, events, day):
+    dataset = jobs_with(events, ITEMS)
+    days_since = values(dataset, "pairs", Fact(name="d", days_since=["viewed"]), day)
+    distance = values(dataset, "pairs", Fact(name="x", distance="posted"), day)
+    posted = [date.toordinal() for date in dataset.items["posted"].to_pylist()]
+    for member in range(MEMBERS):
+        past = [event for event in events if event.member == member and event.day < day]
+        for item in range(ITEMS):
+            viewed = [event.day for event in past if event.item == item and event.action == "viewed"]
+            assert days_since[member, item] == pytest.approx(day - max(viewed) if viewed else math.nan, nan_ok=True)
+            mean = np.mean([posted[event.item] for event in past]) if past else math.nan
+            assert distance[member, item] == pytest.approx(abs(posted[item] - mean), nan_ok=True)
 
 
 @hypothesis.given(EVENTS, EVENTS, st.integers(1, 6))
-@hypothesis.settings(max_examples=40, deadline=None)
+@properties
+def test_no_fact_knows_what_happens_at_its_moment_or_later(jobs_with, events, others, day):
+    """A property of every kind of fact, similarities too: whatever follows changes nothing."""
+    early = [event for event in events if event.day < day]
+    hypothesis.assume(early)
+    changed = early + [event for event in others if event.day >= day]
+    dataset, other = jobs_with(early, ITEMS), jobs_with(changed, ITEMS)
+    for group, fact in (
+        ("items", Fact(name="a", count=["viewed"])),
+        ("members", Fact(name="b", mean="seconds", less="items")),
+        ("pairs", Fact(name="c", mean="seconds", among="location", shrink=1)),
+        ("pairs", Fact(name="d", share=["viewed"], by="skills")),
+        ("pairs", Fact(name="e", days_since=["viewed"])),
+    ):
+        np.testing.assert_array_equal(values(dataset, group, fact, day), values(other, group, fact, day))
+
+
+def test_what_is_taken_together_comes_from_others_and_from_before(jobs_with):
+    """Members 1 to 5 took items 0 and 1 long ago; member 0 has taken item 0 since."""
+    together = [Event(member, item, "viewed", 0) for member in range(1, 6) for item in (0, 1)]
+    alone = [Event(member, item, "viewed", 0) for member, item in ((1, 2), (2, 3))]
+    dataset = jobs_with([*together, *alone, Event(0, 0, "viewed", 5)], ITEMS)
+    fact = Fact(name="t", together=["viewed"])
+    actual = values(dataset, "pairs", fact, 6)[0]
+    assert actual[1] > actual[2] > 0, "five members in common, then one"
+    assert actual[0] == 0, "an item is no neighbor of its own"
+    assert (values(dataset, "pairs", fact, 5)[0] == 0).all(), "member 0 has taken nothing yet"
+
+
+def test_neighbors_say_what_the_member_gave_to_similar_items(jobs_with):
+    """Items 0 and 1 please and displease the same members; member 0 liked item 0."""
+    rated = [
+        Event(member, item, "viewed", day + member / 10, 100.0 * (member % 2))
+        for day, item in enumerate((2, 0, 1))
+        for member in range(1, 8)
+    ]
+    dataset = jobs_with([*rated, Event(0, 0, "viewed", 5, 100.0)], ITEMS)
+    actual = values(dataset, "pairs", Fact(name="n", neighbors="seconds"), 6)[0]
+    assert actual[1] > 0
+
+
+def test_the_mean_of_a_key_does_not_depend_on_other_keys(jobs_with):
+    """1e17 of another item would leave nothing of 1.5 in one running total."""
+    events = [Event(0, 0, "viewed", 0, 1e17), Event(0, 1, "viewed", 1, 1.5), Event(1, 1, "viewed", 2, 1.5)]
+    actual = values(jobs_with(events, ITEMS), "items", Fact(name="m", mean="seconds"), 3)
+    assert actual[0, 1] == 1.5
+
+
+@hypothesis.given(EVENTS, EVENTS, st.integers(1, 6))
+@properties
 def test_percentiles_know_nothing_of_the_time_they_are_not_fitted_on(jobs_with, events, others, until):
     early = [event for event in events if event.day < until]
     changed = early + [event for event in others if event.day >= until]
     hypothesis.assume(changed)
-    one, other = (Percentiles.fit(jobs_with(e, ITEMS), moment(until)) for e in (events, changed))
-    assert one == other
-    assert set(one.quantiles) == {"items.salary", "items.popularity"}
+    scale, other = (Percentiles.fit(jobs_with(e, ITEMS), moment(until)) for e in (events, changed))
+    assert scale == other
+    assert set(scale.quantiles) == {"items.salary", "items.popularity"}
 
 
 @hypothesis.given(st.lists(st.floats(allow_nan=False, allow_infinity=False), max_size=30), st.data())
 def test_percentiles_rise_with_the_value_from_1_to_100(values, data):
     scale = Percentiles({"items.salary": np.quantile(values, np.arange(1, 100) / 100).tolist() if values else []})
     low, high = sorted(data.draw(st.tuples(st.floats(allow_nan=False), st.floats(allow_nan=False))))
-    assert 1 <= scale.percentile("items", "salary", low) <= scale.percentile("items", "salary", high) <= 100
+    assert 1 <= scale.bucket("items.salary", low) <= scale.bucket("items.salary", high) <= 100
 
 
 def test_percentiles_are_the_hundredths_of_the_training_data(jobs_with):
@@ -73,11 +189,11 @@ def test_percentiles_are_the_hundredths_of_the_training_data(jobs_with):
     dataset = jobs_with(events)
     scale = Percentiles.fit(dataset, moment(3))
     salaries = sorted(salary for salary in dataset.items["salary"].to_pylist() if salary is not None)
-    said = [scale.percentile("items", "salary", salary) for salary in salaries]
-    assert np.abs(np.array(said) - np.linspace(1, 100, len(salaries))).max() <= 2
-    assert [scale.percentile("items", "salary", value) for value in (0, 1e9)] == [1, 100]
+    buckets = [scale.bucket("items.salary", salary) for salary in salaries]
+    assert np.abs(np.array(buckets) - np.linspace(1, 100, len(salaries))).max() <= 2
+    assert [scale.bucket("items.salary", value) for value in (0, 1e9)] == [1, 100]
     counts = [n for item in range(40) for n in range(item + 1)]  # as of each event: those before it
-    assert scale.percentile("items", "popularity", np.median(counts)) == pytest.approx(50, abs=5)
+    assert scale.bucket("items.popularity", np.median(counts)) == pytest.approx(50, abs=5)
 
 
 def test_only_members_and_items_of_the_training_time_are_fitted_on(jobs_with):

@@ -1,0 +1,203 @@
+"""Renders the rows of one table: their attributes, and the facts that are derived from the events."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from brewjax.data.prompts.numbers import age, format_number
+from brewjax.data.prompts.styles import Style, code
+from brewjax.data.tables.card import Attribute
+from brewjax.data.tables.dataset import Dataset
+from brewjax.data.tables.facts import Fact, FactGroup
+from brewjax.data.tables.statistics import FactSource, Percentiles, Table
+
+Where = Literal["history", "question"]
+TEXTUAL = ("text", "category", "list")  # kinds of attributes that can be truncated
+
+
+@dataclasses.dataclass(frozen=True)
+class StatedFact:
+    """A fact, as an attribute that prompts state."""
+
+    group: FactGroup
+    fact: Fact
+    attribute: Attribute
+
+    @classmethod
+    def of(cls, group: FactGroup, fact: Fact) -> StatedFact:
+        """The fact as a number under its name, capitalised."""
+        return cls(group, fact, Attribute(column=fact.name, kind="number", buckets=fact.buckets, where=("question",)))
+
+
+@dataclasses.dataclass(frozen=True)
+class RowsAsOf:
+    """Rows of a table to render, each as of a time.
+
+    Attributes:
+      rows: int [rows], of the table.
+      times: int64 [rows], microseconds since 1970 as of which ages and facts are computed.
+      members: int [rows], rows of the members table, for facts of pairs; None leaves these facts out.
+    """
+
+    rows: np.ndarray
+    times: np.ndarray
+    members: np.ndarray | None = None
+
+
+class RowRenderer:
+    """Renders the attributes and facts of the rows of one table.
+
+    Args:
+      dataset: the tables.
+      table: which of them.
+      percentiles: scales fitted on training data.
+      source: where facts come from.
+      clean: makes a text of a table safe in a prompt.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        table: Table,
+        percentiles: Percentiles,
+        source: FactSource,
+        clean: Callable[[str], str],
+    ):
+        self._table, self._percentiles, self._source, self._clean = table, percentiles, source, clean
+        self._has_times = dataset.card.events.time is not None
+        self.attributes: tuple[Attribute, ...] = getattr(dataset.card, table).attributes
+        data: pa.Table = getattr(dataset, table)
+        self._columns = {a.column: _read_values(data[a.column], a.kind) for a in self.attributes}
+        groups: dict[Table, tuple[FactGroup, ...]] = {
+            "members": ("members",), "items": ("items", "pairs"), "events": ("events",)
+        }  # fmt: skip
+        facts = dataset.card.facts
+        self.facts = [StatedFact.of(group, fact) for group in groups[table] for fact in getattr(facts, group)]
+
+    def render(
+        self,
+        rows: RowsAsOf,
+        style: Style,
+        where: Where,
+        longest: int | None = None,
+        columns: Sequence[str] | None = None,
+    ) -> list[list[str]]:
+        """The facts of each row, as texts.
+
+        Unknown values are left out, or empty in a style in which the position of a value stands for its name.
+
+        Args:
+          longest: characters that texts are truncated to.
+          columns: only these attributes, and no facts; by default all.
+        """
+        by_row: list[list[str]] = [[] for _ in rows.rows]
+        for attribute in self.attributes:
+            shown = where in attribute.where and (columns is None or attribute.column in columns)
+            if shown and (attribute.num_buckets or not style.buckets_only):
+                values = self.values(attribute, rows.rows)
+                self._render(by_row, f"{self._table}.{attribute.column}", attribute, values, rows, style, longest)
+        if columns is None and (where == "question" or self._table == "events"):
+            for stated in self.facts:
+                stated_here = stated.fact.buckets or not style.buckets_only
+                if stated_here and (stated.group != "pairs" or rows.members is not None):
+                    numbers = self.fact_values(stated, rows)
+                    key = f"{stated.group}.{stated.fact.name}"
+                    self._render(by_row, key, stated.attribute, numbers, rows, style, longest)
+        return by_row
+
+    def values(self, attribute: Attribute, rows: np.ndarray) -> list[Any]:
+        """The value of an attribute of each row (int [rows])."""
+        column = self._columns[attribute.column]
+        return [column[row] for row in rows]
+
+    def fact_values(self, stated: StatedFact, rows: RowsAsOf) -> list[float]:
+        """The number of a fact of each row, NaN where it is unknown."""
+        if self._table == "events":
+            return self._source.event_values(stated.fact, rows.rows).tolist()
+        members = rows.rows if self._table == "members" else rows.members
+        items = rows.rows if self._table == "items" else np.zeros(len(rows.rows), np.int64)
+        if members is None:
+            members = np.zeros(len(rows.rows), np.int64)
+        return self._source.values(stated.group, stated.fact, members, items, rows.times).tolist()
+
+    def longest(self, row: int, time: int, style: Style) -> str:
+        """The column whose text is the longest of a row."""
+        sizes = {}
+        for attribute in self.attributes:
+            if "question" in attribute.where:
+                (value,) = self.values(attribute, np.array([row]))
+                key = f"{self._table}.{attribute.column}"
+                sizes[attribute.column] = len(self._render_value(key, attribute, value, time, style))
+        return max(sizes, key=sizes.__getitem__, default="instruction")
+
+    def _render(
+        self,
+        by_row: list[list[str]],
+        key: str,
+        attribute: Attribute,
+        values: Sequence[Any],
+        rows: RowsAsOf,
+        style: Style,
+        longest: int | None,
+    ) -> None:
+        """Appends a value of each row to the row's texts."""
+        named = "{name}" in style.fact
+        num_buckets = attribute.num_buckets
+        if num_buckets:
+            template = (style.percentile if num_buckets == 100 else style.bucket).replace("{buckets}", str(num_buckets))
+            name = attribute.name if named else code(attribute.name)
+            for texts, value in zip(by_row, values, strict=True):
+                if not is_unknown(value):
+                    bucket = self._percentiles.bucket(key, value)
+                    texts.append(template.format(name=name, bucket=bucket))
+            return
+        for texts, value, time in zip(by_row, values, rows.times.tolist(), strict=True):
+            text = self._render_value(key, attribute, value, time, style)
+            if attribute.kind in TEXTUAL:
+                text = text[:longest].rstrip()
+            if text or not named:
+                texts.append(style.fact.format(name=attribute.name, value=text))
+
+    def _render_value(self, key: str, attribute: Attribute, value: Any, time: int, style: Style) -> str:
+        if is_unknown(value):
+            return ""
+        if attribute.kind == "number":
+            if attribute.num_buckets:
+                return str(self._percentiles.bucket(key, value))
+            number = format_number(value)
+            return f"{number} {attribute.unit}".strip() if not style.short else number
+        if attribute.kind == "date":
+            if not self._has_times:  # there is no moment to count from
+                return str(np.datetime64(int(value), "us").astype("M8[D]"))
+            elapsed = time - value
+            if elapsed < 0:
+                return f"in {render_age(-elapsed, style)}"
+            return render_age(elapsed, style) + ("" if style.short else " ago")
+        if attribute.kind == "list":
+            return ("," if style.short else ", ").join(text for entry in value if (text := self._clean(str(entry))))
+        text = self._clean(str(value))
+        return " ".join(text.split(" ")[: attribute.max_words]) if attribute.max_words else text
+
+
+def is_unknown(value: Any) -> bool:
+    """Whether an attribute has no value: null, an empty list, or NaN."""
+    return value is None or value == [] or (isinstance(value, float) and math.isnan(value))
+
+
+def render_age(microseconds: int, style: Style) -> str:
+    """A span of time in words, for instance "2 days", or "2d" in a short style."""
+    count, unit = age(microseconds)
+    if style.short:
+        return f"{count}{'mo' if unit == 'month' else unit[0]}"
+    return f"{count} {unit}{'' if count == 1 else 's'}"
+
+
+def _read_values(column: pa.ChunkedArray, kind: str) -> list[Any]:
+    """The values of a column; dates as microseconds since 1970."""
+    return (column.cast(pa.timestamp("us")).cast(pa.int64()) if kind == "date" else column).to_pylist()

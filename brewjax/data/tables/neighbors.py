@@ -1,0 +1,112 @@
+"""Item-item similarity as of a moment: the items most similar to each, fitted on what is before a sealed period.
+
+The time axis is cut into `PERIODS` of equally many events. A question in a period sees the similarities of what came
+before the period, so that no similarity knows the answer of the question that reads it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import scipy.sparse
+
+from brewjax.data.tables.dataset import Dataset
+
+PERIODS = 20
+NEIGHBORS = 50  # that are kept of each item
+MAX_EVENTS_PER_MEMBER = 200  # the newest ones count: a member of a million events would relate everything
+MIN_WEIGHT = 10  # members in common that count half of a similarity
+BLOCK_ENTRIES = 1 << 25  # of the dense block of similarities in memory at a time
+BLOCK_ROWS = 1 << 17  # questions answered at a time
+
+
+class NeighborTable(NamedTuple):
+    """The most similar items of each item.
+
+    Attributes:
+      items: int32 [items, NEIGHBORS], rows of the items table.
+      weights: float32 [items, NEIGHBORS], similarities above 0, descending; 0 where there is no further neighbor.
+    """
+
+    items: np.ndarray
+    weights: np.ndarray
+
+
+class Neighbors:
+    """Similar items a member took, or rated, before a time.
+
+    Args:
+      dataset: the tables.
+      events: int64 [events], rows of the events that count.
+      values: float64 [events], what is taken of each: 1, or a rating less the item's mean; NaN is left out.
+    """
+
+    def __init__(self, dataset: Dataset, events: np.ndarray, values: np.ndarray):
+        known = ~np.isnan(values)
+        events, values = events[known], values[known]
+        self._num_items = len(dataset.items)
+        self._member, self._item = dataset.event_member[events].astype(np.int64), dataset.event_item[events]
+        self._time, self._values = dataset.event_time[events], values
+        codes = self._member * self._num_items + self._item
+        self._codes, first = np.unique(codes, return_index=True)  # the first event of each pair
+        self._pair_time, self._pair_value = self._time[first], values[first]
+        self._starts = np.quantile(self._time, np.arange(PERIODS) / PERIODS).astype(np.int64) if len(events) else []
+        self._tables: dict[int, NeighborTable] = {}
+
+    def table(self, period: int) -> NeighborTable:
+        """The table that questions of a period read; computed once."""
+        if period not in self._tables:
+            self._tables[period] = self._fit(int(self._starts[period]))
+        return self._tables[period]
+
+    def sums(self, members: np.ndarray, items: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Over the similar items of each item that its member had before its time: the sum of the similarities, and of
+        the similarities times the values; each float64 [rows]."""
+        weights, weighted = np.zeros(len(items)), np.zeros(len(items))
+        if not len(self._starts):
+            return weights, weighted
+        periods = np.maximum(np.searchsorted(self._starts, times, side="right") - 1, 0)
+        for period in np.unique(periods):
+            rows = np.flatnonzero(periods == period)
+            for block in np.array_split(rows, -(-len(rows) // BLOCK_ROWS)):
+                table = self.table(int(period))
+                neighbor, weight = table.items[items[block]], table.weights[items[block]].astype(np.float64)
+                codes = members[block].astype(np.int64)[:, None] * self._num_items + neighbor
+                position = np.minimum(np.searchsorted(self._codes, codes), len(self._codes) - 1)
+                had = (self._codes[position] == codes) & (self._pair_time[position] < times[block][:, None])
+                weight = np.where(had, weight, 0)
+                weights[block] = weight.sum(axis=1)
+                weighted[block] = (weight * self._pair_value[position]).sum(axis=1)
+        return weights, weighted
+
+    def _fit(self, until: int) -> NeighborTable:
+        rows = np.flatnonzero(self._time < until)
+        newest = np.flatnonzero(np.diff(self._member[rows], append=-1))  # the last event of each member
+        last = np.repeat(newest, np.diff(newest, prepend=-1))
+        rows = rows[last - np.arange(len(rows)) < MAX_EVENTS_PER_MEMBER]
+        shape = (int(self._member.max(initial=0)) + 1, self._num_items)
+        entries = (self._member[rows], self._item[rows])
+        matrix = scipy.sparse.csr_array((self._values[rows], entries), shape=shape)  # repeats are added
+        presence = scipy.sparse.csr_array((np.ones(len(rows)), entries), shape=shape)
+        presence.data[:] = 1
+        norms = np.sqrt(matrix.multiply(matrix).sum(axis=0))
+        count = min(NEIGHBORS, self._num_items)
+        items = np.zeros((self._num_items, NEIGHBORS), np.int32)
+        weights = np.zeros((self._num_items, NEIGHBORS), np.float32)
+        size = max(1, BLOCK_ENTRIES // self._num_items)
+        for start in range(0, self._num_items, size):
+            block = slice(start, start + size)
+            product = (matrix[:, block].T @ matrix).toarray()
+            common = (presence[:, block].T @ presence).toarray()
+            scale = norms[block][:, None] * norms[None, :]
+            similarity = np.divide(product, scale, out=np.zeros_like(product), where=scale > 0)
+            similarity *= common / (common + MIN_WEIGHT)
+            index = np.arange(len(similarity))
+            similarity[index, start + index] = 0  # an item is no neighbor of its own
+            best = np.argpartition(-similarity, count - 1, axis=1)[:, :count]
+            weight = np.take_along_axis(similarity, best, axis=1)
+            order = np.argsort(-weight, axis=1, kind="stable")
+            items[block, :count] = np.take_along_axis(best, order, axis=1)
+            weights[block, :count] = np.maximum(np.take_along_axis(weight, order, axis=1), 0)
+        return NeighborTable(items, weights)

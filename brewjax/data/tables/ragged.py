@@ -1,0 +1,56 @@
+"""Columns of categories and lists as integer codes: the values of each row, ragged."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from brewjax.data.tables.card import Attribute
+
+
+@dataclasses.dataclass(frozen=True)
+class Ragged:
+    """The values of each row of a table: row r has codes[offsets[r] : offsets[r + 1]].
+
+    Attributes:
+      offsets: int64 [rows + 1].
+      codes: int64 [values], 0 for the most frequent value.
+      names: the value of each code.
+    """
+
+    offsets: np.ndarray
+    codes: np.ndarray
+    names: list[str]
+
+    @classmethod
+    def read(cls, table: pa.Table, attribute: Attribute) -> Ragged:
+        """The values of a category or list of a table."""
+        column = table[attribute.column].combine_chunks()
+        if attribute.kind == "list":
+            parents, flat = pc.list_parent_indices(column), pc.list_flatten(column)
+        else:
+            parents, flat = pa.array(np.arange(len(column))), column
+        known = pc.is_valid(flat)
+        parents, flat = parents.filter(known).to_numpy(), flat.filter(known).cast(pa.string()).to_numpy(False)
+        names, codes, counts = np.unique(flat.astype(str), return_inverse=True, return_counts=True)
+        frequency_order = np.argsort(-counts, kind="stable")
+        rank = np.empty(len(names), np.int64)
+        rank[frequency_order] = np.arange(len(names))
+        offsets = np.searchsorted(parents, np.arange(len(column) + 1))
+        return cls(offsets, rank[codes], names[frequency_order].tolist())
+
+    def expand(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Two arrays with an entry per value of each of `rows`: the index into `rows`, and the value's code."""
+        sizes = self.offsets[rows + 1] - self.offsets[rows]
+        index = np.repeat(np.arange(len(rows)), sizes)
+        within = np.arange(len(index)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        return index, self.codes[self.offsets[rows][index] + within]
+
+    def rows_by_code(self) -> tuple[np.ndarray, np.ndarray]:
+        """The rows with each value: rows[starts[code] : starts[code + 1]], and `starts`."""
+        rows = np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
+        order = np.argsort(self.codes, kind="stable")
+        return rows[order], np.searchsorted(self.codes[order], np.arange(len(self.names) + 1))

@@ -1,0 +1,110 @@
+"""The floor that a model must clear: logistic regression on exactly the numbers that its prompts state."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import scipy.optimize
+import scipy.sparse
+from scipy.special import log_softmax, softmax
+
+from brewjax.data.tables.dataset import Dataset
+from brewjax.data.tables.statistics import FactValues, Percentiles, floats
+from brewjax.data.tasks.examples import RankingExample
+from brewjax.data.tasks.task import Task
+from brewjax.evaluate.features import CandidateRows
+
+RIDGE = 10.0  # weight of the squared coefficients, in questions
+BUCKETS = 10  # of a number that prompts state as it is
+
+
+@dataclasses.dataclass(frozen=True)
+class FactRegression:
+    """Multinomial logistic regression on one-hot codes of the facts and number attributes of member, item and pair, in
+    the buckets in which prompts state them, and on the context of the question.
+
+    Attributes:
+      scales: for each number, the values between its buckets.
+      weights: float64 [codes + 1, labels]; the last row is the intercept.
+    """
+
+    scales: list[np.ndarray]
+    weights: np.ndarray
+
+    @classmethod
+    def fit(
+        cls, dataset: Dataset, task: Task, train: Sequence[RankingExample], percentiles: Percentiles
+    ) -> FactRegression:
+        """Fits the regression.
+
+        Args:
+          train: examples of the training period.
+          percentiles: the scales of the dataset's numbers in buckets.
+
+        Raises:
+          ValueError: there is no question.
+        """
+        if not train:
+            raise ValueError(f"task {task.name}: no question in the train split, the regression cannot be trained")
+        numbers = _numbers(dataset, task, train)
+        scales = []
+        for name, values in numbers.items():
+            known = values[np.isfinite(values)]
+            default_scale = np.quantile(known, np.arange(1, BUCKETS) / BUCKETS) if len(known) else np.zeros(0)
+            scales.append(np.array(percentiles.quantiles.get(name) or default_scale))
+        design = _one_hot(list(numbers.values()), scales)
+        labels = CandidateRows.from_examples(train).label
+        target = np.eye(len(task.words))[labels]
+        shape = (design.shape[1], len(task.words))
+
+        def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
+            weights = flat.reshape(shape)
+            logits = design @ weights
+            penalty = RIDGE / 2 * float((weights[:-1] ** 2).sum())
+            gradient = design.T @ (softmax(logits, axis=1) - target)
+            gradient[:-1] += RIDGE * weights[:-1]
+            return -float((log_softmax(logits, axis=1) * target).sum()) + penalty, gradient.ravel()
+
+        fitted = scipy.optimize.minimize(loss, np.zeros(shape).ravel(), jac=True, method="L-BFGS-B")
+        return cls(scales, fitted.x.reshape(shape))
+
+    def predict(self, dataset: Dataset, task: Task, examples: Sequence[RankingExample]) -> np.ndarray:
+        """Probabilities, float64 [questions, labels]."""
+        design = _one_hot(list(_numbers(dataset, task, examples).values()), self.scales)
+        return softmax(design @ self.weights, axis=1)
+
+
+def _numbers(dataset: Dataset, task: Task, examples: Sequence[RankingExample]) -> dict[str, np.ndarray]:
+    """The numbers that the profile and the question of each candidate state, float64 [questions] each, by name."""
+    rows = CandidateRows.from_examples(examples)
+    exposures = np.concatenate([[], *(example.exposures for example in examples)]).astype(np.int64)
+    numbers: dict[str, np.ndarray] = {}
+    for table, index in (("members", rows.member), ("items", rows.item)):
+        for attribute in getattr(dataset.card, table).attributes:
+            if attribute.kind == "number" and "question" in attribute.where:
+                numbers[f"{table}.{attribute.column}"] = floats(getattr(dataset, table)[attribute.column])[index]
+    for attribute in dataset.card.events.attributes:
+        if attribute.kind == "number" and attribute.column in task.questions.context:
+            values = floats(dataset.events[attribute.column])[exposures]
+            numbers[f"events.{attribute.column}"] = np.where(exposures >= 0, values, np.nan)
+    facts = FactValues(dataset)
+    for group, fact in dataset.card.facts.declared():
+        if group != "events":
+            numbers[f"{group}.{fact.name}"] = facts.values(group, fact, rows.member, rows.item, rows.cutoff_time)
+    return numbers
+
+
+def _one_hot(numbers: Sequence[np.ndarray], scales: Sequence[np.ndarray]) -> scipy.sparse.csr_array:
+    """One column for each bucket of each number, one for each number that is unknown, and a column of ones."""
+    count = len(numbers[0]) if numbers else 0
+    columns, offset = [], 0
+    for values, scale in zip(numbers, scales, strict=True):
+        bucket = np.where(np.isfinite(values), np.searchsorted(scale, values), len(scale) + 1)
+        columns.append(offset + bucket)
+        offset += len(scale) + 2
+    columns.append(np.full(count, offset))
+    index = np.stack(columns, axis=1)
+    pointers = np.arange(0, index.size + 1, index.shape[1])
+    return scipy.sparse.csr_array((np.ones(index.size), index.ravel(), pointers), shape=(count, offset + 1))
