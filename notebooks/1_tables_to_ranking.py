@@ -56,7 +56,10 @@ model.tokens("7", items=1)
 # %%
 from brewjax.data.text.prompt import Prompt, Question
 
-questions = (Question("? nurse wanted|remote|50\n"), Question("? nurse wanted|on site|50\n"))
+questions = (
+    Question("? apply|nurse wanted|remote|salary#50\n"),
+    Question("? apply|nurse wanted|on site|salary#50\n"),
+)
 model.score(Prompt("Do they apply?\nnurse|actively\n", (), questions, ("Yes", "No"))).round(3)
 
 # %%

@@ -97,7 +97,9 @@ class Context:
             example = dataclasses.replace(example, history=np.array(history, np.int64))
         if items is not None:
             rows = find_items(self.dataset, items)
-            example = dataclasses.replace(example, candidates=rows, labels=np.full(len(rows), -1, np.int32))
+            unknown = np.full(len(rows), -1, np.int32)
+            exposures = unknown.astype(np.int64)
+            example = dataclasses.replace(example, candidates=rows, labels=unknown, exposures=exposures)
         switched_off = self.left_out if left_out is None else frozenset(left_out)
         _check_rows(switched_off, self.example.history)
         verbalizer = self.verbalizer if bundle is None else bundle.verbalizer(self.dataset, task)
@@ -105,14 +107,18 @@ class Context:
 
     @cached_property
     def in_budget(self) -> np.ndarray:
-        """int64 [events]: rows of the events that fit into the token budget, switched off or not, oldest first."""
+        """int64 [events]: rows of the events that fit into the token budget, switched off or not, oldest first; none in
+        a style that renders no history."""
+        if not STYLES[self.style].history:
+            return self.example.history[:0]
         full = self.verbalizer.prompt(self.task, self.example, self.style)
         return self.example.history[full.num_truncated_events :]
 
     @property
     def dropped(self) -> np.ndarray:
         """int64 [events]: rows of the oldest events, which the token budget leaves out."""
-        return self.example.history[: len(self.example.history) - len(self.in_budget)]
+        read = len(self.in_budget) if STYLES[self.style].history else len(self.example.history)
+        return self.example.history[: len(self.example.history) - read]
 
     @cached_property
     def shown(self) -> np.ndarray:
@@ -196,11 +202,12 @@ class Context:
 
     def describe_events(self, rows: np.ndarray) -> list[str]:
         """A line for each event, for people to read: what the member did, on which item, on which day."""
-        actions = self.dataset.card.events.actions
+        events = self.dataset.card.events
         lines = []
         for row, name in zip(rows, self.verbalizer.names(self.dataset.event_item[rows]), strict=True):
             day = np.datetime64(int(self.dataset.event_time[row]), "us").astype("M8[D]")
-            lines.append(f"{actions[self.dataset.event_action[row]].past}: {name} ({day})")
+            past = events.actions[self.dataset.action_name(row)].past
+            lines.append(f"{past}: {name}" + (f" ({day})" if events.time else ""))
         return lines
 
 

@@ -265,4 +265,5 @@ def serve(explorers: Sequence[Explorer], port: int) -> None:
             print_line(f"http://localhost:{listening.getsockname()[1]} (Ctrl-C ends it)")
             uvicorn.Server(uvicorn.Config(page, log_level="warning")).run([listening])
     except OSError as error:
-        raise ConfigError(f"cannot listen at {HOST}:{port}: {os.strerror(error.errno or 0)}; give another --port") from None
+        reason = os.strerror(error.errno or 0)
+        raise ConfigError(f"cannot listen at {HOST}:{port}: {reason}; give another --port") from None

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from brewjax.data.prompts.styles import STYLES, Style
-from brewjax.data.prompts.verbalize import Table
+from brewjax.data.tables.statistics import Table
 from brewjax.data.tasks.task import Task
 from brewjax.data.text.encode import EncodedPrompt
 from brewjax.data.text.prompt import Prompt, Question
@@ -32,6 +32,11 @@ Kind = Literal["event", "history", "profile", "item", "instruction", "note"]
 SENTENCE = re.compile(r"(?<=[.!?])\s+")
 SHIFTS = (1, 7, 64)  # positions by which a prompt is moved to measure rounding
 NOISE = 3  # times the largest difference that rounding makes
+MARK = "\0"  # in place of every number in buckets, to find them
+MARKED: dict[str, Any] = {"bucket": MARK, "percentile": MARK}  # changes of a style
+NAMED: dict[str, Any] = {  # changes of a style that give every known value its name
+    field: getattr(STYLES["sectioned"], field) for field in ("fact", "bucket", "percentile", "short")
+}
 LEAST_NOISE = 8 * float(np.finfo(np.float32).eps)  # of log-odds, which come from float32 probabilities
 
 
@@ -198,10 +203,13 @@ def find_parts(context: Context, index: int) -> Iterator[Part]:
         ("item", "items", int(single.candidates[0]), base.questions[0].text),
     )
     for kind, table, row, text in tables:
-        rows = np.array([row])
-        (facts,) = verbalizer.facts(table, rows, time, style)
-        (named,) = verbalizer.facts(table, rows, time, STYLES["sectioned"])
-        for name, shorter_text in _without_facts(facts, named, style, text):
+        rows, members = np.array([row]), np.array([single.member])
+        facts, named, marked = (
+            verbalizer.facts(table, rows, time, each, members=members)[0]
+            for each in (style, dataclasses.replace(style, **NAMED), dataclasses.replace(style, **MARKED))
+        )
+        bucketed = [fact == MARK for fact in marked]
+        for name, shorter_text in _without_facts(facts, named, bucketed, style, text):
             if kind == "profile":
                 yield Part(kind, name, None, dataclasses.replace(base, preamble=shorter_text))
             else:
@@ -222,12 +230,15 @@ def _with_text(context: Context, field: str, text: str) -> Task:
     return context.task.model_copy(update={field: text})
 
 
-def _without_facts(facts: Sequence[str], named: Sequence[str], style: Style, text: str) -> Iterator[tuple[str, str]]:
+def _without_facts(
+    facts: Sequence[str], named: Sequence[str], bucketed: Sequence[bool], style: Style, text: str
+) -> Iterator[tuple[str, str]]:
     """The name of each fact, and the text without it, as if its value were unknown.
 
     Args:
       facts: in the style of the text; in a style without names an unknown value is there, empty.
       named: the known facts with their names.
+      bucketed: whether each fact is a number in buckets, which has a name in every style, and is not there if unknown.
       text: which ends with the facts or has them before the last few words; facts that were truncated are not found,
         and nothing is yielded.
     """
@@ -236,10 +247,11 @@ def _without_facts(facts: Sequence[str], named: Sequence[str], style: Style, tex
     if not joined or start < 0:
         return
     unknown = style.fact.format(name="", value="")
-    by_place = "{name}" not in style.fact  # the place of a value says whose it is, so it stays, empty
-    known = [place for place, fact in enumerate(facts) if not by_place or fact != unknown]
+    # Where the place of a value says whose it is, the place stays, empty.
+    by_place = ["{name}" not in style.fact and not bucket for bucket in bucketed]
+    known = [place for place, fact in enumerate(facts) if not by_place[place] or fact != unknown]
     for place, name in zip(known, named, strict=True):
-        shorter = [*facts[:place], *([unknown] if by_place else []), *facts[place + 1 :]]
+        shorter = [*facts[:place], *([unknown] if by_place[place] else []), *facts[place + 1 :]]
         yield name, text[:start] + style.join.join(shorter) + text[start + len(joined) :]
 
 

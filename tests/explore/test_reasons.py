@@ -53,7 +53,7 @@ def test_leaving_out_is_scoring_the_prompt_rendered_without_it(explorer):
 
 
 @pytest.mark.parametrize("style", [*STYLES, "chat", "key-value"])
-@pytest.mark.parametrize(("table", "column"), [("members", "position"), ("items", "company"), ("items", "skills")])
+@pytest.mark.parametrize(("table", "column"), [("members", "position"), ("items", "company"), ("items", "skills"), ("items", "salary")])
 def test_an_attribute_left_out_is_one_that_the_table_does_not_know(explorer, jobs, style, table, column):
     context = explorer.context("m6", style=style, items=["103"])
     row = context.example.member if table == "members" else int(context.example.candidates[0])
@@ -68,6 +68,18 @@ def test_an_attribute_left_out_is_one_that_the_table_does_not_know(explorer, job
     parts = [part.without for part in find_parts(context, 0) if part.text.lower().startswith(column)]
     seen = [(prompt.preamble, prompt.questions[0].text) for prompt in parts]
     assert (expected.preamble, expected.questions[0].text) in seen
+
+
+def test_facts_are_parts_under_their_names(explorer):
+    parts = [part.text for part in find_parts(explorer.context("m6", items=["103"]), 0) if part.kind == "item"]
+    assert any(text.startswith("Popularity: percentile ") for text in parts)
+    assert any(text.startswith("Attention: ") for text in parts)
+
+
+def test_a_style_without_history_has_no_events_to_leave_out(explorer):
+    context = explorer.context("m6", style="numbers", items=3)
+    assert (len(context.in_budget), len(context.dropped)) == (0, 0)
+    assert {part.kind for part in find_parts(context, 0)} == {"item", "instruction"}
 
 
 def test_no_older_event_takes_the_place_of_one_that_is_left_out(explorer):
