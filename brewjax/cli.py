@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Optional
 import numpy as np
 import typer
 
-from brewjax import cli_index, cli_models
+from brewjax import cli_data, cli_index, cli_models
 from brewjax.cli_errors import run_app
 from brewjax.cli_models import ModelFolder
 from brewjax.config import decode, read_text, suggest
@@ -24,8 +24,7 @@ from brewjax.devices import cache_compilations, device_per_core, hide_useless_li
 Split = Literal["train", "validation", "test"]
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__, rich_markup_mode="markdown")
-data = typer.Typer(no_args_is_help=True, help="Fetch and check datasets.")
-app.add_typer(data, name="data")
+app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_index.app, name="index")
 app.add_typer(cli_models.app)
 console = plain_console()
@@ -56,28 +55,6 @@ def main() -> None:
         hide_useless_libtpu()
     cache_compilations()
     run_app(app)
-
-
-@data.command()
-def fetch(
-    name: Annotated[str, typer.Argument(help="movielens-100k")],
-    out: Annotated[Optional[Path], typer.Option(help="Folder to write; data/NAME by default.")] = None,
-    source: Annotated[Optional[Path], typer.Option("--from", help="A copy that you have, in its place.")] = None,
-) -> None:
-    """Fetch a public dataset as a dataset folder (its licence is printed)."""
-    from brewjax.data.tables.movielens import fetch
-
-    fetch(name, out or Path("data") / name, source)
-
-
-@data.command()
-def check(folder: DatasetFolder) -> None:
-    """Check a dataset folder: every problem is listed, with file, column and row."""
-    from brewjax.data.tables.dataset import Dataset
-
-    dataset = Dataset.load(folder)
-    counts = f"{len(dataset.members):,} members, {len(dataset.items):,} items, {len(dataset.events):,} events"
-    console.print(f"{dataset.card.name}: {counts}; no problem found")
 
 
 @app.command()

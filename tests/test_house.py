@@ -30,7 +30,7 @@ FLOORS = (
     {"brewjax.evaluate", "brewjax.aot"},
     {"brewjax.serve", "brewjax.explore"},
     {"brewjax.pipeline"},
-    {"brewjax.schemas", "brewjax.cli_errors", "brewjax.cli_index", "brewjax.cli_models"},
+    {"brewjax.schemas", "brewjax.cli_errors", "brewjax.cli_data", "brewjax.cli_index", "brewjax.cli_models"},
     {"brewjax.cli"},
     {"brewjax"},
 )

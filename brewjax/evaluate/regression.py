@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import scipy.optimize
@@ -26,11 +26,11 @@ class FactRegression:
     the buckets in which prompts state them, and on the context of the question.
 
     Attributes:
-      scales: for each number, the values between its buckets.
+      scales: by the name of each number, the values between its buckets.
       weights: float64 [codes + 1, labels]; the last row is the intercept.
     """
 
-    scales: list[np.ndarray]
+    scales: dict[str, np.ndarray]
     weights: np.ndarray
 
     @classmethod
@@ -48,16 +48,31 @@ class FactRegression:
         """
         if not train:
             raise ValueError(f"task {task.name}: no question in the train split, the regression cannot be trained")
-        numbers = _numbers(dataset, task, train)
-        scales = []
+        labels = CandidateRows.from_examples(train).label
+        return cls.fit_numbers(stated_numbers(dataset, task, train), labels, len(task.words), percentiles.quantiles)
+
+    @classmethod
+    def fit_numbers(
+        cls,
+        numbers: Mapping[str, np.ndarray],
+        labels: np.ndarray,
+        num_labels: int,
+        quantiles: Mapping[str, Sequence[float]],
+    ) -> FactRegression:
+        """Fits the regression on numbers by name, float64 [questions] each, NaN where unknown.
+
+        Args:
+          labels: int64 [questions].
+          quantiles: the scales of some of the numbers; the others get BUCKETS buckets of equal shares.
+        """
+        scales = {}
         for name, values in numbers.items():
             known = values[np.isfinite(values)]
             default_scale = np.quantile(known, np.arange(1, BUCKETS) / BUCKETS) if len(known) else np.zeros(0)
-            scales.append(np.array(percentiles.quantiles.get(name) or default_scale))
-        design = _one_hot(list(numbers.values()), scales)
-        labels = CandidateRows.from_examples(train).label
-        target = np.eye(len(task.words))[labels]
-        shape = (design.shape[1], len(task.words))
+            scales[name] = np.array(quantiles.get(name) or default_scale)
+        design = _one_hot(numbers, scales, len(labels))
+        target = np.eye(num_labels)[labels]
+        shape = (design.shape[1], num_labels)
 
         def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
             weights = flat.reshape(shape)
@@ -72,11 +87,16 @@ class FactRegression:
 
     def predict(self, dataset: Dataset, task: Task, examples: Sequence[RankingExample]) -> np.ndarray:
         """Probabilities, float64 [questions, labels]."""
-        design = _one_hot(list(_numbers(dataset, task, examples).values()), self.scales)
-        return softmax(design @ self.weights, axis=1)
+        return self.predict_numbers(
+            stated_numbers(dataset, task, examples), sum(len(example.candidates) for example in examples)
+        )
+
+    def predict_numbers(self, numbers: Mapping[str, np.ndarray], count: int) -> np.ndarray:
+        """Probabilities of `count` questions from their numbers, float64 [questions, labels]."""
+        return softmax(_one_hot(numbers, self.scales, count) @ self.weights, axis=1)
 
 
-def _numbers(dataset: Dataset, task: Task, examples: Sequence[RankingExample]) -> dict[str, np.ndarray]:
+def stated_numbers(dataset: Dataset, task: Task, examples: Sequence[RankingExample]) -> dict[str, np.ndarray]:
     """The numbers that the profile and the question of each candidate state, float64 [questions] each, by name."""
     rows = CandidateRows.from_examples(examples)
     exposures = np.concatenate([[], *(example.exposures for example in examples)]).astype(np.int64)
@@ -96,13 +116,12 @@ def _numbers(dataset: Dataset, task: Task, examples: Sequence[RankingExample]) -
     return numbers
 
 
-def _one_hot(numbers: Sequence[np.ndarray], scales: Sequence[np.ndarray]) -> scipy.sparse.csr_array:
+def _one_hot(numbers: Mapping[str, np.ndarray], scales: Mapping[str, np.ndarray], count: int) -> scipy.sparse.csr_array:
     """One column for each bucket of each number, one for each number that is unknown, and a column of ones."""
-    count = len(numbers[0]) if numbers else 0
     columns, offset = [], 0
-    for values, scale in zip(numbers, scales, strict=True):
-        bucket = np.where(np.isfinite(values), np.searchsorted(scale, values), len(scale) + 1)
-        columns.append(offset + bucket)
+    for name, scale in scales.items():
+        values = numbers[name]
+        columns.append(offset + np.where(np.isfinite(values), np.searchsorted(scale, values), len(scale) + 1))
         offset += len(scale) + 2
     columns.append(np.full(count, offset))
     index = np.stack(columns, axis=1)

@@ -23,6 +23,7 @@ GROUPS: tuple[FactGroup, ...] = ("members", "items", "pairs", "events")
 KINDS: dict[str, tuple[FactGroup, ...]] = {
     "count": ("members", "items", "pairs"),
     "mean": ("members", "items", "pairs", "events"),
+    "rate": ("members", "items", "pairs"),
     "days_since": ("members", "items", "pairs"),
     "share": ("pairs",),
     "distance": ("pairs",),
@@ -32,7 +33,7 @@ KINDS: dict[str, tuple[FactGroup, ...]] = {
 
 
 class Fact(Config):
-    """A number that grows with the events. Exactly one of `count`, `mean`, `days_since`, `share`, `distance`,
+    """A number that grows with the events. Exactly one of `count`, `mean`, `rate`, `days_since`, `share`, `distance`,
     `together` and `neighbors` says which."""
 
     ALIASES: ClassVar = {"average": "mean", "recency": "days_since", "since": "days_since", "neighbours": "neighbors"}
@@ -43,6 +44,8 @@ class Fact(Config):
     """The number of events of these actions, for instance `[applied]`."""
     mean: Words | None = None
     """The mean of a numeric event column over the events that have a value, for instance `stars`."""
+    rate: tuple[str, ...] | None = pydantic.Field(default=None, min_length=1)
+    """How many of the events are of these actions, for instance `[clicked]`: 0 to 1."""
     days_since: tuple[str, ...] | None = pydantic.Field(default=None, min_length=1)
     """The days since the last event of these actions."""
     share: tuple[str, ...] | None = pydantic.Field(default=None, min_length=1)
@@ -56,11 +59,11 @@ class Fact(Config):
     """Of a pair: the member's mean of an event column over similar items, less the items' means, weighted by how alike
     members rated them (item-based collaborative filtering: Sarwar et al., WWW 2001, adjusted cosine)."""
     days: float | None = pydantic.Field(default=None, gt=0)
-    """Only events of the last so many days count (`count`, `mean` and `share`)."""
+    """Only events of the last so many days count (`count`, `mean`, `rate` and `share`)."""
     less: Literal["items", "members"] | None = None
-    """Of a mean: subtracts from each value the mean of its item, or of its member, until then."""
+    """Of a mean or rate: subtracts from each value the mean of its item, or of its member, until then."""
     shrink: float = pydantic.Field(default=0, ge=0)
-    """Of a mean: draws it towards the mean of all events (towards 0 with `less`), as if by so many events more."""
+    """Of a mean or rate: draws it towards that of all events (towards 0 with `less`), as if by so many events more."""
     by: Words | None = None
     """Of a pair: counts the member's events with items that share a value of this attribute of the item, averaged over
     the item's values."""
@@ -77,17 +80,17 @@ class Fact(Config):
             both = f", not {' and '.join(kinds_set)}" if kinds_set else ""
             raise ValueError(f"give one of {', '.join(KINDS)}{both}")
         for option, kinds in {
-            "days": ("count", "mean", "share"),
-            "less": ("mean",),
-            "shrink": ("mean", "neighbors"),
-            "by": ("count", "mean", "share"),
-            "among": ("count", "mean"),
+            "days": ("count", "mean", "rate", "share"),
+            "less": ("mean", "rate"),
+            "shrink": ("mean", "rate", "neighbors"),
+            "by": ("count", "mean", "rate", "share"),
+            "among": ("count", "mean", "rate"),
         }.items():
             if getattr(self, option) and self.kind not in kinds:
                 raise misplaced(f"only for {' or '.join(kinds)}, and '{self.name}' is a {self.kind}", option)
         if self.by and self.among:
             raise misplaced("give 'by' (the item's attribute) or 'among' (the member's), not both", "among")
-        for kind in ("count", "days_since", "share", "together"):
+        for kind in ("count", "rate", "days_since", "share", "together"):
             refuse_twice(getattr(self, kind) or (), "action", kind)
         return self
 
@@ -98,8 +101,8 @@ class Fact(Config):
 
     @property
     def actions(self) -> tuple[str, ...]:
-        """The actions whose events count; empty: those of all actions."""
-        return self.count or self.days_since or self.share or self.together or ()
+        """The actions that the fact names."""
+        return self.count or self.rate or self.days_since or self.share or self.together or ()
 
     @property
     def column(self) -> str | None:

@@ -81,8 +81,9 @@ class FactValues:
         kind = ("by", fact.by) if fact.by else ("among", fact.among) if fact.among else (group, "")
         if fact.days_since:
             return self._days_since(kind, fact.days_since, members, items, times)
-        if fact.mean:
-            mean, count = self._mean(kind, ("mean", fact.mean, fact.less), fact.days, members, items, times)
+        if fact.mean or fact.rate:
+            column = ("mean", fact.mean or fact.rate, fact.less)
+            mean, count = self._mean(kind, column, fact.days, members, items, times)
             if fact.shrink:
                 mean = self._shrink(kind, fact, mean, count, members, items, times)
         else:
@@ -204,7 +205,7 @@ class FactValues:
         """Draws means of `count` values towards the mean of all events, or towards 0."""
         prior = np.zeros(len(times))
         if not fact.less:
-            prior, _ = self._mean(("all", ""), ("mean", fact.mean, None), None, members, items, times)
+            prior, _ = self._mean(("all", ""), ("mean", fact.mean or fact.rate, None), None, members, items, times)
         prior = prior[self._rows(kind, members, items, times)]
         shrunk = (np.where(count > 0, mean, 0) * count + fact.shrink * prior) / (count + fact.shrink)
         return np.where(np.isnan(prior), mean, shrunk)
@@ -264,7 +265,9 @@ class FactValues:
         if kind == "distance":
             return self._item_numbers(rest[0])[self._dataset.event_item]
         name, less = rest
-        values = floats(self._dataset.event_column(name))
+        values = (
+            self._column(("actions", *name)) if isinstance(name, tuple) else floats(self._dataset.event_column(name))
+        )
         if less:
             dataset = self._dataset
             mean, _ = self._mean(

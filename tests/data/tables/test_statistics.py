@@ -73,6 +73,18 @@ def test_a_mean_is_over_the_known_values_strictly_before_drawn_to_that_of_all(jo
 
 @hypothesis.given(EVENTS, st.integers(0, 7))
 @properties
+def test_a_rate_is_of_the_actions_among_all_events(jobs_with, events, day):
+    actual = values(jobs_with(events, ITEMS), "items", Fact(name="r", rate=["applied"], shrink=2), day)
+    past = [event for event in events if event.day < day]
+    for item in range(ITEMS):
+        applied = [event.action == "applied" for event in past if event.item == item]
+        prior = np.mean([event.action == "applied" for event in past]) if past else math.nan
+        expected = (sum(applied) + 2 * prior) / (len(applied) + 2)
+        assert actual[0, item] == pytest.approx(expected, nan_ok=True)
+
+
+@hypothesis.given(EVENTS, st.integers(0, 7))
+@properties
 def test_generosity_is_what_a_member_gives_more_than_each_item_had_until_then(jobs_with, events, day):
     fact = Fact(name="generosity", mean="seconds", less="items", shrink=5)
     actual = values(jobs_with(events, ITEMS), "members", fact, day)
