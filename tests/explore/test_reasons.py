@@ -15,6 +15,7 @@ from tests.explore.conftest import ZOOKEEPER
 from tests.tables import put
 
 STYLES = ["compact", "sectioned"]
+ATTRIBUTES = [("members", "position"), ("items", "company"), ("items", "skills"), ("items", "salary")]
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -53,7 +54,7 @@ def test_leaving_out_is_scoring_the_prompt_rendered_without_it(explorer):
 
 
 @pytest.mark.parametrize("style", [*STYLES, "chat", "key-value"])
-@pytest.mark.parametrize(("table", "column"), [("members", "position"), ("items", "company"), ("items", "skills"), ("items", "salary")])
+@pytest.mark.parametrize(("table", "column"), ATTRIBUTES)
 def test_an_attribute_left_out_is_one_that_the_table_does_not_know(explorer, jobs, style, table, column):
     context = explorer.context("m6", style=style, items=["103"])
     row = context.example.member if table == "members" else int(context.example.candidates[0])
