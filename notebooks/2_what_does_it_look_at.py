@@ -27,33 +27,32 @@ reasons
 reasons.plot()
 
 # %% [markdown]
-# The two causes that were planted in the tables come first: the member seeks, and the job is remote or is not.
-
-# %%
-causes = [
-    (part.kind, part.text) for index in reasons.order for part in [reasons.parts[index]] if part.kind != "history"
-]
-assert {kind for kind, text in causes[:2]} == {"profile", "item"}
-assert causes[0][1].startswith(("Seeking", "Place"))
-causes[:2]
+# Two causes were planted in the tables: whether the member seeks, and whether the job is remote. The worst item:
 
 # %%
 context.why(worst).plot()
 
 # %% [markdown]
-# Over many members: how large are effects of each kind, against how far items are apart? `noise` is what rounding alone
-# does: the same prompt, read at other positions.
+# Over many members: how large are the effects, against how far items are apart? `noise` is what rounding alone does:
+# the same prompt, read at other positions.
 
 # %%
 rows = []
-for member in range(12):
+for member in range(16):
     some = model.context(member, items=6)
     why = some.why(some.item_ids[0])
     for part, effect in zip(why.parts, why.effects, strict=True):
-        rows.append(
-            {"kind": part.kind, "size of effect": abs(effect), "noise": why.noise, "spread of items": why.spread}
-        )
-pd.DataFrame(rows).groupby("kind").mean().sort_values("size of effect", ascending=False).round(4)
+        name = part.text.split(":")[0] if part.kind in ("profile", "item") else "all"
+        sizes = {"size of effect": abs(effect), "noise": why.noise, "spread of items": why.spread}
+        rows.append({"kind": part.kind, "part": name, **sizes})
+effects = pd.DataFrame(rows).groupby(["kind", "part"]).mean().sort_values("size of effect", ascending=False)
+effects
+
+# %% [markdown]
+# What was planted is found: these two are the largest by far.
+
+# %%
+assert set(effects.index[:2]) == {("profile", "Seeking"), ("item", "Place")}
 
 # %% [markdown]
 # Inside: what the head would make of each layer (the last is the score), and which pieces the question attends to. That

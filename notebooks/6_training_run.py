@@ -23,7 +23,7 @@ import numpy as np
 import brewjax
 
 dataset = brewjax.Dataset.load(jobs.DATASET)
-base = (dataset.event_action == "applied").mean()
+base = dataset.has_action(["applied"]).mean()
 
 
 def entropy(p):
