@@ -15,7 +15,7 @@ from rich.text import Text
 from brewjax.console import bold
 from brewjax.data.tasks.task import MetricName
 from brewjax.evaluate.plots import cost_plot, loss_plot, reliability_plot, size_plot, slice_plot
-from brewjax.evaluate.results import METRICS, OVERALL, SLICES, Comparison, Estimate, ModelSummary
+from brewjax.evaluate.results import METRICS, OVERALL, SLICES, Comparison, Estimate, ModelSummary, agreements
 
 UNDEFINED = "\N{EN DASH}"
 HOW_TO_READ = (
@@ -27,6 +27,8 @@ HOW_TO_READ = (
     "observed frequencies. Both are better when lower.",
     "In brackets: a 95% interval, from a bootstrap over members. If two intervals overlap, look at the paired "
     "difference instead, whose interval is narrower.",
+    "Spearman between two tasks: how alike a model orders the same candidates for both. Tasks that ask for opposite "
+    "things should be near -1; a model far from the baselines confuses the tasks.",
     f"{UNDEFINED} means undefined: no questions, or only one answer among them. A single member has no interval.",
 )
 
@@ -60,6 +62,7 @@ def write_report(
         "size_plots": [size_plot(comparison, models) for comparison in comparisons] if len(models) > 1 else [],
         "cost_plot": cost_plot(models) if len(models) > 1 else "",
         "tasks": [_describe(comparison.select(*shown)) for comparison in comparisons],
+        "agreements": describe_agreements(comparisons, shown),
         "loss_plots": [loss_plot(name, rows) for name, rows in finite_rows.items() if rows],
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,6 +92,15 @@ def describe_models(comparisons: Sequence[Comparison], models: Sequence[ModelSum
         rows.append([model.name, model.how, *size, *cells, *cost])
     columns = ["model", "made", "parameters", "MB", *quality, "MFLOPs an item", "items/s", "seconds to make"]
     return {"columns": columns, "rows": rows}
+
+
+def describe_agreements(comparisons: Sequence[Comparison], shown: Sequence[str]) -> list[str]:
+    """A line for each two tasks that ask about the same items: do the models of `shown` tell them apart?"""
+    return [
+        f"{' and '.join(agreement.tasks)}: Spearman of the scores "
+        + ", ".join(f"{name} {_format_number(agreement.spearman[name], sign='+')}" for name in shown)
+        for agreement in agreements(comparisons)
+    ]
 
 
 def print_models(comparisons: Sequence[Comparison], models: Sequence[ModelSummary], console: Console) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import scipy.stats
 
 from brewjax.data.tasks.task import MetricName, Task
 from brewjax.evaluate.metrics import auc, calibration_error, gauc, log_loss, ndcg
@@ -21,6 +24,7 @@ SLICES = {  # by name, the least and the greatest number of past events
     "11-100": (11, 100),
     "over 100": (101, np.inf),
 }
+SAME = ["example", "list", "member", "item"]  # columns in which tasks with the same questions are equal
 CHUNK = 1_000_000  # weights in memory at a time: 8 MB
 
 
@@ -161,6 +165,38 @@ class Comparison:
         """The model's value minus the baseline's, with the interval of the paired difference."""
         model = next(iter(self.results))
         return self.results[model][OVERALL].metrics[metric] - self.results[baseline][OVERALL].metrics[metric]
+
+
+class Agreement(NamedTuple):
+    """How alike a model ranks the same questions for two tasks: it confuses the tasks if this is far from what the
+    baselines show. `liked` and `disliked` ask for opposite orders.
+
+    Attributes:
+      tasks: the names of the two.
+      spearman: the rank correlation of the scores, by the name of each model and baseline.
+    """
+
+    tasks: tuple[str, str]
+    spearman: dict[str, float]
+
+
+def agreements(comparisons: Sequence[Comparison]) -> list[Agreement]:
+    """The agreement of every two tasks that ask about the same members, items and moments."""
+    result = []
+    for first, second in itertools.combinations(comparisons, 2):
+        (first_table, *_), (second_table, *_) = first.predictions.values(), second.predictions.values()
+        if len(first_table) < 2 or not first_table.select(SAME).equals(second_table.select(SAME)):
+            continue
+        spearman = {
+            name: float(
+                scipy.stats.spearmanr(
+                    scores(first.predictions[name], first.task), scores(second.predictions[name], second.task)
+                ).statistic
+            )
+            for name in first.predictions
+        }
+        result.append(Agreement((first.task.name, second.task.name), spearman))
+    return result
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from brewjax.evaluate.baselines import LightGBM, popularity
 from brewjax.evaluate.predict import ScoringCost, predict
 from brewjax.evaluate.predictions import from_examples
 from brewjax.evaluate.regression import FactRegression
-from brewjax.evaluate.report import print_models, print_results, write_report
+from brewjax.evaluate.report import describe_agreements, print_models, print_results, write_report
 from brewjax.evaluate.results import ModelSummary, compare
 from brewjax.model.config import ModelConfig
 from brewjax.model.flops import model_flops
@@ -84,6 +84,8 @@ def report_stage(run: Run, before: Sequence[str], folder: Path) -> None:
     shown = list(dict.fromkeys([last, largest, *BASELINES]))
     for comparison in comparisons:
         print_results(comparison.select(*shown), console)
+    for line in describe_agreements(comparisons, shown):
+        console.print(line)
     print_models(comparisons, [*models.values()], console)
     losses = {name: read_metrics(run.folder / name / METRICS) for name in stages if hasattr(stages[name], "train")}
     write_report(folder, run.recipe.name, comparisons, [*models.values()], shown, _facts(run, before), losses)

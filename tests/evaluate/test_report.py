@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 from brewjax.evaluate.predictions import from_examples
-from brewjax.evaluate.report import print_models, print_results, write_report
-from brewjax.evaluate.results import ModelSummary, compare
+from brewjax.evaluate.report import describe_agreements, print_models, print_results, write_report
+from brewjax.evaluate.results import Agreement, ModelSummary, agreements, compare
 from tests.evaluate.conftest import informed_predictions, make_examples
 
 
@@ -80,6 +80,18 @@ def test_the_best_is_bold_in_markdown(report):
     assert re.fullmatch(r"\| brewjax \|( \*\*\d\.\d{3}\*\* \(\d\.\d{3} to \d\.\d{3}\) \|){2}.*", row)
     assert "## three" in text
     assert "- brewjax minus LightGBM: AUC in list +0." in text
+
+
+def test_tasks_that_ask_for_opposite_things_are_told_apart(task):
+    examples = make_examples(np.random.default_rng(3), 50)
+    predicted = informed_predictions(np.random.default_rng(4), examples)
+    opposite = from_examples(examples, np.stack(predicted["probabilities"].to_numpy())[:, ::-1])
+    other = task.model_copy(update={"name": "dismissed"})
+    comparisons = [compare(task, {"brewjax": predicted}), compare(other, {"brewjax": opposite})]
+    assert agreements(comparisons) == [Agreement(("apply", "dismissed"), {"brewjax": pytest.approx(-1)})]
+    assert describe_agreements(comparisons, ["brewjax"]) == [
+        "apply and dismissed: Spearman of the scores brewjax -1.000"
+    ]
 
 
 def test_a_table_for_the_terminal(comparisons):
