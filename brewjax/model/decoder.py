@@ -115,16 +115,22 @@ class Layer(nnx.Module):
         cached_kv: KVCache | None,
     ) -> tuple[Float[Array, "B T H E"], KVCache]:
         """The attention's output before the output projection; keys and values of the T new tokens."""
-        h = self.attention_norm(x)
-        q = self._heads(h, self.query, self.query_bias, self.query_norm)
-        k = self._heads(h, self.key, self.key_bias, self.key_norm)
-        v = self._heads(h, self.value, self.value_bias, None)
-        q, k = rotate(q, rotation), rotate(k, rotation)
+        q, k, v = self.queries_keys_values(x, rotation)
         k, v = (self.sharding.reshard(x, "batch", None, "heads", None) for x in (k, v))
         all_k, all_v = (
             (k, v) if cached_kv is None else (jnp.concatenate(x, 1) for x in zip(cached_kv, (k, v), strict=True))
         )
         return _attend(self.sharding, q, all_k, all_v, token_labels), (k, v)
+
+    def queries_keys_values(
+        self, x: Float[Array, "B T D"], rotation: Float[Array, "B T 1 E"]
+    ) -> tuple[Float[Array, "B T H E"], Float[Array, "B T K E"], Float[Array, "B T K E"]]:
+        """Rotated queries and keys, and values, of the residual stream."""
+        h = self.attention_norm(x)
+        q = self._heads(h, self.query, self.query_bias, self.query_norm)
+        k = self._heads(h, self.key, self.key_bias, self.key_norm)
+        v = self._heads(h, self.value, self.value_bias, None)
+        return rotate(q, rotation), rotate(k, rotation), v
 
     @jax.named_scope("attention")
     def add_attention(self, x: Float[Array, "B T D"], attended: Float[Array, "B T H E"]) -> Float[Array, "B T D"]:
