@@ -4,7 +4,7 @@ BIN := .venv/bin
 DATASET := data/movielens-100k
 PORT ?= 9000
 
-.PHONY: demo long test test-long docs lint proto clean
+.PHONY: demo long test test-long notebooks docs lint proto clean
 
 demo: .venv/demo.installed
 	@date +%s > .venv/demo.began
@@ -25,9 +25,13 @@ test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long" --durations 20
 
 # What takes minutes each: kill -9 in every stage, several processes, soaks; what the TPU compiler says; the site.
-test-long: .venv/test.installed docs
+test-long: .venv/test.installed docs notebooks
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m long --durations 20
 	$(BIN)/python -m benchmarks.attention_static v5e
+
+# Each in a clean kernel, into build/notebooks; `python notebooks/execute.py notebooks` renews the committed outputs.
+notebooks: .venv/test.installed
+	JAX_PLATFORMS=cpu TRANSFORMERS_VERBOSITY=error $(BIN)/python notebooks/execute.py build/notebooks
 
 docs: .venv/docs.installed
 	NO_MKDOCS_2_WARNING=1 TRANSFORMERS_VERBOSITY=error $(BIN)/mkdocs build

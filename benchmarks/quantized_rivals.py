@@ -48,6 +48,7 @@ from jax.experimental.pallas import tpu as pltpu
 from qwix.contrib.kernels import quantized_matmul as qwix_kernel
 from rich.console import Console
 
+from benchmarks.bundles import bounds, count_bundles
 from brewjax.aot.hlo import size_of
 from brewjax.aot.topology import topology
 from brewjax.model.config import ModelConfig
@@ -145,7 +146,7 @@ class Chip:
             if op.endswith("-start"):  # on its way to the chip's own memory
                 continue
             cost.bytes += in_hbm(results[name])
-            cycles = steps * bundles(name)
+            cycles = steps * count_bundles(name)
             if is_kernel or "convolution_algorithm_config" in rest:
                 cost.product += max(cycles, round(2 * T * K * N / self.peaks[kind] * self.clock))
                 cost.estimate += int((re.search(r'"estimated_cycles":"(\d+)"', rest) or (0, 0))[1])
@@ -176,23 +177,9 @@ def grid_of_qwix(T: int, K: int, N: int) -> tuple[int, dict[int, int]]:
     return m * k * n, {0: n, 2: m}
 
 
-def bounds(rest: str) -> int:
-    """Steps of one of XLA's own operations."""
-    result = re.search(r'"iteration_bounds":\[([^\]]*)\]', rest)
-    return math.prod(int(n) for n in re.findall(r"\d+", result[1])) if result else 1
-
-
 def in_hbm(shape: str) -> float:
     """Bytes; memory space 1 is the chip's own."""
     return size_of(re.sub(r"\w+\[[\d,]*\]\{[^}]*S\(1\)[^}]*\}", "", shape))
-
-
-def bundles(name: str) -> int:
-    """Of a step of an operation."""
-    files = [
-        file for file in DUMP.iterdir() if re.fullmatch(rf"\d+-{re.escape(name)}-\d+-final_bundles\.txt", file.name)
-    ]
-    return sum("0x" in line[:8] for file in files for line in file.read_text().splitlines())
 
 
 def on_chips(chips: list[str], products: list[str], tokens: list[int], kinds: list[str], layers: int) -> None:

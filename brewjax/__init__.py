@@ -5,6 +5,7 @@ Prompt: a prefix (instruction, profile, history) with questions behind it.
 Dataset, Task: a company's tables, and what is asked of them.
 Recipe: what `brewjax run` runs.
 Client: calls a server.
+open: a model to hold in the hand, in a notebook.
 
 Each name is imported when it is first used: `import brewjax` loads neither JAX nor transformers.
 """
@@ -19,9 +20,11 @@ if TYPE_CHECKING:
     from brewjax.data.tables.dataset import Dataset
     from brewjax.data.tasks.task import Task
     from brewjax.data.text.prompt import Prompt
+    from brewjax.explore.explorer import open as open
     from brewjax.pipeline.recipe import Recipe
     from brewjax.serve.client import Client
 
+# Without `open`, so that `from brewjax import *` does not hide Python's own.
 __all__ = ["Bundle", "Client", "Dataset", "Prompt", "Recipe", "Task"]
 
 _HOMES = {
@@ -31,6 +34,7 @@ _HOMES = {
     "Prompt": "brewjax.data.text.prompt",
     "Recipe": "brewjax.pipeline.recipe",
     "Task": "brewjax.data.tasks.task",
+    "open": "brewjax.explore.explorer",
 }
 
 
@@ -41,4 +45,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted({*globals(), *_HOMES})

@@ -101,6 +101,27 @@ def generate(
 
 
 @app.command()
+def explore(
+    model: ModelFolder,
+    dataset: Annotated[Path, typer.Option(help="A dataset folder.")],
+    tasks: Annotated[
+        Optional[list[Path]], typer.Option("--task", help="Task files, beside the model's own tasks.")
+    ] = None,
+    compare: Annotated[Optional[Path], typer.Option(help="Another model's folder, to compare with.")] = None,
+    port: Annotated[int, typer.Option(help="Of this machine; 0 takes a free one.", min=0, max=65535)] = 8000,
+) -> None:
+    """Open a page that changes instruction, note and history, shows how the ranking moves, and says why."""
+    from brewjax.explore import explorer, page
+
+    first = explorer.open(model, dataset)
+    explorers = [first, *([explorer.open(compare, first.dataset)] if compare else [])]
+    for task in tasks or ():
+        for each in explorers:
+            each.add_task(task)
+    page.serve(explorers, port)
+
+
+@app.command()
 def upcycle(
     model: ModelFolder,
     out: Annotated[Path, typer.Argument(help="The model folder to write.")],

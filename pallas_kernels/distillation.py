@@ -18,7 +18,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.linear_loss import MASKED, Gather, Logits, LossPlan, Visit, fused_linear_loss, over_tokens
+from pallas_kernels.linear_loss import (
+    MASKED,
+    Gather,
+    Logits,
+    LossPlan,
+    Visit,
+    default_chunk,
+    fused_linear_loss,
+    over_tokens,
+)
 
 
 class Divergence(NamedTuple):
@@ -96,7 +105,7 @@ def linear_distillation(
     weights: Float[Array, " N"],
     divergence: Divergence = forward_kl,
     temperature: float = 1.0,
-    chunk: int = 512,
+    chunk: int | None = None,
     block: int = 8192,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Divergence of the student's softmax(logits / temperature) from the teacher's, weighted and summed over tokens.
@@ -109,7 +118,7 @@ def linear_distillation(
       weights: of the tokens; a token of weight 0 costs nothing.
       divergence: see `Divergence`.
       temperature: divides all logits.
-      chunk, block: tokens and words whose logits are in memory at a time.
+      chunk, block: tokens (by default `default_chunk`) and words whose logits are in memory at a time.
 
     Returns:
       float32: temperature^2 x the sum of weight x divergence, and the sum of the weights.
@@ -119,7 +128,7 @@ def linear_distillation(
     """
     if len(head) != len(teacher_head):
         raise ValueError(f"the student's head has {len(head)} words, the teacher's {len(teacher_head)}")
-    plan = LossPlan(_DenseTeacher(divergence), temperature, chunk, block)
+    plan = LossPlan(_DenseTeacher(divergence), temperature, chunk or default_chunk(), block)
     return fused_linear_loss(plan, (hidden, head), [(teacher_hidden, teacher_head)], (), weights)
 
 
@@ -131,7 +140,7 @@ def top_k_distillation(
     weights: Float[Array, " N"],
     divergence: Divergence = forward_kl,
     temperature: float = 1.0,
-    chunk: int = 512,
+    chunk: int | None = None,
     block: int = 8192,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """As `linear_distillation`, over k + 1 outcomes: the teacher's k words, and all other words as one ("the tail").
@@ -152,7 +161,7 @@ def top_k_distillation(
     log_probs = log_probs.astype(jnp.float32)
     tail = -jnp.expm1(log_probs[:, :1]) - jnp.exp(log_probs[:, 1:]).sum(-1, keepdims=True)
     log_p = jnp.concatenate([jnp.maximum(log_probs, MASKED), jnp.log(jnp.maximum(tail, 2.0**-24))], -1)
-    plan = LossPlan(SparseTeacher(divergence), temperature, chunk, block)
+    plan = LossPlan(SparseTeacher(divergence), temperature, chunk or default_chunk(), block)
     return fused_linear_loss(plan, (hidden, head), [], (ids, log_p), weights)
 
 

@@ -28,7 +28,7 @@ FLOORS = (
     {"brewjax.train", "brewjax.retrieve"},
     {"brewjax.compress"},
     {"brewjax.evaluate", "brewjax.aot"},
-    {"brewjax.serve"},
+    {"brewjax.serve", "brewjax.explore"},
     {"brewjax.pipeline"},
     {
         "brewjax.schemas",

@@ -44,7 +44,8 @@ class Roofline(NamedTuple):
 
     Attributes:
       compute: the model's FLOPs at the chip's peak.
-      operations: the compiler's estimate of its own operations, plus kernels (attention, experts) at the chip's peak.
+      operations: the compiler's estimate of its own operations, plus kernels (attention, experts) at the chip's peak;
+        without the head's kernels, which compute the tokens that count only.
       sent: the bytes of collectives over all links of a slice at once.
     """
 

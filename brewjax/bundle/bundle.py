@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,14 @@ from brewjax.data.text.encode import EncodedPrompt, encode
 from brewjax.data.text.prompt import Prompt
 from brewjax.data.text.tokenizer import Tokenizer
 from brewjax.model.config import ModelConfig
-from brewjax.model.params import MODEL, Params, load_model, save_model
+from brewjax.model.params import MODEL, Params, load_model, num_parameters, save_model
 from brewjax.model.sharding import MeshConfig
-from brewjax.scoring.buckets import choose_buckets
+from brewjax.scoring.buckets import PACK_TO, choose_buckets
+from brewjax.scoring.passes import Bucket
 from brewjax.scoring.scorer import Scorer
 
 TOKENIZER, PROMPTS, PERCENTILES, TASKS = "tokenizer", "prompts.yaml", "percentiles.yaml", "tasks"
+SHORTEST_ROW = 256  # tokens; rows of the bundle's own scorer double from here, so that few shapes are ever compiled
 
 
 def check_folder(folder: Path) -> None:
@@ -68,7 +71,7 @@ class PercentileScale(Config):
         )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Bundle:
     """A model with all that turns requests into scores.
 
@@ -98,6 +101,13 @@ class Bundle:
     card: Card | None = None
     tasks: tuple[Task, ...] = ()
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    def __repr__(self) -> str:
+        tasks = ", ".join(task.name for task in self.tasks) or "none"
+        return (
+            f"Bundle({self.model.name}: {num_parameters(self.params):,} parameters in {self.model.param_dtype}, "
+            f"{self.tokenizer.vocab_size:,} tokens in the vocabulary; tasks: {tasks})"
+        )
 
     def save(self, folder: Path) -> None:
         """Writes the folder, the weights last, so that a folder with weights is complete."""
@@ -171,10 +181,32 @@ class Bundle:
         return encoded
 
     def score(self, prompt: Prompt) -> Float[np.ndarray, "Q L"]:
-        """float32 probability of each label for each question of one prompt; compiles a scorer for its length."""
-        return self.scorer([self.encode(prompt)]).score(prompt)
+        """float32 probability of each label for each question of one prompt.
+
+        The first prompt of a length compiles; later ones of about this length use the same program.
+        """
+        return self._scorer_for([self.encode(prompt)]).score(prompt)
+
+    def score_encoded(self, prompts: Sequence[EncodedPrompt]) -> list[Float[np.ndarray, "Q L"]]:
+        """As `score`, for many prompts that are encoded already, in one call and packed together."""
+        return self._scorer_for(prompts).score_encoded(prompts)
 
     def scorer(self, prompts: Sequence[EncodedPrompt]) -> Scorer:
-        """A scorer whose compiled shapes are chosen for the lengths of these prompts."""
-        buckets = choose_buckets([len(prompt) for prompt in prompts])
+        """A scorer whose compiled shapes are chosen for the lengths of these prompts, for when all are known."""
+        return self._make_scorer(choose_buckets([len(prompt) for prompt in prompts]))
+
+    def _make_scorer(self, buckets: Sequence[Bucket]) -> Scorer:
         return Scorer(self.model, self.params, self.tokenizer, self.prompts.layout, buckets, self.mesh.build())
+
+    @cached_property
+    def _own_scorer(self) -> Scorer:
+        return self._make_scorer([Bucket(SHORTEST_ROW)])
+
+    def _scorer_for(self, prompts: Sequence[EncodedPrompt]) -> Scorer:
+        """The scorer that the bundle keeps, with rows in which these prompts fit; a shape that no prompt needs is never
+        compiled."""
+        longest, tokens = self._own_scorer.buckets[-1].tokens, max([PACK_TO, *(prompt.context for prompt in prompts)])
+        while longest < tokens:
+            longest *= 2
+            self._own_scorer.buckets += (Bucket(longest),)
+        return self._own_scorer

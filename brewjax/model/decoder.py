@@ -115,16 +115,22 @@ class Layer(nnx.Module):
         cached_kv: KVCache | None,
     ) -> tuple[Float[Array, "B T H E"], KVCache]:
         """The attention's output before the output projection; keys and values of the T new tokens."""
-        h = self.attention_norm(x)
-        q = self._heads(h, self.query, self.query_bias, self.query_norm)
-        k = self._heads(h, self.key, self.key_bias, self.key_norm)
-        v = self._heads(h, self.value, self.value_bias, None)
-        q, k = rotate(q, rotation), rotate(k, rotation)
+        q, k, v = self.queries_keys_values(x, rotation)
         k, v = (self.sharding.reshard(x, "batch", None, "heads", None) for x in (k, v))
         all_k, all_v = (
             (k, v) if cached_kv is None else (jnp.concatenate(x, 1) for x in zip(cached_kv, (k, v), strict=True))
         )
         return _attend(self.sharding, q, all_k, all_v, token_labels), (k, v)
+
+    def queries_keys_values(
+        self, x: Float[Array, "B T D"], rotation: Float[Array, "B T 1 E"]
+    ) -> tuple[Float[Array, "B T H E"], Float[Array, "B T K E"], Float[Array, "B T K E"]]:
+        """Rotated queries and keys, and values, of the residual stream."""
+        h = self.attention_norm(x)
+        q = self._heads(h, self.query, self.query_bias, self.query_norm)
+        k = self._heads(h, self.key, self.key_bias, self.key_norm)
+        v = self._heads(h, self.value, self.value_bias, None)
+        return rotate(q, rotation), rotate(k, rotation), v
 
     @jax.named_scope("attention")
     def add_attention(self, x: Float[Array, "B T D"], attended: Float[Array, "B T H E"]) -> Float[Array, "B T D"]:
@@ -275,11 +281,15 @@ class Decoder(nnx.Module):
         return nnx.merge(graph, layer_weights)
 
     @property
-    @jax.named_scope("head")
     def lm_head(self) -> Float[Array, "V D"]:
         """The output matrix, gathered, in the parameter dtype or as `HeadPrecision` rounds it."""
+        return self.gather_head(None)
+
+    @jax.named_scope("head")
+    def gather_head(self, vocabulary: str | None) -> Float[Array, "V D"]:
+        """As `lm_head`; given the axis "vocab", each device gets the words that this axis gives it."""
         weight = self.embedding if self.untied_head is None else self.untied_head
-        return self.cast_for_head(self.sharding.reshard(weight[...], None, None))
+        return self.cast_for_head(self.sharding.reshard(weight[...], vocabulary, None))
 
     def cast_for_head(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Hidden states, or rows of the head, rounded as `HeadPrecision.product` says."""

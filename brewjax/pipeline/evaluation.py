@@ -101,8 +101,8 @@ def report_stage(run: Run, before: Sequence[str], folder: Path) -> None:
     shown = list(dict.fromkeys([last, largest, *BASELINES]))
     for comparison in comparisons:
         print_results(comparison.select(*shown), console)
-    for line in describe_agreements(comparisons, shown):
-        console.print(line)
+    for agreement in describe_agreements(comparisons, shown):
+        console.print(agreement)
     print_models(comparisons, [*models.values()], console)
     losses = {name: read_metrics(run.folder / name / METRICS) for name in stages if hasattr(stages[name], "train")}
     write_report(folder, run.recipe.name, comparisons, [*models.values()], shown, _facts(run, before), losses)

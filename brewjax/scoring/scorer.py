@@ -251,12 +251,17 @@ def score_labels(
 ) -> Float[Array, "R Q L"]:
     """float32 log-probabilities of each row's label tokens; a label of -1 is padding."""
     decoder = bind(model, params)
-    score = functools.partial(label_log_probs, normalize_over=normalize_over, logits_dtype=model.head.logits)
-    score_rows = jax.vmap(score, (0, None, 0))
-    batch, replicated = decoder.sharding.spec("batch", None, None), jax.P(None, None)
-    specs = (batch, replicated, decoder.sharding.spec("batch", None))
-    return jax.shard_map(score_rows, in_specs=specs, out_specs=batch, check_vma=False)(
-        decoder.cast_for_head(hidden), decoder.lm_head, labels
+    vocabulary = decoder.sharding.rules["vocab"]
+    score = functools.partial(
+        label_log_probs,
+        normalize_over=normalize_over,
+        logits_dtype=model.head.logits,
+        vocabulary_over=vocabulary,
+    )
+    batch = decoder.sharding.spec("batch", None, None)
+    specs = (batch, decoder.sharding.spec("vocab", None), decoder.sharding.spec("batch", None))
+    return jax.shard_map(score, in_specs=specs, out_specs=batch, check_vma=False)(
+        decoder.cast_for_head(hidden), decoder.gather_head("vocab"), labels
     )
 
 

@@ -36,6 +36,29 @@ def compiled(chip: str, q: tuple, k: tuple, dtype, gradients: bool, side: int = 
         return jax.jit(function).lower(*(shape(x, dtype, "heads") for x in (q, k, k)), token_labels).compile()
 
 
+def assert_compiles(chip: str, head_dim: int, dtype, length: int, group: int) -> None:
+    q, k = ((2, length, heads, head_dim) for heads in (2 * group, 2))
+    text = compiled(chip, q, k, dtype, gradients=True).as_text()
+    assert "token_label_attention_forward" in text
+    assert "token_label_attention_backward" in text
+
+
+# What takes long to compile is the straight-line code of a block: of a short row it is short.
+@pytest.mark.parametrize(
+    ("chip", "head_dim", "dtype"),
+    [
+        ("v5p", 64, jnp.bfloat16),
+        ("v6e", 256, jnp.bfloat16),
+        ("tpu7x", 128, jnp.bfloat16),
+        ("v5e", 64, jnp.float32),
+    ],
+    ids=str,
+)
+def test_every_chip_head_size_and_dtype_compile(chip, head_dim, dtype):
+    assert_compiles(chip, head_dim, dtype, length=256, group=1)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("chip", "head_dim", "dtype"),
     [
@@ -48,12 +71,10 @@ def compiled(chip: str, q: tuple, k: tuple, dtype, gradients: bool, side: int = 
     ids=str,
 )
 def test_training_shapes_compile(chip, head_dim, dtype):
-    text = compiled(chip, (2, 4096, 8, head_dim), (2, 4096, 2, head_dim), dtype, gradients=True).as_text()
-    assert "token_label_attention_forward" in text
-    assert "token_label_attention_backward" in text
+    assert_compiles(chip, head_dim, dtype, length=4096, group=4)
 
 
-@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+@pytest.mark.parametrize("chip", ["v5e", pytest.param("v6e", marks=pytest.mark.long)])
 def test_items_behind_a_cached_prefix_compile(chip):
     one = compiled(chip, (1, 32000, 8, 128), (1, 36096, 2, 128), jnp.bfloat16, gradients=False)
     # Inputs and output twice over, as the kernel reads and writes them: nothing of 32,000 x 36,096.

@@ -43,7 +43,8 @@ labels = (for_all | st.lists(for_all, min_size=N, max_size=N)).map(np.array)
 @given(st.integers(0, 2**32 - 1), labels)
 def test_log_softmax_at_the_labels(normalize_over, block, seed, labels):
     hidden, head = draw(seed)
-    actual = log_probs(hidden, head, labels, normalize_over=normalize_over, block=block)
+    batched = hidden if labels.ndim == 1 else hidden[:, None]  # one list for all tokens, or one for each
+    actual = log_probs(batched, head, labels, normalize_over=normalize_over, block=block).reshape(N, L)
     assert actual.dtype == np.float32
     np.testing.assert_allclose(actual, reference(hidden, head, labels, normalize_over), rtol=1e-5, atol=1e-5)
 
@@ -69,11 +70,16 @@ def test_rows_of_their_own_labels(normalize_over):
     hidden, head = draw(3)
     labels = np.array([[3, 20, -1], [5, 6, 7]])
     rows = np.stack([hidden, hidden[::-1]])
-    score = jax.vmap(functools.partial(label_log_probs, normalize_over=normalize_over, block=8), in_axes=(0, None, 0))
-    actual = jax.jit(score)(rows, head, labels)
+    actual = log_probs(rows, head, labels, normalize_over=normalize_over, block=8)
     for row in range(2):
         expected = reference(rows[row], head, labels[row], normalize_over)
         np.testing.assert_allclose(actual[row], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_list_of_labels_is_of_a_batch_entry_not_of_a_token():
+    hidden, head = draw(3)
+    with pytest.raises(ValueError, match=r"labels \(7, 4\) are not one list for each batch entry of hidden \(7, 8\)"):
+        label_log_probs(hidden, head, np.zeros((N, L), np.int32), "labels")
 
 
 def test_items_that_bfloat16_would_put_in_another_order():
@@ -95,7 +101,7 @@ def test_items_that_bfloat16_would_put_in_another_order():
 def test_no_array_of_questions_by_words():
     N, V, block = 512, 4096, 256
     hidden, head = (jax.ShapeDtypeStruct((n, D), jnp.float32) for n in (N, V))
-    labels = jax.ShapeDtypeStruct((N, L), jnp.int32)
+    labels = jax.ShapeDtypeStruct((L,), jnp.int32)
     compiled = log_probs.lower(hidden, head, labels, normalize_over="vocabulary", block=block).compile()
     sizes = [np.prod([int(n) for n in shape.split(",")]) for shape in re.findall(r"\w\[([\d,]+)\]", compiled.as_text())]
     assert max(sizes) == N * block

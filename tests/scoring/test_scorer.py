@@ -34,7 +34,8 @@ def scorer() -> Scorer:
 
 
 def model_for(tokenizer: Tokenizer) -> ModelConfig:
-    return MODEL.model_copy(update={"vocab_size": tokenizer.vocab_size})
+    even = tokenizer.vocab_size + tokenizer.vocab_size % 2  # for a mesh that splits it in two
+    return MODEL.model_copy(update={"vocab_size": even})
 
 
 def text(random: np.random.Generator, words: int) -> str:
@@ -124,14 +125,14 @@ def test_prompts_score_the_same_on_a_mesh(scorer, tmp_path):
 
 
 def prompts_for_the_mesh() -> list[Prompt]:
-    """Of which a bucket of 128 tokens takes five passes or more: a full row for each of four devices, and some over."""
+    """Of which a bucket of 128 tokens takes five passes or more: a full row for each of two devices, and some over."""
     return [make_prompt(seed, 12) for seed in range(6)]
 
 
 def main(folder: Path) -> None:
-    """Scores them on four devices, the weights split over two."""
-    tokenizer, mesh = Tokenizer.load(folder), MeshConfig(fsdp=2).build()
-    assert (mesh.shape["data"], mesh.shape["fsdp"]) == (2, 2)
+    """Scores them on four devices, the weights split over all, the vocabulary over two."""
+    tokenizer, mesh = Tokenizer.load(folder), MeshConfig(fsdp=2, tensor=2).build()
+    assert (mesh.shape["fsdp"], mesh.shape["tensor"]) == (2, 2)
     model = model_for(tokenizer)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(model, mesh))
     scorer = Scorer(model, jax.device_put(params(model), shardings), tokenizer, "dense", BUCKETS[:1], mesh)

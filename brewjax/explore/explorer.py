@@ -1,0 +1,218 @@
+"""`open`: a model to hold in the hand, in a notebook."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float
+
+from brewjax.bundle.bundle import Bundle
+from brewjax.config import suggest
+from brewjax.data.prompts.verbalize import Verbalizer
+from brewjax.data.tables.dataset import Dataset
+from brewjax.data.tasks.examples import example_at
+from brewjax.data.tasks.task import Task, load_tasks
+from brewjax.data.text.prompt import Prompt
+from brewjax.explore.comparison import RankingChange
+from brewjax.explore.comparison import compare as compare_rankings
+from brewjax.explore.context import Context, check_style
+from brewjax.explore.reasons import Reasons
+from brewjax.explore.views import PromptView, TokensView, facts_html
+from brewjax.model.generate import Generator, SamplingParams
+from brewjax.model.params import bind, num_parameters
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MICROSECONDS = 1_000_000
+
+
+def open(model: str | Path | Bundle, dataset: str | Path | Dataset | None = None) -> Explorer:
+    """Opens a model, to rank, to read its prompts, and to ask why.
+
+        >>> model = brewjax.open("runs/demo/turbo/model", "data/movielens-100k")
+        >>> model.rank("405", task="liked").head()
+        >>> model.why("405", "50", task="liked")
+
+    Args:
+      model: a model's folder, or a bundle that is loaded.
+      dataset: a dataset's folder, or one that is loaded; only `score` and `generate` do without.
+
+    Raises:
+      ConfigError, DatasetError: for a folder that cannot be read; names the file.
+    """
+    bundle = model if isinstance(model, Bundle) else Bundle.load(model)
+    return Explorer(bundle, dataset if dataset is None or isinstance(dataset, Dataset) else Dataset.load(dataset))
+
+
+class Explorer:
+    """A model, and the tables of members and items that it is asked about.
+
+    Attributes:
+      bundle: the model.
+      dataset: the tables, or None.
+      tasks: by name, those that the model was trained on, and those that were added.
+    """
+
+    def __init__(self, bundle: Bundle, dataset: Dataset | None = None):
+        self.bundle, self.dataset = bundle, dataset
+        self.tasks = {task.name: task for task in bundle.tasks}
+        self._verbalizers: dict[str, Verbalizer] = {}
+
+    def __repr__(self) -> str:
+        tables = f"{self.dataset.card.name} ({len(self.dataset.items):,} items)" if self.dataset else "none"
+        return f"Explorer({self.bundle!r}, dataset: {tables})"
+
+    def _repr_html_(self) -> str:
+        import treescope
+
+        model = self.bundle.model
+        decoder = bind(model, self.bundle.params)
+        with treescope.active_autovisualizer.set_scoped(None):
+            weights = treescope.render_to_html(decoder, compressed=True)
+        return facts_html(model.name, self.facts().items(), weights)
+
+    def facts(self) -> dict[str, str]:
+        """What the model is, by name: size, tokens, layout of prompts, tasks, dataset."""
+        model, prompts = self.bundle.model, self.bundle.prompts
+        facts = {
+            "parameters": f"{num_parameters(self.bundle.params):,} in {model.param_dtype}",
+            "layers": f"{model.layers} of width {model.d_model}, {model.heads} heads",
+            "vocabulary": f"{self.bundle.tokenizer.vocab_size:,} tokens",
+            "prompt": f"{prompts.max_tokens:,} tokens, {prompts.layout} history, style {prompts.score_style}",
+            "tasks": ", ".join(self.tasks) or "none",
+        }
+        if self.dataset:
+            counts = (len(self.dataset.members), len(self.dataset.items), len(self.dataset.events))
+            facts["dataset"] = "{}: {:,} members, {:,} items, {:,} events".format(self.dataset.card.name, *counts)
+        return facts
+
+    def add_task(self, task: str | Path | Task) -> Task:
+        """Adds a task, or a task's file, and returns it. Raises ConfigError if it does not fit the dataset."""
+        if not isinstance(task, Task):
+            (task,) = load_tasks([task], self._tables())
+        self.tasks[task.name] = task
+        return task
+
+    def context(
+        self,
+        member: str | int,
+        *,
+        task: str | Path | Task | None = None,
+        at: str | datetime.datetime | None = None,
+        items: Sequence[str] | int | None = None,
+        instruction: str | None = None,
+        note: str | None = None,
+        style: str | None = None,
+    ) -> Context:
+        """A member as of a moment, with a task and candidates.
+
+        Args:
+          member: the member's id.
+          task: a task, its name, or its file; the model's first task by default.
+          at: a moment, UTC where it names no zone; just after the last event by default.
+          items: ids of the candidates, or how many to draw; by default every item that is new to the member.
+          instruction: in place of the task's.
+          note: the steering note, in place of the task's.
+          style: of the prompt; that of the model's evaluation by default.
+
+        Raises:
+          ValueError: no such member, item, task or style, or no dataset.
+        """
+        tables, chosen = self._tables(), self._task(task)
+        row = tables.member_row(str(member))
+        example = example_at(tables, chosen, row, _microseconds(at))
+        if isinstance(items, int):
+            indices = np.random.default_rng(0).permutation(len(example.candidates))[:items]
+            example = example.select(np.sort(indices))
+        style = check_style(style or self.bundle.prompts.score_style)
+        verbalizer = self._verbalizer(chosen)
+        ids = None if items is None or isinstance(items, int) else [str(item) for item in items]
+        context = Context(self.bundle, verbalizer, chosen, example, style)
+        context = context.change(instruction=instruction, note=note, items=ids)
+        fitting = verbalizer.fitting(context.task, context.example, style)
+        return (
+            context
+            if fitting is context.example
+            else context.change(items=[tables.item_id(i) for i in fitting.candidates])
+        )
+
+    def score(self, prompt: Prompt) -> Float[np.ndarray, "Q L"]:
+        """float32 probability of each label for each question of a prompt of your own."""
+        return self.bundle.score(prompt)
+
+    def rank(self, member: str | int, **settings: Any) -> pd.DataFrame:
+        """The candidates of a member, the best first; settings as of `context`."""
+        return self.context(member, **settings).rank()
+
+    def prompt(self, member: str | int, **settings: Any) -> PromptView:
+        """The prompt of a member, in colours; settings as of `context`."""
+        return self.context(member, **settings).prompt()
+
+    def tokens(self, member: str | int, **settings: Any) -> TokensView:
+        """The tokens of the prompt of a member; settings as of `context`."""
+        return self.context(member, **settings).tokens()
+
+    def why(self, member: str | int, item: str | int, **settings: Any) -> Reasons:
+        """What moved the score of an item for a member; settings as of `context`."""
+        return self.context(member, **settings).why(item)
+
+    def compare(self, before: Context, after: Context) -> RankingChange:
+        """What moved between two rankings."""
+        return compare_rankings(before, after)
+
+    def generate(self, text: str, max_tokens: int = 64, temperature: float = 0.0, seed: int = 0) -> str:
+        """Goes on from a text, as it is: without a chat template.
+
+        Args:
+          max_tokens: the longest answer.
+          temperature: 0 takes the likeliest token.
+          seed: of what is drawn.
+        """
+        tokenizer = self.bundle.tokenizer
+        ids = tokenizer.with_bos(tokenizer.encode([text], begins=True)[0])
+        self.bundle.model.check_length(len(ids) + max_tokens, "the text with max_tokens")
+        sampling = SamplingParams(temperature=temperature)
+        generator = Generator(self.bundle.model, self.bundle.params, 1, len(ids) + max_tokens, sampling, seed)
+        stop = [] if tokenizer.hf.eos_token_id is None else [tokenizer.hf.eos_token_id]
+        (answer,) = generator.generate([ids], max_tokens, stop)
+        return str(tokenizer.hf.decode(answer))
+
+    def _tables(self) -> Dataset:
+        if self.dataset is None:
+            raise ValueError("no dataset: open the model with one, brewjax.open(model, dataset)")
+        return self.dataset
+
+    def _task(self, task: str | Path | Task | None) -> Task:
+        if isinstance(task, Task):
+            return task
+        if task is None:
+            if not self.tasks:
+                raise ValueError("the model was trained on no task; give one, or its file")
+            return next(iter(self.tasks.values()))
+        if str(task) in self.tasks:
+            return self.tasks[str(task)]
+        if Path(task).suffix in (".yaml", ".yml"):
+            return self.add_task(task)
+        raise ValueError(f"no task '{task}'; {suggest(str(task), self.tasks, listing='tasks')}, or give a task's file")
+
+    def _verbalizer(self, task: Task) -> Verbalizer:
+        """Kept by the task's name: percentiles and statistics of large tables take seconds."""
+        if task.name not in self._verbalizers:
+            self._verbalizers[task.name] = self.bundle.verbalizer(self._tables(), task)
+        return self._verbalizers[task.name]
+
+
+def _microseconds(at: str | datetime.datetime | None) -> int | None:
+    """Since 1970. Raises ValueError for a text that is no moment."""
+    if at is None:
+        return None
+    try:
+        moment = datetime.datetime.fromisoformat(at) if isinstance(at, str) else at
+    except ValueError:
+        raise ValueError(f"at: '{at}': expected a moment such as 2025-03-07 or 2025-03-07T12:30") from None
+    return int(moment.replace(tzinfo=moment.tzinfo or datetime.UTC).timestamp() * MICROSECONDS)

@@ -1,0 +1,269 @@
+"""The page of `brewjax explore`: change an instruction, a note or a history, and see the ranking move, and why.
+
+It serves itself: no request leaves the machine, and its content security policy forbids it to the browser too.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jinja2
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pydantic
+import uvicorn
+import yaml
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from fastapi.staticfiles import StaticFiles
+from starlette.middleware.base import RequestResponseEndpoint
+
+from brewjax.config import ConfigError
+from brewjax.console import print_line
+from brewjax.data.prompts.styles import STYLES
+from brewjax.explore.context import Context
+from brewjax.explore.explorer import Explorer
+from brewjax.model.params import num_parameters
+
+STATIC = Path(__file__).parent / "static"
+TEMPLATE = Path(__file__).parent / "page.html.j2"
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
+    "form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+HOST, LOCAL_NAMES = "127.0.0.1", ("localhost", "127.0.0.1", "::1")
+SUGGESTIONS = 20  # members that the page suggests
+MAX_CANDIDATES = 2000
+REMEMBERED = 32  # contexts whose scores are kept, so that "why" does not rank again
+T = TypeVar("T")
+
+
+class Edit(pydantic.BaseModel):
+    """What the page asks for: a member, a task, and what is changed. What is None is as the task has it.
+
+    Attributes:
+      model: index of the model, where two are compared.
+      history: rows of the events in their order; the token budget leaves out the first ones.
+      left_out: rows of the events that are switched off.
+      candidates: how many items to draw, of those whose name has `like` in it.
+    """
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+    model: int = pydantic.Field(0, ge=0)
+    task: str
+    member: str
+    instruction: str | None = pydantic.Field(None, max_length=20_000)
+    note: str | None = pydantic.Field(None, max_length=20_000)
+    style: str | None = None
+    history: tuple[int, ...] | None = None
+    left_out: tuple[int, ...] = ()
+    candidates: int = pydantic.Field(50, ge=1, le=MAX_CANDIDATES)
+    like: str = pydantic.Field("", max_length=200)
+
+
+class WhyEdit(pydantic.BaseModel):
+    """A question why: of an item, in the ranking of an edit."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+    edit: Edit
+    item: str
+
+
+def make_page(explorers: Sequence[Explorer]) -> FastAPI:
+    """The application.
+
+    Args:
+      explorers: a model with a dataset and at least one task; a second one is compared with it.
+    """
+    app = FastAPI(title="brewjax explore", docs_url=None, redoc_url=None, openapi_url=None)
+    app.mount("/static", StaticFiles(directory=STATIC))
+    device = threading.Lock()  # one computation at a time: the endpoints run in threads
+    page = _render_page(explorers)
+
+    @functools.lru_cache(maxsize=REMEMBERED)
+    def find_context(edit: Edit) -> Context:
+        return make_context(explorers, edit)
+
+    @functools.lru_cache(maxsize=REMEMBERED)
+    def find_ranking(edit: Edit) -> dict[str, Any]:
+        return describe_ranking(find_context(edit))
+
+    def answer(compute: Callable[[], T]) -> T | JSONResponse:
+        """The result, or an error of one line: a member that does not exist, a text that does not fit."""
+        try:
+            with device:
+                return compute()
+        except ValueError as error:
+            return JSONResponse({"message": str(error)}, 400)
+
+    @app.middleware("http")
+    async def protect(request: Request, call_next: RequestResponseEndpoint) -> Response:
+        # A page of another site must not read the tables through a name that it points at this machine.
+        if request.url.hostname not in LOCAL_NAMES:
+            return JSONResponse({"message": f"host '{request.url.hostname}': not this server"}, 421)
+        response = await call_next(request)
+        response.headers.update(HEADERS)
+        return response
+
+    @app.exception_handler(RequestValidationError)
+    async def describe_error(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        return JSONResponse({"message": f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}"}, 400)
+
+    @app.get("/")
+    def show_page() -> HTMLResponse:
+        return HTMLResponse(page)
+
+    @app.get("/members")
+    def suggest_members(like: str = "") -> list[str]:
+        dataset = explorers[0].dataset
+        assert dataset is not None
+        ids = dataset.members[dataset.card.members.id].cast(pa.string())
+        return ids.filter(pc.starts_with(ids, like)).slice(0, SUGGESTIONS).to_pylist()
+
+    @app.post("/rank")
+    def rank(edit: Edit) -> Any:
+        return answer(lambda: find_ranking(edit))
+
+    @app.post("/why")
+    def why(question: WhyEdit) -> Any:
+        return answer(lambda: describe_reasons(find_context(question.edit), question.item))
+
+    @app.post("/task")
+    def task_file(edit: Edit) -> Any:
+        def render() -> PlainTextResponse:
+            task = find_context(edit).task.model_dump(mode="json")
+            return PlainTextResponse(yaml.safe_dump(task, sort_keys=False, allow_unicode=True))
+
+        return answer(render)
+
+    @app.post("/prompt")
+    def prompt_file(edit: Edit) -> Any:
+        def render() -> dict[str, Any]:
+            prompt = find_context(edit).text
+            questions = [question.heading + question.text for question in prompt.questions]
+            return {
+                "preamble": prompt.preamble, "events": prompt.events, "questions": questions, "labels": prompt.labels
+            }  # fmt: skip
+
+        return answer(render)
+
+    return app
+
+
+def make_context(explorers: Sequence[Explorer], edit: Edit) -> Context:
+    """The context that an edit describes. Raises ValueError for what does not exist."""
+    if edit.model >= len(explorers):
+        raise ValueError(f"model {edit.model}: there are {len(explorers)}")
+    explorer = explorers[edit.model]
+    context = explorer.context(
+        edit.member, task=edit.task, instruction=edit.instruction, note=edit.note, style=edit.style
+    )
+    candidates = context.example.candidates
+    if edit.like:
+        mask = [edit.like.lower() in title.lower() for title in context.titles]
+        candidates = candidates[mask]
+        if not len(candidates):
+            raise ValueError(f"no candidate's name has '{edit.like}' in it")
+    chosen = np.sort(np.random.default_rng(0).permutation(len(candidates))[: edit.candidates])
+    items = [context.dataset.item_id(row) for row in candidates[chosen]]
+    return context.change(items=items, history=edit.history, left_out=edit.left_out)
+
+
+def describe_ranking(context: Context) -> dict[str, Any]:
+    """The ranking, the events, and the prompt as the model reads it, for the page."""
+    start = time.perf_counter()
+    odds, probabilities = context.log_odds, context.probabilities
+    milliseconds = 1000 * (time.perf_counter() - start)
+    view = context.prompt()
+    ids, titles = context.item_ids, context.titles
+    events = zip(context.in_budget.tolist(), context.describe_events(context.in_budget), strict=True)
+    dropped = zip(context.dropped.tolist(), context.describe_events(context.dropped), strict=True)
+    pieces = view.pieces()
+    shown = [*pieces[: 1 + len(context.text.events)], pieces[-len(ids) + int(context.order[0])]]
+    return {
+        "label": context.task.words[context.top_label],
+        "instruction": context.task.instruction,
+        "note": context.task.steering_note,
+        "style": context.style,
+        "events": [{"row": row, "text": text, "on": row not in context.left_out} for row, text in events],
+        "dropped": [{"row": row, "text": text} for row, text in dropped],
+        "ranking": [
+            {
+                "item": ids[index],
+                "title": titles[index],
+                "probability": float(probabilities[index, context.top_label]),
+                "log_odds": float(odds[index]),
+            }
+            for index in context.order
+        ],
+        "pieces": [{"kind": p.kind, "text": p.text, "tokens": p.tokens, "attends": p.attends} for p in shown],
+        "truncated": list(context.text.truncated_texts),
+        "prefix_tokens": view.encoded.prefix_length,
+        "tokens": len(view.encoded),
+        "milliseconds": milliseconds,
+    }
+
+
+def describe_reasons(context: Context, item: str) -> dict[str, Any]:
+    """Why an item ranks where it does, for the page; an effect within noise is null."""
+    reasons = context.why(item)
+    return {
+        "summary": reasons.summary(),
+        "effects": [
+            {
+                "kind": reasons.parts[index].kind,
+                "text": reasons.parts[index].text,
+                "effect": None if reasons.is_noise(index) else float(reasons.effects[index]),
+            }
+            for index in reasons.order.tolist()
+        ],
+    }
+
+
+def _render_page(explorers: Sequence[Explorer]) -> str:
+    """The page, with what does not change: models, tasks, styles, the words for members and items."""
+    first = explorers[0]
+    if first.dataset is None or not first.tasks:
+        raise ValueError("the page needs a dataset and a task: --dataset and --task")
+    template = jinja2.Template(TEMPLATE.read_text(), autoescape=True)
+    return template.render(
+        models=[
+            f"{explorer.bundle.model.name}, {num_parameters(explorer.bundle.params):,} parameters"
+            for explorer in explorers
+        ],
+        facts=first.facts(),
+        tasks=[*first.tasks],
+        styles=[*STYLES],
+        style=first.bundle.prompts.score_style,
+        member=first.dataset.member_id(int(np.argmax(np.diff(first.dataset.member_offsets)))),
+        card=first.dataset.card,
+        max_candidates=MAX_CANDIDATES,
+    )
+
+
+def serve(explorers: Sequence[Explorer], port: int) -> None:
+    """Serves the page to this machine until it is interrupted. Raises ConfigError for a port that is taken."""
+    page = make_page(explorers)
+    try:
+        with socket.create_server((HOST, port)) as listening:
+            print_line(f"http://localhost:{listening.getsockname()[1]} (Ctrl-C ends it)")
+            uvicorn.Server(uvicorn.Config(page, log_level="warning")).run([listening])
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        raise ConfigError(f"cannot listen at {HOST}:{port}: {reason}; give another --port") from None
