@@ -47,29 +47,29 @@ def _read_events(path: Path) -> dict[str, list]:
     events: dict[str, list] = {name: [] for name in ("member_id", "item_id", "action", "step", "impression")}
     read: dict[str, set[str]] = {}
 
-    def add(member: str, article: str, action: str, step: int, impression: int | None) -> None:
-        for name, value in zip(events, (member, article, action, step, impression), strict=True):
+    def add(*values: str | int | None) -> None:
+        for name, value in zip(events, values, strict=True):
             events[name].append(value)
 
-    for number, member, history, shown in sorted(impressions):
-        before = read.setdefault(member, set())
-        new = [article for article in dict.fromkeys(history) if article not in before]
+    for impression, reader, articles, entries in sorted(impressions):
+        before = read.setdefault(reader, set())
+        new = [article for article in dict.fromkeys(articles) if article not in before]
         before.update(new)
         for index, article in enumerate(new):
-            add(member, article, "read", number * STEPS - len(new) + index, None)
-        for entry in dict.fromkeys(shown):
+            add(reader, article, "read", impression * STEPS - len(new) + index, None)
+        for entry in dict.fromkeys(entries):
             article, clicked = entry.rsplit("-", 1)
-            add(member, article, "clicked" if clicked == "1" else "shown", number * STEPS, number)
+            add(reader, article, "clicked" if clicked == "1" else "shown", impression * STEPS, impression)
     return events
 
 
-def _read_articles(source: Path, wanted: set[str]) -> pa.Table:
+def _read_articles(source: Path, articles: set[str]) -> pa.Table:
     literals: dict[str, dict[str, str]] = {"headline": {}, "abstract": {}, "datePublished": {}}
     for name in (CONTENT, METADATA):
         for line in bz2.decompress((source / name).read_bytes()).decode().splitlines():
             if (match := LITERAL.match(line)) and match[2] in literals:
                 literals[match[2]][f"news_{match[1]}"] = match[3].replace('\\"', '"')
-    ids = sorted(wanted)
+    ids = sorted(articles)
     dates = [literals["datePublished"].get(article) for article in ids]
     return pa.table(
         {
