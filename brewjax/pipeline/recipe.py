@@ -89,6 +89,8 @@ class SftStage(_Trained):
     """Supervised fine-tuning on the recipe's tasks."""
     data: SftConfig = SftConfig()
     """How training records are made of the tasks' examples."""
+    soft_label_weight: float = pydantic.Field(default=0.9, ge=0, le=1)
+    """Weight of the divergence from `data.soft_labels`, if there are any; the answers' cross-entropy has the rest."""
 
 
 class AlignStage(_Trained):

@@ -29,7 +29,7 @@ from brewjax.data.records.mixture import MixConfig
 from brewjax.data.records.preferences import AlignConfig, align_records
 from brewjax.data.records.pretrain import PretrainConfig, domain_texts, general_texts, pretrain_records
 from brewjax.data.records.provenance import Provenance
-from brewjax.data.records.sft import SftConfig, sft_records
+from brewjax.data.records.sft import Predict, SftConfig, sft_records
 from brewjax.data.records.shards import write_shards
 from brewjax.data.tables.card import CARD
 from brewjax.data.tables.statistics import Percentiles
@@ -37,6 +37,7 @@ from brewjax.data.tasks.examples import sample_examples
 from brewjax.data.tasks.task import Task
 from brewjax.data.text.encode import EncodedPrompt, Text
 from brewjax.data.text.tokenizer import Tokenizer
+from brewjax.evaluate.out_of_fold import LIGHTGBM, PredictionTable, predict_out_of_fold
 from brewjax.fingerprint import hash_files, hash_folder
 from brewjax.model.config import ModelConfig
 from brewjax.model.params import MODEL, Params, load_model
@@ -52,15 +53,17 @@ from brewjax.pipeline.recipe import (
     PruneStage,
     QuantizeStage,
     Recipe,
+    SftStage,
     TrainedStage,
 )
 from brewjax.pipeline.runner import Step, run_steps
 from brewjax.retrieve.encoder import Encoder, EncoderConfig
 from brewjax.train.align import REFERENCE
 from brewjax.train.contrastive import ITEMS, Contrastive
+from brewjax.train.distill import TEACHER, Distill
 from brewjax.train.loop import train
 from brewjax.train.objectives import Objective, supervised
-from brewjax.train.teachers import AuxModel, FrozenModel
+from brewjax.train.teachers import AuxModel, FrozenModel, SoftLabels
 
 # The folders whose code makes what a step leaves.
 TRAIN = ("train", "model", "../pallas_kernels")
@@ -137,7 +140,10 @@ def _sources(
     verbalizer, prompts = run.verbalizer, run.recipe.prompts
     match config:
         case SftConfig():
-            return {task.name: sft_records(verbalizer, task, prompts, config) for task in run.tasks}
+            return {
+                task.name: sft_records(verbalizer, task, prompts, config, _soft_labels(run, task, config))
+                for task in run.tasks
+            }
         case AlignConfig():
             return {task.name: align_records(verbalizer, task, prompts, config) for task in _aligned(run, config)}
     until = run.tasks[0].boundaries(run.dataset)[0]
@@ -145,6 +151,15 @@ def _sources(
     if config.general_text:
         texts["general"] = general_texts(Path(config.general_text))
     return {name: pretrain_records(of, run.tokenizer) for name, of in texts.items()}
+
+
+def _soft_labels(run: Run, task: Task, config: SftConfig) -> Predict | None:
+    """What gives the soft labels of a task's examples, if the data asks for any."""
+    if config.soft_labels is None:
+        return None
+    if config.soft_labels == LIGHTGBM:
+        return functools.partial(predict_out_of_fold, run.dataset, task)
+    return PredictionTable(run.dataset, task, Path(config.soft_labels)).look_up
 
 
 def shares(run: Run, config: DataConfig, folder: Path) -> dict[Path, float]:
@@ -180,6 +195,8 @@ def train_stage(run: Run, stage: TrainedStage, data: Path, folder: Path) -> None
         objective = stage.loss
         if not stage.train.lora:
             frozen = {REFERENCE: FrozenModel(*load_model(run.model(stage.init_from), mesh))}
+    elif isinstance(stage, SftStage) and stage.data.soft_labels:
+        objective, frozen = Distill(kd_weight=stage.soft_label_weight), {TEACHER: SoftLabels(shards)}
     elif isinstance(stage, ContrastiveStage):
         objective, frozen = stage.loss, {ITEMS: ItemTable(shards)}
     bundle = run.bundle(model, train(model, stage.train, shards, folder, objective, init, frozen))

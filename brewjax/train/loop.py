@@ -33,7 +33,7 @@ from brewjax.train.lora import LoraConfig
 from brewjax.train.metrics_writer import MetricsWriter
 from brewjax.train.objectives import BASE, AuxInputs, Objective, TopK, WeightedSum
 from brewjax.train.optimizer import OptimizerConfig
-from brewjax.train.teachers import AuxModel, FrozenModel, TeacherCache, TeacherOnMesh
+from brewjax.train.teachers import AuxModel, FrozenModel, SoftLabels, TeacherCache, TeacherOnMesh
 from pallas_kernels.token_labels import PADDING, TokenLabels
 
 State = dict[str, Any]
@@ -162,7 +162,7 @@ def train(
     lookups = {
         name: aux_model.look_up
         for name, aux_model in aux_models.items()
-        if isinstance(aux_model, (TeacherCache, ItemTable))
+        if isinstance(aux_model, (TeacherCache, SoftLabels, ItemTable))
     }
     teachers = {name: aux_model for name, aux_model in aux_models.items() if isinstance(aux_model, TeacherOnMesh)}
     frozen = {name: aux_model for name, aux_model in aux_models.items() if isinstance(aux_model, FrozenModel)}

@@ -24,6 +24,7 @@ from brewjax import distributed
 from brewjax.data.records.contrastive import ItemTable
 from brewjax.data.records.loader import NO_TARGET, TokenBatch
 from brewjax.data.records.shards import Shards, read_counts, shard_folders
+from brewjax.data.records.soft_labels import SoftLabelTable
 from brewjax.model.config import ModelConfig
 from brewjax.model.params import Params, abstract_params, bind
 from brewjax.model.sharding import MeshConfig, data_parallel_size
@@ -129,7 +130,36 @@ class TeacherCache:
         return TopK(ids, log_probs)  # type: ignore[arg-type]  # numpy until it is placed
 
 
-AuxModel = FrozenModel | TeacherOnMesh | TeacherCache | ItemTable  # what gives an objective's auxiliary inputs
+class SoftLabels:
+    """Another ranker's probabilities at the targets of shards, as a teacher's outputs (`write_shards` wrote them)."""
+
+    def __init__(self, shards: Shards):
+        tables = [SoftLabelTable.load(folder) for folder in shard_folders(shards)]
+        k = max(table.ids.shape[1] for table in tables)
+        sizes = [len(table.offsets) - 1 for table in tables]
+        starts = np.cumsum([0, *(table.offsets[-1] for table in tables)])
+        # Records are numbered through all folders, in their order.
+        self._offsets = np.concatenate(
+            [table.offsets[:size] + start for table, size, start in zip(tables, sizes, starts, strict=False)]
+            + [starts[-1:]]
+        )
+        pad = lambda array, value: np.pad(array, ((0, 0), (0, k - array.shape[1])), constant_values=value)  # noqa: E731
+        self._ids = np.concatenate([pad(table.ids, -1) for table in tables])
+        self._log_probs = np.concatenate([pad(table.log_probs, -np.inf) for table in tables])
+
+    def look_up(self, batch: TokenBatch) -> TopK:
+        """As `TeacherCache.look_up`."""
+        shape = (*batch.tokens.shape, self._ids.shape[1])
+        ids, log_probs = np.full(shape, -1, np.int32), np.full(shape, -np.inf, np.float32)
+        for (row, record), positions in _targets(batch):
+            answers = np.arange(self._offsets[record], self._offsets[record + 1])
+            answers = np.tile(answers, len(positions) // len(answers))  # of small data, a row holds a record twice
+            ids[row, positions], log_probs[row, positions] = self._ids[answers], self._log_probs[answers]
+        return TopK(ids, log_probs)  # type: ignore[arg-type]  # numpy until it is placed
+
+
+# What gives an objective's auxiliary inputs.
+AuxModel = FrozenModel | TeacherOnMesh | TeacherCache | SoftLabels | ItemTable
 
 
 class _Part(NamedTuple):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar
 
 import numpy as np
 import pydantic
 
-from brewjax.config import Config, Seed
+from brewjax.config import Config, Seed, Words
 from brewjax.console import track
 from brewjax.data.prompts.styles import PromptConfig
 from brewjax.data.prompts.verbalize import Verbalizer
@@ -18,6 +18,8 @@ from brewjax.data.records.provenance import Provenance, provenance, task_rng
 from brewjax.data.tasks.examples import Choice, RankingExample, sample_examples
 from brewjax.data.tasks.task import Task
 from brewjax.data.text.encode import EncodedPrompt, encode
+
+Predict = Callable[[Sequence[RankingExample]], Sequence[np.ndarray]]
 
 
 class SftConfig(Config):
@@ -38,21 +40,31 @@ class SftConfig(Config):
     """Loss weight of each target by the name of its task; 1 for a task that is not named."""
     mix: MixConfig = MixConfig()
     """How the tasks share the tokens of a run."""
+    soft_labels: Words | None = None
+    """Another ranker to learn from, besides the answers: "LightGBM", which the recipe then trains out of fold; or a
+    Parquet file with its probabilities, a column for each label word, and the ids of member and item and the time of
+    the event under their names in the card (out of fold too: who has seen an answer teaches it as certain)."""
     seed: Seed = 0
     """Seed of the choice of examples, styles and choices."""
 
 
 def sft_records(
-    verbalizer: Verbalizer, task: Task, prompts: PromptConfig, config: SftConfig
+    verbalizer: Verbalizer, task: Task, prompts: PromptConfig, config: SftConfig, predict: Predict | None = None
 ) -> Iterator[tuple[EncodedPrompt, Provenance]]:
     """Yields the records of a task's training period with their provenance, for `write_shards`.
 
     The same seed gives the same records.
+
+    Args:
+      predict: gives the soft labels of examples, float [candidates, labels] each.
     """
     rng = task_rng(config.seed, task)
     weight = config.loss_weights.get(task.name, 1.0)
     for repeat in range(config.repeats):
         examples = sample_examples(verbalizer.dataset, task, "train", config.max_examples, config.seed + repeat)
+        if predict:
+            soft_labels = predict(examples)
+            examples = [dataclasses.replace(e, soft_labels=s) for e, s in zip(examples, soft_labels, strict=True)]
         for example in track(examples, f"sft {task.name}"):
             style = prompts.draw(rng)
             example = verbalizer.fitting(task, example, style)
@@ -63,6 +75,8 @@ def sft_records(
                 rendered += [choice_prompt] if choice_prompt and choice_prompt.questions else []
             for prompt in rendered:
                 encoded = encode(prompt, verbalizer.tokenizer, prompts.layout)
+                if example.soft_labels is not None and prompt is rendered[0]:
+                    encoded = dataclasses.replace(encoded, soft_labels=list(example.soft_labels))
                 yield dataclasses.replace(encoded, weight=weight), provenance(verbalizer, task, example, style)
     verbalizer.print_overlong()
 

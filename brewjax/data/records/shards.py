@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from brewjax.data.records.soft_labels import SoftLabelWriter
 from brewjax.data.text.encode import NO_TARGET, EncodedPrompt, Text
 from brewjax.paths import write_text
 
@@ -44,6 +45,7 @@ def write_shards(
     paths = [folder / f"part-{index:03d}.array_record" for index in range(shards)]
     writers = [ArrayRecordWriter(str(path), "group_size:1") for path in paths]
     counts = {"records": 0, "targets": 0, "tokens": 0}
+    soft_labels = SoftLabelWriter()
     with open(folder / SOURCES, "w") as sources:
         for example, provenance in examples:
             try:
@@ -57,11 +59,13 @@ def write_shards(
                 record = b"".join(arrays[name].tobytes() for name in FIELDS)
                 writers[counts["records"] % shards].write(record)
                 sources.write(json.dumps(provenance) + "\n")
+                soft_labels.add(encoded, arrays["targets"])
                 counts["records"] += 1
                 counts["targets"] += int((arrays["targets"] != NO_TARGET).sum())
                 counts["tokens"] += len(encoded)
     for writer in writers:
         writer.close()
+    soft_labels.write(folder)
     write_text(folder / COUNTS, json.dumps(counts))
     return counts
 

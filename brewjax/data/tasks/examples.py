@@ -37,6 +37,8 @@ class RankingExample:
       labels: int32 [candidates], indices into `Task.labels`; -1 if the answer is unknown.
       exposures: int64 [candidates], rows of the events that are asked about, for the context of the questions: a
         sampled negative has that of the event it was sampled for; -1 for none.
+      soft_labels: float32 [candidates, labels], the probabilities that another ranker gives the answers, to learn from;
+        None if there are none.
       request: the request whose list the candidates are, by number (`Dataset.event_request`); -1 for none.
     """
 
@@ -49,6 +51,7 @@ class RankingExample:
     labels: np.ndarray
     exposures: np.ndarray
     request: int = NO_REQUEST
+    soft_labels: np.ndarray | None = None
 
     def select(self, indices: slice | np.ndarray) -> RankingExample:
         """The same context with some of its candidates, by index or mask."""
@@ -57,6 +60,7 @@ class RankingExample:
             candidates=self.candidates[indices],
             labels=self.labels[indices],
             exposures=self.exposures[indices],
+            soft_labels=None if self.soft_labels is None else self.soft_labels[indices],
         )
 
 

@@ -35,6 +35,7 @@ class EncodedPrompt:
         list (see `TokenBatch.preference`). The questions of a list are adjacent, each answered by a label word. Empty
         if there are no lists.
       weight: loss weight of every target.
+      soft_labels: per question, float [labels], another ranker's probability of each label. Empty if there are none.
     """
 
     prefix_pieces: list[list[int]]
@@ -45,6 +46,7 @@ class EncodedPrompt:
     answer_offsets: list[int] = dataclasses.field(default_factory=list)
     preference_lists: list[int] = dataclasses.field(default_factory=list)
     weight: float = 1.0
+    soft_labels: list[np.ndarray] = dataclasses.field(default_factory=list)
 
     @property
     def prefix_length(self) -> int:
@@ -106,6 +108,7 @@ class EncodedPrompt:
                 answers=[self.answers[i] for i in chunk],
                 answer_offsets=self.answer_offsets if chunk_index == 0 else [],
                 preference_lists=[self.preference_lists[i] for i in chunk] if self.preference_lists else [],
+                soft_labels=[self.soft_labels[i] for i in chunk] if self.soft_labels else [],
             )
             for chunk_index, chunk in enumerate(chunks)
         ]
