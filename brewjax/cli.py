@@ -137,13 +137,20 @@ def evaluate(
     tasks: Annotated[list[Path], typer.Argument(help="Task files.")],
     split: Annotated[Split, typer.Option(help="The period of time to ask about.")] = "test",
     max_examples: Annotated[Optional[int], typer.Option(help="Of each task; a random choice of them.", min=1)] = None,
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="Beside popularity, the fact regression and LightGBM, trained for it.")
+    ] = False,
+    out: Annotated[Optional[Path], typer.Option(help="Folder for the predictions, a Parquet file per task.")] = None,
 ) -> None:
     """Evaluate a model on tasks, trained on or not: a task is a YAML file, no training and no code."""
     device_per_core()
+    import pyarrow.parquet as pq
+
     from brewjax.bundle.bundle import Bundle
     from brewjax.data.tables.dataset import Dataset
     from brewjax.data.tasks.examples import sample_examples
     from brewjax.data.tasks.task import load_tasks
+    from brewjax.evaluate.baselines import predict_baselines
     from brewjax.evaluate.predict import predict
     from brewjax.evaluate.report import print_results
     from brewjax.evaluate.results import compare
@@ -156,7 +163,15 @@ def evaluate(
             raise task.error(f"no question falls into the {split} period", "split")
         examples_by_task.append((task, examples))
     for (task, _), predictions in zip(examples_by_task, predict(bundle, tables, examples_by_task), strict=True):
-        print_results(compare(task, {"model": predictions.table}), console)
+        compared = {"model": predictions.table}
+        if baselines:
+            examples = next(chosen for other, chosen in examples_by_task if other is task)
+            compared |= predict_baselines(tables, task, examples)
+        print_results(compare(task, compared), console)
+        for name, table in compared.items() if out else ():
+            assert out is not None
+            out.mkdir(parents=True, exist_ok=True)
+            pq.write_table(table, out / f"{task.name}.{name}.parquet")
 
 
 @app.command()
@@ -227,11 +242,15 @@ def score(
     prompt: Annotated[Optional[Path], typer.Option(help="A prompt as JSON; - is stdin.", allow_dash=True)] = None,
     dataset: Annotated[Optional[Path], typer.Option(help="Or: a dataset folder,")] = None,
     task: Annotated[Optional[Path], typer.Option(help="a task file,")] = None,
-    member: Annotated[str, typer.Option(help="and the id of a member, to rank all items new to the member.")] = "",
+    member: Annotated[
+        Optional[list[str]],
+        typer.Option(help="and the id of a member, or of several, to rank all items new to each."),
+    ] = None,
     at: At = None,
     items: Annotated[Optional[int], typer.Option(help="Rank only so many of them, drawn at random.", min=1)] = None,
     note: Annotated[str, typer.Option(help="A wish that the model reads with its instruction.")] = "",
     top: Annotated[int, typer.Option(help="How many items to show.", min=1)] = 10,
+    out: Annotated[Optional[Path], typer.Option(help="Write whole rankings, .parquet or .json.")] = None,
 ) -> None:
     """Rank items for a member of a dataset, or answer the questions of a JSON prompt; here, or on a server."""
     if model is not None and server:
@@ -266,27 +285,37 @@ def score(
 
         tables = Dataset.load(dataset)
         (checked,) = load_tasks([task], tables)
-        example = example_at(tables, checked, tables.member_row(member), _microseconds(at))
+        examples = [example_at(tables, checked, tables.member_row(name), _microseconds(at)) for name in member]
         if items is not None:
-            example = example.select(np.sort(np.random.default_rng(0).permutation(len(example.candidates))[:items]))
+            examples = [
+                example.select(np.sort(np.random.default_rng(0).permutation(len(example.candidates))[:items]))
+                for example in examples
+            ]
         if model:
             from brewjax.bundle.bundle import Bundle
+            from brewjax.evaluate.ranking import rank, write_rankings
 
             bundle = Bundle.load(model)
-            verbalizer, style = bundle.verbalizer(tables, checked), bundle.prompts.score_style
-            example = verbalizer.fitting(checked, example, style)
-            request = verbalizer.prompt(checked, example, style, note)
-            verbalizer.print_overlong()
-            probabilities = bundle.score(request)
+            verbalizer = bundle.verbalizer(tables, checked)
+            rankings = [rank(bundle, verbalizer, checked, example, note) for example in examples]
         else:
+            from brewjax.evaluate.ranking import Ranking, write_rankings
             from brewjax.serve.client import score_all
             from brewjax.serve.requests import request_from_example
 
-            question = request_from_example(tables, checked, example, note)
-            probabilities, how = score_all(server, question, os.environ.get(TOKEN))
-            console.print(how)
-        names = [tables.item_name(row) for row in example.candidates]
-        print_ranking(console, probabilities, checked.words, checked.values, names, top)
+            rankings = []
+            for example in examples:
+                question = request_from_example(tables, checked, example, note)
+                probabilities, how = score_all(server, question, os.environ.get(TOKEN))
+                console.print(how)
+                rankings.append(Ranking(example.member, example.candidates, probabilities))
+        for ranking in rankings:
+            if len(rankings) > 1:
+                console.print(f"{tables.card.members.noun} {tables.member_id(ranking.member)}")
+            names = [f"{tables.item_name(row)} [{tables.item_id(row)}]" for row in ranking.items]
+            print_ranking(console, ranking.probabilities, checked.words, checked.values, names, top)
+        if out:
+            write_rankings(out, tables, checked, rankings)
     else:
         raise typer.BadParameter("give --prompt, or --dataset, --task and --member")
 

@@ -1,6 +1,6 @@
-"""Baselines that a model has to beat: popularity, and gradient-boosted trees over features built by hand.
+"""Baselines that a model has to beat: popularity, a regression on what prompts state, and gradient-boosted trees.
 
-Both answer the same questions as the model, and see only events before each example's cutoff time.
+All answer the same questions as the model, and see only events before each example's cutoff time.
 """
 
 from __future__ import annotations
@@ -11,16 +11,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from scipy.special import expit
 
+from brewjax.console import plain_console
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.point_in_time import PointInTimeIndex
-from brewjax.data.tasks.examples import RankingExample
+from brewjax.data.tables.statistics import Percentiles
+from brewjax.data.tasks.examples import RankingExample, build_examples
 from brewjax.data.tasks.questions import find_questions, match_labels
 from brewjax.data.tasks.task import Task
 from brewjax.evaluate.features import CandidateRows, Features, build_features
 from brewjax.evaluate.metrics import log_loss
+from brewjax.evaluate.predictions import from_examples
+from brewjax.evaluate.regression import FactRegression
 
+BASELINES = ("popularity", "fact regression", "LightGBM")
 SMOOTHING = (1, 3, 10, 30, 100)  # candidate weights of the prior, in events
 
 GRID = tuple(  # LightGBM settings to try, the fastest first: the first three make a quick search
@@ -38,6 +44,30 @@ GRID = tuple(  # LightGBM settings to try, the fastest first: the first three ma
 )
 MAX_ROUNDS = 1000
 EARLY_STOPPING_ROUNDS = 30  # rounds without a better validation log loss that end the training of a setting
+
+
+def predict_baselines(
+    dataset: Dataset, task: Task, examples: Sequence[RankingExample], settings: int = 1
+) -> dict[str, pa.Table]:
+    """Trains the baselines on the training period, and predicts examples.
+
+    Args:
+      examples: all of their labels are known.
+      settings: how many LightGBM settings to try on the validation period.
+
+    Returns:
+      Tables of predictions by the names in BASELINES.
+    """
+    train, validation = (list(build_examples(dataset, task, split)) for split in ("train", "validation"))
+    percentiles = Percentiles.fit(dataset, task.boundaries(dataset)[0])
+    trees = LightGBM.fit(dataset, task, train, validation, settings)
+    plain_console().print(f"{task.name}: LightGBM chose {trees.settings}, {trees.rounds} rounds")
+    predicted = (
+        popularity(dataset, task, train, examples),
+        FactRegression.fit(dataset, task, train, percentiles).predict(dataset, task, examples),
+        trees.predict(dataset, task, examples),
+    )
+    return {name: from_examples(examples, values) for name, values in zip(BASELINES, predicted, strict=True)}
 
 
 def popularity(

@@ -12,12 +12,8 @@ import pyarrow.parquet as pq
 from brewjax import distributed
 from brewjax.bundle.bundle import Bundle
 from brewjax.console import plain_console
-from brewjax.data.tables.statistics import Percentiles
-from brewjax.data.tasks.examples import build_examples
-from brewjax.evaluate.baselines import LightGBM, popularity
+from brewjax.evaluate.baselines import BASELINES, predict_baselines
 from brewjax.evaluate.predict import ScoringCost, predict
-from brewjax.evaluate.predictions import from_examples
-from brewjax.evaluate.regression import FactRegression
 from brewjax.evaluate.report import describe_agreements, print_models, print_results, write_report
 from brewjax.evaluate.results import ModelSummary, compare
 from brewjax.model.config import ModelConfig
@@ -37,7 +33,6 @@ from brewjax.retrieve.evaluation import Recall, evaluate_retrieval, print_recall
 from brewjax.train.metrics_writer import METRICS, read_metrics
 
 EVALUATE, WORK, RETRIEVAL = "evaluate-", "work.json", "recall.json"
-BASELINES = ("popularity", "fact regression", "LightGBM")
 
 
 def evaluate_stage(run: Run, name: str, folder: Path) -> None:
@@ -61,20 +56,12 @@ def retrieve_stage(run: Run, name: str, folder: Path) -> None:
 
 def baselines_stage(run: Run, folder: Path) -> None:
     """The predictions of the baselines on the same questions."""
-    percentiles = Percentiles(run.scale.quantiles)
     for task in run.tasks:
-        train, validation = (list(build_examples(run.dataset, task, split)) for split in ("train", "validation"))
-        examples = run.test_examples[task.name]
-        trees = LightGBM.fit(run.dataset, task, train, validation, run.recipe.evaluate.baseline_settings)
-        for name, probabilities in {
-            "popularity": popularity(run.dataset, task, train, examples),
-            "fact regression": FactRegression.fit(run.dataset, task, train, percentiles).predict(
-                run.dataset, task, examples
-            ),
-            "LightGBM": trees.predict(run.dataset, task, examples),
-        }.items():
-            pq.write_table(from_examples(examples, probabilities), folder / f"{task.name}.{name}.parquet")
-        plain_console().print(f"{task.name}: LightGBM chose {trees.settings}, {trees.rounds} rounds")
+        predicted = predict_baselines(
+            run.dataset, task, run.test_examples[task.name], run.recipe.evaluate.baseline_settings
+        )
+        for name, table in predicted.items():
+            pq.write_table(table, folder / f"{task.name}.{name}.parquet")
 
 
 def report_stage(run: Run, before: Sequence[str], folder: Path) -> None:
