@@ -122,7 +122,7 @@ def sample_negatives(dataset: Dataset) -> None:
 
 def render(dataset: Dataset) -> None:
     """Renders 1,000 prompts with facts."""
-    facts = FactValues(dataset)
+    facts = FactValues.of(dataset)
     scales = Percentiles.fit(dataset, SHOWN.boundaries(dataset)[0], facts)
     verbalizer = Verbalizer(dataset, scales, Tokenizer.byte_level(), 2000, facts=facts)
     for example in sample_examples(dataset, SHOWN, "test", 1000):

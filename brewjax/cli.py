@@ -162,10 +162,9 @@ def evaluate(
         if not examples:
             raise task.error(f"no question falls into the {split} period", "split")
         examples_by_task.append((task, examples))
-    for (task, _), predictions in zip(examples_by_task, predict(bundle, tables, examples_by_task), strict=True):
+    for (task, examples), predictions in zip(examples_by_task, predict(bundle, tables, examples_by_task), strict=True):
         compared = {"model": predictions.table}
         if baselines:
-            examples = next(chosen for other, chosen in examples_by_task if other is task)
             compared |= predict_baselines(tables, task, examples)
         print_results(compare(task, compared), console)
         for name, table in compared.items() if out else ():
@@ -219,7 +218,7 @@ def prompt(
     else:
         assert row is not None  # there is no split, so there is a member
         printed = [example_at(tables, checked, row, _microseconds(at)).select(slice(questions or 3))]
-    facts = FactValues(tables)
+    facts = FactValues.of(tables)
     percentiles = Percentiles.fit(tables, checked.boundaries(tables)[0], facts)
     verbalizer = Verbalizer(tables, percentiles, Tokenizer.byte_level(), max_tokens, facts=facts)
     for example in printed:

@@ -156,7 +156,7 @@ class Bundle:
         Raises ValueError for a label word that is not one token.
         """
         task.check_words(self.tokenizer)
-        facts = FactValues(dataset)
+        facts = FactValues.of(dataset)
         if self.scale and self.scale.fits(dataset, facts):
             return self.request_verbalizer(dataset, facts)
         percentiles = Percentiles.fit(dataset, task.boundaries(dataset)[0], facts)

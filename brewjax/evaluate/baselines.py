@@ -188,14 +188,28 @@ class LightGBM:
           ImportError: lightgbm is not installed.
           ValueError: a split has no question.
         """
-        lightgbm = _import_lightgbm()
         for split, examples in (("train", train), ("validation", validation)):
             if not examples:
                 raise ValueError(f"task {task.name}: no question in the {split} split, LightGBM cannot be trained")
-        training = _lightgbm_dataset(lightgbm, build_features(dataset, task, train), task, train)
-        held_out = _lightgbm_dataset(
-            lightgbm, build_features(dataset, task, validation), task, validation, reference=training
+        training, held_out = (
+            (build_features(dataset, task, examples), CandidateRows.from_examples(examples).label)
+            for examples in (train, validation)
         )
+        return cls.fit_features(task, training, held_out, settings, seed)
+
+    @classmethod
+    def fit_features(
+        cls,
+        task: Task,
+        train: tuple[Features, np.ndarray],
+        validation: tuple[Features, np.ndarray],
+        settings: int = len(GRID),
+        seed: int = 0,
+    ) -> LightGBM:
+        """As `fit`, on features with the label of each row."""
+        lightgbm = _import_lightgbm()
+        training = _lightgbm_dataset(lightgbm, task, *train)
+        held_out = _lightgbm_dataset(lightgbm, task, *validation, reference=training)
         binary = len(task.words) == 2
         fixed = {
             "objective": "binary" if binary else "multiclass",
@@ -219,14 +233,15 @@ class LightGBM:
 
     def predict(self, dataset: Dataset, task: Task, examples: Sequence[RankingExample]) -> np.ndarray:
         """Probabilities, float64 [questions, labels]."""
-        predicted = self.booster.predict(build_features(dataset, task, examples).values)
+        return self.predict_features(task, build_features(dataset, task, examples).values)
+
+    def predict_features(self, task: Task, values: np.ndarray) -> np.ndarray:
+        """Probabilities, float64 [questions, labels], from rows of features."""
+        predicted = self.booster.predict(values)
         return np.stack([predicted, 1 - predicted], axis=1) if len(task.words) == 2 else predicted
 
 
-def _lightgbm_dataset(
-    lightgbm: Any, features: Features, task: Task, examples: Sequence[RankingExample], reference: Any = None
-) -> Any:
-    label = CandidateRows.from_examples(examples).label
+def _lightgbm_dataset(lightgbm: Any, task: Task, features: Features, label: np.ndarray, reference: Any = None) -> Any:
     return lightgbm.Dataset(
         features.values,
         label == 0 if len(task.words) == 2 else label,  # a binary prediction is then of the first label

@@ -144,7 +144,7 @@ class _Judge:
         self, dataset: Dataset, task: Task, train: Sequence[RankingExample], validation: Sequence[RankingExample]
     ):
         bare = dataclasses.replace(dataset, card=dataset.card.model_copy(update={"facts": Facts()}))
-        self._facts, self._sides = FactValues(dataset), (train, validation)
+        self._facts, self._sides = FactValues.of(dataset), (train, validation)
         self._rows = [CandidateRows.from_examples(examples) for examples in self._sides]
         self._attributes = [stated_numbers(bare, task, examples) for examples in self._sides]
         self._numbers: dict[tuple[FactGroup, str], list[np.ndarray]] = {}

@@ -141,7 +141,7 @@ def build_features(dataset: Dataset, task: Task, examples: Sequence[RankingExamp
     for attribute in dataset.card.members.attributes:
         if attribute.kind == "category":
             columns |= _cohort_features(log, candidates, dataset.members, attribute)
-    facts = FactValues(dataset)
+    facts = FactValues.of(dataset)
     for group, fact in dataset.card.facts.declared():
         if group != "events":
             columns[f"{group}: {fact.name}"] = facts.values(

@@ -5,6 +5,7 @@ They must be out of fold: a ranker that was trained on an answer is certain of i
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from brewjax.data.tables.reading import UnreadableError, open_table, plain
 from brewjax.data.tasks.examples import RankingExample
 from brewjax.data.tasks.task import Task
 from brewjax.evaluate.baselines import LightGBM
+from brewjax.evaluate.features import CandidateRows, build_features
 
 LIGHTGBM = "LightGBM"
 FOLDS = 3
@@ -35,19 +37,24 @@ def predict_out_of_fold(
     Raises:
       ValueError: a fold has no question to train on.
     """
-    fold = (dataset.member_hash[[example.member for example in examples]] % np.uint64(folds)).astype(int)
-    predictions: dict[int, np.ndarray] = {}
+    sizes = [len(example.candidates) for example in examples]
+    example = np.repeat(np.arange(len(examples)), sizes)  # of each question
+    fold = (dataset.member_hash[[e.member for e in examples]] % np.uint64(folds)).astype(int)[example]
+    features, label = build_features(dataset, task, examples), CandidateRows.from_examples(examples).label
+    predicted = np.empty((len(label), len(task.words)), np.float32)
     for held_out in range(folds):
-        pool = [examples[index] for index in np.flatnonzero(fold != held_out).tolist()]
-        stopping = pool[::HELD_OUT]
-        training = [example for index, example in enumerate(pool) if index % HELD_OUT]
-        trees = LightGBM.fit(dataset, task, training, stopping, settings=1)
-        rows = np.flatnonzero(fold == held_out).tolist()
-        predicted = trees.predict(dataset, task, [examples[index] for index in rows]).astype(np.float32)
-        sizes = [len(examples[index].candidates) for index in rows]
-        parts = np.split(predicted, np.cumsum(sizes)[:-1])
-        predictions |= dict(zip(rows, parts, strict=True))
-    return [predictions[index] for index in range(len(examples))]
+        stops = (fold != held_out) & (example % HELD_OUT == 0)
+        train = (fold != held_out) & ~stops
+        if not train.any() or not stops.any():
+            raise ValueError(f"task {task.name}: too few members to predict any of them by trees of the others")
+        training, stopping = (
+            (dataclasses.replace(features, values=features.values[rows]), label[rows]) for rows in (train, stops)
+        )
+        trees = LightGBM.fit_features(task, training, stopping, settings=1)
+        rows = fold == held_out
+        if rows.any():
+            predicted[rows] = trees.predict_features(task, features.values[rows])
+    return np.split(predicted, np.cumsum(sizes)[:-1])
 
 
 class PredictionTable:

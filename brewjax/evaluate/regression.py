@@ -109,7 +109,7 @@ def stated_numbers(dataset: Dataset, task: Task, examples: Sequence[RankingExamp
         if attribute.kind == "number" and attribute.column in task.questions.context:
             values = floats(dataset.events[attribute.column])[exposures]
             numbers[f"events.{attribute.column}"] = np.where(exposures >= 0, values, np.nan)
-    facts = FactValues(dataset)
+    facts = FactValues.of(dataset)
     for group, fact in dataset.card.facts.declared():
         if group != "events":
             numbers[f"{group}.{fact.name}"] = facts.values(group, fact, rows.member, rows.item, rows.cutoff_time)

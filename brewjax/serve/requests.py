@@ -34,7 +34,7 @@ def request_from_example(dataset: Dataset, task: Task, example: RankingExample, 
     Returns:
       a `Member`, whose items are the candidates in their order, by the ids of the items table.
     """
-    card, facts = dataset.card, FactValues(dataset)
+    card, facts = dataset.card, FactValues.of(dataset)
     count = len(example.candidates)
     cutoff = np.full(count, example.cutoff_time)
     candidates = _StatedRows(dataset.items, card.items.attributes, example.candidates, "question")

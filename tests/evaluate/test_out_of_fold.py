@@ -9,24 +9,29 @@ import pytest
 
 from brewjax.config import ConfigError
 from brewjax.data.tasks.examples import build_examples
+from brewjax.evaluate import out_of_fold
 from brewjax.evaluate.baselines import LightGBM
+from brewjax.evaluate.features import Features
 from brewjax.evaluate.out_of_fold import PredictionTable, predict_out_of_fold
 
 
 def test_no_ranker_predicts_members_it_was_trained_on(jobs, task, monkeypatch):
+    """Features here are the member's row alone, so that what trees were trained on can be seen."""
     examples = list(build_examples(jobs, task, "train"))
-    trained: list[set[int]] = []
+    members = np.concatenate([np.full((len(e.candidates), 1), e.member, np.float32) for e in examples])
+    monkeypatch.setattr(out_of_fold, "build_features", lambda *_: Features(["member"], members, []))
+    trained: list[set[float]] = []
 
     class Remembers:
-        def predict(self, dataset, task, examples):
-            assert not trained[-1] & {example.member for example in examples}
-            return np.full((sum(len(example.candidates) for example in examples), 2), 0.5)
+        def predict_features(self, task, values):
+            assert not trained[-1] & {*values.ravel()}
+            return np.full((len(values), 2), 0.5)
 
-    def fit(dataset, task, train, validation, settings):
-        trained.append({example.member for example in [*train, *validation]})
+    def fit(task, train, validation, settings):
+        trained.append({*train[0].values.ravel(), *validation[0].values.ravel()})
         return Remembers()
 
-    monkeypatch.setattr(LightGBM, "fit", fit)
+    monkeypatch.setattr(LightGBM, "fit_features", fit)
     predicted = predict_out_of_fold(jobs, task, examples)
     assert len(trained) == 3
     assert [p.shape for p in predicted] == [(len(example.candidates), 2) for example in examples]

@@ -61,7 +61,7 @@ class Verbalizer:
         self.dataset, self.tokenizer, self._max_tokens, self._template = dataset, tokenizer, max_tokens, template
         self.overlong = OverlongLog()
         self._known_questions: dict[str, Questions] = {}  # of each task, by name
-        source = facts or FactValues(dataset)
+        source = facts or FactValues.of(dataset)
         tables: tuple[Table, ...] = ("members", "items", "events")
         self._rows = {table: RowRenderer(dataset, table, percentiles, source, tokenizer.clean) for table in tables}
 

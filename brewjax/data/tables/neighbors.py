@@ -87,9 +87,10 @@ class Neighbors:
         rows = rows[last - np.arange(len(rows)) < MAX_EVENTS_PER_MEMBER]
         shape = (int(self._member.max(initial=0)) + 1, self._num_items)
         entries = (self._member[rows], self._item[rows])
-        matrix = scipy.sparse.csr_array((self._values[rows], entries), shape=shape)  # repeats are added
         presence = scipy.sparse.csr_array((np.ones(len(rows)), entries), shape=shape)
-        presence.data[:] = 1
+        presence.data[:] = 1  # repeats were added
+        binary = bool((self._values == 1).all())
+        matrix = presence if binary else scipy.sparse.csr_array((self._values[rows], entries), shape=shape)
         norms = np.sqrt(matrix.multiply(matrix).sum(axis=0))
         count = min(NEIGHBORS, self._num_items)
         items = np.zeros((self._num_items, NEIGHBORS), np.int32)
@@ -98,7 +99,7 @@ class Neighbors:
         for start in range(0, self._num_items, size):
             block = slice(start, start + size)
             product = (matrix[:, block].T @ matrix).toarray()
-            common = (presence[:, block].T @ presence).toarray()
+            common = product if binary else (presence[:, block].T @ presence).toarray()
             scale = norms[block][:, None] * norms[None, :]
             similarity = np.divide(product, scale, out=np.zeros_like(product), where=scale > 0)
             similarity *= common / (common + MIN_WEIGHT)

@@ -60,6 +60,11 @@ class FactValues:
     questions cost.
     """
 
+    @classmethod
+    def of(cls, dataset: Dataset) -> FactValues:
+        """The facts of a dataset, made once for it; not for several threads."""
+        return dataset.__dict__.setdefault("_fact_values", cls(dataset))
+
     def __init__(self, dataset: Dataset):
         self._dataset = dataset
         self._keyed: dict[tuple[str, str], _KeyedEvents] = {}
@@ -327,7 +332,7 @@ class Percentiles:
         sample = _latest(dataset, events)
         questions = dataset.event_member[sample], dataset.event_item[sample], dataset.event_time[sample]
         for group, fact in dataset.card.facts.declared():
-            facts = facts or FactValues(dataset)
+            facts = facts or FactValues.of(dataset)
             if fact.buckets:
                 known = facts.event_values(fact, sample) if group == "events" else facts.values(group, fact, *questions)
                 quantiles[f"{group}.{fact.name}"] = _quantiles(known, fact.buckets)
