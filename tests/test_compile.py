@@ -57,6 +57,7 @@ def test_a_training_step_compiles_for_chips_that_are_not_there(plan):
 SLICES = ["--topology", "2xv5e-2x2", "--set", "train.mesh.fsdp=4", "--set", "train.batch_size=16"]
 
 
+@pytest.mark.long
 def test_slices_send_each_other_gradients_and_no_more(plan):
     """In a process of its own: in one that compiled much else before, libtpu was seen to forget the slices."""
     command = [sys.executable, "-m", "brewjax.cli", "compile", str(plan), *SLICES]

@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 class Context:
     """A member as of a moment, what is asked, and the candidates; `change` makes another of it.
 
-        >>> context = brewjax.open(folder, dataset).context("7", task="apply")
-        >>> context.change(note="Near home, please.").rank().head()
+        >>> import brewjax
+        >>> context = brewjax.open(folder, dataset).context("m7", task="apply")
+        >>> "Near home" in str(context.change(note="Near home, please.").prompt())
+        True
 
     Attributes:
       bundle: the model.

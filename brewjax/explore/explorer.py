@@ -34,9 +34,11 @@ MICROSECONDS = 1_000_000
 def open(model: str | Path | Bundle, dataset: str | Path | Dataset | None = None) -> Explorer:
     """Opens a model, to rank, to read its prompts, and to ask why.
 
-        >>> model = brewjax.open("runs/demo/turbo/model", "data/movielens-100k")
-        >>> model.rank("405", task="liked").head()
-        >>> model.why("405", "50", task="liked")
+        >>> import brewjax
+        >>> model = brewjax.open(folder, dataset)  # such as "runs/demo/turbo/model", "data/movielens-100k"
+        >>> ranking = model.rank("m7", task="apply")  # the best first
+        >>> ranking["log_odds"].is_monotonic_decreasing
+        True
 
     Args:
       model: a model's folder, or a bundle that is loaded.

@@ -61,6 +61,7 @@ def test_a_token_gets_the_same_whatever_stands_beside_it():
     np.testing.assert_allclose(first[1, 3], second[1, 3], atol=1e-6)
 
 
+@pytest.mark.long
 @settings(max_examples=20, deadline=None)
 @given(sizes=st.lists(st.integers(0, 9), min_size=2, max_size=3), others=st.integers(0, 5), count=st.integers(1, 12))
 def test_in_turns_is_as_at_once(sizes, others, count):

@@ -216,6 +216,7 @@ def test_a_stage_is_a_verb_too(folder):
     assert "stages.distill.teacher: no stage 'big' before it, and no model there" in refused.stderr
 
 
+@pytest.mark.long
 def test_a_teacher_with_another_tokenizer_is_refused(folder):
     shutil.copytree(folder / "runs/jobs/big/model", folder / "foreign")
     Tokenizer.byte_level().save(folder / "foreign" / "tokenizer")

@@ -7,6 +7,7 @@ import json
 import threading
 
 import grpc
+import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from brewjax.serve import ranker_pb2 as pb
@@ -20,6 +21,7 @@ BODY = json.dumps({"query": [7] * 100, "items": [[8]] * 20, "label_token_ids": [
 CALLERS = 32
 
 
+@pytest.mark.long
 def test_nothing_is_lost_under_load_while_a_server_leaves(server, model_folder):
     """Its callers go by its health, as balancers do, and are served by another one from then on."""
     config = CONFIG.model_copy(update={"lame_duck_seconds": 60, "token_buckets": (256,), "max_candidate_tokens": 256})

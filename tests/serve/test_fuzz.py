@@ -205,6 +205,7 @@ def bodies() -> Iterable[bytes]:
             yield json.dumps(body).encode()
 
 
+@pytest.mark.long
 def test_fuzzed_json(server, client, alone):
     app = make_app(server.service, server._credentials, server._refusals)
 

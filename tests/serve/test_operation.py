@@ -113,6 +113,7 @@ def processes() -> Iterator[list[Process]]:
         process.kill()
 
 
+@pytest.mark.long
 def test_a_server_from_its_start_to_its_end(folder, secrets, log, processes, bundle, alone):
     """With TLS and a token: what answers without it, reload by SIGHUP, death and restart, and a drain by SIGTERM."""
     cert, port = str(secrets / "cert.pem"), free_port()

@@ -68,6 +68,7 @@ def test_two_processes_match_one(together, alone):
     assert sorted(path.name for path in data.glob("shard-*")) == ["shard-0-of-2.json", "shard-1-of-2.json"]
 
 
+@pytest.mark.long
 def test_one_killed_ends_the_other_and_a_restart_goes_on(shards, together, tmp_path):
     for killed, step in ((1, 8), (0, 20)):  # the second holds the run together
         started = start(shards, tmp_path, 2)
@@ -82,6 +83,7 @@ def test_one_killed_ends_the_other_and_a_restart_goes_on(shards, together, tmp_p
     assert without_speed(tmp_path) == without_speed(together)  # to the bit
 
 
+@pytest.mark.long
 def test_sigterm_to_one_saves_and_one_process_goes_on_from_two(shards, alone, tmp_path):
     started = start(shards, tmp_path, 2)
     wait_for(12, tmp_path, started)

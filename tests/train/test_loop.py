@@ -130,6 +130,7 @@ def without_speed(folder: Path) -> list[dict[str, float]]:
     return [{name: row[name] for name in row.keys() - {"tokens_per_second", "seconds"}} for row in rows]
 
 
+@pytest.mark.long
 def test_a_run_killed_twice_has_the_losses_of_one_that_was_not(shards, finished, tmp_path):
     for step in (13, 24):  # with a checkpoint every 5 steps; where exactly the kill hits is up to the machine
         kill_at(step, start(shards, tmp_path), tmp_path)

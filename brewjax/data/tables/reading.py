@@ -152,6 +152,8 @@ def _is_list(kind: pa.DataType) -> bool:
 def show(value: pa.Scalar) -> str:
     """Renders a value for an error message; some, such as a nanosecond or the year 30000, have no Python equal."""
     try:
+        if pa.types.is_duration(value.type) and value.type.unit == "ns":  # pandas, where it is installed, has an equal
+            raise ValueError
         shown = value.as_py()
         text = str(shown) if isinstance(shown, (datetime.date, datetime.time, datetime.timedelta)) else repr(shown)
     except (ValueError, OverflowError, KeyError):
