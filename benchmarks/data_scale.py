@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from brewjax.data.prompts.verbalize import Verbalizer
 from brewjax.data.tables.card import CARD
 from brewjax.data.tables.dataset import Dataset
-from brewjax.data.tables.statistics import FactValues, Percentiles
+from brewjax.data.tables.statistics import Percentiles
 from brewjax.data.tasks.examples import example_at, sample_examples
 from brewjax.data.tasks.task import Task
 from brewjax.data.text.tokenizer import Tokenizer
@@ -122,9 +122,8 @@ def sample_negatives(dataset: Dataset) -> None:
 
 def render(dataset: Dataset) -> None:
     """Renders 1,000 prompts with facts."""
-    facts = FactValues.of(dataset)
-    scales = Percentiles.fit(dataset, SHOWN.boundaries(dataset)[0], facts)
-    verbalizer = Verbalizer(dataset, scales, Tokenizer.byte_level(), 2000, facts=facts)
+    scales = Percentiles.fit(dataset, SHOWN.boundaries(dataset)[0])
+    verbalizer = Verbalizer(dataset, scales, Tokenizer.byte_level(), 2000)
     for example in sample_examples(dataset, SHOWN, "test", 1000):
         verbalizer.prompt(SHOWN, example, "compact")
 

@@ -195,7 +195,7 @@ def prompt(
     from brewjax.data.prompts.styles import STYLES
     from brewjax.data.prompts.verbalize import Verbalizer
     from brewjax.data.tables.dataset import Dataset
-    from brewjax.data.tables.statistics import FactValues, Percentiles
+    from brewjax.data.tables.statistics import Percentiles
     from brewjax.data.tasks.examples import build_examples, example_at
     from brewjax.data.tasks.task import load_tasks
     from brewjax.data.text.tokenizer import Tokenizer
@@ -218,9 +218,8 @@ def prompt(
     else:
         assert row is not None  # there is no split, so there is a member
         printed = [example_at(tables, checked, row, _microseconds(at)).select(slice(questions or 3))]
-    facts = FactValues.of(tables)
-    percentiles = Percentiles.fit(tables, checked.boundaries(tables)[0], facts)
-    verbalizer = Verbalizer(tables, percentiles, Tokenizer.byte_level(), max_tokens, facts=facts)
+    percentiles = Percentiles.fit(tables, checked.boundaries(tables)[0])
+    verbalizer = Verbalizer(tables, percentiles, Tokenizer.byte_level(), max_tokens)
     for example in printed:
         if split:
             moment = datetime.datetime.fromtimestamp(example.cutoff_time / MICROSECONDS, datetime.UTC)

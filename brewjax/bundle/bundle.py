@@ -17,7 +17,7 @@ from brewjax.data.prompts.styles import PromptConfig
 from brewjax.data.prompts.verbalize import Verbalizer
 from brewjax.data.tables.card import CARD, Card
 from brewjax.data.tables.dataset import Dataset
-from brewjax.data.tables.statistics import FactSource, FactValues, Percentiles
+from brewjax.data.tables.statistics import FactSource, Percentiles
 from brewjax.data.tasks.task import Task
 from brewjax.data.text.encode import EncodedPrompt, encode
 from brewjax.data.text.prompt import Prompt
@@ -62,9 +62,9 @@ class PercentileScale(Config):
         """Fits the percentiles of a dataset as of `until`, in microseconds since 1970."""
         return cls(until=until, quantiles=Percentiles.fit(dataset, until).quantiles)
 
-    def fits(self, dataset: Dataset, facts: FactSource | None = None) -> bool:
+    def fits(self, dataset: Dataset) -> bool:
         """Whether `dataset` has the same attributes and, before `until`, the same values; its name does not matter."""
-        refitted = Percentiles.fit(dataset, self.until, facts).quantiles
+        refitted = Percentiles.fit(dataset, self.until).quantiles
         return refitted.keys() == self.quantiles.keys() and all(
             len(refitted[name]) == len(scale) and np.allclose(refitted[name], scale, rtol=1e-9, atol=0)
             for name, scale in self.quantiles.items()
@@ -156,14 +156,13 @@ class Bundle:
         Raises ValueError for a label word that is not one token.
         """
         task.check_words(self.tokenizer)
-        facts = FactValues.of(dataset)
-        if self.scale and self.scale.fits(dataset, facts):
-            return self.request_verbalizer(dataset, facts)
-        percentiles = Percentiles.fit(dataset, task.boundaries(dataset)[0], facts)
+        if self.scale and self.scale.fits(dataset):
+            return self.request_verbalizer(dataset)
+        percentiles = Percentiles.fit(dataset, task.boundaries(dataset)[0])
         if self.scale and percentiles.quantiles:
             line = f"{dataset.path}: not the dataset that the model was trained on; percentiles are fitted to this one"
             print_line(line, stderr=True)
-        return self._verbalizer(dataset, percentiles, facts)
+        return self._verbalizer(dataset, percentiles)
 
     def request_verbalizer(self, dataset: Dataset, facts: FactSource | None = None) -> Verbalizer:
         """A verbalizer for a request, whose tables follow the model's card, with the percentiles of training, and with

@@ -17,7 +17,7 @@ PERIODS = 20
 NEIGHBORS = 50  # that are kept of each item
 MAX_EVENTS_PER_MEMBER = 200  # the newest ones count: a member of a million events would relate everything
 MIN_WEIGHT = 10  # members in common that count half of a similarity
-BLOCK_ENTRIES = 1 << 25  # of the dense block of similarities in memory at a time
+BLOCK_ITEMS = 4096  # whose similarities are in memory at a time
 BLOCK_ROWS = 1 << 17  # questions answered at a time
 
 
@@ -92,22 +92,26 @@ class Neighbors:
         binary = bool((self._values == 1).all())
         matrix = presence if binary else scipy.sparse.csr_array((self._values[rows], entries), shape=shape)
         norms = np.sqrt(matrix.multiply(matrix).sum(axis=0))
-        count = min(NEIGHBORS, self._num_items)
         items = np.zeros((self._num_items, NEIGHBORS), np.int32)
         weights = np.zeros((self._num_items, NEIGHBORS), np.float32)
-        size = max(1, BLOCK_ENTRIES // self._num_items)
-        for start in range(0, self._num_items, size):
-            block = slice(start, start + size)
-            product = (matrix[:, block].T @ matrix).toarray()
-            common = product if binary else (presence[:, block].T @ presence).toarray()
-            scale = norms[block][:, None] * norms[None, :]
-            similarity = np.divide(product, scale, out=np.zeros_like(product), where=scale > 0)
-            similarity *= common / (common + MIN_WEIGHT)
-            index = np.arange(len(similarity))
-            similarity[index, start + index] = 0  # an item is no neighbor of its own
-            best = np.argpartition(-similarity, count - 1, axis=1)[:, :count]
-            weight = np.take_along_axis(similarity, best, axis=1)
-            order = np.argsort(-weight, axis=1, kind="stable")
-            items[block, :count] = np.take_along_axis(best, order, axis=1)
-            weights[block, :count] = np.maximum(np.take_along_axis(weight, order, axis=1), 0)
+        for start in range(0, self._num_items, BLOCK_ITEMS):
+            block = slice(start, start + BLOCK_ITEMS)
+            product = (matrix[:, block].T @ matrix).tocsr().sorted_indices()
+            common = product if binary else (presence[:, block].T @ presence).tocsr().sorted_indices()
+            item = start + np.repeat(np.arange(product.shape[0]), np.diff(product.indptr))
+            other_item, scale = product.indices, norms[item] * norms[product.indices]
+            similarity = np.divide(product.data, scale, out=np.zeros(len(scale)), where=scale > 0)
+            members = common.data[np.searchsorted(_codes(common), _codes(product))]  # where ratings cancel, no product
+            similarity *= members / (members + MIN_WEIGHT)
+            similar = np.flatnonzero((similarity > 0) & (item != other_item))  # an item is no neighbor of its own
+            similar = similar[np.lexsort((-similarity[similar], item[similar]))]
+            rank = np.arange(len(similar)) - np.searchsorted(item[similar], item[similar])
+            best, rank = similar[rank < NEIGHBORS], rank[rank < NEIGHBORS]
+            items[item[best], rank], weights[item[best], rank] = other_item[best], similarity[best]
         return NeighborTable(items, weights)
+
+
+def _codes(matrix: scipy.sparse.csr_array) -> np.ndarray:
+    """int64 [entries]: row and column of each entry of a sorted matrix as one ascending number."""
+    row = np.repeat(np.arange(matrix.shape[0], dtype=np.int64), np.diff(matrix.indptr))
+    return row * matrix.shape[1] + matrix.indices

@@ -310,14 +310,19 @@ class Percentiles:
     quantiles: dict[str, list[float]]
 
     @classmethod
-    def fit(cls, dataset: Dataset, until: int, facts: FactSource | None = None) -> Percentiles:
+    def fit(cls, dataset: Dataset, until: int) -> Percentiles:
         """Fits the scale of every attribute and fact in buckets on the events before `until` (microseconds since 1970)
         and on the members and items that occur in them. Counts grow with time, and a model is asked about what comes
-        next: the scales of facts are of the latest quarter of these events, each as of its own time.
-
-        Args:
-          facts: where facts come from; by default they are computed from the dataset.
+        next: the scales of facts are of the latest quarter of these events, each as of its own time. A dataset's scales
+        are fitted once.
         """
+        fitted = dataset.__dict__.setdefault("_percentiles", {})
+        if until not in fitted:
+            fitted[until] = cls(cls._fit(dataset, until))
+        return fitted[until]
+
+    @staticmethod
+    def _fit(dataset: Dataset, until: int) -> dict[str, list[float]]:
         events = np.flatnonzero(dataset.event_time < until)
         rows_by_table = {
             "members": np.unique(dataset.event_member[events]),
@@ -332,11 +337,11 @@ class Percentiles:
         sample = _latest(dataset, events)
         questions = dataset.event_member[sample], dataset.event_item[sample], dataset.event_time[sample]
         for group, fact in dataset.card.facts.declared():
-            facts = facts or FactValues.of(dataset)
+            facts = FactValues.of(dataset)
             if fact.buckets:
                 known = facts.event_values(fact, sample) if group == "events" else facts.values(group, fact, *questions)
                 quantiles[f"{group}.{fact.name}"] = _quantiles(known, fact.buckets)
-        return cls(quantiles)
+        return quantiles
 
     def bucket(self, key: str, value: float) -> int:
         """The bucket that a value of `key`, a "table.column" or "group.fact", falls in: 1 is the lowest."""
