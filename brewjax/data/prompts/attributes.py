@@ -152,10 +152,12 @@ class RowRenderer:
         if num_buckets:
             template = (style.percentile if num_buckets == 100 else style.bucket).replace("{buckets}", str(num_buckets))
             name = attribute.name if named else code(attribute.name)
-            for texts, value in zip(by_row, values, strict=True):
-                if not is_unknown(value):
-                    bucket = self._percentiles.bucket(key, value)
-                    texts.append(template.format(name=name, bucket=bucket))
+            numbers = np.array([np.nan if value is None else value for value in values], np.float64)
+            known = np.flatnonzero(~np.isnan(numbers))
+            for row, bucket in zip(
+                known.tolist(), self._percentiles.buckets(key, numbers[known]).tolist(), strict=True
+            ):
+                by_row[row].append(template.format(name=name, bucket=bucket))
             return
         for texts, value, time in zip(by_row, values, rows.times.tolist(), strict=True):
             text = self._render_value(key, attribute, value, time, style)

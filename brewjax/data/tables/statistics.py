@@ -345,7 +345,11 @@ class Percentiles:
 
     def bucket(self, key: str, value: float) -> int:
         """The bucket that a value of `key`, a "table.column" or "group.fact", falls in: 1 is the lowest."""
-        return int(np.searchsorted(self.quantiles[key], value, side="left")) + 1
+        return int(self.buckets(key, np.array([value]))[0])
+
+    def buckets(self, key: str, values: np.ndarray) -> np.ndarray:
+        """int64 [values]: the bucket of each of `values`, which must be known."""
+        return np.searchsorted(np.array(self.quantiles[key]), values, side="left") + 1
 
 
 def _latest(dataset: Dataset, events: np.ndarray) -> np.ndarray:
