@@ -51,7 +51,8 @@ def find_questions(dataset: Dataset, task: Task, until: int = FOREVER) -> Questi
     if asks.where:
         opens &= matches(dataset, asks.where, rows)
     time, pair = dataset.event_time[rows], _pairs(dataset, task, rows)
-    order = np.lexsort((time, pair))  # stable: events of one time keep the order of the file
+    # Of one time, what opens a question comes before what answers it; otherwise events keep the order of the file.
+    order = np.lexsort((~opens, time, pair))
     exposure = _exposures(pair[order], time[order], opens[order], _window(dataset, task))
     belongs = exposure >= 0
     values = np.append(task.values, -np.inf)  # of no label
