@@ -46,12 +46,12 @@ TASK = """\
 name: buys
 instruction: Predict.
 history: {{actions: [viewed, bought], max_events: 50}}
-questions: {{question: Will they buy, actions: [{asked}], {extra}}}
+questions: {{question: Will they buy, actions: [{actions}], {extra}}}
 labels: [{{word: "Yes", value: 1, match: {{action: bought}}}}, {{word: "No", value: 0{no}}}]
 """
-SHOWN = Task.parse(TASK.format(asked="viewed, bought", extra="span_days: 1", no=", match: {action: viewed}"))
+SHOWN = Task.parse(TASK.format(actions="viewed, bought", extra="span_days: 1", no=", match: {action: viewed}"))
 SAMPLED = Task.parse(
-    TASK.format(asked="bought", extra='repeats: true, sampled_negatives: {label: "No", per_event: 4}', no="")
+    TASK.format(actions="bought", extra='repeats: true, sampled_negatives: {label: "No", per_event: 4}', no="")
 )
 
 

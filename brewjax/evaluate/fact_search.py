@@ -133,8 +133,9 @@ def write_facts(folder: Path, gains: Sequence[Gain]) -> None:
             lines[start:end] = []
             break
     text = "".join(lines)
-    write_text(path, text + ("" if text.endswith("\n") else "\n") + facts_yaml(gains))
-    Card.load(path)
+    text += ("" if text.endswith("\n") else "\n") + facts_yaml(gains)
+    Card.parse(text, str(path))
+    write_text(path, text)
 
 
 class _Judge:

@@ -89,10 +89,6 @@ class PointInTimeIndex:
         with np.errstate(invalid="ignore"):
             return self.sum(np.where(known, values, 0), window) / self.sum(known, window)
 
-    def first(self, values: np.ndarray, window: Window) -> np.ndarray:
-        """The value [events] of the first event of each window, which must not be empty."""
-        return values[self._order[window[0]]]
-
     def since(self, window: Window, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Days from the first and from the last event of each window to its time; NaN for an empty window."""
         if not len(self._codes):

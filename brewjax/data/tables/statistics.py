@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -53,6 +53,14 @@ class _KeyedEvents:
     query: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
+class _Pairs(NamedTuple):
+    """Members and items, each pair as of its time: int [pairs] rows of the tables, int64 [pairs] microseconds."""
+
+    members: np.ndarray
+    items: np.ndarray
+    times: np.ndarray
+
+
 class FactValues:
     """Facts computed from a dataset's events: only events strictly older than the time of a question count.
 
@@ -71,33 +79,36 @@ class FactValues:
         self._totals: dict[tuple[Any, ...], Totals] = {}
         self._columns: dict[tuple[Any, ...], np.ndarray] = {}
         self._neighbors: dict[tuple[Any, ...], Neighbors] = {}
-        self._windows: tuple[tuple[np.ndarray, ...], dict[tuple[Any, ...], Any]] = ((), {})  # of the latest questions
+        self._windows: tuple[_Pairs | None, dict[tuple[Any, ...], Any]] = (None, {})  # of the latest pairs
 
     def values(
         self, group: FactGroup, fact: Fact, members: np.ndarray, items: np.ndarray, times: np.ndarray
     ) -> np.ndarray:
         """See `FactSource`."""
+        return self._values(group, fact, _Pairs(members, items, times))
+
+    def _values(self, group: FactGroup, fact: Fact, pairs: _Pairs) -> np.ndarray:
         if fact.together or fact.neighbors:
-            return self._similarity(fact, members, items, times)
+            return self._similarity(fact, pairs)
         if fact.distance:
             item_numbers = self._item_numbers(fact.distance)
-            mean, _ = self._mean(("members", ""), ("distance", fact.distance), None, members, items, times)
-            return np.abs(item_numbers[items] - mean)
+            mean, _ = self._mean(("members", ""), ("distance", fact.distance), None, pairs)
+            return np.abs(item_numbers[pairs.items] - mean)
         kind = ("by", fact.by) if fact.by else ("among", fact.among) if fact.among else (group, "")
         if fact.days_since:
-            return self._days_since(kind, fact.days_since, members, items, times)
+            return self._days_since(kind, fact.days_since, pairs)
         if fact.mean or fact.rate:
             column = ("mean", fact.mean or fact.rate, fact.less)
-            mean, count = self._mean(kind, column, fact.days, members, items, times)
+            mean, count = self._mean(kind, column, fact.days, pairs)
             if fact.shrink:
-                mean = self._shrink(kind, fact, mean, count, members, items, times)
+                mean = self._shrink(kind, fact, mean, count, pairs)
         else:
-            mean = self._sum(kind, ("actions", *fact.actions), fact.days, members, items, times)
+            mean = self._sum(kind, ("actions", *fact.actions), fact.days, pairs)
             if fact.share:
-                totals = self._sum(("members", ""), ("actions", *fact.actions), fact.days, members, items, times)
+                totals = self._sum(("members", ""), ("actions", *fact.actions), fact.days, pairs)
                 with np.errstate(invalid="ignore"):
-                    mean = mean / totals[self._rows(kind, members, items, times)]
-        return self._average(kind, mean, members, items, times)
+                    mean = mean / totals[self._rows(kind, pairs)]
+        return self._average(kind, mean, pairs)
 
     def event_values(self, fact: Fact, events: np.ndarray) -> np.ndarray:
         """See `FactSource`."""
@@ -139,44 +150,40 @@ class FactValues:
 
         return _KeyedEvents(index, event, query)
 
-    def _remembered(self, key: tuple[Any, ...], questions: tuple[np.ndarray, ...], compute: Callable[[], Any]) -> Any:
-        """What was computed for the latest questions; the facts of a prompt share their windows."""
+    def _remembered(self, key: tuple[Any, ...], pairs: _Pairs, compute: Callable[[], Any]) -> Any:
+        """What was computed for the latest pairs; the facts of a prompt share their windows."""
         latest, results = self._windows
-        if len(latest) != len(questions) or any(a is not b for a, b in zip(latest, questions, strict=True)):
+        if latest is None or any(a is not b for a, b in zip(latest, pairs, strict=True)):
             results = {}
-            self._windows = (questions, results)
+            self._windows = (pairs, results)
         if key not in results:
             results[key] = compute()
         return results[key]
 
-    def _rows(self, kind: tuple[str, str], members: np.ndarray, items: np.ndarray, times: np.ndarray) -> np.ndarray:
-        row, _ = self._remembered(
-            ("query", kind), (members, items, times), lambda: self._keyed_events(kind).query(members, items)
-        )
-        return row
+    def _query(self, kind: tuple[str, str], pairs: _Pairs) -> tuple[np.ndarray, np.ndarray]:
+        """The pair of each key to look up, and the key."""
+        look_up = self._keyed_events(kind).query
+        return self._remembered(("query", kind), pairs, lambda: look_up(pairs.members, pairs.items))
 
-    def _window(
-        self, kind: tuple[str, str], days: float | None, members: np.ndarray, items: np.ndarray, times: np.ndarray
-    ) -> Window:
+    def _rows(self, kind: tuple[str, str], pairs: _Pairs) -> np.ndarray:
+        return self._query(kind, pairs)[0]
+
+    def _window(self, kind: tuple[str, str], days: float | None, pairs: _Pairs) -> Window:
         def compute() -> Window:
-            row, keys = self._remembered(
-                ("query", kind), (members, items, times), lambda: self._keyed_events(kind).query(members, items)
-            )
-            return self._keyed_events(kind).index.window(keys, times[row], days)
+            row, keys = self._query(kind, pairs)
+            return self._keyed_events(kind).index.window(keys, pairs.times[row], days)
 
-        return self._remembered(("window", kind, days), (members, items, times), compute)
+        return self._remembered(("window", kind, days), pairs, compute)
 
     def _sum(
         self,
         kind: tuple[str, str],
         column: tuple[Any, ...],
         days: float | None,
-        members: np.ndarray,
-        items: np.ndarray,
-        times: np.ndarray,
+        pairs: _Pairs,
     ) -> np.ndarray:
         """float64 [keys]: the sum of an event column over each key's window, of all keys of the questions in order."""
-        window = self._window(kind, days, members, items, times)
+        window = self._window(kind, days, pairs)
         if (kind, column) not in self._totals:
             keyed = self._keyed_events(kind)
             self._totals[kind, column] = keyed.index.totals(self._column(column)[keyed.event])
@@ -187,13 +194,11 @@ class FactValues:
         kind: tuple[str, str],
         column: tuple[Any, ...],
         days: float | None,
-        members: np.ndarray,
-        items: np.ndarray,
-        times: np.ndarray,
+        pairs: _Pairs,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The mean of an event column over each key's window, and how many values it is of."""
-        total = self._sum(kind, ("zero for unknown", *column), days, members, items, times)
-        count = self._sum(kind, ("known", *column), days, members, items, times)
+        total = self._sum(kind, ("zero for unknown", *column), days, pairs)
+        count = self._sum(kind, ("known", *column), days, pairs)
         with np.errstate(invalid="ignore"):
             return total / count, count
 
@@ -203,32 +208,26 @@ class FactValues:
         fact: Fact,
         mean: np.ndarray,
         count: np.ndarray,
-        members: np.ndarray,
-        items: np.ndarray,
-        times: np.ndarray,
+        pairs: _Pairs,
     ) -> np.ndarray:
         """Draws means of `count` values towards the mean of all events, or towards 0."""
-        prior = np.zeros(len(times))
+        prior = np.zeros(len(pairs.times))
         if not fact.less:
-            prior, _ = self._mean(("all", ""), ("mean", fact.mean or fact.rate, None), None, members, items, times)
-        prior = prior[self._rows(kind, members, items, times)]
+            prior, _ = self._mean(("all", ""), ("mean", fact.mean or fact.rate, None), None, pairs)
+        prior = prior[self._rows(kind, pairs)]
         shrunk = (np.where(count > 0, mean, 0) * count + fact.shrink * prior) / (count + fact.shrink)
         return np.where(np.isnan(prior), mean, shrunk)
 
-    def _average(
-        self, kind: tuple[str, str], values: np.ndarray, members: np.ndarray, items: np.ndarray, times: np.ndarray
-    ) -> np.ndarray:
+    def _average(self, kind: tuple[str, str], values: np.ndarray, pairs: _Pairs) -> np.ndarray:
         """The mean over the keys of each question."""
         if kind[0] not in ("by", "among"):
             return values
-        rows, known = self._rows(kind, members, items, times), ~np.isnan(values)
-        sums = np.bincount(rows, np.where(known, values, 0), len(times))
+        rows, known = self._rows(kind, pairs), ~np.isnan(values)
+        sums = np.bincount(rows, np.where(known, values, 0), len(pairs.times))
         with np.errstate(invalid="ignore"):
-            return sums / np.bincount(rows, known, len(times))
+            return sums / np.bincount(rows, known, len(pairs.times))
 
-    def _days_since(
-        self, kind: tuple[str, str], actions: tuple[str, ...], members: np.ndarray, items: np.ndarray, times: np.ndarray
-    ) -> np.ndarray:
+    def _days_since(self, kind: tuple[str, str], actions: tuple[str, ...], pairs: _Pairs) -> np.ndarray:
         keyed_by = (f"{kind[0]} {' '.join(actions)}", kind[1])
         if keyed_by not in self._keyed:
             keyed = self._keyed_events(kind)
@@ -236,10 +235,10 @@ class FactValues:
             dataset = self._dataset
             _, keys = keyed.query(dataset.event_member[event], dataset.event_item[event])
             self._keyed[keyed_by] = _KeyedEvents(PointInTimeIndex(keys, dataset.event_time[event]), event, keyed.query)
-        window = self._window(keyed_by, None, members, items, times)
-        return self._keyed[keyed_by].index.since(window, times)[1]
+        window = self._window(keyed_by, None, pairs)
+        return self._keyed[keyed_by].index.since(window, pairs.times)[1]
 
-    def _similarity(self, fact: Fact, members: np.ndarray, items: np.ndarray, times: np.ndarray) -> np.ndarray:
+    def _similarity(self, fact: Fact, pairs: _Pairs) -> np.ndarray:
         key = (fact.together, fact.neighbors)
         if key not in self._neighbors:
             if fact.together:
@@ -248,7 +247,7 @@ class FactValues:
             else:
                 values = self._column(("mean", fact.neighbors, "items"))
                 self._neighbors[key] = Neighbors(self._dataset, np.arange(len(values)), values)
-        weights, weighted = self._neighbors[key].sums(members, items, times)
+        weights, weighted = self._neighbors[key].sums(*pairs)
         if fact.together:
             return weights
         with np.errstate(invalid="ignore"):
@@ -275,9 +274,8 @@ class FactValues:
         )
         if less:
             dataset = self._dataset
-            mean, _ = self._mean(
-                (less, ""), ("mean", name, None), None, dataset.event_member, dataset.event_item, dataset.event_time
-            )
+            events = _Pairs(dataset.event_member, dataset.event_item, dataset.event_time)
+            mean, _ = self._mean((less, ""), ("mean", name, None), None, events)
             values = values - mean
         return values
 

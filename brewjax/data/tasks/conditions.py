@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from brewjax.config import suggest
-from brewjax.data.tables.card import Card
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.reading import show
 
@@ -97,16 +96,6 @@ def describe(dataset: Dataset, column: str, condition: Any, events: np.ndarray) 
 def as_list(condition: Any) -> list[Any]:
     """The values of a condition that is no range."""
     return condition if isinstance(condition, list) else [condition]
-
-
-def action_conditions(conditions: Conditions | None) -> list[Any]:
-    """The actions that the conditions name."""
-    return as_list((conditions or {}).get("action", []))
-
-
-def missing_actions(conditions: Conditions | None, card: Card) -> list[Any]:
-    """Those of the actions that the conditions name which the card does not have."""
-    return [action for action in action_conditions(conditions) if action not in card.events.actions]
 
 
 def _holds(values: pa.ChunkedArray, condition: Any) -> np.ndarray:

@@ -71,7 +71,7 @@ split: {{validation: 2025-01-05, test: 2025-01-07}}
     )
 
 
-def asked(events: list[Event], member: int, start: float, end: float, window: float = 0.5) -> list[Event]:
+def expected_questions(events: list[Event], member: int, start: float, end: float, window: float = 0.5) -> list[Event]:
     """The questions of a member in a period: of each item the first event, and again after each window; an event that
     applies within the window is the answer."""
     questions = []
@@ -109,7 +109,7 @@ def test_every_question_once_in_its_split_with_only_the_past_before_it(jobs_with
         examples = list(build_examples(dataset, task, split))
         for member, group in itertools.groupby(examples, key=lambda example: example.member):
             own = in_order(events, member)
-            questions = asked(events, member, start, end)
+            questions = expected_questions(events, member, start, end)
             for example in group:
                 chunk, questions = questions[: len(example.candidates)], questions[len(example.candidates) :]
                 assert example.candidates.tolist() == [event.item for event in chunk]
@@ -128,7 +128,7 @@ def test_every_question_once_in_its_split_with_only_the_past_before_it(jobs_with
                 assert (dataset.event_time[example.history] < example.cutoff_time).all()
                 assert example.num_past_events == len(past)
             assert not questions, "no question is left out"
-        in_split = [event for event in events if asked(events, event.member, start, end)]
+        in_split = [event for event in events if expected_questions(events, event.member, start, end)]
         assert {example.member for example in examples} == {event.member for event in in_split}
 
 
