@@ -1,16 +1,21 @@
 """Attention by `TokenLabels` in plain XLA, for CPU: FlashAttention-2 (Dao 2023, arXiv 2307.08691) over block tables.
 
 Each query block loops over its active key blocks, so nothing of size T x S exists, and the sums of one block stay in
-the processor's cache. Masks are computed only for blocks that are not full: on a CPU they cost more than the products.
-A single query, on a GPU as well, is a dense product.
+the processor's cache. Masks are computed only for blocks that are not full. A single query, on a GPU as well, is a
+dense product.
 
-Axis letters as in `attention`, and GQ: the queries of a block for each of a group's G heads; BN and BM: query and key
-blocks of all rows (docs/glossary.md, "Axis letters").
+What is computed for each score has the heads of a group and their queries as two axes: along a single axis of both, the
+labels of the queries start anew at each head, and XLA's CPU compiler makes such a loop, exponentials included, of one
+number at a time: a masked block then takes four times as long as a full one.
+
+Axis letters as in `attention`, and G: heads of a group; Q: queries of a block; BN and BM: query and key blocks of all
+rows (docs/glossary.md, "Axis letters").
 """
 
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -47,14 +52,15 @@ def forward(
             new_max = jnp.maximum(row_max, scores.max(1))
             weights = jnp.exp(scores - new_max[:, None])
             rescale = jnp.exp(row_max - new_max)
-            added = jnp.einsum("ksd,ksq->kdq", v[b], weights, preferred_element_type=jnp.float32)
+            added = _product("ksd,ksgq->kdgq", v[b], weights)
             return out * rescale[:, None] + added, new_max, row_sum * rescale + weights.sum(1)
 
-        K, GQ, D = q_blocks.shape[1:]
-        start = (jnp.zeros((K, D, GQ)), jnp.full((K, GQ), INITIAL_MAX), jnp.zeros((K, GQ)))
+        K, G, Q, D = q_blocks.shape[1:]
+        start = (jnp.zeros((K, D, G, Q)), jnp.full((K, G, Q), INITIAL_MAX), jnp.zeros((K, G, Q)))
         out, row_max, row_sum = blocks.visit(table, a, visit, start)
         row_sum = jnp.maximum(row_sum, 1e-30)
-        return (out / row_sum[:, None]).mT.astype(q.dtype), row_max + jnp.log(row_sum)
+        out = jnp.moveaxis(out / row_sum[:, None], 1, -1)
+        return out.astype(q.dtype), row_max + jnp.log(row_sum)
 
     out, lse = jax.lax.map(attend_block, jnp.arange(len(q_blocks)))
     return blocks.join_queries(out), blocks.join_queries(lse[..., None])[..., 0]
@@ -102,12 +108,12 @@ def backward(
         def visit(a: Array, masked: bool, grads: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             dq, dk, dv = grads
             weights = jnp.exp(blocks.scores(q[a], k[b], a, b, masked) - lse[a][:, None])
-            d_weights = jnp.einsum("kqd,ksd->ksq", d_out[a], v[b], preferred_element_type=jnp.float32)
+            d_weights = _product("kgqd,ksd->ksgq", d_out[a], v[b])
             d_scores = weights * (d_weights - delta[a][:, None]) * scale
             return (
-                dq.at[a].add(jnp.einsum("ksq,ksd->kqd", d_scores, k[b], preferred_element_type=jnp.float32)),
-                dk + jnp.einsum("ksq,kqd->ksd", d_scores, q[a], preferred_element_type=jnp.float32),
-                dv + jnp.einsum("ksq,kqd->ksd", weights, d_out[a], preferred_element_type=jnp.float32),
+                dq.at[a].add(_product("ksgq,ksd->kgqd", d_scores, k[b])),
+                dk + _product("ksgq,kgqd->ksd", d_scores, q[a]),
+                dv + _product("ksgq,kgqd->ksd", weights, d_out[a]),
             )
 
         zeros = jnp.zeros(k.shape[1:])
@@ -116,6 +122,18 @@ def backward(
 
     dq, (dk, dv) = jax.lax.scan(backprop_block, jnp.zeros(q.shape), jnp.arange(len(k)))
     return blocks.join_queries(dq), blocks.join_keys(dk), blocks.join_keys(dv)
+
+
+def _product(equation: str, x: Array, y: Array) -> Array:
+    """An einsum with float32 sums, in which the adjacent axes g and q are one: XLA's products of two axes are slower."""
+    x_axes, y_axes, out_axes = re.split(",|->", equation)
+    sizes = dict(zip(x_axes + y_axes, x.shape + y.shape, strict=True))
+    sizes["n"] = sizes["g"] * sizes["q"]
+    x, y = (
+        array.reshape([sizes[axis] for axis in axes.replace("gq", "n")]) for axes, array in ((x_axes, x), (y_axes, y))
+    )
+    out = jnp.einsum(equation.replace("gq", "n"), x, y, preferred_element_type=jnp.float32)
+    return out.reshape([sizes[axis] for axis in out_axes])
 
 
 class _Blocks:
@@ -141,14 +159,13 @@ class _Blocks:
     def _pad(self, x: Array) -> Array:
         return jnp.pad(x, [(0, -x.shape[n] % self.block if n == 1 else 0) for n in range(x.ndim)])
 
-    def split_queries(self, x: Float[Array, "B T H D"]) -> Float[Array, "BN K GQ D"]:
-        """Blocks of queries; the heads of a group are stacked, so that one matrix product serves them all."""
-        G = self.H // self.K
-        x = self._pad(x).reshape(self.B * self.N, self.block, self.K, G, -1)
-        return x.transpose(0, 2, 3, 1, 4).reshape(self.B * self.N, self.K, G * self.block, -1)
+    def split_queries(self, x: Float[Array, "B T H D"]) -> Float[Array, "BN K G Q D"]:
+        """Blocks of queries; the heads of a group are together, so that one matrix product serves them all."""
+        x = self._pad(x).reshape(self.B, self.N, self.block, self.K, self.H // self.K, -1)
+        return x.transpose(0, 1, 3, 4, 2, 5).reshape(self.B * self.N, *x.shape[3:5], self.block, -1)
 
-    def join_queries(self, x: Float[Array, "BN K GQ D"]) -> Float[Array, "B T H D"]:
-        x = x.reshape(self.B, self.N, self.K, self.H // self.K, self.block, -1).transpose(0, 1, 4, 2, 3, 5)
+    def join_queries(self, x: Float[Array, "BN K G Q D"]) -> Float[Array, "B T H D"]:
+        x = x.reshape(self.B, self.N, *x.shape[1:]).transpose(0, 1, 4, 2, 3, 5)
         return x.reshape(self.B, self.N * self.block, self.H, -1)[:, : self.T]
 
     def split_keys(self, x: Float[Array, "B S K D"]) -> Float[Array, "BM K S D"]:
@@ -167,13 +184,13 @@ class _Blocks:
         state = jax.lax.fori_loop(0, num_full, lambda i, state: visit(other_block(i), False, state), state)
         return jax.lax.fori_loop(num_full, num_active, lambda i, state: visit(other_block(i), True, state), state)
 
-    def scores(self, q: Array, k: Array, a: Array, b: Array, masked: bool) -> Float[Array, "K S GQ"]:
+    def scores(self, q: Array, k: Array, a: Array, b: Array, masked: bool) -> Float[Array, "K S G Q"]:
         """Scaled float32 scores of query block `a` on key block `b`, `MASKED` where a query does not attend to a key.
 
         They lie keys by queries: reductions over keys then run on vectors of queries, where a CPU compiler would reduce
         a last axis one number at a time, to keep the order of its sums.
         """
-        scores = jnp.einsum("kqd,ksd->ksq", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+        scores = _product("kgqd,ksd->ksgq", q, k) * q.shape[-1] ** -0.5
         if not masked:
             return scores
         q_labels = TokenLabels(*(x.reshape(-1, self.block)[a] for x in self.q_token_labels))
@@ -181,5 +198,4 @@ class _Blocks:
         offsets = jnp.arange(self.block)
         q_index = self.start + a % self.N * self.block + offsets
         mask = dense_mask(q_labels, kv_labels, q_index, b % self.M * self.block + offsets)
-        K, S, GQ = scores.shape
-        return jnp.where(mask.T[:, None], scores.reshape(K, S, -1, self.block), MASKED).reshape(K, S, GQ)
+        return jnp.where(mask.T[:, None], scores, MASKED)
