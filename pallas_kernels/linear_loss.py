@@ -62,9 +62,9 @@ def default_chunk() -> int:
     """Tokens whose logits are in memory at a time, unless the caller says otherwise.
 
     Each chunk reads and writes the head's float32 gradient. A TPU multiplies 512 tokens faster than that passes through
-    its memory; elsewhere the tokens that fill up the last chunk would cost more.
+    its memory; the slower the products, the more the tokens cost that fill up the last chunk.
     """
-    return 2048 if platform() == "tpu" else 512
+    return {"tpu": 2048, "cpu": 128}.get(platform(), 512)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
