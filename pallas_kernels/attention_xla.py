@@ -125,7 +125,7 @@ def backward(
 
 
 def _product(equation: str, x: Array, y: Array) -> Array:
-    """An einsum with float32 sums, in which the adjacent axes g and q are one: XLA's products of two axes are slower."""
+    """An einsum with float32 sums in which the adjacent axes g and q are one: XLA's products over two are slower."""
     x_axes, y_axes, out_axes = re.split(",|->", equation)
     sizes = dict(zip(x_axes + y_axes, x.shape + y.shape, strict=True))
     sizes["n"] = sizes["g"] * sizes["q"]

@@ -130,6 +130,16 @@ class Client:
             request.vector.values.extend(query)
         return self._retriever.Retrieve(request, **self._call_options(timeout))
 
+    def retrieve_and_score(
+        self, member: pb.Member, k: int, top_k: int = 0, timeout: float | None = None, **fields: Any
+    ) -> retriever_pb2.RetrieveAndScoreResponse:
+        """The best of the k nearest items for a member of the server's catalogue, named by `id`, in the ranker's order.
+
+        `fields` are others of RetrieveAndScoreRequest: request_id, required, banned, exclude.
+        """
+        request = retriever_pb2.RetrieveAndScoreRequest(member=member, k=k, top_k=top_k, **fields)
+        return self._retriever.RetrieveAndScore(request, **self._call_options(timeout))
+
     def upsert(
         self, items: Sequence[retriever_pb2.IndexedItem], timeout: float | None = None
     ) -> retriever_pb2.UpsertResponse:

@@ -54,6 +54,9 @@ class ServeConfig(Config):
     """Folder below which Reload may load models; by default it may only load the served folder again."""
     special_tokens: bool = False
     """Special tokens in callers' raw texts (`<|im_start|>`) are read as such; otherwise they are ordinary text."""
+    catalogue: str | None = None
+    """Folder of a dataset with the card of the model's training: members and items of it are named by their ids alone,
+    and attributes, history and facts come from its tables, as of the request's time. Reload reads it again."""
     encoder: str | None = None
     """Folder of an encoder to serve beside the model: Embed, and with `index` Retrieve."""
     index: str | None = None

@@ -12,6 +12,7 @@ from brewjax.data.tasks.task import Task
 from brewjax.data.text.encode import EncodedPrompt
 from brewjax.scoring.passes import LABELS_IN_PASS
 from brewjax.serve import ranker_pb2 as pb
+from brewjax.serve.catalogue import Catalogue
 from brewjax.serve.config import ServeConfig
 from brewjax.serve.members import context_attributes, event_attributes, item_attributes, render_member
 from brewjax.serve.refusals import MAX_ID
@@ -52,16 +53,25 @@ class RequestEncoder:
       tasks: for member requests, in addition to the tasks that the model was trained on.
       config: limits of requests.
       max_prefix_tokens: maximum tokens of a prefix.
+      catalogue: knows the members that requests name by `id`.
 
     Raises:
       ConfigError: for a task with a label word that is not one token, or with too many labels.
     """
 
-    def __init__(self, bundle: Bundle, model: str, tasks: Sequence[Task], config: ServeConfig, max_prefix_tokens: int):
+    def __init__(
+        self,
+        bundle: Bundle,
+        model: str,
+        tasks: Sequence[Task],
+        config: ServeConfig,
+        max_prefix_tokens: int,
+        catalogue: Catalogue | None = None,
+    ):
         prompts = bundle.prompts.model_copy(update={"max_tokens": min(bundle.prompts.max_tokens, max_prefix_tokens)})
         self.bundle, self.model = dataclasses.replace(bundle, prompts=prompts), model
         self.tasks = {task.name: task for task in [*bundle.tasks, *tasks]}
-        self.config, self.max_prefix_tokens = config, max_prefix_tokens
+        self.config, self.max_prefix_tokens, self.catalogue = config, max_prefix_tokens, catalogue
         self._texts = Texts(bundle.tokenizer, config.special_tokens)
         for task in self.tasks.values():
             task.check_words(bundle.tokenizer)
@@ -98,13 +108,17 @@ class RequestEncoder:
                 )
         return encoded
 
+    def task(self, name: str) -> Task:
+        """The task of a member. Raises ValueError if there is none of this name."""
+        if name not in self.tasks:
+            raise ValueError(f"member.task: no task '{name}'; tasks: {', '.join(self.tasks)}")
+        return self.tasks[name]
+
     def _encode_member(self, request: pb.ScoreRequest) -> EncodedRequest:
         member = request.member
-        task = self.tasks.get(member.task)
-        if task is None:
-            raise ValueError(f"member.task: no task '{member.task}'; tasks: {', '.join(self.tasks)}")
+        task = self.task(member.task)
         self._bound_values(member, request.truncation != pb.ScoreRequest.REJECT)
-        prompt = render_member(self.bundle, task, member)
+        prompt = render_member(self.bundle, task, member, self.catalogue)
         if prompt.truncated_texts and request.truncation == pb.ScoreRequest.REJECT:
             raise ValueError(f"member: {prompt.truncated_texts[0]}; set truncation to TRUNCATE or send less")
         if prompt.num_truncated_events and request.truncation == pb.ScoreRequest.REJECT:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -16,43 +16,60 @@ from brewjax.bundle.bundle import Bundle
 from brewjax.data.tables.card import Attribute, Card
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.facts import Fact, FactGroup
-from brewjax.data.tables.statistics import floats
+from brewjax.data.tables.statistics import FactSource, floats
 from brewjax.data.tasks.examples import RankingExample, history_before
 from brewjax.data.tasks.task import Task
 from brewjax.data.text.prompt import Prompt
 from brewjax.serve import ranker_pb2 as pb
 
+if TYPE_CHECKING:
+    from brewjax.serve.catalogue import Catalogue
+
 Attributes = Mapping[str, pb.Value]
 
 
-def render_member(bundle: Bundle, task: Task, member: pb.Member) -> Prompt:
-    """The prompt that the model reads for the member of a request.
+class MemberTables(NamedTuple):
+    """Where the member of a request is: tables, the example to render, and where its facts come from."""
 
-    The request becomes a dataset of one member, so that one code renders training examples and requests alike.
+    dataset: Dataset
+    example: RankingExample
+    facts: FactSource
+
+
+def render_member(bundle: Bundle, task: Task, member: pb.Member, catalogue: Catalogue | None = None) -> Prompt:
+    """The prompt that the model reads for the member of a request.
 
     Args:
       bundle: the served model, with the card of its training dataset.
       task: the task that `member.task` names.
       member: the request. Events at or after `member.now` are ignored.
+      catalogue: knows the members that requests name by `id`.
 
     Raises:
-      ValueError: naming the field that is missing, unknown to the card, or of the wrong type; or because the model
-        was imported and has no card.
+      ValueError: naming the field that is missing, unknown to the card or the catalogue, or of the wrong type; or
+        because the model was imported and has no card.
     """
     if bundle.card is None:
         raise ValueError("member: this model was imported and has no dataset's card; send a raw request")
-    tables, example = read_member(bundle.card, task, member)
+    dataset, example, facts = read_member(bundle.card, task, member, catalogue)
     try:
         note = bundle.tokenizer.clean(member.steering_note)
-        return bundle.request_verbalizer(tables, RequestFacts(tables)).prompt(
-            task, example, bundle.prompts.score_style, note
-        )
+        verbalizer = bundle.request_verbalizer(dataset, facts)
+        return verbalizer.prompt(task, example, bundle.prompts.score_style, note)
     except ValueError as error:
         raise ValueError(f"member: {error}") from None
 
 
-def read_member(card: Card, task: Task, member: pb.Member) -> tuple[Dataset, RankingExample]:
-    """The member of a request as a dataset of one member, and its example as of `member.now`; errors as above."""
+def read_member(card: Card, task: Task, member: pb.Member, catalogue: Catalogue | None = None) -> MemberTables:
+    """The member of a request as of `member.now`; errors as above.
+
+    A member that is sent in full becomes a dataset of one member, so that one code renders training examples, requests
+    and members of the catalogue alike.
+    """
+    if member.id:
+        if catalogue is None:
+            raise ValueError("member.id: this server has no catalogue (set `catalogue`); send attributes and history")
+        return MemberTables(catalogue.dataset, catalogue.example(task, member), catalogue.facts)
     for index, event in enumerate(member.history):
         if event.action not in card.events.actions:
             known = ", ".join(card.events.actions)
@@ -61,10 +78,10 @@ def read_member(card: Card, task: Task, member: pb.Member) -> tuple[Dataset, Ran
             raise ValueError(f"member.history[{index}].time: missing")
     items = item_attributes(member)
     times = np.array(
-        [_microseconds(event.time, f"member.history[{index}].time") for index, event in enumerate(member.history)],
+        [microseconds(event.time, f"member.history[{index}].time") for index, event in enumerate(member.history)],
         np.int64,
     )
-    now = _microseconds(member.now, "member.now") if member.HasField("now") else int(time.time() * 1e6)
+    now = microseconds(member.now, "member.now") if member.HasField("now") else int(time.time() * 1e6)
     actions = [event.action for event in member.history]
     events = event_attributes(member)
     if task.questions.context:  # the exposures in question are events too, as of now, so no history holds them
@@ -84,7 +101,8 @@ def read_member(card: Card, task: Task, member: pb.Member) -> tuple[Dataset, Ran
     exposures = np.full(len(candidates), -1)
     if task.questions.context:
         exposures = np.argsort(order)[len(member.history) :]
-    return tables, RankingExample(task.name, 0, now, history, num_past_events, candidates, labels, exposures)
+    example = RankingExample(task.name, 0, now, history, num_past_events, candidates, labels, exposures)
+    return MemberTables(tables, example, RequestFacts(tables))
 
 
 def read_items(card: Card, items: Mapping[str, Attributes]) -> Dataset:
@@ -204,11 +222,11 @@ def _read(attribute: Attribute, value: pb.Value, field: str) -> Any:
     if kind == "number" and not math.isfinite(value.number):
         raise ValueError(f"{field}['{attribute.column}']: {value.number}; leave it out where it is unknown")
     if kind == "date":
-        return _microseconds(value.date, f"{field}['{attribute.column}']")
+        return microseconds(value.date, f"{field}['{attribute.column}']")
     return conversions[kind](getattr(value, kind))
 
 
-def _microseconds(timestamp: Timestamp, field: str) -> int:
+def microseconds(timestamp: Timestamp, field: str) -> int:
     """Microseconds since 1970."""
     try:
         return timestamp.ToMicroseconds()

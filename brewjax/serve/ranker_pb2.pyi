@@ -41,7 +41,7 @@ class ScoreRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., member: _Optional[_Union[Member, _Mapping]] = ..., raw: _Optional[_Union[Raw, _Mapping]] = ..., top_k: _Optional[int] = ..., truncation: _Optional[_Union[ScoreRequest.Truncation, str]] = ..., normalize_over: _Optional[_Union[ScoreRequest.NormalizeOver, str]] = ...) -> None: ...
 
 class Member(_message.Message):
-    __slots__ = ("task", "now", "attributes", "history", "items", "steering_note")
+    __slots__ = ("task", "now", "attributes", "history", "items", "steering_note", "id")
     class AttributesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -55,13 +55,15 @@ class Member(_message.Message):
     HISTORY_FIELD_NUMBER: _ClassVar[int]
     ITEMS_FIELD_NUMBER: _ClassVar[int]
     STEERING_NOTE_FIELD_NUMBER: _ClassVar[int]
+    ID_FIELD_NUMBER: _ClassVar[int]
     task: str
     now: _timestamp_pb2.Timestamp
     attributes: _containers.MessageMap[str, Value]
     history: _containers.RepeatedCompositeFieldContainer[Event]
     items: _containers.RepeatedCompositeFieldContainer[Item]
     steering_note: str
-    def __init__(self, task: _Optional[str] = ..., now: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., attributes: _Optional[_Mapping[str, Value]] = ..., history: _Optional[_Iterable[_Union[Event, _Mapping]]] = ..., items: _Optional[_Iterable[_Union[Item, _Mapping]]] = ..., steering_note: _Optional[str] = ...) -> None: ...
+    id: str
+    def __init__(self, task: _Optional[str] = ..., now: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., attributes: _Optional[_Mapping[str, Value]] = ..., history: _Optional[_Iterable[_Union[Event, _Mapping]]] = ..., items: _Optional[_Iterable[_Union[Item, _Mapping]]] = ..., steering_note: _Optional[str] = ..., id: _Optional[str] = ...) -> None: ...
 
 class Event(_message.Message):
     __slots__ = ("action", "time", "attributes", "item")

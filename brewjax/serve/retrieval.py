@@ -7,8 +7,7 @@ import contextlib
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import AsyncIterator, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,10 +23,10 @@ from brewjax.serve.batching import Batcher
 from brewjax.serve.config import ServeConfig
 from brewjax.serve.members import RequestFacts, read_items, read_member
 from brewjax.serve.refusals import MAX_ID
+from brewjax.serve.service import Service
 from brewjax.serve.texts import Texts
 
 BATCH = 256  # texts that are embedded, or queries that are searched for, at once
-Scope = Callable[[str, str], AbstractContextManager[None]]  # of a request: method, request_id
 
 
 class Query(NamedTuple):
@@ -47,15 +46,15 @@ class Retrieval:
       config: names their folders, and has the limits of requests.
       mesh: the devices of the encoder.
       device: is held by whatever computes on them.
-      scope: counts, times and logs a request.
+      service: counts, times and logs requests, has the catalogue, and scores what is retrieved.
 
     Raises:
       ConfigError: the folder is no encoder's, or the index has vectors of another encoder.
     """
 
-    def __init__(self, config: ServeConfig, mesh: MeshConfig, device: threading.Lock, scope: Scope):
+    def __init__(self, config: ServeConfig, mesh: MeshConfig, device: threading.Lock, service: Service):
         folder = config.encoder or ""
-        self.config, self._device, self._scope = config, device, scope
+        self.config, self._device, self._service = config, device, service
         self.encoder, self.model = Encoder.load(folder, mesh), Encoder.version(folder)
         self._texts = Texts(self.encoder.bundle.tokenizer, config.special_tokens)
         self.index = self._open_index(config) if config.index else None
@@ -94,12 +93,58 @@ class Retrieval:
             index = self._need_index()
             if not 0 < request.k <= self.config.max_retrieved:
                 raise ValueError(f"k: {request.k:,}; give 1 to {self.config.max_retrieved:,}")
-            exclude = frozenset(self._read_id(id_, "exclude") for id_ in request.exclude)
-            vector = await self._query_vector(request, index)
-            query = Query(vector, request.k, request.required, request.banned, exclude)
-            ((ids, scores),) = await self._search([query])
-            hits = [pb.Hit(id=str(id_), score=score) for id_, score in zip(ids, scores.tolist(), strict=True)]
+            hits = await self._find(request, await self._query_vector(request, index), request.exclude)
             return pb.RetrieveResponse(request_id=request_id, hits=hits, model=self.model)
+
+    async def retrieve_and_score(
+        self, request: pb.RetrieveAndScoreRequest, seconds: float | None = None
+    ) -> pb.RetrieveAndScoreResponse:
+        """The best of the nearest items, as the ranker orders them, for a member of the catalogue.
+
+        Args:
+          seconds: until the caller's deadline; None without one.
+
+        Raises:
+          ValueError: naming the field that is wrong.
+        """
+        async with self._request_scope("RetrieveAndScore", request.request_id) as request_id:
+            index, catalogue, member = self._need_index(), self._service.catalogue, request.member
+            if not 0 < request.k <= self.config.max_candidates:
+                raise ValueError(f"k: {request.k:,}; give 1 to {self.config.max_candidates:,}")
+            if catalogue is None or not member.id:
+                raise ValueError("member.id: give a member of the server's catalogue (set `catalogue`)")
+            if member.items:
+                raise ValueError("member.items: the index has them; use Score to rank given items")
+            task = self._service.task(member.task)
+            example = await asyncio.to_thread(catalogue.example, task, member)
+            past = () if task.questions.repeats else catalogue.past_items(example)
+            text = await asyncio.to_thread(self._read_member, _for_encoder(member), "member")
+            vector = truncate(np.stack(await self._embed([text])), self._size(index))[0]
+            hits = await self._find(request, vector, [*request.exclude, *past])
+            response = pb.RetrieveAndScoreResponse(request_id=request_id, encoder=self.model)
+            if hits:
+                candidates = ranker_pb2.Member()
+                candidates.CopyFrom(member)
+                candidates.items.extend(ranker_pb2.Item(id=hit.id) for hit in hits)
+                scored = await self._service.score(
+                    ranker_pb2.ScoreRequest(request_id=request_id, member=candidates, top_k=request.top_k), seconds
+                )
+                response.labels.extend(scored.labels)
+                response.model = scored.model
+                for score in scored.scores:
+                    response.hits.add(
+                        id=score.id, probabilities=score.probabilities, similarity=hits[score.index].score
+                    )
+            return response
+
+    async def _find(
+        self, request: pb.RetrieveRequest | pb.RetrieveAndScoreRequest, vector: np.ndarray, exclude: Iterable[str]
+    ) -> list[pb.Hit]:
+        """The nearest items of a vector within the request's filter."""
+        left_out = frozenset(self._read_id(id_, "exclude") for id_ in exclude)
+        query = Query(vector, request.k, request.required, request.banned, left_out)
+        ((ids, scores),) = await self._search([query])
+        return [pb.Hit(id=str(id_), score=score) for id_, score in zip(ids, scores.tolist(), strict=True)]
 
     async def upsert(self, request: pb.UpsertRequest) -> pb.UpsertResponse:
         """Adds or replaces items: all of the request's, or none. Raises ValueError naming the field that is wrong."""
@@ -134,7 +179,7 @@ class Retrieval:
     async def _request_scope(self, method: str, request_id: str) -> AsyncIterator[str]:
         """Yields the request's id, made up when empty; raises TimeoutError after `timeout_seconds`."""
         limit = self.config.timeout_seconds
-        with self._scope(method, request_id[:MAX_ID]):
+        with self._service.request_scope(method, request_id[:MAX_ID]):
             if len(request_id) > MAX_ID:
                 raise ValueError(f"request_id: {len(request_id):,} characters; give at most {MAX_ID}")
             try:
@@ -195,8 +240,8 @@ class Retrieval:
         task = self.encoder.task
         if member.task not in ("", task.name):
             raise ValueError(f"{field}.task: '{member.task}'; this encoder reads the history of task '{task.name}'")
-        tables, example = read_member(self._need_card(field), task, member)
-        return self.encoder.sides(tables, RequestFacts(tables)).member(example)
+        dataset, example, facts = read_member(self._need_card(field), task, member, self._service.catalogue)
+        return self.encoder.sides(dataset, facts).member(example)
 
     def _read_item(self, item: pb.Attributes, field: str) -> list[int]:
         tables = read_items(self._need_card(field), {field: item.values})
@@ -267,3 +312,11 @@ class Retrieval:
             [query.exclude for query in queries],
         )
         return [Hits(ids[: query.k], scores[: query.k]) for query, (ids, scores) in zip(queries, hits, strict=True)]
+
+
+def _for_encoder(member: ranker_pb2.Member) -> ranker_pb2.Member:
+    """The member without the ranker's task: the encoder reads the history of its own."""
+    query = ranker_pb2.Member(id=member.id)
+    if member.HasField("now"):
+        query.now.CopyFrom(member.now)
+    return query

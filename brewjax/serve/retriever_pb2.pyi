@@ -98,6 +98,48 @@ class Hit(_message.Message):
     score: float
     def __init__(self, id: _Optional[str] = ..., score: _Optional[float] = ...) -> None: ...
 
+class RetrieveAndScoreRequest(_message.Message):
+    __slots__ = ("request_id", "member", "k", "top_k", "required", "banned", "exclude")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    MEMBER_FIELD_NUMBER: _ClassVar[int]
+    K_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    REQUIRED_FIELD_NUMBER: _ClassVar[int]
+    BANNED_FIELD_NUMBER: _ClassVar[int]
+    EXCLUDE_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    member: _ranker_pb2.Member
+    k: int
+    top_k: int
+    required: int
+    banned: int
+    exclude: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, request_id: _Optional[str] = ..., member: _Optional[_Union[_ranker_pb2.Member, _Mapping]] = ..., k: _Optional[int] = ..., top_k: _Optional[int] = ..., required: _Optional[int] = ..., banned: _Optional[int] = ..., exclude: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class RetrieveAndScoreResponse(_message.Message):
+    __slots__ = ("request_id", "labels", "hits", "encoder", "model")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    HITS_FIELD_NUMBER: _ClassVar[int]
+    ENCODER_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    labels: _containers.RepeatedScalarFieldContainer[str]
+    hits: _containers.RepeatedCompositeFieldContainer[RankedHit]
+    encoder: str
+    model: str
+    def __init__(self, request_id: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., hits: _Optional[_Iterable[_Union[RankedHit, _Mapping]]] = ..., encoder: _Optional[str] = ..., model: _Optional[str] = ...) -> None: ...
+
+class RankedHit(_message.Message):
+    __slots__ = ("id", "probabilities", "similarity")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    PROBABILITIES_FIELD_NUMBER: _ClassVar[int]
+    SIMILARITY_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    probabilities: _containers.RepeatedScalarFieldContainer[float]
+    similarity: float
+    def __init__(self, id: _Optional[str] = ..., probabilities: _Optional[_Iterable[float]] = ..., similarity: _Optional[float] = ...) -> None: ...
+
 class UpsertRequest(_message.Message):
     __slots__ = ("request_id", "items")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]

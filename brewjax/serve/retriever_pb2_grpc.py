@@ -44,6 +44,11 @@ class RetrieverStub:
                 request_serializer=brewjax_dot_serve_dot_retriever__pb2.RetrieveRequest.SerializeToString,
                 response_deserializer=brewjax_dot_serve_dot_retriever__pb2.RetrieveResponse.FromString,
                 _registered_method=True)
+        self.RetrieveAndScore = channel.unary_unary(
+                '/brewjax.retriever.v1.Retriever/RetrieveAndScore',
+                request_serializer=brewjax_dot_serve_dot_retriever__pb2.RetrieveAndScoreRequest.SerializeToString,
+                response_deserializer=brewjax_dot_serve_dot_retriever__pb2.RetrieveAndScoreResponse.FromString,
+                _registered_method=True)
         self.Upsert = channel.unary_unary(
                 '/brewjax.retriever.v1.Retriever/Upsert',
                 request_serializer=brewjax_dot_serve_dot_retriever__pb2.UpsertRequest.SerializeToString,
@@ -68,6 +73,13 @@ class RetrieverServicer:
 
     def Retrieve(self, request, context):
         """The nearest items of the index: those that every change acknowledged before the call left there.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RetrieveAndScore(self, request, context):
+        """The best of the nearest items, as Ranker's Score orders them: for a member of the server's catalogue, by id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -100,6 +112,11 @@ def add_RetrieverServicer_to_server(servicer, server):
                     servicer.Retrieve,
                     request_deserializer=brewjax_dot_serve_dot_retriever__pb2.RetrieveRequest.FromString,
                     response_serializer=brewjax_dot_serve_dot_retriever__pb2.RetrieveResponse.SerializeToString,
+            ),
+            'RetrieveAndScore': grpc.unary_unary_rpc_method_handler(
+                    servicer.RetrieveAndScore,
+                    request_deserializer=brewjax_dot_serve_dot_retriever__pb2.RetrieveAndScoreRequest.FromString,
+                    response_serializer=brewjax_dot_serve_dot_retriever__pb2.RetrieveAndScoreResponse.SerializeToString,
             ),
             'Upsert': grpc.unary_unary_rpc_method_handler(
                     servicer.Upsert,
@@ -166,6 +183,33 @@ class Retriever:
             '/brewjax.retriever.v1.Retriever/Retrieve',
             brewjax_dot_serve_dot_retriever__pb2.RetrieveRequest.SerializeToString,
             brewjax_dot_serve_dot_retriever__pb2.RetrieveResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RetrieveAndScore(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/brewjax.retriever.v1.Retriever/RetrieveAndScore',
+            brewjax_dot_serve_dot_retriever__pb2.RetrieveAndScoreRequest.SerializeToString,
+            brewjax_dot_serve_dot_retriever__pb2.RetrieveAndScoreResponse.FromString,
             options,
             channel_credentials,
             insecure,

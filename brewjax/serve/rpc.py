@@ -89,6 +89,11 @@ class Retriever(retriever_pb2_grpc.RetrieverServicer):
     async def Retrieve(self, request: Any, context: ServicerContext) -> retriever_pb2.RetrieveResponse:  # noqa: N802
         return await self._retrieval.retrieve(request)
 
+    async def RetrieveAndScore(  # noqa: N802
+        self, request: Any, context: ServicerContext
+    ) -> retriever_pb2.RetrieveAndScoreResponse:
+        return await self._retrieval.retrieve_and_score(request, context.time_remaining())
+
     async def Upsert(self, request: Any, context: ServicerContext) -> retriever_pb2.UpsertResponse:  # noqa: N802
         return await self._retrieval.upsert(request)
 

@@ -33,6 +33,7 @@ from brewjax.scoring.prefix_cache import PrefixCache
 from brewjax.scoring.scheduler import Scheduler
 from brewjax.scoring.scorer import Scorer
 from brewjax.serve import ranker_pb2_grpc, retriever_pb2_grpc
+from brewjax.serve.catalogue import Catalogue
 from brewjax.serve.config import ServeConfig
 from brewjax.serve.connections import WILDCARDS, HttpServer, listen
 from brewjax.serve.credentials import Credentials
@@ -76,6 +77,7 @@ class Server:
         axis = "context" if jax.default_backend() == "cpu" else "tensor"
         self._mesh = config.mesh or MeshConfig.model_validate({axis: jax.device_count()})
         bundle = Bundle.load(folder, self._mesh)
+        catalogue = self._read_catalogue(bundle)
         buckets, pages = _plan_memory(bundle, config)
         metrics = Metrics()
         scorer = Scorer(
@@ -89,9 +91,9 @@ class Server:
         batch_timeout = config.batch_timeout_ms / 1000
         scoring_loop = ScoringLoop(scorer, scheduler, metrics, config.max_queued_tokens, batch_timeout, device)
         self._decoding = _make_decoding(bundle, config, self._mesh.build(), device)
-        self.service = Service(bundle, hash_folder(folder)[:8], tasks, scoring_loop, costs, config, metrics)
-        scope = self.service.request_scope
-        self.retrieval = Retrieval(config, self._mesh, device, scope) if config.encoder else None
+        version = hash_folder(folder)[:8]
+        self.service = Service(bundle, version, tasks, scoring_loop, costs, config, metrics, catalogue)
+        self.retrieval = Retrieval(config, self._mesh, device, self.service) if config.encoder else None
         self.port = self.http_port = 0
         self._http: HttpServer | None = None
         self._refusals = Refusals(metrics)
@@ -177,8 +179,9 @@ class Server:
         async with self._reloading:
             try:
                 bundle = await asyncio.to_thread(self._read, path)
+                catalogue = await asyncio.to_thread(self._read_catalogue, bundle)
                 version = await asyncio.to_thread(hash_folder, path)
-                await self.service.reload(bundle, version[:8])
+                await self.service.reload(bundle, version[:8], catalogue)
                 if self._decoding:
                     await asyncio.to_thread(self._decoding.load, bundle.params)
             except ValueError:
@@ -200,6 +203,9 @@ class Server:
             return Bundle.load(path, self._mesh)
         except Exception as error:  # a broken checkpoint can raise any of many
             raise ValueError(f"{path} cannot be read: {error}") from error
+
+    def _read_catalogue(self, bundle: Bundle) -> Catalogue | None:
+        return Catalogue.load(self.config.catalogue, bundle) if self.config.catalogue else None
 
     async def stop(self, hurry: asyncio.Event | None = None) -> bool:
         """Stops gracefully.

@@ -26,6 +26,7 @@ from brewjax.model.params import num_parameters
 from brewjax.scoring.passes import LABELS_IN_PASS, PAGE, Bucket
 from brewjax.scoring.scorer import NormalizeOver
 from brewjax.serve import ranker_pb2 as pb
+from brewjax.serve.catalogue import Catalogue
 from brewjax.serve.config import ServeConfig
 from brewjax.serve.encoding import EncodedRequest, RequestEncoder
 from brewjax.serve.refusals import status_of
@@ -49,6 +50,7 @@ class Service:
       costs: seconds that a full pass of each bucket takes, for `describe`.
       config: limits of requests.
       metrics: are updated with every request.
+      catalogue: knows the members that requests name by `id`.
 
     Attributes:
       lame_duck: set while the server is about to stop: readiness fails, and requests are still answered.
@@ -63,11 +65,12 @@ class Service:
         costs: dict[Bucket, float],
         config: ServeConfig,
         metrics: Metrics,
+        catalogue: Catalogue | None = None,
     ):
         self.scoring_loop, self.config, self.metrics = scoring_loop, config, metrics
         self._tasks = tasks
         self._max_prefix_tokens = config.max_prefix_tokens or bundle.prompts.max_tokens
-        self._encoder = self._make_encoder(bundle, version)
+        self._encoder = self._make_encoder(bundle, version, catalogue)
         self._costs = costs
         # Tokenizers release Python's lock. Long requests have their own threads, so that short ones do not wait.
         self._threads = ThreadPoolExecutor(thread_name_prefix="encode")
@@ -79,6 +82,15 @@ class Service:
     def model(self) -> str:
         """Name and version of the served model."""
         return self._encoder.model
+
+    @property
+    def catalogue(self) -> Catalogue | None:
+        """The catalogue that is in use."""
+        return self._encoder.catalogue
+
+    def task(self, name: str) -> Task:
+        """A served task. Raises ValueError if there is none of this name."""
+        return self._encoder.task(name)
 
     @property
     def live(self) -> bool:
@@ -223,13 +235,13 @@ class Service:
             compilations=self.scoring_loop.scorer.compilations(),
         )
 
-    async def reload(self, bundle: Bundle, version: str) -> None:
-        """Serves other weights from the next request on; returns when they are in use.
+    async def reload(self, bundle: Bundle, version: str, catalogue: Catalogue | None) -> None:
+        """Serves other weights, and another catalogue, from the next request on; returns when they are in use.
 
         Raises ValueError for a bundle of another shape or tokenizer, or with weights that are not finite.
         """
         await asyncio.to_thread(self._check, bundle)
-        encoder = await asyncio.to_thread(self._make_encoder, bundle, version)
+        encoder = await asyncio.to_thread(self._make_encoder, bundle, version, catalogue)
         loaded = self.scoring_loop.reload(bundle.params)
         # No `await` between these lines: every request of the new encoder must be queued behind the new weights.
         self._encoder = encoder
@@ -246,9 +258,9 @@ class Service:
         if not all(finite):
             raise ValueError("the checkpoint has weights that are not finite")
 
-    def _make_encoder(self, bundle: Bundle, version: str) -> RequestEncoder:
+    def _make_encoder(self, bundle: Bundle, version: str, catalogue: Catalogue | None) -> RequestEncoder:
         model = f"{bundle.model.name}@{version}"
-        return RequestEncoder(bundle, model, self._tasks, self.config, self._max_prefix_tokens)
+        return RequestEncoder(bundle, model, self._tasks, self.config, self._max_prefix_tokens, catalogue)
 
     @contextlib.asynccontextmanager
     async def _deadline(self, seconds: float | None) -> AsyncIterator[float]:

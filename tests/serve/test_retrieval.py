@@ -43,8 +43,9 @@ def folder(encoder, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def retriever(model_folder, folder) -> Iterator[Server]:
+def retriever(model_folder, folder, dataset) -> Iterator[Server]:
     update = {
+        "catalogue": str(dataset.path),
         "encoder": str(folder / "encoder"),
         "index": str(folder / "index"),
         "admin_token_file": str(folder / "admin"),
@@ -105,6 +106,31 @@ def test_items_are_found_filtered_left_out_and_deleted(admin, encoder, dataset, 
     admin.delete(["new"])
 
 
+def test_the_nearest_items_are_ranked(admin, dataset, members):
+    """By the member's id alone: what was retrieved, without what the member has had, in the order of Score."""
+    admin.upsert(as_items(members))
+    query = pb.Member(task="apply", id=dataset.member_id(3), now=members[3].now)
+    ranked = admin.retrieve_and_score(query, 6)
+    new = {item.id for item in members[3].items}  # `example_at` asks about what is new to the member
+    nearest = {hit.id: hit.score for hit in admin.retrieve(members[3], 100).hits if hit.id in new}
+    assert {hit.id for hit in ranked.hits} == set([*nearest][:6])
+    similarities = [nearest[hit.id] for hit in ranked.hits]
+    np.testing.assert_allclose([hit.similarity for hit in ranked.hits], similarities, atol=2e-5)
+    query.items.extend(pb.Item(id=hit.id) for hit in ranked.hits)
+    by_id = admin.score(query)
+    in_full = pb.Member()
+    in_full.CopyFrom(members[3])
+    del in_full.items[:]
+    in_full.items.extend(item for item in members[3].items if item.id in {hit.id for hit in ranked.hits})
+    expected = {score.id: score.probabilities for score in admin.score(in_full).scores}
+    assert [hit.id for hit in ranked.hits] == [score.id for score in by_id.scores]
+    for hit, score in zip(ranked.hits, by_id.scores, strict=True):
+        np.testing.assert_allclose(hit.probabilities, expected[hit.id], atol=1e-5)
+        np.testing.assert_allclose(score.probabilities, expected[hit.id], atol=1e-5)
+    assert list(ranked.labels) == ["Yes", "No"]
+    assert len(admin.retrieve_and_score(pb.Member(task="apply", id=query.id), 6, top_k=2).hits) == 2
+
+
 def test_a_text_is_found_by_the_next_search(admin):
     admin.upsert([IndexedItem(id="text", text="Nurse|Acme|Lisbon")])
     assert admin.retrieve("Nurse|Acme|Lisbon", 1).hits[0].id == "text"
@@ -126,6 +152,9 @@ def test_what_cannot_be_read_is_named(admin, retriever, members):
             "not all numbers are finite",
         ),
         (lambda: admin.upsert([IndexedItem(id="a")]), "items[0]: give item, vector or text"),
+        (lambda: admin.retrieve_and_score(members[0], 5), "member.id: give a member of the server's catalogue"),
+        (lambda: admin.retrieve_and_score(pb.Member(task="apply", id="m1"), 0), "k: 0; give 1 to"),
+        (lambda: admin.retrieve_and_score(pb.Member(task="no", id="m1"), 5), "member.task: no task 'no'"),
     ):
         code, message = refusal(call)
         assert code is invalid

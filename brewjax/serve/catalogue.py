@@ -1,0 +1,114 @@
+"""`Catalogue`: a dataset that the server knows, so that requests name members and items by their ids alone."""
+
+from __future__ import annotations
+
+import time
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from brewjax.bundle.bundle import Bundle
+from brewjax.config import ConfigError
+from brewjax.data.tables.dataset import Dataset
+from brewjax.data.tables.statistics import FactValues
+from brewjax.data.tasks.examples import RankingExample, example_at, history_before
+from brewjax.data.tasks.task import Task
+from brewjax.serve import ranker_pb2 as pb
+from brewjax.serve.members import microseconds
+
+
+class Catalogue:
+    """The members, items and events of a dataset.
+
+    A prompt of it is, to the bit, that of the same member sent in full: both are rendered from tables by one code.
+
+    Attributes:
+      dataset: the tables.
+      facts: its facts, as of any time.
+    """
+
+    def __init__(self, dataset: Dataset):
+        self.dataset, self.facts = dataset, FactValues.of(dataset)
+
+    @classmethod
+    def load(cls, folder: str | Path, bundle: Bundle) -> Catalogue:
+        """Reads the folder of a dataset, and computes what facts are looked up in.
+
+        Raises:
+          ConfigError: the card is not that of the model's training.
+        """
+        dataset = Dataset.load(folder)
+        if bundle.card is None:
+            raise ConfigError(f"{folder}: an imported model has no dataset's card, and reads no catalogue")
+        for part in ("members", "items", "events", "facts"):
+            if getattr(dataset.card, part) != getattr(bundle.card, part):
+                raise ConfigError(f"{folder}: its card's '{part}' is not that of the model's training")
+        catalogue = cls(dataset)
+        for task in bundle.tasks:  # the first request would wait for the facts' indices
+            example = example_at(dataset, task, 0).select(slice(1))
+            bundle.request_verbalizer(dataset, catalogue.facts).prompt(task, example, bundle.prompts.score_style)
+        return catalogue
+
+    @cached_property
+    def _item_rows(self) -> dict[str, int]:
+        ids = self.dataset.items[self.dataset.card.items.id].cast(pa.string())
+        return {id_: row for row, id_ in enumerate(ids.to_pylist())}
+
+    @cached_property
+    def _member_rows(self) -> dict[str, int]:
+        ids = self.dataset.members[self.dataset.card.members.id].cast(pa.string())
+        return {id_: row for row, id_ in enumerate(ids.to_pylist())}
+
+    def example(self, task: Task, member: pb.Member, field: str = "member") -> RankingExample:
+        """The member of a request as of `member.now`, with its items, in their order, as candidates.
+
+        Args:
+          field: of the member, for errors.
+
+        Raises:
+          ValueError: naming the field of an unknown id, or of something that the catalogue knows already.
+        """
+        for name in ("attributes", "history"):
+            if getattr(member, name):
+                raise ValueError(f"{field}.{name}: the catalogue has those of {field}.id; leave out one or the other")
+        if task.questions.context and member.items:
+            context = ", ".join(task.questions.context)
+            raise ValueError(f"{field}.id: task '{task.name}' states {context}; send the member in full")
+        row = self._member_rows.get(member.id)
+        if row is None:
+            raise ValueError(f"{field}.id: no member '{member.id}' in the catalogue; {self._describe_ids('members')}")
+        now = microseconds(member.now, f"{field}.now") if member.HasField("now") else int(time.time() * 1e6)
+        history, num_past_events = history_before(self.dataset, task, row, now)
+        candidates = [self._item_row(item, f"{field}.items[{index}]") for index, item in enumerate(member.items)]
+        unknown = np.full(len(candidates), -1, np.int32)
+        return RankingExample(
+            task.name,
+            row,
+            now,
+            history,
+            num_past_events,
+            np.array(candidates, np.int32),
+            unknown,
+            unknown.astype(np.int64),
+        )
+
+    def past_items(self, example: RankingExample) -> list[str]:
+        """The ids of the items that the member of an example had an event with."""
+        start = self.dataset.member_offsets[example.member]
+        items = self.dataset.event_item[start : start + example.num_past_events]
+        return [self.dataset.item_id(row) for row in np.unique(items)]
+
+    def _item_row(self, item: pb.Item, field: str) -> int:
+        for name in ("attributes", "context"):
+            if getattr(item, name):
+                raise ValueError(f"{field}.{name}: with member.id, an item is its id alone")
+        row = self._item_rows.get(item.id)
+        if row is None:
+            raise ValueError(f"{field}.id: no item '{item.id}' in the catalogue; {self._describe_ids('items')}")
+        return row
+
+    def _describe_ids(self, table: str) -> str:
+        ids = getattr(self.dataset, table)[getattr(self.dataset.card, table).id]
+        return "ids look like " + ", ".join(f"'{known}'" for known in ids[:3].to_pylist())
