@@ -76,8 +76,8 @@ def align_records(
         sample_examples(verbalizer.dataset, task, "train", config.max_examples, config.seed),
         f"align {task.name}",
     ):
-        style = prompts.draw(rng)
-        example = verbalizer.fitting(task, example, style)
+        style, phrased = prompts.draw(rng), task.draw_phrasing(rng)
+        example = verbalizer.fitting(phrased, example, style)
         contrast = draw_contrast(verbalizer, task, example, rng) if rng.random() < config.steering_fraction else None
         if contrast:
             for note, best, worse in (
@@ -88,10 +88,10 @@ def align_records(
                     _draw_list(chosen, worse, config.list_size, rng)
                     for chosen in rng.permutation(best)[: config.lists_per_example]
                 ]
-                encoded = _encode_lists(verbalizer, task, prompts, example, style, lists, note)
+                encoded = _encode_lists(verbalizer, phrased, prompts, example, style, lists, note)
                 yield encoded, provenance(verbalizer, task, example, style) | {"steering_note": note}
         elif lists := _draw_lists(task, example, config, rng):
-            encoded = _encode_lists(verbalizer, task, prompts, example, style, lists)
+            encoded = _encode_lists(verbalizer, phrased, prompts, example, style, lists)
             yield encoded, provenance(verbalizer, task, example, style)
     verbalizer.print_overlong()
 

@@ -53,7 +53,8 @@ def sft_records(
 ) -> Iterator[tuple[EncodedPrompt, Provenance]]:
     """Yields the records of a task's training period with their provenance, for `write_shards`.
 
-    The same seed gives the same records.
+    Each example is rendered in a style, and in a phrasing of the task, that are drawn for it. The same seed gives the
+    same records.
 
     Args:
       predict: gives the soft labels of examples, float [candidates, labels] each.
@@ -67,11 +68,12 @@ def sft_records(
             examples = [dataclasses.replace(e, soft_labels=s) for e, s in zip(examples, soft_labels, strict=True)]
         for example in track(examples, f"sft {task.name}"):
             style = prompts.draw(rng)
-            example = verbalizer.fitting(task, example, style)
-            rendered = [verbalizer.prompt(task, example, style)] if len(example.candidates) else []
+            phrased = task.draw_phrasing(rng)
+            example = verbalizer.fitting(phrased, example, style)
+            rendered = [verbalizer.prompt(phrased, example, style)] if len(example.candidates) else []
             if task.questions.choice_question and rng.random() < config.choice_fraction:
                 choices = draw_choices(verbalizer, task, example, config.num_choices, rng)
-                choice_prompt = verbalizer.prompt(task, example, style, choices=choices) if choices else None
+                choice_prompt = verbalizer.prompt(phrased, example, style, choices=choices) if choices else None
                 rendered += [choice_prompt] if choice_prompt and choice_prompt.questions else []
             for prompt in rendered:
                 encoded = encode(prompt, verbalizer.tokenizer, prompts.layout)

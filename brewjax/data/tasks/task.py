@@ -186,6 +186,17 @@ class TimeSplit(Config):
     """Start of the test period, later than `validation`: a date, or a share of all events."""
 
 
+class Phrasing(Config):
+    """A task in other words."""
+
+    instruction: Words
+    """The instruction at the start of a prompt."""
+    question: Words
+    """The question about one candidate."""
+    choice_question: str = ""
+    """The multiple-choice form; by default that of the task."""
+
+
 class Task(Config):
     """A ranking task: one question about a member and an item, whose answers rank items. See `configs/tasks/`."""
 
@@ -209,6 +220,9 @@ class Task(Config):
     """Which events are asked about, and how."""
     labels: tuple[Label, ...] = pydantic.Field(min_length=2)
     """The possible answers; reliability plots and binary calibration are of the first."""
+    phrasings: tuple[Phrasing, ...] = ()
+    """The task in other words. Training draws one of them, or the task's own words, for each prompt, so that the model
+    learns to read instructions and not to recognise one; evaluation and serving use the task's own."""
     split: TimeSplit = TimeSplit(validation="80%", test="90%")
     """The times at which validation and test begin."""
     metrics: tuple[MetricName, ...] = pydantic.Field(
@@ -275,6 +289,18 @@ class Task(Config):
     def values(self) -> np.ndarray:
         """float64 [labels]: the value of each label in a ranking."""
         return np.array([label.value for label in self.labels])
+
+    def draw_phrasing(self, rng: np.random.Generator) -> Task:
+        """The task in its own words or, as likely each, in those of one of its `phrasings`."""
+        index = int(rng.integers(1 + len(self.phrasings))) if self.phrasings else 0
+        if not index:
+            return self
+        phrasing = self.phrasings[index - 1]
+        update = {"question": phrasing.question}
+        if phrasing.choice_question:
+            update["choice_question"] = phrasing.choice_question
+        questions = self.questions.model_copy(update=update)
+        return self.model_copy(update={"instruction": phrasing.instruction, "questions": questions})
 
     def boundaries(self, dataset: Dataset) -> tuple[int, int]:
         """The start of the validation period and of the test period, in microseconds since 1970.

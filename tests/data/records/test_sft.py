@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 
 import hypothesis
@@ -180,3 +181,21 @@ def test_a_whole_answer_takes_the_place_of_a_label_word(tokenizer):
     assert record.questions[0] == tokenizer.encode(["Which?\n"])[0] + name
     assert record.arrays["piece_id"].max() == 2, "the answer is part of its question's piece"
     assert prompt.render() == "Jobs.\nWhich?\nNurse (senior)\na?No\n"
+
+
+def test_prompts_are_rendered_in_phrasings_of_the_task(jobs_with, tokenizer):
+    phrasing = """
+phrasings:
+  - {instruction: Say whether an application follows., question: Does an application to this job follow}
+"""
+    phrased = Task.parse(APPLIES + phrasing)
+    verbalizer = make_verbalizer(jobs_with(MANY), tokenizer, phrased)
+    records = sft_records(verbalizer, phrased, PromptConfig(styles={"sectioned": 1.0}), SftConfig(repeats=20))
+    texts = [tokenizer.hf.decode([*itertools.chain(*record.prefix_pieces, *record.questions)]) for record, _ in records]
+    unchanged = [text for text in texts if "Will the member apply" in text]
+    rephrased = [text for text in texts if "Does an application to this job follow" in text]
+    assert len(unchanged) + len(rephrased) == len(texts)
+    assert abs(len(unchanged) - len(rephrased)) < 0.4 * len(texts)
+    for text in rephrased:
+        assert "Say whether an application follows." in text
+        assert phrased.instruction not in text
