@@ -21,6 +21,9 @@ from brewjax.model.sharding import Sharding
 from pallas_kernels.quantized_matmul import Quantized, quantized_matmul, to_8_bits
 
 Specs = tuple[jax.P | None, jax.P | None, jax.P | None]  # of `x`, of the matrix, and of their product
+# How many axes of each matrix of a layer are summed over, and are output axes; axes of layers and experts precede them.
+MATRIX_AXES: dict[str, tuple[int, int]] = dict.fromkeys(("query", "key", "value"), (1, 2)) | {"output": (2, 1)}
+MATRIX_AXES |= dict.fromkeys(("gate", "up", "down"), (1, 1))
 DTYPES = {"e4m3": jnp.dtype(jnp.float8_e4m3fn), "int8": jnp.dtype(jnp.int8)}
 
 

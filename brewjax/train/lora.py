@@ -21,12 +21,9 @@ from brewjax.config import Config
 from brewjax.model.config import ModelConfig
 from brewjax.model.decoder import Decoder
 from brewjax.model.params import Params, bind
-from brewjax.model.weights import AdaptedWeight
+from brewjax.model.weights import MATRIX_AXES, AdaptedWeight
 
 Target = Literal["query", "key", "value", "output", "gate", "up", "down"]
-# How many axes of each weight belong to its input, and to its output; axes of layers and experts precede them.
-AXES: dict[str, tuple[int, int]] = dict.fromkeys(("query", "key", "value"), (1, 2)) | {"output": (2, 1)}
-AXES |= dict.fromkeys(("gate", "up", "down"), (1, 1))
 
 
 class LoraConfig(Config):
@@ -43,7 +40,7 @@ class LoraConfig(Config):
         """Shapes, dtypes and shardings of the adapters: {"a", "b"} at the path of each adapted abstract parameter."""
 
         def pair(name: str, weight: jax.ShapeDtypeStruct) -> Params:
-            inputs, outputs = AXES[name]
+            inputs, outputs = MATRIX_AXES[name]
             num_stacked, shape = weight.ndim - inputs - outputs, weight.shape
             spec = (*weight.sharding.spec, *[None] * (weight.ndim - len(weight.sharding.spec)))
 
@@ -71,7 +68,7 @@ class LoraConfig(Config):
             made = []
             for key, (path, leaf) in zip(jax.random.split(jax.random.key(seed), len(leaves)), leaves, strict=True):
                 name, which = path[-2].key, path[-1].key
-                fan_in = math.prod(leaf.shape[-1 - AXES[name][0] : -1])
+                fan_in = math.prod(leaf.shape[-1 - MATRIX_AXES[name][0] : -1])
                 random = jax.random.normal(key, leaf.shape, leaf.dtype) * fan_in**-0.5
                 made.append(random if which == "a" else jnp.zeros(leaf.shape, leaf.dtype))
             return jax.tree.unflatten(tree, made)
@@ -87,7 +84,7 @@ class LoraConfig(Config):
                 weight = getattr(module, name)
                 if name in self.targets:
                     scaled = self.alpha / self.rank * below["a"]
-                    setattr(module, name, AdaptedWeight(weight, scaled, below["b"], AXES[name][0]))
+                    setattr(module, name, AdaptedWeight(weight, scaled, below["b"], MATRIX_AXES[name][0]))
                 else:
                     adapt(weight, below)
 
@@ -118,7 +115,7 @@ class LoraConfig(Config):
 
 
 def _sum(name: str, weight: jax.Array, adapter: Params, scale: float) -> jax.Array:
-    inputs, outputs = AXES[name]
+    inputs, outputs = MATRIX_AXES[name]
     before = weight.ndim - inputs - outputs
     axes = string.ascii_lowercase[: weight.ndim]
     stack, into, out = axes[:before], axes[before : before + inputs], axes[before + inputs :]

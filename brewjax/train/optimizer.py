@@ -1,4 +1,4 @@
-"""The optimiser: gradient clipping, then AdamW with a warm-up and a schedule of the learning rate."""
+"""The optimiser: gradient clipping, then AdamW or Muon with a warm-up and a schedule of the learning rate."""
 
 from __future__ import annotations
 
@@ -9,11 +9,19 @@ import optax
 import pydantic
 
 from brewjax.config import Config
+from brewjax.model.weights import MATRIX_AXES
+
+UPDATE_RMS = 0.2  # of Muon's updates, in learning rates: that of AdamW's, see Liu et al., section 2.2
 
 
 class OptimizerConfig(Config):
-    """AdamW (Loshchilov and Hutter 2019)."""
+    """AdamW (Loshchilov and Hutter 2019), or Muon."""
 
+    method: Literal["adamw", "muon"] = "adamw"
+    """`muon` orthogonalises the momentum of the layers' matrices (Jordan et al. 2024), with updates of the size of
+    AdamW's, so that its learning rates fit (Liu et al. 2025, arXiv 2502.16982); all other weights, adapters among them,
+    get AdamW with Nesterov momentum. It learns more from a step. Each device holds the whole state and computes all of
+    it, so it is for models that fit a device."""
     learning_rate: float = pydantic.Field(default=1e-3, gt=0, le=1)
     """Learning rate after the warm-up: about how far a step moves each weight."""
     warmup: int = pydantic.Field(default=100, ge=0)
@@ -42,10 +50,51 @@ class OptimizerConfig(Config):
     def build(self, steps: int) -> optax.GradientTransformation:
         """The optimiser of a run of `steps`."""
         return optax.chain(
-            optax.clip_by_global_norm(self.clip),
-            optax.adamw(self.rate(steps), self.b1, self.b2, weight_decay=self.weight_decay, mask=_matrices),
+            optax.clip_by_global_norm(self.clip), self._muon(steps) if self.method == "muon" else self._adamw(steps)
         )
+
+    def _adamw(self, steps: int) -> optax.GradientTransformation:
+        return optax.adamw(self.rate(steps), self.b1, self.b2, weight_decay=self.weight_decay, mask=_matrices)
+
+    def _muon(self, steps: int) -> optax.GradientTransformation:
+        muon = optax.contrib.muon(
+            self.rate(steps),
+            weight_decay=self.weight_decay,
+            weight_decay_mask=_matrices,
+            adam_b1=self.b1,
+            adam_b2=self.b2,
+            adam_weight_decay=self.weight_decay,
+            muon_weight_dimension_numbers=_muon_axes,
+            consistent_rms=UPDATE_RMS,
+        )
+
+        def update(grads: optax.Updates, state: optax.OptState, params: optax.Params | None = None) -> tuple:
+            return muon.update(_replicate(grads), state, _replicate(params))
+
+        return optax.GradientTransformation(lambda params: muon.init(_replicate(params)), update)
 
 
 def _matrices(params: optax.Params) -> optax.Params:
     return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.endswith(("scale", "_bias")), params)
+
+
+def _muon_axes(params: optax.Params) -> optax.Params:
+    """For each matrix of the layers, the axes that are summed over and the output axes; None for what AdamW updates."""
+
+    def axes(path: tuple, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+        name = path[-1].key
+        if name not in MATRIX_AXES:
+            return None
+        inputs, outputs = MATRIX_AXES[name]
+        first = leaf.ndim - inputs - outputs
+        middle = first + inputs
+        return optax.contrib.MuonDimensionNumbers(tuple(range(first, middle)), tuple(range(middle, leaf.ndim)))
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def _replicate(tree: optax.Params) -> optax.Params:
+    """Every array whole on every device of the mesh in context, if there is one: optax orthogonalises no shards."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+    return jax.tree.map(lambda array: jax.sharding.reshard(array, jax.P()), tree)

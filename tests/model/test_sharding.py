@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 from jax.experimental import topologies
 from jax.experimental.mesh_utils import create_hybrid_device_mesh
@@ -23,6 +24,7 @@ from brewjax.model.sharding import BATCH_AXES, FSDP_TENSOR, MESH_AXES, MeshConfi
 from brewjax.model.upcycle import upcycle
 from brewjax.train.lora import LoraConfig
 from brewjax.train.objectives import supervised
+from brewjax.train.optimizer import OptimizerConfig
 from tests.tiny import MODEL, adapters, pack, params, prompt
 
 ROOT = Path(__file__).parents[2]
@@ -101,6 +103,19 @@ def loss_and_gradients(model: ModelConfig, lora: LoraConfig | None, mesh: Mesh) 
     return {"loss": loss, "count": count} | {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
+def muon_update(mesh: Mesh) -> dict[str, np.ndarray]:
+    """By path of the parameter: what Muon changes in a first step, whose gradients are the weights themselves."""
+    optimizer = OptimizerConfig(method="muon", learning_rate=0.1, warmup=0, weight_decay=0.0).build(10)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(MODEL, mesh))
+    with jax.set_mesh(mesh):
+        weights = jax.device_put(params(MODEL), shardings)
+        updates, _ = jax.jit(lambda p: optimizer.update(p, optimizer.init(p), p))(weights)
+        moved = jax.jit(optax.apply_updates)(weights, updates)
+    for before, after in zip(jax.tree.leaves(weights), jax.tree.leaves(moved), strict=True):
+        assert after.sharding.is_equivalent_to(before.sharding, after.ndim)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(updates)}
+
+
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory) -> dict[str, np.ndarray]:
     """By mesh and path."""
@@ -130,6 +145,12 @@ def test_loss_and_gradients_are_those_of_one_device(name, sharded):
     for path, values in alone.items():
         largest = max(1, np.abs(values).max())  # gradients of adapters are larger than 1, and so is their rounding
         np.testing.assert_allclose(sharded[f"{name}/{path}"], values, rtol=1e-5, atol=1e-5 * largest, err_msg=path)
+
+
+def test_muon_is_the_same_on_any_mesh(sharded):
+    for path, values in muon_update(one_device()).items():
+        assert values.any()
+        np.testing.assert_allclose(sharded[f"muon_update/{path}"], values, rtol=1e-3, atol=1e-5, err_msg=path)
 
 
 def read_golden(mesh: Mesh) -> dict[str, np.ndarray]:
@@ -227,6 +248,7 @@ def main(out: str) -> None:
     actual = {name: loss_and_gradients(model, lora, config.build()) for name, (model, lora, config) in RUNS.items()}
     mesh = EXPERT_MESHES["experts, fsdp=2 expert=2 tensor=2"].build()
     actual |= {made.__name__: made(mesh) for made in (read_golden, upcycled)}
+    actual["muon_update"] = muon_update(MeshConfig(fsdp=2, tensor=2).build())
     np.savez(out, **{f"{name}/{path}": values for name, one in actual.items() for path, values in one.items()})
 
 

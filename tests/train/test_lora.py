@@ -14,9 +14,10 @@ from brewjax.aot.program import training_step
 from brewjax.model.config import ExpertsConfig
 from brewjax.model.params import abstract_params, bind
 from brewjax.model.sharding import MeshConfig
+from brewjax.model.weights import MATRIX_AXES
 from brewjax.train.align import Align
 from brewjax.train.loop import TrainConfig, train
-from brewjax.train.lora import AXES, LoraConfig
+from brewjax.train.lora import LoraConfig
 from brewjax.train.objectives import supervised
 from tests.tiny import MODEL, adapters, batch_of, params, prompt
 from tests.train.test_loop import CONFIG, losses, newest_checkpoint, shards
@@ -46,7 +47,7 @@ def test_merged_weights_are_the_definition(model):
     merged = jax.jit(LORA.merge)(base, learnt)
     assert jax.tree.map(jnp.shape, merged) == jax.tree.map(jnp.shape, base)
     below = (lambda tree: tree["layers"]["experts"]) if model is EXPERTS else (lambda tree: tree["layers"])
-    for name, (inputs, outputs) in AXES.items():
+    for name, (inputs, outputs) in MATRIX_AXES.items():
         at = below if name in below(base) else (lambda tree: tree["layers"])
         before, after, pair = (at(tree)[name] for tree in (base, merged, learnt))
         stack = before.ndim - inputs - outputs
@@ -90,7 +91,7 @@ def test_a_step_makes_neither_merged_weights_nor_their_gradient(model):
         step = training_step(model, config, mesh).traced.jaxpr.jaxpr
         full = training_step(model, config.model_copy(update={"lora": None}), mesh).traced.jaxpr.jaxpr
     stacks = shapes(LORA._each(abstract_params(model, mesh), lambda name, weight: weight))
-    assert len(stacks) == len(AXES)
+    assert len(stacks) == len(MATRIX_AXES)
     assert not set(stacks.values()) & set(outputs(step))
     assert set(stacks.values()) <= set(outputs(full))  # they would be seen
 
@@ -128,7 +129,7 @@ def test_training_leaves_the_base_alone_and_saves_the_adapters_only(shards, tmp_
     _, learnt = newest_checkpoint(tmp_path, config)
     jax.tree.map(np.testing.assert_array_equal, trained, jax.jit(LORA.merge)(base, learnt))
     changed = jax.tree.map(lambda a, b: bool((a != b).any()), trained, before)
-    assert {name for name, is_so in changed["layers"].items() if is_so is True} == set(AXES)
+    assert {name for name, is_so in changed["layers"].items() if is_so is True} == set(MATRIX_AXES)
     assert not changed["embedding"]
     again = train(MODEL, config, shards, tmp_path, supervised, init=lambda: base)  # from its last checkpoint
     jax.tree.map(np.testing.assert_array_equal, again, trained)

@@ -1,11 +1,14 @@
-"""What AdamW may be asked for, and which weights decay."""
+"""What the optimisers may be asked for, which weights decay, and what Muon makes of matrices."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 
 from brewjax.config import ConfigError
-from brewjax.train.optimizer import OptimizerConfig
+from brewjax.model.weights import MATRIX_AXES
+from brewjax.train.optimizer import UPDATE_RMS, OptimizerConfig
 from tests.tiny import MODEL, params
 
 
@@ -25,6 +28,31 @@ def test_matrices_decay_and_nothing_else():
     assert {name.split("layers")[-1] for name in decayed} == {
         *("embedding", "untied_head", "query", "key", "value", "output", "gate", "up", "down")
     }
+
+
+def random_grads(weights):
+    leaves, tree = jax.tree.flatten(weights)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return tree.unflatten(jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True))
+
+
+def first_update(optimizer, weights, grads):
+    return jax.jit(lambda weights, grads: optimizer.update(grads, optimizer.init(weights), weights)[0])(weights, grads)
+
+
+def test_muon_makes_the_updates_of_matrices_orthogonal():
+    settings = {"learning_rate": 0.1, "warmup": 0, "schedule": "constant", "weight_decay": 0.0}
+    weights = params(MODEL)
+    grads = random_grads(weights)
+    updates = first_update(OptimizerConfig(method="muon", **settings).build(10), weights, grads)
+    nadamw = first_update(optax.nadamw(0.1, b2=0.95), weights, grads)
+    for name, (inputs, _) in MATRIX_AXES.items():
+        for update in np.asarray(updates["layers"][name]):
+            matrix = update.reshape(np.prod(update.shape[:inputs]), -1)
+            singular_values = np.linalg.svd(matrix, compute_uv=False)
+            assert singular_values.min() > 0.5 * singular_values.max()
+            np.testing.assert_allclose(np.sqrt((matrix**2).mean()), UPDATE_RMS * 0.1, rtol=0.2)
+    np.testing.assert_allclose(updates["embedding"], nadamw["embedding"], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
