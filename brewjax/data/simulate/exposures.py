@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -14,9 +15,7 @@ from brewjax.data.simulate.world import (
     FIRST_DAY,
     JOB_LIFE,
     POST_LIFE,
-    Jobs,
-    Members,
-    Posts,
+    MemberTable,
     World,
     take,
 )
@@ -99,8 +98,8 @@ class Pool:
         code = key * self._span + time - FIRST_DAY + 1
         first = np.searchsorted(self._code, np.maximum(code - self._days, key * self._span), side="left")
         count = np.searchsorted(self._code, code, side="right") - first
-        drawn = self._order[np.minimum(first + (uniform * count).astype(np.int64), len(self._order) - 1)]
-        return np.where(count > 0, drawn, -1)
+        item = self._order[np.minimum(first + (uniform * count).astype(np.int64), len(self._order) - 1)]
+        return np.where(count > 0, item, -1)
 
 
 class JobPools:
@@ -116,15 +115,15 @@ class JobPools:
         self._by_field = Pool(self._sub_major[field], posted, days)
         self._by_city, self._any = Pool(city, posted, days), Pool(np.zeros_like(city), posted, days)
 
-    def draw(self, members: Members, source: np.ndarray, uniform: np.ndarray, time: np.ndarray) -> np.ndarray:
+    def draw(self, members: MemberTable, source: np.ndarray, uniform: np.ndarray, time: np.ndarray) -> np.ndarray:
         """int64: a job for each row of members, from the source with this index in the shares of the kind."""
-        wanted = wishes(self._world, members, time)
+        goals = wishes(self._world, members, time)
         return np.select(
             [source == 0, source == 1, source == 2],
             [
                 self._by_field.draw(uniform, self._sub_major[members.field], time),
-                self._by_field.draw(uniform, self._sub_major[wanted.field], time),
-                self._by_city.draw(uniform, wanted.city, time),
+                self._by_field.draw(uniform, self._sub_major[goals.field], time),
+                self._by_city.draw(uniform, goals.city, time),
             ],
             self._any.draw(uniform, 0, time),
         )
@@ -142,7 +141,7 @@ class PostPools:
         self._by_field = Pool(self._sub_major[field], posted, days)
         self._any = Pool(np.zeros_like(field), posted, days)
 
-    def draw(self, members: Members, source: np.ndarray, uniform: np.ndarray, time: np.ndarray) -> np.ndarray:
+    def draw(self, members: MemberTable, source: np.ndarray, uniform: np.ndarray, time: np.ndarray) -> np.ndarray:
         """As of `JobPools`."""
         return np.select(
             [source == 0, source == 1],
@@ -168,7 +167,7 @@ class PeoplePools:
         self._by_field = Pool(self._sub_major[field], joined, always)
         self._any = Pool(np.zeros_like(company), joined, always)
 
-    def draw(self, members: Members, source: np.ndarray, uniform: np.ndarray, time: np.ndarray) -> np.ndarray:
+    def draw(self, members: MemberTable, source: np.ndarray, uniform: np.ndarray, time: np.ndarray) -> np.ndarray:
         """As of `JobPools`."""
         person = np.select(
             [source == 0, source == 1],
@@ -181,7 +180,10 @@ class PeoplePools:
         return np.where(person == members.id, -1, person)
 
 
-def expose(world: World, pools: JobPools | PostPools | PeoplePools, kind: RequestKind, members: Members) -> Exposures:
+Pools = JobPools | PostPools | PeoplePools
+
+
+def expose(world: World, pools: Pools, kind: RequestKind, members: MemberTable) -> Exposures:
     """What members are shown by requests of a kind; an item at most once."""
     draws, ids = world.draws, members.id
     begins = np.maximum(members.joined, 0)
@@ -201,15 +203,15 @@ def expose(world: World, pools: JobPools | PostPools | PeoplePools, kind: Reques
     slot, size = np.tile(np.arange(kind.size), len(row)), kind.size
     row, time, request, note = (np.repeat(values, size) for values in (row, time, request, note))
     source = draws.choice(f"{kind.purpose} source", np.array(kind.shares), request, slot)
-    drawn = pools.draw(take(members, row), source, draws.uniform(f"{kind.purpose} item", request, slot), time)
-    order = np.lexsort((slot, time, drawn, row))
-    first = np.diff(row[order] * (drawn.max(initial=0) + 2) + drawn[order], prepend=-2) != 0
-    kept = np.sort(order[first & (drawn[order] >= 0)])
-    kept = kept[np.lexsort((slot[kept], time[kept], row[kept]))]
-    return Exposures(ids[row[kept]], drawn[kept], time[kept], request[kept], note[kept])
+    item = pools.draw(take(members, row), source, draws.uniform(f"{kind.purpose} item", request, slot), time)
+    order = np.lexsort((slot, time, item, row))
+    first = np.diff(row[order] * (item.max(initial=0) + 2) + item[order], prepend=-2) != 0
+    selected = np.sort(order[first & (item[order] >= 0)])
+    selected = selected[np.lexsort((slot[selected], time[selected], row[selected]))]
+    return Exposures(ids[row[selected]], item[selected], time[selected], request[selected], note[selected])
 
 
-def _columns(read: Callable[[np.ndarray], Jobs | Posts | Members], count: int, *names: str) -> list[np.ndarray]:
+def _columns(read: Callable[[np.ndarray], Any], count: int, *names: str) -> list[np.ndarray]:
     """Some columns of all items, without the others in memory at once."""
     parts: list[list[np.ndarray]] = [[] for _ in names]
     for start in range(0, count, CHUNK):

@@ -105,9 +105,9 @@ class _Writer:
         self._waiting.append(table)
         self._flush(self.ROW_GROUP)
 
-    def _flush(self, least: int) -> None:
+    def _flush(self, min_rows: int) -> None:
         waiting = pa.concat_tables(self._waiting).unify_dictionaries()
-        while len(waiting) >= max(least, 1):
+        while len(waiting) >= max(min_rows, 1):
             group, waiting = waiting.slice(0, self.ROW_GROUP), waiting.slice(self.ROW_GROUP)
             if self._writer is None:
                 self._writer = pq.ParquetWriter(self._path, group.schema)

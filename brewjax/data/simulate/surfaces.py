@@ -12,7 +12,7 @@ from brewjax.data.simulate.exposures import Exposures, JobPools, PeoplePools, Po
 from brewjax.data.simulate.truth import NOTED
 from brewjax.data.simulate.utility import NOTES, job_features, people_features, post_features, utility
 from brewjax.data.simulate.wording import times
-from brewjax.data.simulate.world import COLLEAGUES, Members, World, take
+from brewjax.data.simulate.world import COLLEAGUES, MemberTable, World, take
 
 MAX_DELAY = 2.0  # days from an exposure to what follows it
 
@@ -26,7 +26,7 @@ class Block(NamedTuple):
       first_company: of `ties`.
     """
 
-    members: Members
+    members: MemberTable
     ties: np.ndarray
     first_company: int
 
@@ -36,7 +36,7 @@ class Block(NamedTuple):
         first, companies = int(ids[0]) // COLLEAGUES, -(-len(ids) // COLLEAGUES)
         return cls(world.members(ids), world.ties(first, companies), first)
 
-    def rows(self, ids: np.ndarray) -> Members:
+    def rows(self, ids: np.ndarray) -> MemberTable:
         """The members of each id."""
         return take(self.members, ids - self.members.id[0])
 

@@ -40,12 +40,13 @@ def load_world(folder: Path) -> World:
 
 
 def action_column(task: Task, folder: Path) -> str | None:
-    """The column of TRUTH that answers a task: of the action of its first label, where the other label is that nothing
-    followed. None if the folder has no truth, or none of this task."""
+    """The column of TRUTH that answers a task: of the action of one label, where the other is that nothing followed.
+    None if the folder is of no simulation, or if the task asks about something else."""
     if not (folder / TRUTH).exists() or len(task.labels) != 2 or task.default_label < 0:
         return None
-    action = (task.labels[1 - task.default_label].match or {}).get("action")
-    return action if action in pq.read_schema(folder / TRUTH).names else None
+    schema, action = pq.read_schema(folder / TRUTH), (task.labels[1 - task.default_label].match or {}).get("action")
+    simulated = WORLD in (schema.metadata or {}) and not task.questions.sampled_negatives
+    return action if simulated and action in schema.names else None
 
 
 def oracle(
@@ -71,7 +72,7 @@ def oracle(
     truth = pq.read_table(dataset.path / TRUTH, columns=["request", "item_id", column])
     exposures = np.concatenate([np.zeros(0, np.int64), *(example.exposures for example in examples)])
     if (exposures < 0).any():
-        raise ValueError(f"task {task.name}: the truth knows no sampled negatives, only what was shown")
+        raise ValueError(f"task {task.name}: the truth is of what was shown, and some candidates were not")
     events = dataset.events.take(pa.array(exposures))
     utilities = _look_up(truth, column, events["request"].to_numpy(), events["item_id"].to_numpy())
     if np.isnan(utilities).any():
@@ -89,8 +90,8 @@ def _look_up(truth: pa.Table, column: str, request: np.ndarray, item: np.ndarray
     """float64: the value of each (request, item); NaN where there is none."""
     known_request, known_item = truth["request"].to_numpy(), truth["item_id"].to_numpy()
     size = max(int(known_item.max(initial=0)), int(item.max(initial=0))) + 1
-    codes, wanted = known_request * size + known_item, request * size + item
+    codes, queries = known_request * size + known_item, request * size + item
     order = np.argsort(codes, kind="stable")
-    place = np.minimum(np.searchsorted(codes[order], wanted), len(codes) - 1)
+    place = np.minimum(np.searchsorted(codes[order], queries), len(codes) - 1)
     values = truth[column].to_numpy().astype(np.float64)[order]
-    return np.where(codes[order][place] == wanted, values[place], np.nan)
+    return np.where(codes[order][place] == queries, values[place], np.nan)

@@ -12,7 +12,7 @@ import pyarrow as pa
 from brewjax.data.simulate.truth import load_world
 from brewjax.data.simulate.utility import Wishes, job_features, utility, wishes
 from brewjax.data.simulate.wording import jobs_table, times
-from brewjax.data.simulate.world import COUNTRY, LEVELS, SALARY, SALARY_SPREAD, Jobs, Members, World, take
+from brewjax.data.simulate.world import COUNTRY, LEVELS, SALARY, SALARY_SPREAD, JobTable, MemberTable, World, take
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tasks.examples import RankingExample, example_at
 from brewjax.data.tasks.task import Task
@@ -60,14 +60,14 @@ def twin_examples(
     base = world.jobs(world.draws.integer("twin", world.num_jobs, ids))
     usual = SALARY[base.level]
     base = dataclasses.replace(base, posted=end - 1, closes=end + 30, salary=usual, city=profiles.city)
-    variants: list[Jobs] = [base, base]
+    variants: list[JobTable] = [base, base]
     for change in CHANGES.values():
         variants += [dataclasses.replace(base, **change(world, profiles, base, suits)) for suits in (True, False)]
     none = np.zeros(len(ids), np.int64)
     utilities = [
         utility(world, "applied", profiles, job_features(world, profiles, job, end), end, none) for job in variants
     ]
-    wanted, known = wishes(world, profiles, end), _as_profile(profiles)
+    goals, known = wishes(world, profiles, end), _as_profile(profiles)
     first_id = int(dataset.items["item_id"].to_numpy().max()) + 1
     extended = dataclasses.replace(dataset, items=_append(dataset.items, world, variants, first_id))
     cutoff_time = int(times(np.array([world.days])).cast(pa.int64())[0].as_py())
@@ -86,32 +86,32 @@ def twin_examples(
             better, worse = 2 + 2 * place, 3 + 2 * place
             difference = float(utilities[better][index] - utilities[worse][index])
             wish = {"location": "city", "field": "field", "level": "level"}.get(attribute)
-            if wish is None or getattr(wanted, wish)[index] == getattr(known, wish)[index]:
+            if wish is None or getattr(goals, wish)[index] == getattr(known, wish)[index]:
                 twins.append(Twins(index, better, worse, attribute, difference))
     return extended, examples, twins
 
 
-def _location(world: World, members: Members, jobs: Jobs, suits: bool) -> dict[str, np.ndarray]:
+def _location(world: World, members: MemberTable, jobs: JobTable, suits: bool) -> dict[str, np.ndarray]:
     """In the member's city, or in the first of the cities abroad."""
     abroad = np.array([np.flatnonzero(country != COUNTRY)[0] for country in COUNTRY])
     return {"city": members.city if suits else abroad[members.city]}
 
 
-def _level(world: World, members: Members, jobs: Jobs, suits: bool) -> dict[str, np.ndarray]:
+def _level(world: World, members: MemberTable, jobs: JobTable, suits: bool) -> dict[str, np.ndarray]:
     """The member's level, or the farthest from it, each with its usual pay."""
     far = np.where(members.level < len(LEVELS) // 2, len(LEVELS) - 1, 0)
     level = members.level if suits else far
     return {"level": level, "salary": SALARY[level]}
 
 
-def _field(world: World, members: Members, jobs: Jobs, suits: bool) -> dict[str, np.ndarray]:
+def _field(world: World, members: MemberTable, jobs: JobTable, suits: bool) -> dict[str, np.ndarray]:
     """The member's occupation, or one of a field that has not even the first digit in common."""
     far = np.array([np.flatnonzero(code // 1000 != world.fields.code // 1000)[0] for code in world.fields.code])
     field = members.field if suits else far[members.field]
     return {"field": field, "title": members.title if suits else world.fields.first_title[field]}
 
 
-def _skills(world: World, members: Members, jobs: Jobs, suits: bool) -> dict[str, np.ndarray]:
+def _skills(world: World, members: MemberTable, jobs: JobTable, suits: bool) -> dict[str, np.ndarray]:
     """All skills are the member's, or none is."""
     if suits:
         return {"skills": members.skills[:, : jobs.skills.shape[1]]}
@@ -120,13 +120,13 @@ def _skills(world: World, members: Members, jobs: Jobs, suits: bool) -> dict[str
     return {"skills": np.argsort(rank, axis=1)[:, : jobs.skills.shape[1]]}
 
 
-def _pay(world: World, members: Members, jobs: Jobs, suits: bool) -> dict[str, np.ndarray]:
+def _pay(world: World, members: MemberTable, jobs: JobTable, suits: bool) -> dict[str, np.ndarray]:
     """Well paid for its level, or badly."""
     factor = np.exp((1 if suits else -1) * DEVIATIONS * SALARY_SPREAD)
     return {"salary": np.round(SALARY[jobs.level] * factor, -3)}
 
 
-CHANGES: dict[str, Callable[[World, Members, Jobs, bool], dict[str, np.ndarray]]] = {
+CHANGES: dict[str, Callable[[World, MemberTable, JobTable, bool], dict[str, np.ndarray]]] = {
     "location": _location,
     "level": _level,
     "field": _field,
@@ -135,11 +135,11 @@ CHANGES: dict[str, Callable[[World, Members, Jobs, bool], dict[str, np.ndarray]]
 }
 
 
-def _as_profile(members: Members) -> Wishes:
+def _as_profile(members: MemberTable) -> Wishes:
     return Wishes(members.field, members.city, members.level)
 
 
-def _append(items: pa.Table, world: World, variants: list[Jobs], first_id: int) -> pa.Table:
+def _append(items: pa.Table, world: World, variants: list[JobTable], first_id: int) -> pa.Table:
     """The items, and behind them those of each variant."""
     tables = [jobs_table(world, take(jobs, np.arange(len(jobs.id)))) for jobs in variants]
     added = pa.concat_tables(tables)

@@ -15,7 +15,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from brewjax.data.simulate.world import CITY_SHARES, COUNTRY, LEVELS, SALARY, SALARY_SPREAD, Jobs, Members, Posts, World
+from brewjax.data.simulate.world import (
+    CITY_SHARES,
+    COUNTRY,
+    LEVELS,
+    SALARY,
+    SALARY_SPREAD,
+    JobTable,
+    MemberTable,
+    PostTable,
+    World,
+)
 
 # What utilities depend on: the leading ISCO digits in common with the field that the member wants to work in; the share
 # of the item's skills that the member has; whether it is in the city, or at least the country, where the member wants
@@ -25,7 +35,7 @@ FEATURES = ("field", "skills", "place", "level", "liking", "pay", "ties", "quali
 MEANS = np.array([0.3, 0.05, 0.25, -1.2, 0.0, 0.0, 0.0, 0.0])  # of the features, about: notes hardly change the rates
 
 
-class Action(NamedTuple):
+class ActionUtility(NamedTuple):
     """What an action depends on.
 
     Attributes:
@@ -40,13 +50,13 @@ class Action(NamedTuple):
 
 
 ACTIONS = {
-    "applied": Action(0.10, -3.7, (3.2, 3.0, 1.6, 0.7, 0.7, 0.5, 0.0, 0.8)),
-    "saved": Action(0.16, -2.8, (2.4, 2.0, 1.0, 0.3, 0.7, 0.9, 0.0, 0.9)),
-    "clicked": Action(0.17, -2.6, (2.6, 3.0, 0.0, 0.0, 0.9, 0.0, 1.0, 0.9)),
-    "liked": Action(0.10, -3.4, (1.4, 2.0, 0.0, 0.0, 0.9, 0.0, 1.8, 0.8)),
-    "connected": Action(0.12, -3.2, (2.2, 2.0, 0.9, 0.3, 0.0, 0.0, 1.2, 0.7)),
-    "followed": Action(0.12, -3.5, (2.4, 2.4, 0.2, 0.9, 0.0, 0.0, 0.3, 1.0)),
-    "accepted": Action(0.42, -0.55, (1.8, 1.6, 0.8, 0.4, 0.0, 0.0, 1.5, 0.6)),
+    "applied": ActionUtility(0.10, -3.7, (3.2, 3.0, 1.6, 0.7, 0.7, 0.5, 0.0, 0.8)),
+    "saved": ActionUtility(0.16, -2.8, (2.4, 2.0, 1.0, 0.3, 0.7, 0.9, 0.0, 0.9)),
+    "clicked": ActionUtility(0.17, -2.6, (2.6, 3.0, 0.0, 0.0, 0.9, 0.0, 1.0, 0.9)),
+    "liked": ActionUtility(0.10, -3.4, (1.4, 2.0, 0.0, 0.0, 0.9, 0.0, 1.8, 0.8)),
+    "connected": ActionUtility(0.12, -3.2, (2.2, 2.0, 0.9, 0.3, 0.0, 0.0, 1.2, 0.7)),
+    "followed": ActionUtility(0.12, -3.5, (2.4, 2.4, 0.2, 0.9, 0.0, 0.0, 0.3, 1.0)),
+    "accepted": ActionUtility(0.42, -0.55, (1.8, 1.6, 0.8, 0.4, 0.0, 0.0, 1.5, 0.6)),
 }
 RATE_SPREAD = 0.9  # deviation of a member's rate of acting, in logits
 TASTE_SPREAD = 0.55  # deviation of the logarithm of a taste; its mean is 1
@@ -68,7 +78,7 @@ class Wishes:
     level: np.ndarray
 
 
-def wishes(world: World, members: Members, time: np.ndarray) -> Wishes:
+def wishes(world: World, members: MemberTable, time: np.ndarray) -> Wishes:
     """What members (rows) want at a time (days, [rows]). No profile states it; what they did tells it."""
     draws, ids = world.draws, members.id
     changes = (draws.uniform("changes mind", ids) < CHANGES_MIND) & (
@@ -85,7 +95,7 @@ def wishes(world: World, members: Members, time: np.ndarray) -> Wishes:
     return Wishes(field, city, level)
 
 
-def tastes(world: World, members: Members, time: np.ndarray) -> np.ndarray:
+def tastes(world: World, members: MemberTable, time: np.ndarray) -> np.ndarray:
     """float64 [rows, FEATURES]: how much each member cares about each feature; mean 1, lognormal, and stationary: two
     normal variables turn into each other at the pace of DRIFT_DAYS."""
     angle = (np.pi / 2 * time / DRIFT_DAYS)[:, None]
@@ -94,42 +104,42 @@ def tastes(world: World, members: Members, time: np.ndarray) -> np.ndarray:
     return np.exp(TASTE_SPREAD * (np.cos(angle) * before + np.sin(angle) * after) - TASTE_SPREAD**2 / 2)
 
 
-def job_features(world: World, members: Members, jobs: Jobs, time: np.ndarray) -> np.ndarray:
+def job_features(world: World, members: MemberTable, jobs: JobTable, time: np.ndarray) -> np.ndarray:
     """float64 [rows, FEATURES] of members and jobs, row by row."""
-    wanted = wishes(world, members, time)
+    goals = wishes(world, members, time)
     pay = np.log(jobs.salary / SALARY[jobs.level]) / SALARY_SPREAD
     liking = world.draws.normal("likes workplace", members.id, jobs.workplace)
-    place, level = _place(wanted, jobs.city), -np.abs(jobs.level - wanted.level)
-    field = world.fields.shared_digits(jobs.field, wanted.field) / 4
+    place, level = _place(goals, jobs.city), -np.abs(jobs.level - goals.level)
+    field = world.fields.shared_digits(jobs.field, goals.field) / 4
     return _centered(field, _overlap(members.skills, jobs.skills), place, level, liking, pay, 0, jobs.quality)
 
 
 def post_features(
-    world: World, members: Members, posts: Posts, time: np.ndarray, author_is_tie: np.ndarray
+    world: World, members: MemberTable, posts: PostTable, time: np.ndarray, author_is_tie: np.ndarray
 ) -> np.ndarray:
     """float64 [rows, FEATURES] of members and posts, row by row."""
-    wanted = wishes(world, members, time)
+    goals = wishes(world, members, time)
     liking = world.draws.normal("likes kind", members.id, posts.kind)
-    field = world.fields.shared_digits(posts.field, wanted.field) / 4
+    field = world.fields.shared_digits(posts.field, goals.field) / 4
     return _centered(field, _overlap(members.skills, posts.skills), MEANS[2], MEANS[3], liking, 0, author_is_tie,
                      posts.quality)  # fmt: skip
 
 
 def people_features(
-    world: World, members: Members, people: Members, time: np.ndarray, mutual: np.ndarray
+    world: World, members: MemberTable, people: MemberTable, time: np.ndarray, mutual: np.ndarray
 ) -> np.ndarray:
     """float64 [rows, FEATURES] of members and other members, row by row; `mutual` is how many ties they share."""
-    wanted = wishes(world, members, time)
+    goals = wishes(world, members, time)
     level = np.minimum(people.level - members.level, 2) + MEANS[3]  # the higher the better
-    field = world.fields.shared_digits(people.field, wanted.field) / 4
+    field = world.fields.shared_digits(people.field, goals.field) / 4
     quality = world.draws.normal("person quality", people.id)
     ties = np.log1p(mutual)
-    return _centered(field, _overlap(members.skills, people.skills), _place(wanted, people.city), level, 0, 0, ties,
+    return _centered(field, _overlap(members.skills, people.skills), _place(goals, people.city), level, 0, 0, ties,
                      quality)  # fmt: skip
 
 
 def utility(
-    world: World, action: str, members: Members, features: np.ndarray, time: np.ndarray, note: np.ndarray
+    world: World, action: str, members: MemberTable, features: np.ndarray, time: np.ndarray, note: np.ndarray
 ) -> np.ndarray:
     """float64 [rows]: the logit of the probability of an action.
 
@@ -147,13 +157,13 @@ def utility(
     return of_action.bias + rate + terms.sum(axis=1)
 
 
-def _place(wanted: Wishes, city: np.ndarray) -> np.ndarray:
-    return np.where(city == wanted.city, 1.0, np.where(COUNTRY[city] == COUNTRY[wanted.city], 0.4, 0.0))
+def _place(goals: Wishes, city: np.ndarray) -> np.ndarray:
+    return np.where(city == goals.city, 1.0, np.where(COUNTRY[city] == COUNTRY[goals.city], 0.4, 0.0))
 
 
-def _overlap(skills: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """float64 [rows]: the share of the wanted skills ([rows, wanted]) that are among some ([rows, skills])."""
-    return (skills[:, :, None] == wanted[:, None, :]).any(axis=1).mean(axis=1)
+def _overlap(skills: np.ndarray, required: np.ndarray) -> np.ndarray:
+    """float64 [rows]: the share of the required skills ([rows, required]) that are among some ([rows, skills])."""
+    return (skills[:, :, None] == required[:, None, :]).any(axis=1).mean(axis=1)
 
 
 def _centered(*features: np.ndarray | float) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from brewjax.data.simulate.world import CITIES, KINDS, LEVELS, WORKPLACES, Jobs, Members, Posts, World
+from brewjax.data.simulate.world import CITIES, KINDS, LEVELS, WORKPLACES, JobTable, MemberTable, PostTable, World
 
 START = np.datetime64("2025-01-01", "s")  # of the period
 DAY = 86_400  # seconds
@@ -33,12 +33,12 @@ TEXTS = {  # of posts, by kind; several to choose from, each with the place of a
 }  # fmt: skip
 
 
-def members_table(world: World, members: Members, connections: np.ndarray) -> pa.Table:
+def members_table(world: World, members: MemberTable, connections: np.ndarray) -> pa.Table:
     """The profiles of members; `connections` is int64 [members], how many colleagues each knows."""
     return pa.table({"member_id": members.id, **_profile(world, members), "connections": connections})
 
 
-def jobs_table(world: World, jobs: Jobs) -> pa.Table:
+def jobs_table(world: World, jobs: JobTable) -> pa.Table:
     """Jobs as items."""
     skills = [_pick(world.fields.skill_names, column) for column in jobs.skills.T]
     sentence = pc.binary_join_element_wise(
@@ -65,7 +65,7 @@ def jobs_table(world: World, jobs: Jobs) -> pa.Table:
     )
 
 
-def posts_table(world: World, posts: Posts) -> pa.Table:
+def posts_table(world: World, posts: PostTable) -> pa.Table:
     """Posts as items."""
     authors = world.members(posts.author)
     parts = [text.split("{}") for kind in KINDS for text in TEXTS[kind]]
@@ -95,7 +95,7 @@ def times(days: np.ndarray) -> pa.Array:
     return pa.array(seconds * 1_000_000).cast(pa.timestamp("us", "UTC"))
 
 
-def _profile(world: World, members: Members) -> dict[str, pa.Array]:
+def _profile(world: World, members: MemberTable) -> dict[str, pa.Array]:
     return {
         "position": _titles(world, members.title),
         "level": _pick(list(LEVELS), members.level),

@@ -44,7 +44,7 @@ FIRST_DAY = -30  # of jobs and posts, before the period
 
 
 @dataclasses.dataclass(frozen=True)
-class Members:
+class MemberTable:
     """Members. Arrays are [members], `skills` is [members, MEMBER_SKILLS].
 
     Attributes:
@@ -66,7 +66,7 @@ class Members:
 
 
 @dataclasses.dataclass(frozen=True)
-class Jobs:
+class JobTable:
     """Jobs. Arrays are [jobs], `skills` is [jobs, JOB_SKILLS].
 
     Attributes:
@@ -91,7 +91,7 @@ class Jobs:
 
 
 @dataclasses.dataclass(frozen=True)
-class Posts:
+class PostTable:
     """Posts. Arrays are [posts], `skills` is [posts, POST_SKILLS]: what they are about.
 
     Attributes:
@@ -168,7 +168,7 @@ class World:
             self.draws.choice("member field", self.fields.share, ids),
         )
 
-    def members(self, ids: np.ndarray) -> Members:
+    def members(self, ids: np.ndarray) -> MemberTable:
         """Members by id, from 0."""
         draws, colleagues = self.draws, ids // COLLEAGUES
         company = np.where(
@@ -193,9 +193,9 @@ class World:
         years = YEARS[level] + draws.integer("member years", 2 + 2 * level, ids)
         sociability = np.exp(0.5 * draws.normal("member sociability", ids) - 0.125)
         title = self._title("member title", field, ids)
-        return Members(ids, company, city, field, title, level, years, skills, joined, sociability)
+        return MemberTable(ids, company, city, field, title, level, years, skills, joined, sociability)
 
-    def jobs(self, ids: np.ndarray) -> Jobs:
+    def jobs(self, ids: np.ndarray) -> JobTable:
         """Jobs by id, from 0."""
         draws = self.draws
         company = draws.integer("job company", self.num_companies, ids)
@@ -218,9 +218,9 @@ class World:
         skills = self._choose_skills("job skills", ids, field, posted, JOB_SKILLS)
         title = self._title("job title", field, ids)
         salary = np.round(salary, -3)
-        return Jobs(ids, company, city, field, title, level, workplace, skills, salary, posted, closes, quality)
+        return JobTable(ids, company, city, field, title, level, workplace, skills, salary, posted, closes, quality)
 
-    def posts(self, ids: np.ndarray) -> Posts:
+    def posts(self, ids: np.ndarray) -> PostTable:
         """Posts by id, from 0."""
         draws = self.draws
         author = self.post_author(ids)
@@ -230,7 +230,7 @@ class World:
         posted = FIRST_DAY + (self.days - FIRST_DAY) * draws.uniform("post posted", ids)
         expires = posted + POST_LIFE[0] + (POST_LIFE[1] - POST_LIFE[0]) * draws.uniform("post expires", ids)
         skills = self._choose_skills("post skills", ids, field, posted, POST_SKILLS)
-        return Posts(ids, author, field, kind, skills, posted, expires, draws.normal("post quality", ids))
+        return PostTable(ids, author, field, kind, skills, posted, expires, draws.normal("post quality", ids))
 
     def post_author(self, ids: np.ndarray) -> np.ndarray:
         """int64: the members who wrote posts."""

@@ -28,6 +28,6 @@ def cut_history(dataset: Dataset, members: np.ndarray, time: int, max_events: in
     earlier = np.flatnonzero(dataset.event_time < time)  # by member, then time
     member = dataset.event_member[earlier]
     later_ones = np.searchsorted(member, member, side="right") - np.arange(len(member)) - 1
-    kept = np.ones(len(dataset.events), bool)
-    kept[earlier] = ~is_cut[member] | (later_ones < max_events)
-    return dataclasses.replace(dataset, events=dataset.events.filter(kept))
+    selected = np.ones(len(dataset.events), bool)
+    selected[earlier] = ~is_cut[member] | (later_ones < max_events)
+    return dataclasses.replace(dataset, events=dataset.events.filter(selected))
