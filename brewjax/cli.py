@@ -138,7 +138,11 @@ def evaluate(
     split: Annotated[Split, typer.Option(help="The period of time to ask about.")] = "test",
     max_examples: Annotated[Optional[int], typer.Option(help="Of each task; a random choice of them.", min=1)] = None,
     baselines: Annotated[
-        bool, typer.Option("--baselines", help="Beside popularity, the fact regression and LightGBM, trained for it.")
+        bool,
+        typer.Option(
+            "--baselines",
+            help="Beside popularity, the fact regression and LightGBM, trained for it, and a simulation's oracle.",
+        ),
     ] = False,
     out: Annotated[Optional[Path], typer.Option(help="Folder for the predictions, a Parquet file per task.")] = None,
 ) -> None:

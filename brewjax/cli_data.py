@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 import typer
 from rich.table import Table
 
+from brewjax.config import suggest
 from brewjax.console import plain_console, print_line
 
 # Heavy imports are inside the verbs, so that --help answers at once.
@@ -27,6 +28,27 @@ def fetch(
     from brewjax.data.tables.public import fetch
 
     fetch(name, out or Path("data") / name, source)
+
+
+@app.command()
+def simulate(
+    name: Annotated[str, typer.Argument(help="network")],
+    out: Annotated[Path, typer.Argument(help="Folder to write: the datasets jobs, posts and people.")],
+    members: Annotated[int, typer.Option(help="How many members there are.")] = 10_000,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.", min=0)] = 0,
+    months: Annotated[int, typer.Option(help="How long it goes on, from January 2025.")] = 8,
+) -> None:
+    """Simulate a professional network with a known truth: three datasets of the same members."""
+    from brewjax.data.simulate.network import simulate_network
+
+    if name != "network":
+        raise typer.BadParameter(f"'{name}': {suggest(name, ['network'])}", param_hint="NAME")
+    try:
+        simulate_network(out, members, seed, months)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    for surface in sorted(path for path in out.iterdir() if path.is_dir()):
+        console.print(f"{surface}: `brewjax data check {surface}`")
 
 
 @app.command()

@@ -15,6 +15,7 @@ import pyarrow as pa
 from scipy.special import expit
 
 from brewjax.console import plain_console
+from brewjax.data.simulate.truth import oracle
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.point_in_time import PointInTimeIndex
 from brewjax.data.tables.statistics import Percentiles
@@ -27,6 +28,7 @@ from brewjax.evaluate.predictions import from_examples
 from brewjax.evaluate.regression import FactRegression
 
 BASELINES = ("popularity", "fact regression", "LightGBM")
+ORACLE = "oracle"  # the truth of a simulated dataset, which no model can expect to beat
 SMOOTHING = (1, 3, 10, 30, 100)  # candidate weights of the prior, in events
 
 GRID = tuple(  # LightGBM settings to try, the fastest first: the first three make a quick search
@@ -56,7 +58,7 @@ def predict_baselines(
       settings: how many LightGBM settings to try on the validation period.
 
     Returns:
-      Tables of predictions by the names in BASELINES.
+      Tables of predictions by the names in BASELINES; and ORACLE, where the dataset was simulated.
     """
     train, validation = (list(build_examples(dataset, task, split)) for split in ("train", "validation"))
     percentiles = Percentiles.fit(dataset, task.boundaries(dataset)[0])
@@ -67,7 +69,9 @@ def predict_baselines(
         FactRegression.fit(dataset, task, train, percentiles).predict(dataset, task, examples),
         trees.predict(dataset, task, examples),
     )
-    return {name: from_examples(examples, values) for name, values in zip(BASELINES, predicted, strict=True)}
+    tables = {name: from_examples(examples, values) for name, values in zip(BASELINES, predicted, strict=True)}
+    truth = oracle(dataset, task, examples)
+    return tables if truth is None else tables | {ORACLE: from_examples(examples, truth)}
 
 
 def popularity(

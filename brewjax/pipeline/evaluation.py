@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from brewjax import distributed
 from brewjax.bundle.bundle import Bundle
 from brewjax.console import plain_console
-from brewjax.evaluate.baselines import BASELINES, predict_baselines
+from brewjax.evaluate.baselines import BASELINES, ORACLE, predict_baselines
 from brewjax.evaluate.predict import ScoringCost, predict
 from brewjax.evaluate.report import describe_agreements, print_models, print_results, write_report
 from brewjax.evaluate.results import ModelSummary, compare
@@ -76,8 +76,10 @@ def report_stage(run: Run, before: Sequence[str], folder: Path) -> None:
         return
     for task in run.tasks:
         files = {name: run.folder / f"{EVALUATE}{name}" / f"{task.name}.parquet" for name in stages}
-        for name in BASELINES:
+        for name in (*BASELINES, ORACLE):
             files[name] = run.folder / "baselines" / f"{task.name}.{name}.parquet"
+        if not files[ORACLE].exists():  # the dataset is no simulation
+            del files[ORACLE]
         predictions = {name: pq.read_table(path) for name, path in files.items()}
         comparisons.append(compare(task, predictions, run.recipe.evaluate.bootstrap))
     models = {name: _describe(run, name) for name in stages}

@@ -1,0 +1,97 @@
+"""The oracle: the probabilities that a simulated network drew its answers with. No predictor can expect to beat it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from scipy.special import expit
+
+from brewjax.data.simulate.world import World
+from brewjax.data.tables.dataset import Dataset
+from brewjax.data.tasks.examples import RankingExample
+from brewjax.data.tasks.task import Task
+
+TRUTH = "truth.parquet"  # in a dataset folder: for each exposure (request, item_id), the utility of each action
+NOTED = "{action}, note {note}"  # column with what the utility would be under a note
+WORLD = b"brewjax.network"  # key of the file's metadata: what the network was made of
+
+
+def with_world(truth: pa.Table, world: World) -> pa.Table:
+    """The table, with what `load_world` reads."""
+    numbers = {"seed": world.seed, "members": world.num_members, "months": world.months}
+    return truth.replace_schema_metadata({WORLD: json.dumps(numbers)})
+
+
+def load_world(folder: Path) -> World:
+    """The world that a dataset folder was simulated in.
+
+    Raises:
+      ValueError: the folder is not of a simulated network.
+    """
+    metadata = (pq.read_schema(folder / TRUTH).metadata if (folder / TRUTH).exists() else None) or {}
+    if WORLD not in metadata:
+        raise ValueError(f"{folder} is not of a simulated network; `brewjax data simulate network` writes one")
+    return World(**json.loads(metadata[WORLD]))
+
+
+def action_column(task: Task, folder: Path) -> str | None:
+    """The column of TRUTH that answers a task: of the action of one label, where the other is that nothing followed.
+    None if the folder is of no simulation, or if the task asks about something else."""
+    if not (folder / TRUTH).exists() or len(task.labels) != 2 or task.default_label < 0:
+        return None
+    schema, action = pq.read_schema(folder / TRUTH), (task.labels[1 - task.default_label].match or {}).get("action")
+    simulated = WORLD in (schema.metadata or {}) and not task.questions.sampled_negatives
+    return action if simulated and action in schema.names else None
+
+
+def oracle(
+    dataset: Dataset, task: Task, examples: Sequence[RankingExample], note: str | None = None
+) -> np.ndarray | None:
+    """The true probabilities of the answers to some questions.
+
+    Args:
+      examples: all of whose candidates are events.
+      note: in place of what the member's request stood under, "location" or another of `utility.NOTES`; the truth has
+        it of applications alone.
+
+    Returns:
+      float64 [questions, labels]; None if the dataset's folder has no truth of the task.
+
+    Raises:
+      ValueError: a question is not of an exposure of this network.
+    """
+    action = action_column(task, dataset.path)
+    if action is None:
+        return None
+    column = action if note is None else NOTED.format(action=action, note=note)
+    truth = pq.read_table(dataset.path / TRUTH, columns=["request", "item_id", column])
+    exposures = np.concatenate([np.zeros(0, np.int64), *(example.exposures for example in examples)])
+    if (exposures < 0).any():
+        raise ValueError(f"task {task.name}: the truth is of what was shown, and some candidates were not")
+    events = dataset.events.take(pa.array(exposures))
+    utilities = _look_up(truth, column, events["request"].to_numpy(), events["item_id"].to_numpy())
+    if np.isnan(utilities).any():
+        row = int(np.flatnonzero(np.isnan(utilities))[0])
+        raise ValueError(
+            f"{dataset.path / TRUTH}: nothing on '{action}' in request {events['request'][row]}, item "
+            f"{events['item_id'][row]}; the folder's events are of another network"
+        )
+    result = np.empty((len(utilities), 2))
+    result[:, 1 - task.default_label], result[:, task.default_label] = expit(utilities), expit(-utilities)
+    return result
+
+
+def _look_up(truth: pa.Table, column: str, request: np.ndarray, item: np.ndarray) -> np.ndarray:
+    """float64: the value of each (request, item); NaN where there is none."""
+    known_request, known_item = truth["request"].to_numpy(), truth["item_id"].to_numpy()
+    size = max(int(known_item.max(initial=0)), int(item.max(initial=0))) + 1
+    codes, queries = known_request * size + known_item, request * size + item
+    order = np.argsort(codes, kind="stable")
+    place = np.minimum(np.searchsorted(codes[order], queries), len(codes) - 1)
+    values = truth[column].to_numpy().astype(np.float64)[order]
+    return np.where(codes[order][place] == queries, values[place], np.nan)
