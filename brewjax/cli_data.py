@@ -77,6 +77,38 @@ def check(
             console.print(f"suspicious: {line}")
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def prepare(
+    context: typer.Context,
+    recipe: Annotated[Path, typer.Argument(help="A recipe, e.g. configs/recipes/demo.yaml.")],
+    out: Annotated[Optional[Path], typer.Option(help="Output folder of the run; runs/NAME by default.")] = None,
+    overrides: Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE, e.g. train.seq_len=2048.")] = None,
+    runner: Annotated[
+        Optional[str], typer.Option(help="A runner of Apache Beam, e.g. DataflowRunner; its options follow.")
+    ] = None,
+) -> None:
+    """Write a recipe's tokenizer and training data, which `brewjax run` then finds: on all cores of all hosts, or on
+    Beam.
+
+    What is written is kept: a run that was killed goes on with the shards that are missing.
+    """
+    from brewjax import distributed
+    from brewjax.pipeline.recipe import Recipe
+    from brewjax.pipeline.stages import prepare_recipe
+
+    config = Recipe.load(recipe, overrides or ())
+    folder = out or Path("runs") / config.name
+    if runner:
+        from brewjax.pipeline.beam import write_on_beam
+
+        prepare_recipe(config, folder, write_on_beam([f"--runner={runner}", *context.args]))
+        return
+    if context.args:
+        raise typer.BadParameter(f"{' '.join(context.args)}: options of Beam need --runner")
+    with distributed.distributed_runtime():
+        prepare_recipe(config, folder)
+
+
 @app.command()
 def facts(
     folder: Folder,

@@ -161,6 +161,21 @@ class Dataset:
         """uint64 [members]: a hash of each member's id, the same wherever the member stands in the table."""
         return _hash_ids(self.members[self.card.members.id])
 
+    @cached_property
+    def item_hash(self) -> np.ndarray:
+        """uint64 [items]: a hash of each item's id, the same wherever the item stands in the table."""
+        return _hash_ids(self.items[self.card.items.id])
+
+    @cached_property
+    def members_by_hash(self) -> np.ndarray:
+        """int64 [members]: rows of the members in order of their hashes."""
+        return np.argsort(self.member_hash, kind="stable")
+
+    @cached_property
+    def items_by_hash(self) -> np.ndarray:
+        """int64 [items]: rows of the items in order of their hashes."""
+        return np.argsort(self.item_hash, kind="stable")
+
     def member_row(self, member: str) -> int:
         """The row of the member whose id, written as text, is `member`.
 
