@@ -146,10 +146,10 @@ def run_on_every_process(work: Callable[[], Any]) -> list[Any]:
     """
     if jax.process_count() == 1:
         return [work()]
-    key, own = f"brewjax/{next(_call_indices)}", jax.process_index()
-    result = _publish(f"{key}/{own}", work)
+    key, this = f"brewjax/{next(_call_indices)}", jax.process_index()
+    result = _publish(f"{key}/{this}", work)
     return [
-        result if process == own else _wait_for(f"{key}/{process}", process) for process in range(jax.process_count())
+        result if process == this else _wait_for(f"{key}/{process}", process) for process in range(jax.process_count())
     ]
 
 

@@ -165,8 +165,8 @@ def shard_files(folder: Path, ending: str) -> list[Path]:
 def provenance_lines(shards: Shards, records: Iterable[int]) -> Iterator[str]:
     """Yields the provenance of some records as JSON, by their numbers through all folders, ascending. Reads no shard
     that has none of them."""
-    wanted, first = iter(records), 0
-    record = next(wanted, None)
+    numbers, first = iter(records), 0
+    record = next(numbers, None)
     for folder in shard_folders(shards):
         for path in shard_files(folder, COUNTS):
             count = _read_json(path)["records"]
@@ -174,5 +174,5 @@ def provenance_lines(shards: Shards, records: Iterable[int]) -> Iterator[str]:
                 lines = path.with_name(path.name.removesuffix(COUNTS) + SOURCES).read_text("utf-8").split("\n")
                 while record is not None and record < first + count:
                     yield lines[record - first]
-                    record = next(wanted, None)
+                    record = next(numbers, None)
             first += count
