@@ -41,7 +41,7 @@ beam: .venv/demo.installed .venv-beam/installed
 	$(BIN)/brewjax data prepare $(PREPARED) --out build/prepared/cores
 	$(BEAM)/brewjax data prepare $(PREPARED) --out build/prepared/beam \
 		--runner DirectRunner --direct_num_workers=2 --direct_running_mode=multi_processing
-	diff --recursive --exclude stage.json build/prepared/cores build/prepared/beam
+	diff --recursive --exclude stage.json --exclude .lock build/prepared/cores build/prepared/beam
 
 # Each in a clean kernel, into build/notebooks; `python notebooks/execute.py notebooks` renews the committed outputs.
 notebooks: .venv/test.installed

@@ -33,7 +33,7 @@ def write_on_beam(options: Sequence[str]) -> WriteUnits:
         if units:
             with beam.Pipeline(options=PipelineOptions([*options])) as pipeline:
                 _ = pipeline | beam.Create(units) | beam.Reshuffle() | beam.ParDo(_WriteUnit(_everywhere(preparation)))
-        return {name: source.num_shards for name, source in sources.items()}
+        return preparation.num_shards(sources)
 
     return write
 

@@ -45,11 +45,6 @@ class Source(NamedTuple):
     records: Callable[[Partition], Iterator[tuple[Record, Provenance]]]
     table: Callable[[], TableWriter] = SoftLabelWriter
 
-    @property
-    def num_shards(self) -> int:
-        """How many partitions it is cut into."""
-        return min(MAX_SHARDS, -(-self.size // RECORDS_PER_SHARD) or 1)
-
 
 class Unit(NamedTuple):
     """A partition of a source, by the source's name."""
@@ -68,6 +63,7 @@ class Preparation:
       config: the stage's data.
       seq_len: tokens of a record at most.
       folder: where the folders of shards go.
+      records_per_shard: about.
     """
 
     recipe: Recipe
@@ -75,6 +71,7 @@ class Preparation:
     config: DataConfig
     seq_len: int
     folder: Path
+    records_per_shard: int = RECORDS_PER_SHARD
 
     def sources(self, run: Run) -> dict[str, Source]:
         """The sources by name."""
@@ -136,12 +133,18 @@ class Preparation:
             return OutOfFoldTable(self._predictions(task)).look_up
         return PredictionTable(run.dataset, task, Path(config.soft_labels)).look_up
 
+    def num_shards(self, sources: Mapping[str, Source]) -> dict[str, int]:
+        """How many partitions each source is cut into."""
+        return {
+            name: min(MAX_SHARDS, -(-source.size // self.records_per_shard) or 1) for name, source in sources.items()
+        }
+
     def missing(self, sources: Mapping[str, Source]) -> list[Unit]:
         """The units whose shards are not there."""
         units = [
-            Unit(name, Partition(index, source.num_shards))
-            for name, source in sources.items()
-            for index in range(source.num_shards)
+            Unit(name, Partition(index, count))
+            for name, count in self.num_shards(sources).items()
+            for index in range(count)
         ]
         return [unit for unit in units if not is_written(self.folder / unit.source, unit.partition)]
 
@@ -151,10 +154,10 @@ class Preparation:
             self.folder / unit.source, unit.partition, source.records(unit.partition), self.seq_len, source.table()
         )
 
-    def finish(self, sources: Mapping[str, int]) -> None:
-        """Writes and prints the counts of each source's folder, whose shards are complete; by its number of shards."""
-        for name, shards in sources.items():
-            counts = finish_shards(self.folder / name, shards)
+    def finish(self, num_shards: Mapping[str, int]) -> None:
+        """Writes and prints the counts of each source's folder, whose shards are complete."""
+        for name, count in num_shards.items():
+            counts = finish_shards(self.folder / name, count)
             if counts["targets"]:
                 each = f"{counts['targets']:,} targets, {counts['tokens'] / counts['targets']:.0f} tokens a target"
             else:
@@ -179,5 +182,5 @@ def write_data(run: Run, config: DataConfig, seq_len: int, write_units: WriteUni
     """What stages train on, into `folder`: the work of a step, of all processes of a run."""
     preparation = Preparation(run.recipe, run.folder, config, seq_len, folder)
     distributed.run_on_process_zero(lambda: preparation.predict_soft_labels(run))
-    shards, *_ = distributed.run_on_every_process(lambda: write_units(preparation, run))
-    distributed.run_on_process_zero(lambda: preparation.finish(shards))
+    num_shards, *_ = distributed.run_on_every_process(lambda: write_units(preparation, run))
+    distributed.run_on_process_zero(lambda: preparation.finish(num_shards))

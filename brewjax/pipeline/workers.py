@@ -24,34 +24,42 @@ FEW_EVENTS = 50_000  # of a dataset: starting other processes would take longer 
 
 
 def write_on_this_host(preparation: Preparation, run: Run) -> dict[str, int]:
-    """Writes this host's part of the units that are missing, on all its cores.
+    """Writes this host's part of the units that are missing: of a small dataset in this process, else on all cores."""
+    process, processes = distributed.process_index_and_count()
+    write = write_here if len(run.dataset.events) < FEW_EVENTS else write_on_all_cores
+    return write(preparation, run, process, processes)
+
+
+def write_here(preparation: Preparation, run: Run, process: int = 0, processes: int = 1) -> dict[str, int]:
+    """Writes every `processes`-th unit that is missing, from number `process` on, one after another."""
+    sources = preparation.sources(run)
+    for unit in track(preparation.missing(sources)[process::processes], "records"):
+        preparation.write(sources[unit.source], unit)
+    run.verbalizer.print_overlong()
+    return preparation.num_shards(sources)
+
+
+def write_on_all_cores(preparation: Preparation, run: Run, process: int = 0, processes: int = 1) -> dict[str, int]:
+    """As `write_here`, by a worker for each core.
 
     One process reads the tables and forks the workers, which share them. It is a process of its own: JAX has threads
     here, and a process with threads cannot be forked safely.
     """
-    process, processes = distributed.process_index_and_count()
-    if len(run.dataset.events) < FEW_EVENTS:
-        sources = preparation.sources(run)
-        units = preparation.missing(sources)[process::processes]
-        for unit in track(units, "records"):
-            preparation.write(sources[unit.source], unit)
-        run.verbalizer.print_overlong()
-        return {name: source.num_shards for name, source in sources.items()}
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     worker = context.Process(target=_fork_workers, args=(preparation, process, processes, sender))
     worker.start()
     sender.close()  # so that the end of the process is the end of the pipe
+    overlong = OverlongLog()
     try:
-        shards, num_units = _receive(receiver, worker)
-        overlong = OverlongLog()
+        num_shards, num_units = _receive(receiver, worker)
         for _ in track(range(num_units), "records"):
             overlong.merge(_receive(receiver, worker))
     finally:
         receiver.close()
         worker.join()
     overlong.print()
-    return shards
+    return num_shards
 
 
 def _receive(receiver: Connection, worker: Any) -> Any:
@@ -77,7 +85,7 @@ def _fork_workers(preparation: Preparation, process: int, processes: int, sender
         run = Run(preparation.recipe, preparation.run_folder)
         sources = preparation.sources(run)
         units = preparation.missing(sources)[process::processes]
-        sender.send(({name: source.num_shards for name, source in sources.items()}, len(units)))
+        sender.send((preparation.num_shards(sources), len(units)))
         for name, of_source in itertools.groupby(units, key=lambda unit: unit.source):
             next(sources[name].records(next(of_source).partition), None)  # computes what all workers then share
         write = functools.partial(_write_in_worker, preparation, sources, run)

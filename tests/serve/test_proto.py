@@ -1,4 +1,4 @@
-"""The generated modules are those of the protos: `make proto` makes them anew, by the oldest protobuf that they are for."""
+"""The generated modules are those of the protos: `make proto` makes them anew, by the oldest protobuf they are for."""
 
 import re
 from pathlib import Path

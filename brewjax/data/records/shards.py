@@ -124,6 +124,8 @@ def finish_shards(folder: Path, count: int) -> dict[str, int]:
     for index in range(count):
         for name, value in _read_json(folder / f"{Partition(index, count).name}{COUNTS}").items():
             total[name] = total.get(name, 0) + value
+    for leftover in folder.glob(".*.tmp"):  # of a worker that was killed
+        leftover.unlink(missing_ok=True)
     write_text(folder / FOLDER_COUNTS, json.dumps(total))
     return total
 
