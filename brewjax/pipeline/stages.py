@@ -23,11 +23,11 @@ from brewjax.data.records.contrastive import ContrastiveConfig, ItemTable
 from brewjax.data.records.mixture import MixConfig
 from brewjax.data.records.preferences import AlignConfig
 from brewjax.data.records.pretrain import PretrainConfig, domain_texts
-from brewjax.data.tables.card import CARD
+from brewjax.data.tables.dataset import hash_tables
 from brewjax.data.tables.statistics import Percentiles
 from brewjax.data.tasks.examples import sample_examples
 from brewjax.data.text.tokenizer import Tokenizer
-from brewjax.fingerprint import hash_files, hash_folder
+from brewjax.fingerprint import hash_folder
 from brewjax.model.config import ModelConfig
 from brewjax.model.params import MODEL, Params, load_model
 from brewjax.paths import check_renames, locked
@@ -72,7 +72,9 @@ def prepare(run: Run, folder: Path) -> None:
     """Writes the tokenizer, and the percentiles of number attributes."""
     if run.base:
         Tokenizer.load(run.base / TOKENIZER).save(folder / TOKENIZER)
-    scale = PercentileScale.fit(run.dataset, run.tasks[0].boundaries(run.dataset)[0])
+    scale = PercentileScale.fit(
+        run.dataset, run.tasks[0].boundaries(run.dataset)[0], hash_tables(Path(run.recipe.dataset))
+    )
     scale.save(folder / PERCENTILES)
     config = run.recipe.tokenizer
     if config and config.path:
@@ -269,9 +271,5 @@ def prepare_recipe(recipe: Recipe, folder: Path, write_units: WriteUnits = write
 def _run_plan(run: Run, plan: Sequence[Step], allow_code_mismatch: bool = False) -> None:
     with locked(run.folder) if distributed.is_process_zero() else contextlib.nullcontext():
         distributed.run_on_process_zero(lambda: check_renames(run.folder))
-        dataset_hash = distributed.run_on_process_zero(lambda: _hash_dataset(Path(run.recipe.dataset)))
+        dataset_hash = distributed.run_on_process_zero(lambda: hash_tables(Path(run.recipe.dataset)))
         run_steps(plan, run.folder, dataset_hash, allow_code_mismatch)
-
-
-def _hash_dataset(folder: Path) -> str:
-    return hash_files(folder, [folder / CARD, *folder.rglob("*.parquet")])

@@ -115,7 +115,7 @@ def example_at(dataset: Dataset, task: Task, member: int, time: int | None = Non
     Raises:
       ValueError: no item is left.
     """
-    cutoff_time = int(dataset.event_time.max()) + 1 if time is None else time
+    cutoff_time = dataset.last_event_time + 1 if time is None else time
     history, num_past_events = history_before(dataset, task, member, cutoff_time)
     begins, ends = dataset.item_life
     if dataset.card.items.available is None:  # whoever ranks names the items: that they exist is then known
