@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.data_scale import TASK as SHOP_TASK
-from benchmarks.data_scale import make_tables
+from benchmarks.data_scale import SHOWN_TEXT, make_tables
 from brewjax.data.records.shards import read_counts
 from brewjax.pipeline.context import Run
 from brewjax.pipeline.preparation import Preparation
@@ -89,8 +88,7 @@ def test_what_a_worker_cannot_do_is_raised(run):
 def shop(tmp_path) -> Path:
     """A folder with a recipe on tables large enough for processes of their own."""
     make_tables(tmp_path / "jobs", events=60_000, members=3_000, items=2_000)
-    task = SHOP_TASK.format(actions="viewed, bought", extra="span_days: 1", no=", match: {action: viewed}")
-    (tmp_path / "task.yaml").write_text(task)
+    (tmp_path / "task.yaml").write_text(SHOWN_TEXT)
     (tmp_path / "model.yaml").write_text(MODEL)
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(folder=tmp_path).replace("{repeats: 2}", "{}"))
     return tmp_path

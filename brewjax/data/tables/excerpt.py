@@ -131,8 +131,8 @@ def _read_events(dataset: Dataset, values: dict[str, pa.ChunkedArray]) -> pa.Tab
     for source, action in _sources(dataset.path, card):
         conditions = [_is_in(source, column, of_column) for column, of_column in values.items()]
         condition = conditions[0]
-        for another in conditions[1:]:
-            condition = condition | another
+        for further in conditions[1:]:
+            condition = condition | further
         table = _plain(source.to_table(filter=condition))
         if action is not None:
             table = table.append_column(card.events.action, pa.array([action] * len(table), pa.string()))
