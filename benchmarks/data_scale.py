@@ -164,7 +164,7 @@ WORKS = {
 def measure_preparation(folder: Path, examples: int) -> str:
     """Prompts a second that one core prepares, and that all do, of so many examples; processes and tables included."""
     (folder / "task.yaml").write_text(SHOWN_TEXT)
-    (folder / "model.yaml").write_text("{name: small, d_model: 16, layers: 1, heads: 1, kv_heads: 1, head_dim: 16}")
+    (folder / "model.yaml").write_text("{name: small, d_model: 16, layers: 1, heads: 1, kv_heads: 1, head_dim: 16, d_ff: 16}")
     values = {
         "name": "scale",
         "dataset": str(folder),

@@ -36,7 +36,7 @@ class DistributedError(RuntimeError):
 
 
 def is_process_zero() -> bool:
-    """Whether this process prepares data and writes logs, metrics and small files."""
+    """Whether this process writes logs, metrics and small files."""
     return jax.process_index() == 0
 
 
