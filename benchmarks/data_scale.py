@@ -57,6 +57,7 @@ history: {{actions: [viewed, bought], max_events: 50}}
 questions: {{question: Will they buy, actions: [{actions}], {extra}}}
 labels: [{{word: "Yes", value: 1, match: {{action: bought}}}}, {{word: "No", value: 0{no}}}]
 """
+MODEL = "{name: small, d_model: 16, layers: 1, heads: 1, kv_heads: 1, head_dim: 16, d_ff: 16}"
 SHOWN_TEXT = TASK.format(actions="viewed, bought", extra="span_days: 1", no=", match: {action: viewed}")
 SHOWN = Task.parse(SHOWN_TEXT)
 SAMPLED = Task.parse(
@@ -164,7 +165,7 @@ WORKS = {
 def measure_preparation(folder: Path, examples: int) -> str:
     """Prompts a second that one core prepares, and that all do, of so many examples; processes and tables included."""
     (folder / "task.yaml").write_text(SHOWN_TEXT)
-    (folder / "model.yaml").write_text("{name: small, d_model: 16, layers: 1, heads: 1, kv_heads: 1, head_dim: 16, d_ff: 16}")
+    (folder / "model.yaml").write_text(MODEL)
     values = {
         "name": "scale",
         "dataset": str(folder),

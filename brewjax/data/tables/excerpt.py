@@ -90,7 +90,9 @@ def _sources(path: Path, card: Card) -> Iterator[tuple[pa.dataset.Dataset, str |
     files: list[tuple[str | None, str]] = [*(card.events.files or {}).items()] or [(None, card.events.file)]
     for action, file in files:
         part = path / file
-        yield pa.dataset.dataset(part, format="parquet", partitioning="hive" if part.is_dir() else None), action
+        as_codes = pa.dataset.ParquetReadOptions(dictionary_columns=[] if action else [card.events.action])
+        parquet = pa.dataset.ParquetFileFormat(read_options=as_codes)
+        yield pa.dataset.dataset(part, format=parquet, partitioning="hive" if part.is_dir() else None), action
 
 
 def _summarize(path: Path, card: Card, item_ids: pa.ChunkedArray, moment: int | None) -> EventSummary:
@@ -101,8 +103,8 @@ def _summarize(path: Path, card: Card, item_ids: pa.ChunkedArray, moment: int | 
     for source, action in _sources(path, card):
         columns = [events.item, events.time, *([events.action] if hits and action is None else [])]
         for table in _tables(source.scanner(columns=columns).to_batches()):
-            times = table[events.time].cast(pa.int64()).to_numpy()
-            np.minimum.at(first, pc.index_in(table[events.item], ids).to_numpy(), times)
+            times = plain(table[events.time]).cast(pa.int64()).to_numpy()
+            np.minimum.at(first, pc.index_in(plain(table[events.item]), ids).to_numpy(), times)
             last = max(last, int(times.max()))
             past = times < (FOREVER if moment is None else moment)
             count += int(past.sum())
@@ -119,10 +121,10 @@ def _tables(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:
     for batch in batches:
         waiting.append(batch)
         if sum(map(len, waiting)) >= ROWS:
-            yield _plain(pa.Table.from_batches(waiting))
+            yield pa.Table.from_batches(waiting)
             waiting = []
     if any(map(len, waiting)):
-        yield _plain(pa.Table.from_batches(waiting))
+        yield pa.Table.from_batches(waiting)
 
 
 def _read_events(dataset: Dataset, values: dict[str, pa.ChunkedArray]) -> pa.Table:

@@ -94,7 +94,7 @@ def test_readme_view_then_apply(tmp_path, asks):
             if item % 2 == 0:
                 events.append((member, item, "applied", time + datetime.timedelta(minutes=2)))
     dataset = load(tmp_path, [BEGIN - datetime.timedelta(days=30)] * 8, events)
-    task = Task.parse(APPLY.format(asks=f"{asks}, window_days: 1", validation="60%", test="80%"))
+    task = Task.parse(APPLY.format(asks=f"{asks}, window_days: 1", validation="2013-01-16", test="2013-01-22"))
     examples = [example for split in SPLITS for example in build_examples(dataset, task, split)]
     asked = [(e.member, int(item)) for e in examples for item in e.candidates]
     assert len(asked) == len(set(asked)), "each job once"
