@@ -19,7 +19,7 @@ import pyarrow.dataset
 from brewjax.data.tables.card import Card, load_card
 from brewjax.data.tables.dataset import FOREVER, Dataset, EventSummary
 from brewjax.data.tables.facts import Fact, FactGroup
-from brewjax.data.tables.reading import open_table, plain
+from brewjax.data.tables.reading import UnreadableError, open_table, plain
 
 ROWS = 1 << 22  # of events that are summarised at a time
 FILES = (".parquet", "")  # endings of what can be read in part: a file, or a folder of files
@@ -43,8 +43,15 @@ def load_excerpt(path: str | Path, members: Sequence[str], moment: int | None = 
     """
     path = Path(path)
     card = load_card(path)
-    if not _can_be_partial(path, card):
-        return Dataset.load(path)
+    if _can_be_partial(path, card):
+        try:
+            return _read_excerpt(path, card, members, moment)
+        except (OSError, KeyError, pa.ArrowException, UnreadableError):
+            pass  # what is wrong is named by:
+    return Dataset.load(path)
+
+
+def _read_excerpt(path: Path, card: Card, members: Sequence[str], moment: int | None) -> Dataset:
     member_table, item_table = (_plain(open_table(path, part.file)[0]) for part in (card.members, card.items))
     summary = _summarize(path, card, item_table[card.items.id], moment)
     dataset = Dataset(path, card, member_table, item_table, pa.table({}), summary)
@@ -109,10 +116,18 @@ def _summarize(path: Path, card: Card, item_ids: pa.ChunkedArray, moment: int | 
             past = times < (FOREVER if moment is None else moment)
             count += int(past.sum())
             for actions in hits:
-                values = table[events.action] if action is None else pa.array([action]).take(np.zeros(len(past), int))
-                hits[actions] += int((pc.is_in(values, pa.array(actions)).to_numpy(zero_copy_only=False) & past).sum())
+                hits[actions] += int((past & _has_action(table, events.action, action, actions)).sum())
     rates = {actions: total / count if count else np.nan for actions, total in hits.items()}
     return EventSummary(last + 1 if moment is None else moment, last, first, rates)
+
+
+def _has_action(table: pa.Table, column: str, action: str | None, actions: tuple[str, ...]) -> np.ndarray | bool:
+    """bool [rows]: whether events are of one of `actions`; `action` is that of all rows, where the card states it."""
+    if action is not None:
+        return action in actions
+    values = table[column]  # codes, which would be texts after `plain`
+    type_ = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
+    return pc.is_in(values, pa.array(actions, type_)).to_numpy()
 
 
 def _tables(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:

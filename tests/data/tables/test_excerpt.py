@@ -57,7 +57,8 @@ def with_facts(text: str, facts: str) -> str:
 
 
 def in_dictionaries(table: pa.Table) -> pa.Table:
-    """As pandas writes a column of categories."""
+    """As pandas writes a column of categories, and texts."""
+    table = table.set_column(2, "action", table["action"].cast(pa.large_string()))
     return table.set_column(0, "member_id", table["member_id"].dictionary_encode())
 
 
