@@ -4,7 +4,7 @@ BIN := .venv/bin
 DATASET := data/movielens-100k
 PORT ?= 9000
 
-.PHONY: demo long test test-long notebooks docs lint proto clean
+.PHONY: demo long test test-long beam notebooks docs lint proto clean
 
 demo: .venv/demo.installed
 	@date +%s > .venv/demo.began
@@ -29,6 +29,20 @@ test-long: .venv/test.installed docs notebooks
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m long --durations 20
 	$(BIN)/python -m benchmarks.attention_static v5e
 
+# Data prepared on Beam, in an environment of its own, is that of this machine's cores byte for byte; and the generated
+# modules of the server can be imported beside Beam, whose protobuf is older.
+BEAM := .venv-beam/bin
+PREPARED := configs/recipes/demo.yaml --set tasks=[configs/tasks/movielens/liked.yaml] --set tokenizer.vocab_size=512 \
+	--set stages.big.data.max_examples=2000 --set stages.ladder.distill.data.max_examples=2000
+beam: .venv/demo.installed .venv-beam/installed
+	$(BEAM)/python -c "import brewjax.serve.ranker_pb2_grpc, brewjax.serve.retriever_pb2_grpc"
+	$(BIN)/brewjax data fetch movielens-100k
+	rm -rf build/prepared
+	$(BIN)/brewjax data prepare $(PREPARED) --out build/prepared/cores
+	$(BEAM)/brewjax data prepare $(PREPARED) --out build/prepared/beam \
+		--runner DirectRunner --direct_num_workers=2 --direct_running_mode=multi_processing
+	diff --recursive --exclude stage.json --exclude .lock build/prepared/cores build/prepared/beam
+
 # Each in a clean kernel, into build/notebooks; `python notebooks/execute.py notebooks` renews the committed outputs.
 notebooks: .venv/test.installed
 	JAX_PLATFORMS=cpu TRANSFORMERS_VERBOSITY=error $(BIN)/python notebooks/execute.py build/notebooks
@@ -41,11 +55,11 @@ lint: .venv/test.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-proto:
-	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. brewjax/serve/ranker.proto brewjax/serve/retriever.proto
+proto: .venv-beam/installed
+	$(BEAM)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. brewjax/serve/ranker.proto brewjax/serve/retriever.proto
 
 clean:
-	rm -rf .venv runs data
+	rm -rf .venv .venv-beam runs data
 
 .venv/demo.installed: EXTRA = baselines,rank
 .venv/test.installed: EXTRA = test
@@ -56,4 +70,9 @@ clean:
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRA)]'
 	@# Alone: it asks for TensorFlow (2.2 GB), which brewjax never imports.
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps google-jetstream
+	@touch $@
+
+.venv-beam/installed: pyproject.toml constraints-beam.txt
+	test -x $(BEAM)/python || $(PYTHON) -m venv .venv-beam
+	$(BEAM)/pip install --quiet --disable-pip-version-check --constraint constraints-beam.txt --editable '.[beam]'
 	@touch $@

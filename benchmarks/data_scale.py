@@ -1,7 +1,8 @@
 """What the data path costs as tables grow: CPU seconds and peak memory, each in a process of its own.
 
 `python -m benchmarks.data_scale 100k 1m 5m` makes synthetic tables of so many events and prints a table. Compare within
-a row: a linear path takes ten times as long for ten times the events.
+a row: a linear path takes ten times as long for ten times the events. Then it prepares prompts of each on one core and
+on all, and prints prompts a second: compare the two.
 """
 
 from __future__ import annotations
@@ -21,10 +22,17 @@ import pyarrow.parquet as pq
 from brewjax.data.prompts.verbalize import Verbalizer
 from brewjax.data.tables.card import CARD
 from brewjax.data.tables.dataset import Dataset
+from brewjax.data.tables.excerpt import load_excerpt
 from brewjax.data.tables.statistics import Percentiles
 from brewjax.data.tasks.examples import example_at, sample_examples
+from brewjax.data.tasks.excerpts import read_candidates
 from brewjax.data.tasks.task import Task
 from brewjax.data.text.tokenizer import Tokenizer
+from brewjax.pipeline.context import Run
+from brewjax.pipeline.preparation import Preparation
+from brewjax.pipeline.recipe import Recipe
+from brewjax.pipeline.stages import prepare
+from brewjax.pipeline.workers import write_here, write_on_all_cores
 
 SIZES = {  # events, members, items
     "100k": (100_000, 10_000, 10_000),
@@ -49,7 +57,9 @@ history: {{actions: [viewed, bought], max_events: 50}}
 questions: {{question: Will they buy, actions: [{actions}], {extra}}}
 labels: [{{word: "Yes", value: 1, match: {{action: bought}}}}, {{word: "No", value: 0{no}}}]
 """
-SHOWN = Task.parse(TASK.format(actions="viewed, bought", extra="span_days: 1", no=", match: {action: viewed}"))
+MODEL = "{name: small, d_model: 16, layers: 1, heads: 1, kv_heads: 1, head_dim: 16, d_ff: 16}"
+SHOWN_TEXT = TASK.format(actions="viewed, bought", extra="span_days: 1", no=", match: {action: viewed}")
+SHOWN = Task.parse(SHOWN_TEXT)
 SAMPLED = Task.parse(
     TASK.format(actions="bought", extra='repeats: true, sampled_negatives: {label: "No", per_event: 4}', no="")
 )
@@ -85,15 +95,16 @@ def make_tables(folder: Path, events: int, members: int, items: int) -> None:
     (folder / CARD).write_text(CARD_TEXT)
 
 
-def measure(work: Callable[[Dataset], object], folder: Path, loaded: bool) -> tuple[float, float]:
-    """CPU seconds of the work in a process of its own, without loading the tables if `loaded`; and its peak in GB."""
+def measure(work: Callable[..., object], folder: Path, loaded: bool | None) -> tuple[float, float]:
+    """CPU seconds of the work in a process of its own, without loading the tables if `loaded`; and its peak in GB. With
+    None, the work reads the folder itself."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_measure, (work, folder, loaded))
 
 
-def _measure(work: Callable[[Dataset], object], folder: Path, loaded: bool) -> tuple[float, float]:
+def _measure(work: Callable[..., object], folder: Path, loaded: bool | None) -> tuple[float, float]:
     start_time = time.process_time()
-    dataset = Dataset.load(folder)
+    dataset = folder if loaded is None else Dataset.load(folder)
     if loaded:
         start_time = time.process_time()
     work(dataset)
@@ -128,12 +139,20 @@ def render(dataset: Dataset) -> None:
         verbalizer.prompt(SHOWN, example, "compact")
 
 
+def read_member(folder: Path) -> None:
+    """Reads what a prompt with 500 items says of one member."""
+    excerpt = load_excerpt(folder, ["7"])
+    example = example_at(excerpt, SHOWN, excerpt.member_row("7"))
+    read_candidates(excerpt, SHOWN, [example.select(np.arange(0, len(example.candidates), 400)[:500])])
+
+
 def rank_all(dataset: Dataset) -> None:
     """Makes the example that ranks every item for a member."""
     example_at(dataset, SHOWN, 0)
 
 
 WORKS = {
+    "one member and 500 items": (read_member, None),
     "load and check": (load, False),
     "fit scales and facts": (fit_scales, True),
     "1,000 examples, shown": (sample_shown, True),
@@ -143,11 +162,39 @@ WORKS = {
 }
 
 
+def measure_preparation(folder: Path, examples: int) -> str:
+    """Prompts a second that one core prepares, and that all do, of so many examples; processes and tables included."""
+    (folder / "task.yaml").write_text(SHOWN_TEXT)
+    (folder / "model.yaml").write_text(MODEL)
+    values = {
+        "name": "scale",
+        "dataset": str(folder),
+        "tasks": [str(folder / "task.yaml")],
+        "model": str(folder / "model.yaml"),
+        "tokenizer": {"vocab_size": 512},
+        "prompts": {"styles": {"compact": 1}, "max_tokens": 1000},
+        "train": {"steps": 1, "batch_size": 1, "seq_len": 2048},
+        "stages": {"big": {"do": "sft", "data": {"max_examples": examples}}},
+    }
+    run = Run(Recipe.of(values, "benchmark"), folder / "run")
+    (run.folder / "prepare").mkdir(parents=True)
+    prepare(run, run.folder / "prepare")
+    rates = []
+    for name, write in (("one", write_here), ("all", write_on_all_cores)):
+        preparation = Preparation(run.recipe, run.folder, run.recipe.stages["big"].data, 2048, run.folder / name)
+        start_time = time.perf_counter()
+        write(preparation, run)
+        rates.append(examples / (time.perf_counter() - start_time))
+    return f"{rates[0]:,.0f} on one core, {rates[1]:,.0f} on all: {rates[1] / rates[0]:.2f} times"
+
+
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("sizes", nargs="*", default=["100k", "1m"], choices=[*SIZES])
-    sizes = parser.parse_args().sizes
+    parser.add_argument("--examples", type=int, default=20_000, help="that are prepared as prompts")
+    args = parser.parse_args()
+    sizes = args.sizes
     print(f"{'CPU seconds / GB':36}" + "".join(f"{size:>16}" for size in sizes))
     with tempfile.TemporaryDirectory() as scratch:
         folders = {size: Path(scratch) / size for size in sizes}
@@ -156,6 +203,8 @@ def main() -> None:
         for name, (work, loaded) in WORKS.items():
             cells = [measure(work, folder, loaded) for folder in folders.values()]
             print(f"{name:36}" + "".join(f"{f'{seconds:.1f} / {peak:.2f}':>16}" for seconds, peak in cells), flush=True)
+        for size, folder in folders.items():
+            print(f"prompts a second, of {size}: {measure_preparation(folder, args.examples)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -199,8 +199,9 @@ def prompt(
     from brewjax.data.prompts.styles import STYLES
     from brewjax.data.prompts.verbalize import Verbalizer
     from brewjax.data.tables.dataset import Dataset
-    from brewjax.data.tables.statistics import Percentiles
+    from brewjax.data.tables.excerpt import load_excerpt
     from brewjax.data.tasks.examples import build_examples, example_at
+    from brewjax.data.tasks.excerpts import read_candidates, training_percentiles
     from brewjax.data.tasks.task import load_tasks
     from brewjax.data.text.tokenizer import Tokenizer
 
@@ -210,7 +211,8 @@ def prompt(
         raise typer.BadParameter("give --at or --split, not both")
     if not split and member is None:
         raise typer.BadParameter("give --member, or --split")
-    tables = Dataset.load(dataset)
+    whole = split is not None or member is None
+    tables = Dataset.load(dataset) if whole else load_excerpt(dataset, [str(member)], _microseconds(at))
     (checked,) = load_tasks([task], tables)
     row = None if member is None else tables.member_row(member)
     if split:
@@ -222,8 +224,8 @@ def prompt(
     else:
         assert row is not None  # there is no split, so there is a member
         printed = [example_at(tables, checked, row, _microseconds(at)).select(slice(questions or 3))]
-    percentiles = Percentiles.fit(tables, checked.boundaries(tables)[0])
-    verbalizer = Verbalizer(tables, percentiles, Tokenizer.byte_level(), max_tokens)
+        tables, printed = read_candidates(tables, checked, printed)
+    verbalizer = Verbalizer(tables, training_percentiles(tables, checked), Tokenizer.byte_level(), max_tokens)
     for example in printed:
         if split:
             moment = datetime.datetime.fromtimestamp(example.cutoff_time / MICROSECONDS, datetime.UTC)
@@ -281,11 +283,12 @@ def score(
         names = [question.text.strip() for question in request.questions]
         print_ranking(console, probabilities, request.labels, values, names, top)
     elif dataset and task and member:
-        from brewjax.data.tables.dataset import Dataset
+        from brewjax.data.tables.excerpt import load_excerpt
         from brewjax.data.tasks.examples import example_at
+        from brewjax.data.tasks.excerpts import read_candidates
         from brewjax.data.tasks.task import load_tasks
 
-        tables = Dataset.load(dataset)
+        tables = load_excerpt(dataset, member, _microseconds(at))
         (checked,) = load_tasks([task], tables)
         examples = [example_at(tables, checked, tables.member_row(name), _microseconds(at)) for name in member]
         if items is not None:
@@ -293,6 +296,7 @@ def score(
                 example.select(np.sort(np.random.default_rng(0).permutation(len(example.candidates))[:items]))
                 for example in examples
             ]
+        tables, examples = read_candidates(tables, checked, examples)
         if model:
             from brewjax.bundle.bundle import Bundle
             from brewjax.evaluate.ranking import rank, write_rankings

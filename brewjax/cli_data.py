@@ -73,6 +73,7 @@ def check(
 ) -> None:
     """Check a dataset folder: every problem is listed, with file, column and row."""
     from brewjax.data.tables.dataset import Dataset
+    from brewjax.data.tasks.excerpts import store_percentiles
     from brewjax.data.tasks.task import load_tasks
     from brewjax.evaluate.task_check import summarize_splits, suspicions
 
@@ -97,6 +98,39 @@ def check(
         console.print(table)
         for line in suspicions(dataset, task, summaries):
             console.print(f"suspicious: {line}")
+        store_percentiles(dataset, task)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def prepare(
+    context: typer.Context,
+    recipe: Annotated[Path, typer.Argument(help="A recipe, e.g. configs/recipes/demo.yaml.")],
+    out: Annotated[Optional[Path], typer.Option(help="Output folder of the run; runs/NAME by default.")] = None,
+    overrides: Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE, e.g. train.seq_len=2048.")] = None,
+    runner: Annotated[
+        Optional[str], typer.Option(help="A runner of Apache Beam, e.g. DataflowRunner; its options follow.")
+    ] = None,
+) -> None:
+    """Write a recipe's tokenizer and training data, which `brewjax run` then finds: on all cores of all hosts, or on
+    Beam.
+
+    What is written is kept: a run that was killed goes on with the shards that are missing.
+    """
+    from brewjax import distributed
+    from brewjax.pipeline.recipe import Recipe
+    from brewjax.pipeline.stages import prepare_recipe
+
+    config = Recipe.load(recipe, overrides or ())
+    folder = out or Path("runs") / config.name
+    if runner:
+        from brewjax.pipeline.beam import write_on_beam
+
+        prepare_recipe(config, folder, write_on_beam([f"--runner={runner}", *context.args]))
+        return
+    if context.args:
+        raise typer.BadParameter(f"{' '.join(context.args)}: options of Beam need --runner")
+    with distributed.distributed_runtime():
+        prepare_recipe(config, folder)
 
 
 @app.command()

@@ -41,7 +41,7 @@ def embed(
     from brewjax.retrieve.encoder import Encoder
 
     encoder, tables = Encoder.load(model), Dataset.load(dataset)
-    now = int(tables.event_time.max()) + 1
+    now = tables.last_event_time + 1
     if side == "items":
         ids = tables.items[tables.card.items.id]
         vectors = encoder.embed_items(tables, np.arange(len(ids)), now, dimensions)

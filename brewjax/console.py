@@ -33,11 +33,15 @@ def bold(text: str, rest: str = "") -> Text:
     return Text.assemble((text, "bold"), rest)
 
 
-def track(items: Sequence[T], description: str) -> Iterable[T]:
-    """Yields the items behind a progress bar, which disappears at the end."""
+def track(items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
+    """Yields the items behind a progress bar with the time left, which disappears at the end.
+
+    Args:
+      total: how many items there are; by default their length.
+    """
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=plain_console(), transient=True) as progress:
-        yield from progress.track(items, description=description)
+        yield from progress.track(items, total=total, description=description)
 
 
 def print_ranking(

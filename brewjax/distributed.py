@@ -36,8 +36,13 @@ class DistributedError(RuntimeError):
 
 
 def is_process_zero() -> bool:
-    """Whether this process prepares data and writes logs, metrics and small files."""
+    """Whether this process writes logs, metrics and small files."""
     return jax.process_index() == 0
+
+
+def process_index_and_count() -> tuple[int, int]:
+    """Which of a run's processes this is, and how many there are."""
+    return jax.process_index(), jax.process_count()
 
 
 @contextlib.contextmanager
@@ -123,16 +128,48 @@ def run_on_process_zero(work: Callable[[], Any]) -> Any:
     """
     if jax.process_count() == 1:
         return work()
-    client, key = distributed.global_state.client, f"brewjax/{next(_call_indices)}"
+    key = f"brewjax/{next(_call_indices)}"
+    return _publish(key, work) if is_process_zero() else _wait_for(key, 0)
+
+
+def run_on_every_process(work: Callable[[], Any]) -> list[Any]:
+    """Runs `work` on every process, and waits until all are done.
+
+    Args:
+      work: returns something that JSON can hold.
+
+    Returns:
+      The results of all processes, in their order, on every process.
+
+    Raises:
+      DistributedError: `work` failed on another process; that one raises the error itself.
+    """
+    if jax.process_count() == 1:
+        return [work()]
+    key, this = f"brewjax/{next(_call_indices)}", jax.process_index()
+    result = _publish(f"{key}/{this}", work)
+    return [
+        result if process == this else _wait_for(f"{key}/{process}", process) for process in range(jax.process_count())
+    ]
+
+
+def _publish(key: str, work: Callable[[], Any]) -> Any:
+    """Runs `work`, and leaves its result or error for the other processes."""
+    client = distributed.global_state.client
     assert client is not None
-    if is_process_zero():
-        try:
-            result = work()
-        except BaseException as error:
-            client.key_value_set(key, json.dumps({"error": str(error) or type(error).__name__}))
-            raise
-        client.key_value_set(key, json.dumps({"result": result}))
-        return result
+    try:
+        result = work()
+    except BaseException as error:
+        client.key_value_set(key, json.dumps({"error": str(error) or type(error).__name__}))
+        raise
+    client.key_value_set(key, json.dumps({"result": result}))
+    return result
+
+
+def _wait_for(key: str, process: int) -> Any:
+    """The result that another process left."""
+    client = distributed.global_state.client
+    assert client is not None
     while True:
         try:
             outcome = json.loads(client.blocking_key_value_get(key, POLL_MS))
@@ -141,7 +178,7 @@ def run_on_process_zero(work: Callable[[], Any]) -> Any:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
     if "error" in outcome:
-        raise DistributedError(f"process 0 failed: {outcome['error']}")
+        raise DistributedError(f"process {process} failed: {outcome['error']}")
     return outcome["result"]
 
 

@@ -16,7 +16,7 @@ from brewjax.console import print_line
 from brewjax.data.prompts.styles import PromptConfig
 from brewjax.data.prompts.verbalize import Verbalizer
 from brewjax.data.tables.card import CARD, Card
-from brewjax.data.tables.dataset import Dataset
+from brewjax.data.tables.dataset import Dataset, hash_tables
 from brewjax.data.tables.statistics import FactSource, Percentiles
 from brewjax.data.tasks.task import Task
 from brewjax.data.text.encode import EncodedPrompt, encode
@@ -54,13 +54,15 @@ class PercentileScale(Config):
 
     until: int
     """Microseconds since 1970; the percentiles were fitted to values from before this time."""
+    tables: str = ""
+    """SHA-256 of the dataset's tables; empty where they were not read from a folder."""
     quantiles: dict[str, list[float]]
     """Quantiles of each attribute that is shown as a percentile, in ascending order, by the attribute's name."""
 
     @classmethod
-    def fit(cls, dataset: Dataset, until: int) -> PercentileScale:
+    def fit(cls, dataset: Dataset, until: int, tables: str = "") -> PercentileScale:
         """Fits the percentiles of a dataset as of `until`, in microseconds since 1970."""
-        return cls(until=until, quantiles=Percentiles.fit(dataset, until).quantiles)
+        return cls(until=until, tables=tables, quantiles=Percentiles.fit(dataset, until).quantiles)
 
     def fits(self, dataset: Dataset) -> bool:
         """Whether `dataset` has the same attributes and, before `until`, the same values; its name does not matter."""
@@ -156,13 +158,19 @@ class Bundle:
         Raises ValueError for a label word that is not one token.
         """
         task.check_words(self.tokenizer)
-        if self.scale and self.scale.fits(dataset):
-            return self.request_verbalizer(dataset)
-        percentiles = Percentiles.fit(dataset, task.boundaries(dataset)[0])
+        return self._verbalizer(dataset, self._percentiles(dataset, task))
+
+    def _percentiles(self, dataset: Dataset, task: Task) -> Percentiles:
+        """See `verbalizer`. Of an excerpt of other tables than those of training, the tables are read whole."""
+        is_known = self.scale and dataset.summary and self.scale.tables == hash_tables(dataset.path)
+        whole = dataset if is_known or dataset.summary is None else Dataset.load(dataset.path)
+        if self.scale and (is_known or self.scale.fits(whole)):
+            return Percentiles(self.scale.quantiles)
+        percentiles = Percentiles.fit(whole, task.boundaries(whole)[0])
         if self.scale and percentiles.quantiles:
             line = f"{dataset.path}: not the dataset that the model was trained on; percentiles are fitted to this one"
             print_line(line, stderr=True)
-        return self._verbalizer(dataset, percentiles)
+        return percentiles
 
     def request_verbalizer(self, dataset: Dataset, facts: FactSource | None = None) -> Verbalizer:
         """A verbalizer for a request, whose tables follow the model's card, with the percentiles of training, and with

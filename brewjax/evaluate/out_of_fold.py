@@ -57,6 +57,36 @@ def predict_out_of_fold(
     return np.split(predicted, np.cumsum(sizes)[:-1])
 
 
+class OutOfFoldTable:
+    """LightGBM's probabilities for the training examples of a task, in a file.
+
+    Args:
+      path: as `save` wrote it.
+    """
+
+    def __init__(self, path: Path):
+        with np.load(path) as file:
+            rows = np.split(file["probabilities"], file["offsets"][1:-1])
+            self._by_seed = dict(zip(file["seeds"].tolist(), rows, strict=True))
+
+    @staticmethod
+    def save(path: Path, dataset: Dataset, task: Task, samples: Sequence[Sequence[RankingExample]]) -> None:
+        """Predicts the examples of each sample by trees of that sample alone, and writes all probabilities."""
+        predicted = [rows for examples in samples for rows in predict_out_of_fold(dataset, task, examples)]
+        temporary = path.with_suffix(".tmp.npz")
+        np.savez(
+            temporary,
+            seeds=np.array([example.seed for examples in samples for example in examples], np.uint64),
+            offsets=np.cumsum([0, *map(len, predicted)]),
+            probabilities=np.concatenate(predicted),
+        )
+        temporary.replace(path)
+
+    def look_up(self, examples: Sequence[RankingExample]) -> list[np.ndarray]:
+        """The probabilities of each example, float32 [candidates, labels]."""
+        return [self._by_seed[example.seed] for example in examples]
+
+
 class PredictionTable:
     """Another ranker's probabilities in a Parquet file: a row for each member, item and time.
 

@@ -37,6 +37,7 @@ class Step:
       settings: everything else that its result depends on, as values that JSON can hold.
       code: the folders of the package whose code makes its result.
       protected: its result took long: it is resumed, and never replaced unless the user deletes it.
+      resumable: it goes on with what an interrupted attempt left; as are protected ones.
       all_processes: all processes run it, each on its devices; otherwise process zero runs it while the others wait.
     """
 
@@ -46,6 +47,7 @@ class Step:
     settings: Any
     code: tuple[str, ...]
     protected: bool = False
+    resumable: bool = False
     all_processes: bool = False
 
 
@@ -63,8 +65,7 @@ def run_steps(steps: Sequence[Step], folder: Path, data: str, allow_code_mismatc
     made = _fingerprints(steps, data)
     records = distributed.run_on_process_zero(
         lambda: {
-            step.name: _usable_record(folder / step.name, step.protected, made[step.name], allow_code_mismatch)
-            for step in steps
+            step.name: _usable_record(folder / step.name, step, made[step.name], allow_code_mismatch) for step in steps
         }
     )
     for step in steps:
@@ -74,9 +75,7 @@ def run_steps(steps: Sequence[Step], folder: Path, data: str, allow_code_mismatc
             continue
         console.print(bold(step.name))
         with storage_errors(output):
-            record = distributed.run_on_process_zero(
-                functools.partial(_begin, output, step.protected, record, made[step.name])
-            )
+            record = distributed.run_on_process_zero(functools.partial(_begin, output, record, made[step.name]))
             seconds = _seconds_before(output)
             start_time = time.perf_counter()
             if step.all_processes:
@@ -101,7 +100,7 @@ def _fingerprints(steps: Sequence[Step], data: str) -> dict[str, dict[str, str]]
     return made
 
 
-def _usable_record(output: Path, keep: bool, now: dict[str, str], allow_code_mismatch: bool) -> Record | None:
+def _usable_record(output: Path, step: Step, now: dict[str, str], allow_code_mismatch: bool) -> Record | None:
     """The record of a step that is done or can be resumed; None where it starts anew. Writes nothing.
 
     Raises ConfigError where a protected result would be replaced.
@@ -109,7 +108,7 @@ def _usable_record(output: Path, keep: bool, now: dict[str, str], allow_code_mis
     try:
         before = read_record(output)
     except ValueError as error:
-        if not keep:
+        if not step.protected:
             return None
         raise ConfigError(
             f"{error}, so what {output} was made of is unknown; delete that folder to train it again, or give "
@@ -117,8 +116,8 @@ def _usable_record(output: Path, keep: bool, now: dict[str, str], allow_code_mis
         ) from None
     same_settings = before.get("made_of") == now["made_of"]
     if same_settings and (allow_code_mismatch or before.get("code") == now["code"]):
-        return before if keep or "seconds" in before else None
-    if before and keep:
+        return before if step.protected or step.resumable or "seconds" in before else None
+    if before and step.protected:
         code = f"other code ({before.get('commit') or 'of an unknown commit'})"
         hint = ", or take it as it is with --allow-code-mismatch" if same_settings else ""
         raise ConfigError(
@@ -128,7 +127,7 @@ def _usable_record(output: Path, keep: bool, now: dict[str, str], allow_code_mis
     return None
 
 
-def _begin(output: Path, keep: bool, record: Record | None, now: dict[str, str]) -> Record:
+def _begin(output: Path, record: Record | None, now: dict[str, str]) -> Record:
     """Starts or resumes a step: makes its folder ready and returns its record."""
     if record is None:
         if output.exists():

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,32 +19,22 @@ from brewjax.compress.prune import LayerReport, prune
 from brewjax.compress.quantize import quantize
 from brewjax.console import plain_console
 from brewjax.data.prompts.verbalize import Verbalizer
-from brewjax.data.records.contrastive import (
-    ContrastiveConfig,
-    ItemTable,
-    contrastive_records,
-    write_contrastive,
-)
+from brewjax.data.records.contrastive import ContrastiveConfig, ItemTable
 from brewjax.data.records.mixture import MixConfig
-from brewjax.data.records.preferences import AlignConfig, align_records
-from brewjax.data.records.pretrain import PretrainConfig, domain_texts, general_texts, pretrain_records
-from brewjax.data.records.provenance import Provenance
-from brewjax.data.records.sft import Predict, SftConfig, sft_records
-from brewjax.data.records.shards import write_shards
-from brewjax.data.tables.card import CARD
+from brewjax.data.records.preferences import AlignConfig
+from brewjax.data.records.pretrain import PretrainConfig, domain_texts
+from brewjax.data.tables.dataset import hash_tables
 from brewjax.data.tables.statistics import Percentiles
 from brewjax.data.tasks.examples import sample_examples
-from brewjax.data.tasks.task import Task
-from brewjax.data.text.encode import EncodedPrompt, Text
 from brewjax.data.text.tokenizer import Tokenizer
-from brewjax.evaluate.out_of_fold import LIGHTGBM, PredictionTable, predict_out_of_fold
-from brewjax.fingerprint import hash_files, hash_folder
+from brewjax.fingerprint import hash_folder
 from brewjax.model.config import ModelConfig
 from brewjax.model.params import MODEL, Params, load_model
 from brewjax.paths import check_renames, locked
 from brewjax.pipeline.check import check_foreign_tokenizers, check_run
 from brewjax.pipeline.context import Run
 from brewjax.pipeline.evaluation import EVALUATE, baselines_stage, evaluate_stage, report_stage, retrieve_stage
+from brewjax.pipeline.preparation import DataConfig, WriteUnits, aligned_tasks, write_data
 from brewjax.pipeline.recipe import (
     AlignStage,
     ContrastiveStage,
@@ -57,6 +47,7 @@ from brewjax.pipeline.recipe import (
     TrainedStage,
 )
 from brewjax.pipeline.runner import Step, run_steps
+from brewjax.pipeline.workers import write_on_this_host
 from brewjax.retrieve.encoder import Encoder, EncoderConfig
 from brewjax.train.align import REFERENCE
 from brewjax.train.contrastive import ITEMS, Contrastive
@@ -66,11 +57,11 @@ from brewjax.train.objectives import Objective, supervised
 from brewjax.train.teachers import AuxModel, FrozenModel, SoftLabels
 
 # The folders whose code makes what a step leaves.
+DATA = ("data",)
 TRAIN = ("train", "model", "../pallas_kernels")
 COMPRESS = ("compress", "model", "../pallas_kernels")
 SCORE = ("evaluate", "scoring", "model", "../pallas_kernels")
 RETRIEVE = ("retrieve", "scoring", "model", "../pallas_kernels")
-DataConfig = SftConfig | AlignConfig | PretrainConfig | ContrastiveConfig
 TOKENIZER_EXAMPLES = 400  # prompts of each task that a tokenizer is trained on
 
 
@@ -81,7 +72,9 @@ def prepare(run: Run, folder: Path) -> None:
     """Writes the tokenizer, and the percentiles of number attributes."""
     if run.base:
         Tokenizer.load(run.base / TOKENIZER).save(folder / TOKENIZER)
-    scale = PercentileScale.fit(run.dataset, run.tasks[0].boundaries(run.dataset)[0])
+    scale = PercentileScale.fit(
+        run.dataset, run.tasks[0].boundaries(run.dataset)[0], hash_tables(Path(run.recipe.dataset))
+    )
     scale.save(folder / PERCENTILES)
     config = run.recipe.tokenizer
     if config and config.path:
@@ -118,50 +111,6 @@ def _reads_prose(recipe: Recipe) -> bool:
     return any(isinstance(stage, PretrainStage) for stage in recipe.stages.values())
 
 
-def write_data(run: Run, config: DataConfig, seq_len: int, folder: Path) -> None:
-    """What stages train on: a folder of shards for each source."""
-    if isinstance(config, ContrastiveConfig):
-        task = config.choose(run.tasks)
-        examples = contrastive_records(run.verbalizer, task, run.recipe.prompts, config)
-        counts = write_contrastive(folder / task.name, examples, seq_len)
-        numbers = ", ".join(f"{counts[name]:,} {name}" for name in ("records", "positives", "negatives", "tokens"))
-        plain_console().print(f"{task.name}: {numbers}")
-        return
-    for name, records in _sources(run, config).items():
-        counts = write_shards(folder / name, records, seq_len)
-        each = f"{counts['tokens'] / max(1, counts['targets']):.0f} tokens a target"
-        plain_console().print(f"{name}: {counts['records']:,} records, {counts['targets']:,} targets, {each}")
-
-
-def _sources(
-    run: Run, config: SftConfig | AlignConfig | PretrainConfig
-) -> dict[str, Iterator[tuple[EncodedPrompt | Text, Provenance]]]:
-    """Records by the name of what they come from: a task, or a kind of text."""
-    verbalizer, prompts = run.verbalizer, run.recipe.prompts
-    match config:
-        case SftConfig():
-            return {
-                task.name: sft_records(verbalizer, task, prompts, config, _soft_labels(run, task, config))
-                for task in run.tasks
-            }
-        case AlignConfig():
-            return {task.name: align_records(verbalizer, task, prompts, config) for task in _aligned(run, config)}
-    until = run.tasks[0].boundaries(run.dataset)[0]
-    texts = {"domain": domain_texts(verbalizer, until, config)}
-    if config.general_text:
-        texts["general"] = general_texts(Path(config.general_text))
-    return {name: pretrain_records(of, run.tokenizer) for name, of in texts.items()}
-
-
-def _soft_labels(run: Run, task: Task, config: SftConfig) -> Predict | None:
-    """What gives the soft labels of a task's examples, if the data asks for any."""
-    if config.soft_labels is None:
-        return None
-    if config.soft_labels == LIGHTGBM:
-        return functools.partial(predict_out_of_fold, run.dataset, task)
-    return PredictionTable(run.dataset, task, Path(config.soft_labels)).look_up
-
-
 def shares(run: Run, config: DataConfig, folder: Path) -> dict[Path, float]:
     """The folders that `write_data` left, with their shares of all tokens."""
     if isinstance(config, PretrainConfig):
@@ -170,12 +119,8 @@ def shares(run: Run, config: DataConfig, folder: Path) -> dict[Path, float]:
     if isinstance(config, ContrastiveConfig):
         return {folder / config.choose(run.tasks).name: 1.0}
     if isinstance(config, AlignConfig):
-        return MixConfig().shares({task.name: folder / task.name for task in _aligned(run, config)})
+        return MixConfig().shares({task.name: folder / task.name for task in aligned_tasks(run, config)})
     return config.mix.shares({task.name: folder / task.name for task in run.tasks})
-
-
-def _aligned(run: Run, config: AlignConfig) -> list[Task]:
-    return [task for task in run.tasks if not config.tasks or task.name in config.tasks]
 
 
 # --- models
@@ -250,15 +195,15 @@ def make_model(run: Run, name: str, work: Callable[[Path], None], folder: Path) 
 # --- the plan
 
 
-def steps(run: Run) -> list[Step]:
-    """Everything that a recipe asks for, in order."""
+def steps(run: Run, write_units: WriteUnits = write_on_this_host) -> list[Step]:
+    """Everything that a recipe asks for, in order. Training data is written by `write_units`."""
     recipe = run.recipe
     tasks = [Path(path).read_text() for path in run.task_files]
     tokenizer_path = recipe.tokenizer.path if recipe.tokenizer else run.base and run.base / TOKENIZER
     tokenizer = hash_folder(Path(tokenizer_path)) if tokenizer_path else recipe.model_dump(mode="json")["tokenizer"]
     prompts, judged = (recipe.model_dump(mode="json")[key] for key in ("prompts", "evaluate"))
     settings: Any = [tasks, tokenizer, prompts, _reads_prose(recipe)]
-    plan = [Step("prepare", functools.partial(prepare, run), (), settings, ("data",))]
+    plan = [Step("prepare", functools.partial(prepare, run), (), settings, DATA)]
     data: dict[str, str] = {}  # the steps that write training data, by what they write
     for name, stage in recipe.stages.items():
         settings = stage.model_dump(mode="json")
@@ -278,8 +223,10 @@ def steps(run: Run) -> list[Step]:
             data_key = json.dumps([type(stage.data).__name__, own_data, stage.train.seq_len])
             if data_key not in data:
                 data[data_key] = f"data-{name}"
-                work = functools.partial(write_data, run, stage.data, stage.train.seq_len)
-                plan.append(Step(data[data_key], work, ("prepare",), data_key, ("data",)))
+                work = functools.partial(write_data, run, stage.data, stage.train.seq_len, write_units)
+                plan.append(
+                    Step(data[data_key], work, ("prepare",), data_key, DATA, resumable=True, all_processes=True)
+                )
             work = functools.partial(train_stage, run, stage, run.folder / data[data_key])
             work = functools.partial(make_model, run, name, work)
             plan.append(
@@ -310,15 +257,19 @@ def run_recipe(recipe: Recipe, folder: Path, allow_code_mismatch: bool = False, 
     check_run(run)
     plan = steps(run)
     last = [step.name for step in plan].index(until)
-    with locked(folder) if distributed.is_process_zero() else contextlib.nullcontext():
-        distributed.run_on_process_zero(lambda: check_renames(folder))
-        run_steps(
-            plan[: last + 1],
-            folder,
-            distributed.run_on_process_zero(lambda: _hash_dataset(Path(recipe.dataset))),
-            allow_code_mismatch,
-        )
+    _run_plan(run, plan[: last + 1], allow_code_mismatch)
 
 
-def _hash_dataset(folder: Path) -> str:
-    return hash_files(folder, [folder / CARD, *folder.rglob("*.parquet")])
+def prepare_recipe(recipe: Recipe, folder: Path, write_units: WriteUnits = write_on_this_host) -> None:
+    """Writes the tokenizer, the percentiles and all training data of a recipe, which `run_recipe` then finds; raises as
+    it does."""
+    run = Run(recipe, folder)
+    check_run(run)
+    _run_plan(run, [step for step in steps(run, write_units) if step.code == DATA])
+
+
+def _run_plan(run: Run, plan: Sequence[Step], allow_code_mismatch: bool = False) -> None:
+    with locked(run.folder) if distributed.is_process_zero() else contextlib.nullcontext():
+        distributed.run_on_process_zero(lambda: check_renames(run.folder))
+        dataset_hash = distributed.run_on_process_zero(lambda: hash_tables(Path(run.recipe.dataset)))
+        run_steps(plan, run.folder, dataset_hash, allow_code_mismatch)

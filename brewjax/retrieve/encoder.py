@@ -105,7 +105,7 @@ class Encoder:
         """Vectors of items (int [items], rows) as of a time, in microseconds since 1970."""
         sides = self.sides(dataset)
         texts = sides.items(rows, time)
-        sides.print_truncated()
+        sides.overlong.print()
         return self.embed(texts, dimensions)
 
     def check_dimensions(self, dimensions: int | None) -> int:

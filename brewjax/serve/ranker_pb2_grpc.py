@@ -5,7 +5,7 @@ import warnings
 
 from brewjax.serve import ranker_pb2 as brewjax_dot_serve_dot_ranker__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.81.1'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 

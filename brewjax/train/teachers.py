@@ -23,7 +23,7 @@ from rich.progress import Progress
 from brewjax import distributed
 from brewjax.data.records.contrastive import ItemTable
 from brewjax.data.records.loader import NO_TARGET, TokenBatch
-from brewjax.data.records.shards import Shards, read_counts, shard_folders
+from brewjax.data.records.shards import RECORDS, TABLE, Shards, read_counts, shard_files, shard_folders
 from brewjax.data.records.soft_labels import SoftLabelTable
 from brewjax.model.config import ModelConfig
 from brewjax.model.params import Params, abstract_params, bind
@@ -134,18 +134,8 @@ class SoftLabels:
     """Another ranker's probabilities at the targets of shards, as a teacher's outputs (`write_shards` wrote them)."""
 
     def __init__(self, shards: Shards):
-        tables = [SoftLabelTable.load(folder) for folder in shard_folders(shards)]
-        k = max(table.ids.shape[1] for table in tables)
-        sizes = [len(table.offsets) - 1 for table in tables]
-        starts = np.cumsum([0, *(table.offsets[-1] for table in tables)])
-        # Records are numbered through all folders, in their order.
-        self._offsets = np.concatenate(
-            [table.offsets[:size] + start for table, size, start in zip(tables, sizes, starts, strict=False)]
-            + [starts[-1:]]
-        )
-        pad = lambda array, value: np.pad(array, ((0, 0), (0, k - array.shape[1])), constant_values=value)  # noqa: E731
-        self._ids = np.concatenate([pad(table.ids, -1) for table in tables])
-        self._log_probs = np.concatenate([pad(table.log_probs, -np.inf) for table in tables])
+        paths = [path for folder in shard_folders(shards) for path in shard_files(folder, TABLE)]
+        self._offsets, self._ids, self._log_probs = SoftLabelTable.load(paths)
 
     def look_up(self, batch: TokenBatch) -> TopK:
         """As `TeacherCache.look_up`."""
@@ -313,7 +303,7 @@ def hash_shards(shards: Shards) -> str:
     """SHA-256 of the shards' files, in the order in which their records are numbered."""
     digest = hashlib.sha256()
     for folder in shard_folders(shards):
-        for path in sorted(folder.glob("part-*.array_record")):
+        for path in shard_files(folder, RECORDS):
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

@@ -1,5 +1,6 @@
-"""The generated modules are those of the protos: `make proto` makes them anew."""
+"""The generated modules are those of the protos: `make proto` makes them anew, by the oldest protobuf they are for."""
 
+import re
 from pathlib import Path
 
 import grpc_tools
@@ -16,4 +17,9 @@ def test_the_generated_modules_are_of_the_protos(tmp_path):
     generated = {path.name: path.read_text() for path in (tmp_path / "brewjax" / "serve").iterdir()}
     assert len(generated) == 6
     for name, text in generated.items():
-        assert text == (ROOT / "brewjax" / "serve" / name).read_text(), name
+        assert without_versions(text) == without_versions((ROOT / "brewjax" / "serve" / name).read_text()), name
+
+
+def without_versions(text: str) -> str:
+    """A generated module without the versions of what generated it: those of `make proto` are older than these."""
+    return re.sub(r"(Version: |VERSION = '|^    )\d+[\d.]*", r"\1", text, flags=re.MULTILINE)

@@ -19,10 +19,12 @@ from brewjax.data.records.contrastive import (
     POSITIVE,
     ContrastiveExample,
     ItemTable,
+    ItemTableWriter,
     TextLabels,
-    write_contrastive,
 )
 from brewjax.data.records.loader import load_batches
+from brewjax.data.records.shards import write_shards
+from brewjax.data.text.encode import Text
 from brewjax.model.config import ExpertsConfig
 from brewjax.train.contrastive import ITEMS, Contrastive, Embedded
 from brewjax.train.gradients import cached_grads
@@ -50,7 +52,8 @@ def toy(number: int) -> ContrastiveExample:
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
-    write_contrastive(folder, [(toy(number), {"toy": number}) for number in range(60)], CONFIG.seq_len)
+    examples = [(toy(number), {"toy": number}) for number in range(60)]
+    write_shards(folder, examples, CONFIG.seq_len, ItemTableWriter())
     return folder
 
 
@@ -246,7 +249,8 @@ def test_what_does_not_fit_is_left_out_hard_negatives_first():
 
 
 def test_mistakes_are_named(shards, tmp_path):
-    with pytest.raises(ValueError, match=r"items\.npz: missing; are these records of contrastive training\?"):
+    write_shards(tmp_path, [(Text([3, 4]), {})], CONFIG.seq_len)
+    with pytest.raises(ValueError, match=r"\.npz: missing; are these records of contrastive training\?"):
         ItemTable(tmp_path)
     with pytest.raises(ConfigError, match="16 is not less than the model's d_model, 16"):
         Contrastive(dimensions=(4, 16)).check_model(16)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from brewjax.console import print_line
+
 MAX_TOKEN_CHARACTERS = 128  # no token of a common tokenizer is longer
 
 
@@ -38,6 +40,17 @@ class OverlongLog:
     def add(self, task: str, outcome: str, overlong: Overlong) -> None:
         """Notes the outcome, "truncated" or "skipped", of an overlong text of a task."""
         self._entries.setdefault((task, outcome), {}).setdefault(overlong.noun, overlong)
+
+    def merge(self, log: OverlongLog) -> None:
+        """Adds the counts of another log."""
+        for (task, outcome), texts in log._entries.items():
+            for overlong in texts.values():
+                self.add(task, outcome, overlong)
+
+    def print(self) -> None:
+        """Prints `lines` on stderr."""
+        for line in self.lines():
+            print_line(line, stderr=True)
 
     def lines(self) -> list[str]:
         """A line per task and outcome, which names the longest text; the count starts anew."""

@@ -6,7 +6,6 @@ import numpy as np
 import pydantic
 
 from brewjax.config import Config
-from brewjax.console import print_line
 from brewjax.data.prompts.styles import STYLES, PromptConfig
 from brewjax.data.prompts.verbalize import Verbalizer
 from brewjax.data.tasks.examples import RankingExample
@@ -53,12 +52,15 @@ class Sides:
       task: gives the history and the words around it.
       prompts: the style (`score_style`) and the most tokens of a text.
       config: the instructions.
+
+    Attributes:
+      overlong: counts the items whose texts were truncated.
     """
 
     def __init__(self, verbalizer: Verbalizer, task: Task, prompts: PromptConfig, config: SideConfig):
         card = verbalizer.dataset.card
         nouns = {"member": card.members.noun, "item": card.items.noun}
-        self._verbalizer, self._prompts, self._truncated = verbalizer, prompts, 0
+        self._verbalizer, self._prompts, self.overlong = verbalizer, prompts, verbalizer.overlong
         self._task = task.model_copy(
             update={"instruction": config.member_instruction.format(**nouns), "steering_note": ""}
         )
@@ -86,15 +88,11 @@ class Sides:
         style, tokenizer = STYLES[self._prompts.score_style], self._verbalizer.tokenizer
         heading = f"{self._item_instruction}\n" if self._item_instruction else ""
         facts = self._verbalizer.facts("items", rows, time, style)
-        encoded = tokenizer.encode([heading + style.join.join(item_facts) for item_facts in facts], begins=True)
+        texts = [heading + style.join.join(item_facts) for item_facts in facts]
         room = self._prompts.max_tokens - len(tokenizer.eos)
-        texts = [tokenizer.with_bos(tokens) for tokens in encoded]
-        self._truncated += sum(len(text) > room for text in texts)
-        return [text[:room] + tokenizer.eos for text in texts]
-
-    def print_truncated(self) -> None:
-        """Prints, on stderr, how many items' texts were cut since the last call."""
-        self._verbalizer.print_overlong()
-        if self._truncated:
-            print_line(f"{self._truncated:,} items' texts were cut to {self._prompts.max_tokens:,} tokens", stderr=True)
-        self._truncated = 0
+        encoded = [tokenizer.with_bos(tokens) for tokens in tokenizer.encode(texts, begins=True)]
+        for row, text, tokens in zip(rows.tolist(), texts, encoded, strict=True):
+            if len(tokens) > room:
+                overlong = self._verbalizer.describe_overlong("items", row, text, room, time, style)
+                self.overlong.add(self._task.name, "truncated", overlong)
+        return [tokens[:room] + tokenizer.eos for tokens in encoded]

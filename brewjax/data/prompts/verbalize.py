@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from brewjax.console import print_line
 from brewjax.data.prompts.attributes import RowRenderer, RowsAsOf, Where, render_age
 from brewjax.data.prompts.overlong import Overlong, OverlongLog, truncate_to_fit
 from brewjax.data.prompts.styles import STYLES, Style
@@ -196,7 +195,7 @@ class Verbalizer:
         fits = np.array(self._count_questions(questions)) <= room
         for row, question in zip(example.candidates[~fits], np.array(questions, object)[~fits], strict=True):
             text = question.heading + question.text
-            overlong = self._describe_overlong("items", row, text, room, example.cutoff_time, style)
+            overlong = self.describe_overlong("items", row, text, room, example.cutoff_time, style)
             self.overlong.add(task.name, "skipped", overlong)
         return example.select(fits)
 
@@ -209,8 +208,7 @@ class Verbalizer:
 
     def print_overlong(self) -> None:
         """Prints, on stderr, what was truncated or skipped since the last call."""
-        for line in self.overlong.lines():
-            print_line(line, stderr=True)
+        self.overlong.print()
 
     def _groups(self, task: Task, style: Style) -> dict[str, str]:
         """By action of the history, the words before its events."""
@@ -279,7 +277,7 @@ class Verbalizer:
             single = example.select(slice(index, index + 1))
             full_text = questions[index].heading + questions[index].text
             item = int(single.candidates[0])
-            overlong = self._describe_overlong("items", item, full_text, room, example.cutoff_time, style)
+            overlong = self.describe_overlong("items", item, full_text, room, example.cutoff_time, style)
             render = lambda longest, single=single: (  # noqa: E731
                 style.heading + self._questions(task, single, style, chat, longest)[0].text
             )
@@ -301,7 +299,7 @@ class Verbalizer:
         truncated: list[str],
     ) -> str:
         """Truncates the profile's texts until the preamble has at most `room` tokens, and notes it in `truncated`."""
-        overlong = self._describe_overlong("members", example.member, preamble, room, example.cutoff_time, style)
+        overlong = self.describe_overlong("members", example.member, preamble, room, example.cutoff_time, style)
         allowed = task.questions.overlong != "error"
         text = self._truncate(task, render_preamble, overlong, truncated) if allowed else None
         if text is None:
@@ -317,7 +315,8 @@ class Verbalizer:
             self.overlong.add(task.name, "truncated", overlong)
         return text
 
-    def _describe_overlong(self, table: Table, row: int, text: str, room: int, time: int, style: Style) -> Overlong:
+    def describe_overlong(self, table: Table, row: int, text: str, room: int, time: int, style: Style) -> Overlong:
+        """The text of a row of a table that has more than `room` tokens as of a time, microseconds since 1970."""
         if table == "items":
             noun = f"{self.dataset.card.items.noun} {self.dataset.item_id(row)}"
         else:

@@ -1,35 +1,33 @@
 """Records of contrastive training: a member's text, items that the member went on to, and items passed over.
 
 The texts of a record are pieces that see only themselves, so one pass embeds them all. Which items they are stands in a
-table beside the shards, from which a batch is labelled.
+table beside each shard, from which a batch is labelled.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pydantic
 from jaxtyping import Array, Float, Int
 
 from brewjax.config import Seed
-from brewjax.console import track
 from brewjax.data.prompts.sides import SideConfig, Sides
 from brewjax.data.prompts.styles import PromptConfig
 from brewjax.data.prompts.verbalize import Verbalizer
 from brewjax.data.records.loader import TokenBatch
-from brewjax.data.records.provenance import Provenance, provenance, task_rng
-from brewjax.data.records.shards import Shards, shard_folders, write_shards
-from brewjax.data.tasks.examples import sample_examples
+from brewjax.data.records.provenance import Provenance, example_rng, provenance, training_examples
+from brewjax.data.records.shards import TABLE, Shards, shard_files, shard_folders
+from brewjax.data.tables.partition import WHOLE, Partition
 from brewjax.data.tasks.task import Task
 from brewjax.data.text.encode import NO_TARGET
 from pallas_kernels.token_labels import PADDING, SELF
 
-TABLE = "items.npz"  # of a folder of shards: the columns of an `ItemTable`
 MEMBER, POSITIVE, NEGATIVE, MISSING = 0, 1, 2, 3  # roles of texts
 
 
@@ -101,62 +99,57 @@ class ContrastiveExample:
 
 
 def contrastive_records(
-    verbalizer: Verbalizer, task: Task, prompts: PromptConfig, config: ContrastiveConfig
+    verbalizer: Verbalizer, task: Task, prompts: PromptConfig, config: ContrastiveConfig, partition: Partition = WHOLE
 ) -> Iterator[tuple[ContrastiveExample, Provenance]]:
-    """Yields the records of a task's training period, for `write_contrastive`. The same seed gives the same records.
+    """Yields the records of a task's training period, for `write_shard` with an `ItemTableWriter`.
 
-    An item is described as of the example's cutoff time, as the member is.
+    They are in order of the hashes of the members' ids, then of cutoff time, and the seed decides each by itself. An
+    item is described as of the example's cutoff time, as the member is.
+
+    Args:
+      partition: only the records of its members.
     """
-    rng = task_rng(config.seed, task)
     sides, style = Sides(verbalizer, task, prompts, config), prompts.score_style
     best = int(np.argmax(task.values))
-    for repeat in range(config.repeats):
-        examples = sample_examples(verbalizer.dataset, task, "train", config.max_examples, config.seed + repeat)
-        for example in track(examples, f"contrastive {task.name}"):
-            positives = rng.permutation(np.unique(example.candidates[example.labels == best]))[: config.positives]
-            negatives = np.setdiff1d(example.candidates[example.labels != best], positives)
-            if task.questions.sampled_negatives:  # those of a batch are as good, and cost nothing
-                negatives = negatives[:0]
-            items = np.concatenate([positives, rng.permutation(negatives)[: config.hard_negatives]]).astype(int)
-            if len(positives):
-                texts = [sides.member(example), *sides.items(items, example.cutoff_time)]
-                origin = provenance(verbalizer, task, example, style)
-                yield ContrastiveExample(example.member, items.tolist(), len(positives), texts), origin
-    sides.print_truncated()
+    for example in training_examples(verbalizer.dataset, task, config, partition, config.repeats):
+        rng = example_rng(example, task)
+        positives = rng.permutation(np.unique(example.candidates[example.labels == best]))[: config.positives]
+        negatives = np.setdiff1d(example.candidates[example.labels != best], positives)
+        if task.questions.sampled_negatives:  # those of a batch are as good, and cost nothing
+            negatives = negatives[:0]
+        items = np.concatenate([positives, rng.permutation(negatives)[: config.hard_negatives]]).astype(int)
+        if len(positives):
+            texts = [sides.member(example), *sides.items(items, example.cutoff_time)]
+            origin = provenance(verbalizer, task, example, style)
+            yield ContrastiveExample(example.member, items.tolist(), len(positives), texts), origin
 
 
-def write_contrastive(
-    folder: Path, examples: Iterable[tuple[ContrastiveExample, Provenance]], capacity: int
-) -> dict[str, int]:
-    """Writes records as `write_shards` does, and their table; returns the counts, with "positives" and "negatives"."""
-    rows: list[tuple[int, int, int, int]] = []  # record, role, item, member of each text
-    shortest = capacity
+class ItemTableWriter:
+    """Collects which items the texts of a shard's records are."""
 
-    def fitting() -> Iterator[tuple[ContrastiveExample, Provenance]]:
-        nonlocal shortest
-        for record, (example, origin) in enumerate(examples):
-            (part,) = _split(example, capacity, origin)
-            rows.append((record, MEMBER, -1, part.member))
-            for number, item in enumerate(part.items):
-                rows.append((record, POSITIVE if number < part.num_positives else NEGATIVE, item, part.member))
-            shortest = min(shortest, *map(len, part.texts))
-            yield part, origin
+    def __init__(self) -> None:
+        self._rows: list[tuple[int, int, int, int]] = []  # record, role, item, member of each text
+        self._records, self._shortest = 0, np.iinfo(np.int32).max
 
-    counts = write_shards(folder, fitting(), capacity)  # type: ignore[arg-type]  # has all that an example needs
-    if not rows:
-        raise ValueError(f"{folder}: no example of the training period has an item of the task's best label")
-    record, role, item, member = np.array(rows, np.int32).T
-    times = np.bincount(item[item >= 0])
-    log_share = np.where(item >= 0, np.log(np.maximum(times, 1) / times.sum())[item], 0).astype(np.float32)
-    np.savez(folder / TABLE, record=record, role=role, item=item, member=member, log_share=log_share, shortest=shortest)
-    return counts | {"positives": int((role == POSITIVE).sum()), "negatives": int((role == NEGATIVE).sum())}
+    def add(self, record: Any) -> None:
+        """Adds a `ContrastiveExample`."""
+        self._rows.append((self._records, MEMBER, -1, record.member))
+        for number, item in enumerate(record.items):
+            role = POSITIVE if number < record.num_positives else NEGATIVE
+            self._rows.append((self._records, role, item, record.member))
+        self._shortest = min(self._shortest, *map(len, record.texts))
+        self._records += 1
 
+    def write(self, path: Path) -> None:
+        """Writes the table."""
+        record, role, item, member = np.array(self._rows, np.int32).reshape(-1, 4).T
+        shortest, records = np.int64(self._shortest), np.int64(self._records)
+        np.savez(path, record=record, role=role, item=item, member=member, shortest=shortest, records=records)
 
-def _split(example: ContrastiveExample, capacity: int, origin: Provenance) -> list[ContrastiveExample]:
-    try:
-        return example.split(capacity)
-    except ValueError as error:
-        raise ValueError(f"{', '.join(f'{name} {value}' for name, value in origin.items())}: {error}") from None
+    def counts(self) -> dict[str, int]:
+        """How many texts are "positives" and "negatives"."""
+        roles = [role for _, role, _, _ in self._rows]
+        return {"positives": roles.count(POSITIVE), "negatives": roles.count(NEGATIVE)}
 
 
 class TextLabels(NamedTuple):
@@ -178,25 +171,30 @@ class TextLabels(NamedTuple):
 
 
 class ItemTable:
-    """Which items the texts of shards are, as `write_contrastive` wrote it.
+    """Which items the texts of shards are, as `ItemTableWriter` wrote it.
 
     Raises:
-      ValueError: a folder has no table.
+      ValueError: a shard has no table, or none of them has a record.
     """
 
     def __init__(self, shards: Shards):
-        tables, first = [], 0
+        columns: dict[str, list[np.ndarray]] = {name: [] for name in ("record", "role", "item", "member", "log_share")}
+        first, self._shortest = 0, np.iinfo(np.int32).max
         for folder in shard_folders(shards):
-            if not (folder / TABLE).is_file():
-                raise ValueError(f"{folder / TABLE}: missing; are these records of contrastive training?")
-            with np.load(folder / TABLE) as file:
-                table = dict(file)
-            table["record"] += first
-            first = int(table["record"][-1]) + 1
-            tables.append(table)
-        self._columns = {name: np.concatenate([table[name] for table in tables]) for name in TextLabels._fields}
+            tables = [_load_table(path) for path in shard_files(folder, TABLE)]
+            items = np.concatenate([table["item"] for table in tables])
+            log_counts = np.log(np.maximum(np.bincount(items[items >= 0], minlength=1), 1) / (items >= 0).sum())
+            for table in tables:
+                table["record"] += first
+                table["log_share"] = np.where(table["item"] >= 0, log_counts[table["item"]], 0).astype(np.float32)
+                first += int(table["records"])
+                self._shortest = min(self._shortest, int(table["shortest"]))
+                for name, values in columns.items():
+                    values.append(table[name])
+        if not first:
+            raise ValueError(f"{shards}: no example of the training period has an item of the task's best label")
+        self._columns = {name: np.concatenate(values) for name, values in columns.items()}
         self._starts = np.searchsorted(self._columns["record"], np.arange(first))
-        self._shortest = min(int(table["shortest"]) for table in tables)
 
     def look_up(self, batch: TokenBatch) -> TextLabels:
         """The labels of a batch's texts [rows, N] for numpy arrays [rows, T]; N texts surely hold all of a row."""
@@ -212,3 +210,10 @@ class ItemTable:
             labels[name] = np.full(shape, missing, self._columns[name].dtype)
             labels[name][row, number] = self._columns[name][text]
         return TextLabels(**labels)  # type: ignore[arg-type]  # numpy until it is placed
+
+
+def _load_table(path: Path) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        raise ValueError(f"{path}: missing; are these records of contrastive training?")
+    with np.load(path) as file:
+        return dict(file)

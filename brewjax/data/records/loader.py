@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from brewjax.data.records.shards import FIELDS, SOURCES, Shards, read_counts, shard_folders
+from brewjax.data.records.shards import FIELDS, RECORDS, Shards, provenance_lines, read_counts, shard_files
 from brewjax.data.text.encode import NO_TARGET
 from pallas_kernels.token_labels import TokenLabels
 
@@ -30,8 +30,7 @@ class TokenBatch(NamedTuple):
       weights: loss weight of each target, 0 where there is none. A step's loss is sum(weight * loss) / sum(weight).
       preference: +l at the targets of the chosen candidate of list l of its example, -l at those of a rejected one, 0
         elsewhere. Lists are numbered from 1 within an example; a candidate is one piece.
-      source: index of the record that a token came from, -1 for padding: a line of the sources.jsonl of all folders,
-        concatenated.
+      source: index of the record that a token came from, through all folders in their order; -1 for padding.
     """
 
     tokens: Int[Array, "B T"]
@@ -69,28 +68,31 @@ def load_batches(
     datasets, record_weights, first_record = [], [], 0
     for folder_index, (folder, share) in enumerate(folders.items()):
         counts = read_counts(folder)
-        source = grain.sources.ArrayRecordDataSource(sorted(str(path) for path in folder.glob("part-*.array_record")))
+        source = grain.sources.ArrayRecordDataSource([str(path) for path in shard_files(folder, RECORDS)])
         if len(source) < processes:
             raise ValueError(f"{folder}: {len(source)} examples are too few for {processes} processes")
-        dataset = grain.MapDataset.source(source).seed(seed + folder_index)[process::processes].shuffle().repeat()
-        datasets.append(dataset.map(functools.partial(_parse_record, first_record=first_record)))
+        parse = functools.partial(_parse_record, first_record, len(source))
+        numbered = grain.MapDataset.source(source).map_with_index(parse)
+        datasets.append(numbered.seed(seed + folder_index)[process::processes].shuffle().repeat())
         record_weights.append(share * counts["records"] / counts["tokens"])
         first_record += counts["records"]
     mixed = grain.MapDataset.mix(datasets, record_weights) if len(datasets) > 1 else datasets[0]
     packed = grain.experimental.BestFitPackIterDataset(
         mixed.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=32)),
-        length_struct={name: seq_len for name in FIELDS},
+        length_struct={name: seq_len for name in (*FIELDS, "source")},
         num_packing_bins=max(16, batch_size),
         seed=seed,
-        padding_struct={name: NO_TARGET if name in ("targets", "source") else 0 for name in FIELDS},
+        padding_struct={name: NO_TARGET if name in ("targets", "source") else 0 for name in (*FIELDS, "source")},
     )
     return packed.batch(batch_size, drop_remainder=True).map(_to_batch)
 
 
-def _parse_record(record: bytes, first_record: int) -> dict[str, np.ndarray]:
-    """The arrays of a record; `first_record` is the number of records of all folders before its own."""
+def _parse_record(first_record: int, count: int, index: int, record: bytes) -> dict[str, np.ndarray]:
+    """The arrays of record `index` of a folder of `count` records; indices go on through the epochs. All folders before
+    it have `first_record` records."""
     arrays = dict(zip(FIELDS, np.frombuffer(record, np.int32).reshape(len(FIELDS), -1), strict=True))
-    return arrays | {"weights": arrays["weights"].view(np.float32), "source": arrays["source"] + np.int32(first_record)}
+    source = np.full(len(arrays["tokens"]), first_record + index % count, np.int32)
+    return arrays | {"weights": arrays["weights"].view(np.float32), "source": source}
 
 
 def _to_batch(packed: dict[str, np.ndarray]) -> TokenBatch:
@@ -101,5 +103,5 @@ def _to_batch(packed: dict[str, np.ndarray]) -> TokenBatch:
 
 def describe_sources(shards: Shards, batch: TokenBatch) -> list[str]:
     """The provenance of every example in a batch, as JSON, for an error message."""
-    lines = [line for folder in shard_folders(shards) for line in (folder / SOURCES).read_text().splitlines()]
-    return [lines[index] for index in np.unique(jax.device_get(batch.source)) if index >= 0]
+    records = np.unique(jax.device_get(batch.source))
+    return list(provenance_lines(shards, records[records >= 0].tolist()))

@@ -10,13 +10,13 @@ import numpy as np
 import pydantic
 
 from brewjax.config import Config, Seed
-from brewjax.console import track
 from brewjax.data.prompts.attributes import is_unknown
 from brewjax.data.prompts.styles import PromptConfig
 from brewjax.data.prompts.verbalize import Verbalizer
-from brewjax.data.records.provenance import Provenance, provenance, task_rng
+from brewjax.data.records.provenance import Provenance, example_rng, provenance, training_examples
 from brewjax.data.tables.card import Attribute
-from brewjax.data.tasks.examples import RankingExample, sample_examples
+from brewjax.data.tables.partition import WHOLE, Partition
+from brewjax.data.tasks.examples import RankingExample
 from brewjax.data.tasks.task import Task
 from brewjax.data.text.encode import EncodedPrompt, encode
 
@@ -57,9 +57,9 @@ class Contrast(NamedTuple):
 
 
 def align_records(
-    verbalizer: Verbalizer, task: Task, prompts: PromptConfig, config: AlignConfig
+    verbalizer: Verbalizer, task: Task, prompts: PromptConfig, config: AlignConfig, partition: Partition = WHOLE
 ) -> Iterator[tuple[EncodedPrompt, Provenance]]:
-    """Yields the records of a task's training period with their provenance, for `write_shards`.
+    """Yields the records of a task's training period with their provenance, for `write_shard`.
 
     Every candidate is a question answered by the label word of the task's best label, "Yes": a list compares
     log P("Yes" | question) of its items (S-DPO, arXiv 2406.09215, on label words).
@@ -69,13 +69,13 @@ def align_records(
     the note can rank them; each example is rendered with a note and with the opposite note, which swaps chosen and
     rejected items. A note says what should rank high, so use tasks whose best answer should: `liked`, not `disliked`.
 
-    The same seed gives the same records.
+    They are in order of the hashes of the members' ids, then of cutoff time, and the seed decides each by itself.
+
+    Args:
+      partition: only the records of its members.
     """
-    rng = task_rng(config.seed, task)
-    for example in track(
-        sample_examples(verbalizer.dataset, task, "train", config.max_examples, config.seed),
-        f"align {task.name}",
-    ):
+    for example in training_examples(verbalizer.dataset, task, config, partition):
+        rng = example_rng(example, task)
         style, phrased = prompts.draw(rng), task.draw_phrasing(rng)
         example = verbalizer.fitting(phrased, example, style)
         contrast = draw_contrast(verbalizer, task, example, rng) if rng.random() < config.steering_fraction else None
@@ -93,7 +93,6 @@ def align_records(
         elif lists := _draw_lists(task, example, config, rng):
             encoded = _encode_lists(verbalizer, phrased, prompts, example, style, lists)
             yield encoded, provenance(verbalizer, task, example, style)
-    verbalizer.print_overlong()
 
 
 def _draw_lists(task: Task, example: RankingExample, config: AlignConfig, rng: np.random.Generator) -> list[np.ndarray]:

@@ -15,6 +15,7 @@ from brewjax.config import Config, Seed, read_text
 from brewjax.data.prompts.styles import SECTIONED
 from brewjax.data.prompts.verbalize import Verbalizer
 from brewjax.data.records.provenance import Provenance
+from brewjax.data.tables.partition import WHOLE, Partition
 from brewjax.data.text.encode import Text, encode_text
 from brewjax.data.text.tokenizer import Tokenizer
 
@@ -35,32 +36,45 @@ class PretrainConfig(Config):
     """Seed of the orders of facts."""
 
 
-def domain_texts(verbalizer: Verbalizer, until: int, config: PretrainConfig) -> Iterator[tuple[str, Provenance]]:
+def domain_texts(
+    verbalizer: Verbalizer, until: int, config: PretrainConfig, partition: Partition = WHOLE
+) -> Iterator[tuple[str, Provenance]]:
     """Yields prose about every item and every member with an event before `until`, with its provenance.
 
     All of it is as of `until`: nothing that happened later shows, neither an event, nor a statistic, nor the existence
-    of an item or a member.
+    of an item or a member. Texts are in order of the hashes of the ids, and the seed decides each by itself.
 
     Args:
       until: microseconds since 1970, where validation begins.
+      partition: only the texts of its items and members.
     """
-    rng = np.random.default_rng(config.seed)
     dataset = verbalizer.dataset
-    events = np.flatnonzero(dataset.event_time < until)
-    items = np.unique(dataset.event_item[events])
-    for repeat in range(config.repeats):
-        facts = verbalizer.facts("items", items, until, SECTIONED)
-        for item, item_facts in zip(items, facts, strict=True):
-            text = _sentences(dataset.card.items.noun.capitalize(), item_facts, rng)
-            yield text, {"item": dataset.items[dataset.card.items.id][int(item)].as_py(), "repeat": repeat}
-        for member, member_events in itertools.groupby(events, key=lambda event: dataset.event_member[event]):
-            provenance = {"member": dataset.members[dataset.card.members.id][int(member)].as_py(), "repeat": repeat}
-            yield _history(verbalizer, int(member), np.array(list(member_events)), until, rng), provenance
+    items = dataset.items_by_hash[partition.select(dataset.item_hash[dataset.items_by_hash])]
+    items = items[dataset.first_event_time[items] < until]
+    members = dataset.members_by_hash[partition.select(dataset.member_hash[dataset.members_by_hash])]
+    members = members[np.diff(dataset.member_offsets)[members] > 0]
+    members = members[dataset.event_time[dataset.member_offsets[members]] < until]
+    hashes = np.concatenate([dataset.item_hash[items], dataset.member_hash[members]])
+    facts = dict(zip(items.tolist(), verbalizer.facts("items", items, until, SECTIONED), strict=True))
+    for index in np.argsort(hashes, kind="stable").tolist():
+        is_item = index < len(items)
+        row = int(items[index] if is_item else members[index - len(items)])
+        for repeat in range(config.repeats):
+            rng = np.random.default_rng([config.seed, repeat, int(is_item), int(hashes[index])])
+            if is_item:
+                text = _sentences(dataset.card.items.noun.capitalize(), facts[row], rng)
+                yield text, {"item": dataset.items[dataset.card.items.id][row].as_py(), "repeat": repeat}
+            else:
+                text = _history(verbalizer, row, until, rng)
+                yield text, {"member": dataset.members[dataset.card.members.id][row].as_py(), "repeat": repeat}
 
 
-def _history(verbalizer: Verbalizer, member: int, events: np.ndarray, until: int, rng: np.random.Generator) -> str:
-    """A member's profile, then the events month by month: the items by name, with the facts of each event."""
+def _history(verbalizer: Verbalizer, member: int, until: int, rng: np.random.Generator) -> str:
+    """A member's profile, then the events before `until` month by month: the items by name, with the facts of each
+    event."""
     dataset, card = verbalizer.dataset, verbalizer.dataset.card
+    events = np.arange(*dataset.member_offsets[member : member + 2])
+    events = events[dataset.event_time[events] < until]
     profile = verbalizer.facts("members", np.array([member]), until, SECTIONED)[0]
     parts = [_sentences(card.members.noun.capitalize(), profile, rng)]
     times = dataset.event_time[events]
@@ -91,8 +105,11 @@ def general_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix in (".txt", ".jsonl"))
 
 
-def general_texts(folder: Path) -> Iterator[tuple[str, Provenance]]:
+def general_texts(folder: Path, partition: Partition = WHOLE) -> Iterator[tuple[str, Provenance]]:
     """Yields the general texts of a folder with their provenance, sorted by file name.
+
+    Args:
+      partition: only the texts of its part of the files.
 
     Raises:
       ValueError: the folder has no such files, or a line is wrong; names file and line.
@@ -100,7 +117,7 @@ def general_texts(folder: Path) -> Iterator[tuple[str, Provenance]]:
     files = general_files(folder)
     if not files:
         raise ValueError(f"{folder}: no .txt or .jsonl files there")
-    for path in files:
+    for path in files[partition.split(len(files))]:
         if path.suffix == ".txt":
             yield read_text(path), {"file": str(path)}
             continue
@@ -126,5 +143,5 @@ def _read_line(line: bytes, source: str) -> str:
 def pretrain_records(
     texts: Iterable[tuple[str, Provenance]], tokenizer: Tokenizer
 ) -> Iterator[tuple[Text, Provenance]]:
-    """Encodes `domain_texts` or `general_texts` for `write_shards`, without empty texts."""
+    """Encodes `domain_texts` or `general_texts` for `write_shard`, without empty texts."""
     return ((encode_text(text, tokenizer), provenance) for text, provenance in texts if text.strip())

@@ -10,12 +10,12 @@ import numpy as np
 import pydantic
 
 from brewjax.config import Config, Seed, Words
-from brewjax.console import track
 from brewjax.data.prompts.styles import PromptConfig
 from brewjax.data.prompts.verbalize import Verbalizer
 from brewjax.data.records.mixture import MixConfig
-from brewjax.data.records.provenance import Provenance, provenance, task_rng
-from brewjax.data.tasks.examples import Choice, RankingExample, sample_examples
+from brewjax.data.records.provenance import Provenance, example_rng, provenance, training_examples
+from brewjax.data.tables.partition import WHOLE, Partition
+from brewjax.data.tasks.examples import Choice, RankingExample
 from brewjax.data.tasks.task import Task
 from brewjax.data.text.encode import EncodedPrompt, encode
 
@@ -49,38 +49,40 @@ class SftConfig(Config):
 
 
 def sft_records(
-    verbalizer: Verbalizer, task: Task, prompts: PromptConfig, config: SftConfig, predict: Predict | None = None
+    verbalizer: Verbalizer,
+    task: Task,
+    prompts: PromptConfig,
+    config: SftConfig,
+    predict: Predict | None = None,
+    partition: Partition = WHOLE,
 ) -> Iterator[tuple[EncodedPrompt, Provenance]]:
-    """Yields the records of a task's training period with their provenance, for `write_shards`.
+    """Yields the records of a task's training period with their provenance, for `write_shard`.
 
-    Each example is rendered in a style, and in a phrasing of the task, that are drawn for it. The same seed gives the
-    same records.
+    Each example is rendered in a style, and in a phrasing of the task, that are drawn for it. They are in order of
+    the hashes of the members' ids, then of cutoff time, and the seed decides each by itself.
 
     Args:
       predict: gives the soft labels of examples, float [candidates, labels] each.
+      partition: only the records of its members.
     """
-    rng = task_rng(config.seed, task)
     weight = config.loss_weights.get(task.name, 1.0)
-    for repeat in range(config.repeats):
-        examples = sample_examples(verbalizer.dataset, task, "train", config.max_examples, config.seed + repeat)
+    for example in training_examples(verbalizer.dataset, task, config, partition, config.repeats):
+        rng = example_rng(example, task)
         if predict:
-            soft_labels = predict(examples)
-            examples = [dataclasses.replace(e, soft_labels=s) for e, s in zip(examples, soft_labels, strict=True)]
-        for example in track(examples, f"sft {task.name}"):
-            style = prompts.draw(rng)
-            phrased = task.draw_phrasing(rng)
-            example = verbalizer.fitting(phrased, example, style)
-            rendered = [verbalizer.prompt(phrased, example, style)] if len(example.candidates) else []
-            if task.questions.choice_question and rng.random() < config.choice_fraction:
-                choices = draw_choices(verbalizer, task, example, config.num_choices, rng)
-                choice_prompt = verbalizer.prompt(phrased, example, style, choices=choices) if choices else None
-                rendered += [choice_prompt] if choice_prompt and choice_prompt.questions else []
-            for prompt in rendered:
-                encoded = encode(prompt, verbalizer.tokenizer, prompts.layout)
-                if example.soft_labels is not None and prompt is rendered[0]:
-                    encoded = dataclasses.replace(encoded, soft_labels=list(example.soft_labels))
-                yield dataclasses.replace(encoded, weight=weight), provenance(verbalizer, task, example, style)
-    verbalizer.print_overlong()
+            example = dataclasses.replace(example, soft_labels=predict([example])[0])
+        style = prompts.draw(rng)
+        phrased = task.draw_phrasing(rng)
+        example = verbalizer.fitting(phrased, example, style)
+        rendered = [verbalizer.prompt(phrased, example, style)] if len(example.candidates) else []
+        if task.questions.choice_question and rng.random() < config.choice_fraction:
+            choices = draw_choices(verbalizer, task, example, config.num_choices, rng)
+            choice_prompt = verbalizer.prompt(phrased, example, style, choices=choices) if choices else None
+            rendered += [choice_prompt] if choice_prompt and choice_prompt.questions else []
+        for prompt in rendered:
+            encoded = encode(prompt, verbalizer.tokenizer, prompts.layout)
+            if example.soft_labels is not None and prompt is rendered[0]:
+                encoded = dataclasses.replace(encoded, soft_labels=list(example.soft_labels))
+            yield dataclasses.replace(encoded, weight=weight), provenance(verbalizer, task, example, style)
 
 
 def draw_choices(

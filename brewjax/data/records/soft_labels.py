@@ -1,7 +1,8 @@
-"""Soft labels of training records: the probabilities of another ranker at each target, in a file beside the shards."""
+"""Soft labels of training records: the probabilities of another ranker at each target, in a file beside each shard."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,13 +10,12 @@ import numpy as np
 
 from brewjax.data.text.encode import NO_TARGET, EncodedPrompt
 
-SOFT_LABELS = "soft_labels.npz"  # of a folder of shards
 NO_WORD = -1
 SMALLEST = 1e-6  # probability of a label, whatever the ranker says: its logarithm stays finite
 
 
 class SoftLabelTable(NamedTuple):
-    """The soft labels of a folder of shards, for each record its targets in order.
+    """The soft labels of records, for each its targets in order.
 
     Attributes:
       offsets: int64 [records + 1]; record r has rows offsets[r] to offsets[r + 1].
@@ -28,51 +28,72 @@ class SoftLabelTable(NamedTuple):
     log_probs: np.ndarray
 
     @classmethod
-    def load(cls, folder: Path) -> SoftLabelTable:
-        """Reads the table of a folder.
+    def load(cls, paths: Iterable[Path]) -> SoftLabelTable:
+        """Reads the tables of shards, as one.
 
         Raises:
-          ValueError: the folder has none.
+          ValueError: a shard has none.
         """
-        if not (folder / SOFT_LABELS).is_file():
-            raise ValueError(f"{folder}: its records have no soft labels; run the recipe again")
-        with np.load(folder / SOFT_LABELS) as arrays:
-            return cls(**arrays)
+        tables = []
+        for path in paths:
+            if not path.is_file():
+                raise ValueError(f"{path.parent}: its records have no soft labels; run the recipe again")
+            with np.load(path) as arrays:
+                tables.append(cls(**arrays))
+        k = max(table.ids.shape[1] for table in tables)
+        sizes = np.concatenate([np.diff(table.offsets) for table in tables])
+        return cls(
+            np.concatenate([[0], np.cumsum(sizes)]),
+            np.concatenate([_pad(table.ids, k, NO_WORD) for table in tables]),
+            np.concatenate([_pad(table.log_probs, k, -np.inf) for table in tables]),
+        )
 
 
 class SoftLabelWriter:
-    """Collects the soft labels of records as they are written. A target without any is as certain as its answer."""
+    """Collects the soft labels of a shard's records. A target without any is as certain as its answer."""
 
     def __init__(self) -> None:
         self._rows: list[tuple[np.ndarray, np.ndarray]] = []
         self._any = False
 
-    def add(self, encoded: Any, targets: np.ndarray) -> None:
-        """Adds a record: an encoded prompt or text, with its targets (int32 [T])."""
+    def add(self, record: Any) -> None:
+        """Adds a record: an encoded prompt or text."""
+        targets = record.arrays["targets"]
         positions = np.flatnonzero(targets != NO_TARGET)
-        soft_labels = encoded.soft_labels if isinstance(encoded, EncodedPrompt) else []
-        k = max(1, len(encoded.labels) if soft_labels else 1)
+        soft_labels = record.soft_labels if isinstance(record, EncodedPrompt) else []
+        k = max(1, len(record.labels) if soft_labels else 1)
         ids = np.full((len(positions), k), NO_WORD, np.int32)
         log_probs = np.full((len(positions), k), -np.inf, np.float32)
         ids[:, 0], log_probs[:, 0] = targets[positions], 0
-        for end, probabilities in zip(encoded.ends if soft_labels else (), soft_labels, strict=True):
+        for end, probabilities in zip(record.ends if soft_labels else (), soft_labels, strict=True):
             row = np.searchsorted(positions, end)
             if row < len(positions) and positions[row] == end:
                 order = np.argsort(-probabilities, kind="stable")
                 floored = np.maximum(probabilities[order], SMALLEST)
-                ids[row], log_probs[row] = np.array(encoded.labels)[order], np.log(floored / floored.sum())
+                ids[row], log_probs[row] = np.array(record.labels)[order], np.log(floored / floored.sum())
         self._any |= bool(soft_labels)
         self._rows.append((ids, log_probs))
 
-    def write(self, folder: Path) -> None:
-        """Writes the table, if any record had soft labels."""
-        if not self._any:
+    def write(self, path: Path) -> None:
+        """Writes the table, if any record had soft labels, or there was no record."""
+        if self._rows and not self._any:
             return
-        k = max(ids.shape[1] for ids, _ in self._rows)
-        pad = lambda array, value: np.pad(array, ((0, 0), (0, k - array.shape[1])), constant_values=value)  # noqa: E731
+        k = max((ids.shape[1] for ids, _ in self._rows), default=1)
+        none = np.empty((0, k))
         np.savez(
-            folder / SOFT_LABELS,
+            path,
             offsets=np.cumsum([0, *(len(ids) for ids, _ in self._rows)]),
-            ids=np.concatenate([pad(ids, NO_WORD) for ids, _ in self._rows]),
-            log_probs=np.concatenate([pad(log_probs, -np.inf) for _, log_probs in self._rows]),
+            ids=np.concatenate([none.astype(np.int32), *(_pad(ids, k, NO_WORD) for ids, _ in self._rows)]),
+            log_probs=np.concatenate(
+                [none.astype(np.float32), *(_pad(log_probs, k, -np.inf) for _, log_probs in self._rows)]
+            ),
         )
+
+    def counts(self) -> dict[str, int]:
+        """None of its own."""
+        return {}
+
+
+def _pad(array: np.ndarray, k: int, value: float) -> np.ndarray:
+    """[targets, k]: an array of fewer columns, filled up."""
+    return np.pad(array, ((0, 0), (0, k - array.shape[1])), constant_values=value)

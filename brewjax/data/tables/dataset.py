@@ -14,13 +14,31 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from brewjax.data.tables.card import Card, load_card
+from brewjax.data.tables.card import CARD, Card, load_card
 from brewjax.data.tables.reading import TIME
 from brewjax.data.tables.validate import read_validated
+from brewjax.fingerprint import hash_files
 
 PSEUDO_TIME = "brewjax_time"  # column that stands for the times of events without any
 SECOND = 1_000_000  # microseconds
 FOREVER = np.iinfo(np.int64).max - 1  # a time that never comes
+
+
+@dataclasses.dataclass(frozen=True)
+class EventSummary:
+    """What is known of all events where a dataset holds only some of them.
+
+    Attributes:
+      moment: microseconds since 1970, as of which the rates are.
+      last_event_time: of all events.
+      first_event_time: int64 [items], see `Dataset.first_event_time`.
+      rates: the share of events of some actions in all events before the moment.
+    """
+
+    moment: int
+    last_event_time: int
+    first_event_time: np.ndarray
+    rates: dict[tuple[str, ...], float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +52,7 @@ class Dataset:
       items: one row per item.
       events: sorted by member, then time; events of one time keep the order of the file. Events without times have a
         column `PSEUDO_TIME` that stands for their order.
+      summary: of all events, if `events` are an excerpt of them (`excerpt.py`).
     """
 
     path: Path
@@ -41,6 +60,7 @@ class Dataset:
     members: pa.Table
     items: pa.Table
     events: pa.Table
+    summary: EventSummary | None = None
 
     @classmethod
     def load(cls, path: str | Path) -> Dataset:
@@ -125,9 +145,16 @@ class Dataset:
     @cached_property
     def first_event_time(self) -> np.ndarray:
         """int64 [items]: time of the first event with each item; the greatest int64 for an item without events."""
+        if self.summary:
+            return self.summary.first_event_time
         first = np.full(len(self.items), FOREVER)
         np.minimum.at(first, self.event_item, self.event_time)
         return first
+
+    @cached_property
+    def last_event_time(self) -> int:
+        """Microseconds since 1970."""
+        return self.summary.last_event_time if self.summary else int(self.event_time.max())
 
     @cached_property
     def item_life(self) -> tuple[np.ndarray, np.ndarray]:
@@ -160,6 +187,21 @@ class Dataset:
     def member_hash(self) -> np.ndarray:
         """uint64 [members]: a hash of each member's id, the same wherever the member stands in the table."""
         return _hash_ids(self.members[self.card.members.id])
+
+    @cached_property
+    def item_hash(self) -> np.ndarray:
+        """uint64 [items]: a hash of each item's id, the same wherever the item stands in the table."""
+        return _hash_ids(self.items[self.card.items.id])
+
+    @cached_property
+    def members_by_hash(self) -> np.ndarray:
+        """int64 [members]: rows of the members in order of their hashes."""
+        return np.argsort(self.member_hash, kind="stable")
+
+    @cached_property
+    def items_by_hash(self) -> np.ndarray:
+        """int64 [items]: rows of the items in order of their hashes."""
+        return np.argsort(self.item_hash, kind="stable")
 
     def member_row(self, member: str) -> int:
         """The row of the member whose id, written as text, is `member`.
@@ -224,6 +266,12 @@ def _hash_ids(ids: pa.ChunkedArray) -> np.ndarray:
     texts = ids.cast(pa.string()).to_pylist()
     digests = b"".join(hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
     return np.frombuffer(digests, "<u8").astype(np.uint64)
+
+
+def hash_tables(folder: Path) -> str:
+    """SHA-256 of what a dataset folder holds: its card and its tables."""
+    tables = [path for ending in ("parquet", "csv", "csv.gz") for path in folder.rglob(f"*.{ending}")]
+    return hash_files(folder, [folder / CARD, *tables])
 
 
 def write_tables(path: Path, **tables: pa.Table) -> None:

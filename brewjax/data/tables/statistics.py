@@ -213,10 +213,19 @@ class FactValues:
         """Draws means of `count` values towards the mean of all events, or towards 0."""
         prior = np.zeros(len(pairs.times))
         if not fact.less:
-            prior, _ = self._mean(("all", ""), ("mean", fact.mean or fact.rate, None), None, pairs)
+            prior = self._overall_mean(fact, pairs)
         prior = prior[self._rows(kind, pairs)]
         shrunk = (np.where(count > 0, mean, 0) * count + fact.shrink * prior) / (count + fact.shrink)
         return np.where(np.isnan(prior), mean, shrunk)
+
+    def _overall_mean(self, fact: Fact, pairs: _Pairs) -> np.ndarray:
+        """float64 [pairs]: the mean or rate of all events before each pair's time."""
+        summary = self._dataset.summary
+        if summary:
+            assert (pairs.times == summary.moment).all(), "an excerpt is read for one moment"
+            assert fact.rate, "where a mean is needed, all events are read"
+            return np.full(len(pairs.times), summary.rates[fact.rate])
+        return self._mean(("all", ""), ("mean", fact.mean or fact.rate, None), None, pairs)[0]
 
     def _average(self, kind: tuple[str, str], values: np.ndarray, pairs: _Pairs) -> np.ndarray:
         """The mean over the keys of each question."""

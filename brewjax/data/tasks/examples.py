@@ -8,18 +8,20 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from collections.abc import Iterator
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
 from brewjax.data.tables.dataset import FOREVER, Dataset
+from brewjax.data.tables.partition import Partition
 from brewjax.data.tables.point_in_time import DAY
+from brewjax.data.tasks.chunks import cut_chunks
 from brewjax.data.tasks.conditions import ITEM, row_matches
 from brewjax.data.tasks.negatives import NegativeSampler
 from brewjax.data.tasks.questions import Questions, split_period, split_questions
 from brewjax.data.tasks.task import Split, Task
 
-MIN_CANDIDATES_PER_EXAMPLE = 8  # a chunk of events may always be so large, however short the history
 NO_REQUEST, NO_EVENT = -1, -1
 
 
@@ -40,6 +42,8 @@ class RankingExample:
       soft_labels: float32 [candidates, labels], the probabilities that another ranker gives the answers, to learn from;
         None if there are none.
       request: the request whose list the candidates are, by number (`Dataset.event_request`); -1 for none.
+      seed: of whatever is chosen at random about the example: a hash of the caller's seed, the member and the cutoff
+        time, the same wherever the member stands in the tables.
     """
 
     task: str
@@ -52,6 +56,7 @@ class RankingExample:
     exposures: np.ndarray
     request: int = NO_REQUEST
     soft_labels: np.ndarray | None = None
+    seed: int = 0
 
     def select(self, indices: slice | np.ndarray) -> RankingExample:
         """The same context with some of its candidates, by index or mask."""
@@ -110,7 +115,7 @@ def example_at(dataset: Dataset, task: Task, member: int, time: int | None = Non
     Raises:
       ValueError: no item is left.
     """
-    cutoff_time = int(dataset.event_time.max()) + 1 if time is None else time
+    cutoff_time = dataset.last_event_time + 1 if time is None else time
     history, num_past_events = history_before(dataset, task, member, cutoff_time)
     begins, ends = dataset.item_life
     if dataset.card.items.available is None:  # whoever ranks names the items: that they exist is then known
@@ -133,10 +138,10 @@ def build_examples(dataset: Dataset, task: Task, split: Split, seed: int = 0) ->
     """Yields every question of a split exactly once, with sampled negatives.
 
     A member's questions are cut into consecutive chunks; each becomes one example whose cutoff time is that of its
-    first event. The events of a chunk lie within the task's `span_days`, and are at most
-    min(candidates_per_prompt, max(events before it, MIN_CANDIDATES_PER_EXAMPLE)): later candidates of a chunk see an
-    older history, and this bounds how old, and keeps short histories as frequent as they are in serving. If the task
-    asks by request, the questions of each request are a chunk.
+    first event. The events of a chunk lie within the task's `span_days`, and are at most min(candidates_per_prompt,
+    max(events before it, MIN_CANDIDATES_PER_EXAMPLE)): later candidates of a chunk see an older history, and this
+    bounds how old, and keeps short histories as frequent as they are in serving. If the task asks by request, the
+    questions of each request are a chunk.
 
     History is strictly older than the cutoff time, so no prompt holds an event of a later split, or a candidate's own.
 
@@ -146,34 +151,96 @@ def build_examples(dataset: Dataset, task: Task, split: Split, seed: int = 0) ->
     Raises:
       ConfigError: an event matches two labels.
     """
-    yield from _examples(dataset, task, split, None, seed)
+    return SplitExamples.of(dataset, task, split).build(None, seed)
 
 
 def sample_examples(
-    dataset: Dataset, task: Task, split: Split, max_examples: int | None = None, seed: int = 0
+    dataset: Dataset,
+    task: Task,
+    split: Split,
+    max_examples: int | None = None,
+    seed: int = 0,
+    partition: Partition | None = None,
 ) -> list[RankingExample]:
     """The examples of a split; if there are more than `max_examples`, those with the smallest hashes.
 
     The hashes are of seed, member and cutoff time: tasks with the same questions get the same examples. They keep
-    their order, and no other example is built."""
-    return list(_examples(dataset, task, split, max_examples, seed))
+    their order, and no other example is built.
+
+    Args:
+      partition: only the examples of its members, in order of the hashes of the members' ids.
+    """
+    return list(SplitExamples.of(dataset, task, split).build(max_examples, seed, partition))
 
 
-def _examples(
-    dataset: Dataset, task: Task, split: Split, max_examples: int | None, seed: int
-) -> Iterator[RankingExample]:
-    questions, starts, stops = _cut_chunks(dataset, task, split_questions(dataset, task, split))
-    hashes = _hash(dataset, questions.events[starts], seed)
-    chosen = np.arange(len(starts))
-    if max_examples is not None and len(starts) > max_examples:
-        chosen = np.sort(np.argpartition(hashes, max_examples - 1)[:max_examples])
-    sampler = NegativeSampler(dataset, task) if task.questions.sampled_negatives else None
-    _, end = split_period(dataset, task, split)
-    for chunk in chosen:
-        rng = np.random.default_rng([int(hashes[chunk]), zlib.crc32(task.name.encode())])
-        example = _build(dataset, task, questions, slice(starts[chunk], stops[chunk]), sampler, rng, end)
-        if len(example.candidates):
-            yield example
+class SplitExamples:
+    """The examples of a split, before they are built: which questions each of them has."""
+
+    @classmethod
+    def of(cls, dataset: Dataset, task: Task, split: Split) -> SplitExamples:
+        """The examples of a dataset's split, found once for it."""
+        known = dataset.__dict__.setdefault("_split_examples", {})
+        key = (task.model_dump_json(), split)
+        if key not in known:
+            known[key] = cls(dataset, task, split)
+        return known[key]
+
+    def __init__(self, dataset: Dataset, task: Task, split: Split):
+        self._dataset, self._task = dataset, task
+        self._questions, self._starts, self._stops = cut_chunks(dataset, task, split_questions(dataset, task, split))
+        _, self._end = split_period(dataset, task, split)
+        self._sampled: dict[tuple[int | None, int], np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @cached_property
+    def sampler(self) -> NegativeSampler | None:
+        """Draws the negatives, if the task has sampled ones."""
+        return NegativeSampler(self._dataset, self._task) if self._task.questions.sampled_negatives else None
+
+    def build(
+        self, max_examples: int | None, seed: int, partition: Partition | None = None
+    ) -> Iterator[RankingExample]:
+        """Yields the examples; see `sample_examples`."""
+        chunks = self._sample(max_examples, seed)
+        if partition:
+            order, member_hashes = self._by_member_hash
+            of_partition = order[partition.select(member_hashes)]
+            chunks = of_partition[np.isin(of_partition, chunks)]
+        events = self._questions.events[self._starts[chunks]]
+        hashes = _hash(self._dataset, events, self._places[chunks], seed)
+        for chunk, example_seed in zip(chunks.tolist(), hashes.tolist(), strict=True):
+            rng = np.random.default_rng([example_seed, zlib.crc32(self._task.name.encode())])
+            of_chunk = slice(self._starts[chunk], self._stops[chunk])
+            example = _build(self._dataset, self._task, self._questions, of_chunk, self.sampler, rng, self._end)
+            if len(example.candidates):
+                yield dataclasses.replace(example, seed=example_seed)
+
+    def _sample(self, max_examples: int | None, seed: int) -> np.ndarray:
+        """int64 [examples]: the chunks that are examples, in their order."""
+        if max_examples is None or len(self) <= max_examples:
+            return np.arange(len(self))
+        if (max_examples, seed) not in self._sampled:
+            hashes = _hash(self._dataset, self._questions.events[self._starts], self._places, seed)
+            smallest = np.argpartition(hashes, max_examples - 1)[:max_examples]
+            self._sampled[max_examples, seed] = np.sort(smallest)
+        return self._sampled[max_examples, seed]
+
+    @cached_property
+    def _places(self) -> np.ndarray:
+        """int64 [chunks]: tells the chunks of one member and time apart, by their place among them."""
+        events = self._questions.events[self._starts]
+        member, time = self._dataset.event_member[events], self._dataset.event_time[events]
+        group = np.cumsum((np.diff(time, prepend=-1) != 0) | (np.diff(member, prepend=-1) != 0))
+        return np.arange(len(events)) - np.searchsorted(group, group)
+
+    @cached_property
+    def _by_member_hash(self) -> tuple[np.ndarray, np.ndarray]:
+        """The chunks in order of their members' hashes, those of a member in order of time; and these hashes."""
+        hashes = self._dataset.member_hash[self._dataset.event_member[self._questions.events[self._starts]]]
+        order = np.argsort(hashes, kind="stable")
+        return order, hashes[order]
 
 
 def _build(
@@ -221,67 +288,13 @@ def _build(
     )
 
 
-def _cut_chunks(dataset: Dataset, task: Task, questions: Questions) -> tuple[Questions, np.ndarray, np.ndarray]:
-    """The questions, by request if the task asks so, and where each chunk of them starts and stops, int64 [chunks]."""
-    asks, events = task.questions, questions.events
-    member, time = dataset.event_member[events].astype(np.int64), dataset.event_time[events]
-    negatives = asks.sampled_negatives
-    max_events = max(1, asks.candidates_per_prompt // (1 + negatives.per_event if negatives else 1))
-    if asks.per_request:
-        request = dataset.event_request[events]
-        order = np.lexsort((time, request, member))
-        questions = questions.select(order)
-        group = np.cumsum(np.diff(request[order], prepend=-2).astype(bool) | np.diff(member, prepend=-1).astype(bool))
-        first = np.flatnonzero(np.diff(group, prepend=0))
-        sizes = np.diff(first, append=len(group))
-        parts = -(-sizes // max_events)
-        starts = np.repeat(first, parts) + max_events * (
-            np.arange(parts.sum()) - np.repeat(np.cumsum(parts) - parts, parts)
-        )
-        return questions, starts, np.minimum(starts + max_events, np.repeat(first + sizes, parts))
-    past = _num_past_events(dataset, events)
-    span = int(asks.span_days * DAY) if dataset.card.events.time else FOREVER
-    ends_of_member = np.searchsorted(member, member, side="right")
-    within_span = _first_beyond(member, time, span)
-    reach = np.minimum(ends_of_member, within_span)
-    reach = np.minimum(
-        reach, np.arange(len(events)) + np.minimum(max_events, np.maximum(past, MIN_CANDIDATES_PER_EXAMPLE))
-    )
-    starts, position, reaches = [], 0, reach.tolist()
-    while position < len(reaches):
-        starts.append(position)
-        position = reaches[position]
-    chunk_starts = np.array(starts, np.int64)
-    return questions, chunk_starts, reach[chunk_starts]
-
-
-def _num_past_events(dataset: Dataset, events: np.ndarray) -> np.ndarray:
-    """int64 [events]: how many events of the member are strictly older than each event."""
-    same_time = np.diff(dataset.event_time, prepend=0) == 0
-    same_time &= np.diff(dataset.event_member, prepend=-1) == 0
-    rows = np.arange(len(same_time))
-    first_of_time = np.maximum.accumulate(np.where(same_time, 0, rows))
-    return first_of_time[events] - dataset.member_offsets[dataset.event_member[events]]
-
-
-def _first_beyond(member: np.ndarray, time: np.ndarray, span: int) -> np.ndarray:
-    """The first position of the same member, or a later one, whose time is at least `span` after each position's."""
-    if span >= FOREVER or not len(time):
-        return np.full(len(time), len(time))
-    ranks = np.unique(time)
-    code = member * (len(ranks) + 1) + np.searchsorted(ranks, time)
-    return np.searchsorted(code, member * (len(ranks) + 1) + np.searchsorted(ranks, time + span))
-
-
-def _hash(dataset: Dataset, events: np.ndarray, seed: int) -> np.ndarray:
-    """uint64 hashes of chunks by seed, and the member and time of their first events (splitmix64: Steele et al., OOPSLA
-    2014). Chunks of one member and time are told apart by their place among them."""
+def _hash(dataset: Dataset, events: np.ndarray, places: np.ndarray, seed: int) -> np.ndarray:
+    """uint64 hashes of chunks by seed, the member and time of their first events, and `SplitExamples._places`
+    (splitmix64: Steele et al., OOPSLA 2014)."""
     member, time = dataset.event_member[events], dataset.event_time[events]
-    group = np.cumsum((np.diff(time, prepend=-1) != 0) | (np.diff(member, prepend=-1) != 0))
-    place = np.arange(len(events)) - np.searchsorted(group, group)
     state = np.full(len(events), seed, np.uint64)
     with np.errstate(over="ignore"):
-        for part in (dataset.member_hash[member], time.astype(np.uint64), place.astype(np.uint64)):
+        for part in (dataset.member_hash[member], time.astype(np.uint64), places.astype(np.uint64)):
             state = (state ^ part) + np.uint64(0x9E3779B97F4A7C15)
             state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -65,7 +65,7 @@ def find_questions(dataset: Dataset, task: Task, until: int = FOREVER) -> Questi
     labels = np.where(has_label, by_value[np.minimum(position, len(by_value) - 1)], task.default_label)
     if asks.outcomes:
         known = time[order][heads] + _window(dataset, task)
-        answered = (labels >= 0) & (known <= min(until, int(dataset.event_time.max())))
+        answered = (labels >= 0) & (known <= min(until, dataset.last_event_time))
     else:
         reaches = belongs & (values[label[order]] >= best[np.maximum(exposure, 0)])  # the first such event answers
         first = np.full(len(rows), FOREVER)

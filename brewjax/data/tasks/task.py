@@ -369,7 +369,8 @@ class Task(Config):
                     check_condition(condition, event_values(dataset, column, events[:0]).type)
                 except ValueError as error:
                     raise self.error(f"{error}", *location, column) from None
-            if conditions and not matches(dataset, conditions, events).any():
+            is_excerpt = dataset.summary is not None  # which need not have such an event
+            if conditions and not is_excerpt and not matches(dataset, conditions, events).any():
                 shown = " and ".join(describe(dataset, column, value, events) for column, value in conditions.items())
                 raise self.error(f"no event in question is {shown}", *location)
 
@@ -394,7 +395,8 @@ def load_tasks(paths: Iterable[str | Path], dataset: Dataset) -> list[Task]:
     """
     tasks = [Task.load(path) for path in paths]
     for task in tasks:
-        task.boundaries(dataset)
+        if dataset.summary is None:
+            task.boundaries(dataset)
         task.check(dataset)
     names = [task.name for task in tasks]
     for task in tasks:

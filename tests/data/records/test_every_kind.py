@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 
 import hypothesis
@@ -11,22 +12,37 @@ import pytest
 from brewjax.config import ConfigError
 from brewjax.data.prompts.styles import PromptConfig
 from brewjax.data.prompts.verbalize import Verbalizer
+from brewjax.data.records.contrastive import ContrastiveConfig, contrastive_records
 from brewjax.data.records.preferences import AlignConfig, align_records
 from brewjax.data.records.pretrain import PretrainConfig, domain_texts, pretrain_records
 from brewjax.data.records.sft import SftConfig, sft_records
+from brewjax.data.tables.partition import WHOLE, Partition
 from brewjax.data.tables.statistics import Percentiles
 from brewjax.data.text.encode import EncodedPrompt, Text
 from tests.data.conftest import Event, moment
 from tests.data.records.test_sft import ALL_STYLES, BOUNDARY, EVENTS, MANY, SAMPLED, TASK, make_verbalizer
 from tests.tables import put
 
-Records = Callable[[Verbalizer], Iterator[tuple[EncodedPrompt | Text, dict]]]
+Records = Callable[..., Iterator[tuple[EncodedPrompt | Text, dict]]]
 RECORDS: dict[str, Records] = {
-    "pretrain": lambda v: pretrain_records(domain_texts(v, moment(BOUNDARY), PretrainConfig(repeats=2)), v.tokenizer),
-    "sft": lambda v: sft_records(v, TASK, ALL_STYLES, SftConfig(repeats=2, choice_fraction=0.5)),
-    "sft, sampled": lambda v: sft_records(v, SAMPLED, ALL_STYLES, SftConfig(choice_fraction=0.5)),
-    "align": lambda v: align_records(v, TASK, ALL_STYLES, AlignConfig(list_size=3, steering_fraction=0.5)),
-    "align, sampled": lambda v: align_records(v, SAMPLED, ALL_STYLES, AlignConfig(list_size=3, steering_fraction=0.5)),
+    "pretrain": lambda v, partition=WHOLE: pretrain_records(
+        domain_texts(v, moment(BOUNDARY), PretrainConfig(repeats=2), partition), v.tokenizer
+    ),
+    "sft": lambda v, partition=WHOLE: sft_records(
+        v, TASK, ALL_STYLES, SftConfig(repeats=2, choice_fraction=0.5, max_examples=9), partition=partition
+    ),
+    "sft, sampled": lambda v, partition=WHOLE: sft_records(
+        v, SAMPLED, ALL_STYLES, SftConfig(choice_fraction=0.5), partition=partition
+    ),
+    "align": lambda v, partition=WHOLE: align_records(
+        v, TASK, ALL_STYLES, AlignConfig(list_size=3, steering_fraction=0.5), partition
+    ),
+    "align, sampled": lambda v, partition=WHOLE: align_records(
+        v, SAMPLED, ALL_STYLES, AlignConfig(list_size=3, steering_fraction=0.5), partition
+    ),
+    "contrastive": lambda v, partition=WHOLE: contrastive_records(
+        v, TASK, ALL_STYLES, ContrastiveConfig(repeats=2), partition
+    ),
 }
 each_kind = pytest.mark.parametrize("kind", RECORDS)
 
@@ -52,6 +68,20 @@ def test_the_seed_decides_the_records(jobs_with, tokenizer, kind):
     once = contents(RECORDS[kind](verbalizer))
     assert once
     assert once == contents(RECORDS[kind](verbalizer))
+
+
+@each_kind
+@pytest.mark.parametrize("partitions", [2, 16])
+def test_partitions_one_after_another_are_the_records_of_the_whole(jobs_with, tokenizer, kind, partitions):
+    """Also where one value is so large that a sum over several members' events would lose the others."""
+    events = [event._replace(seconds=1e17 if n == 3 else n / 7) for n, event in enumerate(MANY)]
+    whole = contents(RECORDS[kind](make_verbalizer(jobs_with(events), tokenizer)))
+    parts = []
+    for index in range(partitions):
+        verbalizer = make_verbalizer(jobs_with(events), tokenizer)  # as in a process of its own
+        parts.append(contents(RECORDS[kind](verbalizer, Partition(index, partitions))))
+    assert list(itertools.chain(*parts)) == whole
+    assert sum(map(bool, parts)) > 1
 
 
 def test_other_seeds_make_other_records(jobs_with, tokenizer):
@@ -88,6 +118,7 @@ def test_an_overlong_item_stops_no_training_unless_it_is_to(jobs_with, tokenizer
         return
     (record,) = (record for record, _ in records())
     assert record.context <= 1_000
+    verbalizer.print_overlong()
     done = {"truncate": "truncated", "skip": "skipped"}[overlong]
     assert f"applies: 1 text too long was {done}, job 101 takes " in capsys.readouterr().err
 

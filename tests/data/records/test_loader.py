@@ -40,8 +40,8 @@ def example(preamble: int, questions: int = 1) -> EncodedPrompt:
     return EncodedPrompt([[7] * preamble], [[8, 9]] * questions, [5, 6], [0] * questions, "dense")
 
 
-def shards(folder: Path, examples: list[EncodedPrompt], capacity: int = ROW, **kwargs) -> Path:
-    write_shards(folder, ((one, {"example": index}) for index, one in enumerate(examples)), capacity, **kwargs)
+def shards(folder: Path, examples: list[EncodedPrompt], capacity: int = ROW) -> Path:
+    write_shards(folder, ((one, {"example": index}) for index, one in enumerate(examples)), capacity)
     return folder
 
 
@@ -150,7 +150,7 @@ def test_counts_and_notes_are_of_the_records_written(tmp_path):
     examples = [example(4), example(10, 10), example(3)]
     notes = ({"example": index, "member": f"Zoë\u2028{index}"} for index in range(3))
     counts = write_shards(tmp_path, zip(examples, notes, strict=True), ROW)
-    assert counts == {"records": 4, "targets": 12, "tokens": 6 + 24 + 16 + 5}
+    assert counts == {"shards": 1, "records": 4, "targets": 12, "tokens": 6 + 24 + 16 + 5}
     for batch in itertools.islice(load_batches(tmp_path, 2, ROW, seed=0), 4):
         described = [json.loads(line)["example"] for line in describe_sources(tmp_path, batch)]
         assert described == [[0, 1, 1, 2][source] for source in sorted({source for source, _ in pieces(batch)})]

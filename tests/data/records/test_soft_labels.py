@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from brewjax.data.records.loader import NO_TARGET, load_batches
-from brewjax.data.records.shards import write_shards
+from brewjax.data.records.shards import TABLE, shard_files, write_shards
 from brewjax.data.records.soft_labels import SoftLabelTable
 from brewjax.data.text.encode import EncodedPrompt
 from brewjax.train.teachers import SoftLabels
@@ -46,7 +46,7 @@ def test_every_target_of_a_batch_finds_its_own_probabilities(tmp_path):
 
 def test_a_record_without_soft_labels_is_as_certain_as_its_answers(tmp_path):
     write_shards(tmp_path, [(prompt(1, 2), {}), (prompt(1, 2, soft=False), {})], capacity=10)
-    table = SoftLabelTable.load(tmp_path)
+    table = SoftLabelTable.load(shard_files(tmp_path, TABLE))
     hard = slice(table.offsets[1], table.offsets[2])
     assert table.ids[hard].tolist() == [[YES, -1], [NO, -1]]
     assert np.exp(table.log_probs[hard]).tolist() == [[1, 0], [1, 0]]

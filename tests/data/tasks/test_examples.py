@@ -14,8 +14,8 @@ from brewjax.config import ConfigError
 from brewjax.data.tables.card import Available
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.point_in_time import DAY
+from brewjax.data.tasks.chunks import MIN_CANDIDATES_PER_EXAMPLE
 from brewjax.data.tasks.examples import (
-    MIN_CANDIDATES_PER_EXAMPLE,
     RankingExample,
     build_examples,
     example_at,

@@ -1,0 +1,63 @@
+"""Examples on an excerpt of a dataset: the events of their candidates, and the scales of numbers, which are stored."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from brewjax.data.tables.dataset import Dataset, hash_tables
+from brewjax.data.tables.excerpt import with_items
+from brewjax.data.tables.statistics import Percentiles
+from brewjax.data.tasks.examples import RankingExample, history_before
+from brewjax.data.tasks.task import Task
+from brewjax.fingerprint import hash_json
+from brewjax.paths import user_cache, write_text
+
+
+def read_candidates(
+    dataset: Dataset, task: Task, examples: Sequence[RankingExample]
+) -> tuple[Dataset, list[RankingExample]]:
+    """Reads the events of the candidates of examples without exposures, if the dataset is an excerpt.
+
+    Returns:
+      The excerpt with these events, and the examples, whose histories are rows of it.
+    """
+    if dataset.summary is None:
+        return dataset, list(examples)
+    dataset = with_items(dataset, np.unique(np.concatenate([example.candidates for example in examples])))
+    histories = [history_before(dataset, task, example.member, example.cutoff_time)[0] for example in examples]
+    return dataset, [
+        dataclasses.replace(example, history=history) for example, history in zip(examples, histories, strict=True)
+    ]
+
+
+def training_percentiles(dataset: Dataset, task: Task) -> Percentiles:
+    """`Percentiles.fit` before the task's validation period, on all events of the tables.
+
+    Of an excerpt, they are those that `store_percentiles` stored; if there are none for these tables, they are read
+    whole and stored.
+    """
+    if dataset.summary is None:
+        return Percentiles.fit(dataset, task.boundaries(dataset)[0])
+    path = _path(dataset, task)
+    if path.is_file():
+        return Percentiles(json.loads(path.read_text()))
+    return store_percentiles(Dataset.load(dataset.path), task)
+
+
+def store_percentiles(dataset: Dataset, task: Task) -> Percentiles:
+    """Fits the percentiles of tables as they were just read, and stores them in the user's cache."""
+    percentiles = Percentiles.fit(dataset, task.boundaries(dataset)[0])
+    path = _path(dataset, task)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(percentiles.quantiles))
+    return percentiles
+
+
+def _path(dataset: Dataset, task: Task) -> Path:
+    key = hash_json([hash_tables(dataset.path), task.split.model_dump(mode="json")])
+    return user_cache() / "percentiles" / f"{key}.json"
