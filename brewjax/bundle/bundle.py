@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from brewjax import distributed
+from brewjax.bundle.training import TRAINING, Training
 from brewjax.config import Config, ConfigError
 from brewjax.console import print_line
 from brewjax.data.prompts.styles import PromptConfig
@@ -90,6 +91,7 @@ class Bundle:
       scale: percentiles of the training dataset; None for an imported model, which has no dataset.
       card: the card of the training dataset; None for an imported model.
       tasks: the tasks that it was trained to answer.
+      training: what it was trained on; None where nobody wrote it down.
       mesh: the devices that hold the parameters.
     """
 
@@ -100,6 +102,7 @@ class Bundle:
     scale: PercentileScale | None = None
     card: Card | None = None
     tasks: tuple[Task, ...] = ()
+    training: Training | None = None
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def __repr__(self) -> str:
@@ -122,6 +125,8 @@ class Bundle:
             (folder / TASKS).mkdir(exist_ok=True)
             for task in self.tasks:
                 task.save(folder / TASKS / f"{task.name}.yaml")
+            if self.training:
+                self.training.save(folder / TRAINING)
         save_model(folder, self.model, self.params)
 
     @classmethod
@@ -146,6 +151,7 @@ class Bundle:
             PercentileScale.load(folder / PERCENTILES) if (folder / PERCENTILES).exists() else None,
             Card.load(folder / CARD) if (folder / CARD).exists() else None,
             tuple(Task.load(path) for path in sorted((folder / TASKS).glob("*.yaml"))),
+            Training.of_model(folder),
             mesh,
         )
 
@@ -192,14 +198,15 @@ class Bundle:
 
     def scorer(self, prompts: Sequence[EncodedPrompt]) -> Scorer:
         """A scorer whose compiled shapes are chosen for the lengths of these prompts, for when all are known."""
-        return self._make_scorer(choose_buckets([len(prompt) for prompt in prompts]))
+        return self.make_scorer(choose_buckets([len(prompt) for prompt in prompts]))
 
-    def _make_scorer(self, buckets: Sequence[Bucket]) -> Scorer:
+    def make_scorer(self, buckets: Sequence[Bucket]) -> Scorer:
+        """A scorer of these compiled shapes."""
         return Scorer(self.model, self.params, self.tokenizer, self.prompts.layout, buckets, self.mesh.build())
 
     @cached_property
     def _own_scorer(self) -> Scorer:
-        return self._make_scorer([Bucket(SHORTEST_ROW)])
+        return self.make_scorer([Bucket(SHORTEST_ROW)])
 
     def _scorer_for(self, prompts: Sequence[EncodedPrompt]) -> Scorer:
         """The scorer that the bundle keeps, with rows in which these prompts fit; a shape that no prompt needs is never

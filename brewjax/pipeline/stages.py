@@ -31,14 +31,14 @@ from brewjax.data.records.pretrain import PretrainConfig, domain_texts, general_
 from brewjax.data.records.provenance import Provenance
 from brewjax.data.records.sft import Predict, SftConfig, sft_records
 from brewjax.data.records.shards import write_shards
-from brewjax.data.tables.card import CARD
+from brewjax.data.tables.dataset import hash_dataset
 from brewjax.data.tables.statistics import Percentiles
 from brewjax.data.tasks.examples import sample_examples
 from brewjax.data.tasks.task import Task
 from brewjax.data.text.encode import EncodedPrompt, Text
 from brewjax.data.text.tokenizer import Tokenizer
 from brewjax.evaluate.out_of_fold import LIGHTGBM, PredictionTable, predict_out_of_fold
-from brewjax.fingerprint import hash_files, hash_folder
+from brewjax.fingerprint import hash_folder
 from brewjax.model.config import ModelConfig
 from brewjax.model.params import MODEL, Params, load_model
 from brewjax.paths import check_renames, locked
@@ -315,10 +315,6 @@ def run_recipe(recipe: Recipe, folder: Path, allow_code_mismatch: bool = False, 
         run_steps(
             plan[: last + 1],
             folder,
-            distributed.run_on_process_zero(lambda: _hash_dataset(Path(recipe.dataset))),
+            distributed.run_on_process_zero(lambda: hash_dataset(Path(recipe.dataset))),
             allow_code_mismatch,
         )
-
-
-def _hash_dataset(folder: Path) -> str:
-    return hash_files(folder, [folder / CARD, *folder.rglob("*.parquet")])

@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from brewjax.data.tables.card import Card, load_card
+from brewjax.data.tables.card import CARD, Card, load_card
 from brewjax.data.tables.reading import TIME
 from brewjax.data.tables.validate import read_validated
+from brewjax.fingerprint import hash_files
 
 PSEUDO_TIME = "brewjax_time"  # column that stands for the times of events without any
 SECOND = 1_000_000  # microseconds
@@ -224,6 +225,12 @@ def _hash_ids(ids: pa.ChunkedArray) -> np.ndarray:
     texts = ids.cast(pa.string()).to_pylist()
     digests = b"".join(hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
     return np.frombuffer(digests, "<u8").astype(np.uint64)
+
+
+def hash_dataset(folder: Path) -> str:
+    """SHA-256 of a dataset folder: its card and tables."""
+    tables = (path for pattern in ("*.parquet", "*.csv", "*.csv.gz") for path in folder.rglob(pattern))
+    return hash_files(folder, [folder / CARD, *tables])
 
 
 def write_tables(path: Path, **tables: pa.Table) -> None:
