@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Optional
 import numpy as np
 import typer
 
-from brewjax import cli_data, cli_index, cli_models, cli_retrieve
+from brewjax import cli_data, cli_index, cli_models, cli_retrieve, cli_suite
 from brewjax.cli_errors import run_app
 from brewjax.cli_models import ModelFolder
 from brewjax.config import decode, read_text, suggest
@@ -27,6 +27,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__d
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_index.app, name="index")
 app.add_typer(cli_retrieve.app, name="retrieve")
+app.add_typer(cli_suite.app, name="suite")
 app.add_typer(cli_models.app)
 console = plain_console()
 

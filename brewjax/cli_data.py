@@ -20,12 +20,12 @@ Folder = Annotated[Path, typer.Argument(help="A folder with dataset.yaml and its
 
 @app.command()
 def fetch(
-    name: Annotated[str, typer.Argument(help="movielens-100k, nemig or completejourney")],
+    name: Annotated[str, typer.Argument(help="A public dataset, e.g. movielens-100k or nemig.")],
     out: Annotated[Optional[Path], typer.Option(help="Folder to write; data/NAME by default.")] = None,
     source: Annotated[Optional[Path], typer.Option("--from", help="A copy that you have, in its place.")] = None,
 ) -> None:
     """Fetch a public dataset as a dataset folder (its licence is printed)."""
-    from brewjax.data.tables.public import fetch
+    from brewjax.data.public.fetch import fetch
 
     fetch(name, out or Path("data") / name, source)
 

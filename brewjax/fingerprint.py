@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import json
 import time
@@ -13,6 +14,7 @@ from brewjax.paths import user_cache, write_text
 
 REMEMBERED_BYTES = 1 << 24  # the digest of a file this large is remembered by its path, size and time of change
 REMEMBERED_FILES = 10_000
+HERE = Path(__file__).parent
 
 
 def hash_json(value: object) -> str:
@@ -37,6 +39,12 @@ def hash_folder(folder: Path) -> str:
 def hash_code(files: Iterable[Path]) -> str:
     """SHA-256 of what Python files do: comments, line breaks and docstrings do not count."""
     return hash_json([(path.name, ast.dump(_without_docstrings(ast.parse(path.read_text())))) for path in files])
+
+
+@functools.cache
+def hash_packages(packages: tuple[str, ...]) -> str:
+    """`hash_code` of folders of brewjax, such as "model"; "../pallas_kernels" is beside it."""
+    return hash_code(path for package in packages for path in sorted((HERE / package).rglob("*.py")))
 
 
 def _without_docstrings(tree: ast.Module) -> ast.Module:

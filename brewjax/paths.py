@@ -42,12 +42,18 @@ def atomic_folder(out: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file in one step: whoever reads it, also after a crash, finds the old text or the new one."""
+    with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A file to write, in the folder of `path`, which becomes `path` when the block ends well; else nothing is left."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

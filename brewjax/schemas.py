@@ -16,12 +16,14 @@ from brewjax.model.config import ModelConfig
 from brewjax.pipeline.ladder import Ladder
 from brewjax.pipeline.recipe import KINDS, TRAINING, CompilePlan, Recipe
 from brewjax.serve.config import ServeConfig
+from brewjax.suite.suite import Suite
 from brewjax.train.loop import TrainConfig
 
 FILES: dict[str, type[Config]] = {
     "dataset": Card,
     "task": Task,
     "model": ModelConfig,
+    "suite": Suite,
     "recipe": Recipe,
     "plan": CompilePlan,
     "serve": ServeConfig,

@@ -16,6 +16,7 @@ TITLES = {
     "dataset": "dataset.yaml: what a company's tables are",
     "task": "A task",
     "model": "A model",
+    "suite": "A suite of tasks",
     "recipe": "A recipe",
     "plan": "A plan for `brewjax compile`",
     "serve": "A server",

@@ -18,6 +18,7 @@ FLOORS = (
     {"brewjax.config", "brewjax.fingerprint", "brewjax.devices", "brewjax.distributed"},
     {"brewjax.console", "brewjax.download"},
     {"brewjax.data.tables", "brewjax.data.text"},
+    {"brewjax.data.public"},
     {"brewjax.data.tasks"},
     {"brewjax.data.prompts"},
     {"brewjax.data.records"},
@@ -28,6 +29,7 @@ FLOORS = (
     {"brewjax.train", "brewjax.retrieve"},
     {"brewjax.compress"},
     {"brewjax.evaluate", "brewjax.aot"},
+    {"brewjax.suite"},
     {"brewjax.serve", "brewjax.explore"},
     {"brewjax.pipeline"},
     {
@@ -37,6 +39,7 @@ FLOORS = (
         "brewjax.cli_index",
         "brewjax.cli_models",
         "brewjax.cli_retrieve",
+        "brewjax.cli_suite",
     },
     {"brewjax.cli"},
     {"brewjax"},

@@ -12,7 +12,14 @@ from brewjax.paths import CONFIGS
 from brewjax.schemas import FILES, find, schema, settings
 from tests.pipeline.test_recipe import LINES
 
-FOLDERS = {"datasets": "dataset", "tasks": "task", "models": "model", "recipes": "recipe", "scale": "plan"}
+FOLDERS = {
+    "datasets": "dataset",
+    "tasks": "task",
+    "models": "model",
+    "recipes": "recipe",
+    "scale": "plan",
+    "suites": "suite",
+}
 SHIPPED = sorted(
     (path, next(FOLDERS[part] for part in reversed(path.relative_to(CONFIGS).parts) if part in FOLDERS))
     for path in CONFIGS.rglob("*.yaml")

@@ -11,12 +11,13 @@ import numpy as np
 from jaxtyping import Float
 
 from brewjax import distributed
+from brewjax.bundle.training import TRAINING, Training
 from brewjax.config import Config, ConfigError
 from brewjax.console import print_line
 from brewjax.data.prompts.styles import PromptConfig
 from brewjax.data.prompts.verbalize import Verbalizer
 from brewjax.data.tables.card import CARD, Card
-from brewjax.data.tables.dataset import Dataset, hash_tables
+from brewjax.data.tables.dataset import Dataset, hash_dataset
 from brewjax.data.tables.statistics import FactSource, Percentiles
 from brewjax.data.tasks.task import Task
 from brewjax.data.text.encode import EncodedPrompt, encode
@@ -92,6 +93,7 @@ class Bundle:
       scale: percentiles of the training dataset; None for an imported model, which has no dataset.
       card: the card of the training dataset; None for an imported model.
       tasks: the tasks that it was trained to answer.
+      training: what it was trained on; None where nobody wrote it down.
       mesh: the devices that hold the parameters.
     """
 
@@ -102,6 +104,7 @@ class Bundle:
     scale: PercentileScale | None = None
     card: Card | None = None
     tasks: tuple[Task, ...] = ()
+    training: Training | None = None
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def __repr__(self) -> str:
@@ -124,6 +127,8 @@ class Bundle:
             (folder / TASKS).mkdir(exist_ok=True)
             for task in self.tasks:
                 task.save(folder / TASKS / f"{task.name}.yaml")
+            if self.training:
+                self.training.save(folder / TRAINING)
         save_model(folder, self.model, self.params)
 
     @classmethod
@@ -148,6 +153,7 @@ class Bundle:
             PercentileScale.load(folder / PERCENTILES) if (folder / PERCENTILES).exists() else None,
             Card.load(folder / CARD) if (folder / CARD).exists() else None,
             tuple(Task.load(path) for path in sorted((folder / TASKS).glob("*.yaml"))),
+            Training.of_model(folder),
             mesh,
         )
 
@@ -162,7 +168,7 @@ class Bundle:
 
     def _percentiles(self, dataset: Dataset, task: Task) -> Percentiles:
         """See `verbalizer`. Of an excerpt of other tables than those of training, the tables are read whole."""
-        is_known = self.scale and dataset.summary and self.scale.tables == hash_tables(dataset.path)
+        is_known = self.scale and dataset.summary and self.scale.tables == hash_dataset(dataset.path)
         whole = dataset if is_known or dataset.summary is None else Dataset.load(dataset.path)
         if self.scale and (is_known or self.scale.fits(whole)):
             return Percentiles(self.scale.quantiles)
@@ -200,14 +206,15 @@ class Bundle:
 
     def scorer(self, prompts: Sequence[EncodedPrompt]) -> Scorer:
         """A scorer whose compiled shapes are chosen for the lengths of these prompts, for when all are known."""
-        return self._make_scorer(choose_buckets([len(prompt) for prompt in prompts]))
+        return self.make_scorer(choose_buckets([len(prompt) for prompt in prompts]))
 
-    def _make_scorer(self, buckets: Sequence[Bucket]) -> Scorer:
+    def make_scorer(self, buckets: Sequence[Bucket]) -> Scorer:
+        """A scorer of these compiled shapes."""
         return Scorer(self.model, self.params, self.tokenizer, self.prompts.layout, buckets, self.mesh.build())
 
     @cached_property
     def _own_scorer(self) -> Scorer:
-        return self._make_scorer([Bucket(SHORTEST_ROW)])
+        return self.make_scorer([Bucket(SHORTEST_ROW)])
 
     def _scorer_for(self, prompts: Sequence[EncodedPrompt]) -> Scorer:
         """The scorer that the bundle keeps, with rows in which these prompts fit; a shape that no prompt needs is never

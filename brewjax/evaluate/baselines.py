@@ -114,15 +114,61 @@ def popularity(
     return result
 
 
+def own_past(
+    dataset: Dataset, task: Task, train: Sequence[RankingExample], examples: Sequence[RankingExample]
+) -> np.ndarray:
+    """Predicts from what the member did with the item before: the label frequencies of the two together, smoothed
+    towards those of all items. Of what is never repeated it says the same for every item.
+
+    With sampled negatives, the probability of the negative label comes from a logistic regression on the logarithm of
+    one more than the number of the member's events with the item.
+
+    Args:
+      train: fits the smoothing and the regression.
+      examples: are predicted.
+
+    Returns:
+      Probabilities, float64 [questions of `examples`, labels].
+    """
+    candidates, train_candidates = CandidateRows.from_examples(examples), CandidateRows.from_examples(train)
+    negatives = task.questions.sampled_negatives
+    if not negatives:
+        labels = np.arange(len(task.words))
+        fitted = _label_counts(dataset, task, labels, train_candidates, of_pair=True)
+        losses = [
+            log_loss(_frequencies(*fitted, weight), train_candidates.label, np.ones(len(train_candidates.label)))
+            for weight in SMOOTHING
+        ]
+        counts = _label_counts(dataset, task, labels, candidates, of_pair=True)
+        return _frequencies(*counts, SMOOTHING[np.argmin(losses)])
+    code = dataset.event_member.astype(np.int64) * len(dataset.items) + dataset.event_item
+    index = PointInTimeIndex(code, dataset.event_time)
+
+    def compute_log_count(rows: CandidateRows) -> np.ndarray:
+        start, end = index.window(rows.member * len(dataset.items) + rows.item, rows.cutoff_time)
+        return np.log1p(end - start)
+
+    negative = task.words.index(negatives.label)
+    intercept, slope = _logistic_regression(compute_log_count(train_candidates), train_candidates.label != negative)
+    positive = expit(intercept + slope * compute_log_count(candidates))
+    result = np.repeat((positive / (len(task.words) - 1))[:, None], len(task.words), axis=1)
+    result[:, negative] = 1 - positive
+    return result
+
+
 def _label_counts(
-    dataset: Dataset, task: Task, labels: np.ndarray, candidates: CandidateRows
+    dataset: Dataset, task: Task, labels: np.ndarray, candidates: CandidateRows, of_pair: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Counts of the events before the cutoff time with each of `labels`, of the candidate and of all items, each
-    float64 [questions, labels]."""
+    """Counts of the events before the cutoff time with each of `labels`, of the candidate (of the member with it,
+    where `of_pair`) and of all items, each float64 [questions, labels]."""
     events, answers, times = _answered_events(dataset, task)
-    item_events = PointInTimeIndex(dataset.event_item[events], times)
+    key, item = dataset.event_item[events].astype(np.int64), candidates.item
+    if of_pair:
+        key += dataset.event_member[events].astype(np.int64) * len(dataset.items)
+        item = item + candidates.member * len(dataset.items)
+    item_events = PointInTimeIndex(key, times)
     all_events = PointInTimeIndex(np.zeros(len(events)), times)
-    item_window = item_events.window(candidates.item, candidates.cutoff_time)
+    item_window = item_events.window(item, candidates.cutoff_time)
     window = all_events.window(np.zeros(len(candidates.cutoff_time)), candidates.cutoff_time)
     counts = [item_events.sum(answers == label, item_window) for label in labels]
     totals = [all_events.sum(answers == label, window) for label in labels]

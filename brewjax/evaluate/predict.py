@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -57,29 +56,37 @@ def predict(
     Raises:
       ConfigError: every question of a task was skipped.
     """
-    style = bundle.prompts.score_style
-    fitting: list[list[RankingExample]] = []
-    encoded: list[list[EncodedPrompt]] = []
-    for task, examples in task_examples:
-        verbalizer = bundle.verbalizer(dataset, task)
-        scored_examples = verbalizer.all_fitting(task, track(examples, f"{task.name}: render"), style)
-        pairs = [(example, bundle.encode(verbalizer.prompt(task, example, style))) for example in scored_examples]
-        verbalizer.print_overlong()
-        if not pairs:
-            raise task.error("every question is too long and was skipped; raise max_tokens", "questions", "overlong")
-        fitting.append([example for example, _ in pairs])
-        encoded.append([prompt for _, prompt in pairs])
-    scorer = bundle.scorer(list(itertools.chain(*encoded)))
+    encoded = [encode_examples(bundle, dataset, task, examples) for task, examples in task_examples]
+    scorer = bundle.scorer([prompt for _, prompts in encoded for prompt in prompts])
     scorer.warm_up()
     return [
-        _score(scorer, task, examples, prompts)
-        for (task, _), examples, prompts in zip(task_examples, fitting, encoded, strict=True)
+        score_task(scorer, task, examples, prompts)
+        for (task, _), (examples, prompts) in zip(task_examples, encoded, strict=True)
     ]
 
 
-def _score(
+def encode_examples(
+    bundle: Bundle, dataset: Dataset, task: Task, examples: Sequence[RankingExample]
+) -> tuple[list[RankingExample], list[EncodedPrompt]]:
+    """The prompts of examples as the model reads them, in its style and budget, and the examples that are left: without
+    questions that the task skips as overlong.
+
+    Raises:
+      ConfigError: every question was skipped.
+    """
+    style, verbalizer = bundle.prompts.score_style, bundle.verbalizer(dataset, task)
+    fitting = [*verbalizer.all_fitting(task, track(examples, f"{task.name}: render"), style)]
+    prompts = [bundle.encode(verbalizer.prompt(task, example, style)) for example in fitting]
+    verbalizer.print_overlong()
+    if not prompts:
+        raise task.error("every question is too long and was skipped; raise max_tokens", "questions", "overlong")
+    return fitting, prompts
+
+
+def score_task(
     scorer: Scorer, task: Task, examples: Sequence[RankingExample], prompts: Sequence[EncodedPrompt]
 ) -> Predictions:
+    """Scores encoded prompts, all of `examples`, and prints the speed."""
     start_time = time.perf_counter()
     probabilities = scorer.score_encoded(prompts)
     seconds = time.perf_counter() - start_time

@@ -69,6 +69,12 @@ class Estimate:
         low, high = np.clip([self.value - self.error, self.value + self.error], *self.bounds)
         return float(low), float(high)
 
+    @classmethod
+    def mean(cls, estimates: Sequence[Estimate]) -> Estimate:
+        """The unweighted mean. Its resamples are the means of theirs, so its error is that of this very estimator."""
+        values, resamples = [each.value for each in estimates], [each.resamples for each in estimates]
+        return cls(float(np.mean(values)), np.mean(resamples, axis=0), estimates[0].bounds)
+
     def __sub__(self, baseline: Estimate) -> Estimate:
         """The paired difference: both must be of the same questions and the same seed."""
         return Estimate(self.value - baseline.value, self.resamples - baseline.resamples)
@@ -114,14 +120,20 @@ def evaluate(predictions: pa.Table, task: Task, bootstrap: int = 200, seed: int 
         rows = np.flatnonzero((num_past_events >= low) & (num_past_events <= high))
         num_members = len(np.unique(member[rows]))
         weights = member_weights if num_members > 1 else member_weights[:1]  # one member cannot be resampled
-        estimates = _estimates(predictions.take(rows), task, weights, member[rows])
-        results[name] = Result(len(rows), num_members, estimates)
+        metrics = estimates(predictions.take(rows), task, weights, member[rows])
+        results[name] = Result(len(rows), num_members, metrics)
     return results
 
 
-def _estimates(
+def estimates(
     predictions: pa.Table, task: Task, member_weights: np.ndarray, member: np.ndarray
 ) -> dict[MetricName, Estimate]:
+    """The task's metrics with the resamples that some weights of members make.
+
+    Args:
+      member_weights: float64 [1 + resamples, members]; the first row is the sample itself, all ones.
+      member: int [rows], the column of `member_weights` of each prediction.
+    """
     predicted, label = probabilities(predictions, task), predictions["label"].to_numpy()
     score, value = scores(predictions, task), true_values(predictions, task)
     lists = predictions["list"].to_numpy()

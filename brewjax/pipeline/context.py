@@ -8,9 +8,10 @@ from glob import glob
 from pathlib import Path
 
 from brewjax.bundle.bundle import PERCENTILES, TOKENIZER, Bundle, PercentileScale
+from brewjax.bundle.training import TrainedOn, Training
 from brewjax.config import ConfigError
 from brewjax.data.prompts.verbalize import Verbalizer
-from brewjax.data.tables.dataset import Dataset
+from brewjax.data.tables.dataset import Dataset, hash_dataset
 from brewjax.data.tables.statistics import Percentiles
 from brewjax.data.tasks.examples import RankingExample, sample_examples
 from brewjax.data.tasks.task import Task, load_tasks
@@ -130,4 +131,20 @@ class Run:
     def bundle(self, model: ModelConfig, params: Params) -> Bundle:
         """A trained model with the tokenizer, prompts and tasks of this run."""
         prompts, card, tasks = self.recipe.prompts, self.dataset.card, tuple(self.tasks)
-        return Bundle(model, params, self.tokenizer, prompts, self.scale, card, tasks)
+        return Bundle(model, params, self.tokenizer, prompts, self.scale, card, tasks, self.training)
+
+    @cached_property
+    def training(self) -> Training:
+        """What the models of this run were trained on, with what the model that they start from was."""
+        before = Training.of_model(self.base) if self.base else None
+        return Training(
+            data=(
+                *(before.data if before else ()),
+                TrainedOn(
+                    dataset=self.dataset.card.name,
+                    tables=hash_dataset(Path(self.recipe.dataset)),
+                    until=self.tasks[0].boundaries(self.dataset)[0],
+                    tasks=tuple(task.name for task in self.tasks),
+                ),
+            )
+        )

@@ -17,7 +17,7 @@ from typing import Any
 from brewjax import distributed
 from brewjax.config import ConfigError
 from brewjax.console import bold, plain_console
-from brewjax.fingerprint import hash_code, hash_json
+from brewjax.fingerprint import hash_json, hash_packages
 from brewjax.paths import storage_errors, write_text
 from brewjax.train.metrics_writer import METRICS, read_metrics
 
@@ -95,7 +95,7 @@ def _fingerprints(steps: Sequence[Step], data: str) -> dict[str, dict[str, str]]
         before = [made[name] for name in step.depends_on]
         made[step.name] = {
             "made_of": hash_json([data, step.settings, [fingerprint["made_of"] for fingerprint in before]]),
-            "code": hash_json([_hash_code(step.code), [fingerprint["code"] for fingerprint in before]]),
+            "code": hash_json([hash_packages(step.code), [fingerprint["code"] for fingerprint in before]]),
         }
     return made
 
@@ -163,11 +163,6 @@ def read_record(output: Path) -> Record:
 
 def _write_record(output: Path, record: Record) -> None:
     write_text(output / RECORD, json.dumps(record))
-
-
-@functools.cache
-def _hash_code(packages: tuple[str, ...]) -> str:
-    return hash_code(path for package in packages for path in sorted((HERE / package).rglob("*.py")))
 
 
 def _commit() -> str:

@@ -23,7 +23,7 @@ from brewjax.data.records.contrastive import ContrastiveConfig, ItemTable
 from brewjax.data.records.mixture import MixConfig
 from brewjax.data.records.preferences import AlignConfig
 from brewjax.data.records.pretrain import PretrainConfig, domain_texts
-from brewjax.data.tables.dataset import hash_tables
+from brewjax.data.tables.dataset import hash_dataset
 from brewjax.data.tables.statistics import Percentiles
 from brewjax.data.tasks.examples import sample_examples
 from brewjax.data.text.tokenizer import Tokenizer
@@ -73,7 +73,7 @@ def prepare(run: Run, folder: Path) -> None:
     if run.base:
         Tokenizer.load(run.base / TOKENIZER).save(folder / TOKENIZER)
     scale = PercentileScale.fit(
-        run.dataset, run.tasks[0].boundaries(run.dataset)[0], hash_tables(Path(run.recipe.dataset))
+        run.dataset, run.tasks[0].boundaries(run.dataset)[0], hash_dataset(Path(run.recipe.dataset))
     )
     scale.save(folder / PERCENTILES)
     config = run.recipe.tokenizer
@@ -271,5 +271,5 @@ def prepare_recipe(recipe: Recipe, folder: Path, write_units: WriteUnits = write
 def _run_plan(run: Run, plan: Sequence[Step], allow_code_mismatch: bool = False) -> None:
     with locked(run.folder) if distributed.is_process_zero() else contextlib.nullcontext():
         distributed.run_on_process_zero(lambda: check_renames(run.folder))
-        dataset_hash = distributed.run_on_process_zero(lambda: hash_tables(Path(run.recipe.dataset)))
+        dataset_hash = distributed.run_on_process_zero(lambda: hash_dataset(Path(run.recipe.dataset)))
         run_steps(plan, run.folder, dataset_hash, allow_code_mismatch)

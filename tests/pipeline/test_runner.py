@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from brewjax import fingerprint
 from brewjax.config import ConfigError
 from brewjax.paths import StorageError
-from brewjax.pipeline import runner as steps
 from brewjax.pipeline.runner import Step, run_steps
 
 KILLED = KeyboardInterrupt()
@@ -20,7 +20,7 @@ KILLED = KeyboardInterrupt()
 def run(tmp_path, monkeypatch):
     """`run(settings=.., code=..)` runs three steps and returns which of them did something."""
     (tmp_path / "src").mkdir()
-    monkeypatch.setattr(steps, "HERE", tmp_path / "src")
+    monkeypatch.setattr(fingerprint, "HERE", tmp_path / "src")
     did: list[str] = []
 
     def once(
@@ -36,7 +36,7 @@ def run(tmp_path, monkeypatch):
         for package in ("data", "train"):
             (tmp_path / "src" / package).mkdir(exist_ok=True)
         (tmp_path / "src" / "train" / "loop.py").write_text(code)
-        steps._hash_code.cache_clear()
+        fingerprint.hash_packages.cache_clear()
 
         def work(name: str, folder: Path) -> None:
             did.append(name)

@@ -268,9 +268,9 @@ def _hash_ids(ids: pa.ChunkedArray) -> np.ndarray:
     return np.frombuffer(digests, "<u8").astype(np.uint64)
 
 
-def hash_tables(folder: Path) -> str:
-    """SHA-256 of what a dataset folder holds: its card and its tables."""
-    tables = [path for ending in ("parquet", "csv", "csv.gz") for path in folder.rglob(f"*.{ending}")]
+def hash_dataset(folder: Path) -> str:
+    """SHA-256 of a dataset folder: its card and tables."""
+    tables = (path for pattern in ("*.parquet", "*.csv", "*.csv.gz") for path in folder.rglob(pattern))
     return hash_files(folder, [folder / CARD, *tables])
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from brewjax.data.tables.dataset import Dataset, hash_tables
+from brewjax.data.tables.dataset import Dataset, hash_dataset
 from brewjax.data.tables.excerpt import with_items
 from brewjax.data.tables.statistics import Percentiles
 from brewjax.data.tasks.examples import RankingExample, history_before
@@ -59,5 +59,5 @@ def store_percentiles(dataset: Dataset, task: Task) -> Percentiles:
 
 
 def _path(dataset: Dataset, task: Task) -> Path:
-    key = hash_json([hash_tables(dataset.path), task.split.model_dump(mode="json")])
+    key = hash_json([hash_dataset(dataset.path), task.split.model_dump(mode="json")])
     return user_cache() / "percentiles" / f"{key}.json"

