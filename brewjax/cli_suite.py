@@ -30,13 +30,17 @@ def fetch(
         Optional[Path], typer.Option("--from", help="A folder with what is in no package, and with wheels, if any.")
     ] = None,
 ) -> None:
-    """Fetch every public dataset of a suite as a dataset folder (licences are printed); what is there is left alone."""
+    """Fetch every public dataset of a suite as a dataset folder (licences are printed), and simulate its networks; what
+    is there is left alone."""
     from brewjax.data.public.fetch import fetch as fetch_dataset
+    from brewjax.data.simulate.network import simulate_network
     from brewjax.suite.suite import Suite
 
     for surface in Suite.load(suite).surfaces.values():
         if surface.public:
             fetch_dataset(surface.public, Path(surface.dataset), source)
+        elif surface.simulated and not (network := Path(surface.dataset).parent).exists():
+            simulate_network(network, **surface.simulated.model_dump())
 
 
 @app.command()

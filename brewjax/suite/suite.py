@@ -49,6 +49,17 @@ class SuiteTask(Config):
     They are slices of the leaderboard and count in no mean."""
 
 
+class SimulatedNetwork(Config):
+    """A simulated network (docs/network.md), whose folders `brewjax suite fetch` writes."""
+
+    members: int = pydantic.Field(default=10_000, gt=0)
+    """How many members there are."""
+    seed: Seed = 0
+    """Another seed is another network: other members, jobs, posts."""
+    months: int = pydantic.Field(default=8, gt=0)
+    """How long it goes on."""
+
+
 class SuiteSurface(Config):
     """A dataset and the tasks asked of it."""
 
@@ -56,6 +67,8 @@ class SuiteSurface(Config):
     """The dataset folder."""
     public: Words | None = None
     """The name by which `brewjax data fetch` knows the dataset, for `brewjax suite fetch`; null: it is your own."""
+    simulated: SimulatedNetwork | None = None
+    """The network that the dataset is a part of, in the folder above it, for `brewjax suite fetch`."""
     domain: Words
     """What it is about. Surfaces of one domain are averaged before domains are."""
     tasks: tuple[SuiteTask, ...] = pydantic.Field(min_length=1)
@@ -121,7 +134,7 @@ class Suite(Config):
           ConfigError: the folder is missing or wrong, or a task does not fit it.
         """
         folder = Path(self.surfaces[surface].dataset)
-        if not folder.exists() and self.surfaces[surface].public:
+        if not folder.exists() and (self.surfaces[surface].public or self.surfaces[surface].simulated):
             raise self.error(f"{folder} is not there; run `brewjax suite fetch`", "surfaces", surface, "dataset")
         dataset, tasks = Dataset.load(folder), self.tasks_of(surface)
         for each in tasks:

@@ -17,7 +17,6 @@ from brewjax.data.simulate.network import simulate_network
 from brewjax.data.simulate.truth import load_world, oracle
 from brewjax.data.simulate.twins import SAME, twin_examples
 from brewjax.data.simulate.utility import ACTIONS, NOTES
-from brewjax.data.tables.cut import cut_history
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.statistics import Percentiles
 from brewjax.data.tasks.examples import build_examples, sample_examples
@@ -194,24 +193,3 @@ def test_twins_are_alike_but_for_one_attribute_and_ordered_by_utility(surfaces):
 def split_attributes(question: str) -> list[str]:
     """ "[Title: Cook, City: Rome]" as "Title: Cook", "City: Rome": names begin with a capital letter."""
     return re.split(r", (?=[A-Z][a-z ]+: )", question.split("[", 1)[1].rsplit("]", 1)[0])
-
-
-def test_a_cut_history_is_the_latest_part_of_the_same_members(surfaces):
-    dataset = surfaces["jobs"]
-    (task,) = load_tasks([TASKS / "applies_three_months_later.yaml"], dataset)
-    start = task.boundaries(dataset)[1]
-    cut_members = np.arange(0, len(dataset.members), 2)
-    for events in (0, 5, 100):
-        cut = cut_history(dataset, cut_members, start, events)
-        before = np.bincount(dataset.event_member[dataset.event_time < start], minlength=len(dataset.members))
-        expected = before.copy()
-        expected[cut_members] = np.minimum(before[cut_members], events)
-        left = np.bincount(cut.event_member[cut.event_time < start], minlength=len(dataset.members))
-        assert left.tolist() == expected.tolist()
-        assert (cut.event_time >= start).sum() == (dataset.event_time >= start).sum()
-        whole, rest = (list(build_examples(d, task, "test")) for d in (dataset, cut))
-        assert [e.candidates.tolist() for e in whole] == [e.candidates.tolist() for e in rest], "the same questions"
-        member = int(cut_members[np.argmax(before[cut_members])])
-        kept = cut.event_item[(cut.event_member == member) & (cut.event_time < start)]
-        latest = dataset.event_item[(dataset.event_member == member) & (dataset.event_time < start)]
-        assert kept.tolist() == latest[len(latest) - len(kept) :].tolist()
