@@ -19,7 +19,7 @@ from brewjax.data.simulate.twins import SAME, twin_examples
 from brewjax.data.simulate.utility import ACTIONS, NOTES
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.statistics import Percentiles
-from brewjax.data.tasks.examples import build_examples, sample_examples
+from brewjax.data.tasks.examples import sample_examples
 from brewjax.data.tasks.task import load_tasks
 from brewjax.data.text.tokenizer import Tokenizer
 from brewjax.evaluate.baselines import ORACLE, popularity, predict_baselines
