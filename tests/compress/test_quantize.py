@@ -215,6 +215,7 @@ def sharded(saved, tmp_path_factory) -> dict[str, np.ndarray]:
         return dict(stored)
 
 
+@pytest.mark.long
 def test_a_mesh_quantises_loads_and_scores_as_one_device(saved, small, sharded):
     bundle = small(QuantizeConfig())
     for path, leaf in jax.tree_util.tree_leaves_with_path(bundle.params):
@@ -223,6 +224,7 @@ def test_a_mesh_quantises_loads_and_scores_as_one_device(saved, small, sharded):
     np.testing.assert_allclose(sharded["scores"], score(bundle, PROMPTS), atol=2e-3)
 
 
+@pytest.mark.long
 def test_a_mesh_calibrates_as_one_device(saved, sharded):
     bundle = Bundle.load(saved)
     encoded = [bundle.encode(prompt) for prompt in PROMPTS]

@@ -138,6 +138,7 @@ def one_device() -> Mesh:
     return jax.make_mesh((1,) * axes, MESH_AXES, (jax.sharding.AxisType.Explicit,) * axes, devices=jax.devices()[:1])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", RUNS)
 def test_loss_and_gradients_are_those_of_one_device(name, sharded):
     alone = expected(*RUNS[name][:2])
@@ -147,6 +148,7 @@ def test_loss_and_gradients_are_those_of_one_device(name, sharded):
         np.testing.assert_allclose(sharded[f"{name}/{path}"], values, rtol=1e-5, atol=1e-5 * largest, err_msg=path)
 
 
+@pytest.mark.long
 def test_muon_is_the_same_on_any_mesh(sharded):
     for path, values in muon_update(one_device()).items():
         assert values.any()
@@ -173,6 +175,7 @@ def gathered(model: ModelConfig, weights: Params, mesh: Mesh) -> dict[str, np.nd
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(weights)}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("made", [read_golden, upcycled])
 def test_a_model_is_read_and_upcycled_on_any_mesh(made, sharded):
     for path, values in made(one_device()).items():

@@ -92,6 +92,7 @@ def test_older_chips_are_refused():
         compiled("v4", (1, 128, 1, 128), (1, 128, 1, 128), jnp.bfloat16, gradients=False)
 
 
+@pytest.mark.long
 def test_the_longest_row_compiles(monkeypatch):
     """One whose worklist nearly fills the scalar memory."""
 

@@ -25,7 +25,7 @@ def make_encoder(jobs, tokenizer, task) -> Callable[..., Encoder]:  # noqa: F811
 
     def make(model: ModelConfig = MODEL, mesh: MeshConfig | None = None, **settings: object) -> Encoder:
         model = model.model_copy(update={"vocab_size": 512})
-        bundle = Bundle(model, params(model), tokenizer, PROMPTS, scale, jobs.card, (task,), mesh or MeshConfig())
+        bundle = Bundle(model, params(model), tokenizer, PROMPTS, scale, jobs.card, (task,), mesh=mesh or MeshConfig())
         return Encoder(bundle, EncoderConfig(**{"dimensions": (4, 8), **settings}))
 
     return make

@@ -57,6 +57,7 @@ def assert_same_parameters(folder: Path, other: Path) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), actual, expected)
 
 
+@pytest.mark.long
 def test_two_processes_match_one(together, alone):
     assert_same_numbers(together, alone, range(1, CONFIG.steps + 1))
     assert_same_parameters(together, alone)

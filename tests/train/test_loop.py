@@ -240,10 +240,10 @@ def poisoned(decoder: Decoder, batch: TokenBatch, given: AuxInputs) -> tuple[Wei
 
 def test_nan_stops_the_run_and_names_the_examples(tmp_path):
     prompts = [toy(number) for number in range(40)]
-    (_, *preamble), *events = prompts[21].prefix_pieces  # a prompt of the fourth batch
-    prompts[21] = dataclasses.replace(prompts[21], prefix_pieces=[[POISON, *preamble], *events])
+    (_, *preamble), *events = prompts[25].prefix_pieces  # a prompt of the fourth batch
+    prompts[25] = dataclasses.replace(prompts[25], prefix_pieces=[[POISON, *preamble], *events])
     write_shards(tmp_path, [(one, {"prompt": number}) for number, one in enumerate(prompts)], CONFIG.seq_len)
-    with pytest.raises(NonFiniteError, match=r"loss nan(.|\n)*\"prompt\": 21\b") as error:
+    with pytest.raises(NonFiniteError, match=r"loss nan(.|\n)*\"prompt\": 25\b") as error:
         train(MODEL, CONFIG.model_copy(update={"checkpoint_every_steps": 1}), tmp_path, tmp_path, poisoned)
     good = len(losses(tmp_path))
     assert good == 3

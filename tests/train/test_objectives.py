@@ -353,6 +353,7 @@ def sharded(tmp_path_factory) -> dict[str, np.ndarray]:
         return dict(stored)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ON_MESH)
 def test_a_mesh_changes_nothing(sharded, name):
     expected = alone(name)
@@ -373,6 +374,7 @@ def answers_moved(of_teacher: MeshConfig, of_student: MeshConfig) -> dict[str, n
     return jax.tree.map(np.asarray, said._asdict())
 
 
+@pytest.mark.long
 def test_a_teacher_on_another_mesh_says_the_same(sharded):
     expected = answers_moved(MeshConfig(), MeshConfig())
     np.testing.assert_array_equal(sharded["ids"], expected["ids"])

@@ -168,7 +168,7 @@ def test_align_learns_to_prefer_and_the_reference_stays(tmp_path, lora):
     assert rows[0]["reward_margin"] == 0
     np.testing.assert_allclose(rows[0]["loss_dpo"], np.log(3), rtol=1e-5)  # two rejected, all alike yet
     assert rows[-1]["reward_chosen"] > 0 > rows[-1]["reward_rejected"]
-    assert rows[-1]["preference_accuracy"] > 0.9
+    assert np.mean([row["preference_accuracy"] for row in rows[-8:]]) > 0.8  # by chance: 0.5
     jax.tree.map(np.testing.assert_array_equal, reference, params())
 
 
