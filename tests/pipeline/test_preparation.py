@@ -29,7 +29,7 @@ tasks: [{folder}/task.yaml]
 model: {folder}/model.yaml
 tokenizer: {{vocab_size: 400}}
 prompts: {{styles: {{compact: 1, sectioned: 1}}, max_tokens: 1000}}
-train: {{steps: 1, batch_size: 1, seq_len: 1024, mesh: {{data: 1}}}}
+train: {{steps: 1, batch_size: 2, seq_len: 1024}}
 stages:
   text: {{do: pretrain, data: {{repeats: 2}}}}
   big: {{do: sft, data: {{max_examples: 4000}}}}
