@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from functools import cached_property
 from pathlib import Path
 
@@ -13,10 +12,10 @@ from brewjax.bundle.bundle import Bundle
 from brewjax.config import ConfigError
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.statistics import FactValues
-from brewjax.data.tasks.examples import RankingExample, example_at, history_before
+from brewjax.data.tasks.examples import RankingExample, example_at, unanswered
 from brewjax.data.tasks.task import Task
 from brewjax.serve import ranker_pb2 as pb
-from brewjax.serve.members import microseconds
+from brewjax.serve.members import request_time
 
 
 class Catalogue:
@@ -53,46 +52,29 @@ class Catalogue:
 
     @cached_property
     def _item_rows(self) -> dict[str, int]:
-        ids = self.dataset.items[self.dataset.card.items.id].cast(pa.string())
-        return {id_: row for row, id_ in enumerate(ids.to_pylist())}
+        return _rows_by_id(self.dataset.items[self.dataset.card.items.id])
 
     @cached_property
     def _member_rows(self) -> dict[str, int]:
-        ids = self.dataset.members[self.dataset.card.members.id].cast(pa.string())
-        return {id_: row for row, id_ in enumerate(ids.to_pylist())}
+        return _rows_by_id(self.dataset.members[self.dataset.card.members.id])
 
-    def example(self, task: Task, member: pb.Member, field: str = "member") -> RankingExample:
+    def example(self, task: Task, member: pb.Member) -> RankingExample:
         """The member of a request as of `member.now`, with its items, in their order, as candidates.
-
-        Args:
-          field: of the member, for errors.
 
         Raises:
           ValueError: naming the field of an unknown id, or of something that the catalogue knows already.
         """
         for name in ("attributes", "history"):
             if getattr(member, name):
-                raise ValueError(f"{field}.{name}: the catalogue has those of {field}.id; leave out one or the other")
+                raise ValueError(f"member.{name}: the catalogue has those of member.id; leave out one or the other")
         if task.questions.context and member.items:
             context = ", ".join(task.questions.context)
-            raise ValueError(f"{field}.id: task '{task.name}' states {context}; send the member in full")
+            raise ValueError(f"member.id: task '{task.name}' states {context}; send the member in full")
         row = self._member_rows.get(member.id)
         if row is None:
-            raise ValueError(f"{field}.id: no member '{member.id}' in the catalogue; {self._describe_ids('members')}")
-        now = microseconds(member.now, f"{field}.now") if member.HasField("now") else int(time.time() * 1e6)
-        history, num_past_events = history_before(self.dataset, task, row, now)
-        candidates = [self._item_row(item, f"{field}.items[{index}]") for index, item in enumerate(member.items)]
-        unknown = np.full(len(candidates), -1, np.int32)
-        return RankingExample(
-            task.name,
-            row,
-            now,
-            history,
-            num_past_events,
-            np.array(candidates, np.int32),
-            unknown,
-            unknown.astype(np.int64),
-        )
+            raise ValueError(f"member.id: no member '{member.id}' in the catalogue; {self._describe_ids('members')}")
+        candidates = [self._item_row(item, f"member.items[{index}]") for index, item in enumerate(member.items)]
+        return unanswered(self.dataset, task, row, request_time(member), np.array(candidates, np.int32))
 
     def past_items(self, example: RankingExample) -> list[str]:
         """The ids of the items that the member of an example had an event with."""
@@ -112,3 +94,7 @@ class Catalogue:
     def _describe_ids(self, table: str) -> str:
         ids = getattr(self.dataset, table)[getattr(self.dataset.card, table).id]
         return "ids look like " + ", ".join(f"'{known}'" for known in ids[:3].to_pylist())
+
+
+def _rows_by_id(ids: pa.ChunkedArray) -> dict[str, int]:
+    return {id_: row for row, id_ in enumerate(ids.cast(pa.string()).to_pylist())}

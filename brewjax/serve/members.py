@@ -78,10 +78,10 @@ def read_member(card: Card, task: Task, member: pb.Member, catalogue: Catalogue 
             raise ValueError(f"member.history[{index}].time: missing")
     items = item_attributes(member)
     times = np.array(
-        [microseconds(event.time, f"member.history[{index}].time") for index, event in enumerate(member.history)],
+        [_microseconds(event.time, f"member.history[{index}].time") for index, event in enumerate(member.history)],
         np.int64,
     )
-    now = microseconds(member.now, "member.now") if member.HasField("now") else int(time.time() * 1e6)
+    now = request_time(member)
     actions = [event.action for event in member.history]
     events = event_attributes(member)
     if task.questions.context:  # the exposures in question are events too, as of now, so no history holds them
@@ -222,11 +222,16 @@ def _read(attribute: Attribute, value: pb.Value, field: str) -> Any:
     if kind == "number" and not math.isfinite(value.number):
         raise ValueError(f"{field}['{attribute.column}']: {value.number}; leave it out where it is unknown")
     if kind == "date":
-        return microseconds(value.date, f"{field}['{attribute.column}']")
+        return _microseconds(value.date, f"{field}['{attribute.column}']")
     return conversions[kind](getattr(value, kind))
 
 
-def microseconds(timestamp: Timestamp, field: str) -> int:
+def request_time(member: pb.Member) -> int:
+    """The time as of which a member is read, in microseconds since 1970: `member.now`, or the server's clock."""
+    return _microseconds(member.now, "member.now") if member.HasField("now") else int(time.time() * 1e6)
+
+
+def _microseconds(timestamp: Timestamp, field: str) -> int:
     """Microseconds since 1970."""
     try:
         return timestamp.ToMicroseconds()

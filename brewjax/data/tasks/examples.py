@@ -116,18 +116,29 @@ def example_at(dataset: Dataset, task: Task, member: int, time: int | None = Non
       ValueError: no item is left.
     """
     cutoff_time = dataset.last_event_time + 1 if time is None else time
-    history, num_past_events = history_before(dataset, task, member, cutoff_time)
+    every_item = unanswered(dataset, task, member, cutoff_time, np.arange(len(dataset.items), dtype=np.int32))
     begins, ends = dataset.item_life
     if dataset.card.items.available is None:  # whoever ranks names the items: that they exist is then known
         begins = np.where(dataset.first_event_time >= FOREVER, -FOREVER, begins)
     eligible = (begins <= cutoff_time) & (cutoff_time < ends) & row_matches(dataset, task.questions.where, ITEM)
     if not task.questions.repeats:
         start = dataset.member_offsets[member]
-        eligible[dataset.event_item[start : start + num_past_events]] = False
-    candidates = np.flatnonzero(eligible).astype(np.int32)
-    if not len(candidates):
+        eligible[dataset.event_item[start : start + every_item.num_past_events]] = False
+    if not eligible.any():
         new = "" if task.questions.repeats else ", new to the member"
         raise ValueError(f"there is no item to rank: none exists at that time{new} and fulfils the task's conditions")
+    return every_item.select(eligible)
+
+
+def unanswered(dataset: Dataset, task: Task, member: int, cutoff_time: int, candidates: np.ndarray) -> RankingExample:
+    """An example of a member as of a time, whose answers are not known.
+
+    Args:
+      member: row of the member.
+      cutoff_time: microseconds since 1970.
+      candidates: int32 [candidates], rows of the items.
+    """
+    history, num_past_events = history_before(dataset, task, member, cutoff_time)
     unknown = np.full(len(candidates), -1, np.int32)
     return RankingExample(
         task.name, member, cutoff_time, history, num_past_events, candidates, unknown, unknown.astype(np.int64)
