@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,7 +53,7 @@ def simulate_network(out: Path, members: int, seed: int = 0, months: int = 8, bl
         writers: dict[tuple[str, str], _Writer] = {}
         for surface in SURFACES:
             (building / surface).mkdir()
-            shutil.copyfile(CARDS / f"{surface}.yaml", building / surface / CARD)
+            (building / surface / CARD).write_text(_card(surface, seed))
             for file in ("members.parquet", "items.parquet", "events.parquet", TRUTH):
                 writers[surface, file] = stack.enter_context(_Writer(building / surface / file))
         _write_members(world, writers, block)
@@ -64,6 +63,13 @@ def simulate_network(out: Path, members: int, seed: int = 0, months: int = 8, bl
             writers["posts", "items.parquet"].write(wording.posts_table(world, world.posts(ids)))
         stack.close()
     return out
+
+
+def _card(surface: str, seed: int) -> str:
+    """The card of a surface, whose name says the seed: what is trained on one network may be judged on another."""
+    text, name = (CARDS / f"{surface}.yaml").read_text(), f"name: network-{surface}\n"
+    assert text.count(name) == 1
+    return text.replace(name, f"name: network-{surface}-seed-{seed}\n")
 
 
 def _write_members(world: World, writers: dict[tuple[str, str], _Writer], block: int) -> None:

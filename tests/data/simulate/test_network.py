@@ -26,7 +26,7 @@ from tests.command_line import shown
 from tests.data.simulate.conftest import MEMBERS, MONTHS, SEED
 
 TASKS = sorted((CONFIGS / "tasks" / "network").glob("*.yaml"))
-FILES = ("members.parquet", "items.parquet", "events.parquet", "truth.parquet")
+FILES = ("members.parquet", "items.parquet", "events.parquet", "truth.parquet", "dataset.yaml")
 
 
 def surface_of(path: Path) -> str:
