@@ -111,6 +111,8 @@ def candidate_facts(card: Card) -> Iterator[tuple[FactGroup, Fact]]:
     for attribute in card.items.attributes:
         if attribute.kind in ("number", "date"):
             yield "pairs", Fact(name=f"{attribute.column} apart", distance=attribute.column)
+        if attribute.kind == "date":
+            yield "items", Fact(name=f"days since {attribute.column}", age=attribute.column)
 
 
 def facts_yaml(gains: Sequence[Gain]) -> str:

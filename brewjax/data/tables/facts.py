@@ -25,6 +25,7 @@ KINDS: dict[str, tuple[FactGroup, ...]] = {
     "mean": ("members", "items", "pairs", "events"),
     "rate": ("members", "items", "pairs"),
     "days_since": ("members", "items", "pairs"),
+    "age": ("members", "items"),
     "share": ("pairs",),
     "distance": ("pairs",),
     "together": ("pairs",),
@@ -33,8 +34,8 @@ KINDS: dict[str, tuple[FactGroup, ...]] = {
 
 
 class Fact(Config):
-    """A number that grows with the events. Exactly one of `count`, `mean`, `rate`, `days_since`, `share`, `distance`,
-    `together` and `neighbors` says which."""
+    """A number that changes with the events, or with time. Exactly one of `count`, `mean`, `rate`, `days_since`, `age`,
+    `share`, `distance`, `together` and `neighbors` says which."""
 
     ALIASES: ClassVar = {"average": "mean", "recency": "days_since", "since": "days_since", "neighbours": "neighbors"}
 
@@ -48,6 +49,9 @@ class Fact(Config):
     """How many of the events are of these actions, for instance `[clicked]`: 0 to 1."""
     days_since: tuple[str, ...] | None = pydantic.Field(default=None, min_length=1)
     """The days since the last event of these actions."""
+    age: Words | None = None
+    """Of a member or an item: the days since the date in one of its attributes, for instance `released`; below 0 before
+    it."""
     share: tuple[str, ...] | None = pydantic.Field(default=None, min_length=1)
     """Of a pair: the share of the member's events of these actions with items that share a value of `by`."""
     distance: Words | None = None
@@ -161,6 +165,7 @@ class Facts(Config):
                     ("by", items, ("category", "list")),
                     ("among", members, ("category", "list")),
                     ("distance", items, ("number", "date")),
+                    ("age", items if group == "items" else members, ("date",)),
                 ):
                     if column := getattr(fact, option):
                         _check_attribute(column, attributes, kinds, *location, option)

@@ -90,8 +90,11 @@ class FactValues:
     def _values(self, group: FactGroup, fact: Fact, pairs: _Pairs) -> np.ndarray:
         if fact.together or fact.neighbors:
             return self._similarity(fact, pairs)
+        if fact.age:
+            rows = pairs.items if group == "items" else pairs.members
+            return pairs.times / DAY - self._numbers(group, fact.age)[rows]
         if fact.distance:
-            item_numbers = self._item_numbers(fact.distance)
+            item_numbers = self._numbers("items", fact.distance)
             mean, _ = self._mean(("members", ""), ("distance", fact.distance), None, pairs)
             return np.abs(item_numbers[pairs.items] - mean)
         kind = ("by", fact.by) if fact.by else ("among", fact.among) if fact.among else (group, "")
@@ -276,7 +279,7 @@ class FactValues:
         if kind == "zero for unknown":
             return np.nan_to_num(self._column(rest), nan=0.0)
         if kind == "distance":
-            return self._item_numbers(rest[0])[self._dataset.event_item]
+            return self._numbers("items", rest[0])[self._dataset.event_item]
         name, less = rest
         values = (
             self._column(("actions", *name)) if isinstance(name, tuple) else floats(self._dataset.event_column(name))
@@ -288,11 +291,11 @@ class FactValues:
             values = values - mean
         return values
 
-    def _item_numbers(self, column: str) -> np.ndarray:
-        """float64 [items]: a number of each item, or a date in days since 1970."""
-        key = ("item", column)
+    def _numbers(self, table: FactGroup, column: str) -> np.ndarray:
+        """float64 [rows]: a number of each member or item, or a date in days since 1970."""
+        key = (table, column)
         if key not in self._columns:
-            values = self._dataset.items[column]
+            values = getattr(self._dataset, table)[column]
             is_date = pa.types.is_temporal(values.type)
             microseconds = values.cast(pa.timestamp("us")).cast(pa.int64()) if is_date else values
             self._columns[key] = floats(microseconds) / (DAY if is_date else 1)

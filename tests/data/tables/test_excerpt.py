@@ -35,6 +35,7 @@ facts:
     - {name: attention, mean: seconds, days: 40, buckets: null}
     - {name: applied share, rate: [applied], shrink: 20, buckets: null}
     - {name: last, days_since: [viewed], buckets: null}
+    - {name: age, age: posted, buckets: null}
   pairs:
     - {name: seen, count: [viewed], buckets: null}
     - {name: skill share, share: [viewed], by: skills, buckets: null}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.facts import Fact
 from brewjax.data.tables.statistics import FactValues, Percentiles
-from tests.data.conftest import Event, moment
+from tests.data.conftest import DAY_ZERO, Event, moment
 
 ITEMS, MEMBERS = 4, 3
 EVENTS = st.lists(
@@ -114,17 +114,19 @@ def test_a_share_is_of_the_events_with_items_that_share_a_value(jobs_with, event
 
 @hypothesis.given(EVENTS, st.integers(0, 7))
 @properties
-def test_days_since_and_distance(jobs_with, events, day):
+def test_days_since_age_and_distance(jobs_with, events, day):
     dataset = jobs_with(events, ITEMS)
     days_since = values(dataset, "pairs", Fact(name="d", days_since=["viewed"]), day)
     distance = values(dataset, "pairs", Fact(name="x", distance="posted"), day)
     posted = [date.toordinal() for date in dataset.items["posted"].to_pylist()]
+    age = values(dataset, "items", Fact(name="a", age="posted"), day)
     for member in range(MEMBERS):
         past = [event for event in events if event.member == member and event.day < day]
         for item in range(ITEMS):
             viewed = [event.day for event in past if event.item == item and event.action == "viewed"]
             assert days_since[member, item] == pytest.approx(day - max(viewed) if viewed else math.nan, nan_ok=True)
             mean = np.mean([posted[event.item] for event in past]) if past else math.nan
+            assert age[member, item] == pytest.approx(DAY_ZERO.item().toordinal() + day - posted[item])
             assert distance[member, item] == pytest.approx(abs(posted[item] - mean), nan_ok=True)
 
 
