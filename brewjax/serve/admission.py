@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from http import HTTPStatus
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
@@ -19,8 +20,14 @@ class Refused(Exception):  # noqa: N818
 
 
 def error_response(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    """A response in the common form of all errors, of bounded length."""
-    return JSONResponse({"object": "error", "message": truncate_message(message), "code": status}, status, headers)
+    """A response in the common form of all errors, which is SGLang's, of bounded length."""
+    phrase = "Client Closed Request" if status == 499 else HTTPStatus(status).phrase
+    kind = f"{phrase.replace(' ', '').removesuffix('Error')}Error"
+    return JSONResponse(
+        {"object": "error", "message": truncate_message(message), "type": kind, "param": None, "code": status},
+        status,
+        headers,
+    )
 
 
 class Admission:

@@ -161,8 +161,13 @@ class RequestEncoder:
         excess = max(0, len(prefix) - self.max_prefix_tokens)
         bos = self.bundle.tokenizer.bos  # stays in front of a truncated prefix
         start = len(bos) if prefix[: len(bos)] == bos else 0
-        pieces = [prefix[:start] + prefix[start + excess :], *events]
+        prefix = prefix[:start] + prefix[start + excess :]
         items = self._encode_items(raw.items)
+        if [] in items:  # is scored at the last token before it, with which every item then begins
+            if raw.events or not prefix:
+                raise ValueError(f"raw.items[{items.index([])}]: empty")
+            items, prefix = [prefix[-1:] + item for item in items], prefix[:-1]
+        pieces = [prefix, *events]
         labels = self._encode_labels(raw)
         prompt = EncodedPrompt(pieces, items, labels, [None] * len(items), self.bundle.prompts.layout)
         words = [*raw.labels, *map(str, raw.label_tokens)]
@@ -201,10 +206,7 @@ class RequestEncoder:
         items: list[list[int]] = []
         for start in range(0, len(texts), SLICE):
             sliced = {f"raw.items[{start + index}]": text for index, text in enumerate(texts[start : start + SLICE])}
-            for field, item in zip(sliced, self._encode_texts(sliced, self.config.max_candidate_tokens), strict=True):
-                if not item:
-                    raise ValueError(f"{field}: empty")
-                items.append(item)
+            items += self._encode_texts(sliced, self.config.max_candidate_tokens)
         return items
 
     def _encode_labels(self, raw: pb.Raw) -> list[int]:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self
 
+import numpy as np
 import pydantic
 import starlette.exceptions
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from brewjax.scoring.passes import LABELS_IN_PASS
 from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve.admission import Admission, error_response
 from brewjax.serve.client import raw
 from brewjax.serve.credentials import Credentials
+from brewjax.serve.http_messages import add_call
 from brewjax.serve.http_requests import parse_body, refusing, until_disconnect
 from brewjax.serve.http_retrieval import add_retrieval
 from brewjax.serve.openapi import DESCRIPTION, describe, render_page
@@ -30,6 +34,8 @@ FIELDS = {  # names of fields in gRPC's errors, and their names here
     r"^raw(\.prefix)?:": "query:",
 }
 
+MAX_LABELS = 8 * LABELS_IN_PASS
+
 TokenId = Annotated[int, pydantic.Field(ge=0, lt=2**32)]
 _FIRST = pydantic.Field(fail_fast=True)  # a list of a million mistakes is reported as one
 TokenIds = Annotated[list[TokenId], _FIRST]
@@ -43,12 +49,62 @@ class ScoreRequest(pydantic.BaseModel):
         "", description="The prefix that all items share, such as a member's history."
     )
     items: str | Annotated[list[str], _FIRST] | Annotated[list[TokenIds], _FIRST] = pydantic.Field(
-        description="Texts, or token ids, of the items."
+        description="Texts, or token ids, of the items. An empty one is scored right after the query."
     )
-    label_token_ids: TokenIds = pydantic.Field(description="The tokens whose probabilities are returned.")
+    label_token_ids: TokenIds = pydantic.Field(
+        min_length=1,
+        max_length=MAX_LABELS,
+        description="The tokens whose probabilities are returned; a repeated one is returned as often.",
+    )
     apply_softmax: bool = pydantic.Field(False, description="Normalize over the labels; otherwise over the vocabulary.")
+    temperature: float = pydantic.Field(
+        1.0, gt=0, allow_inf_nan=False, description="Divides the labels' logits; needs apply_softmax."
+    )
     item_first: bool = pydantic.Field(False, description="Items are read before the query, so they share no prefix.")
+    return_pooled_hidden_states: Literal[False] = pydantic.Field(False, description="Not available.")
+    return_token_logprobs: Literal[False] = pydantic.Field(False, description="Not available.")
     model: str = pydantic.Field("", description="Ignored: one model is served.")
+    rid: str | None = pydantic.Field(None, description="An id of the request, for the logs; or give x-request-id.")
+    user: str | None = pydantic.Field(None, description="Ignored.")
+    priority: int | None = pydantic.Field(None, description="Ignored: requests are served in order.")
+
+    @pydantic.model_validator(mode="after")
+    def _fit(self) -> Self:
+        if self.temperature != 1 and not self.apply_softmax:
+            raise ValueError("temperature needs apply_softmax")
+        return self
+
+    def to_rpc(self) -> list[pb.ScoreRequest]:
+        """The same request for gRPC: one for every LABELS_IN_PASS labels.
+
+        Raises:
+          HTTPException: item_first would join texts with tokens.
+        """
+        items: list[Any] = [self.items] if isinstance(self.items, str) else list(self.items)
+        prefix: str | list[int] = self.query
+        if self.item_first:
+            if any(isinstance(item, str) != isinstance(prefix, str) for item in items):
+                raise HTTPException(400, "items: with item_first, give texts with a text, tokens with tokens")
+            items, prefix = [item + prefix for item in items], prefix[:0]
+        labels = list(dict.fromkeys(self.label_token_ids))
+        parts = [labels[start : start + LABELS_IN_PASS] for start in range(0, max(1, len(labels)), LABELS_IN_PASS)]
+        over = pb.ScoreRequest.LABELS if self.apply_softmax and len(parts) == 1 else pb.ScoreRequest.VOCABULARY
+        return [pb.ScoreRequest(raw=raw(prefix, items, part), normalize_over=over) for part in parts]
+
+    def scores(self, responses: Sequence[pb.ScoreResponse]) -> list[list[float]]:
+        """Probabilities [items, labels], in the order of the request, from the responses to `to_rpc`."""
+        by_item = [
+            [score.probabilities for score in sorted(response.scores, key=lambda score: score.index)]
+            for response in responses
+        ]
+        probabilities = np.concatenate([np.array(part, np.float64) for part in by_item], axis=1)
+        if self.apply_softmax:
+            with np.errstate(divide="ignore"):
+                powers = np.log(probabilities) / self.temperature
+            powers = np.exp(powers - powers.max(axis=1, keepdims=True))
+            probabilities = powers / powers.sum(axis=1, keepdims=True)
+        labels = list(dict.fromkeys(self.label_token_ids))
+        return probabilities[:, [labels.index(label) for label in self.label_token_ids]].tolist()
 
 
 class Usage(pydantic.BaseModel):
@@ -74,6 +130,7 @@ def make_app(
     service: Service, credentials: Credentials, refusals: Refusals, retrieval: Retrieval | None = None
 ) -> FastAPI:
     """The application. All paths but `OPEN_PATHS` need the callers' token, if the server has one."""
+    started_at = int(time.time())
     app = FastAPI(title="brewjax", description=DESCRIPTION, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_middleware(Admission, service=service, credentials=credentials, refusals=refusals, open_paths=OPEN_PATHS)
 
@@ -85,18 +142,35 @@ def make_app(
     async def score(request: Request, response: Response) -> ScoreResponse:
         """Scores items behind a query, in one pass if they fit."""
         with refusing(request, FIELDS):
-            rpc_request = await parse_body(request, lambda body: to_rpc(ScoreRequest.model_validate_json(body)))
-            rpc_request.request_id = request.headers.get("x-request-id", "")
-            answer = await until_disconnect(request, service.score(rpc_request))
-        response.headers["x-request-id"] = answer.request_id
-        num_tokens = answer.usage.prefix_tokens + answer.usage.item_tokens
+            body, rpc_requests = await parse_body(request, _parse_score)
+            request_id = request.headers.get("x-request-id") or body.rid or ""
+            answers: list[pb.ScoreResponse] = []
+            if body.items != []:
+                for rpc_request in rpc_requests:
+                    rpc_request.request_id = request_id
+                    answers.append(await until_disconnect(request, service.score(rpc_request)))
+        usages = [answer.usage for answer in answers]
+        response.headers["x-request-id"] = answers[0].request_id if answers else request_id
+        num_tokens = usages[0].prefix_tokens + usages[0].item_tokens if usages else 0
         return ScoreResponse(
-            scores=[list(item.probabilities) for item in sorted(answer.scores, key=lambda item: item.index)],
-            model=answer.model,
-            usage=Usage(prompt_tokens=num_tokens, cached_tokens=answer.usage.cached_tokens, total_tokens=num_tokens),
+            scores=body.scores(answers) if answers else [],
+            model=service.model,
+            usage=Usage(
+                prompt_tokens=num_tokens,
+                cached_tokens=usages[0].cached_tokens if usages else 0,
+                total_tokens=num_tokens,
+            ),
             created=int(time.time()),
         )
 
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """What is served, in OpenAI's form: the ranker, and the encoder if there is one."""
+        names = [service.model, *([retrieval.model] if retrieval else [])]
+        served = [{"id": name, "object": "model", "created": started_at, "owned_by": "brewjax"} for name in names]
+        return {"object": "list", "data": served}
+
+    add_call(app, "/v1/rank", pb.ScoreRequest, service.score)
     if retrieval:
         add_retrieval(app, retrieval, credentials)
 
@@ -129,14 +203,6 @@ def make_app(
     return app
 
 
-def to_rpc(body: ScoreRequest) -> pb.ScoreRequest:
-    """The same request for gRPC. Raises HTTPException if item_first would join texts with tokens."""
-    items: list[Any] = [body.items] if isinstance(body.items, str) else list(body.items)
-    prefix: str | list[int] = body.query
-    if body.item_first:
-        if any(isinstance(item, str) != isinstance(prefix, str) for item in items):
-            raise HTTPException(400, "items: with item_first, give texts with a text, tokens with tokens")
-        items, prefix = [item + prefix for item in items], prefix[:0]
-    question = raw(prefix, items, body.label_token_ids)
-    normalize_over = pb.ScoreRequest.LABELS if body.apply_softmax else pb.ScoreRequest.VOCABULARY
-    return pb.ScoreRequest(raw=question, normalize_over=normalize_over)
+def _parse_score(body: bytes) -> tuple[ScoreRequest, list[pb.ScoreRequest]]:
+    request = ScoreRequest.model_validate_json(body)
+    return request, request.to_rpc()

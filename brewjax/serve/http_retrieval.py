@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import pydantic
-from fastapi import FastAPI, HTTPException, Request, Response
-from google.protobuf.json_format import MessageToDict, Parse, ParseError
-from google.protobuf.message import Message
+from fastapi import FastAPI, Request, Response
 
 from brewjax.serve import ranker_pb2
 from brewjax.serve import retriever_pb2 as pb
 from brewjax.serve.credentials import Credentials
+from brewjax.serve.http_messages import add_call
 from brewjax.serve.http_requests import parse_body, refusing, until_disconnect
 from brewjax.serve.retrieval import Retrieval
 
@@ -66,26 +64,11 @@ def add_retrieval(app: FastAPI, retrieval: Retrieval, credentials: Credentials) 
         usage = {"prompt_tokens": answer.tokens, "total_tokens": answer.tokens}
         return {"object": "list", "data": data, "model": answer.model, "usage": usage}
 
-    def add(path: str, kind: type[Message], method: Callable[[Any], Awaitable[Message]], admin: bool) -> None:
-        @app.post(path, name=path, description=f"`{kind.DESCRIPTOR.name}` of retriever.proto, as JSON.")
-        async def answer_rpc(request: Request) -> dict[str, Any]:
-            if admin and not credentials.may_reload(request.headers.get("authorization", "")):
-                raise HTTPException(403, f"{path} needs the token of the server's admin_token_file")
-            with refusing(request, {}):
-                message = await parse_body(request, lambda body: _parse(body, kind))
-                return MessageToDict(await method(message), preserving_proto_field_name=True)
-
-    add("/v1/embed", pb.EmbedRequest, retrieval.embed, admin=False)
-    add("/v1/retrieve", pb.RetrieveRequest, retrieval.retrieve, admin=False)
-    add("/v1/upsert", pb.UpsertRequest, retrieval.upsert, admin=True)
-    add("/v1/delete", pb.DeleteRequest, retrieval.delete, admin=True)
-
-
-def _parse(body: bytes, kind: type[Message]) -> Message:
-    try:
-        return Parse(body, kind())
-    except (ParseError, UnicodeDecodeError) as error:
-        raise ValueError(f"the body: {error}") from None
+    add_call(app, "/v1/embed", pb.EmbedRequest, lambda message, _: retrieval.embed(message))
+    add_call(app, "/v1/retrieve", pb.RetrieveRequest, lambda message, _: retrieval.retrieve(message))
+    add_call(app, "/v1/retrieve_and_score", pb.RetrieveAndScoreRequest, retrieval.retrieve_and_score)
+    add_call(app, "/v1/upsert", pb.UpsertRequest, lambda message, _: retrieval.upsert(message), admin=credentials)
+    add_call(app, "/v1/delete", pb.DeleteRequest, lambda message, _: retrieval.delete(message), admin=credentials)
 
 
 def _format(vector: pb.Vector, encoding: str) -> list[float] | str:

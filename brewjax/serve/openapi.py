@@ -9,6 +9,7 @@ from typing import Any
 
 import pydantic
 from fastapi import FastAPI
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 DESCRIPTION = "Ranks items for members: one history, many items, one pass."
 BEARER = {"type": "http", "scheme": "bearer", "description": "The token of the server's token_file."}
@@ -21,6 +22,13 @@ ERRORS = {  # of scoring
     "500": "A pass failed; the server's log has more.",
     "503": "The server stops.",
     "504": "Not answered in time.",
+}
+JSON_TYPES = {
+    FieldDescriptor.CPPTYPE_INT32: "integer",
+    FieldDescriptor.CPPTYPE_UINT32: "integer",
+    FieldDescriptor.CPPTYPE_FLOAT: "number",
+    FieldDescriptor.CPPTYPE_DOUBLE: "number",
+    FieldDescriptor.CPPTYPE_BOOL: "boolean",
 }
 UNAUTHENTICATED = "The bearer token is missing or wrong."
 PAGE = """<!doctype html>
@@ -40,6 +48,8 @@ class Error(pydantic.BaseModel):
 
     object: str = "error"
     message: str
+    type: str
+    param: None = None
     code: int
 
 
@@ -63,6 +73,7 @@ def describe(app: FastAPI, request: type[pydantic.BaseModel], needs_token: bool,
             responses = operation["responses"]
             if path == "/v1/score":
                 operation["requestBody"] = {"required": True, "content": _json(request.__name__)}
+            if "requestBody" in operation:
                 responses |= {code: _error(text) for code, text in ERRORS.items()}
             elif path in ("/livez", "/readyz", "/health"):
                 responses["503"] = {"description": "The probe fails."}
@@ -72,6 +83,27 @@ def describe(app: FastAPI, request: type[pydantic.BaseModel], needs_token: bool,
         return schema
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def message_schema(message: Descriptor) -> dict[str, Any]:
+    """The JSON schema of a protobuf message's JSON form (https://protobuf.dev/programming-guides/json)."""
+    if message.full_name == "google.protobuf.Timestamp":
+        return {"type": "string", "format": "date-time"}
+    properties = {field.name: _field_schema(field) for field in message.fields}
+    return {"type": "object", "properties": properties, "additionalProperties": False}
+
+
+def _field_schema(field: FieldDescriptor) -> dict[str, Any]:
+    if field.message_type and field.message_type.GetOptions().map_entry:
+        value = field.message_type.fields_by_name["value"]
+        return {"type": "object", "additionalProperties": _field_schema(value)}
+    if field.message_type:
+        schema = message_schema(field.message_type)
+    elif field.enum_type:
+        schema = {"type": "string", "enum": [value.name for value in field.enum_type.values]}
+    else:
+        schema = {"type": JSON_TYPES.get(field.cpp_type, "string")}  # of 64 bits: a string
+    return {"type": "array", "items": schema} if field.is_repeated else schema
 
 
 def render_page(schema: dict[str, Any]) -> str:

@@ -1,11 +1,13 @@
 """Whatever is asked beside it, in whatever order and form, an item's scores are the same."""
 
 import concurrent.futures
+from typing import Any
 
 import grpc
 import jax
 import numpy as np
 import pytest
+from google.protobuf.json_format import MessageToDict
 
 from brewjax.data.tasks.examples import example_at
 from brewjax.data.text.encode import EncodedPrompt
@@ -141,6 +143,46 @@ def test_a_prefix_may_be_empty_and_an_item_a_single_text(client, http, bundle):
     np.testing.assert_allclose(single["scores"], listed["scores"], atol=1e-6)
     over_rpc = client.score(raw("a", ["b c"], LABELS), normalize_over="VOCABULARY")
     np.testing.assert_allclose(single["scores"], probabilities(over_rpc), atol=1e-6)
+
+
+def test_over_http_as_sglang_does(client, http):
+    """What SGLang's tests send: no items, empty ones, repeated labels, more labels than a pass has, newer fields."""
+    query, items = draw(4, 3, prefix=20)
+    labels = list(range(3, 50))
+
+    def scores(**body: Any) -> np.ndarray:
+        response = http.post("/v1/score", json={"query": query, "items": items, "label_token_ids": LABELS} | body)
+        return np.array(response.raise_for_status().json()["scores"])
+
+    assert scores(items=[]).tolist() == []
+    with_empty = scores(items=[[], *items])
+    np.testing.assert_allclose(with_empty[1:], scores(), atol=1e-6)
+    np.testing.assert_allclose(with_empty[:1], scores(query=query[:-1], items=[query[-1:]]), atol=1e-6)
+    np.testing.assert_allclose(scores(label_token_ids=[7, 5, 7]), scores(label_token_ids=[7, 5])[:, [0, 1, 0]])
+    many = scores(label_token_ids=labels)
+    np.testing.assert_allclose(many[:, [0, 46]], scores(label_token_ids=[3, 49]), atol=1e-6)
+    softmax = scores(label_token_ids=labels, apply_softmax=True, temperature=2, return_pooled_hidden_states=False)
+    np.testing.assert_allclose(softmax, np.sqrt(many) / np.sqrt(many).sum(axis=1, keepdims=True), rtol=1e-4)
+
+
+def test_over_http_members_are_ranked_as_over_grpc(client, http, dataset, tasks):
+    member = request_from_example(dataset, tasks[0], example_at(dataset, tasks[0], 7))
+    body = MessageToDict(pb.ScoreRequest(member=member, top_k=3, request_id="r1"), preserving_proto_field_name=True)
+    answer = http.post("/v1/rank", json=body, headers={"grpc-timeout": "30S"}).json()
+    over_grpc = client.score(member, top_k=3)
+    for item, same in zip(answer["scores"], over_grpc.scores, strict=True):
+        assert item["index"] == same.index
+        np.testing.assert_allclose(item["probabilities"], same.probabilities, atol=1e-6)
+    assert (answer["request_id"], answer["model"]) == ("r1", over_grpc.model)
+    assert http.get("/v1/models").json()["data"][0]["id"] == over_grpc.model
+    for changed, headers, status, message in (
+        ({"member": {"task": "no", "items": [{}]}}, {}, 400, "member.task: no task 'no'"),
+        ({"membr": {}}, {}, 400, 'the body: Message type "brewjax.ranker.v1.ScoreRequest" has no field named "membr"'),
+        ({}, {"grpc-timeout": "soon"}, 400, "grpc-timeout: give a number and a unit"),
+        ({}, {"grpc-timeout": "1n"}, 504, "not answered within 1e-09 seconds"),
+    ):
+        refused = http.post("/v1/rank", json=body | changed, headers=headers)
+        assert (refused.status_code, refused.json()["message"][: len(message)]) == (status, message)
 
 
 @pytest.mark.parametrize("texts", [True, False])
