@@ -110,9 +110,9 @@ def compile_all() -> None:
 def compiled(function: Callable, T: int, S: int, D: int, dtype: Any, device: jax.Device) -> Iterator[tuple]:
     """Of each kernel: name, registers, bytes of spills and of shared memory, wgmma or mma or neither."""
     shutil.rmtree(DUMP, ignore_errors=True)
-    one = jax.sharding.SingleDeviceSharding(device)
+    device_sharding = jax.sharding.SingleDeviceSharding(device)
     q, k, label = (
-        jax.ShapeDtypeStruct(shape, dtype, sharding=one)
+        jax.ShapeDtypeStruct(shape, dtype, sharding=device_sharding)
         for shape, dtype in (((1, T, HEADS, D), dtype), ((1, S, KEY_HEADS, D), dtype), ((1, S), jnp.int32))
     )
     jax.jit(function).lower(q, k, k, TokenLabels(label, label, label)).compile()

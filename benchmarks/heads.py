@@ -85,10 +85,10 @@ class Row:
     temporary: int
 
     def cells(self) -> list[str]:
-        least = max(self.floor, self.bundles, self.bytes)
-        times = (self.floor, self.bundles, self.bytes, least)
+        bound = max(self.floor, self.bundles, self.bytes)
+        times = (self.floor, self.bundles, self.bytes, bound)
         estimate = f"{self.estimate:.2f}" if self.estimate else ""
-        return [*(f"{x:.2f}" for x in times), f"{least / self.floor:.2f}", estimate, f"{self.temporary / 1e6:,.0f}"]
+        return [*(f"{x:.2f}" for x in times), f"{bound / self.floor:.2f}", estimate, f"{self.temporary / 1e6:,.0f}"]
 
 
 def score(chip: Chip, N: int, D: int, hidden: Any, head: Any, parts: int, implementation: str) -> Row:
@@ -159,26 +159,26 @@ def on_chips(chips: list[str]) -> None:
     columns = ("chip", "what", "by", "floor, ms", "bundles, ms", "bytes, ms", "least, ms", "over floor", "estimate, ms")
     shown = table("the heads", (*columns, "temporary, MB"))
 
-    def add(chip: Chip, what: str, by: str, row: Row) -> None:
-        shown.add_row(chip.name, what, by, *row.cells())
-        print(chip.name, what, by, *row.cells(), file=sys.stderr, flush=True)  # compiling takes long
+    def add(chip: Chip, workload: str, by: str, row: Row) -> None:
+        shown.add_row(chip.name, workload, by, *row.cells())
+        print(chip.name, workload, by, *row.cells(), file=sys.stderr, flush=True)  # compiling takes long
 
     for chip in map(Chip, chips):
         for N, D in LOSSES:
-            what = f"cross-entropy and gradients, {N:,} x {D:,}"
-            add(chip, what, "kernels", train(chip, N, D, "tpu"))
+            workload = f"cross-entropy and gradients, {N:,} x {D:,}"
+            add(chip, workload, "kernels", train(chip, N, D, "tpu"))
             for chunk in CHUNKS:
-                add(chip, what, f"XLA, chunk={chunk}", train(chip, N, D, "xla", chunk))
+                add(chip, workload, f"XLA, chunk={chunk}", train(chip, N, D, "xla", chunk))
         for N, D, hidden, head, all_parts in SCORES:
-            what = f"label scores, {N:,} x {D:,}, {jnp.dtype(hidden).name} x {jnp.dtype(head).name}"
+            workload = f"label scores, {N:,} x {D:,}, {jnp.dtype(hidden).name} x {jnp.dtype(head).name}"
             for parts in all_parts:
                 add(
                     chip,
-                    what,
+                    workload,
                     f"kernel, {parts} part{'s' * (parts > 1)}",
                     score(chip, N, D, hidden, head, parts, "tpu"),
                 )
-            add(chip, what, "XLA", score(chip, N, D, hidden, head, 3, "xla"))
+            add(chip, workload, "XLA", score(chip, N, D, hidden, head, 3, "xla"))
     Console(width=180).print(shown)
 
 

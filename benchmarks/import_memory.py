@@ -68,7 +68,7 @@ def peak() -> int:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
-def measure(folder: Path, what: str) -> None:
+def measure(folder: Path, mode: str) -> None:
     """Run in a process of its own: prints the seconds and the peaks."""
     from brewjax.model import huggingface
 
@@ -77,7 +77,7 @@ def measure(folder: Path, what: str) -> None:
     config = huggingface.read_config(folder, "synthetic")
     params = huggingface.read_params(folder, config, mesh)
     read, seconds = peak(), time.perf_counter() - start_time
-    if what == "save":
+    if mode == "save":
         from brewjax.model.params import save_model
 
         save_model(folder / "saved", config, params)

@@ -47,8 +47,8 @@ def ties(predictions: pa.Table, task: Task) -> float:
     """The share of pairs of questions of one prompt that have the same score to the bit."""
     score, example = scores(predictions, task), predictions["example"].to_numpy()
     equal = pairs = 0
-    for one in np.unique(example):
-        _, counts = np.unique(score[example == one], return_counts=True)
+    for example_id in np.unique(example):
+        _, counts = np.unique(score[example == example_id], return_counts=True)
         n = counts.sum()
         equal += int((counts * (counts - 1)).sum())
         pairs += int(n * (n - 1))

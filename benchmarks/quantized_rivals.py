@@ -155,9 +155,9 @@ class Chip:
                 cost.copies += any(each in matrices for each in operands)
         return cost
 
-    def row(self, yardstick: float, *what: Any) -> tuple[float, list[str]]:
-        """Milliseconds of `cost(*what)`, and the numbers to show."""
-        cost = self.cost(*what)
+    def row(self, yardstick: float, *arguments: Any) -> tuple[float, list[str]]:
+        """Milliseconds of `cost(*arguments)`, and the numbers to show."""
+        cost = self.cost(*arguments)
         product, rest, estimate = (cycles / self.clock * 1e3 for cycles in (cost.product, cost.rest, cost.estimate))
         times = product, rest, (product + rest) / (yardstick or product + rest)
         shown = [f"{times[0]:.3f}", f"{times[1]:.3f}", f"{times[2]:.2f}", f"{cost.bytes / self.bandwidth * 1e3:.3f}"]

@@ -278,12 +278,12 @@ def main() -> None:
     for column in columns:
         table.add_column(column, justify="right")
     seconds, cores = (
-        {name: np.array([turn[what] for turn in turns[name][WARM:]]) for name in players}
-        for what in ("seconds", "busy")
+        {name: np.array([turn[measure] for turn in turns[name][WARM:]]) for name in players}
+        for measure in ("seconds", "busy")
     )
     for name, times in seconds.items():
         step, busy = float(np.median(times)), float(np.median(cores[name]))
-        ratios = [f"{np.median(mine[name] / mine['ours']):.2f}" for mine in (seconds, cores)]
+        ratios = [f"{np.median(by_player[name] / by_player['ours']):.2f}" for by_player in (seconds, cores)]
         memory = f"{turns[name][-1]['gigabytes']:.2f} GB"
         losses = f"{turns[name][0]['loss']:.2f} to {turns[name][-1]['loss']:.2f}"
         table.add_row(name, f"{step:.2f}", f"{busy:.2f}", f"{ROWS * LENGTH / step:,.0f}", *ratios, memory, losses)

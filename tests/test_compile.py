@@ -144,7 +144,10 @@ ENTRY %main (p: bf16[8,4]) -> f32[8] {
 
 def test_loops_are_multiplied_in_and_what_runs_beside_others_is_counted_once():
     program = hlo.read(HLO)
-    actual = {(one.kind, one.shape, one.devices): times for one, times in program.collectives.items()}
+    actual = {
+        (collective.kind, collective.shape, collective.devices): times
+        for collective, times in program.collectives.items()
+    }
     assert actual == {
         ("all-gather", "bf16[16,4]", 2): 1,
         ("reduce-scatter", "bf16[64,8]", 2): 1,
@@ -154,7 +157,7 @@ def test_loops_are_multiplied_in_and_what_runs_beside_others_is_counted_once():
     assert program.cycles.total() == 80
     assert program.kernels == {"kernel": 8}
     assert sum(program.unknown_loops.values()) == 1
-    sizes = {one.kind: (one.size, one.sent) for one in program.collectives}
+    sizes = {collective.kind: (collective.size, collective.sent) for collective in program.collectives}
     assert sizes == {
         "all-gather": (128, 64),
         "reduce-scatter": (1024, 512),

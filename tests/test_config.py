@@ -60,7 +60,7 @@ def test_reads_what_the_file_says_and_the_defaults(recipe):
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "message"),
     [
         ("  warmup", "  warm_up", "recipe.yaml:5: optimizer.warm_up: unknown key 'warm_up'; did you mean 'warmup'?"),
         ("name:", "nmae:", "recipe.yaml:2: nmae: unknown key 'nmae'; did you mean 'name'?"),
@@ -81,9 +81,9 @@ def test_reads_what_the_file_says_and_the_defaults(recipe):
         ("kind: train, ", "steps: 1, ", "recipe.yaml:7: 'steps' is given twice, first on line 7"),
     ],
 )
-def test_a_mistake_is_named_by_file_line_and_key(old, new, said):
+def test_a_mistake_is_named_by_file_line_and_key(old, new, message):
     (line,) = refused(RECIPE.replace(old, new))
-    assert line.startswith(said)
+    assert line.startswith(message)
 
 
 def test_all_mistakes_are_reported_at_once():
@@ -96,7 +96,7 @@ def test_all_mistakes_are_reported_at_once():
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("name: [tiny\nseed: 1\n", "recipe.yaml:2: not valid YAML: expected ',' or ']'"),
         ("name: !!python/object:os.system tiny\n", "recipe.yaml:1: not valid YAML: could not determine a constructor"),
@@ -104,8 +104,8 @@ def test_all_mistakes_are_reported_at_once():
         ("- name\n- tiny\n", "recipe.yaml: expected KEY: VALUE lines with name, found ['name', 'tiny']"),
     ],
 )
-def test_a_file_that_is_no_config_is_refused(text, said):
-    assert refused(text)[0].startswith(said)
+def test_a_file_that_is_no_config_is_refused(text, message):
+    assert refused(text)[0].startswith(message)
 
 
 def test_bad_yaml_names_the_line():
@@ -137,7 +137,7 @@ def test_an_override_may_open_a_group_that_the_file_leaves_out():
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("seed", "--set seed: expected KEY=VALUE, for example train.steps=100"),
         ("name.first=a", "--set name.first=a: 'name' is not a group of keys"),
@@ -150,8 +150,8 @@ def test_an_override_may_open_a_group_that_the_file_leaves_out():
         ),
     ],
 )
-def test_a_bad_override_is_named(override, said):
-    assert refused(RECIPE, override)[0].startswith(said)
+def test_a_bad_override_is_named(override, message):
+    assert refused(RECIPE, override)[0].startswith(message)
 
 
 def test_what_is_saved_loads_as_the_same(recipe, tmp_path):

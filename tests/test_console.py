@@ -10,10 +10,10 @@ from brewjax.console import bold, plain_console, print_ranking, track
 ODD = ["[/applied]", "[applied]", "a [old] path", ":fire:", "[bold red]x[/]", "[link=http://x]"]
 
 
-def printed(*what: object) -> str:
+def printed(*renderables: object) -> str:
     file = io.StringIO()
-    for one in what:
-        plain_console(file=file, width=200).print(one)
+    for renderable in renderables:
+        plain_console(file=file, width=200).print(renderable)
     return file.getvalue()
 
 

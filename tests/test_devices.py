@@ -27,7 +27,7 @@ def pci(root, vendor: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("vendor", "kind", "found"),
+    ("vendor", "kind", "expected"),
     [
         ("0x1ae0", "0x120000", True),
         ("0x1ae0", "0xff0000", True),
@@ -36,9 +36,9 @@ def pci(root, vendor: str, kind: str) -> None:
         ("0x10de", "0x030200", False),
     ],
 )
-def test_a_tpu_is_known_by_its_place_on_the_bus(tmp_path, vendor, kind, found):
+def test_a_tpu_is_known_by_its_place_on_the_bus(tmp_path, vendor, kind, expected):
     pci(tmp_path, vendor, kind)
-    assert has_tpu(tmp_path) == found
+    assert has_tpu(tmp_path) == expected
 
 
 @pytest.mark.parametrize("device", ["dev/accel0", "dev/vfio/0"])
@@ -55,9 +55,11 @@ def test_without_a_tpu_libtpu_is_not_there(tmp_path, no_libtpu_yet):
         import libtpu  # noqa: F401
 
 
-@pytest.mark.parametrize("asked", [{"JAX_PLATFORMS": "tpu,cpu"}, {"JAX_FORCE_TPU_INIT": "1"}, {"TPU_LIBRARY_PATH": ""}])
-def test_who_asks_for_a_tpu_gets_it(tmp_path, no_libtpu_yet, monkeypatch, asked):
-    monkeypatch.setattr(os, "environ", {**os.environ, **asked})
+@pytest.mark.parametrize(
+    "variables", [{"JAX_PLATFORMS": "tpu,cpu"}, {"JAX_FORCE_TPU_INIT": "1"}, {"TPU_LIBRARY_PATH": ""}]
+)
+def test_who_asks_for_a_tpu_gets_it(tmp_path, no_libtpu_yet, monkeypatch, variables):
+    monkeypatch.setattr(os, "environ", {**os.environ, **variables})
     hide_useless_libtpu(tmp_path)
     assert "libtpu" not in sys.modules
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,7 +84,9 @@ def imports(tree: ast.Module) -> Iterator[str]:
 
 
 def graph() -> dict[str, set[str]]:
-    return {module: {other for other in imports(tree) if other in modules()} for module, tree in modules().items()}
+    return {
+        module: {imported for imported in imports(tree) if imported in modules()} for module, tree in modules().items()
+    }
 
 
 def floor(module: str) -> int:
@@ -95,7 +98,10 @@ def floor(module: str) -> int:
 
 def test_no_module_imports_from_a_floor_above_it():
     upward = [
-        f"{module} -> {other}" for module, others in graph().items() for other in others if floor(other) > floor(module)
+        f"{module} -> {target}"
+        for module, targets in graph().items()
+        for target in targets
+        if floor(target) > floor(module)
     ]
     assert not upward
 
@@ -107,8 +113,8 @@ def test_no_two_modules_import_each_other_however_far_round():
         assert module not in path, " -> ".join([*path[path.index(module) :], module])
         if module not in done:
             path.append(module)
-            for other in edges[module]:
-                visit(other)
+            for imported in edges[module]:
+                visit(imported)
             path.pop()
             done.add(module)
 
@@ -131,17 +137,39 @@ def bindings(tree: ast.Module) -> Iterator[tuple[str, int]]:
             yield node.id, node.lineno
         elif isinstance(node, ast.arg) and node.arg != "other":  # of a binary operation
             yield node.arg, node.lineno
-        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.ExceptHandler)) and node.name:
             yield node.name, node.lineno
+        elif isinstance(node, ast.alias) and node.asname:
+            yield node.asname, node.lineno
 
 
-@pytest.mark.parametrize("package", ["brewjax", "pallas_kernels"])
-def test_names_are_words_of_the_field(package):
+@pytest.mark.parametrize("folder", ["brewjax", "pallas_kernels", "tests", "benchmarks", "notebooks"])
+def test_names_are_words_of_the_field(folder):
+    files = [path for path in (ROOT / folder).rglob("*.py") if "_pb2" not in path.name]
+    assert files
     bad = [
-        f"{module}:{line} {bound}"
-        for module, tree in modules().items()
-        if module.startswith(package)
-        for bound, line in bindings(tree)
+        f"{path.relative_to(ROOT)}:{line} {bound}"
+        for path in files
+        for bound, line in bindings(ast.parse(path.read_text()))
         if bound.strip("_") in NO_NAMES
     ]
     assert not bad
+
+
+def axis_letters(tree: ast.Module) -> Iterator[str]:
+    """Letters in shapes such as `Float[Array, "B T D"]`; a word is a name, and a star stands for any axes."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Subscript) and getattr(node.value, "id", "") in ("Float", "Int", "Bool", "Num"):
+            *_, shape = node.slice.elts if isinstance(node.slice, ast.Tuple) else [None]
+            if isinstance(shape, ast.Constant) and isinstance(shape.value, str):
+                yield from re.findall(r"(?<![*\w])[A-Za-z]{1,2}(?!\w)", shape.value)
+
+
+def test_axis_letters_are_in_the_legend():
+    legend = (ROOT / "docs/glossary.md").read_text().partition("## Axis letters")[2]
+    known = {
+        letter.strip() for row in re.findall(r"^\| ([\w, ]+) \|", legend, re.MULTILINE) for letter in row.split(",")
+    }
+    used = {letter for tree in modules().values() for letter in axis_letters(tree)}
+    assert {"B", "T", "D", "NQ"} <= used
+    assert not {letters for letters in used if letters not in known and not {*letters} <= known}

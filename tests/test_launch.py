@@ -64,10 +64,10 @@ def test_the_image_is_linted_and_has_all_that_it_installs(tmp_path):
 
 
 def test_gke_submits_a_pod_for_each_host_of_the_slice():
-    said = launch("gke.sh", "--dry-run", "r.yaml", "--set", 'name="a b"', **GKE)
-    assert said.returncode == 0, said.stderr
-    assert "${" not in said.stdout.split("\n", 1)[1]
-    jobset = yaml.safe_load(said.stdout)
+    result = launch("gke.sh", "--dry-run", "r.yaml", "--set", 'name="a b"', **GKE)
+    assert result.returncode == 0, result.stderr
+    assert "${" not in result.stdout.split("\n", 1)[1]
+    jobset = yaml.safe_load(result.stdout)
     assert JobsetV1alpha2JobSet.from_dict(jobset).to_dict() == jobset  # what the schema does not know would be dropped
     (replicated,) = jobset["spec"]["replicatedJobs"]
     job = replicated["template"]["spec"]
@@ -125,22 +125,22 @@ def test_a_bucket_in_which_folders_cannot_be_renamed_is_refused(tmp_path, namesp
 
 
 def test_slurm_submits_a_process_for_each_gpu_and_queues_again_on_75():
-    said = launch("slurm.sh", "--dry-run", "4", "8", "r.yaml", "--set", "name=a b")
+    result = launch("slurm.sh", "--dry-run", "4", "8", "r.yaml", "--set", "name=a b")
     for line in ("#SBATCH --nodes=4", "#SBATCH --ntasks-per-node=8", "#SBATCH --signal=TERM@120", "code == 75"):
-        assert line in said.stdout
-    assert "brewjax run 'r.yaml' '--set' 'name=a b'" in said.stdout
-    assert subprocess.run(["bash", "-n"], input=said.stdout, text=True, check=False).returncode == 0
+        assert line in result.stdout
+    assert "brewjax run 'r.yaml' '--set' 'name=a b'" in result.stdout
+    assert subprocess.run(["bash", "-n"], input=result.stdout, text=True, check=False).returncode == 0
 
 
 def test_gcloud_runs_on_every_vm():
-    said = launch("tpu_vm.sh", "--dry-run", "pod", "us-east5-a", "r.yaml")
-    assert said.stdout.startswith("'gcloud' 'compute' 'tpus' 'tpu-vm' 'ssh' 'pod' '--zone=us-east5-a' '--worker=all'")
-    assert "again.sh brewjax run" in said.stdout
+    result = launch("tpu_vm.sh", "--dry-run", "pod", "us-east5-a", "r.yaml")
+    assert result.stdout.startswith("'gcloud' 'compute' 'tpus' 'tpu-vm' 'ssh' 'pod' '--zone=us-east5-a' '--worker=all'")
+    assert "again.sh brewjax run" in result.stdout
     first, second = launch(
         "tpu_vm.sh", "--dry-run", "pod", "us-east5-a", "r.yaml", TYPE="v5p-128", VERSION="v2"
     ).stdout.splitlines()
     assert "'create' 'pod' '--zone=us-east5-a' '--accelerator-type=v5p-128' '--version=v2'" in first
-    assert second == said.stdout.strip()
+    assert second == result.stdout.strip()
 
 
 def test_a_dry_run_is_what_is_submitted(tmp_path):
@@ -171,7 +171,7 @@ def test_xpk_starts_again_on_75_and_passes_sigterm_on():
 
 
 @pytest.mark.parametrize(
-    ("command", "variables", "said"),
+    ("command", "variables", "message"),
     [
         (["local.sh", "r.yaml"], {}, "usage: launch/local.sh"),
         (["slurm.sh", "2", "r.yaml"], {}, "usage: launch/slurm.sh"),
@@ -186,10 +186,10 @@ def test_xpk_starts_again_on_75_and_passes_sigterm_on():
         (["xpk.sh", "r.yaml"], XPK | {"NAME": "x" * 41}, "Kubernetes takes at most 40"),
     ],
 )
-def test_what_is_missing_is_said(command, variables, said):
+def test_what_is_missing_is_said(command, variables, message):
     refused = launch(*command, **variables)
     assert refused.returncode == 2
-    assert said in refused.stderr
+    assert message in refused.stderr
 
 
 def fake(folder: Path, name: str, body: str) -> str:

@@ -52,7 +52,7 @@ def prompt(
 
 def pack(prompts: Iterable[EncodedPrompt], length: int) -> tuple[np.ndarray, np.ndarray, TokenLabels]:
     """Tokens, positions and token labels [length] of prompts that share a row."""
-    parts = [one.arrays | {"example": np.full(len(one), number)} for number, one in enumerate(prompts, 1)]
+    parts = [encoded.arrays | {"example": np.full(len(encoded), number)} for number, encoded in enumerate(prompts, 1)]
     row = {}
     for name in ("tokens", "positions", "example", "piece_id", "visibility"):
         row[name] = np.full(length, PADDING, np.int32)
@@ -66,11 +66,11 @@ def batch_of(rows: Iterable[Iterable[EncodedPrompt]], length: int) -> TokenBatch
     packed, record = [], 0
     for prompts in map(list, rows):
         tokens, positions, token_labels = pack(prompts, length)
-        arrays = [one.arrays | {"source": np.full(len(one), record + n)} for n, one in enumerate(prompts)]
+        arrays = [encoded.arrays | {"source": np.full(len(encoded), record + n)} for n, encoded in enumerate(prompts)]
         record += len(prompts)
         fields = {}
         for name, nothing in {"targets": NO_TARGET, "weights": 0, "preference": 0, "source": -1}.items():
-            joined = np.concatenate([one[name] for one in arrays])
+            joined = np.concatenate([part[name] for part in arrays])
             fields[name] = np.pad(joined, (0, length - len(joined)), constant_values=nothing)
         packed.append(TokenBatch(tokens, positions, token_labels, **fields))
     return jax.tree.map(lambda *of_rows: np.stack(of_rows), *packed)

@@ -73,11 +73,11 @@ def test_the_data_of_training_are_known_whatever_they_are_called(bundle, jobs, t
 )
 def test_other_data_of_the_same_name_have_percentiles_of_their_own(bundle, tmp_path, capsys, card, items):
     dataset = Dataset.load(write_dataset(tmp_path / "jobs", card=card, items=items))
-    own = PercentileScale.fit(dataset, TASK.boundaries(dataset)[0])
-    bundle_of_own = dataclasses.replace(bundle, scale=own)
+    scale = PercentileScale.fit(dataset, TASK.boundaries(dataset)[0])
+    bundle_with_scale = dataclasses.replace(bundle, scale=scale)
     assert not bundle.scale.fits(dataset)
-    assert own.fits(dataset)
-    assert salaries(bundle, dataset) == salaries(bundle_of_own, dataset)
+    assert scale.fits(dataset)
+    assert salaries(bundle, dataset) == salaries(bundle_with_scale, dataset)
     line = f"{dataset.path}: not the dataset that the model was trained on; percentiles are fitted to this one\n"
     assert capsys.readouterr().err == line
 
@@ -95,8 +95,8 @@ class Undecided:
 def test_an_overlong_item_stops_no_evaluation(bundle, jobs, capsys, monkeypatch):  # noqa: F811
     monkeypatch.setattr(Bundle, "scorer", lambda *_: Undecided())
     examples = list(build_examples(jobs, TASK, "test"))[:2]
-    asked = np.concatenate([example.candidates for example in examples])
-    row = int(asked[0])
+    candidates = np.concatenate([example.candidates for example in examples])
+    row = int(candidates[0])
     dataset = dataclasses.replace(jobs, items=put("title", row, "many words " * 900)(jobs.items))
     tasks = [
         TASK.model_copy(
@@ -105,8 +105,8 @@ def test_an_overlong_item_stops_no_evaluation(bundle, jobs, capsys, monkeypatch)
         for overlong in ("truncate", "skip")
     ]
     cut, skipped = predict(bundle, dataset, [(task, examples) for task in tasks])
-    assert cut.table["item"].to_pylist() == asked.tolist()
-    assert skipped.table["item"].to_pylist() == [item for item in asked.tolist() if item != row]
+    assert cut.table["item"].to_pylist() == candidates.tolist()
+    assert skipped.table["item"].to_pylist() == [item for item in candidates.tolist() if item != row]
     lines = capsys.readouterr().err.splitlines()
     for line, done in zip(
         lines, ("truncate: 1 text too long was truncated", "skip: 1 text too long was skipped"), strict=True

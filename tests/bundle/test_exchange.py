@@ -61,8 +61,8 @@ def folder(tmp_path) -> Path:
 
 def change(folder: Path, file: str, **tensors: np.ndarray | None) -> None:
     """Puts tensors into a file, or takes them out; __ stands for a dot."""
-    kept = load_file(folder / file) | {name.replace("__", "."): values for name, values in tensors.items()}
-    save_file({name: values for name, values in kept.items() if values is not None}, folder / file)
+    stored = load_file(folder / file) | {name.replace("__", "."): values for name, values in tensors.items()}
+    save_file({name: values for name, values in stored.items() if values is not None}, folder / file)
 
 
 def edit(path: Path, **values: object) -> None:
@@ -155,7 +155,7 @@ def test_a_prompt_over_the_context_is_refused(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("file", "tensors", "said"),
+    ("file", "tensors", "message"),
     [
         (5, {"model__norm__weight": None}, r"model-00005\S+: tensor model.norm.weight \[24\] is missing"),
         (5, {"lm_foot": np.zeros(2)}, r"model-00005\S+: tensor lm_foot is F64; only F32, F16, BF16 are read"),
@@ -164,9 +164,9 @@ def test_a_prompt_over_the_context_is_refused(folder, tmp_path):
         (5, {"model__norm__weight": np.full(24, np.nan, "f4")}, "-00005.* model.norm.weight holds NaN or infinity"),
     ],
 )
-def test_a_wrong_tensor_is_named_with_its_file_and_nothing_is_left(folder, tmp_path, file, tensors, said):
+def test_a_wrong_tensor_is_named_with_its_file_and_nothing_is_left(folder, tmp_path, file, tensors, message):
     change(folder, f"model-0000{file}-of-00005.safetensors", **tensors)
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         import_model(str(folder), tmp_path / "model")
     assert list(tmp_path.iterdir()) == [folder]
 
@@ -183,12 +183,12 @@ def test_a_head_that_is_tied_and_saved_is_left_out_unless_it_is_another(folder, 
     bundle = import_model(str(folder), tmp_path / "tied")
     assert bundle.model.tie_head
     assert "untied_head" not in bundle.params
-    other = np.array(embedding)
-    other[39, 23] += 1
-    change(folder, last, lm_head__weight=other)
+    head = np.array(embedding)
+    head[39, 23] += 1
+    change(folder, last, lm_head__weight=head)
     bundle = import_model(str(folder), tmp_path / "untied")
     assert not bundle.model.tie_head
-    np.testing.assert_array_equal(bundle.params["untied_head"], other)
+    np.testing.assert_array_equal(bundle.params["untied_head"], head)
 
 
 def test_an_index_that_is_not_of_these_files_is_refused(folder, tmp_path):
@@ -393,8 +393,8 @@ def test_the_real_thing(tmp_path):
     bundle = import_model("smollm2-135m", tmp_path / "model")
     with np.load(GOLDENS.parent / "golden_smollm2_135m.npz") as golden:
         ids, top, logits = golden["ids"], golden["top"], golden["logits"]
-    said = bundle.tokenizer.chat([{"role": "user", "content": "What is the capital of France?"}])
-    assert bundle.tokenizer.encode([said])[0] == ids.tolist()
+    text = bundle.tokenizer.chat([{"role": "user", "content": "What is the capital of France?"}])
+    assert bundle.tokenizer.encode([text])[0] == ids.tolist()
     decoder = bind(bundle.model, jax.tree.map(lambda leaf: jax.numpy.asarray(np.asarray(leaf)), bundle.params))
     labels = np.ones((1, len(ids)), np.int32)
     hidden = decoder(ids[None], np.arange(len(ids))[None], TokenLabels(labels, 0 * labels, 2 * labels))

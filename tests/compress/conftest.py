@@ -36,12 +36,12 @@ def bundle(tokenizer) -> Bundle:
 
 def hidden(model: ModelConfig, weights: Params, prompts: list[EncodedPrompt]) -> np.ndarray:
     """States behind the last norm, of prompts in rows of 64; what padding says is left out."""
-    rows = [pack([one], 64) for one in prompts]
+    rows = [pack([encoded], 64) for encoded in prompts]
     tokens, positions = (jnp.asarray(np.stack(part)) for part in list(zip(*rows, strict=True))[:2])
     token_labels = TokenLabels(*(jnp.asarray(np.stack(part)) for part in zip(*(row[2] for row in rows), strict=True)))
     weights = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), weights)
     states = run(model, weights, tokens, positions, token_labels)
-    return np.concatenate([np.asarray(state)[: len(one)] for state, one in zip(states, prompts, strict=True)])
+    return np.concatenate([np.asarray(state)[: len(encoded)] for state, encoded in zip(states, prompts, strict=True)])
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -40,9 +40,9 @@ def test_a_subset_stays_the_least_squares_solution_whatever_moves(groups, size, 
     np.testing.assert_allclose(resolve(H, W, rows), U, rtol=1e-6, atol=1e-8)
     for group, score in enumerate(subset.scores()):
         without = np.setdiff1d(np.flatnonzero(subset.is_kept), group)
-        other = without if subset.is_kept[group] else np.append(without, group)
-        if len(other):
-            change = abs(best(H, W, group_rows(other, size))[1] - objective)
+        toggled = without if subset.is_kept[group] else np.append(without, group)
+        if len(toggled):
+            change = abs(best(H, W, group_rows(toggled, size))[1] - objective)
             np.testing.assert_allclose(score, change, rtol=1e-6, atol=1e-8 * objective + 1e-8)
 
 
@@ -63,10 +63,10 @@ def test_swaps_and_re_solving_are_never_for_the_worse(seed, keep, size):
     H, W = draw(seed, 12 * size)
     objectives = []
     for swaps in (0, 1, 3, 50):
-        kept = choose(H, W, size, keep, swaps)
-        assert len(kept) == keep
-        assert list(kept) == sorted(set(kept))
-        rows = group_rows(kept, size)
+        groups = choose(H, W, size, keep, swaps)
+        assert len(groups) == keep
+        assert list(groups) == sorted(set(groups))
+        rows = group_rows(groups, size)
         objectives.append(lost_share(H, W, rows, resolve(H, W, rows)))
         assert objectives[-1] <= lost_share(H, W, rows, W[rows]) + 1e-12
     assert objectives == sorted(objectives, reverse=True) or np.ptp(objectives) < 1e-9
@@ -78,8 +78,8 @@ def test_most_choices_are_the_best_of_all():
     for seed in range(20):
         H, W = draw(seed, 9)
         rows = choose(H, W, 1, 4, 50)
-        least = min(best(H, W, np.array(subset))[1] for subset in itertools.combinations(range(9), 4))
-        ratios.append(best(H, W, rows)[1] / least)
+        optimum = min(best(H, W, np.array(subset))[1] for subset in itertools.combinations(range(9), 4))
+        ratios.append(best(H, W, rows)[1] / optimum)
     assert min(ratios) > 1 - 1e-6
     assert np.mean(np.array(ratios) < 1 + 1e-6) > 0.6
     assert max(ratios) < 1.5

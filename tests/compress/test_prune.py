@@ -41,7 +41,10 @@ def test_statistics_are_of_every_token_and_of_no_padding():
     prompts = [prompt(random, preamble) for preamble in (6, 6, 9)]
     mesh = MeshConfig().build()
     weights = jax.device_put(params(DEEPER), jax.tree.map(lambda x: x.sharding, abstract_params(DEEPER, mesh)))
-    seen = [[np.asarray(each, np.float64) for each in taken(params(DEEPER), *alone(one))] for one in prompts]
+    seen = [
+        [np.asarray(each, np.float64) for each in layer_activations(params(DEEPER), *alone(encoded))]
+        for encoded in prompts
+    ]
     inputs, heads, neurons, afters = (np.concatenate(part, 2)[:, 0] for part in zip(*seen, strict=True))
     for number, statistics in enumerate(calibrate(DEEPER, weights, prompts, mesh)):
         X, Y, a, b = heads[number].reshape(-1, 32), neurons[number], inputs[number], afters[number]
@@ -53,12 +56,14 @@ def test_statistics_are_of_every_token_and_of_no_padding():
     assert number == 2
 
 
-def alone(one: EncodedPrompt) -> tuple:
-    return jax.tree.map(lambda x: jnp.asarray(x)[None], pack([one], len(one)))
+def alone(encoded: EncodedPrompt) -> tuple:
+    return jax.tree.map(lambda x: jnp.asarray(x)[None], pack([encoded], len(encoded)))
 
 
 @jax.jit
-def taken(weights: Params, tokens: jax.Array, positions: jax.Array, token_labels: TokenLabels) -> tuple[jax.Array, ...]:
+def layer_activations(
+    weights: Params, tokens: jax.Array, positions: jax.Array, token_labels: TokenLabels
+) -> tuple[jax.Array, ...]:
     """Of every layer: its input, what the two projections take, its output."""
     decoder = bind(DEEPER, weights)
     x, rotation, actual = decoder.embed(tokens), rotary(positions, DEEPER), []
@@ -86,8 +91,8 @@ def test_the_smaller_model_is_an_ordinary_one_of_exact_size(bundle, prompts, tar
     smaller = prune(bundle, iter(prompts), PruneConfig(method=method, **targets))
     assert smaller.model == DEEPER.model_copy(update=sizes)
     expected = abstract_params(smaller.model, MeshConfig().build())
-    for leaf, wanted in zip(jax.tree.leaves(smaller.params), jax.tree.leaves(expected), strict=True):
-        assert (leaf.shape, leaf.dtype, leaf.sharding) == (wanted.shape, wanted.dtype, wanted.sharding)
+    for leaf, abstract in zip(jax.tree.leaves(smaller.params), jax.tree.leaves(expected), strict=True):
+        assert (leaf.shape, leaf.dtype, leaf.sharding) == (abstract.shape, abstract.dtype, abstract.sharding)
     assert np.isfinite(hidden(smaller.model, smaller.params, prompts[:4])).all()
     assert (smaller.tokenizer, smaller.prompts) == (bundle.tokenizer, bundle.prompts)
 
@@ -95,7 +100,7 @@ def test_the_smaller_model_is_an_ordinary_one_of_exact_size(bundle, prompts, tar
 def kept_of(whole: np.ndarray, left: np.ndarray, axis: int) -> list[int]:
     """Which entries along an axis are left."""
     whole, left = np.moveaxis(whole, axis, 0), np.moveaxis(left, axis, 0)
-    return [next(at for at, entry in enumerate(whole) if np.array_equal(entry, one)) for one in left]
+    return [next(at for at, entry in enumerate(whole) if np.array_equal(entry, row)) for row in left]
 
 
 @pytest.mark.parametrize("method", ["activation", "magnitude"])
@@ -164,7 +169,7 @@ def test_doubles_go_without_a_trace(bundle, prompts):
 def test_the_experts_with_the_most_load_stay(bundle, prompts):
     mesh = MeshConfig().build()
     weights = jax.device_put(params(MIXTURE), jax.tree.map(lambda x: x.sharding, abstract_params(MIXTURE, mesh)))
-    loads = np.stack([one.load for one in calibrate(MIXTURE, weights, prompts, mesh)])
+    loads = np.stack([statistics.load for statistics in calibrate(MIXTURE, weights, prompts, mesh)])
     np.testing.assert_allclose(loads.sum(1), sum(map(len, prompts)), rtol=1e-5)  # a token's weights add up to one
     smaller = prune(with_model(bundle, MIXTURE), prompts, PruneConfig(experts=3, d_ff=24))
     assert smaller.model.experts == ExpertsConfig(num_experts=3, num_experts_per_tok=2)
@@ -200,7 +205,7 @@ def test_experts_that_fold_leave_their_mean(bundle, prompts):
         fold: prune(with_model(bundle, MIXTURE), prompts, PruneConfig(experts=2, d_ff=16, fold_experts=fold))
         for fold in (False, True)
     }
-    dropped, folded = (hidden(one.model, one.params, prompts[:4]) for one in pruned.values())
+    dropped, folded = (hidden(smaller.model, smaller.params, prompts[:4]) for smaller in pruned.values())
     assert np.isfinite(folded).all()
     assert np.abs(dropped - folded).max() > 1e-2
 

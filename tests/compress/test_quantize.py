@@ -47,11 +47,11 @@ CONFIGS = [
 configs = pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.dtype}-{c.scales}-{c.activations}")
 
 
-def make_prompt(seed: int, questions: int) -> Prompt:
+def make_prompt(seed: int, num_questions: int) -> Prompt:
     random = np.random.default_rng(seed)
     text = lambda letters: "".join(random.choice(LETTERS, letters))  # noqa: E731
-    asked = tuple(Question(text(count)) for count in random.integers(1, 6, questions))
-    return Prompt(text(6), tuple(text(count) for count in random.integers(1, 6, 4)), asked, ("Yes", "No"))
+    questions = tuple(Question(text(count)) for count in random.integers(1, 6, num_questions))
+    return Prompt(text(6), tuple(text(count) for count in random.integers(1, 6, 4)), questions, ("Yes", "No"))
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -114,10 +114,12 @@ def test_every_value_is_within_half_a_step_of_what_it_was(saved, small, config):
         axes = (behind, behind + 1) if name == "output" else (behind,)
         weight, values = np.asarray(whole[name]), np.asarray(small[name]["values"]).astype(np.float32)
         scale = np.expand_dims(np.asarray(small[name]["scale"]), axes)
-        most = np.abs(weight).max(axes, keepdims=True)
+        max_abs = np.abs(weight).max(axes, keepdims=True)
         if config.scales == "per_tensor":
-            most = np.broadcast_to(np.abs(weight).max(tuple(range(behind, weight.ndim)), keepdims=True), most.shape)
-        np.testing.assert_allclose(scale, most / (448 if config.dtype == "e4m3" else 127), rtol=1e-6)
+            max_abs = np.broadcast_to(
+                np.abs(weight).max(tuple(range(behind, weight.ndim)), keepdims=True), max_abs.shape
+            )
+        np.testing.assert_allclose(scale, max_abs / (448 if config.dtype == "e4m3" else 127), rtol=1e-6)
         step = np.broadcast_to(scale, weight.shape) / 2
         if config.dtype == "e4m3":  # 3 bits of fraction; below 2^-6 a fixed step
             step = np.maximum(np.abs(weight) * 2**-4, scale * 2**-10)
@@ -142,8 +144,8 @@ def test_quantizing_holds_one_float_parameter_at_a_time(saved, monkeypatch):
     def live() -> int:
         return sum(array.nbytes for array in jax.live_arrays())
 
-    def reading(folder: Path, wanted: Params) -> Params:
-        read = read_params(folder, wanted)
+    def reading(folder: Path, abstract: Params) -> Params:
+        read = read_params(folder, abstract)
         held.append((live() - before, max(leaf.nbytes for leaf in jax.tree.leaves(read) if leaf is not ...)))
         return read
 
@@ -160,7 +162,7 @@ def test_loading_never_holds_the_float_model(tmp_path, tokenizer):
     bundle = Bundle(model, params(model), tokenizer, PromptConfig())
     bundle.save(tmp_path / "whole")
     quantize(tmp_path / "whole", QuantizeConfig()).save(tmp_path / "small")
-    on_disk = [sum(file.stat().st_size for file in (tmp_path / one).rglob("*")) for one in ("whole", "small")]
+    on_disk = [sum(file.stat().st_size for file in (tmp_path / name).rglob("*")) for name in ("whole", "small")]
     assert on_disk[1] < 0.3 * on_disk[0]
     command = [sys.executable, "-m", "tests.compress.test_quantize", "load", tmp_path / "small"]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
@@ -181,9 +183,9 @@ def test_scores_are_near_those_of_the_float_model(saved, small, config):
 
 def apart(bundle: Bundle) -> float:
     """How far scores of questions asked together are from those asked one by one."""
-    one, prompt = scorer(bundle), make_prompt(0, 12)
+    bundle_scorer, prompt = scorer(bundle), make_prompt(0, 12)
     alone = [dataclasses.replace(prompt, questions=(question,)) for question in prompt.questions]
-    return np.abs(one.score(prompt) - np.concatenate([one.score(single) for single in alone])).max()
+    return np.abs(bundle_scorer.score(prompt) - np.concatenate([bundle_scorer.score(single) for single in alone])).max()
 
 
 @pytest.mark.parametrize("dtype", ["e4m3", "int8"])
@@ -198,8 +200,8 @@ def test_with_one_scale_for_all_tokens_they_do_not(small):
 def test_text_is_generated(small):
     bundle = small(QuantizeConfig())
     generator = Generator(bundle.model, bundle.params, slots=2, context=64)
-    said = generator.generate([[3, 4, 5], [6, 7, 8, 9]], 5)
-    assert [len(one) for one in said] == [5, 5]
+    generated = generator.generate([[3, 4, 5], [6, 7, 8, 9]], 5)
+    assert [len(tokens) for tokens in generated] == [5, 5]
 
 
 # --- on a mesh
@@ -244,15 +246,15 @@ def test_heads_of_less_than_float32_move_scores_and_make_ties(tokenizer):
     """Of states such as the last norm gives, as the `Scorer` scores them."""
     bundle = Bundle(DENSE, spread(DENSE), tokenizer, PromptConfig())
     mesh, actual = MeshConfig().build(), {}
-    asked, labels = np.random.default_rng(0).standard_normal((1, 4000, 32), np.float32), np.array([[5, 6]])
-    asked, labels = (
-        jax.device_put(x, NamedSharding(mesh, jax.P(BATCH_AXES, *[None] * (x.ndim - 1)))) for x in (asked, labels)
+    states, labels = np.random.default_rng(0).standard_normal((1, 4000, 32), np.float32), np.array([[5, 6]])
+    states, labels = (
+        jax.device_put(x, NamedSharding(mesh, jax.P(BATCH_AXES, *[None] * (x.ndim - 1)))) for x in (states, labels)
     )
     for product in ("float32", "bfloat16", "e4m3"):
         for logits in ("float32", "bfloat16"):
             model = with_head(bundle, HeadPrecision(product=product, logits=logits)).model
             with jax.set_mesh(mesh):
-                log_probs = jax.jit(score_labels, static_argnums=(0, 4))(model, bundle.params, asked, labels, "labels")
+                log_probs = jax.jit(score_labels, static_argnums=(0, 4))(model, bundle.params, states, labels, "labels")
             actual[product, logits] = normalize_over_labels(np.asarray(log_probs)[0])[:, 0]
     exact = actual["float32", "float32"]
     moved = {name: np.abs(scores - exact).mean() for name, scores in actual.items()}
@@ -331,12 +333,12 @@ def gathered(bundle: Bundle) -> dict[str, np.ndarray]:
     """Parameters by their paths; they lie as they should."""
     actual = {}
     mesh = bundle.mesh.build()
-    for (path, leaf), wanted in zip(
+    for (path, leaf), abstract in zip(
         jax.tree_util.tree_leaves_with_path(bundle.params),
         jax.tree.leaves(abstract_params(bundle.model, mesh)),
         strict=True,
     ):
-        assert leaf.sharding == wanted.sharding
+        assert leaf.sharding == abstract.sharding
         actual[jax.tree_util.keystr(path)] = np.float32(multihost_utils.process_allgather(leaf, tiled=True))
     return actual
 

@@ -97,8 +97,8 @@ def test_an_odd_value_is_taken_or_refused_in_plain_words(folder, where, value):
     task.write_text(replaced(TASK_YAML, place, value) if file == "task" else TASK_YAML)
     try:
         use(folder, task)
-        said = str(folder)
+        message = str(folder)
     except (ConfigError, DatasetError) as error:
-        said = str(error)
-    assert str(folder) in said
-    assert not any(word in said for word in ("nput should", "instance of", "dictionary", "tuple", "pydantic"))
+        message = str(error)
+    assert str(folder) in message
+    assert not any(word in message for word in ("nput should", "instance of", "dictionary", "tuple", "pydantic"))

@@ -51,17 +51,17 @@ def test_popularity_is_the_smoothed_frequency_before_the_cut(jobs_with, task):
     ])  # fmt: skip
     examples = [ask(5, [1, 2, 7], 5)]  # of day 5 and later nothing is known
     prior = (2 + 1) / (4 + 2)
-    found = popularity(dataset, task, train=[], examples=examples)
+    predicted = popularity(dataset, task, train=[], examples=examples)
     smoothing = 1  # nothing to choose it by
     expected = [(2 + smoothing * prior) / (3 + smoothing), (0 + smoothing * prior) / (1 + smoothing), prior]
-    np.testing.assert_allclose(found[:, 0], expected)
-    np.testing.assert_allclose(found.sum(axis=1), 1)
+    np.testing.assert_allclose(predicted[:, 0], expected)
+    np.testing.assert_allclose(predicted.sum(axis=1), 1)
 
 
 def test_popularity_chooses_its_smoothing(taste, task, splits):
     """Items tell nothing here once the prior is known, so a strong prior is nearly as good as can be."""
-    found = popularity(taste, task, splits["train"], splits["test"])
-    assert found[:, 0].std() < 0.1
+    predicted = popularity(taste, task, splits["train"], splits["test"])
+    assert predicted[:, 0].std() < 0.1
 
 
 def test_popularity_with_sampled_negatives_counts_events(jobs_with, sampled_task):
@@ -72,11 +72,11 @@ def test_popularity_with_sampled_negatives_counts_events(jobs_with, sampled_task
     sampled_task = sampled_task.model_copy(update={"questions": questions})
     train = list(build_examples(dataset, sampled_task, "train"))
     test = list(build_examples(dataset, sampled_task, "test"))
-    said = popularity(dataset, sampled_task, train, test)
-    np.testing.assert_allclose(said.sum(axis=1), 1)
-    assert auc_of(sampled_task, test, said) > 0.75
+    predicted = popularity(dataset, sampled_task, train, test)
+    np.testing.assert_allclose(predicted.sum(axis=1), 1)
+    assert auc_of(sampled_task, test, predicted) > 0.75
     positive = np.concatenate([example.labels for example in test]) == 0
-    assert said[:, 0].mean() == pytest.approx(positive.mean(), abs=0.1)  # calibrated
+    assert predicted[:, 0].mean() == pytest.approx(positive.mean(), abs=0.1)  # calibrated
     one_moment = popularity(dataset, sampled_task, train, [ask(0, list(range(40)), 59)])[:, 0]
     counts = np.bincount(dataset.event_item[dataset.event_time < ask(0, [0], 59).cutoff_time], minlength=40)
     assert (np.diff(one_moment[np.argsort(counts)]) > -1e-12).all()
@@ -84,12 +84,12 @@ def test_popularity_with_sampled_negatives_counts_events(jobs_with, sampled_task
 
 def test_lightgbm_learns_taste_that_popularity_cannot_see(taste, task, splits):
     model = LightGBM.fit(taste, task, splits["train"], splits["validation"], settings=3)
-    said = model.predict(taste, task, splits["test"])
-    np.testing.assert_allclose(said.sum(axis=1), 1)
-    assert auc_of(task, splits["test"], said) > 0.8
+    predicted = model.predict(taste, task, splits["test"])
+    np.testing.assert_allclose(predicted.sum(axis=1), 1)
+    assert auc_of(task, splits["test"], predicted) > 0.8
     assert auc_of(task, splits["test"], popularity(taste, task, splits["train"], splits["test"])) < 0.65
     again = LightGBM.fit(taste, task, splits["train"], splits["validation"], settings=3)
-    np.testing.assert_array_equal(said, again.predict(taste, task, splits["test"]))
+    np.testing.assert_array_equal(predicted, again.predict(taste, task, splits["test"]))
     assert again.settings == model.settings
 
 
@@ -100,11 +100,11 @@ def test_lightgbm_takes_the_setting_with_the_lowest_validation_loss(taste, task,
 
 def test_lightgbm_of_three_labels_one_never_seen(taste, three_label_task, splits):
     model = LightGBM.fit(taste, three_label_task, splits["train"], splits["validation"], settings=1)
-    said = model.predict(taste, three_label_task, splits["test"])
-    assert said.shape[1] == 3
-    np.testing.assert_allclose(said.sum(axis=1), 1)
-    assert said[:, 2].max() < 0.01
-    assert auc_of(three_label_task, splits["test"], said) > 0.8
+    predicted = model.predict(taste, three_label_task, splits["test"])
+    assert predicted.shape[1] == 3
+    np.testing.assert_allclose(predicted.sum(axis=1), 1)
+    assert predicted[:, 2].max() < 0.01
+    assert auc_of(three_label_task, splits["test"], predicted) > 0.8
 
 
 def test_lightgbm_needs_questions_to_learn_from(taste, task, splits):

@@ -93,15 +93,15 @@ def test_features_of_a_list_are_columns(jobs, task):
 @hypothesis.given(EVENTS, EVENTS, st.integers(0, DAYS), st.booleans())
 @hypothesis.settings(max_examples=50, deadline=None)
 def test_nothing_at_or_after_the_cutoff_changes_a_feature(
-    jobs_with, task, sampled_task, events, others, cutoff, sampled
+    jobs_with, task, sampled_task, events, later_events, cutoff, sampled
 ):
     """All events at or after the cutoff are replaced by other events of the same and of other members and items."""
-    future = [event._replace(day=event.day + cutoff) for event in others]
+    future = [event._replace(day=event.day + cutoff) for event in later_events]
     known = [event for event in events if event.day < cutoff]
     chosen = sampled_task if sampled else task
-    asked = [ask(member, [0, 5, 11], cutoff) for member in range(4)]
-    before = build_features(jobs_with(events), chosen, asked)
-    after = build_features(jobs_with(known + future), chosen, asked)
+    examples = [ask(member, [0, 5, 11], cutoff) for member in range(4)]
+    before = build_features(jobs_with(events), chosen, examples)
+    after = build_features(jobs_with(known + future), chosen, examples)
     assert before.names == after.names
     np.testing.assert_allclose(before.values, after.values, rtol=1e-6, atol=1e-6)
 

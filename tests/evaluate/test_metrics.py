@@ -74,8 +74,8 @@ def test_ndcg_is_scikit_learns_mean_over_groups(rows):
         for g in np.unique(groups)
         if len(np.unique(values[groups == g])) > 1
     ]
-    found = ndcg(scores, values.astype(float), groups, np.ones(len(scores)))
-    assert found == pytest.approx(np.mean(expected) if expected else np.nan, nan_ok=True)
+    actual = ndcg(scores, values.astype(float), groups, np.ones(len(scores)))
+    assert actual == pytest.approx(np.mean(expected) if expected else np.nan, nan_ok=True)
 
 
 @hypothesis.given(questions(labels=4))
@@ -111,12 +111,12 @@ def test_ndcg_weighs_groups():
 
 
 def test_calibration_error_by_hand():
-    said = np.repeat(np.arange(10) / 10 + 0.05, 4)  # ten bins of four
+    predicted = np.repeat(np.arange(10) / 10 + 0.05, 4)  # ten bins of four
     true = np.tile([True, False, True, False], 10)  # half of each bin
     labels = np.where(true, 0, 1)
     expected = np.mean(np.abs(np.arange(10) / 10 + 0.05 - 0.5))
-    assert calibration_error(two_columns(said), labels, np.ones(40)) == pytest.approx(expected)
-    probability, outcome, weight = reliability(said, true, np.ones(40))
+    assert calibration_error(two_columns(predicted), labels, np.ones(40)) == pytest.approx(expected)
+    probability, outcome, weight = reliability(predicted, true, np.ones(40))
     np.testing.assert_allclose(probability, 4 * (np.arange(10) / 10 + 0.05))
     np.testing.assert_allclose(outcome, 2)
     np.testing.assert_allclose(weight, 4)

@@ -86,8 +86,8 @@ def test_tasks_that_ask_for_opposite_things_are_told_apart(task):
     examples = make_examples(np.random.default_rng(3), 50)
     predicted = informed_predictions(np.random.default_rng(4), examples)
     opposite = from_examples(examples, np.stack(predicted["probabilities"].to_numpy())[:, ::-1])
-    other = task.model_copy(update={"name": "dismissed"})
-    comparisons = [compare(task, {"brewjax": predicted}), compare(other, {"brewjax": opposite})]
+    opposite_task = task.model_copy(update={"name": "dismissed"})
+    comparisons = [compare(task, {"brewjax": predicted}), compare(opposite_task, {"brewjax": opposite})]
     assert agreements(comparisons) == [Agreement(("apply", "dismissed"), {"brewjax": pytest.approx(-1)})]
     assert describe_agreements(comparisons, ["brewjax"]) == [
         "apply and dismissed: Spearman of the scores brewjax -1.000"

@@ -13,12 +13,12 @@ from tests.evaluate.conftest import informed_predictions, make_examples
 
 def test_predictions_have_a_row_per_question(task):
     examples = make_examples(np.random.default_rng(0), 5)
-    said = np.random.default_rng(1).dirichlet([1, 1], 20)
-    table = from_examples(examples, said)
+    predicted = np.random.default_rng(1).dirichlet([1, 1], 20)
+    table = from_examples(examples, predicted)
     assert table["example"].to_pylist() == np.repeat(np.arange(5), 4).tolist()
     assert table["item"].to_pylist() == np.concatenate([e.candidates for e in examples]).tolist()
-    np.testing.assert_allclose(probabilities(table, task), said, atol=1e-7)
-    np.testing.assert_allclose(scores(table, task), said[:, 0], atol=1e-7)
+    np.testing.assert_allclose(probabilities(table, task), predicted, atol=1e-7)
+    np.testing.assert_allclose(scores(table, task), predicted[:, 0], atol=1e-7)
     assert true_values(table, task).tolist() == [1 - label for label in table["label"].to_pylist()]
 
 
@@ -114,16 +114,18 @@ def test_the_paired_difference_is_sharper_than_the_intervals(task):
 
 
 def _noisier(table, task, examples):
-    said = probabilities(table, task)
-    yes = np.clip(said[:, 0] + 0.1 * np.random.default_rng(5).normal(size=len(said)), 0, 1)
+    predicted = probabilities(table, task)
+    yes = np.clip(predicted[:, 0] + 0.1 * np.random.default_rng(5).normal(size=len(predicted)), 0, 1)
     return from_examples(examples, np.stack([yes, 1 - yes], axis=1))
 
 
 def test_only_answers_to_the_same_questions_are_compared(task):
     examples = make_examples(np.random.default_rng(0), 10)
     table = informed_predictions(np.random.default_rng(1), examples)
-    other = informed_predictions(np.random.default_rng(1), [dataclasses.replace(e, member=3) for e in examples])
+    renamed_members = informed_predictions(
+        np.random.default_rng(1), [dataclasses.replace(e, member=3) for e in examples]
+    )
     with pytest.raises(ValueError, match=r"row \d+ has list -\d+ in one and -4 in the other"):
-        compare(task, {"brewjax": table, "popularity": other})
+        compare(task, {"brewjax": table, "popularity": renamed_members})
     with pytest.raises(ValueError, match="40 and 39 questions"):
         compare(task, {"brewjax": table, "popularity": table.slice(1)})

@@ -36,9 +36,9 @@ def row(*prompts: EncodedPrompt) -> tuple[np.ndarray, np.ndarray, TokenLabels]:
     return pack(prompts, LENGTH)
 
 
-def reorder(one: EncodedPrompt, order: list[int]) -> EncodedPrompt:
+def reorder(encoded: EncodedPrompt, order: list[int]) -> EncodedPrompt:
     return dataclasses.replace(
-        one, questions=[one.questions[i] for i in order], answers=[one.answers[i] for i in order]
+        encoded, questions=[encoded.questions[i] for i in order], answers=[encoded.answers[i] for i in order]
     )
 
 
@@ -54,7 +54,7 @@ def test_questions_in_one_pass_read_as_each_alone_in_any_order(layout, seed, ord
     shuffled = reorder(together, order)
     alone = [reorder(together, [question]) for question in range(4)]
     first, second, *singles = run(row(together), row(shuffled), *map(row, alone))
-    expected = np.stack([states[one.ends[0]] for states, one in zip(singles, alone, strict=True)])
+    expected = np.stack([states[encoded.ends[0]] for states, encoded in zip(singles, alone, strict=True)])
     np.testing.assert_allclose(first[together.ends], expected, atol=1e-5)
     np.testing.assert_allclose(second[shuffled.ends], expected[list(order)], atol=1e-5)
 
@@ -69,29 +69,31 @@ def test_packed_examples_read_as_each_alone(seed):
     ]
     packed, *alone = run(row(*prompts), *map(row, prompts))
     start = 0
-    for one, states in zip(prompts, alone, strict=True):
-        np.testing.assert_allclose(packed[start : start + len(one)], states[: len(one)], atol=1e-5)
-        start += len(one)
+    for encoded, states in zip(prompts, alone, strict=True):
+        np.testing.assert_allclose(packed[start : start + len(encoded)], states[: len(encoded)], atol=1e-5)
+        start += len(encoded)
 
 
 def test_one_question_behind_a_dense_history_reads_as_plain_text():
-    one = prompt(np.random.default_rng(0), questions=[5])
-    tokens, _, token_labels = row(one)
+    encoded = prompt(np.random.default_rng(0), questions=[5])
+    tokens, _, token_labels = row(encoded)
     plain = (
         tokens,
         np.arange(LENGTH),
         TokenLabels(token_labels.example_id, 0 * token_labels.piece_id, np.full(LENGTH, ALL)),
     )
-    asked, read = run(row(one), plain)
-    np.testing.assert_allclose(asked[: len(one)], read[: len(one)], atol=1e-5)
+    as_question, as_text = run(row(encoded), plain)
+    np.testing.assert_allclose(as_question[: len(encoded)], as_text[: len(encoded)], atol=1e-5)
 
 
 def test_a_question_sees_the_whole_history():
     random = np.random.default_rng(0)
-    one = prompt(random)
-    other = dataclasses.replace(one, prefix_pieces=[one.prefix_pieces[0], [63, 62, 61, 60], *one.prefix_pieces[2:]])
-    first, second = run(row(one), row(other))
-    assert np.abs(first - second)[one.ends].max(-1).min() > 1e-3
+    encoded = prompt(random)
+    changed = dataclasses.replace(
+        encoded, prefix_pieces=[encoded.prefix_pieces[0], [63, 62, 61, 60], *encoded.prefix_pieces[2:]]
+    )
+    first, second = run(row(encoded), row(changed))
+    assert np.abs(first - second)[encoded.ends].max(-1).min() > 1e-3
 
 
 # --- precision and memory
@@ -113,9 +115,9 @@ def test_remat_changes_no_gradient():
 
 def test_bfloat16_compute():
     model = MODEL.model_copy(update={"compute_dtype": "bfloat16"})
-    one = prompt(np.random.default_rng(0))
-    batch = jax.tree.map(lambda x: x[None], pack([one], 32))
-    coarse, exact = (hidden_states(config, PARAMS, *batch)[:, : len(one)] for config in (model, MODEL))
+    encoded = prompt(np.random.default_rng(0))
+    batch = jax.tree.map(lambda x: x[None], pack([encoded], 32))
+    coarse, exact = (hidden_states(config, PARAMS, *batch)[:, : len(encoded)] for config in (model, MODEL))
     assert coarse.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.float32(coarse), exact, atol=0.1)  # states are of size 1, and bfloat16 has 8 bits
 
@@ -167,10 +169,10 @@ def extended(model: ModelConfig, params: Params, tokens, positions, token_labels
 @given(seed=st.integers(0, 2**32 - 1), layout=st.sampled_from(["dense", "star"]))
 def test_questions_after_a_cached_prefix_read_as_behind_it(seed, layout):
     random = np.random.default_rng(seed)
-    one = prompt(random, random.integers(1, 9), random.integers(1, 9, 3), random.integers(1, 6, 3), layout)
-    tokens, positions, token_labels = row(one)
+    encoded = prompt(random, random.integers(1, 9), random.integers(1, 9, 3), random.integers(1, 6, 3), layout)
+    tokens, positions, token_labels = row(encoded)
     (whole,) = run((tokens, positions, token_labels))
-    ends, room = one.prefix_length, 5 * PAGE
+    ends, room = encoded.prefix_length, 5 * PAGE
 
     def prefix(labels: np.ndarray) -> np.ndarray:
         return np.where(np.arange(room) < ends, labels[:room], PADDING)[None]
@@ -187,4 +189,4 @@ def test_questions_after_a_cached_prefix_read_as_behind_it(seed, layout):
     pools = [poison.at[:, pages[0]].set(x.reshape(MODEL.layers, -1, *size[2:])) for x in keys_values]
     both = TokenLabels(*(np.concatenate([prefix(x), questions(x)], 1) for x in token_labels))
     hidden, _ = extended(MODEL, PARAMS, questions(tokens), questions(positions), both, PagedKVCache(*pools, pages))
-    np.testing.assert_allclose(hidden[0][one.ends - ends], whole[one.ends], atol=1e-5)
+    np.testing.assert_allclose(hidden[0][encoded.ends - ends], whole[encoded.ends], atol=1e-5)

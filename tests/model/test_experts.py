@@ -26,8 +26,8 @@ REAL = np.arange(11) < [[11], [7]]
 def experts(config: ModelConfig = CONFIG) -> Experts:
     """The first layer's."""
     weights = params(config)
-    one = jax.tree.map(lambda leaf: leaf[0], weights["layers"])
-    decoder = bind(config, weights | {"layers": one})
+    layer = jax.tree.map(lambda leaf: leaf[0], weights["layers"])
+    decoder = bind(config, weights | {"layers": layer})
     return decoder.layers.experts
 
 
@@ -50,39 +50,43 @@ def test_each_token_goes_through_its_best_experts(normalize):
         weights = np.exp(logits) / np.exp(logits).sum()
         best = np.argsort(-weights)[:K]
         share = weights[best] / (weights[best].sum() if normalize else 1)
-        said = [(np.asarray(jax.nn.silu(x[at] @ gate[e])) * (x[at] @ up[e])) @ down[e] for e in best]
-        np.testing.assert_allclose(out[at], share @ np.array(said), atol=1e-5)
+        outputs = [(np.asarray(jax.nn.silu(x[at] @ gate[e])) * (x[at] @ up[e])) @ down[e] for e in best]
+        np.testing.assert_allclose(out[at], share @ np.array(outputs), atol=1e-5)
 
 
 def test_a_token_gets_the_same_whatever_stands_beside_it():
-    x, other = states(), states(1)
-    other[1, 3] = x[1, 3]
-    first, second = (experts()(states, REAL)[0] for states in (x, other))
+    x, mixed = states(), states(1)
+    mixed[1, 3] = x[1, 3]
+    first, second = (experts()(states, REAL)[0] for states in (x, mixed))
     np.testing.assert_allclose(first[1, 3], second[1, 3], atol=1e-6)
 
 
 @pytest.mark.long
 @settings(max_examples=20, deadline=None)
-@given(sizes=st.lists(st.integers(0, 9), min_size=2, max_size=3), others=st.integers(0, 5), count=st.integers(1, 12))
-def test_in_turns_is_as_at_once(sizes, others, count):
+@given(
+    sizes=st.lists(st.integers(0, 9), min_size=2, max_size=3),
+    rows_elsewhere=st.integers(0, 5),
+    count=st.integers(1, 12),
+)
+def test_in_turns_is_as_at_once(sizes, rows_elsewhere, count):
     """Values and gradients, for more, fewer or no rows at all than fit into a turn."""
     random = np.random.default_rng(0)
-    R, D, F = sum(sizes) + others + 1, 4, 6
+    R, D, F = sum(sizes) + rows_elsewhere + 1, 4, 6
     x, weight = random.standard_normal((7, D), np.float32), random.standard_normal(R, np.float32)
     shapes = [(len(sizes), D, F)] * 2 + [(len(sizes), F, D)]
     matrices = tuple(random.standard_normal(shape, np.float32) for shape in shapes)
     token, direction = random.integers(0, 7, R), random.standard_normal((7, D), np.float32)
-    said, sizes = functools.partial(_expert_outputs, None, ()), np.array(sizes)
+    expert_outputs, sizes = functools.partial(_expert_outputs, None, ()), np.array(sizes)
 
     def at_once(x, weight, matrices):
-        return jnp.zeros((7, D)).at[token].add(said(x[token], weight, matrices, sizes))
+        return jnp.zeros((7, D)).at[token].add(expert_outputs(x[token], weight, matrices, sizes))
 
     def in_chunks(x, weight, matrices):
         whole = (0, -R % count)
-        return _sum_in_chunks(said, count, x, jnp.pad(weight, whole), matrices, jnp.pad(token, whole), sizes)
+        return _sum_in_chunks(expert_outputs, count, x, jnp.pad(weight, whole), matrices, jnp.pad(token, whole), sizes)
 
     expected, actual = (
-        jax.jit(jax.value_and_grad(lambda *taken, add=add: jnp.sum(add(*taken) * direction), (0, 1, 2)))
+        jax.jit(jax.value_and_grad(lambda *args, add=add: jnp.sum(add(*args) * direction), (0, 1, 2)))
         for add in (at_once, in_chunks)
     )
     jax.tree.map(

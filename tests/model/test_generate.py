@@ -55,33 +55,33 @@ def test_a_sequence_may_fill_its_slot_to_the_last_token():
 
 def test_text_ends_before_a_stop_token():
     (prompt,) = some_prompts(7)
-    (said,) = generator().generate([prompt], 20)
-    stop = said[5]
-    assert generator().generate([prompt], 20, stop=[stop]) == [said[: said.index(stop)]]
+    (generated,) = generator().generate([prompt], 20)
+    stop = generated[5]
+    assert generator().generate([prompt], 20, stop=[stop]) == [generated[: generated.index(stop)]]
     assert generator().generate([prompt], 0) == [[]]
 
 
 def test_a_prefix_goes_on_where_it_ended():
-    one = generator()
+    text_generator = generator()
     head, middle, tail = some_prompts(9, 70, 2)
     prefix = None
     for piece in (head, middle, tail):
-        prefix = one.prefill(one.pad(piece), len(piece), prefix)
-    slots = one.insert(one.slots(), prefix, 1)
-    said = []
+        prefix = text_generator.prefill(text_generator.pad(piece), len(piece), prefix)
+    slots = text_generator.insert(text_generator.slots(), prefix, 1)
+    generated = []
     for _ in range(6):
-        slots, tokens = one.step(slots)
-        said.append(int(tokens[1]))
-    assert said == recomputed(head + middle + tail, 6)
+        slots, tokens = text_generator.step(slots)
+        generated.append(int(tokens[1]))
+    assert generated == recomputed(head + middle + tail, 6)
 
 
 def test_nothing_compiles_after_the_warm_up():
-    one = Generator(MODEL, PARAMS, slots=2, context=CONTEXT)
-    one.warm_up()
-    before = one.compilations()
-    assert before == 2 * len(one.buckets) + 2
-    one.generate(some_prompts(3, 64, 120), 5)
-    assert one.compilations() == before
+    text_generator = Generator(MODEL, PARAMS, slots=2, context=CONTEXT)
+    text_generator.warm_up()
+    before = text_generator.compilations()
+    assert before == 2 * len(text_generator.buckets) + 2
+    text_generator.generate(some_prompts(3, 64, 120), 5)
+    assert text_generator.compilations() == before
 
 
 @pytest.mark.parametrize("tokens", [[], [0] * (CONTEXT + 1)])
@@ -95,8 +95,8 @@ def test_sampling_draws_by_temperature_among_the_likeliest():
     rows = jnp.tile(logits, (20_000, 1))
 
     def shares(**how: float) -> np.ndarray:
-        drawn = np.asarray(sample(rows, jax.random.key(0), SamplingParams(**how)))
-        return np.bincount(drawn, minlength=4) / len(drawn)
+        sampled = np.asarray(sample(rows, jax.random.key(0), SamplingParams(**how)))
+        return np.bincount(sampled, minlength=4) / len(sampled)
 
     np.testing.assert_array_equal(shares(), [1, 0, 0, 0])
     np.testing.assert_allclose(shares(temperature=1), [0.5, 0.3, 0.15, 0.05], atol=0.02)
@@ -108,9 +108,9 @@ def test_sampling_draws_by_temperature_among_the_likeliest():
 def test_the_same_seed_says_the_same():
     prompts = some_prompts(4, 6)
 
-    def said(seed: int) -> list[list[int]]:
+    def generate(seed: int) -> list[list[int]]:
         sampling = SamplingParams(temperature=1.0, top_k=10)
         return Generator(MODEL, PARAMS, 2, 64, sampling, seed).generate(prompts, 12)
 
-    assert said(1) == said(1)
-    assert said(1) != said(2)
+    assert generate(1) == generate(1)
+    assert generate(1) != generate(2)

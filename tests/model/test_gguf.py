@@ -127,8 +127,8 @@ def test_a_gguf_file_has_its_tokenizer(tmp_path, pre, digits):
 def test_what_cannot_be_read_of_a_gguf_file_is_named(tmp_path, monkeypatch):
     path = tmp_path / "tiny.gguf"
 
-    def refused(said: str) -> None:
-        with pytest.raises(CheckpointError, match=said):
+    def refused(message: str) -> None:
+        with pytest.raises(CheckpointError, match=message):
             import_model(str(path), tmp_path / "model")
 
     write_gguf(path, pre="tekken")

@@ -70,7 +70,7 @@ def batch() -> TokenBatch:
         random = np.random.default_rng(number)
         prompts = [prompt(random, questions=[2] * (1 + number % 3), layout=layout) for layout in ("dense", "star")]
         tokens, positions, token_labels = pack(prompts, LENGTH)
-        targets = np.concatenate([one.arrays["targets"] for one in prompts])
+        targets = np.concatenate([encoded.arrays["targets"] for encoded in prompts])
         targets = np.pad(targets, (0, LENGTH - len(targets)), constant_values=NO_TARGET)
         weights, zeros = (targets != NO_TARGET).astype(np.float32), np.zeros_like(tokens)
         rows.append(TokenBatch(tokens, positions, token_labels, targets, weights, zeros, zeros))
@@ -210,7 +210,7 @@ def test_only_data_or_else_fsdp_lies_across_slices(config, within, across, two_s
 
 
 @pytest.mark.parametrize(
-    ("config", "devices", "said"),
+    ("config", "devices", "message"),
     [
         (MeshConfig(tensor=8), 8, "over 2 slices of 4 devices: data x fsdp must be a multiple of 2"),
         (MeshConfig(slices=4), 8, "slices is 4, but the devices lie on 2 slices"),
@@ -218,8 +218,8 @@ def test_only_data_or_else_fsdp_lies_across_slices(config, within, across, two_s
         (MeshConfig(slices=3), 4, "4 devices cannot be 3 slices of equal size"),
     ],
 )
-def test_slices_that_do_not_divide_are_an_error(config, devices, said, two_slices):
-    with pytest.raises(ValueError, match=said):
+def test_slices_that_do_not_divide_are_an_error(config, devices, message, two_slices):
+    with pytest.raises(ValueError, match=message):
         config.build(two_slices[:devices])
 
 
@@ -252,7 +252,7 @@ def main(out: str) -> None:
     mesh = EXPERT_MESHES["experts, fsdp=2 expert=2 tensor=2"].build()
     actual |= {made.__name__: made(mesh) for made in (read_golden, upcycled)}
     actual["muon_update"] = muon_update(MeshConfig(fsdp=2, tensor=2).build())
-    np.savez(out, **{f"{name}/{path}": values for name, one in actual.items() for path, values in one.items()})
+    np.savez(out, **{f"{name}/{path}": values for name, leaves in actual.items() for path, values in leaves.items()})
 
 
 if __name__ == "__main__":

@@ -145,10 +145,10 @@ def test_a_question_changes_no_bit_of_another(implementation, data, seed):
     hypothesis.assume(questions)
     example_id, piece_id = data.draw(st.sampled_from(questions))
     changed = ((row.example_id == example_id) & (row.piece_id == piece_id))[:, None, None]
-    (q, k, v, d), others = draw_qkvd(seed, length, B=1), draw_qkvd(seed + 1, length, B=1)
+    (q, k, v, d), replacements = draw_qkvd(seed, length, B=1), draw_qkvd(seed + 1, length, B=1)
     token_labels = stack([row])
     before = results(implementation)(q, k, v, d, token_labels)[0]
-    q, k, v = (np.where(changed, other, x) for x, other in zip((q, k, v), others, strict=False))
+    q, k, v = (np.where(changed, replacement, x) for x, replacement in zip((q, k, v), replacements, strict=False))
     after = results(implementation)(q, k, v, d, token_labels)[0]
     np.testing.assert_array_equal(np.where(changed, 0, before), np.where(changed, 0, after))
 
@@ -198,8 +198,8 @@ def test_a_row_may_be_cut_anywhere():
             np.testing.assert_allclose(a, b[:, start : start + 26], atol=1e-5)
 
 
-@pytest.mark.parametrize("way", ["forward", "backward"])
-def test_the_tpu_kernels_have_no_races(way):
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_the_tpu_kernels_have_no_races(direction):
     """Keys of several blocks in which the same queries come twice running: what the backward pass must wait for."""
     token_labels = stack([pack([Example(100, [], [90] * 4)], 512)])
     token_labels = TokenLabels(*map(jnp.asarray, token_labels))
@@ -207,7 +207,7 @@ def test_the_tpu_kernels_have_no_races(way):
     inputs = (q, k, v, token_labels, token_labels, jnp.int32(0))
     out, log_sum = attention_tpu.forward(*inputs, interpret=True)
     detect = pltpu.InterpretParams(detect_races=True)
-    if way == "forward":
+    if direction == "forward":
         actual, expected = attention_tpu.forward(*inputs, interpret=detect), (out, log_sum)
     else:
         more = log_sum, (out * d_out).sum(-1), d_out
@@ -230,5 +230,5 @@ def test_memory_is_linear_in_the_length():
     sizes = [np.prod([int(n) for n in shape.split(",")]) for shape in re.findall(r"\w\[([\d,]+)\]", long.as_text())]
     assert 8192 * H * D in sizes  # the expression does find arrays
     assert max(sizes) < 8192**2 / 64
-    temporary = [one.memory_analysis().temp_size_in_bytes for one in (short, long)]
+    temporary = [program.memory_analysis().temp_size_in_bytes for program in (short, long)]
     assert temporary[1] < 2.2 * temporary[0]

@@ -76,10 +76,10 @@ def test_training_shapes_compile(chip, head_dim, dtype):
 
 @pytest.mark.parametrize("chip", ["v5e", pytest.param("v6e", marks=pytest.mark.long)])
 def test_items_behind_a_cached_prefix_compile(chip):
-    one = compiled(chip, (1, 32000, 8, 128), (1, 36096, 2, 128), jnp.bfloat16, gradients=False)
+    program = compiled(chip, (1, 32000, 8, 128), (1, 36096, 2, 128), jnp.bfloat16, gradients=False)
     # Inputs and output twice over, as the kernel reads and writes them: nothing of 32,000 x 36,096.
     heads = np.array([32000 * 8, 36096 * 2, 36096 * 2, 32000 * 8]).sum() * 128 * 2
-    assert one.memory_analysis().temp_size_in_bytes < 1.2 * heads
+    assert program.memory_analysis().temp_size_in_bytes < 1.2 * heads
 
 
 def test_rows_and_heads_over_a_mesh_compile():
@@ -96,8 +96,8 @@ def test_older_chips_are_refused():
 def test_the_longest_row_compiles(monkeypatch):
     """One whose worklist nearly fills the scalar memory."""
 
-    def unsorted(kind, most, by_key=False):  # a sort of so many pairs takes long to compile
-        some = jnp.minimum(kind.reshape(-1)[:most], 0)
+    def unsorted(kind, limit, by_key=False):  # a sort of so many pairs takes long to compile
+        some = jnp.minimum(kind.reshape(-1)[:limit], 0)
         return Worklist(some, some + 1, some - 1, jnp.sum(kind != 0))
 
     monkeypatch.setattr(attention_tpu, "worklist", unsorted)

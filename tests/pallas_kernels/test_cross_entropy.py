@@ -57,7 +57,7 @@ targets = st.one_of(
     st.lists(st.just(-1) | target, min_size=N, max_size=N),
     st.lists(target, min_size=N, max_size=N),
     st.just([-1] * N),
-).map(lambda drawn: np.array(drawn, np.int32))
+).map(lambda ids: np.array(ids, np.int32))
 weights = st.lists(st.sampled_from([0, 0.25, 1, 3]), min_size=N, max_size=N).map(np.float32)
 
 
@@ -114,5 +114,5 @@ def test_log_probs_of_each_token_and_their_gradients(chunk, block):
         expected_grads = [np.asarray(grad) for grad in expected_grads]
     np.testing.assert_allclose(of_all(hidden, head, targets), expected, rtol=1e-5, atol=1e-5)
     grads = jax.grad(lambda *student: jnp.sum(of_all(*student, targets) ** 2), argnums=(0, 1))(hidden, head)
-    for grad, one in zip(grads, expected_grads, strict=True):
-        np.testing.assert_allclose(grad, one, rtol=1e-4, atol=1e-6 * np.abs(one).max())
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(grad, expected_grad, rtol=1e-4, atol=1e-6 * np.abs(expected_grad).max())

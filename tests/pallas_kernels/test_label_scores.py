@@ -25,15 +25,15 @@ def reference(hidden, head, labels, normalize_over):
     """float64 [N, L]; -inf where there is no label."""
     logits = np.float64(hidden) @ np.float64(head).T
     labels = np.broadcast_to(labels, (len(hidden), labels.shape[-1]))
-    own = np.where(labels >= 0, np.take_along_axis(logits, np.maximum(labels, 0), -1), -np.inf)
-    summed = logits if normalize_over == "vocabulary" else own
+    label_logits = np.where(labels >= 0, np.take_along_axis(logits, np.maximum(labels, 0), -1), -np.inf)
+    summed = logits if normalize_over == "vocabulary" else label_logits
     with np.errstate(divide="ignore", invalid="ignore"):
-        result = own - np.log(np.sum(np.exp(summed), -1, keepdims=True))
+        result = label_logits - np.log(np.sum(np.exp(summed), -1, keepdims=True))
     return np.where(labels >= 0, result, -np.inf)
 
 
 some_labels = st.lists(st.integers(0, V - 1), min_size=L, max_size=L, unique=True)
-for_all = st.tuples(some_labels, st.integers(0, L)).map(lambda drawn: drawn[0][: drawn[1]] + [-1] * (L - drawn[1]))
+for_all = st.tuples(some_labels, st.integers(0, L)).map(lambda pair: pair[0][: pair[1]] + [-1] * (L - pair[1]))
 labels = (for_all | st.lists(for_all, min_size=N, max_size=N)).map(np.array)
 
 

@@ -122,9 +122,9 @@ def test_bfloat16_in_float32_loss(loss):
     assert total.dtype == count.dtype == jnp.float32
     # Products of bfloat16 are exact in float32; the teacher's head was rounded for one of the two.
     np.testing.assert_allclose(total, expected, rtol=1e-2 if loss is another_head else 1e-6)
-    for grad, wanted in zip(grads, expected_grads, strict=True):
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
         assert grad.dtype == jnp.bfloat16
-        np.testing.assert_allclose(np.float32(grad), wanted, rtol=2**-6, atol=2**-6)
+        np.testing.assert_allclose(np.float32(grad), expected_grad, rtol=2**-6, atol=2**-6)
 
 
 @every_loss

@@ -44,8 +44,8 @@ def test_any_shape_against_float64(N, V, dtypes):
     logits, expected = exact(hidden, head)
     lse, picked = interpreted(hidden, head, targets)
     assert ulps(lse, expected).max() <= 64
-    own = np.where(targets >= 0, logits[np.arange(N), np.maximum(targets, 0)], 0)
-    np.testing.assert_allclose(picked, own, atol=2e-4)
+    target_logits = np.where(targets >= 0, logits[np.arange(N), np.maximum(targets, 0)], 0)
+    np.testing.assert_allclose(picked, target_logits, atol=2e-4)
 
 
 def test_two_parts_are_off_by_a_few_units_of_the_last_place_and_one_by_thousands():

@@ -90,9 +90,9 @@ def test_channels_of_zeros_and_of_what_is_not_finite(dtype):
     assert not matrix[:, 1].any()
     assert np.isnan(matrix[:, 2:5]).all()
     assert np.abs(matrix[:, 5]).max() <= 1e-30
-    others = [0, *range(6, weight.shape[1])]
-    np.testing.assert_array_equal(values[:, others], np.asarray(whole.values)[:, others])
-    np.testing.assert_array_equal(scale[others], np.asarray(whole.scale)[others])
+    finite = [0, *range(6, weight.shape[1])]
+    np.testing.assert_array_equal(values[:, finite], np.asarray(whole.values)[:, finite])
+    np.testing.assert_array_equal(scale[finite], np.asarray(whole.scale)[finite])
 
 
 def test_e4m3_values_have_no_negative_zero_and_no_nan():
@@ -111,8 +111,8 @@ def test_error_is_what_the_format_allows(dtype, activations, inputs):
     allowed = np.abs(x) @ moved_weight + moved_x @ (np.abs(weight) + moved_weight)
     assert np.all(np.abs(out - exact) <= 1.001 * allowed)
     if inputs == "random":
-        most = {(E4M3, None): 0.03, (E4M3, "per_token"): 0.042, (INT8, None): 0.008, (INT8, "per_token"): 0.011}
-        assert relative_error(out, exact) < most[dtype, activations]
+        max_error = {(E4M3, None): 0.03, (E4M3, "per_token"): 0.042, (INT8, None): 0.008, (INT8, "per_token"): 0.011}
+        assert relative_error(out, exact) < max_error[dtype, activations]
     elif dtype == E4M3:  # floating point: the large do not cost the small their bits
         assert relative_error(out, exact) < 0.05
 

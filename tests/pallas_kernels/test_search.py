@@ -36,30 +36,30 @@ def problem(seed: int, kinds: int) -> tuple[np.ndarray, Rows, Filter]:
     return queries, Rows(jnp.asarray(vectors), jnp.asarray(attributes)), filters
 
 
-def check(found: BestRows, queries: np.ndarray, rows: Rows, filters: Filter, k: int) -> None:
+def check(best: BestRows, queries: np.ndarray, rows: Rows, filters: Filter, k: int) -> None:
     scores, indices = definition(queries, rows, filters, k)
-    exact = np.asarray(found.exact)
-    np.testing.assert_array_equal(np.asarray(found.scores)[exact], scores[exact])
-    np.testing.assert_array_equal(np.asarray(found.rows)[exact], indices[exact])
+    exact = np.asarray(best.exact)
+    np.testing.assert_array_equal(np.asarray(best.scores)[exact], scores[exact])
+    np.testing.assert_array_equal(np.asarray(best.rows)[exact], indices[exact])
 
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 1000), st.sampled_from([1, 5]), st.sampled_from([1, 7, 100]))
 def test_blocks_find_what_a_sort_finds(seed, kinds, k):
     queries, rows, filters = problem(seed, kinds)
-    found = jitted_top_k(queries, rows, filters, k=k, implementation="xla")
-    assert np.asarray(found.exact).all()
-    check(found, queries, rows, filters, k)
+    best = jitted_top_k(queries, rows, filters, k=k, implementation="xla")
+    assert np.asarray(best.exact).all()
+    check(best, queries, rows, filters, k)
 
 
 @settings(max_examples=8, deadline=None)
 @given(st.integers(0, 1000), st.sampled_from([7, 300]))
 def test_what_the_kernel_calls_exact_is_exact(seed, k):
     queries, rows, filters = problem(seed, 50)
-    found = jitted_top_k(queries, rows, filters, k=k, implementation="tpu-interpreted")
-    check(found, queries, rows, filters, k)
+    best = jitted_top_k(queries, rows, filters, k=k, implementation="tpu-interpreted")
+    check(best, queries, rows, filters, k)
     if k == 7:
-        assert np.asarray(found.exact).any()
+        assert np.asarray(best.exact).any()
 
 
 def test_the_kernel_knows_when_a_bin_dropped_too_much():
@@ -79,10 +79,10 @@ def test_where_fewer_rows_are_admitted_there_are_fewer(implementation):
     queries, rows, _ = problem(0, 5)
     rows = rows._replace(attributes=jnp.zeros(N, jnp.int32).at[jnp.array([5, 9])].set(ALIVE))
     filters = Filter(jnp.zeros(Q, jnp.int32), jnp.zeros(Q, jnp.int32))
-    found = jitted_top_k(queries, rows, filters, k=4, implementation=implementation)
-    assert {*np.asarray(found.rows)[:, :2].ravel().tolist()} == {5, 9}
-    assert (np.asarray(found.rows)[:, 2:] == -1).all()
-    assert (np.asarray(found.scores)[:, 2:] == -np.inf).all()
+    best = jitted_top_k(queries, rows, filters, k=4, implementation=implementation)
+    assert {*np.asarray(best.rows)[:, :2].ravel().tolist()} == {5, 9}
+    assert (np.asarray(best.rows)[:, 2:] == -1).all()
+    assert (np.asarray(best.scores)[:, 2:] == -np.inf).all()
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -133,25 +133,27 @@ def test_sight_of_queries_that_stand_several_times_in_a_row(row, repeats):
 @given(arrays(np.int32, (2, 3, 5), elements=st.integers(0, 2)))
 def test_meetings_are_the_blocks_seen_whole_and_then_those_seen_in_part(kind):
     for by_key in (False, True):
-        met = jax.tree.map(np.asarray, block_table(BlockVisibility(kind > 0, kind == 2), by_key))
+        table = jax.tree.map(np.asarray, block_table(BlockVisibility(kind > 0, kind == 2), by_key))
         lines = kind.transpose(0, 2, 1) if by_key else kind
         for at in np.ndindex(lines.shape[:2]):
-            assert set(met.indices[at][: met.num_full[at]]) == set(np.flatnonzero(lines[at] == 2))
-            assert set(met.indices[at][met.num_full[at] : met.num_active[at]]) == set(np.flatnonzero(lines[at] == 1))
-            assert met.num_active[at] == np.count_nonzero(lines[at])
+            assert set(table.indices[at][: table.num_full[at]]) == set(np.flatnonzero(lines[at] == 2))
+            assert set(table.indices[at][table.num_full[at] : table.num_active[at]]) == set(
+                np.flatnonzero(lines[at] == 1)
+            )
+            assert table.num_active[at] == np.count_nonzero(lines[at])
 
 
 @settings(deadline=None, max_examples=30)
 @given(arrays(np.int32, (2, 3, 5), elements=st.integers(0, 2)))
 def test_a_worklist_holds_every_pair_once_and_keeps_a_block_together(kind):
-    for by_key, most in ((False, kind.size), (True, max(1, np.count_nonzero(kind)))):
-        visits = jax.tree.map(np.asarray, worklist(kind, most, by_key))
+    for by_key, limit in ((False, kind.size), (True, max(1, np.count_nonzero(kind)))):
+        visits = jax.tree.map(np.asarray, worklist(kind, limit, by_key))
         q_block, kv_block, kinds = (x[: visits.length] for x in visits[:3])
         actual = np.zeros_like(kind)
-        for q, kv, what in zip(q_block, kv_block, kinds, strict=True):
-            row, other = q // 3, kv // 5
-            assert row == other
+        for q, kv, value in zip(q_block, kv_block, kinds, strict=True):
+            row, kv_row = q // 3, kv // 5
+            assert row == kv_row
             assert actual[row, q % 3, kv % 5] == 0
-            actual[row, q % 3, kv % 5] = what
+            actual[row, q % 3, kv % 5] = value
         np.testing.assert_array_equal(actual, kind)
         assert (np.diff(kv_block if by_key else q_block) >= 0).all()

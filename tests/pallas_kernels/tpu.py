@@ -35,11 +35,11 @@ def compile_for(chip: str, function: Callable, *arguments: Any) -> jax.stages.Co
 
     Arguments that carry a sharding (over `devices`) keep it.
     """
-    one = jax.NamedSharding(jax.make_mesh((1,), ("one",), devices=devices(chip)[:1]), jax.P())
+    default_sharding = jax.NamedSharding(jax.make_mesh((1,), ("one",), devices=devices(chip)[:1]), jax.P())
 
     def place(x: Any) -> jax.ShapeDtypeStruct:
         sharding = x.sharding if isinstance(x, jax.ShapeDtypeStruct) else None
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding or one)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding or default_sharding)
 
     placed = jax.tree.map(place, arguments)
     mesh = jax.tree.leaves(placed)[0].sharding.mesh  # in context, for it says which platform is compiled for

@@ -100,7 +100,7 @@ def test_a_plan_is_that_of_the_first_stage_that_trains(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("stages", "said"),
+    ("stages", "message"),
     [
         ({"a": SFT | {"init_from": "b"}}, "stages.a.init_from: no stage 'b' before it, and no model there"),
         ({"a": SFT, "b": {"do": "distill", "teacher": "c"}}, "stages.b.teacher: no stage 'c' before it"),
@@ -119,8 +119,8 @@ def test_a_plan_is_that_of_the_first_stage_that_trains(tmp_path):
         ({}, "at least 1"),
     ],
 )
-def test_what_cannot_be_run_is_refused_by_name(stages, said):
-    with pytest.raises(ConfigError, match=said.replace("(", r"\(").replace("?", r"\?")):
+def test_what_cannot_be_run_is_refused_by_name(stages, message):
+    with pytest.raises(ConfigError, match=message.replace("(", r"\(").replace("?", r"\?")):
         recipe(stages)
 
 

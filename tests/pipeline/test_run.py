@@ -111,8 +111,8 @@ def test_the_ladder_goes_down_to_the_sizes_asked(folder):
         name: ModelConfig.load(folder / "runs" / "jobs" / name / "model" / "model.yaml")
         for name in ("big", "half", "quarter")
     }
-    found = {name: (size.d_ff, size.kv_heads, size.heads) for name, size in sizes.items()}
-    assert found == {"big": (16, 2, 2), "half": (8, 2, 2), "quarter": (8, 1, 1)}
+    actual = {name: (size.d_ff, size.kv_heads, size.heads) for name, size in sizes.items()}
+    assert actual == {"big": (16, 2, 2), "half": (8, 2, 2), "quarter": (8, 1, 1)}
 
 
 def test_a_plan_is_printed_and_nothing_is_done(folder):
@@ -267,7 +267,7 @@ def test_a_new_task_needs_a_file_and_nothing_else(folder):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["run", "nowhere.yaml"], "nowhere.yaml: no such file"),
         (["run", "recipe.yaml", "--set", "train.stepz=3"], "unknown key 'stepz'; did you mean 'steps'?"),
@@ -283,8 +283,8 @@ def test_a_new_task_needs_a_file_and_nothing_else(folder):
         (["prompt", "jobs", "apply.yaml", "--member", "nobody"], "no member 'nobody'; ids look like 'm0', 'm1'"),
     ],
 )
-def test_what_a_user_can_mend_is_said_without_a_traceback(folder, arguments, said):
+def test_what_a_user_can_mend_is_said_without_a_traceback(folder, arguments, message):
     refused = brewjax(folder, *arguments, stdin="{")
     assert refused.returncode == 2
-    assert said in refused.stderr
+    assert message in refused.stderr
     assert "Traceback" not in refused.stderr

@@ -51,15 +51,15 @@ operation = st.tuples(st.sampled_from(["upsert", "delete", "reopen", "snapshot"]
 def test_it_is_a_dictionary_that_can_be_searched(tmp_path_factory, operations):
     folder = tmp_path_factory.mktemp("many") / "index"
     index, expected = Index.create(folder, IndexConfig(dimensions=D)), {}
-    for what, seed in operations:
+    for action, seed in operations:
         ids = np.random.default_rng(seed).choice(30, 7, replace=False).tolist()
-        if what == "upsert":
+        if action == "upsert":
             index.upsert(ids, vectors(7, seed))
             expected |= dict(zip(ids, vectors(7, seed), strict=True))
-        elif what == "delete":
+        elif action == "delete":
             assert index.delete(ids) == len({*ids} & {*expected})
             expected = {id_: row for id_, row in expected.items() if id_ not in ids}
-        elif what == "snapshot":
+        elif action == "snapshot":
             index.snapshot()
         else:
             index.close()
@@ -191,9 +191,9 @@ def test_a_kill_loses_nothing_that_was_acknowledged(tmp_path, seed):
         states.append(dict(expected))
     index = Index(folder)
     table = index.rows()
-    found = dict(zip(table["id"].to_pylist(), (int(row[0]) for row in table["vector"].to_pylist()), strict=True))
+    stored = dict(zip(table["id"].to_pylist(), (int(row[0]) for row in table["vector"].to_pylist()), strict=True))
     index.close()
-    assert found in states[2 * acknowledged - 1 :]
+    assert stored in states[2 * acknowledged - 1 :]
 
 
 def test_a_change_cut_short_by_a_crash_ends_its_segment(tmp_path):

@@ -20,15 +20,21 @@ answers = st.none() | st.integers(0, 1)
 @st.composite
 def prompts(draw) -> list[EncodedPrompt]:
     """Prompts of which some are longer than the largest bucket; every question begins with a number of its own."""
-    number, drawn = itertools.count(), []
+    number, encoded_prompts = itertools.count(), []
     for _ in range(draw(st.integers(0, 12))):
         pieces = [[0] * length for length in draw(prefixes)]
-        asked = [[next(number), *[0] * (length - 1)] for length in draw(questions)]
+        question_tokens = [[next(number), *[0] * (length - 1)] for length in draw(questions)]
         first_label = draw(st.integers(0, 60))
-        drawn.append(
-            EncodedPrompt(pieces, asked, [first_label, first_label + 1], [draw(answers) for _ in asked], "dense")
+        encoded_prompts.append(
+            EncodedPrompt(
+                pieces,
+                question_tokens,
+                [first_label, first_label + 1],
+                [draw(answers) for _ in question_tokens],
+                "dense",
+            )
         )
-    return drawn
+    return encoded_prompts
 
 
 @settings(deadline=None, max_examples=50)
@@ -36,26 +42,26 @@ def prompts(draw) -> list[EncodedPrompt]:
 def test_a_plan_loses_and_mixes_nothing(prompts):
     passes = plan_passes(prompts, BUCKETS)
     for index, prompt in enumerate(prompts):
-        parts = {part.owner[1]: part.prompt for one in passes for part in one.chunks if part.owner[0] == index}
+        parts = {part.owner[1]: part.prompt for pass_ in passes for part in pass_.chunks if part.owner[0] == index}
         joined: list[list[int]] = []
         for done, part in sorted(parts.items()):
             assert done == len(joined)
             joined += part.questions
-            own = slice(done, done + len(part.questions))
-            assert part == dataclasses.replace(prompt, questions=prompt.questions[own], answers=prompt.answers[own])
+            span = slice(done, done + len(part.questions))
+            assert part == dataclasses.replace(prompt, questions=prompt.questions[span], answers=prompt.answers[span])
         assert joined == prompt.questions
 
 
 @settings(deadline=None, max_examples=50)
 @given(prompts())
 def test_a_pass_takes_the_smallest_bucket_that_holds_it(prompts):
-    for one in plan_passes(prompts, BUCKETS):
-        tokens = sum(len(part.prompt) for part in one.chunks)
-        asked = sum(len(part.prompt.questions) for part in one.chunks)
-        assert one.bucket == min(
-            bucket for bucket in BUCKETS if tokens <= bucket.tokens and asked <= bucket.max_candidates
+    for pass_ in plan_passes(prompts, BUCKETS):
+        tokens = sum(len(part.prompt) for part in pass_.chunks)
+        num_questions = sum(len(part.prompt.questions) for part in pass_.chunks)
+        assert pass_.bucket == min(
+            bucket for bucket in BUCKETS if tokens <= bucket.tokens and num_questions <= bucket.max_candidates
         )
-        assert len({label for part in one.chunks for label in part.prompt.labels}) <= LABELS_IN_PASS
+        assert len({label for part in pass_.chunks for label in part.prompt.labels}) <= LABELS_IN_PASS
 
 
 def test_a_question_that_does_not_fit_names_its_prompt():
@@ -73,13 +79,13 @@ def tokens_run(lengths: list[int], buckets: tuple[int, ...]) -> int:
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.integers(1, PACK_TO - STEP), min_size=1, max_size=9), st.integers(1, 4))
-def test_chosen_buckets_are_the_best(lengths, at_most):
-    *chosen, largest = (bucket.tokens for bucket in choose_buckets(lengths, at_most))
+def test_chosen_buckets_are_the_best(lengths, limit):
+    *chosen, largest = (bucket.tokens for bucket in choose_buckets(lengths, limit))
     assert largest == PACK_TO
-    assert len(chosen) <= at_most
+    assert len(chosen) <= limit
     sizes = {-(-length // STEP) * STEP for length in lengths}
-    others = [(*rest, max(sizes)) for count in range(at_most) for rest in itertools.combinations(sizes, count)]
-    assert tokens_run(lengths, tuple(chosen)) == min(tokens_run(lengths, other) for other in others)
+    alternatives = [(*rest, max(sizes)) for count in range(limit) for rest in itertools.combinations(sizes, count)]
+    assert tokens_run(lengths, tuple(chosen)) == min(tokens_run(lengths, alternative) for alternative in alternatives)
 
 
 def test_no_prompts_need_no_bucket_of_their_own():

@@ -41,14 +41,14 @@ def alone() -> Scorer:
 @st.composite
 def prompts(draw) -> list[EncodedPrompt]:
     """Prompts of several members, some of whom come again with other items, or with a longer history."""
-    drawn = []
+    encoded_prompts = []
     for seed in draw(st.lists(st.integers(0, 3), min_size=1, max_size=6)):
         events = np.random.default_rng(seed).integers(1, 150, 4)[: draw(st.integers(1, 4))]
         layout = ("dense", "star")[seed % 2]
-        one = prompt(np.random.default_rng(seed), draw(st.integers(1, 70)) if seed > 2 else 40, events, [1], layout)
-        asked = prompt(np.random.default_rng(draw(st.integers(0, 99))), 1, [], draw(items))
-        drawn.append(dataclasses.replace(one, questions=asked.questions, answers=asked.answers))
-    return drawn
+        encoded = prompt(np.random.default_rng(seed), draw(st.integers(1, 70)) if seed > 2 else 40, events, [1], layout)
+        candidates = prompt(np.random.default_rng(draw(st.integers(0, 99))), 1, [], draw(items))
+        encoded_prompts.append(dataclasses.replace(encoded, questions=candidates.questions, answers=candidates.answers))
+    return encoded_prompts
 
 
 items = st.lists(st.integers(1, 20), min_size=1, max_size=30) | st.just([1] * 100) | st.just([120])
@@ -65,8 +65,8 @@ def run(scorer: Scorer, scheduler: Scheduler, jobs: list[Job]) -> list[np.ndarra
         following = scheduler.next_pass()
         started = scorer.dispatch([following]) if following else None
         if running:
-            for part, found in zip(running.passes[0].chunks, scorer.collect(running)[0], strict=True):
-                part.owner.owner[part.questions.start : part.questions.stop] = normalize_over_labels(found)
+            for part, log_probs in zip(running.passes[0].chunks, scorer.collect(running)[0], strict=True):
+                part.owner.owner[part.questions.start : part.questions.stop] = normalize_over_labels(log_probs)
         running = started
     return results
 
@@ -75,25 +75,27 @@ def run(scorer: Scorer, scheduler: Scheduler, jobs: list[Job]) -> list[np.ndarra
 @given(st.lists(prompts(), min_size=1, max_size=3))
 def test_scores_are_those_of_each_prompt_alone_cold_or_hot(scorer, alone, rounds):
     scheduler = Scheduler(COSTS, PrefixCache(CACHE))
-    for asked in rounds:
-        for found, expected in zip(
-            run(scorer, scheduler, [Job(one) for one in asked]), alone.score_encoded(asked), strict=True
+    for encoded_prompts in rounds:
+        for actual, expected in zip(
+            run(scorer, scheduler, [Job(encoded) for encoded in encoded_prompts]),
+            alone.score_encoded(encoded_prompts),
+            strict=True,
         ):
-            np.testing.assert_allclose(found, expected, atol=2e-5)
+            np.testing.assert_allclose(actual, expected, atol=2e-5)
 
 
 @settings(deadline=None, max_examples=60)
 @given(prompts(), st.data())
-def test_passes_keep_to_their_shape_and_lose_nothing(asked, data):
+def test_passes_keep_to_their_shape_and_lose_nothing(encoded_prompts, data):
     cache = PrefixCache(CACHE)
     scheduler = Scheduler(COSTS, cache)
-    jobs = [Job(one) for one in asked]
+    jobs = [Job(encoded) for encoded in encoded_prompts]
     for job in jobs:
         scheduler.add(job)
     done = {job: 0 for job in jobs}
-    while one := scheduler.next_pass():
-        check_shape(one)
-        for part in one.chunks:
+    while pass_ := scheduler.next_pass():
+        check_shape(pass_)
+        for part in pass_.chunks:
             assert part.questions.start == done[part.owner]
             done[part.owner] = part.questions.stop
         if data.draw(st.integers(0, 9)) == 0 and len(scheduler):  # somebody goes away
@@ -105,21 +107,21 @@ def test_passes_keep_to_their_shape_and_lose_nothing(asked, data):
     assert held is not None and held[1] == 0  # no page stays held  # noqa: PT018
 
 
-def check_shape(one: Pass) -> None:
-    assert one.bucket in COSTS
-    assert one.chunks
-    assert one.tokens <= one.bucket.tokens
-    assert sum(len(part.questions) for part in one.chunks) <= one.bucket.max_candidates
-    assert sum(len(part.cached_pages) for part in one.chunks) <= one.bucket.cached_pages
-    written = list(itertools.chain(*(part.new_pages for part in one.chunks)))
+def check_shape(pass_: Pass) -> None:
+    assert pass_.bucket in COSTS
+    assert pass_.chunks
+    assert pass_.tokens <= pass_.bucket.tokens
+    assert sum(len(part.questions) for part in pass_.chunks) <= pass_.bucket.max_candidates
+    assert sum(len(part.cached_pages) for part in pass_.chunks) <= pass_.bucket.cached_pages
+    written = list(itertools.chain(*(part.new_pages for part in pass_.chunks)))
     assert len(set(written)) == len(written)
-    assert not set(written) & set(itertools.chain(*(part.cached_pages for part in one.chunks)))
+    assert not set(written) & set(itertools.chain(*(part.cached_pages for part in pass_.chunks)))
 
 
 def prompts_for_the_mesh() -> list[EncodedPrompt]:
     """The second of which finds most of its prefix cached."""
-    one = prompt(np.random.default_rng(0), 100, [100], [3, 9, 5] * 20)
-    return [one, dataclasses.replace(one, prefix_pieces=[*one.prefix_pieces, [5] * 30])]
+    encoded = prompt(np.random.default_rng(0), 100, [100], [3, 9, 5] * 20)
+    return [encoded, dataclasses.replace(encoded, prefix_pieces=[*encoded.prefix_pieces, [5] * 30])]
 
 
 def test_scores_are_the_same_on_a_mesh(alone, tmp_path):
@@ -137,25 +139,25 @@ def main(out: str) -> None:
     sharded = jax.device_put(params(), shardings)
     scorer = Scorer(MODEL, sharded, Tokenizer.byte_level(), "dense", list(COSTS), mesh, CACHE)
     scheduler = Scheduler(COSTS, PrefixCache(CACHE))
-    np.save(out, np.concatenate([run(scorer, scheduler, [Job(one)])[0] for one in prompts_for_the_mesh()]))
+    np.save(out, np.concatenate([run(scorer, scheduler, [Job(encoded)])[0] for encoded in prompts_for_the_mesh()]))
 
 
 def test_a_second_request_pays_only_for_its_items(scorer):
     scheduler = Scheduler(COSTS, PrefixCache(CACHE))
-    one = prompt(np.random.default_rng(0), 100, [100], [3, 3])
-    cold, hot = Job(one), Job(one)
+    encoded = prompt(np.random.default_rng(0), 100, [100], [3, 3])
+    cold, hot = Job(encoded), Job(encoded)
     for job in (cold, hot):
         run(scorer, scheduler, [job])
     assert (cold.num_cached_tokens, hot.num_cached_tokens) == (0, 200)
-    longer = dataclasses.replace(one, prefix_pieces=[*one.prefix_pieces, [5] * 30])
+    longer = dataclasses.replace(encoded, prefix_pieces=[*encoded.prefix_pieces, [5] * 30])
     run(scorer, scheduler, [grown := Job(longer)])
     assert grown.num_cached_tokens == 200 // PAGE * PAGE
 
 
 def test_two_that_begin_alike_compute_it_once():
     scheduler = Scheduler(COSTS, PrefixCache(CACHE))
-    one = prompt(np.random.default_rng(0), 64, [], [3, 3])
-    for job in (Job(one), Job(one)):
+    encoded = prompt(np.random.default_rng(0), 64, [], [3, 3])
+    for job in (Job(encoded), Job(encoded)):
         scheduler.add(job)
     first, second = scheduler.next_pass(), scheduler.next_pass()
     assert [(len(part.new_pages), len(part.cached_pages)) for part in first.chunks + second.chunks] == [(1, 0), (0, 1)]
@@ -169,19 +171,19 @@ def test_a_short_request_does_not_wait_for_a_long_one():
     scheduler.add(long)
     scheduler.next_pass()
     scheduler.add(short)
-    taken = [scheduler.next_pass() for _ in range(2)]
-    assert short in [part.owner for one in taken for part in one.chunks]
+    passes = [scheduler.next_pass() for _ in range(2)]
+    assert short in [part.owner for pass_ in passes for part in pass_.chunks]
     assert not long.finished
 
 
 def test_the_cheapest_shapes_are_chosen_by_cost():
-    one = prompt(np.random.default_rng(0), 60, [], [8] * 20)  # 64 + 160 places
+    encoded = prompt(np.random.default_rng(0), 60, [], [8] * 20)  # 64 + 160 places
     for large, chosen in ((200, [256]), (300, [128, 128])):
         costs = {bucket: large if bucket.tokens == 256 else 110 for bucket in COSTS}
         scheduler = Scheduler(costs, PrefixCache(CACHE))
-        scheduler.add(Job(one))
+        scheduler.add(Job(encoded))
         passes = iter(scheduler.next_pass, None)
-        assert [one.bucket.tokens for one in passes] == chosen
+        assert [pass_.bucket.tokens for pass_ in passes] == chosen
 
 
 @pytest.mark.parametrize(

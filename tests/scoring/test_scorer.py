@@ -80,7 +80,7 @@ def test_questions_score_together_as_one_by_one(scorer, count, layout):
 @given(seed=st.integers(0, 10**6), order=st.permutations(range(20)))
 def test_questions_score_the_same_in_any_order(scorer, seed, order, layout):
     prompt = make_prompt(seed, 20)
-    straight, shuffled = (score(scorer, [one], layout)[0] for one in (prompt, ask(prompt, order)))
+    straight, shuffled = (score(scorer, [variant], layout)[0] for variant in (prompt, ask(prompt, order)))
     np.testing.assert_allclose(shuffled, straight[list(order)], atol=1e-5)
 
 
@@ -89,7 +89,7 @@ def test_questions_score_the_same_in_any_order(scorer, seed, order, layout):
 def test_prompts_score_together_as_each_alone(scorer, counts, seed):
     prompts = [make_prompt(seed + number, count) for number, count in enumerate(counts)]
     prompts[::3] = [dataclasses.replace(prompt, labels=("No", "A", "Yes")) for prompt in prompts[::3]]
-    encoded = [encode(one, scorer.tokenizer, ("dense", "star")[at % 2]) for at, one in enumerate(prompts)]
+    encoded = [encode(prompt, scorer.tokenizer, ("dense", "star")[at % 2]) for at, prompt in enumerate(prompts)]
     heard: list[int] = []
     together = scorer.score_encoded(encoded, heard.append)
     assert sum(heard) == sum(counts)

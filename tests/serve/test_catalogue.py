@@ -75,9 +75,9 @@ def test_a_server_without_a_catalogue_says_so(bundle, tasks):
 
 def test_another_card_is_refused(bundle, dataset):
     items = bundle.card.items.model_copy(update={"attributes": bundle.card.items.attributes[1:]})
-    other = dataclasses.replace(bundle, card=bundle.card.model_copy(update={"items": items}))
+    changed = dataclasses.replace(bundle, card=bundle.card.model_copy(update={"items": items}))
     with pytest.raises(ConfigError, match="its card's 'items' is not that of the model's training"):
-        Catalogue.load(dataset.path, other)
+        Catalogue.load(dataset.path, changed)
     with pytest.raises(ConfigError, match="an imported model has no"):
         Catalogue.load(dataset.path, dataclasses.replace(bundle, card=None))
 

@@ -148,5 +148,5 @@ def test_every_address_is_of_both_kinds():
         with listening:
             for address in LOOPBACK:
                 socket.create_connection((address, listening.getsockname()[1]), timeout=SECONDS).close()
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="in use"):
-        listen("localhost", taken.getsockname()[1])
+    with socket.create_server(("127.0.0.1", 0)) as listener, pytest.raises(OSError, match="in use"):
+        listen("localhost", listener.getsockname()[1])

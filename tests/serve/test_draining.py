@@ -45,7 +45,7 @@ def test_nothing_is_lost_under_load_while_a_server_leaves(server, model_folder):
                 return [response.status for response in responses]
 
         def over_grpc() -> None:
-            channels = [grpc.insecure_channel(f"127.0.0.1:{one.port}") for one in (server, leaving)]
+            channels = [grpc.insecure_channel(f"127.0.0.1:{endpoint.port}") for endpoint in (server, leaving)]
             while not done.is_set():
                 target = int(first.is_set())
                 assert ranker_pb2_grpc.RankerStub(channels[target]).Score(pb.ScoreRequest(raw=QUESTION)).scores
@@ -53,7 +53,9 @@ def test_nothing_is_lost_under_load_while_a_server_leaves(server, model_folder):
 
         def over_http() -> None:
             nonlocal closing
-            connections = [http.client.HTTPConnection("127.0.0.1", one.http_port) for one in (server, leaving)]
+            connections = [
+                http.client.HTTPConnection("127.0.0.1", endpoint.http_port) for endpoint in (server, leaving)
+            ]
             while not done.is_set():
                 target = int(first.is_set())
                 connections[target].request("POST", "/v1/score", BODY, {"content-type": "application/json"})

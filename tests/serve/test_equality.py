@@ -32,8 +32,8 @@ def test_permuting_items_permutes_scores_and_changing_one_changes_no_other(clien
     np.testing.assert_allclose(permuted, before[order], atol=1e-5)
     items[17] = [8, 8, 8]
     after = probabilities(client.score(raw(prefix, items, LABELS)))
-    others = np.arange(60) != 17
-    np.testing.assert_allclose(after[others], before[others], atol=1e-5)
+    unchanged = np.arange(60) != 17
+    np.testing.assert_allclose(after[unchanged], before[unchanged], atol=1e-5)
     assert abs(after[17] - before[17]).max() > 1e-3
 
 
@@ -42,8 +42,8 @@ def test_scores_are_the_same_among_many_and_nothing_compiles(client, http, alone
         request_from_example(dataset, tasks[row % 2], example_at(dataset, tasks[row % 2], row)) for row in (5, 6, 7)
     ]
     of_members = [probabilities(client.score(member)) for member in members]
-    asked = [ask(seed % 4, 1 + 7 * seed, prefix=150 * (seed % 4)) for seed in range(16)]
-    of_asked = [expected(alone, question) for question in asked]
+    questions = [ask(seed % 4, 1 + 7 * seed, prefix=150 * (seed % 4)) for seed in range(16)]
+    of_questions = [expected(alone, question) for question in questions]
     long = ask(99, 3000)
     of_long = expected(alone, long)
     before = compilations(client, http)
@@ -60,13 +60,16 @@ def test_scores_are_the_same_among_many_and_nothing_compiles(client, http, alone
 
     with concurrent.futures.ThreadPoolExecutor(40) as pool:
         streamed = pool.submit(lambda: list(client.stream(long)))
-        found = [pool.submit(lambda one=one: probabilities(client.score(one))) for one in [*members, *asked]]
-        found += [pool.submit(over_http, question) for question in asked]
-        pool.submit(client.score, asked[3], normalize_over="VOCABULARY")
+        futures = [
+            pool.submit(lambda request=request: probabilities(client.score(request)))
+            for request in [*members, *questions]
+        ]
+        futures += [pool.submit(over_http, question) for question in questions]
+        pool.submit(client.score, questions[3], normalize_over="VOCABULARY")
     assert len(streamed.result()) > 1
     np.testing.assert_allclose(probabilities(*streamed.result()), of_long, atol=1e-5)
-    for one, right in zip(found, [*of_members, *of_asked, *of_asked], strict=True):
-        np.testing.assert_allclose(one.result(), right, atol=1e-5)
+    for future, right in zip(futures, [*of_members, *of_questions, *of_questions], strict=True):
+        np.testing.assert_allclose(future.result(), right, atol=1e-5)
     assert compilations(client, http) == before
 
 
@@ -77,8 +80,8 @@ def test_over_the_vocabulary_it_is_the_softmax_of_all_logits(client, http, bundl
     hidden = decoder(*jax.tree.map(lambda field: field[None], pack([prompt], 128)))
     logits = decoder.logits(hidden[0, prompt.ends])
     right = np.exp(jax.nn.log_softmax(logits))[:, LABELS]
-    found = probabilities(client.score(raw(prefix, items, LABELS), normalize_over="VOCABULARY"))
-    np.testing.assert_allclose(found, right, atol=1e-6, rtol=1e-4)
+    actual = probabilities(client.score(raw(prefix, items, LABELS), normalize_over="VOCABULARY"))
+    np.testing.assert_allclose(actual, right, atol=1e-6, rtol=1e-4)
     body = {"query": prefix, "items": items, "label_token_ids": LABELS, "apply_softmax": False}
     np.testing.assert_allclose(http.post("/v1/score", json=body).json()["scores"], right, atol=1e-6, rtol=1e-4)
 
@@ -97,8 +100,8 @@ def test_the_oldest_goes_first_where_a_prompt_is_too_long(client, bundle, prefix
     usage = response.usage
     assert (usage.truncated_events, usage.truncated_tokens) == (events - events_left, prefix - prefix_left)
     assert usage.prefix_tokens == prefix_left + 100 * events_left
-    kept = [bos, *start[1 + prefix - prefix_left :]]
-    same = client.score(raw(kept, items, LABELS, history[events - events_left :]), truncation="REJECT")
+    truncated = [bos, *start[1 + prefix - prefix_left :]]
+    same = client.score(raw(truncated, items, LABELS, history[events - events_left :]), truncation="REJECT")
     np.testing.assert_allclose(probabilities(response), probabilities(same), atol=1e-6)
     if usage.truncated_events or usage.truncated_tokens:
         for policy in ("REJECT", "TRUNCATION_UNSPECIFIED"):
@@ -135,9 +138,9 @@ def test_top_k_are_the_best(client):
 
 
 def test_a_prefix_may_be_empty_and_an_item_a_single_text(client, http, bundle):
-    found = client.score(raw([], [[7, 8], [9]], LABELS))
+    response = client.score(raw([], [[7, 8], [9]], LABELS))
     alone = client.score(raw([], [[9]], LABELS))
-    np.testing.assert_allclose(probabilities(found)[1:], probabilities(alone), atol=1e-5)
+    np.testing.assert_allclose(probabilities(response)[1:], probabilities(alone), atol=1e-5)
     single = http.post("/v1/score", json={"query": "a", "items": "b c", "label_token_ids": LABELS}).json()
     listed = http.post("/v1/score", json={"query": "a", "items": ["b c"], "label_token_ids": LABELS}).json()
     np.testing.assert_allclose(single["scores"], listed["scores"], atol=1e-6)
@@ -189,9 +192,9 @@ def test_over_http_members_are_ranked_as_over_grpc(client, http, dataset, tasks)
 def test_items_are_read_first_where_that_is_asked(client, http, texts):
     query, items = ("for a nurse", ["Acme ", "Berlin "]) if texts else ([7, 8], [[9], [10, 11]])
     body = {"query": query, "items": items, "label_token_ids": LABELS, "item_first": True, "apply_softmax": True}
-    found = http.post("/v1/score", json=body).json()["scores"]
+    scores = http.post("/v1/score", json=body).json()["scores"]
     joined = raw("" if texts else [], [item + query for item in items], LABELS)
-    np.testing.assert_allclose(found, probabilities(client.score(joined)), atol=1e-6)
+    np.testing.assert_allclose(scores, probabilities(client.score(joined)), atol=1e-6)
     body["query"] = [7] if texts else "for a nurse"
     mixed = http.post("/v1/score", json=body)
     assert mixed.status_code == 400

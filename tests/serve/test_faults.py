@@ -143,17 +143,17 @@ def test_wrong_requests_name_the_field_and_the_right_ones_beside_them_are_answer
     of_member = probabilities(client.score(member))
     good = [ask(seed, 5) for seed in range(4)]
     with held(scoring_loop) as gate:
-        answers = [bare.Score.future(request(one)) for one in (*good, member)]
+        answers = [bare.Score.future(request(valid)) for valid in (*good, member)]
         eventually(lambda: gate.passes)
         for message, question in wrong(member).items():
-            for call in (bare.Score, lambda asked: list(bare.ScoreStream(asked))):
+            for call in (bare.Score, lambda sent: list(bare.ScoreStream(sent))):
                 if call is not bare.Score and ("of them" in message or question.top_k):
                     continue  # whose limits are others
                 code, details = refusal(call, question)
                 assert code is Code.INVALID_ARGUMENT, details
                 assert details.startswith(message)
         gate.open()
-        for answer, right in zip(answers, [*(expected(alone, one) for one in good), of_member], strict=True):
+        for answer, right in zip(answers, [*(expected(alone, valid) for valid in good), of_member], strict=True):
             np.testing.assert_allclose(probabilities(answer.result()), right, atol=1e-5)
     too_many = raw([7], [[8]] * 50_001, LABELS)
     assert refusal(lambda: list(client.stream(too_many)))[1].startswith("raw.items: 50,001 of them")
@@ -175,8 +175,8 @@ def test_odd_texts_are_read_like_others(client, member, odd):
     put(attributes, "company", text=odd[:60])
     put(attributes, "skills", list=pb.Texts(values=[odd[:60]] * 2))
     assert np.isfinite(probabilities(client.score(member))).all()
-    found = probabilities(client.score(raw(odd, ["a", odd[:500], "b"], ["Yes", "No"]), truncation="TRUNCATE"))
-    np.testing.assert_allclose(found.sum(-1), 1, atol=1e-5)
+    scores = probabilities(client.score(raw(odd, ["a", odd[:500], "b"], ["Yes", "No"]), truncation="TRUNCATE"))
+    np.testing.assert_allclose(scores.sum(-1), 1, atol=1e-5)
 
 
 @pytest.mark.parametrize("year", [1, 1969, 9999])
@@ -242,7 +242,7 @@ def test_only_so_many_are_answered_at_a_time(server, client, bare, scoring_loop)
             "2 requests are answered at a time; try again in 1.0 s",
         )
         gate.open()
-        assert all(one.result() for one in two)
+        assert all(call.result() for call in two)
     assert client.score(ask(3, 3))
 
 
@@ -275,7 +275,7 @@ def test_a_deadline_that_passes_frees_its_place(server, bare, http, scoring_loop
         eventually(lambda: waiting(scoring_loop) == alone)
         gate.open()
         assert first.result()
-    assert all(part.prompt.prefix_length == 200 for one in gate.passes for part in one.chunks)  # of the first alone
+    assert all(part.prompt.prefix_length == 200 for pass_ in gate.passes for part in pass_.chunks)  # of the first alone
     assert len(gate.passes) == 1
 
 
@@ -295,11 +295,11 @@ def test_cancelled_work_never_runs(server, bare, scoring_loop):
     with held(scoring_loop) as gate:
         first = bare.Score.future(request(ask(1, 3)))
         eventually(lambda: gate.passes)
-        others = [bare.Score.future(request(ask(seed, 3))) for seed in (2, 3)]
+        pending = [bare.Score.future(request(ask(seed, 3))) for seed in (2, 3)]
         stream = bare.ScoreStream(request(ask(4, 2_000)))
         eventually(lambda: server.service._num_requests == 4)
         before = answered(server, "CANCELLED")
-        for call in (*others, stream):
+        for call in (*pending, stream):
             call.cancel()
         eventually(lambda: server.service._num_requests == 1)
         assert answered(server, "CANCELLED") == before + 2
@@ -318,7 +318,7 @@ def test_who_hangs_up_over_http_is_dropped_too(server, bare, scoring_loop):
         eventually(lambda: server.service._num_requests == 1)
         gate.open()
         assert first.result()
-    assert {part.prompt.prefix_length for one in gate.passes for part in one.chunks} == {200}
+    assert {part.prompt.prefix_length for pass_ in gate.passes for part in pass_.chunks} == {200}
 
 
 def test_who_vanishes_in_the_middle_of_a_stream_frees_place_and_pages(server, bare, scoring_loop):
@@ -385,12 +385,12 @@ def test_a_pass_that_fails_is_internal_and_health_says_so_until_it_is_over(
     health = health_pb2_grpc.HealthStub(grpc.insecure_channel(f"127.0.0.1:{server.port}"))
     states = health_pb2.HealthCheckResponse
 
-    def told() -> int:
+    def status() -> int:
         return health.Check(health_pb2.HealthCheckRequest(service="brewjax.ranker.v1.Ranker")).status
 
     question = ask(1, 10)
     compiled = client.describe().compilations
-    eventually(lambda: told() == states.SERVING)
+    eventually(lambda: status() == states.SERVING)
     with mock.patch.object(scoring_loop.scorer, "collect", side_effect=RuntimeError("out of memory at 0x7f")):
         code, details = refusal(bare.Score, request(question))
         assert (code, details) == (Code.INTERNAL, "internal error; the server's log has it")
@@ -399,8 +399,8 @@ def test_a_pass_that_fails_is_internal_and_health_says_so_until_it_is_over(
         assert (failed.status_code, failed.json()["message"]) == (500, "internal error; the server's log has it")
         assert refusal(lambda: list(bare.ScoreStream(request(question))))[0] is Code.INTERNAL
         assert http.get("/health").status_code == 503
-        eventually(lambda: told() == states.NOT_SERVING)
-    eventually(lambda: told() == states.SERVING)
+        eventually(lambda: status() == states.NOT_SERVING)
+    eventually(lambda: status() == states.SERVING)
     assert http.get("/health").status_code == 200
     np.testing.assert_allclose(probabilities(client.score(question)), expected(alone, question), atol=1e-5)
     assert client.describe().compilations == compiled

@@ -52,7 +52,7 @@ def valid(dataset, tasks) -> list[pb.ScoreRequest]:
     raws = [raw(prefix, items, LABELS, [[7, 8], [9]]), raw("a member", ["b", "c d"], ["Yes", "No"], ["once"])]
     return [
         *(pb.ScoreRequest(member=member, truncation="TRUNCATE") for member in members),
-        *(pb.ScoreRequest(raw=one, normalize_over="VOCABULARY", top_k=2) for one in raws),
+        *(pb.ScoreRequest(raw=message, normalize_over="VOCABULARY", top_k=2) for message in raws),
     ]
 
 
@@ -114,11 +114,11 @@ def all_at_once(server, tries: Iterable, attempt: Callable[[Any], Awaitable[obje
     async def run() -> list:
         places = asyncio.Semaphore(AT_ONCE)
 
-        async def one(what: Any) -> object:
+        async def attempt_one(value: Any) -> object:
             async with places:
-                return await attempt(what)
+                return await attempt(value)
 
-        return await asyncio.gather(*map(one, tries))
+        return await asyncio.gather(*map(attempt_one, tries))
 
     return asyncio.run_coroutine_threadsafe(run(), server.loop).result(3_600)
 
@@ -231,10 +231,10 @@ def test_fuzzed_json(server, client, alone):
         return sent[0]["status"], b"".join(message.get("body", b"") for message in sent).decode()
 
     outcomes = all_at_once(server, tries := list(bodies()), attempt)
-    for body, (status, said) in zip(tries, outcomes, strict=True):
-        assert status in (200, 400), (body, status, said)
-        answer = json.loads(said)
-        assert np.isfinite(answer["scores"]).all() if status == 200 else answer["message"], (body, said)
+    for body, (status, text) in zip(tries, outcomes, strict=True):
+        assert status in (200, 400), (body, status, text)
+        answer = json.loads(text)
+        assert np.isfinite(answer["scores"]).all() if status == 200 else answer["message"], (body, text)
     assert min(sum(status == fine for status, _ in outcomes) for fine in (200, 400)) > TRIES // 20
     still_right(server, client, alone)
 

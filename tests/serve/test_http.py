@@ -132,7 +132,7 @@ def test_the_page_needs_nothing_from_elsewhere(http):
 
 def test_every_status_is_in_the_schema(http, strict, strict_http):
     """Each that callers can bring about; and none that is not so."""
-    schema, guarded = (one.get("/openapi.json").json() for one in (http, strict_http))
+    schema, guarded = (client.get("/openapi.json").json() for client in (http, strict_http))
     probes = {"/livez", "/readyz", "/health", "/startupz", "/metrics"}
     assert set(schema["paths"]) == {"/v1/score", "/v1/rank", "/v1/models", *probes}
     responses = schema["paths"]["/v1/score"]["post"]["responses"]

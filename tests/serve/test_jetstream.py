@@ -47,8 +47,8 @@ class Served:
         await server.start()
         return server, port
 
-    def run(self, what, seconds: float = 60):
-        return asyncio.run_coroutine_threadsafe(what, self.loop).result(seconds)
+    def run(self, coroutine, seconds: float = 60):
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(seconds)
 
     def close(self) -> None:
         self._channel.close()
@@ -83,10 +83,10 @@ def ids(responses) -> list[int]:
 
 @pytest.fixture(scope="module")
 def served(bundle) -> Iterator[Served]:
-    one = Served(bundle)
-    yield one
-    assert one.decoding.compilations() == one.compiled, "a request compiled something"
-    one.close()
+    server = Served(bundle)
+    yield server
+    assert server.decoding.compilations() == server.compiled, "a request compiled something"
+    server.close()
 
 
 @contextmanager
@@ -120,17 +120,17 @@ def idle(served: Served) -> bool:
 
 def test_text_streams_as_the_generator_says_it(served):
     responses = list(served.stub.Decode(ask(max_tokens=40)))
-    said = served.expected(served.prompt(PROMPT), 40)
-    assert ids(responses) == said
-    assert len(responses) >= len(said) > 5
+    expected = served.expected(served.prompt(PROMPT), 40)
+    assert ids(responses) == expected
+    assert len(responses) >= len(expected) > 5
     text = "".join(response.stream_content.samples[0].text for response in responses)
-    assert text == served.tokenizer.hf.backend_tokenizer.decode(said, skip_special_tokens=False)
+    assert text == served.tokenizer.hf.backend_tokenizer.decode(expected, skip_special_tokens=False)
 
 
 def test_tokens_are_answered_in_tokens(served):
     tokens = served.prompt(PROMPT)
-    for asked in (tokens, tokens[1:]):  # the first is put in front where it is missing
-        responses = list(served.stub.Decode(ask_tokens(asked)))
+    for prompt in (tokens, tokens[1:]):  # the first is put in front where it is missing
+        responses = list(served.stub.Decode(ask_tokens(prompt)))
         assert ids(responses) == served.expected(tokens, 12)
         assert not any(response.stream_content.samples[0].text for response in responses)
 
@@ -151,9 +151,9 @@ def test_a_cancelled_request_leaves_its_slot(served):
         first = served.stub.Decode(ask(max_tokens=100))
         allowed.release(3)
         next(first)
-        others = [served.stub.Decode(ask(max_tokens=100)) for _ in range(3)]  # one in a slot, two that wait
+        queued = [served.stub.Decode(ask(max_tokens=100)) for _ in range(3)]  # one in a slot, two that wait
         eventually(lambda: served.decoding.requests == 4)
-        for call in [first, *others]:
+        for call in [first, *queued]:
             call.cancel()
         eventually(lambda: allowed.release() or idle(served))
     assert served.says()
@@ -194,7 +194,7 @@ def test_a_full_queue_says_when_to_come_back(served):
         refused = served.stub.Decode(ask())
         assert code_of(refused)[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert dict(refused.trailing_metadata())["grpc-retry-pushback-ms"] == "1000"
-    assert all(one.result() for one in full)
+    assert all(future.result() for future in full)
 
 
 def test_a_failed_prefill_fails_alone(served):
@@ -212,11 +212,11 @@ def test_a_failed_prefill_fails_alone(served):
         assert good.result(60) == served.expected(served.prompt(PROMPT), 40)
 
 
-@pytest.mark.parametrize("what", ["step", "insert"])
-def test_a_failed_step_fails_what_is_in_it_and_no_later_request(served, what):
-    with mock.patch.object(served.generator, what, side_effect=RuntimeError("poison")):
+@pytest.mark.parametrize("method", ["step", "insert"])
+def test_a_failed_step_fails_what_is_in_it_and_no_later_request(served, method):
+    with mock.patch.object(served.generator, method, side_effect=RuntimeError("poison")):
         code, details = code_of(served.stub.Decode(ask()))
-    assert (code, details) == (grpc.StatusCode.INTERNAL, f"{what} failed: RuntimeError")
+    assert (code, details) == (grpc.StatusCode.INTERNAL, f"{method} failed: RuntimeError")
     assert served.says()
     eventually(lambda: idle(served))
     assert served.stub.HealthCheck(pb.HealthCheckRequest()).is_live
@@ -229,16 +229,18 @@ def test_other_weights_go_on_with_the_text_that_is_running(bundle, served):
     with steps(served) as allowed:
         running = served.stub.Decode(ask(max_tokens=20))
         allowed.release(3)
-        said = [ids([next(running)])[0] for _ in range(3)]
+        generated = [ids([next(running)])[0] for _ in range(3)]
         loading.start()
         eventually(lambda: allowed.release() or not loading.is_alive())
         allowed.release(20)
-        said += ids(running)
+        generated += ids(running)
     try:
-        kept = next(count for count in range(20) if said[count] != before[count])
-        assert kept >= 3
+        num_unchanged = next(count for count in range(20) if generated[count] != before[count])
+        assert num_unchanged >= 3
         # Where the new weights agree with those before for a token, it may be either's.
-        assert any(said[n:] == served.expected(tokens + said[:n], 20 - n) for n in range(3, kept + 1))
+        assert any(
+            generated[n:] == served.expected(tokens + generated[:n], 20 - n) for n in range(3, num_unchanged + 1)
+        )
         assert served.says()
     finally:
         served.decoding.load(bundle.params)
@@ -246,47 +248,47 @@ def test_other_weights_go_on_with_the_text_that_is_running(bundle, served):
 
 
 def test_draining_finishes_what_runs_and_takes_no_more(bundle):
-    one = Served(bundle)
-    expected = one.expected(one.prompt(PROMPT), 6)
-    with steps(one) as allowed:
-        running = one.stub.Decode(ask(max_tokens=6))
+    server = Served(bundle)
+    expected = server.expected(server.prompt(PROMPT), 6)
+    with steps(server) as allowed:
+        running = server.stub.Decode(ask(max_tokens=6))
         allowed.release()
         first = ids([next(running)])
-        draining = asyncio.run_coroutine_threadsafe(one.decoding.drain(30), one.loop)
-        eventually(lambda: not one.stub.HealthCheck(pb.HealthCheckRequest()).is_live)
-        assert code_of(one.stub.Decode(ask()))[0] is grpc.StatusCode.UNAVAILABLE
+        draining = asyncio.run_coroutine_threadsafe(server.decoding.drain(30), server.loop)
+        eventually(lambda: not server.stub.HealthCheck(pb.HealthCheckRequest()).is_live)
+        assert code_of(server.stub.Decode(ask()))[0] is grpc.StatusCode.UNAVAILABLE
         allowed.release(6)
         assert first + ids(running) == expected
         draining.result(60)
-    assert not any(thread.is_alive() for thread in one.decoding._driver._all_threads)
-    one.close()
+    assert not any(thread.is_alive() for thread in server.decoding._driver._all_threads)
+    server.close()
 
 
 def test_draining_ends_what_takes_too_long(bundle):
-    one = Served(bundle)
-    with steps(one) as allowed:
-        running = [one.stub.Decode(ask(max_tokens=100))]
+    server = Served(bundle)
+    with steps(server) as allowed:
+        running = [server.stub.Decode(ask(max_tokens=100))]
         allowed.release()
         next(running[0])
-        running += [one.stub.Decode(ask(max_tokens=100)) for _ in range(2)]
-        eventually(lambda: one.decoding.requests == 3)
-        draining = asyncio.run_coroutine_threadsafe(one.decoding.drain(0.2), one.loop)
-        eventually(lambda: all(request.error for request in one.decoding._open))
+        running += [server.stub.Decode(ask(max_tokens=100)) for _ in range(2)]
+        eventually(lambda: server.decoding.requests == 3)
+        draining = asyncio.run_coroutine_threadsafe(server.decoding.drain(0.2), server.loop)
+        eventually(lambda: all(request.error for request in server.decoding._open))
         allowed.release()
         assert {code_of(call)[0] for call in running} == {grpc.StatusCode.UNAVAILABLE}
         draining.result(60)
-    one.close()
+    server.close()
 
 
 def test_draining_waits_for_no_device_that_hangs(bundle):
-    one = Served(bundle)
-    with steps(one) as allowed, mock.patch("brewjax.serve.jetstream.DRAIN_SECONDS", 0.2):
-        running = one.stub.Decode(ask())
+    server = Served(bundle)
+    with steps(server) as allowed, mock.patch("brewjax.serve.jetstream.DRAIN_SECONDS", 0.2):
+        running = server.stub.Decode(ask())
         allowed.release()
         next(running)
-        one.run(one.decoding.drain(0.1))
+        server.run(server.decoding.drain(0.1))
         assert code_of(running)[0] is grpc.StatusCode.UNAVAILABLE
-    one.close()
+    server.close()
 
 
 def test_the_engine_is_one_of_jetstreams(served, bundle):
@@ -301,13 +303,13 @@ def test_the_engine_is_one_of_jetstreams(served, bundle):
     tail = engine.generator.pad(tokens[3:])
     prefix = engine.prefill(params=weights, existing_prefix=head, padded_tokens=tail, true_length=length - 3)
     state = engine.insert(prefix, engine.init_decode_state(), slot=1)
-    said = []
+    generated = []
     for number in range(1, 6):
         state, result = engine.generate(weights, state)
         data = result.convert_to_numpy().get_result_at_slot(1)
         assert (data.valid.item(), data.lengths.item()) == (1, number)
-        said.append(data.tokens.item())
-    assert said == served.expected(tokens, 5)
+        generated.append(data.tokens.item())
+    assert generated == served.expected(tokens, 5)
     served.compiled = served.decoding.compilations()  # prefixes of prefixes are not warmed: the driver has none
     assert engine.max_concurrent_decodes == 2
     assert engine.samples_per_slot == 1

@@ -25,8 +25,8 @@ def test_a_request_is_said_as_in_training(bundle, dataset, tasks, style):
         for example in examples:
             unlabelled = dataclasses.replace(example, labels=np.full(len(example.candidates), -1, np.int32))
             for note in ("", "focus on location"):
-                said = verbalizer.prompt(task, unlabelled, style, note)
-                assert render_member(bundle, task, request_from_example(dataset, task, example, note)) == said
+                expected = verbalizer.prompt(task, unlabelled, style, note)
+                assert render_member(bundle, task, request_from_example(dataset, task, example, note)) == expected
 
 
 def test_events_come_in_any_order_and_later_ones_are_not_told(bundle, dataset, tasks):

@@ -186,11 +186,11 @@ def check_openness(channel: grpc.Channel, cert: str, http_port: int) -> None:
     """What may be asked without the token, and what may not."""
     health = health_pb2_grpc.HealthStub(channel)
     assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING
-    asked = reflection_pb2.ServerReflectionRequest(list_services="")
+    listing = reflection_pb2.ServerReflectionRequest(list_services="")
     reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
-    assert refusal(lambda: list(reflection.ServerReflectionInfo(iter([asked]))))[0] is Code.UNAUTHENTICATED
+    assert refusal(lambda: list(reflection.ServerReflectionInfo(iter([listing]))))[0] is Code.UNAUTHENTICATED
     bearer = [("authorization", f"Bearer {TOKEN}")]
-    (answer,) = reflection.ServerReflectionInfo(iter([asked]), metadata=bearer)
+    (answer,) = reflection.ServerReflectionInfo(iter([listing]), metadata=bearer)
     names = {service.name for service in answer.list_services_response.service}
     assert {"brewjax.ranker.v1.Ranker", "grpc.health.v1.Health"} <= names
     with httpx.Client(
@@ -227,12 +227,12 @@ def check_drain(process: Process, client: Client, pool: concurrent.futures.Execu
 
 
 @pytest.fixture(scope="module")
-def taken() -> Iterator[int]:
+def busy_port() -> Iterator[int]:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         yield listening.getsockname()[1]
 
 
-def test_what_cannot_start_says_why_in_one_message(model_folder, secrets, taken, tmp_path, capsys, monkeypatch):
+def test_what_cannot_start_says_why_in_one_message(model_folder, secrets, busy_port, tmp_path, capsys, monkeypatch):
     (tmp_path / "empty").write_text("\n")
     (tmp_path / "bad.pem").write_text("no certificate")
     key = f"tls_key={secrets / 'key.pem'}"
@@ -251,8 +251,8 @@ def test_what_cannot_start_says_why_in_one_message(model_folder, secrets, taken,
         (key, f"tls_cert={tmp_path / 'bad.pem'}"): "tls_cert: [SSL]",
         (f"token_file={tmp_path / 'empty'}",): "empty holds no token: write one line of ASCII there",
         (f"token_file={tmp_path / 'none'}",): "token_file: [Errno 2] No such file",
-        (f"port={taken}",): f"port: cannot listen at localhost:{taken}: Address already in use",
-        (f"http_port={taken}",): f"http_port: cannot listen at localhost:{taken}: Address already in use",
+        (f"port={busy_port}",): f"port: cannot listen at localhost:{busy_port}: Address already in use",
+        (f"http_port={busy_port}",): f"http_port: cannot listen at localhost:{busy_port}: Address already in use",
         ("port=0", "http_port=0", "tasks=[nowhere.yaml]"): "nowhere.yaml: no such file",
         ("port=0", "http_port=0", "prefix_cache_gb=0.0001"): "prefix_cache_gb: 0.0001 GB hold",
     }
@@ -264,11 +264,11 @@ def test_what_cannot_start_says_why_in_one_message(model_folder, secrets, taken,
         monkeypatch.setattr(sys, "argv", ["brewjax", "serve", str(model_folder), *settings])
         with pytest.raises(SystemExit) as exit:
             cli.main()
-        said = capsys.readouterr().err
-        assert exit.value.code == 2, said
-        assert said.startswith("error: ")
-        assert message in said
-        assert len(said.splitlines()) == 1
+        stderr = capsys.readouterr().err
+        assert exit.value.code == 2, stderr
+        assert stderr.startswith("error: ")
+        assert message in stderr
+        assert len(stderr.splitlines()) == 1
 
 
 def test_a_task_that_cannot_be_asked_is_refused_at_the_start(bundle, tasks, tmp_path):

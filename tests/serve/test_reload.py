@@ -21,27 +21,27 @@ Code = grpc.StatusCode
 
 
 @pytest.fixture(scope="module")
-def other(bundle, tmp_path_factory) -> Path:
+def new_folder(bundle, tmp_path_factory) -> Path:
     """A checkpoint of the same shape."""
     folder = tmp_path_factory.mktemp("other")
     dataclasses.replace(bundle, params=params(bundle.model, 1)).save(folder)
     return folder
 
 
-def test_a_reload_under_load_drops_nobody_and_mixes_nothing(server, client, bundle, alone, other, scoring_loop):
-    of_other = Scorer(bundle.model, params(bundle.model, 1), bundle.tokenizer, "dense", [Bucket(256), Bucket(4096)])
+def test_a_reload_under_load_drops_nobody_and_mixes_nothing(server, client, bundle, alone, new_folder, scoring_loop):
+    of_new = Scorer(bundle.model, params(bundle.model, 1), bundle.tokenizer, "dense", [Bucket(256), Bucket(4096)])
     questions = [ask(seed, 30) for seed in range(6)]
     before = client.describe()
-    right = {before.model: [expected(alone, one) for one in questions]}
+    right = {before.model: [expected(alone, question) for question in questions]}
     seen: list[str] = []
     done = False
 
     def keep_asking(number: int) -> None:
         while not done:
             at = len(seen) % len(questions)
-            one = list(client.stream(questions[at])) if number % 2 else [client.score(questions[at])]
-            (model,) = {response.model for response in one}
-            results.append((model, at, probabilities(*one)))
+            responses = list(client.stream(questions[at])) if number % 2 else [client.score(questions[at])]
+            (model,) = {response.model for response in responses}
+            results.append((model, at, probabilities(*responses)))
             seen.append(model)
 
     results: list[tuple[str, int, np.ndarray]] = []
@@ -49,17 +49,17 @@ def test_a_reload_under_load_drops_nobody_and_mixes_nothing(server, client, bund
         asking = [pool.submit(keep_asking, number) for number in range(6)]
         eventually(lambda: len(seen) > 6)
         try:
-            new = client.reload(str(other))
+            new = client.reload(str(new_folder))
             eventually(lambda: seen.count(new) > 12)
         finally:
             done = True
-    for one in asking:
-        one.result()
+    for future in asking:
+        future.result()
     assert new != before.model
     assert set(seen) == {before.model, new}
-    right[new] = [expected(of_other, one) for one in questions]
-    for model, at, found in results:
-        np.testing.assert_allclose(found, right[model][at], atol=1e-5)
+    right[new] = [expected(of_new, question) for question in questions]
+    for model, at, scores in results:
+        np.testing.assert_allclose(scores, right[model][at], atol=1e-5)
     assert client.reload() == before.model
     np.testing.assert_allclose(probabilities(client.score(questions[0])), right[before.model][0], atol=1e-5)
     assert client.describe().compilations == before.compilations
@@ -85,29 +85,29 @@ BROKEN = {
 }
 
 
-def changed(bundle, what: str):
-    if what == "not finite":
+def changed(bundle, fault: str):
+    if fault == "not finite":
         leaves, tree = jax.tree.flatten(bundle.params)
         spoilt = jax.tree.unflatten(tree, [leaves[0].at[(0,) * leaves[0].ndim].set(jnp.nan), *leaves[1:]])
         return dataclasses.replace(bundle, params=spoilt)
-    if what == "another shape":
+    if fault == "another shape":
         model = bundle.model.model_copy(update={"d_ff": 64})
         return dataclasses.replace(bundle, model=model, params=params(model))
     return dataclasses.replace(bundle, tokenizer=Tokenizer.train(["other words"], ["Yes", "No"], vocab_size=300))
 
 
-@pytest.mark.parametrize("what", [*BROKEN, "not finite", "another shape", "another tokenizer"])
-def test_a_broken_checkpoint_is_refused_and_the_old_one_serves_on(client, bundle, alone, other, tmp_path, what):
+@pytest.mark.parametrize("fault", [*BROKEN, "not finite", "another shape", "another tokenizer"])
+def test_a_broken_checkpoint_is_refused_and_the_old_one_serves_on(client, bundle, alone, new_folder, tmp_path, fault):
     folder = tmp_path / "model"
-    if what in BROKEN:
-        shutil.copytree(other, folder)
-        BROKEN[what](folder)
+    if fault in BROKEN:
+        shutil.copytree(new_folder, folder)
+        BROKEN[fault](folder)
     else:
-        changed(bundle, what).save(folder)
+        changed(bundle, fault).save(folder)
     before = client.describe()
     code, details = refusal(client.reload, str(folder))
     assert code is Code.INVALID_ARGUMENT
-    assert what in details
+    assert fault in details
     assert "Traceback" not in details
     question = ask(1, 5)
     np.testing.assert_allclose(probabilities(client.score(question)), expected(alone, question), atol=1e-5)

@@ -140,7 +140,7 @@ def test_a_text_is_found_by_the_next_search(admin):
 def test_what_cannot_be_read_is_named(admin, retriever, members):
     invalid = grpc.StatusCode.INVALID_ARGUMENT
     member = pb.Member(task="view")
-    for call, said in (
+    for call, expected in (
         (lambda: admin.retrieve("x", 0), "k: 0; give 1 to 10,000"),
         (lambda: admin.retrieve([1.0], 5), "vector: 1 numbers; vectors of this index have 16"),
         (lambda: admin.retrieve(member, 5), "member.task: 'view'; this encoder reads the history of task 'apply'"),
@@ -158,7 +158,7 @@ def test_what_cannot_be_read_is_named(admin, retriever, members):
     ):
         code, message = refusal(call)
         assert code is invalid
-        assert said in message
+        assert expected in message
     with Client(f"127.0.0.1:{retriever.port}", TOKEN) as client:
         code, message = refusal(client.delete, ["a"])
     assert code is grpc.StatusCode.PERMISSION_DENIED

@@ -49,16 +49,16 @@ def question(seed: int, prefix: int = 70, items: int = 3):
     return prompt(np.random.default_rng(seed), prefix, [], [5] * items)
 
 
-class Asked:
+class Submission:
     """A prompt submitted to a scoring loop, and its scores as they come."""
 
-    def __init__(self, scoring_loop: ScoringLoop, one, **how):
-        self.prompt, self.scores = one, np.full((len(one.questions), 2), np.nan, np.float32)
-        self.request = scoring_loop.submit(one, on_scores=self._hear, **how)
+    def __init__(self, scoring_loop: ScoringLoop, prompt, **how):
+        self.prompt, self.scores = prompt, np.full((len(prompt.questions), 2), np.nan, np.float32)
+        self.request = scoring_loop.submit(prompt, on_scores=self._hear, **how)
 
-    def _hear(self, first: int, found: np.ndarray) -> None:
-        assert len(found)  # nobody is told nothing
-        self.scores[first : first + len(found)] = found
+    def _hear(self, first: int, scores: np.ndarray) -> None:
+        assert len(scores)  # nobody is told nothing
+        self.scores[first : first + len(scores)] = scores
 
     def is_right(self, alone: Scorer) -> bool:
         self.request.result(60)
@@ -80,54 +80,54 @@ def test_a_pass_that_fails_takes_only_its_own_requests_with_it(scoring_loop, sco
 
     def fails(work, *args):
         passes = work if step == "dispatch" else work.passes
-        if any(part.prompt is bad for one in passes for part in one.chunks):
+        if any(part.prompt is bad for pass_ in passes for part in pass_.chunks):
             scorer._pool[0].delete()  # as a pass that failed on the device would leave it
             raise RuntimeError("the device is gone")
         return real(work, *args)
 
     with mock.patch.object(scorer, step, fails), held(scoring_loop) as gate:
-        long = Asked(scoring_loop, question(1, prefix=200, items=100))
+        long = Submission(scoring_loop, question(1, prefix=200, items=100))
         gate.let(2)  # it stored its prefix, and asks its first questions
         eventually(lambda: len(gate.passes) == 3)
-        poisoned = Asked(scoring_loop, bad)
-        good = [Asked(scoring_loop, question(seed)) for seed in (2, 3)]
+        poisoned = Submission(scoring_loop, bad)
+        good = [Submission(scoring_loop, question(seed)) for seed in (2, 3)]
         gate.open()
         with pytest.raises(RuntimeError, match="the pass failed: the device is gone"):
             poisoned.request.result(60)
-        in_the_same_pass = [one for one in good if one.request.exception(60)]
+        in_the_same_pass = [submission for submission in good if submission.request.exception(60)]
         assert long.is_right(alone)
-    assert all(one.is_right(alone) for one in good if one not in in_the_same_pass)
+    assert all(submission.is_right(alone) for submission in good if submission not in in_the_same_pass)
     eventually(lambda: scoring_loop.healthy and is_idle(scoring_loop))
-    assert Asked(scoring_loop, question(2)).is_right(alone)
+    assert Submission(scoring_loop, question(2)).is_right(alone)
 
 
 def test_a_device_that_is_gone_is_unhealthy_until_it_is_back(scoring_loop, scorer, alone):
     with mock.patch.object(scorer, "dispatch", side_effect=RuntimeError("no device")):
         with pytest.raises(RuntimeError, match="no device"):
-            Asked(scoring_loop, question(1)).request.result(60)
+            Submission(scoring_loop, question(1)).request.result(60)
         assert not scoring_loop.healthy
     eventually(lambda: scoring_loop.healthy)  # nobody asks for it: those who would are sent elsewhere
-    assert Asked(scoring_loop, question(1)).is_right(alone)
+    assert Submission(scoring_loop, question(1)).is_right(alone)
 
 
 def test_a_mistake_outside_of_passes_fails_who_is_there_and_the_loop_goes_on(scoring_loop, alone):
     with held(scoring_loop) as gate:
-        under_way = [Asked(scoring_loop, question(seed)) for seed in range(3)]
+        under_way = [Submission(scoring_loop, question(seed)) for seed in range(3)]
         eventually(lambda: gate.passes)
         with mock.patch.object(scoring_loop._scheduler, "next_pass", side_effect=KeyError("a bug")):
-            under_way += [Asked(scoring_loop, question(seed)) for seed in range(3, 6)]
+            under_way += [Submission(scoring_loop, question(seed)) for seed in range(3, 6)]
             gate.open()
-            failed = [one for one in under_way if one.request.exception(60)]
+            failed = [submission for submission in under_way if submission.request.exception(60)]
     assert failed
-    assert all(one.is_right(alone) for one in under_way if one not in failed)
+    assert all(submission.is_right(alone) for submission in under_way if submission not in failed)
     eventually(lambda: scoring_loop.healthy and is_idle(scoring_loop))
-    assert Asked(scoring_loop, question(7)).is_right(alone)
+    assert Submission(scoring_loop, question(7)).is_right(alone)
 
 
 def test_a_caller_that_cannot_be_told_fails_alone(scoring_loop, alone):
     with held(scoring_loop) as gate:
         deaf = scoring_loop.submit(question(1), on_scores=mock.Mock(side_effect=RuntimeError("the loop is closed")))
-        good = Asked(scoring_loop, question(2))
+        good = Submission(scoring_loop, question(2))
         gate.open()
         with pytest.raises(RuntimeError, match="the loop is closed"):
             deaf.result(60)
@@ -139,26 +139,28 @@ def test_scores_that_are_not_finite_are_never_answers(scoring_loop, scorer, alon
     collect = scorer.collect
 
     def spoilt(work):
-        found = collect(work)
-        return [[np.full_like(one, np.nan) if at == 0 else one for at, one in enumerate(row)] for row in found]
+        results = collect(work)
+        return [
+            [np.full_like(scores, np.nan) if at == 0 else scores for at, scores in enumerate(row)] for row in results
+        ]
 
     with mock.patch.object(scorer, "collect", spoilt), held(scoring_loop) as gate:
-        bad, good = Asked(scoring_loop, question(1)), Asked(scoring_loop, question(2))
+        bad, good = Submission(scoring_loop, question(1)), Submission(scoring_loop, question(2))
         gate.open()
         with pytest.raises(FloatingPointError):
             bad.request.result(60)
-    assert Asked(scoring_loop, question(1)).is_right(alone)
+    assert Submission(scoring_loop, question(1)).is_right(alone)
     assert good.request.done()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_scoring_loop_that_dies_is_noticed_and_nobody_waits_for_it(scoring_loop, scorer):
     with mock.patch.object(scorer, "collect", side_effect=SystemExit), held(scoring_loop) as gate:
-        asked = [Asked(scoring_loop, question(seed)) for seed in range(3)]
+        submissions = [Submission(scoring_loop, question(seed)) for seed in range(3)]
         gate.open()
-        for one in asked:
+        for submission in submissions:
             with pytest.raises(ClosedError):
-                one.request.result(60)
+                submission.request.result(60)
     eventually(lambda: not scoring_loop.healthy)
     for call in (lambda: scoring_loop.submit(question(1)), lambda: scoring_loop.reload(params())):
         with pytest.raises(ClosedError, match="stops, or cannot score any more"):
@@ -170,28 +172,28 @@ def test_a_scoring_loop_that_dies_is_noticed_and_nobody_waits_for_it(scoring_loo
 
 def test_what_nobody_waits_for_never_runs_and_leaves_no_trace(scoring_loop, alone):
     with held(scoring_loop) as gate:
-        first = Asked(scoring_loop, question(1))
+        first = Submission(scoring_loop, question(1))
         eventually(lambda: gate.passes)
-        cancelled, late = Asked(scoring_loop, question(2)), Asked(scoring_loop, question(3), deadline=0.0)
-        assert waiting(scoring_loop) == sum(one.request.num_tokens for one in (first, cancelled, late))
+        cancelled, late = Submission(scoring_loop, question(2)), Submission(scoring_loop, question(3), deadline=0.0)
+        assert waiting(scoring_loop) == sum(submission.request.num_tokens for submission in (first, cancelled, late))
         assert cancelled.request.cancel()
         assert waiting(scoring_loop) == first.request.num_tokens + late.request.num_tokens
         gate.open()
         with pytest.raises(TimeoutError, match="the deadline passed while the request was queued"):
             late.request.result(60)
         assert first.is_right(alone)
-    assert all(part.prompt is first.prompt for one in gate.passes for part in one.chunks)
+    assert all(part.prompt is first.prompt for pass_ in gate.passes for part in pass_.chunks)
     eventually(lambda: is_idle(scoring_loop))
 
 
 def test_who_leaves_in_the_middle_gives_its_pages_back(scoring_loop, alone):
     with held(scoring_loop) as gate:
-        long = Asked(scoring_loop, question(1, prefix=250, items=200))
+        long = Submission(scoring_loop, question(1, prefix=250, items=200))
         gate.let(3)
         eventually(lambda: len(gate.passes) == 4)
         assert pages_held(scoring_loop) == 4
         long.request.cancel()
-        after = Asked(scoring_loop, question(2))
+        after = Submission(scoring_loop, question(2))
         gate.open()
         assert after.is_right(alone)
     eventually(lambda: is_idle(scoring_loop))
@@ -200,16 +202,17 @@ def test_who_leaves_in_the_middle_gives_its_pages_back(scoring_loop, alone):
 
 def test_a_full_queue_says_when_to_come_back_and_has_room_again(scoring_loop, alone):
     with held(scoring_loop) as gate:
-        asked = [Asked(scoring_loop, question(seed, items=100)) for seed in range(3)]
+        submissions = [Submission(scoring_loop, question(seed, items=100)) for seed in range(3)]
         eventually(lambda: gate.passes)
         with pytest.raises(QueueFullError, match=r"the queue is full; try again in [\d.]+ s") as refused:
             scoring_loop.submit(question(9, items=100))
         assert refused.value.retry_after > 0
-        asked[2].request.cancel()
-        asked.append(Asked(scoring_loop, question(9, items=100)))
+        submissions[2].request.cancel()
+        submissions.append(Submission(scoring_loop, question(9, items=100)))
         gate.open()
-        assert all(one.is_right(alone) for one in asked if not one.request.cancelled())
-    assert Asked(scoring_loop, question(3, prefix=100, items=500)).is_right(alone)  # more than the queue, but alone
+        assert all(submission.is_right(alone) for submission in submissions if not submission.request.cancelled())
+    longest = question(3, prefix=100, items=500)  # more tokens than the queue takes, but it is alone
+    assert Submission(scoring_loop, longest).is_right(alone)
 
 
 def test_a_long_prefix_gets_its_pages_though_short_ones_keep_coming(scoring_loop):
@@ -232,23 +235,23 @@ def test_each_request_is_scored_by_the_weights_of_when_it_came(scoring_loop, sco
     new = params(seed=1)
     of_new = Scorer(MODEL, new, Tokenizer.byte_level(), "dense", [Bucket(1024)])
     with held(scoring_loop) as gate:
-        before = [Asked(scoring_loop, question(seed, items=20)) for seed in range(4)]
+        before = [Submission(scoring_loop, question(seed, items=20)) for seed in range(4)]
         eventually(lambda: gate.passes)
         reloaded = scoring_loop.reload(new)
         after = [
-            Asked(scoring_loop, question(seed, items=20)) for seed in range(4)
+            Submission(scoring_loop, question(seed, items=20)) for seed in range(4)
         ]  # whose prefixes the old model cached
         gate.open()
         reloaded.result(60)
-        assert all(one.is_right(alone) for one in before)
-        assert all(one.is_right(of_new) for one in after)
+        assert all(submission.is_right(alone) for submission in before)
+        assert all(submission.is_right(of_new) for submission in after)
         assert not any(np.allclose(a.scores, b.scores, atol=1e-3) for a, b in zip(before, after, strict=True))
 
 
 def test_a_reload_that_nobody_waits_for_any_more_is_taken_up(scoring_loop, scorer):
     new = params(seed=2)
     with held(scoring_loop) as gate:
-        under_way = Asked(scoring_loop, question(1))
+        under_way = Submission(scoring_loop, question(1))
         eventually(lambda: gate.passes)
         scoring_loop.reload(new).cancel()
         gate.open()
@@ -262,14 +265,14 @@ def test_a_reload_that_nobody_waits_for_any_more_is_taken_up(scoring_loop, score
 
 def test_a_scoring_loop_that_stops_finishes_what_it_has_and_takes_no_more(scoring_loop, alone):
     with held(scoring_loop) as gate:
-        asked = [Asked(scoring_loop, question(seed)) for seed in range(5)]
+        submissions = [Submission(scoring_loop, question(seed)) for seed in range(5)]
         eventually(lambda: gate.passes)
         assert not scoring_loop.stop(0.01)
         with pytest.raises(ClosedError):
             scoring_loop.submit(question(9))
         gate.open()
         assert scoring_loop.stop(60)
-    assert all(one.is_right(alone) for one in asked)
+    assert all(submission.is_right(alone) for submission in submissions)
 
 
 def test_the_garbage_collector_rests_while_a_scoring_loop_works(scorer):
@@ -286,7 +289,7 @@ def test_the_garbage_collector_rests_while_a_scoring_loop_works(scorer):
 
 def test_many_come_and_go_at_once(scoring_loop, alone):
     """Threads that submit and cancel as they like: whoever stays is answered rightly."""
-    answered: list[Asked] = []
+    answered: list[Submission] = []
 
     def come_and_go(seed: int) -> None:
         random = np.random.default_rng(seed)
@@ -294,15 +297,15 @@ def test_many_come_and_go_at_once(scoring_loop, alone):
             if number == 30:
                 return
             try:
-                one = Asked(
+                submission = Submission(
                     scoring_loop, question(int(random.integers(6)), int(random.integers(1, 200)), 1 + number % 9)
                 )
             except QueueFullError:
                 continue
             if random.random() < 0.3:
-                one.request.cancel()
+                submission.request.cancel()
             else:
-                answered.append(one)
+                answered.append(submission)
 
     threads = [threading.Thread(target=come_and_go, args=(seed,)) for seed in range(4)]
     for thread in threads:
@@ -310,7 +313,7 @@ def test_many_come_and_go_at_once(scoring_loop, alone):
     for thread in threads:
         thread.join()
     assert answered
-    assert all(one.is_right(alone) for one in answered)
+    assert all(submission.is_right(alone) for submission in answered)
     eventually(lambda: is_idle(scoring_loop))
 
 

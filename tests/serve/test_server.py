@@ -26,8 +26,8 @@ def test_every_way_to_ask_gives_the_same_scores(client, http, alone, count):
     assert (cold.usage.cached_tokens, hot.usage.cached_tokens) == (0, 200)
     body = {"query": prefix, "items": items, "label_token_ids": labels, "apply_softmax": True}
     over_http = http.post("/v1/score", json=body).raise_for_status().json()
-    for found in (probabilities(cold), probabilities(hot), over_http["scores"]):
-        np.testing.assert_allclose(found, expected, atol=1e-5)
+    for scores in (probabilities(cold), probabilities(hot), over_http["scores"]):
+        np.testing.assert_allclose(scores, expected, atol=1e-5)
     assert over_http["usage"]["cached_tokens"] == 200
     order = [item.index for item in cold.scores]
     assert order == np.argsort(-probabilities(cold)[:, 0], kind="stable").tolist()
@@ -54,7 +54,7 @@ def test_jetstreams_decode_is_on_the_same_port(model_folder, bundle, alone):
     prefix, items = draw(0, 40)
     expected = alone.score_encoded([EncodedPrompt([prefix], items, [5, 9], [None] * 40, "dense")])[0]
     generator = Generator(bundle.model, bundle.params, slots=1, context=64)
-    (said,) = generator.generate([bundle.tokenizer.bos + prefix[:20]], 12)
+    (generated,) = generator.generate([bundle.tokenizer.bos + prefix[:20]], 12)
     with running(model_folder, config) as server, grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         request = jetstream_pb2.DecodeRequest(
             token_content=jetstream_pb2.DecodeRequest.TokenContent(token_ids=prefix[:20]), max_tokens=12
@@ -64,4 +64,4 @@ def test_jetstreams_decode_is_on_the_same_port(model_folder, bundle, alone):
             for _ in range(5):
                 np.testing.assert_allclose(probabilities(client.score(raw(prefix, items, [5, 9]))), expected, atol=1e-5)
         heard = [token for each in responses for token in each.stream_content.samples[0].token_ids]
-    assert heard == said
+    assert heard == generated

@@ -63,7 +63,9 @@ def test_a_request_is_traced_from_its_caller_on(model_folder, collector):
     assert spans["Score"].parent_span_id == outermost.span_id
     for inner in ("encode", "queue and pass"):
         assert spans[inner].parent_span_id == spans["Score"].span_id
-    assert ("brewjax.request_id", "mine") in {(one.key, one.value.string_value) for one in spans["Score"].attributes}
+    assert ("brewjax.request_id", "mine") in {
+        (attribute.key, attribute.value.string_value) for attribute in spans["Score"].attributes
+    }
 
 
 def test_nothing_is_traced_unless_told(monkeypatch):

@@ -34,16 +34,16 @@ def rows_of(examples: list[RankingExample]) -> list[tuple]:
 def test_lm_evaluation_harness_2598_a_limit_draws_a_sample_and_not_the_first(suite):
     dataset, (surface_task,) = suite.load_surface("shop")
     everything = [example.request for example in build_examples(dataset, surface_task.task, "test")]
-    drawn = [
+    samples = [
         {
             example.request
             for example in draw_questions(dataset, surface_task.task, Draw(questions=40, lists=8), 8, seed)
         }
         for seed in (1, 2)
     ]
-    assert all(len(requests) == 10 for requests in drawn)
-    assert drawn[0] != drawn[1]
-    assert all(requests - set(everything[:20]) for requests in drawn), "none of the later ones"
+    assert all(len(requests) == 10 for requests in samples)
+    assert samples[0] != samples[1]
+    assert all(requests - set(everything[:20]) for requests in samples), "none of the later ones"
 
 
 def test_lm_evaluation_harness_3882_the_error_of_a_mean_is_that_of_the_very_mean(suite):

@@ -62,9 +62,9 @@ def test_kept_and_fresh_runs_agree_to_the_bit_and_only_new_models_are_asked(suit
     fake = Fake("noisy", noisy(0.9))
     run(suite, "quick", [fake])
     before = {path.name: path.read_bytes() for path in predictions_folder(suite, "quick").iterdir()}
-    asked = fake.questions
+    num_questions = fake.questions
     run(suite, "quick", [fake])
-    assert fake.questions == asked
+    assert fake.questions == num_questions
     for path in predictions_folder(suite, "quick").iterdir():
         path.unlink()
     run(suite, "quick", [fake])
@@ -115,9 +115,9 @@ def test_a_cold_start_cuts_the_same_members_and_leaves_no_trace(suite):
     questions = frozen_questions(suite, "quick", dataset, tasks[0])
     cut = cut_history(questions, 3)
     moments = [(example.member, example.cutoff_time) for example in questions.examples]
-    asked = [questions.examples[index] for index in first_moments(moments)]
-    assert [example.member for example in cut.examples] == [example.member for example in asked]
-    for before, after in zip(asked, cut.examples, strict=True):
+    first_examples = [questions.examples[index] for index in first_moments(moments)]
+    assert [example.member for example in cut.examples] == [example.member for example in first_examples]
+    for before, after in zip(first_examples, cut.examples, strict=True):
         assert after.num_past_events == len(after.history) == 3
         assert after.candidates.tolist() == before.candidates.tolist()
         times = cut.dataset.event_time

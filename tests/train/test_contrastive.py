@@ -168,9 +168,11 @@ def run(shards: Path, folder: Path, objective: Contrastive = LOSS, model=MODEL, 
     return read_metrics(folder / METRICS)
 
 
-def assert_same(rows: list[dict], others: list[dict], names=("loss", "grad_norm", "accuracy", "temperature")) -> None:
+def assert_same(
+    rows: list[dict], expected_rows: list[dict], names=("loss", "grad_norm", "accuracy", "temperature")
+) -> None:
     for name in names:
-        actual, expected = ([row[name] for row in each] for each in (rows, others))
+        actual, expected = ([row[name] for row in each] for each in (rows, expected_rows))
         np.testing.assert_allclose(actual, expected, rtol=3e-4, err_msg=name)
 
 

@@ -76,9 +76,9 @@ def test_one_killed_ends_the_other_and_a_restart_goes_on(shards, together, tmp_p
         wait_for(step, tmp_path, started)
         started[killed].kill()
         code = started[1 - killed].wait(LIMIT)
-        said = log(tmp_path, 1 - killed)
-        assert code in (distributed.EXIT_RESTART, -signal.SIGABRT), said
-        assert "one of them ended" in said or "another task died" in said, said
+        output = log(tmp_path, 1 - killed)
+        assert code in (distributed.EXIT_RESTART, -signal.SIGABRT), output
+        assert "one of them ended" in output or "another task died" in output, output
         assert len(read_metrics(tmp_path / METRICS)) < CONFIG.steps
     finish(tmp_path, start(shards, tmp_path, 2))
     assert without_speed(tmp_path) == without_speed(together)  # to the bit
@@ -106,7 +106,7 @@ def test_a_failure_of_the_first_ends_the_others(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("variables", "said"),
+    ("variables", "message"),
     [
         ({"JAX_NUM_PROCESSES": "2"}, "is set, but not JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID"),
         ({"JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID is 2; of 2 processes .* one of 0 to 1"),
@@ -114,12 +114,12 @@ def test_a_failure_of_the_first_ends_the_others(tmp_path):
         ({"BREWJAX_DISTRIBUTED": "yes"}, "BREWJAX_DISTRIBUTED is 'yes'; it may only be 'auto'"),
     ],
 )
-def test_wrong_variables_are_named(monkeypatch, variables, said):
+def test_wrong_variables_are_named(monkeypatch, variables, message):
     if "JAX_PROCESS_ID" in variables:
         variables = {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "2"} | variables
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(distributed.DistributedError, match=said), distributed.distributed_runtime():
+    with pytest.raises(distributed.DistributedError, match=message), distributed.distributed_runtime():
         pass
 
 

@@ -41,16 +41,16 @@ CONFIG = TrainConfig(steps=40, batch_size=4, seq_len=64, optimizer=ADAM, checkpo
 
 def toy(number: int) -> EncodedPrompt:
     random = np.random.default_rng(number)
-    one = prompt(random, questions=random.integers(1, 4, 3), layout=("dense", "star")[number % 2])
-    questions = [[3 + answer, *rest] for (_, *rest), answer in zip(one.questions, one.answers, strict=True)]
-    return dataclasses.replace(one, questions=questions)
+    encoded = prompt(random, questions=random.integers(1, 4, 3), layout=("dense", "star")[number % 2])
+    questions = [[3 + answer, *rest] for (_, *rest), answer in zip(encoded.questions, encoded.answers, strict=True)]
+    return dataclasses.replace(encoded, questions=questions)
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
     prompts = [toy(number) for number in range(200)]
-    write_shards(folder, [(one, {"prompt": number}) for number, one in enumerate(prompts)], CONFIG.seq_len)
+    write_shards(folder, [(encoded, {"prompt": number}) for number, encoded in enumerate(prompts)], CONFIG.seq_len)
     return folder
 
 
@@ -233,8 +233,8 @@ def newest_checkpoint(folder: Path, config: TrainConfig = CONFIG) -> tuple[int, 
         return checkpointer.latest.step, state["params"]
 
 
-def poisoned(decoder: Decoder, batch: TokenBatch, given: AuxInputs) -> tuple[WeightedSum, dict[str, WeightedSum]]:
-    loss, metrics = supervised(decoder, batch, given)
+def poisoned(decoder: Decoder, batch: TokenBatch, aux: AuxInputs) -> tuple[WeightedSum, dict[str, WeightedSum]]:
+    loss, metrics = supervised(decoder, batch, aux)
     return loss._replace(total=loss.total * jnp.where(jnp.any(batch.tokens == POISON), jnp.nan, 1)), metrics
 
 
@@ -242,7 +242,7 @@ def test_nan_stops_the_run_and_names_the_examples(tmp_path):
     prompts = [toy(number) for number in range(40)]
     (_, *preamble), *events = prompts[25].prefix_pieces  # a prompt of the fourth batch
     prompts[25] = dataclasses.replace(prompts[25], prefix_pieces=[[POISON, *preamble], *events])
-    write_shards(tmp_path, [(one, {"prompt": number}) for number, one in enumerate(prompts)], CONFIG.seq_len)
+    write_shards(tmp_path, [(encoded, {"prompt": number}) for number, encoded in enumerate(prompts)], CONFIG.seq_len)
     with pytest.raises(NonFiniteError, match=r"loss nan(.|\n)*\"prompt\": 25\b") as error:
         train(MODEL, CONFIG.model_copy(update={"checkpoint_every_steps": 1}), tmp_path, tmp_path, poisoned)
     good = len(losses(tmp_path))

@@ -74,9 +74,9 @@ def test_loss_and_gradients_are_those_through_merged_weights(model):
     expected_loss, expected = loss_and_gradients(lambda learnt: bind(model, LORA.merge(base, learnt)))
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
     assert shapes(actual) == shapes(expected)
-    for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert np.abs(other).max() > 0.01
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5 * np.abs(other).max())
+    for grad, expected_grad in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert np.abs(expected_grad).max() > 0.01
+        np.testing.assert_allclose(grad, expected_grad, rtol=1e-4, atol=1e-5 * np.abs(expected_grad).max())
 
 
 @pytest.mark.parametrize("model", [MODEL, EXPERTS], ids=["dense", "experts"])

@@ -40,8 +40,8 @@ OWN = "own answers and layers"  # for its definition see test_on_policy
 
 def listed(seed: int, lists: list[int], weight: float) -> EncodedPrompt:
     """A prompt whose questions stand in these lists; the first answer is two words."""
-    one = prompt(np.random.default_rng(seed), events=(4, 3), questions=[3, 2, 3, 2, 3][: len(lists)])
-    return dataclasses.replace(one, preference_lists=lists, weight=weight, answers=[[5, 9], *one.answers[1:]])
+    encoded = prompt(np.random.default_rng(seed), events=(4, 3), questions=[3, 2, 3, 2, 3][: len(lists)])
+    return dataclasses.replace(encoded, preference_lists=lists, weight=weight, answers=[[5, 9], *encoded.answers[1:]])
 
 
 @functools.cache
@@ -78,7 +78,7 @@ def models(name: str) -> dict[str, FrozenModel]:
     return {"teacher": FrozenModel(TEACHER, params(TEACHER, seed=2))} if isinstance(objective, Distill) else {}
 
 
-def said(name: str) -> dict[str, TopK]:
+def teacher_outputs(name: str) -> dict[str, TopK]:
     """What a teacher who is elsewhere said of the batch."""
     if not name.endswith("of few words"):
         return {}
@@ -92,20 +92,20 @@ def said(name: str) -> dict[str, TopK]:
 
 def run(name: str, mesh: MeshConfig) -> dict[str, np.ndarray]:
     """Loss, metrics and gradients of an objective by name, the last by path."""
-    on, frozen, answers = mesh.build(), models(name), said(name)
+    on, frozen, answers = mesh.build(), models(name), teacher_outputs(name)
     if answers:
         frozen = {}
 
     def loss(
         trained: Params, batch: TokenBatch, answers: dict, weights: dict
     ) -> tuple[jax.Array, dict[str, WeightedSum]]:
-        given = answers | {key: bind(frozen[key].model, one) for key, one in weights.items()}
-        loss, metrics = OBJECTIVES[name](bind(MODEL, trained), batch, given)
+        aux = answers | {key: bind(frozen[key].model, leaves) for key, leaves in weights.items()}
+        loss, metrics = OBJECTIVES[name](bind(MODEL, trained), batch, aux)
         return loss.total, {"loss": loss} | metrics
 
     with jax.set_mesh(on):
         rows = jax.device_put((batch(), answers), NamedSharding(on, jax.P(BATCH_AXES)))
-        weights = {key: one.on(on) for key, one in frozen.items()}
+        weights = {key: frozen_model.on(on) for key, frozen_model in frozen.items()}
         trained = FrozenModel(MODEL, params()).on(on)
         if name in WITH_GRADIENTS:
             (_, means), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(trained, *rows, weights)
@@ -216,7 +216,7 @@ def test_align_is_its_definition(name):
     align, expected = OBJECTIVES[name], collections.defaultdict(float)
     for preferred, rejected in whole_lists():
         weight = preferred.weights.mean()
-        margins = align.beta * np.array([preferred.score - one.score for one in rejected])
+        margins = align.beta * np.array([preferred.score - candidate.score for candidate in rejected])
         cost = {  # equation 7 of DPO, with its label smoothing; equation 8 of S-DPO
             "dpo": np.mean(0.9 * minus_log_sigmoid(margins) + 0.1 * minus_log_sigmoid(-margins)),
             "softmax dpo": minus_log_sigmoid(-np.log(np.exp(-margins).sum())),
@@ -226,7 +226,7 @@ def test_align_is_its_definition(name):
             "loss_dpo": cost,
             "loss_sft": -preferred.policy.mean(),
             "reward_chosen": align.beta * preferred.score,
-            "reward_rejected": align.beta * np.mean([one.score for one in rejected]),
+            "reward_rejected": align.beta * np.mean([candidate.score for candidate in rejected]),
             "reward_margin": margins.mean(),
             "preference_accuracy": (margins > 0).mean(),
             "weight": 1,
@@ -247,7 +247,9 @@ def few_words(log_p: np.ndarray, ids: np.ndarray) -> np.ndarray:
     return np.concatenate([words, np.log1p(-np.exp(words).sum(-1, keepdims=True))], -1)
 
 
-@pytest.mark.parametrize("name", [name for name, one in OBJECTIVES.items() if isinstance(one, Distill) and name != OWN])
+@pytest.mark.parametrize(
+    "name", [name for name, objective in OBJECTIVES.items() if isinstance(objective, Distill) and name != OWN]
+)
 def test_distill_is_its_definition(name):
     distill = OBJECTIVES[name]
     (student, places), (teacher, _) = logits_of(None), logits_of(models(name)["teacher"])
@@ -313,9 +315,9 @@ def test_divergences_are_trls(beta, distill, temperature):
 # --- directions
 
 
-def push_of(align: Align, policy: jax.Array, *others: jax.Array) -> jax.Array:
+def push_of(align: Align, policy: jax.Array, *arrays: jax.Array) -> jax.Array:
     """d loss / d log pi of a row's targets."""
-    return jax.jit(jax.grad(lambda policy: align.lists(policy, *others)["loss_dpo"].total))(policy)
+    return jax.jit(jax.grad(lambda policy: align.lists(policy, *arrays)["loss_dpo"].total))(policy)
 
 
 def test_dpo_pushes_the_preferred_up_and_the_rejected_down_by_how_wrong_it_is():
@@ -366,12 +368,14 @@ def test_a_mesh_changes_nothing(sharded, name):
 
 def answers_moved(of_teacher: MeshConfig, of_student: MeshConfig) -> dict[str, np.ndarray]:
     """What a teacher on one mesh says of a batch on another, moved there."""
-    there = NamedSharding(of_student.build(), BATCH_SPEC)
-    placed = jax.device_put(jax.tree.map(lambda x: x.reshape(1, 8, LENGTH), batch()), there)
-    with jax.set_mesh(there.mesh):
-        said = jax.device_put(TeacherOnMesh(*models("forward KL").values(), of_teacher.build(), K, 2.0)(placed), there)
-    assert said.ids.sharding == there
-    return jax.tree.map(np.asarray, said._asdict())
+    sharding = NamedSharding(of_student.build(), BATCH_SPEC)
+    placed = jax.device_put(jax.tree.map(lambda x: x.reshape(1, 8, LENGTH), batch()), sharding)
+    with jax.set_mesh(sharding.mesh):
+        outputs = jax.device_put(
+            TeacherOnMesh(*models("forward KL").values(), of_teacher.build(), K, 2.0)(placed), sharding
+        )
+    assert outputs.ids.sharding == sharding
+    return jax.tree.map(np.asarray, outputs._asdict())
 
 
 @pytest.mark.long
@@ -394,11 +398,11 @@ def test_distill_without_a_teacher_or_with_one_of_another_vocabulary_is_refused(
     student = bind(MODEL, params())
     with pytest.raises(ValueError, match="distill needs a teacher"):
         Distill()(student, batch(), {})
-    other = MODEL.model_copy(update={"vocab_size": 65})
+    teacher_model = MODEL.model_copy(update={"vocab_size": 65})
     with jax.set_mesh(MeshConfig().build()):
         rows = jax.tree.map(jnp.asarray, batch())
         with pytest.raises(ValueError, match="the teacher's vocabulary has 65 words, the student's 64"):
-            jax.eval_shape(lambda: Distill()(student, rows, {"teacher": bind(other, params(other))}))
+            jax.eval_shape(lambda: Distill()(student, rows, {"teacher": bind(teacher_model, params(teacher_model))}))
 
 
 if __name__ == "__main__":

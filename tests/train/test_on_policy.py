@@ -28,12 +28,12 @@ DEEP = MODEL.model_copy(update={"name": "deep", "layers": 5})
 def with_answers(seed: int, lengths: list[int], end: int) -> EncodedPrompt:
     """A prompt whose questions are answered in so many tokens, 1 for a label word; whole answers finish with `end`."""
     random = np.random.default_rng(seed)
-    one = prompt(random, questions=[ASKED + length - 1 for length in lengths])
+    encoded = prompt(random, questions=[ASKED + length - 1 for length in lengths])
     answers = [
         [*question[ASKED:], end] if length > 1 else label
-        for question, length, label in zip(one.questions, lengths, one.answers, strict=True)
+        for question, length, label in zip(encoded.questions, lengths, encoded.answers, strict=True)
     ]
-    return dataclasses.replace(one, answers=answers)
+    return dataclasses.replace(encoded, answers=answers)
 
 
 def prompts(end: int = 0) -> list[list[EncodedPrompt]]:
@@ -48,13 +48,13 @@ def decoder(seed: int = 0) -> Decoder:
 
 
 @functools.cache
-def said(end: int = 0, share: float = 1.0, top_k: int = 1) -> tuple[TokenBatch, TokenBatch, np.ndarray]:
+def resampled(end: int = 0, share: float = 1.0, top_k: int = 1) -> tuple[TokenBatch, TokenBatch, np.ndarray]:
     """A batch; the same with the student's own answers, and which targets are theirs."""
     before = batch_of(prompts(end), LENGTH)
     with jax.set_mesh(MeshConfig().build()):
         speak = jax.jit(lambda batch: replace_with_student_samples(decoder(), batch, share, top_k))
-        after, own = speak(jax.tree.map(jnp.asarray, before))
-    return before, jax.tree.map(np.asarray, after), np.asarray(own)
+        after, is_sampled = speak(jax.tree.map(jnp.asarray, before))
+    return before, jax.tree.map(np.asarray, after), np.asarray(is_sampled)
 
 
 @functools.cache
@@ -65,11 +65,11 @@ def _likeliest():
     return jax.jit(likeliest)
 
 
-def spoken(one: EncodedPrompt, number: int) -> list[int]:
+def spoken(encoded: EncodedPrompt, number: int) -> list[int]:
     """The likeliest words of an answer, one after the other, of a prompt with that question alone."""
-    asked, words = one.questions[number][:ASKED], []
-    for _ in range(len(one.questions[number]) - ASKED):
-        alone = dataclasses.replace(one, questions=[asked + words], answers=[None])
+    question, words = encoded.questions[number][:ASKED], []
+    for _ in range(len(encoded.questions[number]) - ASKED):
+        alone = dataclasses.replace(encoded, questions=[question + words], answers=[None])
         inputs = jax.tree.map(lambda x: jnp.asarray(x)[None], pack([alone], LENGTH))
         with jax.set_mesh(MeshConfig().build()):
             words.append(int(_likeliest()(*inputs, len(alone) - 1)))
@@ -84,21 +84,21 @@ def answers_of(batch: TokenBatch, row: int) -> list[np.ndarray]:
 
 
 def test_it_says_what_decoding_word_by_word_says():
-    before, after, own = said()
+    before, after, is_sampled = resampled()
     for row, both in enumerate(prompts()):
-        asked = [(one, number) for one in both for number in range(len(one.questions))]
-        for (one, number), places in zip(asked, answers_of(before, row), strict=True):
-            expected = spoken(one, number)
+        questions = [(encoded, number) for encoded in both for number in range(len(encoded.questions))]
+        for (encoded, number), places in zip(questions, answers_of(before, row), strict=True):
+            expected = spoken(encoded, number)
             assert after.tokens[row, places[1:]].tolist() == expected
             assert after.targets[row, places[:-1]].tolist() == expected
-            assert own[row, places].all() == (len(places) > 1)
+            assert is_sampled[row, places].all() == (len(places) > 1)
 
 
 def test_what_is_no_answer_stays():
-    before, after, own = said()
+    before, after, is_sampled = resampled()
     changes = np.nonzero(after.tokens != before.tokens)
-    assert own[changes[0], changes[1] - 1].all()
-    assert (after.targets == before.targets)[~own].all()
+    assert is_sampled[changes[0], changes[1] - 1].all()
+    assert (after.targets == before.targets)[~is_sampled].all()
     for name in ("positions", "source", "preference"):
         np.testing.assert_array_equal(getattr(after, name), getattr(before, name))
 
@@ -106,36 +106,36 @@ def test_what_is_no_answer_stays():
 def test_nothing_counts_behind_the_end():
     """The end is what the student says first in answer to the first question."""
     end = spoken(prompts()[0][0], 0)[0]
-    before, after, own = said(end)
+    before, after, is_sampled = resampled(end)
     first = answers_of(before, 0)[0]
     assert after.targets[0, first[0]] == end
     assert after.weights[0, first].tolist() == [1, 0, 0, 0]
-    assert (after.weights[~own] == before.weights[~own]).all()
+    assert (after.weights[~is_sampled] == before.weights[~is_sampled]).all()
 
 
 def test_a_share_of_the_answers_is_the_students_own():
-    before, _, own = said(share=0.5, top_k=8)
+    before, _, is_sampled = resampled(share=0.5, top_k=8)
     whole = [places for row in range(2) for places in answers_of(before, row) if len(places) > 1]
-    taken = [own.reshape(-1)[row * LENGTH + places] for row in range(2) for places in answers_of(before, row)]
-    assert all(of.all() or not of.any() for of in taken)
-    assert 0 < sum(of.all() for of in taken) < len(whole)
+    masks = [is_sampled.reshape(-1)[row * LENGTH + places] for row in range(2) for places in answers_of(before, row)]
+    assert all(mask.all() or not mask.any() for mask in masks)
+    assert 0 < sum(mask.all() for mask in masks) < len(whole)
 
 
 def test_the_same_batch_is_answered_the_same():
-    first, second = said(top_k=8)[1], said.__wrapped__(top_k=8)[1]
+    first, second = resampled(top_k=8)[1], resampled.__wrapped__(top_k=8)[1]
     np.testing.assert_array_equal(first.tokens, second.tokens)
-    assert (said()[1].tokens != first.tokens).any()
+    assert (resampled()[1].tokens != first.tokens).any()
 
 
 def test_its_own_answers_are_judged_by_the_teacher_alone():
     distill = Distill(on_policy_fraction=1.0, top_k=1, kd_weight=0.5)
-    before, after, own = said()
+    before, after, is_sampled = resampled()
     with jax.set_mesh(MeshConfig().build()):
-        given = {"teacher": decoder(1)}
-        loss, metrics = jax.jit(lambda batch: distill(decoder(), batch, given))(jax.tree.map(jnp.asarray, before))
-        of_words = jax.jit(lambda batch: Distill()(decoder(), batch, given)[1])
+        aux = {"teacher": decoder(1)}
+        loss, metrics = jax.jit(lambda batch: distill(decoder(), batch, aux))(jax.tree.map(jnp.asarray, before))
+        of_words = jax.jit(lambda batch: Distill()(decoder(), batch, aux)[1])
         expected = of_words(jax.tree.map(jnp.asarray, after))
-        labels = of_words(jax.tree.map(jnp.asarray, before._replace(weights=np.where(own, 0, before.weights))))
+        labels = of_words(jax.tree.map(jnp.asarray, before._replace(weights=np.where(is_sampled, 0, before.weights))))
     np.testing.assert_allclose(metrics["loss_kd"].total, expected["loss_kd"].total, rtol=1e-5)
     np.testing.assert_allclose(metrics["loss_sft"].total, labels["loss_sft"].total, rtol=1e-5)
     np.testing.assert_allclose(loss.total, 0.5 * (metrics["loss_sft"].total + metrics["loss_kd"].total), rtol=1e-5)

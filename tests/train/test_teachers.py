@@ -84,11 +84,11 @@ def test_a_cache_has_the_answer_to_every_target(shards, tmp_path):
     ask = TeacherOnMesh(TEACHER, mesh, 4, 2.0)
     batches = ShardedBatches(shards, mesh, 1, 4, 64, 1, 3, {"teacher": cache.look_up})
     for _ in range(3):  # packed otherwise than the cache was
-        batch, placed, beside = next(batches)
-        said, actual = jax.tree.map(lambda x: np.asarray(x)[0], (ask(placed), beside["teacher"]))
+        batch, placed, lookups = next(batches)
+        expected, actual = jax.tree.map(lambda x: np.asarray(x)[0], (ask(placed), lookups["teacher"]))
         assert (actual.ids >= 0).any(-1).tolist() == (batch.targets >= 0).tolist()
-        np.testing.assert_allclose(actual.log_probs, said.log_probs, rtol=1e-4, atol=1e-5)
-        assert (actual.ids == said.ids).mean() > 0.999  # ties apart
+        np.testing.assert_allclose(actual.log_probs, expected.log_probs, rtol=1e-4, atol=1e-5)
+        assert (actual.ids == expected.ids).mean() > 0.999  # ties apart
         assert (np.diff(actual.log_probs[batch.targets >= 0], axis=-1) <= 0).all()
 
 
@@ -112,18 +112,18 @@ def test_a_cache_that_was_killed_goes_on_and_one_that_is_done_is_left_alone(shar
     cache = TeacherCache(written(tmp_path, shards))
     batch = next(iter(load_batches(shards, 8, 64, seed=0)))
     assert (cache.look_up(batch).ids[..., 0] >= 0).tolist() == (batch.targets >= 0).tolist()
-    asked = len(calls) - before
+    num_calls = len(calls) - before
     whole = len(calls) - before + 3
     written(tmp_path / "again", shards)
-    assert len(calls) == before + asked + whole  # nothing was asked twice
+    assert len(calls) == before + num_calls + whole  # nothing was asked twice
     written(tmp_path, shards)
-    assert len(calls) == before + asked + whole
+    assert len(calls) == before + num_calls + whole
 
 
 def test_a_cache_of_something_else_is_refused(shards, tmp_path):
     written(tmp_path / "cache", shards)
-    other = write_shards(tmp_path / "other", [(toy(number), {}) for number in range(20)], 64)
-    assert other["records"]
+    counts = write_shards(tmp_path / "other", [(toy(number), {}) for number in range(20)], 64)
+    assert counts["records"]
     with pytest.raises(CacheError, match=r"outputs for shards [0-9a-f]{64}, not [0-9a-f]{64}\. Delete it"):
         written(tmp_path / "cache", tmp_path / "other")
     with pytest.raises(CacheError, match=r"outputs for k 4, not 5; temperature 2\.0, not 1\.0"):
@@ -153,12 +153,12 @@ def test_align_learns_to_prefer_and_the_reference_stays(tmp_path, lora):
     """Of each list's questions, all answered alike, the one that begins with token 3 is preferred to those with 4."""
     prompts = []
     for number in range(100):
-        one = toy(number)
+        encoded = toy(number)
         questions = [
-            [3 if first else 4, *rest[1:]] for first, rest in zip((True, False, False), one.questions, strict=True)
+            [3 if first else 4, *rest[1:]] for first, rest in zip((True, False, False), encoded.questions, strict=True)
         ]
         prompts.append(
-            (dataclasses.replace(one, questions=questions, answers=[0] * 3, preference_lists=[1, -1, -1]), {})
+            (dataclasses.replace(encoded, questions=questions, answers=[0] * 3, preference_lists=[1, -1, -1]), {})
         )
     write_shards(tmp_path / "shards", prompts, 64)
     reference, config = params(), CONFIG.model_copy(update={"checkpoint_every_steps": 40, "lora": lora})

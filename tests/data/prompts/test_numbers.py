@@ -12,7 +12,7 @@ MINUTE, HOUR, DAY = 60_000_000, 3_600_000_000, 86_400_000_000
 
 
 @pytest.mark.parametrize(
-    ("microseconds", "said"),
+    ("microseconds", "expected"),
     [
         (0, (0, "minute")),
         (MINUTE - 1, (0, "minute")),
@@ -29,8 +29,8 @@ MINUTE, HOUR, DAY = 60_000_000, 3_600_000_000, 86_400_000_000
         (800 * DAY, (2, "year")),
     ],
 )
-def test_an_age_is_said_in_the_largest_unit_that_fits(microseconds, said):
-    assert age(microseconds) == said
+def test_an_age_is_said_in_the_largest_unit_that_fits(microseconds, expected):
+    assert age(microseconds) == expected
 
 
 @hypothesis.given(st.integers(-(10**14), 10**14))
@@ -42,16 +42,16 @@ def test_money_keeps_its_cents(cents):
 
 @hypothesis.given(st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(2**63), 2**63 - 1))
 def test_a_number_is_said_plainly_and_nearly_as_it_is(value):
-    said = format_number(value)
-    assert float(said) == pytest.approx(value, rel=1e-5, abs=0)
-    assert abs(float(said) - value) <= max(0.005, 1e-15 * abs(value)) or abs(value) >= 1e21
-    assert not said.endswith((".", ".0"))
+    text = format_number(value)
+    assert float(text) == pytest.approx(value, rel=1e-5, abs=0)
+    assert abs(float(text) - value) <= max(0.005, 1e-15 * abs(value)) or abs(value) >= 1e21
+    assert not text.endswith((".", ".0"))
     if 1e-15 <= abs(value) < 1e21 or value == 0:
-        assert re.fullmatch(r"-?\d+(\.\d*[1-9])?", said)
+        assert re.fullmatch(r"-?\d+(\.\d*[1-9])?", text)
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "expected"),
     [
         (129.99, "129.99"),
         (1234.56, "1234.56"),
@@ -61,5 +61,5 @@ def test_a_number_is_said_plainly_and_nearly_as_it_is(value):
         (1 / 3, "0.333333"),
     ],
 )
-def test_numbers_are_said_as_people_write_them(value, said):
-    assert format_number(value) == said
+def test_numbers_are_said_as_people_write_them(value, expected):
+    assert format_number(value) == expected

@@ -218,7 +218,7 @@ def test_a_member_with_one_event(jobs_with, tokenizer, style):
     dataset = jobs_with(STORY)
     prompt = say(dataset, tokenizer, ask(dataset, 1, 60), style)
     (event,) = prompt.events
-    assert all(said in event for said in ("has applied to", "Teacher", "Umbrella"))
+    assert all(phrase in event for phrase in ("has applied to", "Teacher", "Umbrella"))
 
 
 @each_full_style
@@ -262,10 +262,10 @@ def test_the_budget_drops_the_oldest_events_and_no_more_than_it_must(jobs, token
         rows = example.history[len(example.history) - count :]
         return say(jobs, tokenizer, dataclasses.replace(example, history=rows), style, task=STRICT)
 
-    kept = len(prompt.events)
-    assert prompt == dataclasses.replace(newest(kept), num_truncated_events=prompt.num_truncated_events)
+    num_kept = len(prompt.events)
+    assert prompt == dataclasses.replace(newest(num_kept), num_truncated_events=prompt.num_truncated_events)
     if prompt.num_truncated_events and style != "sectioned":  # which counts the words of both groups, said or not
-        assert tokens_needed(newest(kept + 1), tokenizer) > budget
+        assert tokens_needed(newest(num_kept + 1), tokenizer) > budget
 
 
 @each_full_style
@@ -367,9 +367,9 @@ def test_what_is_not_known_is_left_out(jobs_with, tokenizer, style):
 
 
 @each_full_style
-@hypothesis.given(events=EVENTS, others=EVENTS, data=st.data())
+@hypothesis.given(events=EVENTS, later_events=EVENTS, data=st.data())
 @hypothesis.settings(max_examples=25, deadline=None)
-def test_nothing_at_or_after_the_cutoff_changes_a_character(jobs_with, tokenizer, style, events, others, data):
+def test_nothing_at_or_after_the_cutoff_changes_a_character(jobs_with, tokenizer, style, events, later_events, data):
     """The leak property, over all splits: all that happens from the cutoff on is replaced, and no prompt changes."""
     boundary = 4  # days, where validation begins and percentiles are fitted
     split = TASK.split.model_copy(update={"validation": "2025-01-05", "test": "2025-01-09"})
@@ -379,15 +379,15 @@ def test_nothing_at_or_after_the_cutoff_changes_a_character(jobs_with, tokenizer
     examples = [e for name in ("train", "validation", "test") for e in build_examples(dataset, task, name)]
     example = data.draw(st.sampled_from(examples))
     day = (example.cutoff_time - moment(0)) / 86_400_000_000
-    changed = [event for event in events if event.day < day] + [event for event in others if event.day >= day]
+    changed = [event for event in events if event.day < day] + [event for event in later_events if event.day >= day]
     hypothesis.assume(changed)
-    other = jobs_with(changed)
-    other_scale = Percentiles.fit(other, moment(boundary)) if day >= boundary else scale
-    history, past = history_before(other, task, example.member, example.cutoff_time)
-    other_example = dataclasses.replace(example, history=history, num_past_events=past)
+    changed_jobs = jobs_with(changed)
+    changed_scale = Percentiles.fit(changed_jobs, moment(boundary)) if day >= boundary else scale
+    history, past = history_before(changed_jobs, task, example.member, example.cutoff_time)
+    changed_example = dataclasses.replace(example, history=history, num_past_events=past)
     assert Verbalizer(dataset, scale, tokenizer, PLENTY).prompt(task, example, style) == Verbalizer(
-        other, other_scale, tokenizer, PLENTY
-    ).prompt(task, other_example, style)
+        changed_jobs, changed_scale, tokenizer, PLENTY
+    ).prompt(task, changed_example, style)
 
 
 def test_the_compact_style_spends_the_fewest_tokens(jobs, tokenizer):
@@ -442,7 +442,7 @@ def question_of(dataset: Dataset, tokenizer: Tokenizer, card: dict[str, str], ro
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "text"),
     [
         (85_000.0, "85000"),
         (1_234_567.8, "1234567.8"),
@@ -454,23 +454,23 @@ def question_of(dataset: Dataset, tokenizer: Tokenizer, card: dict[str, str], ro
         (-0.5, "-0.5"),
     ],
 )
-def test_numbers_are_said_as_people_say_them(jobs, tokenizer, value, said):
+def test_numbers_are_said_as_people_say_them(jobs, tokenizer, value, text):
     dataset = with_value(jobs, "items", "salary", 3, value)
     card = {"salary": "{column: salary, kind: number, unit: dollars}"}
-    assert f"Salary: {said} dollars, " in question_of(dataset, tokenizer, card, 3)
-    assert f"|{said}|" in question_of(dataset, tokenizer, card, 3, "compact")
+    assert f"Salary: {text} dollars, " in question_of(dataset, tokenizer, card, 3)
+    assert f"|{text}|" in question_of(dataset, tokenizer, card, 3, "compact")
 
 
 @pytest.mark.parametrize(
-    ("day", "said", "short"),
+    ("day", "text", "short"),
     [(59, "1 day ago", "1d"), (1, "1 month ago", "1mo"), (81, "in 3 weeks", "in 3w"), (60, "0 minutes ago", "0m")],
 )
 @pytest.mark.parametrize("kind", [pa.date32(), pa.timestamp("us", "UTC")])
 @pytest.mark.filterwarnings("error")
-def test_dates_are_said_as_ages(jobs, tokenizer, day, said, short, kind):
+def test_dates_are_said_as_ages(jobs, tokenizer, day, text, short, kind):
     posted = pa.array([moment(day)] * 40).cast(pa.timestamp("us")).cast(kind)
     dataset = dataclasses.replace(jobs, items=with_column("posted", posted)(jobs.items))
-    assert f"Posted: {said}, " in question_of(dataset, tokenizer, {}, 3)
+    assert f"Posted: {text}, " in question_of(dataset, tokenizer, {}, 3)
     assert f"|{short}|" in question_of(dataset, tokenizer, {}, 3, "compact")
 
 

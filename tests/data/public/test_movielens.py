@@ -90,7 +90,7 @@ def test_the_folder_of_grouplens_gives_the_same_tables(wheel, grouplens, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("title", "expected"),
     [
         ("Toy Story (1995)", "Toy Story (1995)"),
         ("American in Paris, An (1951)", "An American in Paris (1951)"),
@@ -101,8 +101,8 @@ def test_the_folder_of_grouplens_gives_the_same_tables(wheel, grouplens, tmp_pat
         ("To Have, or Not (1995)", "To Have, or Not (1995)"),
     ],
 )
-def test_articles_come_first(given, expected):
-    assert article_first(given) == expected
+def test_articles_come_first(title, expected):
+    assert article_first(title) == expected
 
 
 def test_a_damaged_wheel_is_refused(wheel, tmp_path):

@@ -154,14 +154,14 @@ def test_a_return_answers_the_trip_before_it_and_no_other(groceries, tmp_path):
     groceries(lines(*[("h", "s", f"b{n}", "p0", day) for n, day in enumerate(days)]))
     dataset = Dataset.load(fetch("completejourney-trips", tmp_path / "trips"))
     task = Task.load(CONFIGS / "tasks/grocery/returns_in_7_days.yaml")
-    asked = [
+    answers = [
         (str(np.datetime64(prompt.cutoff_time, "us"))[:10], task.words[label])
         for split in ("train", "validation", "test")
         for prompt in build_examples(dataset, task, split)
         for label in prompt.labels
     ]
     # Of the second trip's question the first is the exposure; the third is outside its week, and nothing follows it.
-    assert asked == [("2017-01-01", "Yes"), ("2017-01-10", "No"), ("2017-02-01", "No")]
+    assert answers == [("2017-01-01", "Yes"), ("2017-01-10", "No"), ("2017-02-01", "No")]
 
 
 def test_a_trip_says_which_of_the_latest_categories_it_left_out(groceries, tmp_path):

@@ -41,13 +41,13 @@ def example(preamble: int, questions: int = 1) -> EncodedPrompt:
 
 
 def shards(folder: Path, examples: list[EncodedPrompt], capacity: int = ROW) -> Path:
-    write_shards(folder, ((one, {"example": index}) for index, one in enumerate(examples)), capacity)
+    write_shards(folder, ((record, {"example": index}) for index, record in enumerate(examples)), capacity)
     return folder
 
 
 def pieces(batch: TokenBatch) -> list[tuple[int, dict[str, np.ndarray]]]:
     """The packed examples, row by row: the record each says it comes from, and its arrays."""
-    found = []
+    packed = []
     arrays = batch._asdict() | batch.token_labels._asdict()
     for row in range(len(batch.tokens)):
         ids = batch.token_labels.example_id[row]
@@ -60,16 +60,16 @@ def pieces(batch: TokenBatch) -> list[tuple[int, dict[str, np.ndarray]]]:
         for number in np.unique(real):
             (source,) = np.unique(batch.source[row, ids == number])
             names = ("tokens", "positions", "piece_id", "visibility", "targets", "weights", "preference")
-            found.append((int(source), {name: arrays[name][row, ids == number] for name in names}))
-    return found
+            packed.append((int(source), {name: arrays[name][row, ids == number] for name in names}))
+    return packed
 
 
 def read(batches, passes: int, records: int) -> tuple[list[tuple[int, dict]], collections.Counter]:
     """Pieces of so many passes over the records, and how often each was read."""
-    found: list = []
-    while len(found) < passes * records:
-        found += pieces(next(batches))
-    return found, collections.Counter(source for source, _ in found)
+    packed: list = []
+    while len(packed) < passes * records:
+        packed += pieces(next(batches))
+    return packed, collections.Counter(source for source, _ in packed)
 
 
 @hypothesis.given(EXAMPLES)
@@ -77,8 +77,8 @@ def read(batches, passes: int, records: int) -> tuple[list[tuple[int, dict]], co
 def test_packing_loses_nothing_and_mixes_nothing(tmp_path_factory, examples):
     folder = shards(tmp_path_factory.mktemp("shards"), examples)
     records = [part.arrays for whole in examples for part in whole.split(ROW)]
-    found, counts = read(iter(load_batches(folder, GROUP, ROW, seed=0)), 2, len(records))
-    for source, arrays in found:
+    packed, counts = read(iter(load_batches(folder, GROUP, ROW, seed=0)), 2, len(records))
+    for source, arrays in packed:
         for name, array in arrays.items():
             assert array.tolist() == records[source][name].tolist(), name
     # A group of rows holds the next records of the stream. Were any read twice in one epoch, or left out of it,
@@ -113,10 +113,10 @@ def test_the_position_restores_exactly(tmp_path):
         state = json.loads(json.dumps(batches.get_state()))
         expected = list(itertools.islice(batches, 6))
         fresh = iter(load_batches(folder, 3, ROW, seed=0))
-        for other in (batches, fresh):
-            other.set_state(state)
-            for one, again in zip(expected, itertools.islice(other, 6), strict=True):
-                jax.tree.map(np.testing.assert_array_equal, one, again)
+        for iterator in (batches, fresh):
+            iterator.set_state(state)
+            for expected_batch, batch in zip(expected, itertools.islice(iterator, 6), strict=True):
+                jax.tree.map(np.testing.assert_array_equal, expected_batch, batch)
 
 
 def test_epochs_and_seeds_are_shuffled_differently(tmp_path):

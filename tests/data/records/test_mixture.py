@@ -38,10 +38,10 @@ def test_the_tokens_of_each_folder_are_its_share_of_all(tmp_path_factory, source
     for batch in itertools.islice(load_batches(shares, GROUP, ROW, seed=0), 6):
         real = batch.source[batch.source >= 0]
         read += np.bincount(np.searchsorted(first, real, side="right") - 1, minlength=len(sources))
-    wanted = np.array(list(shares.values())) / sum(shares.values())
+    expected = np.array(list(shares.values())) / sum(shares.values())
     # Grain rounds to a hundredth of the rarest; a few records wait to be packed.
     waiting = 2 * len(sources) * ROW / read.sum()
-    np.testing.assert_allclose(read / read.sum(), wanted, rtol=0.02, atol=waiting)
+    np.testing.assert_allclose(read / read.sum(), expected, rtol=0.02, atol=waiting)
 
 
 @pytest.mark.parametrize("processes", [1, 3])
@@ -52,9 +52,9 @@ def test_mixed_folders_are_each_read_once_an_epoch_by_one_process(tmp_path, proc
     for process in range(processes):
         batches = iter(load_batches({few: 0.5, many: 0.5}, GROUP, ROW, seed=0, process=process, processes=processes))
         _, counts = read(batches, 4, 70 // processes)
-        for own in (range(20), range(20, 70)):
-            found = [counts[record] for record in own if record in counts]
-            assert max(found) - min(found) <= 1
+        for records in (range(20), range(20, 70)):
+            reads = [counts[record] for record in records if record in counts]
+            assert max(reads) - min(reads) <= 1
         shares.append(set(counts))
     assert set.union(*shares) == set(range(70))
     assert sum(map(len, shares)) == 70, "no record is read by two processes"
@@ -69,17 +69,17 @@ def test_the_position_in_a_mixture_restores_exactly(tmp_path):
     expected = list(itertools.islice(batches, 9))
     fresh = iter(load_batches(mixture, 3, ROW, seed=0))
     fresh.set_state(state)
-    for one, again in zip(expected, itertools.islice(fresh, 9), strict=True):
-        jax.tree.map(np.testing.assert_array_equal, one, again)
+    for expected_batch, batch in zip(expected, itertools.islice(fresh, 9), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, expected_batch, batch)
 
 
 def test_a_batch_of_a_mixture_can_be_described(tmp_path):
     mixture = {source(tmp_path, name, 4, ROW): 1.0 for name in ("a", "b")}
-    found = set()
+    described = set()
     for batch in itertools.islice(load_batches(mixture, 1, ROW, seed=0), 16):
         (line,) = describe_sources(mixture, batch)
-        found.add((int(batch.source[0, 0]), json.loads(line)["of"]))
-    assert found == {(index, "ab"[index // 4]) for index in range(8)}
+        described.add((int(batch.source[0, 0]), json.loads(line)["of"]))
+    assert described == {(index, "ab"[index // 4]) for index in range(8)}
 
 
 @hypothesis.given(st.floats(0.5, 8), st.lists(st.integers(1, 20), min_size=2, max_size=4), st.floats(0.1, 3))

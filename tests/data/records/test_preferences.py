@@ -38,13 +38,13 @@ def test_every_list_prefers_exactly_one(jobs_with, tokenizer, task, events, size
     verbalizer = make_verbalizer(jobs_with(events), tokenizer)
     config = AlignConfig(list_size=size, lists_per_example=lists, steering_fraction=notes)
     for record, _ in align_records(verbalizer, task, PROMPTS, config):
-        found = candidates(record)
-        assert list(found) == list(range(1, len(found) + 1))
-        assert len(found) <= lists
-        for one in found.values():
-            assert 2 <= len(one) <= size
-            assert sum(preference > 0 for preference, _ in one) == 1
-            assert len({piece for _, piece in one}) == len(one), "a candidate is a piece"
+        candidates_by_list = candidates(record)
+        assert list(candidates_by_list) == list(range(1, len(candidates_by_list) + 1))
+        assert len(candidates_by_list) <= lists
+        for entries in candidates_by_list.values():
+            assert 2 <= len(entries) <= size
+            assert sum(preference > 0 for preference, _ in entries) == 1
+            assert len({piece for _, piece in entries}) == len(entries), "a candidate is a piece"
         targets = record.arrays["targets"]
         assert set(targets[targets != NO_TARGET]) == {tokenizer.label_token_id("Yes")}
 
@@ -60,10 +60,12 @@ def test_what_was_applied_to_is_preferred_to_what_was_not(jobs_with, tokenizer, 
     assert records
     for record, note in records:
         example = examples[int(note["member"][1:]), note["cutoff_time"]]
-        said = [question.text for question in verbalizer.prompt(task, example, "sectioned").questions]
+        texts = [question.text for question in verbalizer.prompt(task, example, "sectioned").questions]
         for preference, question in zip(record.preference_lists, record.questions, strict=True):
             text = tokenizer.hf.decode(question).removeprefix("## Question")
-            answers = {task.words[label] for one, label in zip(said, example.labels, strict=True) if one == text}
+            answers = {
+                task.words[label] for rendered, label in zip(texts, example.labels, strict=True) if rendered == text
+            }
             assert ("Yes" if preference > 0 else "No") in answers
 
 
@@ -79,24 +81,24 @@ def test_a_list_is_never_split(jobs_with, tokenizer):
     assert len(parts) > 1
     assert [list(map(abs, part.preference_lists)) for part in parts] != [list(map(abs, record.preference_lists))]
     assert [number for part in parts for number in candidates(part)] == [1, 2, 3]
-    assert [len(one) for part in parts for one in candidates(part).values()] == [3] * 3
+    assert [len(entries) for part in parts for entries in candidates(part).values()] == [3] * 3
     with pytest.raises(ValueError, match="a list of 3 questions of"):
         record.split(record.prefix_length + max(map(len, record.questions)))
 
 
-NOTE = re.compile(r"\nNote: (?P<note>(?:focus on|prefer) jobs whose (?P<name>\w+) (?P<what>.*))\n")
+NOTE = re.compile(r"\nNote: (?P<note>(?:focus on|prefer) jobs whose (?P<name>\w+) (?P<condition>.*))\n")
 
 
-def satisfies(text: str, what: str, name: str) -> bool | float:
+def satisfies(text: str, condition: str, name: str) -> bool | float:
     """Whether a candidate, as it is said, is what a note focuses on; or its number, as high as the note wants it."""
-    found = re.search(rf"{name}: (.*?)(?:, [A-Z]\w+: |\]|$)", text)
-    said = found[1] if found else ""
-    if what.startswith("include "):
-        return what.removeprefix("include ") in said.split(", ")
-    if what.startswith("is ") and what.removeprefix("is ") not in ("high", "low", "recent", "long ago"):
-        return said == what.removeprefix("is ")
-    number = float(re.search(r"[\d.]+", said)[0])
-    return -number if what == "is low" else number
+    match = re.search(rf"{name}: (.*?)(?:, [A-Z]\w+: |\]|$)", text)
+    value = match[1] if match else ""
+    if condition.startswith("include "):
+        return condition.removeprefix("include ") in value.split(", ")
+    if condition.startswith("is ") and condition.removeprefix("is ") not in ("high", "low", "recent", "long ago"):
+        return value == condition.removeprefix("is ")
+    number = float(re.search(r"[\d.]+", value)[0])
+    return -number if condition == "is low" else number
 
 
 def test_a_note_ranks_what_has_the_same_answer_and_its_opposite_ranks_it_the_other_way(jobs_with, tokenizer):
@@ -111,30 +113,34 @@ def test_a_note_ranks_what_has_the_same_answer_and_its_opposite_ranks_it_the_oth
     assert len(noted) > 5
     assert len(noted) % 2 == 0
     names = set()
-    for (record, note), (other, counter) in zip(noted[::2], noted[1::2], strict=True):
-        assert (note["member"], note["cutoff_time"]) == (counter["member"], counter["cutoff_time"])
-        assert note["steering_note"] != counter["steering_note"]
+    for (record, note), (counter_record, counter_note) in zip(noted[::2], noted[1::2], strict=True):
+        assert (note["member"], note["cutoff_time"]) == (counter_note["member"], counter_note["cutoff_time"])
+        assert note["steering_note"] != counter_note["steering_note"]
         preferred, rejected = [], []
-        for one, its in ((record, note), (other, counter)):
-            found = NOTE.search(tokenizer.hf.decode(one.prefix_pieces[0]))
-            assert found["note"] == its["steering_note"]
-            names.add(found["name"])
-            texts = [tokenizer.hf.decode(question) for question in one.questions]
-            preferred.append({text for text, p in zip(texts, one.preference_lists, strict=True) if p > 0})
-            rejected.append({text for text, p in zip(texts, one.preference_lists, strict=True) if p < 0})
-            if found["name"] != "Posted":  # said as an age: months and weeks
-                wanted = [satisfies(text, found["what"], found["name"]) for text in preferred[-1]]
-                unwanted = [satisfies(text, found["what"], found["name"]) for text in rejected[-1]]
-                if isinstance(wanted[0], bool):
-                    assert all(wanted)
-                    assert not any(unwanted)
-                assert min(wanted) >= max(unwanted)
+        for steered, provenance in ((record, note), (counter_record, counter_note)):
+            match = NOTE.search(tokenizer.hf.decode(steered.prefix_pieces[0]))
+            assert match["note"] == provenance["steering_note"]
+            names.add(match["name"])
+            texts = [tokenizer.hf.decode(question) for question in steered.questions]
+            preferred.append({text for text, p in zip(texts, steered.preference_lists, strict=True) if p > 0})
+            rejected.append({text for text, p in zip(texts, steered.preference_lists, strict=True) if p < 0})
+            if match["name"] != "Posted":  # said as an age: months and weeks
+                preferred_values = [satisfies(text, match["condition"], match["name"]) for text in preferred[-1]]
+                rejected_values = [satisfies(text, match["condition"], match["name"]) for text in rejected[-1]]
+                if isinstance(preferred_values[0], bool):
+                    assert all(preferred_values)
+                    assert not any(rejected_values)
+                assert min(preferred_values) >= max(rejected_values)
         assert not preferred[0] & preferred[1]
         assert not preferred[0] & rejected[0]
         example = examples[int(note["member"][1:]), note["cutoff_time"]]
-        said = [question.text for question in verbalizer.prompt(TASK, example, "sectioned").questions]
+        question_texts = [question.text for question in verbalizer.prompt(TASK, example, "sectioned").questions]
         answers = [
-            {int(label) for one, label in zip(said, example.labels, strict=True) if "## Question" + one == text}
+            {
+                int(label)
+                for question, label in zip(question_texts, example.labels, strict=True)
+                if "## Question" + question == text
+            }
             for text in set.union(*preferred, *rejected)
         ]
         assert set.intersection(*answers), "all have the same answer"

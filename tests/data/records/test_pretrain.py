@@ -32,14 +32,16 @@ STORY = [
 def texts(dataset: Dataset, tokenizer: Tokenizer, day: float = 60, **config) -> dict[str, str]:
     """What is told as of a day, by what it is about."""
     verbalizer = Verbalizer(dataset, SCALE, tokenizer, 1000)
-    told = domain_texts(verbalizer, moment(day), PretrainConfig(**config))
-    return {"/".join(map(str, note.values())): text for text, note in told}
+    records = domain_texts(verbalizer, moment(day), PretrainConfig(**config))
+    return {"/".join(map(str, note.values())): text for text, note in records}
 
 
 def test_items_and_histories_read_as_they_should(jobs_with, tokenizer):
-    found = texts(jobs_with(STORY), tokenizer)
-    assert set(found) == {"101/0", "110/0", "121/0", "133/0", "m2/0", "m4/0"}, "who and what was there by then"
-    subject, *facts = found["110/0"].removesuffix(".\n").split(". ")
+    text_by_subject = texts(jobs_with(STORY), tokenizer)
+    assert set(text_by_subject) == {"101/0", "110/0", "121/0", "133/0", "m2/0", "m4/0"}, (
+        "who and what was there by then"
+    )
+    subject, *facts = text_by_subject["110/0"].removesuffix(".\n").split(". ")
     assert subject == "Job"
     assert sorted(facts) == [
         "Attention: 31",
@@ -51,7 +53,7 @@ def test_items_and_histories_read_as_they_should(jobs_with, tokenizer):
         "Skills: Python, Writing",
         "Title: Accountant",
     ]
-    profile, *months = found["m4/0"].splitlines()
+    profile, *months = text_by_subject["m4/0"].splitlines()
     assert sorted(profile.removesuffix(".").split(". ")) == [
         "Company: Acme",
         "Experience: 8 years",
@@ -67,10 +69,10 @@ def test_items_and_histories_read_as_they_should(jobs_with, tokenizer):
 
 
 def test_every_pass_has_its_own_order_of_facts(jobs_with, tokenizer):
-    found = texts(jobs_with(STORY), tokenizer, repeats=3)
-    told = [found[f"110/{number}"] for number in range(3)]
-    assert len(set(told)) == 3
-    assert len({tuple(sorted(text.rstrip(".\n").split(". "))) for text in told}) == 1
+    text_by_subject = texts(jobs_with(STORY), tokenizer, repeats=3)
+    renderings = [text_by_subject[f"110/{number}"] for number in range(3)]
+    assert len(set(renderings)) == 3
+    assert len({tuple(sorted(text.rstrip(".\n").split(". "))) for text in renderings}) == 1
 
 
 @pytest.mark.parametrize("capacity", [1, 7, 8, 100])
@@ -117,10 +119,10 @@ def general(folder: Path, **files: str) -> Path:
 def test_general_text_comes_from_files_of_both_kinds(tmp_path, tokenizer):
     lines = [json.dumps({"text": "One\u2028line", "id": 1}), json.dumps({"text": " "}), json.dumps({"text": "Zoë"})]
     folder = general(tmp_path, b__moby_txt="Call me\nIshmael.", a_jsonl="\n".join(lines) + "\n", notes_md="no")
-    found = list(general_texts(folder))
-    assert [text for text, _ in found] == ["One\u2028line", " ", "Zoë", "Call me\nIshmael."]
-    assert found[2][1] == {"file": str(folder / "a.jsonl"), "line": 3}
-    records = list(pretrain_records(found, tokenizer))
+    documents = list(general_texts(folder))
+    assert [text for text, _ in documents] == ["One\u2028line", " ", "Zoë", "Call me\nIshmael."]
+    assert documents[2][1] == {"file": str(folder / "a.jsonl"), "line": 3}
+    records = list(pretrain_records(documents, tokenizer))
     assert [tokenizer.hf.decode(record.tokens) for record, _ in records] == [
         f"<|endoftext|>{text}<|endoftext|>" for text in ("One\u2028line", "Zoë", "Call me\nIshmael.")
     ]

@@ -70,24 +70,24 @@ def learnt(record: EncodedPrompt, tokenizer: Tokenizer) -> list[tuple[str, str]]
     targets, pieces = arrays["targets"], arrays["piece_id"]
     at = np.flatnonzero(targets != NO_TARGET)
     assert (arrays["weights"] == np.where(targets == NO_TARGET, 0, np.float32(record.weight))).all()
-    found = []
+    pairs = []
     for run in np.split(at, np.flatnonzero(np.diff(at) > 1) + 1):
-        own = np.arange(len(targets))[(pieces == pieces[run[0]]) & (np.arange(len(targets)) <= run[0])]
-        found.append((tokenizer.hf.decode(arrays["tokens"][own]), tokenizer.hf.decode(targets[run])))
-    return found
+        indices = np.arange(len(targets))[(pieces == pieces[run[0]]) & (np.arange(len(targets)) <= run[0])]
+        pairs.append((tokenizer.hf.decode(arrays["tokens"][indices]), tokenizer.hf.decode(targets[run])))
+    return pairs
 
 
 def test_the_label_of_every_question_is_learnt_and_nothing_else(jobs_with, tokenizer):
     dataset = jobs_with(MANY)
     prompts = ALL_STYLES.model_copy(update={"styles": {"sectioned": 1.0}})
     config = SftConfig(loss_weights={"applies": 0.25})
-    asked = []
+    answers = []
     for record, note in sft_records(make_verbalizer(dataset, tokenizer), TASK, prompts, config):
         assert (note["task"], note["style"], record.weight) == ("applies", "sectioned", 0.25)
         assert all(question.startswith("## Question\nWill the member") for question, _ in learnt(record, tokenizer))
-        asked += [answer for _, answer in learnt(record, tokenizer)]
+        answers += [answer for _, answer in learnt(record, tokenizer)]
     early = [event for event in MANY if event.day < BOUNDARY]
-    assert sorted(asked) == sorted("Yes" if event.action == "applied" else "No" for event in early)
+    assert sorted(answers) == sorted("Yes" if event.action == "applied" else "No" for event in early)
 
 
 def test_a_history_told_as_turns_is_learnt_with_the_questions(jobs_with, tokenizer):
@@ -97,14 +97,14 @@ def test_a_history_told_as_turns_is_learnt_with_the_questions(jobs_with, tokeniz
     records = list(sft_records(verbalizer, TASK, prompts, SftConfig()))
     assert any(len(record.prefix_pieces) > 9 for record, _ in records)
     for record, _ in records:
-        found = learnt(record, tokenizer)
-        assert len(found) == len(record.prefix_pieces) - 1 + len(record.questions)
-        for (said, answer), event in zip(found, record.prefix_pieces[1:], strict=False):
+        pairs = learnt(record, tokenizer)
+        assert len(pairs) == len(record.prefix_pieces) - 1 + len(record.questions)
+        for (text_before, answer), event in zip(pairs, record.prefix_pieces[1:], strict=False):
             whole = tokenizer.hf.decode(event)
-            assert said.endswith("<|im_start|>assistant\n")
-            assert whole.startswith(said + answer)
+            assert text_before.endswith("<|im_start|>assistant\n")
+            assert whole.startswith(text_before + answer)
             assert ("has applied to" in whole) == (answer == "Yes")
-            assert "has applied" not in said
+            assert "has applied" not in text_before
 
 
 def test_turns_are_learnt_once_and_only_where_events_have_several_answers(jobs_with, tokenizer):
@@ -155,22 +155,22 @@ def test_choices_are_answered_by_the_name_of_the_one_that_was_applied_to(jobs_wi
     st.lists(st.tuples(st.integers(0, 39), st.integers(0, 1)), min_size=1, max_size=12), st.integers(2, 5)
 )
 @hypothesis.settings(max_examples=40, deadline=None)
-def test_every_choice_has_one_right_answer(jobs_with, tokenizer, asked, candidates):
+def test_every_choice_has_one_right_answer(jobs_with, tokenizer, labelled_items, candidates):
     dataset = jobs_with(MANY)
     verbalizer = make_verbalizer(dataset, tokenizer)
     example = next(build_examples(dataset, TASK, "train"))
-    items, labels = (np.array(column, np.int32) for column in zip(*asked, strict=True))
+    items, labels = (np.array(column, np.int32) for column in zip(*labelled_items, strict=True))
     example = dataclasses.replace(example, candidates=items, labels=labels)
     choices = draw_choices(verbalizer, TASK, example, candidates, np.random.default_rng(0))
     for choice in choices:
         names = verbalizer.names(choice.items)
         assert 2 <= len(names) == len(set(names)) <= candidates
         right = choice.items[choice.correct]
-        assert (right, 0) in asked
-        assert all((item, 1) in asked for place, item in enumerate(choice.items) if place != choice.correct)
+        assert (right, 0) in labelled_items
+        assert all((item, 1) in labelled_items for place, item in enumerate(choice.items) if place != choice.correct)
     name_of = dict(zip(items.tolist(), verbalizer.names(items), strict=True))
-    worse = {name_of[item] for item, label in asked if label == 1}
-    assert len(choices) == sum(label == 0 and bool(worse - {name_of[item]}) for item, label in asked)
+    worse = {name_of[item] for item, label in labelled_items if label == 1}
+    assert len(choices) == sum(label == 0 and bool(worse - {name_of[item]}) for item, label in labelled_items)
 
 
 def test_a_whole_answer_takes_the_place_of_a_label_word(tokenizer):

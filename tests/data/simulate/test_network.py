@@ -41,8 +41,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_the_same_seed_gives_the_same_bytes_whatever_the_block(tmp_path):
     first = contents(simulate_network(tmp_path / "first", 200, seed=1, months=2))
     assert contents(simulate_network(tmp_path / "again", 200, seed=1, months=2, block=50)) == first
-    other = contents(simulate_network(tmp_path / "other", 200, seed=2, months=2))
-    assert all(other[name] != first[name] for name in first)
+    reseeded = contents(simulate_network(tmp_path / "other", 200, seed=2, months=2))
+    assert all(reseeded[name] != first[name] for name in first)
 
 
 def test_a_network_is_complete_or_absent(tmp_path, refuse, monkeypatch, capsys):

@@ -78,7 +78,7 @@ def test_ties_go_both_ways_and_shared_ones_are_counted(world):
     block = Block.of(world, ids)
     assert (block.ties == block.ties.transpose(0, 2, 1)).all()
     known = {m: {p for p in ids if block.tied(np.array([m]), np.array([p]))[0]} for m in ids[:COLLEAGUES]}
-    assert all(member not in others for member, others in known.items())
+    assert all(member not in neighbours for member, neighbours in known.items())
     first, second = 4 * COLLEAGUES + 3, 4 * COLLEAGUES + 8
     assert block.mutual(np.array([first]), np.array([second]))[0] == len(known[first] & known[second])
     assert block.mutual(np.array([first]), np.array([5 * COLLEAGUES]))[0] == 0

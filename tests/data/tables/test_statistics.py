@@ -52,9 +52,11 @@ def test_a_count_is_of_the_events_strictly_before(jobs_with, events, actions, da
         counts, recent_counts = values(dataset, group, fact, day), values(dataset, group, recent, day)
         for member in range(MEMBERS):
             for item in range(ITEMS):
-                own = [e for e in events if key(e) == (member if group == "members" else item) and e.action in actions]
-                assert counts[member, item] == len([e for e in own if e.day < day])
-                assert recent_counts[member, item] == len([e for e in own if day - 2 <= e.day < day])
+                matching = [
+                    e for e in events if key(e) == (member if group == "members" else item) and e.action in actions
+                ]
+                assert counts[member, item] == len([e for e in matching if e.day < day])
+                assert recent_counts[member, item] == len([e for e in matching if day - 2 <= e.day < day])
 
 
 @hypothesis.given(EVENTS, st.integers(0, 7), st.sampled_from([0, 3]))
@@ -63,9 +65,9 @@ def test_a_mean_is_over_the_known_values_strictly_before_drawn_to_that_of_all(jo
     actual = values(jobs_with(events, ITEMS), "items", Fact(name="m", mean="seconds", shrink=shrink), day)
     prior = mean_before(events, day)
     for item in range(ITEMS):
-        own = [event for event in events if event.item == item]
-        known = [event.seconds for event in own if event.day < day and event.seconds is not None]
-        expected = mean_before(own, day)
+        item_events = [event for event in events if event.item == item]
+        known = [event.seconds for event in item_events if event.day < day and event.seconds is not None]
+        expected = mean_before(item_events, day)
         if shrink and not math.isnan(prior):
             expected = (math.fsum(known) + shrink * prior) / (len(known) + shrink)
         assert actual[0, item] == pytest.approx(expected, abs=1e-6, nan_ok=True)
@@ -90,7 +92,7 @@ def test_generosity_is_what_a_member_gives_more_than_each_item_had_until_then(jo
     actual = values(jobs_with(events, ITEMS), "members", fact, day)
     for member in range(MEMBERS):
         excess = [
-            event.seconds - mean_before([other for other in events if other.item == event.item], event.day)
+            event.seconds - mean_before([e for e in events if e.item == event.item], event.day)
             for event in events
             if event.member == member and event.day < day and event.seconds is not None
         ]
@@ -132,12 +134,12 @@ def test_days_since_age_and_distance(jobs_with, events, day):
 
 @hypothesis.given(EVENTS, EVENTS, st.integers(1, 6))
 @properties
-def test_no_fact_knows_what_happens_at_its_moment_or_later(jobs_with, events, others, day):
+def test_no_fact_knows_what_happens_at_its_moment_or_later(jobs_with, events, later_events, day):
     """A property of every kind of fact, similarities too: whatever follows changes nothing."""
     early = [event for event in events if event.day < day]
     hypothesis.assume(early)
-    changed = early + [event for event in others if event.day >= day]
-    dataset, other = jobs_with(early, ITEMS), jobs_with(changed, ITEMS)
+    changed = early + [event for event in later_events if event.day >= day]
+    dataset, changed_dataset = jobs_with(early, ITEMS), jobs_with(changed, ITEMS)
     for group, fact in (
         ("items", Fact(name="a", count=["viewed"])),
         ("members", Fact(name="b", mean="seconds", less="items")),
@@ -145,7 +147,7 @@ def test_no_fact_knows_what_happens_at_its_moment_or_later(jobs_with, events, ot
         ("pairs", Fact(name="d", share=["viewed"], by="skills")),
         ("pairs", Fact(name="e", days_since=["viewed"])),
     ):
-        np.testing.assert_array_equal(values(dataset, group, fact, day), values(other, group, fact, day))
+        np.testing.assert_array_equal(values(dataset, group, fact, day), values(changed_dataset, group, fact, day))
 
 
 def test_what_is_taken_together_comes_from_others_and_from_before(jobs_with):
@@ -181,12 +183,12 @@ def test_the_mean_of_a_key_does_not_depend_on_other_keys(jobs_with):
 
 @hypothesis.given(EVENTS, EVENTS, st.integers(1, 6))
 @properties
-def test_percentiles_know_nothing_of_the_time_they_are_not_fitted_on(jobs_with, events, others, until):
+def test_percentiles_know_nothing_of_the_time_they_are_not_fitted_on(jobs_with, events, later_events, until):
     early = [event for event in events if event.day < until]
-    changed = early + [event for event in others if event.day >= until]
+    changed = early + [event for event in later_events if event.day >= until]
     hypothesis.assume(changed)
-    scale, other = (Percentiles.fit(jobs_with(e, ITEMS), moment(until)) for e in (events, changed))
-    assert scale == other
+    scale, changed_scale = (Percentiles.fit(jobs_with(e, ITEMS), moment(until)) for e in (events, changed))
+    assert scale == changed_scale
     assert set(scale.quantiles) == {"items.salary", "items.popularity"}
 
 

@@ -97,8 +97,8 @@ FAULTS = {
 
 def apply_all(changes: list):
     def change(table: pa.Table) -> pa.Table:
-        for one in changes:
-            table = one(table)
+        for step in changes:
+            table = step(table)
         return table
 
     return change
@@ -115,8 +115,8 @@ def test_every_fault_is_reported_and_nothing_else(tmp_path_factory, broken):
     changes = {
         name: apply_all([FAULTS[f][0] for f in broken if f[0] == name]) for name in ("members", "items", "events")
     }
-    found = problems(write_dataset(tmp_path_factory.mktemp("faults"), **changes))
-    assert sorted(found) == sorted(FAULTS[fault][1] for fault in broken)
+    lines = problems(write_dataset(tmp_path_factory.mktemp("faults"), **changes))
+    assert sorted(lines) == sorted(FAULTS[fault][1] for fault in broken)
 
 
 @hypothesis.given(cuts=st.sets(st.integers(1, 79), max_size=5), row=st.integers(0, 79))
@@ -161,8 +161,8 @@ def test_an_empty_table_is_refused(tmp_path):
     assert problems(write_dataset(tmp_path, events=lambda table: table.slice(0, 0))) == [
         "events.parquet: no rows; expected at least one"
     ]
-    found = problems(write_dataset(tmp_path, members=lambda table: table.slice(0, 0)))
-    assert found[0] == "members.parquet: no rows; expected at least one"
+    lines = problems(write_dataset(tmp_path, members=lambda table: table.slice(0, 0)))
+    assert lines[0] == "members.parquet: no rows; expected at least one"
 
 
 def test_a_folder_without_parquet_files_is_refused(tmp_path):
@@ -193,14 +193,14 @@ def test_a_folder_without_parquet_files_is_refused(tmp_path):
     ],
 )
 def test_one_fault_one_line(tmp_path, table, change, line):
-    (found,) = problems(write_dataset(tmp_path, **{table: change}))
-    assert found.startswith(line)
+    (problem,) = problems(write_dataset(tmp_path, **{table: change}))
+    assert problem.startswith(line)
 
 
 def test_other_widths_encodings_and_zones_read_as_the_same_tables(tmp_path):
     plain = Dataset.load(write_dataset(tmp_path / "plain"))
     text = pa.dictionary(pa.int32(), pa.string())
-    other = Dataset.load(
+    recoded = Dataset.load(
         write_dataset(
             tmp_path / "other",
             members=apply_all(
@@ -224,7 +224,7 @@ def test_other_widths_encodings_and_zones_read_as_the_same_tables(tmp_path):
         )
     )
     for name in ("members", "items", "events"):
-        assert getattr(plain, name).equals(getattr(other, name)), name
+        assert getattr(plain, name).equals(getattr(recoded, name)), name
 
 
 def test_unknown_attributes_may_be_null_even_all_of_them(tmp_path):
@@ -240,16 +240,16 @@ def test_a_date_can_be_a_timestamp(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "message"),
     [
         ("mean: seconds", "mean: second,", "events have no column 'second'; did you mean 'seconds'?"),
         ("mean: seconds", "mean: action,", "column 'action' of events.parquet is string; only numbers have a mean"),
         ("count: [applied]", "count: [aplied]", "unknown action 'aplied'; did you mean 'applied'?"),
     ],
 )
-def test_faults_of_the_card_name_its_line(tmp_path, old, new, said):
+def test_faults_of_the_card_name_its_line(tmp_path, old, new, message):
     path = write_dataset(tmp_path, card=lambda text: text.replace(old, new.rstrip(",")))
-    with pytest.raises(ValueError, match=re.escape(said)) as error:
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
         Dataset.load(path)
     number = 1 + next(i for i, text in enumerate((path / CARD).read_text().splitlines()) if new in text)
     assert f"{path / CARD}:{number}: " in str(error.value)

@@ -96,9 +96,9 @@ def test_readme_view_then_apply(tmp_path, asks):
     dataset = load(tmp_path, [BEGIN - datetime.timedelta(days=30)] * 8, events)
     task = Task.parse(APPLY.format(asks=f"{asks}, window_days: 1", validation="2013-01-16", test="2013-01-22"))
     examples = [example for split in SPLITS for example in build_examples(dataset, task, split)]
-    asked = [(e.member, int(item)) for e in examples for item in e.candidates]
-    assert len(asked) == len(set(asked)), "each job once"
-    assert {item for _, item in asked} >= set(range(7))
+    questions = [(e.member, int(item)) for e in examples for item in e.candidates]
+    assert len(questions) == len(set(questions)), "each job once"
+    assert {item for _, item in questions} >= set(range(7))
     for example in examples:
         assert (example.labels == example.candidates % 2).all(), "0 is Yes"
 

@@ -75,16 +75,16 @@ def expected_questions(events: list[Event], member: int, start: float, end: floa
     """The questions of a member in a period: of each item the first event, and again after each window; an event that
     applies within the window is the answer."""
     questions = []
-    own = [event for event in in_order(events, member) if event.day < end]
+    member_events = [event for event in in_order(events, member) if event.day < end]
     for item in range(ITEMS):
         opened = None
-        for event in (event for event in own if event.item == item):
+        for event in (event for event in member_events if event.item == item):
             if opened is None or event.day > opened.day + window:
                 opened = event
-                within = [e for e in own if e.item == item and event.day <= e.day <= event.day + window]
+                within = [e for e in member_events if e.item == item and event.day <= e.day <= event.day + window]
                 answer = "applied" if any(e.action == "applied" for e in within) else "viewed"
                 first = next(e for e in within if e.day >= event.day)
-                questions.append(event._replace(action=answer, seconds=own.index(first)))
+                questions.append(event._replace(action=answer, seconds=member_events.index(first)))
     return sorted((q for q in questions if q.day >= start), key=lambda q: (q.day, q.seconds))
 
 
@@ -96,8 +96,8 @@ def days(dataset: Dataset, rows: np.ndarray) -> np.ndarray:
     return (dataset.event_time[rows] - moment(0)) / 86_400_000_000
 
 
-def same(one: RankingExample, other: RankingExample) -> bool:
-    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in vars(one))
+def same(first: RankingExample, second: RankingExample) -> bool:
+    return all(np.array_equal(getattr(first, name), getattr(second, name)) for name in vars(first))
 
 
 @hypothesis.given(EVENTS, st.integers(1, 12))
@@ -108,7 +108,7 @@ def test_every_question_once_in_its_split_with_only_the_past_before_it(jobs_with
     for split, (start, end) in SPLITS.items():
         examples = list(build_examples(dataset, task, split))
         for member, group in itertools.groupby(examples, key=lambda example: example.member):
-            own = in_order(events, member)
+            member_events = in_order(events, member)
             questions = expected_questions(events, member, start, end)
             for example in group:
                 chunk, questions = questions[: len(example.candidates)], questions[len(example.candidates) :]
@@ -116,12 +116,12 @@ def test_every_question_once_in_its_split_with_only_the_past_before_it(jobs_with
                 assert [task.words[label] for label in example.labels] == [
                     "Yes" if event.action == "applied" else "No" for event in chunk
                 ]
-                most = min(candidates_per_prompt, max(example.num_past_events, MIN_CANDIDATES_PER_EXAMPLE))
-                assert len(chunk) == most or not questions, "prompts are filled"
+                max_candidates = min(candidates_per_prompt, max(example.num_past_events, MIN_CANDIDATES_PER_EXAMPLE))
+                assert len(chunk) == max_candidates or not questions, "prompts are filled"
                 assert example.cutoff_time == moment(min(event.day for event in chunk)), (
                     "no candidate is older than the cutoff"
                 )
-                past = [event for event in own if moment(event.day) < example.cutoff_time]
+                past = [event for event in member_events if moment(event.day) < example.cutoff_time]
                 assert dataset.event_item[example.history].tolist() == [event.item for event in past]
                 assert [dataset.action_name(row) for row in example.history] == [event.action for event in past]
                 assert set(dataset.event_member[example.history]) <= {member}
@@ -142,9 +142,12 @@ def test_history_is_the_newest_of_the_wanted_actions_and_ages(jobs_with, events,
     oldest = 99 if max_age == "null" else max_age
     for member, cutoff in itertools.product(range(4), (0, 3, 9)):
         past = [event for event in in_order(events, member) if event.day < cutoff]
-        told = [event for event in past if event.action == action and cutoff - event.day <= oldest]
+        history_events = [event for event in past if event.action == action and cutoff - event.day <= oldest]
         rows, count = history_before(dataset, task, member, moment(cutoff))
-        assert dataset.event_item[rows].tolist() == [event.item for event in told][max(0, len(told) - max_events) :]
+        assert (
+            dataset.event_item[rows].tolist()
+            == [event.item for event in history_events][max(0, len(history_events) - max_events) :]
+        )
         assert (np.diff(dataset.event_time[rows]) >= 0).all()
         assert count == len(past)
 
@@ -161,15 +164,15 @@ def test_training_ends_where_validation_begins(jobs_with, events):
         assert not whole
         return
     dataset = jobs_with(early, ITEMS)
-    for example, other in zip(whole, build_examples(dataset, task, "train"), strict=True):
+    for example, early_example in zip(whole, build_examples(dataset, task, "train"), strict=True):
         assert (example.member, example.cutoff_time, example.num_past_events) == (
-            other.member,
-            other.cutoff_time,
-            other.num_past_events,
+            early_example.member,
+            early_example.cutoff_time,
+            early_example.num_past_events,
         )
-        assert example.candidates.tolist() == other.candidates.tolist()
-        assert len(example.history) == len(other.history)
-        assert (days(dataset, other.history) < boundary).all()
+        assert example.candidates.tolist() == early_example.candidates.tolist()
+        assert len(example.history) == len(early_example.history)
+        assert (days(dataset, early_example.history) < boundary).all()
 
 
 @hypothesis.given(EVENTS, st.integers(1, 4), st.integers(1, 9), st.sampled_from([0, 0.5, 1]))
@@ -205,7 +208,7 @@ def test_popular_items_are_drawn_more_often(jobs_with):
     """Item 0 has 27 events and item 1 one; at power 1 it is drawn about 27 times as often, at 0 as often."""
     past = [Event(1, 0, "viewed", day / 10) for day in range(27)] + [Event(1, 1, "viewed", 0)]
     asks = [Event(2, 2, "viewed", 0), *(Event(0, 2, "applied", 8 + step) for step in range(0, 200, 2))]
-    drawn = {}
+    shares = {}
     for power in (0, 1):
         task = make_task(
             negatives=f'{{label: "No", per_event: 1, popularity: {power}}}',
@@ -214,9 +217,9 @@ def test_popular_items_are_drawn_more_often(jobs_with):
         )
         examples = build_examples(jobs_with([*past, *asks], 3), task, "test")
         negatives = [item for e in examples for item in e.candidates[e.labels == 1].tolist()]
-        drawn[power] = negatives.count(0) / len(negatives)
-    assert abs(drawn[0] - 0.5) < 0.2
-    assert drawn[1] > 0.85
+        shares[power] = negatives.count(0) / len(negatives)
+    assert abs(shares[0] - 0.5) < 0.2
+    assert shares[1] > 0.85
 
 
 def test_the_seed_and_nothing_else_chooses_the_negatives(jobs):
@@ -224,8 +227,8 @@ def test_the_seed_and_nothing_else_chooses_the_negatives(jobs):
     whole = {seed: list(build_examples(jobs, task, "test", seed)) for seed in (0, 1)}
     assert all(map(same, whole[0], build_examples(jobs, task, "test", seed=0)))
     assert not all(map(same, whole[0], whole[1]))
-    for one, other in zip(whole[0], whole[1], strict=True):
-        assert one.candidates[one.labels == 0].tolist() == other.candidates[other.labels == 0].tolist()
+    for first, second in zip(whole[0], whole[1], strict=True):
+        assert first.candidates[first.labels == 0].tolist() == second.candidates[second.labels == 0].tolist()
 
 
 @hypothesis.given(EVENTS, st.none() | st.integers(0, 9))
@@ -293,13 +296,15 @@ def test_an_exposure_is_one_question_whose_answer_is_what_followed_within_the_wi
         expected = []
         for member in range(3):
             for item in range(ITEMS):
-                own = [e for e in in_order(events, member) if e.item == item and e.day < end]
+                pair_events = [e for e in in_order(events, member) if e.item == item and e.day < end]
                 opened = -99
-                for view in (event for event in own if event.action == "viewed"):
+                for view in (event for event in pair_events if event.action == "viewed"):
                     if view.day <= opened + window:
                         continue
                     opened = view.day
-                    applied = [e for e in own if e.action == "applied" and view.day <= e.day <= view.day + window]
+                    applied = [
+                        e for e in pair_events if e.action == "applied" and view.day <= e.day <= view.day + window
+                    ]
                     if start <= view.day and view.day + window <= min(last, end):
                         expected.append((member, item, view.day, not applied))
         actual = [
@@ -404,4 +409,4 @@ def test_the_same_negatives_whichever_other_members_there_are(jobs):
     examples = list(build_examples(jobs, task, "test"))
     few = sample_examples(jobs, task, "test", 3)
     assert len(few) == 3
-    assert all(any(same(example, other) for other in examples) for example in few)
+    assert all(any(same(example, full) for full in examples) for example in few)

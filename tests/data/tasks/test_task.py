@@ -59,7 +59,7 @@ def test_a_task_reads_as_written(jobs):
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "message"),
     [
         (
             "name: applies",
@@ -108,10 +108,10 @@ def test_a_task_reads_as_written(jobs):
         ("    value: 0\n", "", "12: labels.1.value: missing; this key is needed"),
     ],
 )
-def test_a_file_that_is_no_task_is_refused(old, new, said):
+def test_a_file_that_is_no_task_is_refused(old, new, message):
     with pytest.raises(ConfigError) as error:
         Task.parse(TASK.replace(old, new), "applies.yaml")
-    assert str(error.value).startswith(f"applies.yaml:{said}")
+    assert str(error.value).startswith(f"applies.yaml:{message}")
 
 
 def test_one_label_is_not_a_question():
@@ -120,7 +120,7 @@ def test_one_label_is_not_a_question():
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "message"),
     [
         (
             "applied]\n  max_events",
@@ -139,11 +139,11 @@ def test_one_label_is_not_a_question():
         ),
     ],
 )
-def test_what_the_dataset_has_not_is_refused(jobs, old, new, said):
+def test_what_the_dataset_has_not_is_refused(jobs, old, new, message):
     task = Task.parse(TASK.replace(old, new), "applies.yaml")
     with pytest.raises(ConfigError) as error:
         task.check(with_seconds(jobs))
-    assert str(error.value) == f"applies.yaml:{said}"
+    assert str(error.value) == f"applies.yaml:{message}"
 
 
 def test_tasks_are_loaded_together_under_different_names(jobs_with, tmp_path):
@@ -167,7 +167,7 @@ def test_tasks_are_loaded_together_under_different_names(jobs_with, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("split", "said"),
+    ("split", "message"),
     [
         ("{validation: 80%, test: 100%}", ".test: '100%': a share of the events is a number between 0% and 100%"),
         ("{validation: 0%, test: 90%}", ".validation: '0%': a share of the events is a number between 0% and 100%"),
@@ -183,11 +183,11 @@ def test_tasks_are_loaded_together_under_different_names(jobs_with, tmp_path):
         ("{validation: 90%, test: 80%}", ": validation (90%) must begin before test (80%)"),
     ],
 )
-def test_a_split_that_makes_no_sense_is_refused(jobs, split, said):
+def test_a_split_that_makes_no_sense_is_refused(jobs, split, message):
     task = Task.parse(TASK.replace("{validation: 2025-01-05, test: 2025-01-09}", split), "applies.yaml")
     with pytest.raises(ConfigError) as error:
         next(build_examples(jobs, task, "train"))
-    assert str(error.value).startswith(f"applies.yaml:15: split{said}")
+    assert str(error.value).startswith(f"applies.yaml:15: split{message}")
 
 
 def test_shares_of_the_events_and_dates_with_hours_and_zones(jobs_with):
@@ -228,7 +228,7 @@ def test_a_label_is_the_answer_to_the_events_it_names(jobs_with):
 
 
 @pytest.mark.parametrize(
-    ("column", "matching", "others"),
+    ("column", "matching", "differing"),
     [
         (pa.array([0.1, 0.2], pa.float32()), ["0.1", "[0.1, 7]"], ["0.10000001"]),
         (pa.array([0.1, 0.2], pa.float16()), ["0.1"], ["0.1001"]),
@@ -245,19 +245,19 @@ def test_a_label_is_the_answer_to_the_events_it_names(jobs_with):
     ],
     ids=lambda value: str(value.type) if isinstance(value, pa.Array) else "",
 )
-def test_a_value_is_compared_in_the_type_of_its_column(jobs, column, matching, others):
+def test_a_value_is_compared_in_the_type_of_its_column(jobs, column, matching, differing):
     events = jobs.events.slice(0, 2).append_column("extra", plain(pa.chunked_array([column])))
     dataset = dataclasses.replace(jobs, events=events)
     for value in matching:
         label = Label.parse(f"{{word: a, value: 1, match: {{extra: {value}}}}}")
         assert matches_events(dataset, label.match, np.arange(2)).tolist() == [True, False]
-    for value in others:
+    for value in differing:
         label = Label.parse(f"{{word: a, value: 1, match: {{extra: {value}}}}}")
         assert not matches_events(dataset, label.match, np.arange(2)).any()
 
 
 @pytest.mark.parametrize(
-    ("column", "value", "said"),
+    ("column", "value", "message"),
     [
         (pa.array([4, 5]), '"4"', "this column holds numbers, found '4'; write it without quotes: 4"),
         (pa.array([4, 5]), "true", "this column holds numbers, found True"),
@@ -272,12 +272,12 @@ def test_a_value_is_compared_in_the_type_of_its_column(jobs, column, matching, o
     ],
     ids=lambda value: str(value.type) if isinstance(value, pa.Array) else "",
 )
-def test_a_value_that_the_column_cannot_have_is_refused(jobs, column, value, said):
+def test_a_value_that_the_column_cannot_have_is_refused(jobs, column, value, message):
     events = jobs.events.slice(0, 2).append_column("extra", plain(pa.chunked_array([column])))
     task = Task.parse(TASK.replace("action: applied}}", f"extra: {value}}}}}"), "applies.yaml")
     with pytest.raises(ConfigError) as error:
         task.check(dataclasses.replace(jobs, events=events))
-    assert str(error.value).startswith(f"applies.yaml:11: labels.0.match.extra: {said}")
+    assert str(error.value).startswith(f"applies.yaml:11: labels.0.match.extra: {message}")
 
 
 def test_a_label_that_no_event_has_shows_what_there_is(jobs):

@@ -32,10 +32,11 @@ either_layout = pytest.mark.parametrize("layout", ["dense", "star"])
 
 def questions_of(arrays: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
     """The arrays of each question by itself."""
-    asked = arrays["visibility"] == SELF
-    numbers = np.unique(arrays["piece_id"][asked])
+    is_question = arrays["visibility"] == SELF
+    numbers = np.unique(arrays["piece_id"][is_question])
     return [
-        {name: array[asked & (arrays["piece_id"] == number)] for name, array in arrays.items()} for number in numbers
+        {name: array[is_question & (arrays["piece_id"] == number)] for name, array in arrays.items()}
+        for number in numbers
     ]
 
 
@@ -115,7 +116,7 @@ def test_splitting_loses_nothing_and_keeps_to_the_capacity(tokenizer, prompt, la
         (part.prefix_pieces, part.labels, part.layout) == (encoded.prefix_pieces, encoded.labels, layout)
         for part in parts
     )
-    assert all(len(one) + len(other.questions[0]) > capacity for one, other in itertools.pairwise(parts))
+    assert all(len(part) + len(next_part.questions[0]) > capacity for part, next_part in itertools.pairwise(parts))
 
 
 @either_layout

@@ -51,7 +51,7 @@ def test_decoding_gives_back_any_text(tokenizer, text):
 def test_a_text_is_encoded_alike_alone_and_among_others(tokenizer, texts):
     ids = tokenizer.encode(texts)
     assert ids == [tokenizer.encode([text])[0] for text in texts]
-    assert tokenizer.lengths(texts) == [len(one) for one in ids]
+    assert tokenizer.lengths(texts) == [len(tokens) for tokens in ids]
 
 
 def test_forgetting_changes_nothing(tokenizer, monkeypatch):
@@ -92,8 +92,8 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
 
 def test_the_same_texts_train_the_same_tokenizer():
     texts = [f"Title: {word}, Company: Acme" for word in ("Nurse", "Teacher", "Accountant")]
-    one, other = (Tokenizer.train(iter(texts), ["Yes", "No"], 300).hf.get_vocab() for _ in range(2))
-    assert one == other
+    first, second = (Tokenizer.train(iter(texts), ["Yes", "No"], 300).hf.get_vocab() for _ in range(2))
+    assert first == second
 
 
 def test_the_chat_ends_where_the_answer_begins(tokenizer):
