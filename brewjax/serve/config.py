@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
+from typing import Self
 
 import pydantic
 
-from brewjax.config import Config, Seed
+from brewjax.config import Config, Seed, Words, misplaced
 from brewjax.model.generate import SamplingParams
 from brewjax.model.sharding import MeshConfig
 from brewjax.scoring.passes import PAGE
@@ -25,6 +26,24 @@ class DecodeConfig(Config):
     """Temperature and top-k of the sampling."""
     seed: Seed = 0
     """Seed of the sampling."""
+
+
+class RerankConfig(Config):
+    """How a query and documents are rendered for the model, and what it answers: whatever it was trained to read."""
+
+    query: Words = "Query: {query}\n"
+    """What all documents share, with `{query}` in it."""
+    document: Words = "Document: {document}\nDoes the document answer the query?"
+    """What follows for each document, with `{document}` in it; the label is the next token."""
+    labels: tuple[str, ...] = pydantic.Field(default=(" Yes", " No"), min_length=2)
+    """Words of one token each. The probability of the first one among them is the relevance."""
+
+    @pydantic.model_validator(mode="after")
+    def _has_places(self) -> Self:
+        for key in ("query", "document"):
+            if getattr(self, key).count(f"{{{key}}}") != 1:
+                raise misplaced(f"'{getattr(self, key)}' has no {{{key}}}, or more than one", key)
+        return self
 
 
 class ServeConfig(Config):
@@ -63,6 +82,8 @@ class ServeConfig(Config):
     """Folder of the index that the encoder's vectors are in; made if there is none."""
     max_retrieved: int = pydantic.Field(default=10_000, gt=0)
     """Maximum items of a Retrieve."""
+    rerank: RerankConfig | None = None
+    """Serve /rerank and /score, in the forms of Cohere, Jina and vLLM, with these prompts."""
     tasks: tuple[str, ...] = ()
     """Task files to serve in addition to the tasks that the model was trained on."""
     token_buckets: tuple[int, ...] = pydantic.Field(default=(256, 512, 1024, 2048, 4096), min_length=1)

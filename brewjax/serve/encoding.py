@@ -73,6 +73,11 @@ class RequestEncoder:
         self.tasks = {task.name: task for task in [*bundle.tasks, *tasks]}
         self.config, self.max_prefix_tokens, self.catalogue = config, max_prefix_tokens, catalogue
         self._texts = Texts(bundle.tokenizer, config.special_tokens)
+        for index, word in enumerate(config.rerank.labels if config.rerank else ()):
+            try:
+                bundle.tokenizer.label_token_id(word)
+            except ValueError as error:
+                raise config.error(str(error), "rerank", "labels", index) from None
         for task in self.tasks.values():
             task.check_words(bundle.tokenizer)
             if len(task.labels) > LABELS_IN_PASS:

@@ -20,6 +20,7 @@ from brewjax.serve.client import raw
 from brewjax.serve.credentials import Credentials
 from brewjax.serve.http_messages import add_call
 from brewjax.serve.http_requests import parse_body, refusing, until_disconnect
+from brewjax.serve.http_rerank import add_rerank
 from brewjax.serve.http_retrieval import add_retrieval
 from brewjax.serve.openapi import DESCRIPTION, describe, render_page
 from brewjax.serve.refusals import Refusals
@@ -171,6 +172,8 @@ def make_app(
         return {"object": "list", "data": served}
 
     add_call(app, "/v1/rank", pb.ScoreRequest, service.score)
+    if service.config.rerank:
+        add_rerank(app, service, service.config.rerank)
     if retrieval:
         add_retrieval(app, retrieval, credentials)
 

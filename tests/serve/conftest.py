@@ -19,6 +19,7 @@ from brewjax.data.text.tokenizer import Tokenizer
 from brewjax.scoring.passes import Bucket
 from brewjax.scoring.scorer import Scorer
 from brewjax.serve import Client
+from brewjax.serve.config import RerankConfig
 from brewjax.serve.server import Server
 from tests.serve.serving import ADMIN_TOKEN, CONFIG, TOKEN, eventually, pages_held, running, waiting
 from tests.tables import write_dataset
@@ -79,7 +80,8 @@ def server(model_folder, tmp_path_factory) -> Iterator[Server]:
     """One server for all tests: a test that changes it changes it back."""
     base = tmp_path_factory.getbasetemp()
     (base / "admin token").write_text(ADMIN_TOKEN)
-    update = {"admin_token_file": str(base / "admin token"), "reload_below": str(base)}
+    rerank = RerankConfig(labels=("Yes", "No"))
+    update = {"admin_token_file": str(base / "admin token"), "reload_below": str(base), "rerank": rerank}
     with running(model_folder, CONFIG.model_copy(update=update)) as server:
         yield server
 
