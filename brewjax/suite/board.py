@@ -19,6 +19,7 @@ from brewjax.suite.runs import Entry, read_entries, read_predictions
 from brewjax.suite.suite import Size, Suite, SurfaceTask
 
 HEADLINE: MetricName = "gauc"
+CHANCE = 0.5  # of the headline
 METRICS: tuple[MetricName, ...] = ("gauc", "ndcg@10", "auc", "log_loss", "calibration_error")
 POISSON = scipy.stats.poisson.cdf(np.arange(12), 1)  # of the number of times that a resample holds a member
 
@@ -92,6 +93,15 @@ class Row:
         if domain is None:
             return self.mean[HEADLINE] - baseline.mean[HEADLINE]
         return self.domains[domain][HEADLINE] - baseline.domains[domain][HEADLINE]
+
+    def share_of(self, oracle: Row, domain: str) -> Estimate | None:
+        """What the headline has over chance, as a share of the oracle's, paired; None where the domain is missing."""
+        if domain not in self.domains:
+            return None
+        excess = [row.domains[domain][HEADLINE] for row in (self, oracle)]
+        value, best = (each.value - CHANCE for each in excess)
+        resamples, best_resamples = (each.resamples - CHANCE for each in excess)
+        return Estimate(value / best, resamples / best_resamples)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from brewjax.console import bold
+from brewjax.evaluate.baselines import ORACLE
 from brewjax.evaluate.results import METRICS, Estimate
 from brewjax.paths import write_text
 from brewjax.suite.board import HEADLINE, Board, Row, most_different
@@ -25,13 +26,14 @@ HOW_TO_READ = (
     "Group: rows of one group are not told apart from its best, by the interval of their paired difference.",
     "A row that has not answered every question as it is frozen now has no mean and no place.",
     f"'{FLOOR}' is the floor: a regression on the numbers that prompts state. Baselines are trained on each surface.",
+    "Share of the oracle, where tables were simulated and the truth is known: (AUC - .5) / (the oracle's AUC - .5).",
     "Cold start: the same questions to the same members, asked as if they had only had so many events before.",
 )
 
 
 def print_board(board: Board, console: Console) -> None:
     """Prints the leaderboard by tier, and by domain, a column for each row of the board."""
-    for table in (_overview(board), _by_domain(board), _cold(board)):
+    for table in (_overview(board), _by_domain(board), _of_oracle(board), _cold(board)):
         if table is not None:
             console.print(_rich(table))
 
@@ -41,7 +43,8 @@ def write_page(board: Board) -> Path:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("brewjax.suite", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    tables = [table for table in (_overview(board), _by_domain(board), _by_task(board), _cold(board)) if table]
+    described = (_overview(board), _by_domain(board), _of_oracle(board), _by_task(board), _cold(board))
+    tables = [table for table in described if table]
     accepted = [
         {"date": each["date"], "name": each["entry"]["name"], "mean": f"{each['mean']:.4f} ±{each['error']:.4f}"}
         for each in history(board.suite, board.size)
@@ -103,6 +106,20 @@ def _by_domain(board: Board) -> dict[str, Any]:
         [domain, *(_cell(row.domains.get(domain, {}).get(HEADLINE)) for row in board.rows)] for domain in board.domains
     ]
     return {"title": "by domain", "columns": ["domain", *(row.name for row in board.rows)], "rows": rows}
+
+
+def _of_oracle(board: Board) -> dict[str, Any] | None:
+    """How much of what can be known each row knows, where the truth is known: 0 is chance, 1 the oracle."""
+    oracle = board.row(ORACLE)
+    domains = [domain for domain in board.domains if oracle and domain in oracle.domains]
+    if not oracle or not domains:
+        return None
+    rivals = [row for row in board.rows if row is not oracle]
+    rows = [
+        [domain, _cell(oracle.domains[domain][HEADLINE]), *(_cell(row.share_of(oracle, domain)) for row in rivals)]
+        for domain in domains
+    ]
+    return {"title": "share of the oracle", "columns": ["domain", ORACLE, *(row.name for row in rivals)], "rows": rows}
 
 
 def _by_task(board: Board) -> dict[str, Any]:

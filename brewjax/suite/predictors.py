@@ -11,11 +11,12 @@ import numpy as np
 
 from brewjax.bundle.bundle import Bundle, check_folder
 from brewjax.bundle.training import Training
+from brewjax.data.simulate.truth import action_column, oracle
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.statistics import Percentiles
 from brewjax.data.tasks.examples import RankingExample, sample_examples
 from brewjax.data.tasks.task import Task
-from brewjax.evaluate.baselines import LightGBM, own_past, popularity
+from brewjax.evaluate.baselines import ORACLE, LightGBM, own_past, popularity
 from brewjax.evaluate.predict import encode_examples
 from brewjax.evaluate.regression import FactRegression
 from brewjax.fingerprint import hash_folder, hash_packages
@@ -28,6 +29,7 @@ MAX_TRAIN = 3_000  # examples of the training period that a baseline learns from
 DATA = ("data/tables", "data/tasks", "data/prompts", "data/text")
 SCORING = (*DATA, "bundle", "scoring", "model", "../pallas_kernels")  # the code that makes a model's scores
 BASELINE = (*DATA, "evaluate")
+TRUTH = (*DATA, "data/simulate")
 
 Cost = dict[str, float]  # of scoring: seconds and tokens
 
@@ -43,6 +45,10 @@ class Predictor(Protocol):
     """What a model was trained on, if it is known."""
     identity: dict[str, Any]
     """What its answers depend on, beside the questions, as values that JSON can hold."""
+
+    def can_answer(self, dataset: Dataset, task: Task) -> bool:
+        """Whether it can answer a task of these tables."""
+        ...
 
     def predict(
         self, dataset: Dataset, task: Task, examples: Sequence[RankingExample], visible: Dataset
@@ -70,6 +76,10 @@ class Model:
         self.training = Training.of_model(folder)
         self.identity = {"model": hash_folder(folder), "code": hash_packages(SCORING)}
         self._scorer: Scorer | None = None
+
+    def can_answer(self, dataset: Dataset, task: Task) -> bool:
+        """Any task."""
+        return True
 
     @property
     def bundle(self) -> Bundle:
@@ -144,6 +154,10 @@ class Baseline:
         self.identity = {"baseline": name, "max_train": MAX_TRAIN, "code": hash_packages(BASELINE)}
         self._latest: tuple[Dataset, Task, Callable[..., np.ndarray]] | None = None
 
+    def can_answer(self, dataset: Dataset, task: Task) -> bool:
+        """Any task."""
+        return True
+
     def predict(
         self, dataset: Dataset, task: Task, examples: Sequence[RankingExample], visible: Dataset
     ) -> tuple[np.ndarray, Cost]:
@@ -188,6 +202,29 @@ LEARNERS: dict[str, Learn] = {
 }
 
 
-def baselines() -> list[Baseline]:
-    """Every baseline."""
-    return [Baseline(name, learn) for name, learn in LEARNERS.items()]
+class Oracle:
+    """The truth of a simulated dataset, which no model can expect to beat; it knows nothing of other datasets."""
+
+    name = ORACLE
+    folder: Path | None = None
+    training: Training | None = None
+
+    def __init__(self) -> None:
+        self.identity = {"baseline": ORACLE, "code": hash_packages(TRUTH)}
+
+    def can_answer(self, dataset: Dataset, task: Task) -> bool:
+        """Whether the dataset's folder holds the truth of the task."""
+        return action_column(task, dataset.path) is not None
+
+    def predict(
+        self, dataset: Dataset, task: Task, examples: Sequence[RankingExample], visible: Dataset
+    ) -> tuple[np.ndarray, Cost]:
+        """See `Predictor`."""
+        probabilities = oracle(visible, task, examples)
+        assert probabilities is not None  # by `can_answer`
+        return probabilities, {"seconds": 0.0, "tokens": 0}
+
+
+def baselines() -> list[Predictor]:
+    """Every baseline, and the oracle."""
+    return [*(Baseline(name, learn) for name, learn in LEARNERS.items()), Oracle()]

@@ -99,6 +99,8 @@ def run_surface(suite: Suite, size: Size, predictors: Sequence[Predictor], surfa
         for past_events in (None, *surface_task.entry.past_events):
             name = questions.name if past_events is None else f"{questions.name}@{past_events}"
             for predictor, own_files in zip(predictors, files, strict=True):
+                if not predictor.can_answer(dataset, surface_task.task):
+                    continue
                 own_files[name] = score(suite, size, predictor, questions, past_events)
     return [
         Answers(own_files, _twin_gap(suite, size, predictor, frozen[0]) if predictor.folder else 0.0)

@@ -137,6 +137,9 @@ class Fake:
     def __init__(self, name: str, score: Callable[[RankingExample], np.ndarray], version: Any = 1):
         self.name, self.score, self.identity, self.questions = name, score, {"fake": name, "version": version}, 0
 
+    def can_answer(self, dataset: Dataset, task: Task) -> bool:
+        return True
+
     def predict(
         self, dataset: Dataset, task: Task, examples: Sequence[RankingExample], visible: Dataset
     ) -> tuple[np.ndarray, dict[str, float]]:

@@ -11,13 +11,15 @@ from typer.testing import CliRunner
 from brewjax.bundle.training import TrainedOn, Training
 from brewjax.cli_suite import app
 from brewjax.config import ConfigError
+from brewjax.data.simulate.network import simulate_network
 from brewjax.data.tables.dataset import Dataset, hash_dataset
 from brewjax.evaluate.predictions import scores, true_values
+from brewjax.paths import CONFIGS
 from brewjax.suite import gate
 from brewjax.suite.board import HEADLINE, make_board, member_weights
 from brewjax.suite.contamination import ContaminationError
 from brewjax.suite.page import write_page
-from brewjax.suite.predictors import baselines
+from brewjax.suite.predictors import ORACLE, Oracle, baselines
 from brewjax.suite.questions import cut_history, first_moments, frozen_questions
 from brewjax.suite.runs import predictions_folder, read_predictions, run
 from brewjax.suite.suite import Suite
@@ -102,9 +104,27 @@ def test_workers_change_nothing(suite):
     assert values == {row.name: row.mean[HEADLINE].value for row in make_board(suite, "quick").rows}
 
 
+def test_models_are_measured_by_the_oracle_where_the_truth_is_known(suite, tmp_path):
+    simulate_network(tmp_path / "network", 150)
+    tasks = f"[{{file: {CONFIGS / 'tasks/network/applies.yaml'}, tier: T3, past_events: [5]}}]"
+    surface = f"  jobs: {{dataset: network/jobs, domain: network, tasks: {tasks}}}\n"
+    text = SUITE.replace("quick: {questions: 40, lists: 8}", "quick: {questions: 200, lists: 40}")
+    suite = Suite.parse(text + surface, "suite.yaml")
+    oracle = Oracle()
+    run(suite, "quick", [oracle, Fake("constant", lambda example: np.full(len(example.candidates), 0.5))])
+    board = make_board(suite, "quick")
+    assert set(board.row(ORACLE).tasks) == {"jobs/applies"}
+    assert not board.row(ORACLE).mean, "it has no place"
+    assert board.row(ORACLE).tasks["jobs/applies"][HEADLINE].value > 0.6
+    assert board.row("constant").share_of(board.row(ORACLE), "network").value == 0
+    assert board.row(ORACLE).share_of(board.row(ORACLE), "network").value == 1
+    assert "share of the oracle" in write_page(board).read_text()
+
+
 def test_baselines_know_what_is_to_be_known(suite):
     run(suite, "quick", baselines())
-    value = {row.name: row.tasks["shop/buys"][HEADLINE].value for row in make_board(suite, "quick").rows}
+    rows = [row for row in make_board(suite, "quick").rows if row.name != ORACLE]  # which knows no such table
+    value = {row.name: row.tasks["shop/buys"][HEADLINE].value for row in rows}
     assert value["own past"] > 0.8 > 0.6 > value["popularity"]
     assert value["fact regression"] > 0.75
     assert value["LightGBM"] > 0.7
