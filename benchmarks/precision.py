@@ -22,7 +22,7 @@ from brewjax.compress.quantize import QuantizeConfig, quantize, with_head
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tasks.examples import sample_examples
 from brewjax.data.tasks.task import Task, load_tasks
-from brewjax.evaluate.predict import predict
+from brewjax.evaluate.predict import TaskExamples, predict
 from brewjax.evaluate.predictions import scores
 from brewjax.evaluate.results import OVERALL, evaluate
 from brewjax.model.config import HeadPrecision
@@ -71,8 +71,10 @@ def main() -> None:
     )
     metrics = {"metrics": ("auc", "log_loss", "calibration_error")}
     tasks = [task.model_copy(update=metrics) for task in load_tasks(arguments.tasks, dataset)]
-    examples = [(task, sample_examples(dataset, task, "test", arguments.examples)) for task in tasks]
-    predictions_by_model = {name: predict(bundle, dataset, examples) for name, bundle in bundles.items()}
+    examples = [
+        TaskExamples(dataset, task, sample_examples(dataset, task, "test", arguments.examples)) for task in tasks
+    ]
+    predictions_by_model = {name: predict(bundle, examples) for name, bundle in bundles.items()}
     for number, task in enumerate(tasks):
         _show(task, {name: predictions[number].table for name, predictions in predictions_by_model.items()})
 

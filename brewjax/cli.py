@@ -41,6 +41,9 @@ def _parse_moment(text: str) -> datetime.datetime:
     return moment.replace(tzinfo=moment.tzinfo or datetime.UTC)
 
 
+SurfaceName = Annotated[
+    str, typer.Option("--surface", help="The model's surface that the dataset is of; by default by the dataset's card.")
+]
 DatasetFolder = Annotated[Path, typer.Argument(help="A folder with dataset.yaml and its Parquet files.")]
 At = Annotated[
     Optional[datetime.datetime],
@@ -78,7 +81,7 @@ def run(
     from brewjax import distributed
     from brewjax.pipeline.check import check_run
     from brewjax.pipeline.context import Run
-    from brewjax.pipeline.dry_run import plan_table
+    from brewjax.pipeline.dry_run import plan_table, surfaces_table
     from brewjax.pipeline.recipe import Recipe
     from brewjax.pipeline.stages import run_recipe
 
@@ -88,6 +91,7 @@ def run(
         planned = Run(config, folder)
         console.print(plan_table(planned))
         check_run(planned)
+        console.print(surfaces_table(planned))
         return
     with distributed.distributed_runtime():
         run_recipe(config, folder, allow_code_mismatch)
@@ -145,6 +149,7 @@ def evaluate(
             help="Beside popularity, the fact regression and LightGBM, trained for it, and a simulation's oracle.",
         ),
     ] = False,
+    surface: SurfaceName = "",
     out: Annotated[Optional[Path], typer.Option(help="Folder for the predictions, a Parquet file per task.")] = None,
 ) -> None:
     """Evaluate a model on tasks, trained on or not: a task is a YAML file, no training and no code."""
@@ -156,21 +161,21 @@ def evaluate(
     from brewjax.data.tasks.examples import sample_examples
     from brewjax.data.tasks.task import load_tasks
     from brewjax.evaluate.baselines import predict_baselines
-    from brewjax.evaluate.predict import predict
+    from brewjax.evaluate.predict import TaskExamples, predict
     from brewjax.evaluate.report import print_results
     from brewjax.evaluate.results import compare
 
     tables, bundle = Dataset.load(dataset), Bundle.load(model)
-    examples_by_task = []
+    task_examples: list[TaskExamples] = []
     for task in load_tasks(tasks, tables):
         examples = sample_examples(tables, task, split, max_examples)
         if not examples:
             raise task.error(f"no question falls into the {split} period", "split")
-        examples_by_task.append((task, examples))
-    for (task, examples), predictions in zip(examples_by_task, predict(bundle, tables, examples_by_task), strict=True):
-        compared = {"model": predictions.table}
+        task_examples.append(TaskExamples(tables, task, examples, surface))
+    for each, predictions in zip(task_examples, predict(bundle, task_examples), strict=True):
+        task, compared = each.task, {"model": predictions.table}
         if baselines:
-            compared |= predict_baselines(tables, task, examples)
+            compared |= predict_baselines(tables, task, each.examples)
         print_results(compare(task, compared), console)
         for name, table in compared.items() if out else ():
             assert out is not None
@@ -252,6 +257,7 @@ def score(
         typer.Option(help="and the id of a member, or of several, to rank all items new to each."),
     ] = None,
     at: At = None,
+    surface: SurfaceName = "",
     items: Annotated[Optional[int], typer.Option(help="Rank only so many of them, drawn at random.", min=1)] = None,
     note: Annotated[str, typer.Option(help="A wish that the model reads with its instruction.")] = "",
     top: Annotated[int, typer.Option(help="How many items to show.", min=1)] = 10,
@@ -303,7 +309,7 @@ def score(
             from brewjax.evaluate.ranking import rank, write_rankings
 
             bundle = Bundle.load(model)
-            verbalizer = bundle.verbalizer(tables, checked)
+            verbalizer = bundle.verbalizer(tables, checked, surface)
             rankings = [rank(bundle, verbalizer, checked, example, note) for example in examples]
         else:
             from brewjax.evaluate.ranking import Ranking, write_rankings
@@ -312,7 +318,7 @@ def score(
 
             rankings = []
             for example in examples:
-                question = request_from_example(tables, checked, example, note)
+                question = request_from_example(tables, checked, example, note, surface)
                 probabilities, how = score_all(server, question, os.environ.get(TOKEN))
                 console.print(how)
                 rankings.append(Ranking(example.member, example.candidates, probabilities))

@@ -108,13 +108,16 @@ def explore(
         Optional[list[Path]], typer.Option("--task", help="Task files, beside the model's own tasks.")
     ] = None,
     compare: Annotated[Optional[Path], typer.Option(help="Another model's folder, to compare with.")] = None,
+    surface: Annotated[
+        str, typer.Option(help="The model's surface that the dataset is of; by default by the dataset's card.")
+    ] = "",
     port: Annotated[int, typer.Option(help="Of this machine; 0 takes a free one.", min=0, max=65535)] = 8000,
 ) -> None:
     """Open a page that changes instruction, note and history, shows how the ranking moves, and says why."""
     from brewjax.explore import explorer, page
 
-    first = explorer.open(model, dataset)
-    explorers = [first, *([explorer.open(compare, first.dataset)] if compare else [])]
+    first = explorer.open(model, dataset, surface)
+    explorers = [first, *([explorer.open(compare, first.dataset, surface)] if compare else [])]
     for task in tasks or ():
         for each in explorers:
             each.add_task(task)

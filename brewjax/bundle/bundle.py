@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -11,12 +11,12 @@ import numpy as np
 from jaxtyping import Float
 
 from brewjax import distributed
+from brewjax.bundle.surface import SURFACES, Surface
 from brewjax.bundle.training import TRAINING, Training
-from brewjax.config import Config, ConfigError
+from brewjax.config import ConfigError
 from brewjax.console import print_line
 from brewjax.data.prompts.styles import PromptConfig
 from brewjax.data.prompts.verbalize import Verbalizer
-from brewjax.data.tables.card import CARD, Card
 from brewjax.data.tables.dataset import Dataset, hash_dataset
 from brewjax.data.tables.statistics import FactSource, Percentiles
 from brewjax.data.tasks.task import Task
@@ -30,7 +30,7 @@ from brewjax.scoring.buckets import PACK_TO, choose_buckets
 from brewjax.scoring.passes import Bucket
 from brewjax.scoring.scorer import Scorer
 
-TOKENIZER, PROMPTS, PERCENTILES, TASKS = "tokenizer", "prompts.yaml", "percentiles.yaml", "tasks"
+TOKENIZER, PROMPTS = "tokenizer", "prompts.yaml"
 SHORTEST_ROW = 256  # tokens; rows of the bundle's own scorer double from here, so that few shapes are ever compiled
 
 
@@ -50,30 +50,6 @@ def check_folder(folder: Path) -> None:
     raise ConfigError(f"{folder}: no {MODEL} there, so not a model's folder; {hint}")
 
 
-class PercentileScale(Config):
-    """`Percentiles` of the dataset that a model was trained on, and the time before which they were fitted."""
-
-    until: int
-    """Microseconds since 1970; the percentiles were fitted to values from before this time."""
-    tables: str = ""
-    """SHA-256 of the dataset's tables; empty where they were not read from a folder."""
-    quantiles: dict[str, list[float]]
-    """Quantiles of each attribute that is shown as a percentile, in ascending order, by the attribute's name."""
-
-    @classmethod
-    def fit(cls, dataset: Dataset, until: int, tables: str = "") -> PercentileScale:
-        """Fits the percentiles of a dataset as of `until`, in microseconds since 1970."""
-        return cls(until=until, tables=tables, quantiles=Percentiles.fit(dataset, until).quantiles)
-
-    def fits(self, dataset: Dataset) -> bool:
-        """Whether `dataset` has the same attributes and, before `until`, the same values; its name does not matter."""
-        refitted = Percentiles.fit(dataset, self.until).quantiles
-        return refitted.keys() == self.quantiles.keys() and all(
-            len(refitted[name]) == len(scale) and np.allclose(refitted[name], scale, rtol=1e-9, atol=0)
-            for name, scale in self.quantiles.items()
-        )
-
-
 @dataclasses.dataclass(frozen=True, repr=False)
 class Bundle:
     """A model with all that turns requests into scores.
@@ -90,9 +66,7 @@ class Bundle:
       model, params: sizes and parameters of the decoder.
       tokenizer: encodes prompts.
       prompts: styles, token budget and layout of prompts in training.
-      scale: percentiles of the training dataset; None for an imported model, which has no dataset.
-      card: the card of the training dataset; None for an imported model.
-      tasks: the tasks that it was trained to answer.
+      surfaces: what it was trained on, by name: the card, percentiles and tasks of each; none of an imported model.
       training: what it was trained on; None where nobody wrote it down.
       mesh: the devices that hold the parameters.
     """
@@ -101,18 +75,26 @@ class Bundle:
     params: Params
     tokenizer: Tokenizer
     prompts: PromptConfig
-    scale: PercentileScale | None = None
-    card: Card | None = None
-    tasks: tuple[Task, ...] = ()
+    surfaces: Mapping[str, Surface] = dataclasses.field(default_factory=dict)
     training: Training | None = None
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def __repr__(self) -> str:
-        tasks = ", ".join(task.name for task in self.tasks) or "none"
+        tasks = ", ".join(self.task_names) or "none"
         return (
             f"Bundle({self.model.name}: {num_parameters(self.params):,} parameters in {self.model.param_dtype}, "
             f"{self.tokenizer.vocab_size:,} tokens in the vocabulary; tasks: {tasks})"
         )
+
+    @property
+    def task_names(self) -> list[str]:
+        """The tasks that it was trained to answer: "apply", or "jobs/apply" where it has several surfaces."""
+        several = len(self.surfaces) > 1
+        return [
+            f"{surface.name}/{task.name}" if several else task.name
+            for surface in self.surfaces.values()
+            for task in surface.tasks
+        ]
 
     def save(self, folder: Path) -> None:
         """Writes the folder, the weights last, so that a folder with weights is complete."""
@@ -120,13 +102,8 @@ class Bundle:
             folder.mkdir(parents=True, exist_ok=True)
             self.tokenizer.save(folder / TOKENIZER)
             self.prompts.save(folder / PROMPTS)
-            if self.scale:
-                self.scale.save(folder / PERCENTILES)
-            if self.card:
-                self.card.save(folder / CARD)
-            (folder / TASKS).mkdir(exist_ok=True)
-            for task in self.tasks:
-                task.save(folder / TASKS / f"{task.name}.yaml")
+            for surface in self.surfaces.values():
+                surface.save(folder / SURFACES / surface.name)
             if self.training:
                 self.training.save(folder / TRAINING)
         save_model(folder, self.model, self.params)
@@ -150,38 +127,89 @@ class Bundle:
             params,
             Tokenizer.load(folder / TOKENIZER),
             PromptConfig.load(folder / PROMPTS),
-            PercentileScale.load(folder / PERCENTILES) if (folder / PERCENTILES).exists() else None,
-            Card.load(folder / CARD) if (folder / CARD).exists() else None,
-            tuple(Task.load(path) for path in sorted((folder / TASKS).glob("*.yaml"))),
+            {path.name: Surface.load(path) for path in sorted((folder / SURFACES).glob("*"))},
             Training.of_model(folder),
             mesh,
         )
 
-    def verbalizer(self, dataset: Dataset, task: Task) -> Verbalizer:
+    def surface(self, name: str = "") -> Surface:
+        """A surface by its name; the only one where none is named.
+
+        Raises:
+          ConfigError: there is none of this name, or several and none is named.
+        """
+        if not self.surfaces:
+            raise ConfigError("this model was imported: it has no surface, and so no dataset's card and no tasks")
+        if not name and len(self.surfaces) == 1:
+            return next(iter(self.surfaces.values()))
+        if name not in self.surfaces:
+            known = ", ".join(self.surfaces)
+            raise ConfigError(f"no surface '{name}'; there are: {known}" if name else f"name a surface, one of {known}")
+        return self.surfaces[name]
+
+    def surface_of(self, dataset: Dataset, name: str = "") -> Surface | None:
+        """The surface that a dataset is of: that of this name, else that with the dataset's card, else the only one.
+
+        Returns:
+          None for a dataset that the model has never seen.
+
+        Raises:
+          ConfigError: there is none of this name; or several have a card of the dataset's name, and none is named.
+        """
+        if name or len(self.surfaces) == 1:
+            return self.surface(name)
+        fitting = self._surfaces_of_card(dataset)
+        if len(fitting) > 1:
+            names = ", ".join(surface.name for surface in fitting)
+            message = f"{dataset.path}: several surfaces of the model have a card '{dataset.card.name}'"
+            raise ConfigError(f"{message}: name one of {names}")
+        return fitting[0] if fitting else None
+
+    def _surfaces_of_card(self, dataset: Dataset) -> list[Surface]:
+        return [surface for surface in self.surfaces.values() if surface.card.name == dataset.card.name]
+
+    def verbalizer(self, dataset: Dataset, task: Task, surface: str = "") -> Verbalizer:
         """A verbalizer that renders examples of a dataset as in training.
 
-        On a dataset other than that of training, percentiles are fitted to it, before `task`'s validation split.
-        Raises ValueError for a label word that is not one token.
+        Args:
+          surface: the name of the one whose percentiles are used, whatever the dataset; by default they are those of
+            the dataset in training, and on a dataset that was not trained on they are fitted to it, before `task`'s
+            validation split.
+
+        Raises:
+          ValueError: a label word is not one token; there is no such surface, or it has another card.
         """
         task.check_words(self.tokenizer)
-        return self._verbalizer(dataset, self._percentiles(dataset, task))
+        if not surface:
+            return self._verbalizer(dataset, self._percentiles(dataset, task))
+        known = self.surface(surface)
+        if missing := Percentiles.keys(dataset) - known.scale.quantiles.keys():
+            message = f"{dataset.path}: surface '{surface}' of the model has no percentiles of {min(missing)}"
+            raise ConfigError(f"{message}, which the dataset's card has; leave the surface out, or name another")
+        return self.request_verbalizer(known, dataset)
 
     def _percentiles(self, dataset: Dataset, task: Task) -> Percentiles:
         """See `verbalizer`. Of an excerpt of other tables than those of training, the tables are read whole."""
-        is_known = self.scale and dataset.summary and self.scale.tables == hash_dataset(dataset.path)
-        whole = dataset if is_known or dataset.summary is None else Dataset.load(dataset.path)
-        if self.scale and (is_known or self.scale.fits(whole)):
-            return Percentiles(self.scale.quantiles)
+        likely = self._surfaces_of_card(dataset) or self.surfaces.values()
+        if dataset.summary:
+            tables = hash_dataset(dataset.path)
+            for surface in likely:
+                if surface.scale.tables == tables:
+                    return Percentiles(surface.scale.quantiles)
+        whole = dataset if dataset.summary is None else Dataset.load(dataset.path)
+        for surface in likely:
+            if surface.scale.fits(whole):
+                return Percentiles(surface.scale.quantiles)
         percentiles = Percentiles.fit(whole, task.boundaries(whole)[0])
-        if self.scale and percentiles.quantiles:
+        if self.surfaces and percentiles.quantiles:
             line = f"{dataset.path}: not the dataset that the model was trained on; percentiles are fitted to this one"
             print_line(line, stderr=True)
         return percentiles
 
-    def request_verbalizer(self, dataset: Dataset, facts: FactSource | None = None) -> Verbalizer:
-        """A verbalizer for a request, whose tables follow the model's card, with the percentiles of training, and with
-        the facts that the request brings."""
-        return self._verbalizer(dataset, Percentiles(self.scale.quantiles if self.scale else {}), facts)
+    def request_verbalizer(self, surface: Surface, dataset: Dataset, facts: FactSource | None = None) -> Verbalizer:
+        """A verbalizer for a request, whose tables follow the surface's card, with the percentiles of training, and
+        with the facts that the request brings."""
+        return self._verbalizer(dataset, Percentiles(surface.scale.quantiles), facts)
 
     def _verbalizer(self, dataset: Dataset, percentiles: Percentiles, facts: FactSource | None = None) -> Verbalizer:
         prompts = self.prompts

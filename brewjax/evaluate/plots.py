@@ -47,7 +47,7 @@ def slice_plot(comparison: Comparison, metric: MetricName) -> str:
             )  # fmt: skip
         rows = [model[slice_].rows for slice_ in slices]
         axes.set_xticks(range(len(slices)), [f"{name}\n({n:,})" for name, n in zip(slices, rows, strict=True)])
-        return _svg(figure, axes, f"{comparison.task.name} slices")
+        return _svg(figure, axes, f"{comparison.name} slices")
 
 
 def reliability_plot(comparison: Comparison) -> str:
@@ -67,7 +67,7 @@ def reliability_plot(comparison: Comparison) -> str:
                     color=COLOURS[index % len(COLOURS)],
                 )  # fmt: skip
         axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
-        return _svg(figure, axes, f"{task.name} reliability")
+        return _svg(figure, axes, f"{comparison.name} reliability")
 
 
 def size_plot(comparison: Comparison, models: Sequence[ModelSummary]) -> str:
@@ -84,7 +84,7 @@ def size_plot(comparison: Comparison, models: Sequence[ModelSummary]) -> str:
             point = (model.weight_bytes / 1e6, estimate.value)
             axes.annotate(model.name, point, (5, 4), textcoords="offset points", fontsize=8)
         axes.set_xscale("log")
-        return _svg(figure, axes, f"{comparison.task.name} sizes")
+        return _svg(figure, axes, f"{comparison.name} sizes")
 
 
 def cost_plot(models: Sequence[ModelSummary]) -> str:

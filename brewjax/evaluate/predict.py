@@ -33,6 +33,22 @@ class ScoringCost(NamedTuple):
     seconds: float
 
 
+class TaskExamples(NamedTuple):
+    """Examples of a task, all of whose labels are known, to be scored.
+
+    Attributes:
+      dataset: where their rows are.
+      task: what is asked.
+      examples: see `RankingExample`.
+      surface: of the model, as which the dataset is read; "" finds it, see `Bundle.verbalizer`.
+    """
+
+    dataset: Dataset
+    task: Task
+    examples: Sequence[RankingExample]
+    surface: str = ""
+
+
 class Predictions(NamedTuple):
     """The predictions of one task (a table as `from_examples` makes it), and what they took."""
 
@@ -40,15 +56,10 @@ class Predictions(NamedTuple):
     work: ScoringCost
 
 
-def predict(
-    bundle: Bundle, dataset: Dataset, task_examples: Sequence[tuple[Task, Sequence[RankingExample]]]
-) -> list[Predictions]:
+def predict(bundle: Bundle, tasks: Sequence[TaskExamples]) -> list[Predictions]:
     """Scores every candidate of each task's examples, in order, except those that the task skips as overlong.
 
     Prints what was truncated or skipped, and the speed.
-
-    Args:
-      task_examples: tasks with their examples, all of whose labels are known.
 
     Returns:
       The predictions of each task.
@@ -56,25 +67,25 @@ def predict(
     Raises:
       ConfigError: every question of a task was skipped.
     """
-    encoded = [encode_examples(bundle, dataset, task, examples) for task, examples in task_examples]
+    encoded = [encode_examples(bundle, *each) for each in tasks]
     scorer = bundle.scorer([prompt for _, prompts in encoded for prompt in prompts])
     scorer.warm_up()
     return [
-        score_task(scorer, task, examples, prompts)
-        for (task, _), (examples, prompts) in zip(task_examples, encoded, strict=True)
+        score_task(scorer, each.task, examples, prompts)
+        for each, (examples, prompts) in zip(tasks, encoded, strict=True)
     ]
 
 
 def encode_examples(
-    bundle: Bundle, dataset: Dataset, task: Task, examples: Sequence[RankingExample]
+    bundle: Bundle, dataset: Dataset, task: Task, examples: Sequence[RankingExample], surface: str = ""
 ) -> tuple[list[RankingExample], list[EncodedPrompt]]:
     """The prompts of examples as the model reads them, in its style and budget, and the examples that are left: without
-    questions that the task skips as overlong.
+    questions that the task skips as overlong. Arguments as in `TaskExamples`.
 
     Raises:
       ConfigError: every question was skipped.
     """
-    style, verbalizer = bundle.prompts.score_style, bundle.verbalizer(dataset, task)
+    style, verbalizer = bundle.prompts.score_style, bundle.verbalizer(dataset, task, surface)
     fitting = [*verbalizer.all_fitting(task, track(examples, f"{task.name}: render"), style)]
     prompts = [bundle.encode(verbalizer.prompt(task, example, style)) for example in fitting]
     verbalizer.print_overlong()

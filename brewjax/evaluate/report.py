@@ -79,7 +79,7 @@ def write_report(
 
 def describe_models(comparisons: Sequence[Comparison], models: Sequence[ModelSummary]) -> dict[str, Any]:
     """The table of a run's models as texts: size, quality by each task's first metric, cost and speed."""
-    quality = [f"{comparison.task.name}: {METRICS[comparison.task.metrics[0]].title}" for comparison in comparisons]
+    quality = [f"{comparison.name}: {METRICS[comparison.task.metrics[0]].title}" for comparison in comparisons]
     rows = []
     for model in models:
         cells = []
@@ -105,7 +105,7 @@ def describe_agreements(comparisons: Sequence[Comparison], shown: Sequence[str])
 
 def print_models(comparisons: Sequence[Comparison], models: Sequence[ModelSummary], console: Console) -> None:
     """Prints the table of models without what a terminal has no room for: how a model was made, and intervals."""
-    quality = [f"{comparison.task.name}\n{METRICS[comparison.task.metrics[0]].title}" for comparison in comparisons]
+    quality = [f"{comparison.name}\n{METRICS[comparison.task.metrics[0]].title}" for comparison in comparisons]
     table = Table(title="models", title_justify="left", box=None, padding=(0, 1, 0, 0))
     table.add_column("model", no_wrap=True)
     for column in ("params", "MB", *quality, "items/s", "seconds"):
@@ -156,7 +156,7 @@ def _describe(comparison: Comparison, plots: bool = True) -> dict[str, Any]:
         }
 
     return {
-        "name": task.name,
+        "name": comparison.name,
         "question": task.questions.question,
         "words": ", ".join(task.words),
         "size": f"{model[OVERALL].rows:,} questions to {model[OVERALL].members:,} members",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
@@ -154,17 +155,20 @@ def estimates(
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One task's predictions by name, first the model and then the baselines, and the results of each by slice."""
+    """One task's predictions by name, first the model and then the baselines, and the results of each by slice.
+
+    `name` is that of the task in the report: "apply", or "jobs/apply" where there are several surfaces.
+    """
 
     task: Task
     predictions: dict[str, pa.Table]
     results: dict[str, dict[str, Result]]
+    name: str
 
     def select(self, *names: str) -> Comparison:
         """The comparison of these names alone, with the first as the model."""
-        return Comparison(
-            self.task, {name: self.predictions[name] for name in names}, {name: self.results[name] for name in names}
-        )
+        predictions = {name: self.predictions[name] for name in names}
+        return Comparison(self.task, predictions, {name: self.results[name] for name in names}, self.name)
 
     def best(self, metric: MetricName, slice_: str = OVERALL) -> str | None:
         """The name with the best value; None if no value is defined."""
@@ -197,6 +201,8 @@ def agreements(comparisons: Sequence[Comparison]) -> list[Agreement]:
     result = []
     for first, second in itertools.combinations(comparisons, 2):
         (first_table, *_), (second_table, *_) = first.predictions.values(), second.predictions.values()
+        if PurePosixPath(first.name).parent != PurePosixPath(second.name).parent:
+            continue  # they are of two surfaces, and rows of other tables
         if len(first_table) < 2 or not first_table.select(SAME).equals(second_table.select(SAME)):
             continue
         spearman = {
@@ -207,7 +213,7 @@ def agreements(comparisons: Sequence[Comparison]) -> list[Agreement]:
             )
             for name in first.predictions
         }
-        result.append(Agreement((first.task.name, second.task.name), spearman))
+        result.append(Agreement((first.name, second.name), spearman))
     return result
 
 
@@ -234,13 +240,16 @@ class ModelSummary:
     speed: float
 
 
-def compare(task: Task, predictions: Mapping[str, pa.Table], bootstrap: int = 200, seed: int = 0) -> Comparison:
+def compare(
+    task: Task, predictions: Mapping[str, pa.Table], bootstrap: int = 200, seed: int = 0, name: str = ""
+) -> Comparison:
     """Evaluates predictions of the same questions.
 
     Args:
       predictions: tables by name, the model's first and then the baselines'.
       bootstrap: number of resamples.
       seed: of the resamples.
+      name: of the task in the report; its own by default.
 
     Raises:
       ValueError: the questions differ.
@@ -248,4 +257,5 @@ def compare(task: Task, predictions: Mapping[str, pa.Table], bootstrap: int = 20
     tables = dict(predictions)
     for table in tables.values():
         check_same_questions(next(iter(tables.values())), table)
-    return Comparison(task, tables, {name: evaluate(table, task, bootstrap, seed) for name, table in tables.items()})
+    results = {model: evaluate(table, task, bootstrap, seed) for model, table in tables.items()}
+    return Comparison(task, tables, results, name or task.name)

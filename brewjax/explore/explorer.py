@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 MICROSECONDS = 1_000_000
 
 
-def open(model: str | Path | Bundle, dataset: str | Path | Dataset | None = None) -> Explorer:
+def open(model: str | Path | Bundle, dataset: str | Path | Dataset | None = None, surface: str = "") -> Explorer:
     """Opens a model, to rank, to read its prompts, and to ask why.
 
         >>> import brewjax
@@ -43,12 +43,15 @@ def open(model: str | Path | Bundle, dataset: str | Path | Dataset | None = None
     Args:
       model: a model's folder, or a bundle that is loaded.
       dataset: a dataset's folder, or one that is loaded; only `score` and `generate` do without.
+      surface: the model's surface that the dataset is of, by name; by default the one with the dataset's card.
 
     Raises:
-      ConfigError, DatasetError: for a folder that cannot be read; names the file.
+      ConfigError, DatasetError: for a folder that cannot be read; names the file. Or for a surface that the model does
+        not have, or that must be named because several have this card.
     """
     bundle = model if isinstance(model, Bundle) else Bundle.load(model)
-    return Explorer(bundle, dataset if dataset is None or isinstance(dataset, Dataset) else Dataset.load(dataset))
+    tables = dataset if dataset is None or isinstance(dataset, Dataset) else Dataset.load(dataset)
+    return Explorer(bundle, tables, surface)
 
 
 class Explorer:
@@ -57,12 +60,13 @@ class Explorer:
     Attributes:
       bundle: the model.
       dataset: the tables, or None.
-      tasks: by name, those that the model was trained on, and those that were added.
+      tasks: by name, those of the dataset's surface that the model was trained on, and those that were added.
     """
 
-    def __init__(self, bundle: Bundle, dataset: Dataset | None = None):
-        self.bundle, self.dataset = bundle, dataset
-        self.tasks = {task.name: task for task in bundle.tasks}
+    def __init__(self, bundle: Bundle, dataset: Dataset | None = None, surface: str = ""):
+        self.bundle, self.dataset, self._surface = bundle, dataset, surface
+        trained = bundle.surface_of(dataset, surface) if dataset else None
+        self.tasks = {task.name: task for task in trained.tasks} if trained else {}
         self._verbalizers: dict[str, Verbalizer] = {}
 
     def __repr__(self) -> str:
@@ -86,7 +90,7 @@ class Explorer:
             "layers": f"{model.layers} of width {model.d_model}, {model.heads} heads",
             "vocabulary": f"{self.bundle.tokenizer.vocab_size:,} tokens",
             "prompt": f"{prompts.max_tokens:,} tokens, {prompts.layout} history, style {prompts.score_style}",
-            "tasks": ", ".join(self.tasks) or "none",
+            "tasks": ", ".join(self.tasks if self.dataset else self.bundle.task_names) or "none",
         }
         if self.dataset:
             counts = (len(self.dataset.members), len(self.dataset.items), len(self.dataset.events))
@@ -194,7 +198,7 @@ class Explorer:
             return task
         if task is None:
             if not self.tasks:
-                raise ValueError("the model was trained on no task; give one, or its file")
+                raise ValueError("the model was trained on no task of this dataset; give one, or its file")
             return next(iter(self.tasks.values()))
         if str(task) in self.tasks:
             return self.tasks[str(task)]
@@ -205,7 +209,7 @@ class Explorer:
     def _verbalizer(self, task: Task) -> Verbalizer:
         """Kept by the task's name: percentiles and statistics of large tables take seconds."""
         if task.name not in self._verbalizers:
-            self._verbalizers[task.name] = self.bundle.verbalizer(self._tables(), task)
+            self._verbalizers[task.name] = self.bundle.verbalizer(self._tables(), task, self._surface)
         return self._verbalizers[task.name]
 
 

@@ -13,6 +13,7 @@ from brewjax.data.records.preferences import AlignConfig
 from brewjax.data.records.pretrain import PretrainConfig, general_files
 from brewjax.data.records.sft import SftConfig
 from brewjax.data.text.tokenizer import Tokenizer
+from brewjax.evaluate.out_of_fold import LIGHTGBM
 from brewjax.model.config import ModelConfig
 from brewjax.model.params import abstract_params
 from brewjax.model.sharding import MeshConfig
@@ -23,8 +24,12 @@ from brewjax.pipeline.recipe import ContrastiveStage, DistillStage, Stage, Train
 def check_run(run: Run) -> None:
     """Raises ConfigError with all that is wrong with a run: its tables, tasks, models, meshes, and how they fit."""
     problems: list[str] = []
+    surfaces = {}
     with _collect(problems):
-        _ = run.tasks  # which reads the dataset
+        surfaces = run.surfaces
+    for surface in surfaces.values():
+        with _collect(problems):
+            _ = surface.tasks  # which reads the dataset
     if not problems:
         with _collect(problems):
             _check_tokens(run)
@@ -50,7 +55,7 @@ def _check_tokens(run: Run) -> None:
     run.first_model()
     tokenizer = run.known_tokenizer()
     if tokenizer:
-        for task in run.tasks:
+        for _, task in run.tasks.values():
             task.check_words(tokenizer)
     for name in run.recipe.stages:
         check_foreign_tokenizers(run, name, tokenizer)
@@ -106,9 +111,12 @@ def _blame(config: Config, *location: str) -> Iterator[None]:
 
 
 def _check_data(run: Run, data: SftConfig | AlignConfig | PretrainConfig | ContrastiveConfig) -> None:
-    names = [task.name for task in run.tasks]
+    names = [*run.tasks]
     if isinstance(data, SftConfig):
         data.mix.check_names(names)
+        if data.soft_labels not in (None, LIGHTGBM) and len(run.surfaces) > 1:
+            message = f"the ids of a file are of one surface, and there are several; give {LIGHTGBM}"
+            raise data.error(message, "soft_labels")
         for name in data.loss_weights:
             if name not in names:
                 raise data.error(f"no task '{name}'; tasks: {', '.join(names)}", "loss_weights", name)

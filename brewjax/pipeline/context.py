@@ -1,25 +1,117 @@
-"""`Run`: a recipe and the folder of its outputs, with what several of its stages need."""
+"""`Run`: a recipe and the folder of its outputs, with what several of its stages need of each surface."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from functools import cached_property
 from glob import glob
 from pathlib import Path
+from typing import NamedTuple
 
-from brewjax.bundle.bundle import PERCENTILES, TOKENIZER, Bundle, PercentileScale
+from brewjax.bundle.bundle import TOKENIZER, Bundle
+from brewjax.bundle.surface import PERCENTILES, SURFACES, PercentileScale, Surface
 from brewjax.bundle.training import TrainedOn, Training
 from brewjax.config import ConfigError
+from brewjax.data.prompts.overlong import OverlongLog
 from brewjax.data.prompts.verbalize import Verbalizer
+from brewjax.data.tables.card import load_card
 from brewjax.data.tables.dataset import Dataset, hash_dataset
 from brewjax.data.tables.statistics import Percentiles
 from brewjax.data.tasks.examples import RankingExample, sample_examples
-from brewjax.data.tasks.task import Task, load_tasks
+from brewjax.data.tasks.task import Split, Task, load_tasks
 from brewjax.data.text.encode import EncodedPrompt
 from brewjax.data.text.tokenizer import Tokenizer
+from brewjax.fingerprint import hash_json
 from brewjax.model.config import ModelConfig
 from brewjax.model.params import MODEL, Params
-from brewjax.pipeline.recipe import PruneStage, QuantizeStage, Recipe
+from brewjax.pipeline.recipe import PruneStage, QuantizeStage, Recipe, RecipeSurface
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSurface:
+    """A surface of a run, with its tables; they are read once.
+
+    Attributes:
+      run: the run.
+      name: among its surfaces.
+      config: of the recipe.
+    """
+
+    run: Run
+    name: str
+    config: RecipeSurface
+
+    def prefixed(self, name: str) -> str:
+        """The name of something of the surface within the run: "jobs/apply"; "apply" where there is one surface."""
+        return f"{self.name}/{name}" if len(self.run.surfaces) > 1 else name
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        return Dataset.load(self.config.dataset)
+
+    @property
+    def tables(self) -> str:
+        """SHA-256 of the dataset's folder."""
+        return hash_dataset(Path(self.config.dataset))
+
+    @property
+    def task_files(self) -> list[str]:
+        """The files that fit the recipe's patterns; a pattern that fits none is kept, so that an error can name it."""
+        return [path for pattern in self.config.tasks for path in sorted(glob(pattern)) or [pattern]]
+
+    @cached_property
+    def tasks(self) -> list[RunTask]:
+        """The tasks, checked. All must split time alike, or a test period would be trained on."""
+        tasks = load_tasks(self.task_files, self.dataset)
+        for task in tasks[1:]:
+            if task.boundaries(self.dataset) != tasks[0].boundaries(self.dataset):
+                message = f"not the split of task '{tasks[0].name}'; tasks trained together on a surface share one"
+                raise task.error(message, "split")
+        return [RunTask(self, task) for task in tasks]
+
+    @property
+    def until(self) -> int:
+        """The end of the training period, in microseconds since 1970."""
+        return self.tasks[0].task.boundaries(self.dataset)[0]
+
+    @property
+    def scale_file(self) -> Path:
+        """Where the step `prepare` leaves the percentiles."""
+        return self.run.folder / "prepare" / SURFACES / self.name / PERCENTILES
+
+    @cached_property
+    def scale(self) -> PercentileScale:
+        return PercentileScale.load(self.scale_file)
+
+    @cached_property
+    def verbalizer(self) -> Verbalizer:
+        prompts, percentiles = self.run.recipe.prompts, Percentiles(self.scale.quantiles)
+        verbalizer = Verbalizer(self.dataset, percentiles, self.run.tokenizer, prompts.max_tokens, prompts.chat)
+        verbalizer.overlong = self.run.overlong
+        return verbalizer
+
+    def trained(self) -> Surface:
+        """What a model knows of it."""
+        return Surface(self.name, self.dataset.card, self.scale, tuple(each.task for each in self.tasks))
+
+
+class RunTask(NamedTuple):
+    """A task of a surface of a run."""
+
+    surface: RunSurface
+    task: Task
+
+    @property
+    def name(self) -> str:
+        """Unique within the run: "apply", or "jobs/apply" where it has several surfaces."""
+        return self.surface.prefixed(self.task.name)
+
+    def sample(self, split: Split, max_examples: int | None) -> list[RankingExample]:
+        """Examples of a split, at most so many, chosen at random; without questions that are too long to be asked."""
+        style = self.surface.run.recipe.prompts.score_style
+        examples = sample_examples(self.surface.dataset, self.task, split, max_examples)
+        return [*self.surface.verbalizer.all_fitting(self.task, examples, style)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,22 +122,24 @@ class Run:
     folder: Path
 
     @cached_property
-    def dataset(self) -> Dataset:
-        return Dataset.load(self.recipe.dataset)
-
-    @property
-    def task_files(self) -> list[str]:
-        """The files that fit the recipe's patterns; a pattern that fits none is kept, so that an error can name it."""
-        return [path for pattern in self.recipe.tasks for path in sorted(glob(pattern)) or [pattern]]
+    def surfaces(self) -> dict[str, RunSurface]:
+        """The recipe's surfaces by name."""
+        recipe = self.recipe
+        configs = recipe.surfaces
+        if recipe.dataset:
+            name = re.sub(r"[^A-Za-z0-9._-]+", "-", load_card(Path(recipe.dataset)).name).strip("-._") or "dataset"
+            configs = {name: RecipeSurface(dataset=recipe.dataset, tasks=recipe.tasks)}
+        return {name: RunSurface(self, name, config) for name, config in configs.items()}
 
     @cached_property
-    def tasks(self) -> list[Task]:
-        """The recipe's tasks, checked. All must split time alike, or a test period would be trained on."""
-        tasks = load_tasks(self.task_files, self.dataset)
-        for task in tasks[1:]:
-            if task.boundaries(self.dataset) != tasks[0].boundaries(self.dataset):
-                raise task.error(f"not the split of task '{tasks[0].name}'; tasks trained together share one", "split")
-        return tasks
+    def tasks(self) -> dict[str, RunTask]:
+        """The tasks of all surfaces, by their names within the run, checked."""
+        return {each.name: each for surface in self.surfaces.values() for each in surface.tasks}
+
+    @property
+    def data_hash(self) -> str:
+        """SHA-256 of all datasets."""
+        return hash_json({name: surface.tables for name, surface in self.surfaces.items()})
 
     @property
     def base(self) -> Path | None:
@@ -54,15 +148,8 @@ class Run:
 
     @cached_property
     def test_examples(self) -> dict[str, list[RankingExample]]:
-        """The test examples that models and baselines score, by task name."""
-        max_examples = self.recipe.evaluate.max_examples
-        style = self.recipe.prompts.score_style
-        return {
-            task.name: [
-                *self.verbalizer.all_fitting(task, sample_examples(self.dataset, task, "test", max_examples), style)
-            ]
-            for task in self.tasks
-        }
+        """The test examples that models and baselines score, by the task's name."""
+        return {name: each.sample("test", self.recipe.evaluate.max_examples) for name, each in self.tasks.items()}
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -76,13 +163,9 @@ class Run:
         return Tokenizer.load(trained.path if trained and trained.path else Path(self.recipe.model) / TOKENIZER)
 
     @cached_property
-    def scale(self) -> PercentileScale:
-        return PercentileScale.load(self.folder / "prepare" / PERCENTILES)
-
-    @cached_property
-    def verbalizer(self) -> Verbalizer:
-        prompts, percentiles = self.recipe.prompts, Percentiles(self.scale.quantiles)
-        return Verbalizer(self.dataset, percentiles, self.tokenizer, prompts.max_tokens, prompts.chat)
+    def overlong(self) -> OverlongLog:
+        """Counts the texts of all surfaces that did not fit."""
+        return OverlongLog()
 
     def model(self, name: str | None) -> Path:
         """Where the stage of that name leaves its model; or a folder that is named itself."""
@@ -92,11 +175,11 @@ class Run:
 
     def calibration(self, bundle: Bundle, count: int) -> list[EncodedPrompt]:
         """About `count` prompts of the training period, as they are scored, of all tasks in equal parts."""
-        style, each = self.recipe.prompts.score_style, -(-count // len(self.tasks))
+        style, number = self.recipe.prompts.score_style, -(-count // len(self.tasks))
         return [
-            bundle.encode(self.verbalizer.prompt(task, example, style))
-            for task in self.tasks
-            for example in self.verbalizer.all_fitting(task, sample_examples(self.dataset, task, "train", each), style)
+            bundle.encode(each.surface.verbalizer.prompt(each.task, example, style))
+            for each in self.tasks.values()
+            for example in each.sample("train", number)
         ]
 
     def first_model(self) -> ModelConfig:
@@ -129,22 +212,21 @@ class Run:
         return stage.target(start) if isinstance(stage, QuantizeStage) else start
 
     def bundle(self, model: ModelConfig, params: Params) -> Bundle:
-        """A trained model with the tokenizer, prompts and tasks of this run."""
-        prompts, card, tasks = self.recipe.prompts, self.dataset.card, tuple(self.tasks)
-        return Bundle(model, params, self.tokenizer, prompts, self.scale, card, tasks, self.training)
+        """A trained model with the tokenizer, prompts and surfaces of this run."""
+        surfaces = {name: self.surfaces[name].trained() for name in sorted(self.surfaces)}
+        return Bundle(model, params, self.tokenizer, self.recipe.prompts, surfaces, self.training)
 
     @cached_property
     def training(self) -> Training:
         """What the models of this run were trained on, with what the model that they start from was."""
         before = Training.of_model(self.base) if self.base else None
-        return Training(
-            data=(
-                *(before.data if before else ()),
-                TrainedOn(
-                    dataset=self.dataset.card.name,
-                    tables=hash_dataset(Path(self.recipe.dataset)),
-                    until=self.tasks[0].boundaries(self.dataset)[0],
-                    tasks=tuple(task.name for task in self.tasks),
-                ),
+        data = [
+            TrainedOn(
+                dataset=surface.dataset.card.name,
+                tables=surface.tables,
+                until=surface.until,
+                tasks=tuple(each.task.name for each in surface.tasks),
             )
-        )
+            for surface in self.surfaces.values()
+        ]
+        return Training(data=(*(before.data if before else ()), *data))

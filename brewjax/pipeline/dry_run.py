@@ -1,4 +1,4 @@
-"""What a recipe will do: its stages with sizes, memory and time, before any of it is done."""
+"""What a recipe will do: its surfaces, and its stages with sizes, memory and time, before any of it is done."""
 
 from __future__ import annotations
 
@@ -51,6 +51,20 @@ def plan_table(run: Run) -> Table:
         f"training about {seconds / 60:,.0f} min in all, at {rate / 1e9:,.0f} GFLOPs/s: "
         f"{UTILISATION:.0%} of what this machine's matrix product does now"
     )
+    return table
+
+
+def surfaces_table(run: Run) -> Table:
+    """A row for each surface: what is read, what is asked, and how much of it there is to train on."""
+    table = Table(title="surfaces", title_justify="left", box=None, pad_edge=False)
+    for column in ("surface", "dataset", "tasks", "weight", "members", "items", "events"):
+        text = column in ("surface", "dataset", "tasks")
+        table.add_column(column, justify="left" if text else "right", overflow="fold")
+    for name, surface in run.surfaces.items():
+        dataset = surface.dataset
+        counts = [f"{len(rows):,}" for rows in (dataset.members, dataset.items, dataset.events)]
+        tasks = ", ".join(task.name for _, task in surface.tasks)
+        table.add_row(name, surface.config.dataset, tasks, f"{surface.config.weight:g}", *counts)
     return table
 
 

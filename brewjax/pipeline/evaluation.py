@@ -7,13 +7,14 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from brewjax import distributed
 from brewjax.bundle.bundle import Bundle
 from brewjax.console import plain_console
 from brewjax.evaluate.baselines import BASELINES, ORACLE, predict_baselines
-from brewjax.evaluate.predict import ScoringCost, predict
+from brewjax.evaluate.predict import ScoringCost, TaskExamples, predict
 from brewjax.evaluate.report import describe_agreements, print_models, print_results, write_report
 from brewjax.evaluate.results import ModelSummary, compare
 from brewjax.model.config import ModelConfig
@@ -38,10 +39,16 @@ EVALUATE, WORK, RETRIEVAL = "evaluate-", "work.json", "recall.json"
 def evaluate_stage(run: Run, name: str, folder: Path) -> None:
     """The model's predictions on the test period of every task, and what they cost."""
     bundle = Bundle.load(run.model(name), run.recipe.evaluate.mesh)
-    predicted = predict(bundle, run.dataset, [(task, run.test_examples[task.name]) for task in run.tasks])
+    predicted = predict(
+        bundle,
+        [
+            TaskExamples(surface.dataset, task, run.test_examples[of_task], surface.name)
+            for of_task, (surface, task) in run.tasks.items()
+        ],
+    )
     if distributed.is_process_zero():
-        for task, predictions in zip(run.tasks, predicted, strict=True):
-            pq.write_table(predictions.table, folder / f"{task.name}.parquet")
+        for of_task, predictions in zip(run.tasks, predicted, strict=True):
+            _write_table(predictions.table, folder / f"{of_task}.parquet")
         cost = [sum(column) for column in zip(*(predictions.work for predictions in predicted), strict=True)]
         (folder / WORK).write_text(json.dumps(cost))
 
@@ -49,19 +56,25 @@ def evaluate_stage(run: Run, name: str, folder: Path) -> None:
 def retrieve_stage(run: Run, name: str, folder: Path) -> None:
     """An encoder's recall on the test period, beside that of the baselines."""
     encoder = Encoder.load(run.model(name), run.recipe.evaluate.mesh)
-    results = evaluate_retrieval(encoder, run.dataset, max_examples=run.recipe.evaluate.max_examples)
+    dataset = run.surfaces[encoder.surface.name].dataset
+    results = evaluate_retrieval(encoder, dataset, max_examples=run.recipe.evaluate.max_examples)
     if distributed.is_process_zero():
         write_text(folder / RETRIEVAL, json.dumps([row._asdict() for row in results], indent=1))
 
 
 def baselines_stage(run: Run, folder: Path) -> None:
     """The predictions of the baselines on the same questions."""
-    for task in run.tasks:
+    for of_task, (surface, task) in run.tasks.items():
         predicted = predict_baselines(
-            run.dataset, task, run.test_examples[task.name], run.recipe.evaluate.baseline_settings
+            surface.dataset, task, run.test_examples[of_task], run.recipe.evaluate.baseline_settings
         )
         for name, table in predicted.items():
-            pq.write_table(table, folder / f"{task.name}.{name}.parquet")
+            _write_table(table, folder / f"{of_task}.{name}.parquet")
+
+
+def _write_table(table: pa.Table, path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    pq.write_table(table, path)
 
 
 def report_stage(run: Run, before: Sequence[str], folder: Path) -> None:
@@ -74,14 +87,14 @@ def report_stage(run: Run, before: Sequence[str], folder: Path) -> None:
     stages = {name: run.recipe.stages[name] for name in run.recipe.ranking_stages}
     if not stages:
         return
-    for task in run.tasks:
-        files = {name: run.folder / f"{EVALUATE}{name}" / f"{task.name}.parquet" for name in stages}
+    for of_task, (_, task) in run.tasks.items():
+        files = {name: run.folder / f"{EVALUATE}{name}" / f"{of_task}.parquet" for name in stages}
         for name in (*BASELINES, ORACLE):
-            files[name] = run.folder / "baselines" / f"{task.name}.{name}.parquet"
+            files[name] = run.folder / "baselines" / f"{of_task}.{name}.parquet"
         if not files[ORACLE].exists():  # the dataset is no simulation
             del files[ORACLE]
         predictions = {name: pq.read_table(path) for name, path in files.items()}
-        comparisons.append(compare(task, predictions, run.recipe.evaluate.bootstrap))
+        comparisons.append(compare(task, predictions, run.recipe.evaluate.bootstrap, name=of_task))
     models = {name: _describe(run, name) for name in stages}
     line = [last := [*stages][-1]]
     while (start := stages[line[-1]].init_from) in stages:
@@ -129,9 +142,13 @@ def _facts(run: Run, names: Sequence[str]) -> dict[str, str]:
     seconds = {name: read_record(run.folder / name).get("seconds") for name in names}
     rows = [row for name in names for row in read_metrics(run.folder / name / METRICS)]
     commits = {read_record(run.folder / name).get("commit") or "unknown" for name in names}
+    datasets = {surface.prefixed("dataset"): surface.dataset for surface in run.surfaces.values()}
     return {
-        "dataset": f"{run.dataset.card.name}: {len(run.dataset.members):,} members, {len(run.dataset.items):,} items, "
-        f"{len(run.dataset.events):,} events",
+        **{
+            name: f"{dataset.card.name}: {len(dataset.members):,} members, {len(dataset.items):,} items, "
+            f"{len(dataset.events):,} events"
+            for name, dataset in datasets.items()
+        },
         "training": f"{len(rows):,} steps, {sum(row['tokens'] for row in rows):,.0f} tokens",
         "seconds": ", ".join(f"{name} {value:.0f}" for name, value in seconds.items() if value is not None),
         "date": datetime.date.today().isoformat(),

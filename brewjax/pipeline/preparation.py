@@ -23,12 +23,12 @@ from brewjax.data.records.shards import Record, TableWriter, finish_shards, is_w
 from brewjax.data.records.soft_labels import SoftLabelWriter
 from brewjax.data.tables.partition import Partition
 from brewjax.data.tasks.examples import SplitExamples, sample_examples
-from brewjax.data.tasks.task import Task
 from brewjax.evaluate.out_of_fold import LIGHTGBM, OutOfFoldTable, PredictionTable
-from brewjax.pipeline.context import Run
+from brewjax.pipeline.context import Run, RunSurface, RunTask
 from brewjax.pipeline.recipe import Recipe
 
 DataConfig = SftConfig | AlignConfig | PretrainConfig | ContrastiveConfig
+GENERAL = "general"  # the source with general text
 RECORDS_PER_SHARD, MAX_SHARDS = 1_000, 4_096  # about; a shard takes seconds, or minutes where there are billions
 
 
@@ -75,63 +75,66 @@ class Preparation:
 
     def sources(self, run: Run) -> dict[str, Source]:
         """The sources by name."""
-        verbalizer, prompts, config = run.verbalizer, run.recipe.prompts, self.config
-        examples = lambda task: len(SplitExamples.of(run.dataset, task, "train"))  # noqa: E731
-        match config:
-            case ContrastiveConfig():
-                task = config.choose(run.tasks)
-                make = functools.partial(contrastive_records, verbalizer, task, prompts, config)
-                return {task.name: Source(_size(config, examples(task), config.repeats), make, ItemTableWriter)}
-            case SftConfig():
-                return {
-                    task.name: Source(
-                        _size(config, examples(task), config.repeats),
-                        functools.partial(
-                            sft_records, verbalizer, task, prompts, config, self._soft_labels(run, task, config)
-                        ),
-                    )
-                    for task in run.tasks
-                }
-            case AlignConfig():
-                return {
-                    task.name: Source(
-                        _size(config, examples(task)),
-                        functools.partial(align_records, verbalizer, task, prompts, config),
-                    )
-                    for task in aligned_tasks(run, config)
-                }
-        until, tokenizer = run.tasks[0].boundaries(run.dataset)[0], run.tokenizer
-        domain = lambda part: pretrain_records(domain_texts(verbalizer, until, config, part), tokenizer)  # noqa: E731
-        size = config.repeats * (len(run.dataset.items) + len(run.dataset.members))
-        sources = {"domain": Source(size, domain)}
+        prompts, config = run.recipe.prompts, self.config
+        if isinstance(config, ContrastiveConfig):
+            task = config.choose(run.tasks)
+            make = functools.partial(contrastive_records, task.surface.verbalizer, task.task, prompts, config)
+            return {task.name: Source(_size(config, task, config.repeats), make, ItemTableWriter)}
+        if isinstance(config, SftConfig):
+            return {
+                name: Source(_size(config, task, config.repeats), self._sft_records(run, task, config))
+                for name, task in run.tasks.items()
+            }
+        if isinstance(config, AlignConfig):
+            return {
+                name: Source(
+                    _size(config, task),
+                    functools.partial(align_records, task.surface.verbalizer, task.task, prompts, config),
+                )
+                for name, task in aligned_tasks(run, config).items()
+            }
+        sources = {domain_name(surface): self._domain(surface, config) for surface in run.surfaces.values()}
         if config.general_text:
-            folder = Path(config.general_text)
+            folder, tokenizer = Path(config.general_text), run.tokenizer
             general = lambda part: pretrain_records(general_texts(folder, part), tokenizer)  # noqa: E731
-            sources["general"] = Source(len(general_files(folder)), general)
+            sources[GENERAL] = Source(len(general_files(folder)), general)
         return sources
+
+    def _sft_records(
+        self, run: Run, task: RunTask, config: SftConfig
+    ) -> Callable[[Partition], Iterator[tuple[Record, Provenance]]]:
+        predict, verbalizer, prompts = self._soft_labels(task, config), task.surface.verbalizer, run.recipe.prompts
+        return lambda part: sft_records(verbalizer, task.task, prompts, config, predict, part, task.name)
+
+    def _domain(self, surface: RunSurface, config: PretrainConfig) -> Source:
+        dataset, tokenizer = surface.dataset, surface.run.tokenizer
+        verbalizer, until = surface.verbalizer, surface.until
+        domain = lambda part: pretrain_records(domain_texts(verbalizer, until, config, part), tokenizer)  # noqa: E731
+        return Source(config.repeats * (len(dataset.items) + len(dataset.members)), domain)
 
     def predict_soft_labels(self, run: Run) -> None:
         """Trains LightGBM and writes its probabilities of all examples, where the data asks for them."""
         if not isinstance(self.config, SftConfig) or self.config.soft_labels != LIGHTGBM:
             return
-        for task in run.tasks:
-            if not self._predictions(task).exists():
+        for name, (surface, task) in run.tasks.items():
+            if not (path := self._predictions(name)).exists():
                 samples = [
-                    sample_examples(run.dataset, task, "train", self.config.max_examples, self.config.seed + repeat)
+                    sample_examples(surface.dataset, task, "train", self.config.max_examples, self.config.seed + repeat)
                     for repeat in range(self.config.repeats)
                 ]
-                OutOfFoldTable.save(self._predictions(task), run.dataset, task, samples)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                OutOfFoldTable.save(path, surface.dataset, task, samples)
 
-    def _predictions(self, task: Task) -> Path:
-        return self.folder / f"{task.name}.lightgbm.npz"
+    def _predictions(self, name: str) -> Path:
+        return self.folder / f"{name}.lightgbm.npz"
 
-    def _soft_labels(self, run: Run, task: Task, config: SftConfig) -> Predict | None:
+    def _soft_labels(self, task: RunTask, config: SftConfig) -> Predict | None:
         """What gives the soft labels of a task's examples, if the data asks for any."""
         if config.soft_labels is None:
             return None
         if config.soft_labels == LIGHTGBM:
-            return OutOfFoldTable(self._predictions(task)).look_up
-        return PredictionTable(run.dataset, task, Path(config.soft_labels)).look_up
+            return OutOfFoldTable(self._predictions(task.name)).look_up
+        return PredictionTable(task.surface.dataset, task.task, Path(config.soft_labels)).look_up
 
     def num_shards(self, sources: Mapping[str, Source]) -> dict[str, int]:
         """How many partitions each source is cut into."""
@@ -166,13 +169,19 @@ class Preparation:
             plain_console().print(f"{name}: {counts['records']:,} records, {each}")
 
 
-def _size(config: SftConfig | AlignConfig | ContrastiveConfig, examples: int, repeats: int = 1) -> int:
+def _size(config: SftConfig | AlignConfig | ContrastiveConfig, task: RunTask, repeats: int = 1) -> int:
+    examples = len(SplitExamples.of(task.surface.dataset, task.task, "train"))
     return repeats * (examples if config.max_examples is None else min(examples, config.max_examples))
 
 
-def aligned_tasks(run: Run, config: AlignConfig) -> list[Task]:
-    """The tasks whose preferences are trained on."""
-    return [task for task in run.tasks if not config.tasks or task.name in config.tasks]
+def aligned_tasks(run: Run, config: AlignConfig) -> dict[str, RunTask]:
+    """The tasks whose preferences are trained on, by name."""
+    return {name: task for name, task in run.tasks.items() if not config.tasks or name in config.tasks}
+
+
+def domain_name(surface: RunSurface) -> str:
+    """The source with the text of a surface's tables."""
+    return surface.prefixed("domain")
 
 
 WriteUnits = Callable[[Preparation, Run], dict[str, int]]  # writes what is missing; the number of shards of each source

@@ -1,10 +1,10 @@
-"""`Recipe`: a YAML file with everything a run needs: data, tasks, prompts, a model and the stages it goes through."""
+"""`Recipe`: a YAML file with everything a run needs: surfaces, prompts, a model and the stages it goes through."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 import yaml
@@ -12,7 +12,7 @@ import yaml
 from brewjax.bundle.bundle import PROMPTS
 from brewjax.compress.prune import PruneConfig
 from brewjax.compress.quantize import QuantizeConfig
-from brewjax.config import Config, Location, misplaced, misplaced_within
+from brewjax.config import Config, Location, Words, misplaced, misplaced_within
 from brewjax.data.prompts.styles import PromptConfig
 from brewjax.data.records.contrastive import ContrastiveConfig
 from brewjax.data.records.preferences import AlignConfig
@@ -54,6 +54,19 @@ class EvaluateConfig(Config):
     """Hyperparameter settings of LightGBM that are compared on the validation period."""
     mesh: MeshConfig = MeshConfig()
     """The mesh that models are scored on."""
+
+
+class RecipeSurface(Config):
+    """A dataset and the tasks that are trained on it, which split time alike."""
+
+    ALIASES: ClassVar = {"data": "dataset", "task": "tasks", "share": "weight"}
+
+    dataset: Words
+    """A dataset folder."""
+    tasks: tuple[str, ...] = pydantic.Field(min_length=1)
+    """Task files, or patterns that fit several, such as configs/tasks/movielens/*.yaml."""
+    weight: float = pydantic.Field(default=1.0, gt=0)
+    """By which the shares of its tasks in training are multiplied, beside the others'; see `mix` of a stage's data."""
 
 
 class _Stage(Config):
@@ -213,12 +226,17 @@ class CompilePlan(Config):
 class Recipe(Config):
     """What `brewjax run` runs. Paths are relative to the current directory."""
 
+    ALIASES: ClassVar = {"datasets": "surfaces"}
+
     name: Name
     """The run's name; its outputs are in runs/NAME by default."""
-    dataset: str
-    """A dataset folder."""
-    tasks: tuple[str, ...] = pydantic.Field(min_length=1)
-    """Task files, or patterns that fit several, such as configs/tasks/movielens/*.yaml."""
+    surfaces: dict[Name, RecipeSurface] = {}
+    """What the model learns, all of it at once: by name, datasets and the tasks of each. Where there are several, a
+    task is named with its surface: jobs/applies."""
+    dataset: str | None = None
+    """In place of `surfaces`, where there is one: its dataset folder. Its name is that on the card."""
+    tasks: tuple[str, ...] = ()
+    """Beside `dataset`: task files, or patterns that fit several, such as configs/tasks/movielens/*.yaml."""
     model: str
     """A file with a model's config, or the folder of a model to start from; its tokenizer is used, and its prompts
     unless the recipe has its own."""
@@ -284,6 +302,16 @@ class Recipe(Config):
         return values | {"stages": stages} | prompts
 
     @pydantic.model_validator(mode="after")
+    def _some_surface(self) -> Recipe:
+        if self.surfaces and (self.dataset or self.tasks):
+            raise misplaced("give 'surfaces', or the 'dataset' and 'tasks' of one, not both", "surfaces")
+        if not self.surfaces:
+            for key in ("dataset", "tasks"):
+                if not getattr(self, key):
+                    raise misplaced("missing; give 'dataset' and 'tasks', or 'surfaces'", key)
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _one_tokenizer(self) -> Recipe:
         if (self.tokenizer is None) != Path(self.model).is_dir():
             raise misplaced("give 'tokenizer' where 'model' is a file, and none where it is a folder", "model")
@@ -337,7 +365,7 @@ def load_plan(path: str | Path, overrides: Sequence[str] = ()) -> CompilePlan:
     """A file with a plan; or of a recipe its model, as its first stage that trains does."""
     path = Path(path)
     values = yaml.safe_load(path.read_text()) if path.is_file() else None
-    if not isinstance(values, dict) or "dataset" not in values:
+    if not isinstance(values, dict) or "stages" not in values:
         return CompilePlan.load(path, overrides)
     recipe = Recipe.load(path, overrides)
     for stage in recipe.stages.values():

@@ -58,7 +58,7 @@ def run_steps(steps: Sequence[Step], folder: Path, data: str, allow_code_mismatc
     outputs are never mixed.
 
     Args:
-      data: a hash of the dataset, which all steps read.
+      data: a hash of the datasets, which all steps read.
       allow_code_mismatch: accept results that other code made.
     """
     console = plain_console()

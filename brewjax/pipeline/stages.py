@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
@@ -14,7 +15,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from brewjax import distributed
-from brewjax.bundle.bundle import PERCENTILES, TOKENIZER, Bundle, PercentileScale
+from brewjax.bundle.bundle import TOKENIZER, Bundle
+from brewjax.bundle.surface import PercentileScale
 from brewjax.compress.prune import LayerReport, prune
 from brewjax.compress.quantize import quantize
 from brewjax.console import plain_console
@@ -23,9 +25,9 @@ from brewjax.data.records.contrastive import ContrastiveConfig, ItemTable
 from brewjax.data.records.mixture import MixConfig
 from brewjax.data.records.preferences import AlignConfig
 from brewjax.data.records.pretrain import PretrainConfig, domain_texts
-from brewjax.data.tables.dataset import hash_dataset
 from brewjax.data.tables.statistics import Percentiles
 from brewjax.data.tasks.examples import sample_examples
+from brewjax.data.tasks.task import Task
 from brewjax.data.text.tokenizer import Tokenizer
 from brewjax.fingerprint import hash_folder
 from brewjax.model.config import ModelConfig
@@ -34,7 +36,7 @@ from brewjax.paths import check_renames, locked
 from brewjax.pipeline.check import check_foreign_tokenizers, check_run
 from brewjax.pipeline.context import Run
 from brewjax.pipeline.evaluation import EVALUATE, baselines_stage, evaluate_stage, report_stage, retrieve_stage
-from brewjax.pipeline.preparation import DataConfig, WriteUnits, aligned_tasks, write_data
+from brewjax.pipeline.preparation import GENERAL, DataConfig, WriteUnits, aligned_tasks, domain_name, write_data
 from brewjax.pipeline.recipe import (
     AlignStage,
     ContrastiveStage,
@@ -69,41 +71,42 @@ TOKENIZER_EXAMPLES = 400  # prompts of each task that a tokenizer is trained on
 
 
 def prepare(run: Run, folder: Path) -> None:
-    """Writes the tokenizer, and the percentiles of number attributes."""
+    """Writes the tokenizer of all surfaces, and the percentiles of each."""
     if run.base:
         Tokenizer.load(run.base / TOKENIZER).save(folder / TOKENIZER)
-    scale = PercentileScale.fit(
-        run.dataset, run.tasks[0].boundaries(run.dataset)[0], hash_dataset(Path(run.recipe.dataset))
-    )
-    scale.save(folder / PERCENTILES)
+    for surface in run.surfaces.values():
+        surface.scale_file.parent.mkdir(parents=True, exist_ok=True)
+        PercentileScale.fit(surface.dataset, surface.until, surface.tables).save(surface.scale_file)
     config = run.recipe.tokenizer
     if config and config.path:
         Tokenizer.load(config.path).save(folder / TOKENIZER)
     elif config:
-        _train_tokenizer(run, Percentiles(scale.quantiles), config.vocab_size or 0).save(folder / TOKENIZER)
+        _train_tokenizer(run, config.vocab_size or 0).save(folder / TOKENIZER)
     run.tokenizer.check_pieces()
-    for task in run.tasks:
+    for _, task in run.tasks.values():
         task.check_words(run.tokenizer)
     for name in run.recipe.stages:
         check_foreign_tokenizers(run, name, run.tokenizer)
 
 
-def _train_tokenizer(run: Run, percentiles: Percentiles, vocab_size: int) -> Tokenizer:
-    """Trained on prompts of the training period, which a tokenizer of single bytes says first."""
+def _train_tokenizer(run: Run, vocab_size: int) -> Tokenizer:
+    """Trained on prompts of every surface's training period, which a tokenizer of single bytes says first."""
     prompts = run.recipe.prompts
-    words = sorted({word for task in run.tasks for word in task.words})
-    verbalizer = Verbalizer(run.dataset, percentiles, Tokenizer.byte_level(), max_tokens=1_000_000)
+    words = sorted({word for _, task in run.tasks.values() for word in task.words})
     rng = np.random.default_rng(0)
-    texts = []
-    for task in run.tasks:
-        for example in sample_examples(run.dataset, task, "train", TOKENIZER_EXAMPLES):
-            style = prompts.draw(rng)
-            for fitting in verbalizer.all_fitting(task, [example], style):
-                texts.append(verbalizer.prompt(task, fitting, style).render())
-    if _reads_prose(run.recipe):
-        until = run.tasks[0].boundaries(run.dataset)[0]
-        prose = domain_texts(verbalizer, until, PretrainConfig())
-        texts += [text for text, _ in itertools.islice(prose, len(texts))]
+    texts: list[str] = []
+    for surface in run.surfaces.values():
+        percentiles = Percentiles(surface.scale.quantiles)
+        verbalizer = Verbalizer(surface.dataset, percentiles, Tokenizer.byte_level(), max_tokens=1_000_000)
+        first = len(texts)
+        for _, task in surface.tasks:
+            for example in sample_examples(surface.dataset, task, "train", TOKENIZER_EXAMPLES):
+                style = prompts.draw(rng)
+                for fitting in verbalizer.all_fitting(task, [example], style):
+                    texts.append(verbalizer.prompt(task, fitting, style).render())
+        if _reads_prose(run.recipe):
+            prose = domain_texts(verbalizer, surface.until, PretrainConfig())
+            texts += [text for text, _ in itertools.islice(prose, len(texts) - first)]
     return Tokenizer.train(texts, words, vocab_size)
 
 
@@ -113,14 +116,20 @@ def _reads_prose(recipe: Recipe) -> bool:
 
 def shares(run: Run, config: DataConfig, folder: Path) -> dict[Path, float]:
     """The folders that `write_data` left, with their shares of all tokens."""
-    if isinstance(config, PretrainConfig):
-        general = config.general_fraction if config.general_text else 0
-        return {folder / "domain": 1 - general} | ({folder / "general": general} if general else {})
     if isinstance(config, ContrastiveConfig):
         return {folder / config.choose(run.tasks).name: 1.0}
-    if isinstance(config, AlignConfig):
-        return MixConfig().shares({task.name: folder / task.name for task in aligned_tasks(run, config)})
-    return config.mix.shares({task.name: folder / task.name for task in run.tasks})
+    if isinstance(config, PretrainConfig):
+        general = config.general_fraction if config.general_text else 0
+        weights = {domain_name(surface): surface.config.weight for surface in run.surfaces.values()}
+        domain = MixConfig().shares({name: folder / name for name in weights}, weights)
+        return {path: share * (1 - general) for path, share in domain.items()} | (
+            {folder / GENERAL: general} if general else {}
+        )
+    tasks = aligned_tasks(run, config) if isinstance(config, AlignConfig) else run.tasks
+    mix = MixConfig() if isinstance(config, AlignConfig) else config.mix
+    return mix.shares(
+        {name: folder / name for name in tasks}, {name: task.surface.config.weight for name, task in tasks.items()}
+    )
 
 
 # --- models
@@ -146,14 +155,16 @@ def train_stage(run: Run, stage: TrainedStage, data: Path, folder: Path) -> None
         objective, frozen = stage.loss, {ITEMS: ItemTable(shards)}
     bundle = run.bundle(model, train(model, stage.train, shards, folder, objective, init, frozen))
     if isinstance(stage, ContrastiveStage):
-        Encoder(bundle, _encoder_config(run, stage)).save(folder / "model")
+        surface, task = stage.data.choose(run.tasks)
+        bundle = dataclasses.replace(bundle, surfaces={surface.name: bundle.surfaces[surface.name]})
+        Encoder(bundle, _encoder_config(stage, task)).save(folder / "model")
     else:
         bundle.save(folder / "model")
 
 
-def _encoder_config(run: Run, stage: ContrastiveStage) -> EncoderConfig:
+def _encoder_config(stage: ContrastiveStage, task: Task) -> EncoderConfig:
     return EncoderConfig(
-        task=stage.data.choose(run.tasks).name,
+        task=task.name,
         member_instruction=stage.data.member_instruction,
         item_instruction=stage.data.item_instruction,
         pooling=stage.loss.pooling,
@@ -198,11 +209,14 @@ def make_model(run: Run, name: str, work: Callable[[Path], None], folder: Path) 
 def steps(run: Run, write_units: WriteUnits = write_on_this_host) -> list[Step]:
     """Everything that a recipe asks for, in order. Training data is written by `write_units`."""
     recipe = run.recipe
-    tasks = [Path(path).read_text() for path in run.task_files]
+    surfaces = [
+        [name, [Path(path).read_text() for path in surface.task_files]] for name, surface in run.surfaces.items()
+    ]
+    weights = {name: surface.config.weight for name, surface in run.surfaces.items()}
     tokenizer_path = recipe.tokenizer.path if recipe.tokenizer else run.base and run.base / TOKENIZER
     tokenizer = hash_folder(Path(tokenizer_path)) if tokenizer_path else recipe.model_dump(mode="json")["tokenizer"]
     prompts, judged = (recipe.model_dump(mode="json")[key] for key in ("prompts", "evaluate"))
-    settings: Any = [tasks, tokenizer, prompts, _reads_prose(recipe)]
+    settings: Any = [surfaces, tokenizer, prompts, _reads_prose(recipe)]
     plan = [Step("prepare", functools.partial(prepare, run), (), settings, DATA)]
     data: dict[str, str] = {}  # the steps that write training data, by what they write
     for name, stage in recipe.stages.items():
@@ -218,6 +232,7 @@ def steps(run: Run, write_units: WriteUnits = write_on_this_host) -> list[Step]:
             settings["model"] = ModelConfig.load(recipe.model).model_dump(mode="json")
         if isinstance(stage, TrainedStage):
             own_data = settings.pop("data")
+            settings["surface_weights"] = weights
             if own_data.get("general_text"):
                 own_data["general_text"] = hash_folder(Path(own_data["general_text"]))
             data_key = json.dumps([type(stage.data).__name__, own_data, stage.train.seq_len])
@@ -271,5 +286,5 @@ def prepare_recipe(recipe: Recipe, folder: Path, write_units: WriteUnits = write
 def _run_plan(run: Run, plan: Sequence[Step], allow_code_mismatch: bool = False) -> None:
     with locked(run.folder) if distributed.is_process_zero() else contextlib.nullcontext():
         distributed.run_on_process_zero(lambda: check_renames(run.folder))
-        dataset_hash = distributed.run_on_process_zero(lambda: hash_dataset(Path(run.recipe.dataset)))
-        run_steps(plan, run.folder, dataset_hash, allow_code_mismatch)
+        data_hash = distributed.run_on_process_zero(lambda: run.data_hash)
+        run_steps(plan, run.folder, data_hash, allow_code_mismatch)

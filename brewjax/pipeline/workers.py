@@ -20,13 +20,14 @@ from brewjax.data.prompts.overlong import OverlongLog
 from brewjax.pipeline.context import Run
 from brewjax.pipeline.preparation import Preparation, Source, Unit
 
-FEW_EVENTS = 50_000  # of a dataset: starting other processes would take longer than preparing it
+FEW_EVENTS = 50_000  # of all datasets: starting other processes would take longer than preparing it
 
 
 def write_on_this_host(preparation: Preparation, run: Run) -> dict[str, int]:
-    """Writes this host's part of the units that are missing: of a small dataset in this process, else on all cores."""
+    """Writes this host's part of the units that are missing: of small datasets in this process, else on all cores."""
     process, processes = distributed.process_index_and_count()
-    write = write_here if len(run.dataset.events) < FEW_EVENTS else write_on_all_cores
+    events = sum(len(surface.dataset.events) for surface in run.surfaces.values())
+    write = write_here if events < FEW_EVENTS else write_on_all_cores
     return write(preparation, run, process, processes)
 
 
@@ -35,7 +36,7 @@ def write_here(preparation: Preparation, run: Run, process: int = 0, processes: 
     sources = preparation.sources(run)
     for unit in track(preparation.missing(sources)[process::processes], "records"):
         preparation.write(sources[unit.source], unit)
-    run.verbalizer.print_overlong()
+    run.overlong.print()
     return preparation.num_shards(sources)
 
 
@@ -104,8 +105,7 @@ def _fork_workers(preparation: Preparation, process: int, processes: int, sender
 def _write_in_worker(preparation: Preparation, sources: Mapping[str, Source], run: Run, unit: Unit) -> OverlongLog:
     """Writes a unit; the texts of it that were too long."""
     preparation.write(sources[unit.source], unit)
-    run.verbalizer.overlong, overlong = OverlongLog(), run.verbalizer.overlong
-    return overlong
+    return run.overlong.take()
 
 
 _inherited: Callable[[Unit], OverlongLog]  # set before workers are forked: what they share is not sent to them

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 
 from brewjax import distributed
 from brewjax.bundle.bundle import Bundle
+from brewjax.bundle.surface import Surface
 from brewjax.config import ConfigError
 from brewjax.data.prompts.sides import SideConfig, Sides
 from brewjax.data.tables.dataset import Dataset
@@ -52,7 +53,7 @@ class Encoder:
     """A model that embeds members and items.
 
     Attributes:
-      bundle: the decoder, its tokenizer and how prompts are rendered.
+      bundle: the decoder, its tokenizer and how prompts are rendered; of one surface.
       config: the task, instructions and pooling.
     """
 
@@ -80,16 +81,21 @@ class Encoder:
         return f"{ModelConfig.load(Path(folder) / MODEL).name}@{hash_folder(Path(folder))[:8]}"
 
     @property
+    def surface(self) -> Surface:
+        """The surface whose members and items it embeds."""
+        return self.bundle.surface()
+
+    @property
     def task(self) -> Task:
         """The task whose history members' texts hold."""
-        return self.config.choose([*self.bundle.tasks])
+        return self.config.choose({task.name: task for task in self.surface.tasks})
 
     def sides(self, dataset: Dataset, facts: FactSource | None = None) -> Sides:
         """Writes the texts of a dataset's members and items as in training, with the percentiles of training.
 
         `facts` are those that a request brings; by default they are computed from the dataset's events.
         """
-        verbalizer = self.bundle.request_verbalizer(dataset, facts)
+        verbalizer = self.bundle.request_verbalizer(self.surface, dataset, facts)
         return Sides(verbalizer, self.task, self.bundle.prompts, self.config)
 
     def embed_members(

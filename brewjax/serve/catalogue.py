@@ -9,7 +9,9 @@ import numpy as np
 import pyarrow as pa
 
 from brewjax.bundle.bundle import Bundle
+from brewjax.bundle.surface import Surface
 from brewjax.config import ConfigError
+from brewjax.data.tables.card import Card
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.statistics import FactValues
 from brewjax.data.tasks.examples import RankingExample, example_at, unanswered
@@ -32,23 +34,26 @@ class Catalogue:
         self.dataset, self.facts = dataset, FactValues.of(dataset)
 
     @classmethod
-    def load(cls, folder: str | Path, bundle: Bundle) -> Catalogue:
+    def load(cls, folder: str | Path, bundle: Bundle, surface: Surface) -> Catalogue:
         """Reads the folder of a dataset, and computes what facts are looked up in.
 
         Raises:
-          ConfigError: the card is not that of the model's training.
+          ConfigError: the card is not that of the model's training on the surface.
         """
-        dataset = Dataset.load(folder)
-        if bundle.card is None:
-            raise ConfigError(f"{folder}: an imported model has no dataset's card, and reads no catalogue")
-        for part in ("members", "items", "events", "facts"):
-            if getattr(dataset.card, part) != getattr(bundle.card, part):
-                raise ConfigError(f"{folder}: its card's '{part}' is not that of the model's training")
-        catalogue = cls(dataset)
-        for task in bundle.tasks:  # the first request would wait for the facts' indices
+        catalogue = cls(dataset := Dataset.load(folder))
+        if part := catalogue.differing_part(surface.card):
+            message = f"its card's '{part}' is not that of the model's training on surface '{surface.name}'"
+            raise ConfigError(f"{folder}: {message}")
+        for task in surface.tasks:  # the first request would wait for the facts' indices
             example = example_at(dataset, task, 0).select(slice(1))
-            bundle.request_verbalizer(dataset, catalogue.facts).prompt(task, example, bundle.prompts.score_style)
+            verbalizer = bundle.request_verbalizer(surface, dataset, catalogue.facts)
+            verbalizer.prompt(task, example, bundle.prompts.score_style)
         return catalogue
+
+    def differing_part(self, card: Card) -> str:
+        """The part of a card that the dataset's own says otherwise; empty where both speak of the same tables."""
+        parts = ("members", "items", "events", "facts")
+        return next((part for part in parts if getattr(self.dataset.card, part) != getattr(card, part)), "")
 
     @cached_property
     def _item_rows(self) -> dict[str, int]:

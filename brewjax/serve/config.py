@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ipaddress
-from typing import Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import pydantic
 
-from brewjax.config import Config, Seed, Words, misplaced
+from brewjax.config import Config, ConfigError, Seed, Words, misplaced
 from brewjax.model.generate import SamplingParams
 from brewjax.model.sharding import MeshConfig
 from brewjax.scoring.passes import PAGE
+
+if TYPE_CHECKING:
+    from brewjax.bundle.bundle import Bundle
 
 
 class DecodeConfig(Config):
@@ -73,9 +76,10 @@ class ServeConfig(Config):
     """Folder below which Reload may load models; by default it may only load the served folder again."""
     special_tokens: bool = False
     """Special tokens in callers' raw texts (`<|im_start|>`) are read as such; otherwise they are ordinary text."""
-    catalogue: str | None = None
+    catalogue: str | dict[str, str] | None = None
     """Folder of a dataset with the card of the model's training: members and items of it are named by their ids alone,
-    and attributes, history and facts come from its tables, as of the request's time. Reload reads it again."""
+    and attributes, history and facts come from its tables, as of the request's time. Reload reads it again. For a model
+    of several surfaces, a folder for each by name, or for some: {jobs: data/jobs}."""
     encoder: str | None = None
     """Folder of an encoder to serve beside the model: Embed, and with `index` Retrieve."""
     index: str | None = None
@@ -84,8 +88,9 @@ class ServeConfig(Config):
     """Maximum items of a Retrieve."""
     rerank: RerankConfig | None = None
     """Serve /rerank and /score, in the forms of Cohere, Jina and vLLM, with these prompts."""
-    tasks: tuple[str, ...] = ()
-    """Task files to serve in addition to the tasks that the model was trained on."""
+    tasks: tuple[str, ...] | dict[str, tuple[str, ...]] = ()
+    """Task files to serve in addition to the tasks that the model was trained on. For a model of several surfaces,
+    those of each by name: {jobs: [saves.yaml]}."""
     token_buckets: tuple[int, ...] = pydantic.Field(default=(256, 512, 1024, 2048, 4096), min_length=1)
     """Row lengths, in tokens, that passes are compiled for."""
     max_prefix_tokens: int | None = pydantic.Field(default=None, gt=0)
@@ -158,6 +163,22 @@ class ServeConfig(Config):
             if missing:
                 raise ValueError(f"host {self.host} can be reached from other machines: give {', '.join(missing)}")
         return self
+
+    def by_surface(self, key: Literal["catalogue", "tasks"], bundle: Bundle) -> dict[str, Any]:
+        """A setting for each surface of a model, by name; empty where it is not set.
+
+        Raises:
+          ConfigError: there is no surface of a name, or a model of several is given no names.
+        """
+        value = getattr(self, key)
+        if not value:
+            return {}
+        try:
+            if not isinstance(value, dict):
+                return {bundle.surface().name: value}
+            return {bundle.surface(name).name: of_surface for name, of_surface in value.items()}
+        except ConfigError as error:
+            raise self.error(str(error), key) from None
 
 
 def _loopback(host: str) -> bool:

@@ -14,7 +14,13 @@ from brewjax.scoring.passes import LABELS_IN_PASS
 from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve.catalogue import Catalogue
 from brewjax.serve.config import ServeConfig
-from brewjax.serve.members import context_attributes, event_attributes, item_attributes, render_member
+from brewjax.serve.members import (
+    context_attributes,
+    event_attributes,
+    find_surface,
+    item_attributes,
+    render_member,
+)
 from brewjax.serve.refusals import MAX_ID
 from brewjax.serve.texts import Texts
 
@@ -50,35 +56,43 @@ class RequestEncoder:
     Args:
       bundle: the model.
       model: its name and version.
-      tasks: for member requests, in addition to the tasks that the model was trained on.
+      tasks: for member requests, in addition to the tasks that the model was trained on, by surface.
       config: limits of requests.
       max_prefix_tokens: maximum tokens of a prefix.
-      catalogue: knows the members that requests name by `id`.
+      catalogues: know the members that requests name by `id`, by surface.
+
+    Attributes:
+      tasks: all that are served, by name, for each surface by name.
 
     Raises:
-      ConfigError: for a task with a label word that is not one token, or with too many labels.
+      ConfigError: for a task with a label word that is not one token, with too many labels, or of no surface.
     """
 
     def __init__(
         self,
         bundle: Bundle,
         model: str,
-        tasks: Sequence[Task],
+        tasks: Mapping[str, Sequence[Task]],
         config: ServeConfig,
         max_prefix_tokens: int,
-        catalogue: Catalogue | None = None,
+        catalogues: Mapping[str, Catalogue] | None = None,
     ):
         prompts = bundle.prompts.model_copy(update={"max_tokens": min(bundle.prompts.max_tokens, max_prefix_tokens)})
         self.bundle, self.model = dataclasses.replace(bundle, prompts=prompts), model
-        self.tasks = {task.name: task for task in [*bundle.tasks, *tasks]}
-        self.config, self.max_prefix_tokens, self.catalogue = config, max_prefix_tokens, catalogue
+        for name in tasks:
+            bundle.surface(name)  # raises where the model has none of this name
+        self.tasks = {
+            name: {task.name: task for task in (*surface.tasks, *tasks.get(name, ()))}
+            for name, surface in bundle.surfaces.items()
+        }
+        self.config, self.max_prefix_tokens, self._catalogues = config, max_prefix_tokens, catalogues or {}
         self._texts = Texts(bundle.tokenizer, config.special_tokens)
         for index, word in enumerate(config.rerank.labels if config.rerank else ()):
             try:
                 bundle.tokenizer.label_token_id(word)
             except ValueError as error:
                 raise config.error(str(error), "rerank", "labels", index) from None
-        for task in self.tasks.values():
+        for task in (task for of_surface in self.tasks.values() for task in of_surface.values()):
             task.check_words(bundle.tokenizer)
             if len(task.labels) > LABELS_IN_PASS:
                 raise task.error(f"{len(task.labels)} of them; at most {LABELS_IN_PASS} are served", "labels")
@@ -113,17 +127,22 @@ class RequestEncoder:
                 )
         return encoded
 
-    def task(self, name: str) -> Task:
-        """The task of a member. Raises ValueError if there is none of this name."""
-        if name not in self.tasks:
-            raise ValueError(f"member.task: no task '{name}'; tasks: {', '.join(self.tasks)}")
-        return self.tasks[name]
+    def task(self, member: pb.Member) -> Task:
+        """The task of a member. Raises ValueError if its surface has none of this name, or there is no such surface."""
+        tasks = self.tasks[find_surface(self.bundle, member).name]
+        if member.task not in tasks:
+            raise ValueError(f"member.task: no task '{member.task}'; tasks: {', '.join(tasks)}")
+        return tasks[member.task]
+
+    def catalogue(self, member: pb.Member) -> Catalogue | None:
+        """The catalogue that a member's id is of, if there is one. Raises ValueError if there is no such surface."""
+        return self._catalogues.get(find_surface(self.bundle, member).name)
 
     def _encode_member(self, request: pb.ScoreRequest) -> EncodedRequest:
         member = request.member
-        task = self.task(member.task)
+        task = self.task(member)
         self._bound_values(member, request.truncation != pb.ScoreRequest.REJECT)
-        prompt = render_member(self.bundle, task, member, self.catalogue)
+        prompt = render_member(self.bundle, task, member, self.catalogue(member))
         if prompt.truncated_texts and request.truncation == pb.ScoreRequest.REJECT:
             raise ValueError(f"member: {prompt.truncated_texts[0]}; set truncation to TRUNCATE or send less")
         if prompt.num_truncated_events and request.truncation == pb.ScoreRequest.REJECT:

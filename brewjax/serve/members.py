@@ -13,6 +13,7 @@ import pyarrow as pa
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from brewjax.bundle.bundle import Bundle
+from brewjax.bundle.surface import Surface
 from brewjax.data.tables.card import Attribute, Card
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.facts import Fact, FactGroup
@@ -36,25 +37,36 @@ class MemberTables(NamedTuple):
     facts: FactSource
 
 
+def find_surface(bundle: Bundle, member: pb.Member) -> Surface:
+    """The surface that a request names, or the only one.
+
+    Raises:
+      ValueError: there is none of this name; or the model has several, or none, as it was imported.
+    """
+    try:
+        return bundle.surface(member.surface)
+    except ValueError as error:
+        raise ValueError(f"member.surface: {error}") from None
+
+
 def render_member(bundle: Bundle, task: Task, member: pb.Member, catalogue: Catalogue | None = None) -> Prompt:
     """The prompt that the model reads for the member of a request.
 
     Args:
-      bundle: the served model, with the card of its training dataset.
+      bundle: the served model, with the cards of its training datasets.
       task: the task that `member.task` names.
       member: the request. Events at or after `member.now` are ignored.
-      catalogue: knows the members that requests name by `id`.
+      catalogue: of the surface; knows the members that requests name by `id`.
 
     Raises:
       ValueError: naming the field that is missing, unknown to the card or the catalogue, or of the wrong type; or
         because the model was imported and has no card.
     """
-    if bundle.card is None:
-        raise ValueError("member: this model was imported and has no dataset's card; send a raw request")
-    dataset, example, facts = read_member(bundle.card, task, member, catalogue)
+    surface = find_surface(bundle, member)
+    dataset, example, facts = read_member(surface.card, task, member, catalogue)
     try:
         note = bundle.tokenizer.clean(member.steering_note)
-        verbalizer = bundle.request_verbalizer(dataset, facts)
+        verbalizer = bundle.request_verbalizer(surface, dataset, facts)
         return verbalizer.prompt(task, example, bundle.prompts.score_style, note)
     except ValueError as error:
         raise ValueError(f"member: {error}") from None
@@ -68,7 +80,7 @@ def read_member(card: Card, task: Task, member: pb.Member, catalogue: Catalogue 
     """
     if member.id:
         if catalogue is None:
-            raise ValueError("member.id: this server has no catalogue (set `catalogue`); send attributes and history")
+            raise ValueError("member.id: no catalogue of this surface (set `catalogue`); send attributes and history")
         return MemberTables(catalogue.dataset, catalogue.example(task, member), catalogue.facts)
     for index, event in enumerate(member.history):
         if event.action not in card.events.actions:

@@ -41,7 +41,7 @@ class ScoreRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., member: _Optional[_Union[Member, _Mapping]] = ..., raw: _Optional[_Union[Raw, _Mapping]] = ..., top_k: _Optional[int] = ..., truncation: _Optional[_Union[ScoreRequest.Truncation, str]] = ..., normalize_over: _Optional[_Union[ScoreRequest.NormalizeOver, str]] = ...) -> None: ...
 
 class Member(_message.Message):
-    __slots__ = ("task", "now", "attributes", "history", "items", "steering_note", "id")
+    __slots__ = ("task", "now", "attributes", "history", "items", "steering_note", "id", "surface")
     class AttributesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -56,6 +56,7 @@ class Member(_message.Message):
     ITEMS_FIELD_NUMBER: _ClassVar[int]
     STEERING_NOTE_FIELD_NUMBER: _ClassVar[int]
     ID_FIELD_NUMBER: _ClassVar[int]
+    SURFACE_FIELD_NUMBER: _ClassVar[int]
     task: str
     now: _timestamp_pb2.Timestamp
     attributes: _containers.MessageMap[str, Value]
@@ -63,7 +64,8 @@ class Member(_message.Message):
     items: _containers.RepeatedCompositeFieldContainer[Item]
     steering_note: str
     id: str
-    def __init__(self, task: _Optional[str] = ..., now: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., attributes: _Optional[_Mapping[str, Value]] = ..., history: _Optional[_Iterable[_Union[Event, _Mapping]]] = ..., items: _Optional[_Iterable[_Union[Item, _Mapping]]] = ..., steering_note: _Optional[str] = ..., id: _Optional[str] = ...) -> None: ...
+    surface: str
+    def __init__(self, task: _Optional[str] = ..., now: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., attributes: _Optional[_Mapping[str, Value]] = ..., history: _Optional[_Iterable[_Union[Event, _Mapping]]] = ..., items: _Optional[_Iterable[_Union[Item, _Mapping]]] = ..., steering_note: _Optional[str] = ..., id: _Optional[str] = ..., surface: _Optional[str] = ...) -> None: ...
 
 class Event(_message.Message):
     __slots__ = ("action", "time", "attributes", "item")
@@ -224,7 +226,7 @@ class DescribeResponse(_message.Message):
     def __init__(self, model: _Optional[str] = ..., parameters: _Optional[int] = ..., tasks: _Optional[_Iterable[_Union[TaskDescription, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., shapes: _Optional[_Iterable[_Union[Shape, _Mapping]]] = ..., compilations: _Optional[int] = ...) -> None: ...
 
 class TaskDescription(_message.Message):
-    __slots__ = ("name", "instruction", "labels", "label_values", "history_actions", "member_attributes", "event_attributes", "item_attributes")
+    __slots__ = ("name", "instruction", "labels", "label_values", "history_actions", "member_attributes", "event_attributes", "item_attributes", "surface")
     NAME_FIELD_NUMBER: _ClassVar[int]
     INSTRUCTION_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
@@ -233,6 +235,7 @@ class TaskDescription(_message.Message):
     MEMBER_ATTRIBUTES_FIELD_NUMBER: _ClassVar[int]
     EVENT_ATTRIBUTES_FIELD_NUMBER: _ClassVar[int]
     ITEM_ATTRIBUTES_FIELD_NUMBER: _ClassVar[int]
+    SURFACE_FIELD_NUMBER: _ClassVar[int]
     name: str
     instruction: str
     labels: _containers.RepeatedScalarFieldContainer[str]
@@ -241,7 +244,8 @@ class TaskDescription(_message.Message):
     member_attributes: _containers.RepeatedCompositeFieldContainer[AttributeDescription]
     event_attributes: _containers.RepeatedCompositeFieldContainer[AttributeDescription]
     item_attributes: _containers.RepeatedCompositeFieldContainer[AttributeDescription]
-    def __init__(self, name: _Optional[str] = ..., instruction: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., label_values: _Optional[_Iterable[float]] = ..., history_actions: _Optional[_Iterable[str]] = ..., member_attributes: _Optional[_Iterable[_Union[AttributeDescription, _Mapping]]] = ..., event_attributes: _Optional[_Iterable[_Union[AttributeDescription, _Mapping]]] = ..., item_attributes: _Optional[_Iterable[_Union[AttributeDescription, _Mapping]]] = ...) -> None: ...
+    surface: str
+    def __init__(self, name: _Optional[str] = ..., instruction: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., label_values: _Optional[_Iterable[float]] = ..., history_actions: _Optional[_Iterable[str]] = ..., member_attributes: _Optional[_Iterable[_Union[AttributeDescription, _Mapping]]] = ..., event_attributes: _Optional[_Iterable[_Union[AttributeDescription, _Mapping]]] = ..., item_attributes: _Optional[_Iterable[_Union[AttributeDescription, _Mapping]]] = ..., surface: _Optional[str] = ...) -> None: ...
 
 class AttributeDescription(_message.Message):
     __slots__ = ("column", "kind")

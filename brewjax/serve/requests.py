@@ -19,7 +19,9 @@ from brewjax.data.tasks.task import Task
 from brewjax.serve import ranker_pb2 as pb
 
 
-def request_from_example(dataset: Dataset, task: Task, example: RankingExample, steering_note: str = "") -> pb.Member:
+def request_from_example(
+    dataset: Dataset, task: Task, example: RankingExample, steering_note: str = "", surface: str = ""
+) -> pb.Member:
     """A ranking example of a dataset as a request.
 
     The server renders the request with the text that a `Verbalizer` of the dataset renders for the example. Facts
@@ -30,6 +32,7 @@ def request_from_example(dataset: Dataset, task: Task, example: RankingExample, 
       task: what is asked about each candidate.
       example: the member, the history, the candidates and the cutoff time.
       steering_note: replaces the task's own steering note, unless it is empty.
+      surface: of the served model, by name; needed where it has several.
 
     Returns:
       a `Member`, whose items are the candidates in their order, by the ids of the items table.
@@ -53,7 +56,7 @@ def request_from_example(dataset: Dataset, task: Task, example: RankingExample, 
     items = _StatedRows(dataset.items, card.items.attributes, history_items, "history").attributes()
     now = Timestamp()
     now.FromMicroseconds(example.cutoff_time)
-    request = pb.Member(task=task.name, now=now, attributes=profile[0], steering_note=steering_note)
+    request = pb.Member(task=task.name, now=now, attributes=profile[0], steering_note=steering_note, surface=surface)
     for row, attributes, item in zip(example.history, events, items, strict=True):
         event = request.history.add(action=dataset.action_name(row), attributes=attributes, item=item)
         event.time.FromMicroseconds(int(dataset.event_time[row]))

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from brewjax.data.tables.card import Card
 from brewjax.model.sharding import MeshConfig
 from brewjax.retrieve.encoder import Encoder, truncate
 from brewjax.retrieve.index import CONFIG, Hits, Id, Index, IndexConfig
@@ -46,7 +45,7 @@ class Retrieval:
       config: names their folders, and has the limits of requests.
       mesh: the devices of the encoder.
       device: is held by whatever computes on them.
-      service: counts, times and logs requests, has the catalogue, and scores what is retrieved.
+      service: counts, times and logs requests, has the catalogues, and scores what is retrieved.
 
     Raises:
       ConfigError: the folder is no encoder's, or the index has vectors of another encoder.
@@ -108,14 +107,15 @@ class Retrieval:
           ValueError: naming the field that is wrong.
         """
         async with self._request_scope("RetrieveAndScore", request.request_id) as request_id:
-            index, catalogue, member = self._need_index(), self._service.catalogue, request.member
+            index, member = self._need_index(), request.member
             if not 0 < request.k <= self.config.max_candidates:
                 raise ValueError(f"k: {request.k:,}; give 1 to {self.config.max_candidates:,}")
+            catalogue = self._service.catalogue(member)
             if catalogue is None or not member.id:
                 raise ValueError("member.id: give a member of the server's catalogue (set `catalogue`)")
             if member.items:
                 raise ValueError("member.items: the index has them; use Score to rank given items")
-            task = self._service.task(member.task)
+            task = self._service.task(member)
             example = await asyncio.to_thread(catalogue.example, task, member)
             past = () if task.questions.repeats else catalogue.past_items(example)
             text = await asyncio.to_thread(self._read_member, _for_encoder(member), "member")
@@ -197,12 +197,6 @@ class Retrieval:
             raise ValueError("this server has an encoder, but no index (set `index`)")
         return self.index
 
-    def _need_card(self, field: str) -> Card:
-        card = self.encoder.bundle.card
-        if card is None:
-            raise ValueError(f"{field}: this encoder has no dataset's card; send a text")
-        return card
-
     def _read_inputs(self, inputs: Sequence[pb.Input]) -> list[list[int]]:
         return [self._read_input(entry, f"inputs[{n}]") for n, entry in enumerate(inputs)]
 
@@ -240,11 +234,14 @@ class Retrieval:
         task = self.encoder.task
         if member.task not in ("", task.name):
             raise ValueError(f"{field}.task: '{member.task}'; this encoder reads the history of task '{task.name}'")
-        dataset, example, facts = read_member(self._need_card(field), task, member, self._service.catalogue)
+        card, catalogue = self.encoder.surface.card, self._service.catalogue(member) if member.id else None
+        if catalogue and (part := catalogue.differing_part(card)):
+            raise ValueError(f"{field}.surface: the catalogue's '{part}' are not those of the encoder; name another")
+        dataset, example, facts = read_member(card, task, member, catalogue)
         return self.encoder.sides(dataset, facts).member(example)
 
     def _read_item(self, item: pb.Attributes, field: str) -> list[int]:
-        tables = read_items(self._need_card(field), {field: item.values})
+        tables = read_items(self.encoder.surface.card, {field: item.values})
         return self.encoder.sides(tables, RequestFacts(tables)).items(np.zeros(1, int), int(time.time() * 1e6))[0]
 
     def _read_text(self, text: str, field: str) -> list[int]:
@@ -316,7 +313,7 @@ class Retrieval:
 
 def _for_encoder(member: ranker_pb2.Member) -> ranker_pb2.Member:
     """The member without the ranker's task: the encoder reads the history of its own."""
-    query = ranker_pb2.Member(id=member.id)
+    query = ranker_pb2.Member(id=member.id, surface=member.surface)
     if member.HasField("now"):
         query.now.CopyFrom(member.now)
     return query

@@ -73,11 +73,12 @@ class Server:
         self.folder, self.config = folder, config
         self._credentials = Credentials(config)
         _check_ports(config)
-        tasks = [Task.load(path) for path in config.tasks]
         axis = "context" if jax.default_backend() == "cpu" else "tensor"
         self._mesh = config.mesh or MeshConfig.model_validate({axis: jax.device_count()})
         bundle = Bundle.load(folder, self._mesh)
-        catalogue = self._read_catalogue(bundle)
+        task_files = config.by_surface("tasks", bundle)
+        tasks = {surface: [Task.load(path) for path in paths] for surface, paths in task_files.items()}
+        catalogues = self._read_catalogues(bundle)
         buckets, pages = _plan_memory(bundle, config)
         metrics = Metrics()
         scorer = Scorer(
@@ -92,7 +93,7 @@ class Server:
         scoring_loop = ScoringLoop(scorer, scheduler, metrics, config.max_queued_tokens, batch_timeout, device)
         self._decoding = _make_decoding(bundle, config, self._mesh.build(), device)
         version = hash_folder(folder)[:8]
-        self.service = Service(bundle, version, tasks, scoring_loop, costs, config, metrics, catalogue)
+        self.service = Service(bundle, version, tasks, scoring_loop, costs, config, metrics, catalogues)
         self.retrieval = Retrieval(config, self._mesh, device, self.service) if config.encoder else None
         self.port = self.http_port = 0
         self._http: HttpServer | None = None
@@ -179,9 +180,9 @@ class Server:
         async with self._reloading:
             try:
                 bundle = await asyncio.to_thread(self._read, path)
-                catalogue = await asyncio.to_thread(self._read_catalogue, bundle)
+                catalogues = await asyncio.to_thread(self._read_catalogues, bundle)
                 version = await asyncio.to_thread(hash_folder, path)
-                await self.service.reload(bundle, version[:8], catalogue)
+                await self.service.reload(bundle, version[:8], catalogues)
                 if self._decoding:
                     await asyncio.to_thread(self._decoding.load, bundle.params)
             except ValueError:
@@ -204,8 +205,9 @@ class Server:
         except Exception as error:  # a broken checkpoint can raise any of many
             raise ValueError(f"{path} cannot be read: {error}") from error
 
-    def _read_catalogue(self, bundle: Bundle) -> Catalogue | None:
-        return Catalogue.load(self.config.catalogue, bundle) if self.config.catalogue else None
+    def _read_catalogues(self, bundle: Bundle) -> dict[str, Catalogue]:
+        folders = self.config.by_surface("catalogue", bundle)
+        return {name: Catalogue.load(folder, bundle, bundle.surface(name)) for name, folder in folders.items()}
 
     async def stop(self, hurry: asyncio.Event | None = None) -> bool:
         """Stops gracefully.

@@ -9,7 +9,7 @@ import math
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -45,12 +45,12 @@ class Service:
     Args:
       bundle: the served model.
       version: of the checkpoint, returned in responses.
-      tasks: for member requests, in addition to the tasks that the model was trained on.
+      tasks: for member requests, in addition to the tasks that the model was trained on, by surface.
       scoring_loop: scores with the bundle's parameters.
       costs: seconds that a full pass of each bucket takes, for `describe`.
       config: limits of requests.
       metrics: are updated with every request.
-      catalogue: knows the members that requests name by `id`.
+      catalogues: know the members that requests name by `id`, by surface.
 
     Attributes:
       lame_duck: set while the server is about to stop: readiness fails, and requests are still answered.
@@ -60,17 +60,17 @@ class Service:
         self,
         bundle: Bundle,
         version: str,
-        tasks: Sequence[Task],
+        tasks: Mapping[str, Sequence[Task]],
         scoring_loop: ScoringLoop,
         costs: dict[Bucket, float],
         config: ServeConfig,
         metrics: Metrics,
-        catalogue: Catalogue | None = None,
+        catalogues: Mapping[str, Catalogue] | None = None,
     ):
         self.scoring_loop, self.config, self.metrics = scoring_loop, config, metrics
         self._tasks = tasks
         self._max_prefix_tokens = config.max_prefix_tokens or bundle.prompts.max_tokens
-        self._encoder = self._make_encoder(bundle, version, catalogue)
+        self._encoder = self._make_encoder(bundle, version, catalogues or {})
         self._costs = costs
         # Tokenizers release Python's lock. Long requests have their own threads, so that short ones do not wait.
         self._threads = ThreadPoolExecutor(thread_name_prefix="encode")
@@ -83,14 +83,13 @@ class Service:
         """Name and version of the served model."""
         return self._encoder.model
 
-    @property
-    def catalogue(self) -> Catalogue | None:
-        """The catalogue that is in use."""
-        return self._encoder.catalogue
+    def catalogue(self, member: pb.Member) -> Catalogue | None:
+        """The catalogue that a member's id is of, if there is one. Raises ValueError if there is no such surface."""
+        return self._encoder.catalogue(member)
 
-    def task(self, name: str) -> Task:
-        """A served task. Raises ValueError if there is none of this name."""
-        return self._encoder.task(name)
+    def task(self, member: pb.Member) -> Task:
+        """The served task of a member. Raises ValueError if there is none of this name."""
+        return self._encoder.task(member)
 
     @property
     def live(self) -> bool:
@@ -190,7 +189,6 @@ class Service:
     def describe(self) -> pb.DescribeResponse:
         """The model, its tasks, and the limits."""
         config, bundle = self.config, self._encoder.bundle
-        card = bundle.card
 
         def describe_attributes(
             attributes: Sequence[Attribute], facts: Sequence[Fact]
@@ -205,6 +203,7 @@ class Service:
             parameters=num_parameters(bundle.params),
             tasks=[
                 pb.TaskDescription(
+                    surface=surface,
                     name=task.name,
                     instruction=task.instruction,
                     labels=task.words,
@@ -214,8 +213,9 @@ class Service:
                     event_attributes=describe_attributes(card.events.attributes, card.facts.events),
                     item_attributes=describe_attributes(card.items.attributes, (*card.facts.items, *card.facts.pairs)),
                 )
-                for task in self._encoder.tasks.values()
-                if card is not None
+                for surface, tasks in self._encoder.tasks.items()
+                for card in [bundle.surfaces[surface].card]
+                for task in tasks.values()
             ],
             limits=pb.Limits(
                 max_candidates=config.max_candidates,
@@ -235,13 +235,13 @@ class Service:
             compilations=self.scoring_loop.scorer.compilations(),
         )
 
-    async def reload(self, bundle: Bundle, version: str, catalogue: Catalogue | None) -> None:
-        """Serves other weights, and another catalogue, from the next request on; returns when they are in use.
+    async def reload(self, bundle: Bundle, version: str, catalogues: Mapping[str, Catalogue]) -> None:
+        """Serves other weights, and other catalogues, from the next request on; returns when they are in use.
 
         Raises ValueError for a bundle of another shape or tokenizer, or with weights that are not finite.
         """
         await asyncio.to_thread(self._check, bundle)
-        encoder = await asyncio.to_thread(self._make_encoder, bundle, version, catalogue)
+        encoder = await asyncio.to_thread(self._make_encoder, bundle, version, catalogues)
         loaded = self.scoring_loop.reload(bundle.params)
         # No `await` between these lines: every request of the new encoder must be queued behind the new weights.
         self._encoder = encoder
@@ -258,9 +258,9 @@ class Service:
         if not all(finite):
             raise ValueError("the checkpoint has weights that are not finite")
 
-    def _make_encoder(self, bundle: Bundle, version: str, catalogue: Catalogue | None) -> RequestEncoder:
+    def _make_encoder(self, bundle: Bundle, version: str, catalogues: Mapping[str, Catalogue]) -> RequestEncoder:
         model = f"{bundle.model.name}@{version}"
-        return RequestEncoder(bundle, model, self._tasks, self.config, self._max_prefix_tokens, catalogue)
+        return RequestEncoder(bundle, model, self._tasks, self.config, self._max_prefix_tokens, catalogues)
 
     @contextlib.asynccontextmanager
     async def _deadline(self, seconds: float | None) -> AsyncIterator[float]:

@@ -1,20 +1,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from brewjax.bundle.bundle import Bundle, PercentileScale
+from brewjax.bundle.bundle import Bundle
+from brewjax.bundle.surface import Surface
 from brewjax.config import ConfigError
 from brewjax.data.prompts.styles import SECTIONED, PromptConfig
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tasks.examples import build_examples
 from brewjax.data.tasks.task import Task
 from brewjax.data.text.encode import EncodedPrompt
-from brewjax.evaluate.predict import predict
+from brewjax.evaluate.predict import TaskExamples, predict
 from tests.data.conftest import jobs, jobs_with, tokenizer  # noqa: F401 (fixtures)
 from tests.tables import put, with_column, write_dataset
 from tests.tiny import MODEL, params
@@ -33,9 +35,9 @@ split: {validation: 60%, test: 80%}
 
 @pytest.fixture(scope="session")
 def bundle(jobs, tokenizer) -> Bundle:  # noqa: F811
-    scale = PercentileScale.fit(jobs, TASK.boundaries(jobs)[0])
     model = MODEL.model_copy(update={"vocab_size": tokenizer.vocab_size})
-    return Bundle(model, params(model), tokenizer, PromptConfig(max_tokens=300), scale, jobs.card, (TASK,))
+    surfaces = {"jobs": Surface.fit("jobs", jobs, [TASK])}
+    return Bundle(model, params(model), tokenizer, PromptConfig(max_tokens=300), surfaces)
 
 
 def salaries(bundle: Bundle, dataset: Dataset) -> list[str]:
@@ -73,11 +75,11 @@ def test_the_data_of_training_are_known_whatever_they_are_called(bundle, jobs, t
 )
 def test_other_data_of_the_same_name_have_percentiles_of_their_own(bundle, tmp_path, capsys, card, items):
     dataset = Dataset.load(write_dataset(tmp_path / "jobs", card=card, items=items))
-    scale = PercentileScale.fit(dataset, TASK.boundaries(dataset)[0])
-    bundle_with_scale = dataclasses.replace(bundle, scale=scale)
-    assert not bundle.scale.fits(dataset)
-    assert scale.fits(dataset)
-    assert salaries(bundle, dataset) == salaries(bundle_with_scale, dataset)
+    surface = Surface.fit("jobs", dataset, [TASK])
+    bundle_of_dataset = dataclasses.replace(bundle, surfaces={"jobs": surface})
+    assert not bundle.surface().scale.fits(dataset)
+    assert surface.scale.fits(dataset)
+    assert salaries(bundle, dataset) == salaries(bundle_of_dataset, dataset)
     line = f"{dataset.path}: not the dataset that the model was trained on; percentiles are fitted to this one\n"
     assert capsys.readouterr().err == line
 
@@ -104,7 +106,7 @@ def test_an_overlong_item_stops_no_evaluation(bundle, jobs, capsys, monkeypatch)
         )
         for overlong in ("truncate", "skip")
     ]
-    cut, skipped = predict(bundle, dataset, [(task, examples) for task in tasks])
+    cut, skipped = predict(bundle, [TaskExamples(dataset, task, examples) for task in tasks])
     assert cut.table["item"].to_pylist() == candidates.tolist()
     assert skipped.table["item"].to_pylist() == [item for item in candidates.tolist() if item != row]
     lines = capsys.readouterr().err.splitlines()
@@ -113,6 +115,58 @@ def test_an_overlong_item_stops_no_evaluation(bundle, jobs, capsys, monkeypatch)
     ):
         assert line.startswith(f"{done}, job {100 + row} takes ")
         assert "most of them its 'title', where " in line
+
+
+@pytest.fixture
+def two(bundle, tmp_path) -> Bundle:
+    """The model with a second surface, whose tables are of the same form, and whose task has the same name."""
+    salaries_in_millions = with_column("salary", pa.array(np.arange(40) * 1e6))
+    posts = Dataset.load(write_dataset(tmp_path / "posts", card=renamed("posts"), items=salaries_in_millions))
+    return dataclasses.replace(bundle, surfaces=bundle.surfaces | {"posts": Surface.fit("posts", posts, [TASK])})
+
+
+def test_a_folder_keeps_every_surface(two, tmp_path):
+    two.save(tmp_path / "model")
+    again = Bundle.load(tmp_path / "model")
+    assert again.surfaces == two.surfaces
+    assert again.task_names == ["jobs/apply", "posts/apply"]
+    assert "tasks: jobs/apply, posts/apply" in repr(again)
+
+
+def test_a_dataset_is_of_the_surface_with_its_card_or_of_the_one_named(two, jobs, tmp_path):  # noqa: F811
+    posts = Dataset.load(tmp_path / "posts")
+    assert [two.surface_of(dataset).name for dataset in (jobs, posts)] == ["jobs", "posts"]
+    assert salaries(two, posts) != salaries(two, jobs)
+    never_seen = Dataset.load(write_dataset(tmp_path / "films", card=renamed("films")))
+    assert two.surface_of(never_seen) is None
+    assert two.surface_of(never_seen, "posts") is two.surfaces["posts"]
+    as_posts = two.verbalizer(jobs, TASK, "posts").facts("items", np.arange(40), 0, SECTIONED)
+    assert as_posts != two.verbalizer(jobs, TASK, "jobs").facts("items", np.arange(40), 0, SECTIONED)
+
+
+def test_what_surface_is_meant_must_be_clear(two, jobs, tmp_path):  # noqa: F811
+    with pytest.raises(ConfigError, match=r"^name a surface, one of jobs, posts$"):
+        two.surface()
+    with pytest.raises(ConfigError, match=r"^no surface 'films'; there are: jobs, posts$"):
+        two.surface_of(jobs, "films")
+    twice = dataclasses.replace(two, surfaces=two.surfaces | {"again": two.surfaces["jobs"]})
+    with pytest.raises(ConfigError, match="several surfaces of the model have a card 'jobs': name one of jobs, jobs"):
+        twice.surface_of(jobs)
+    numbers = Dataset.load(
+        write_dataset(
+            tmp_path / "numbers",
+            card=lambda text: text.replace("experience, kind: number", "experience, kind: number, percentile: true"),
+        )
+    )
+    with pytest.raises(ConfigError, match=r"surface 'posts' of the model has no percentiles of members.experience"):
+        two.verbalizer(numbers, TASK, "posts")
+    with pytest.raises(ConfigError, match="this model was imported"):
+        dataclasses.replace(two, surfaces={}).surface()
+
+
+def renamed(name: str) -> Callable[[str], str]:
+    """A change of the card's name."""
+    return lambda text: text.replace("name: jobs", f"name: {name}")
 
 
 def test_what_is_no_model_folder_is_refused(tmp_path: Path):

@@ -25,7 +25,7 @@ from brewjax.data.tasks.examples import sample_examples
 from brewjax.data.tasks.task import load_tasks
 from brewjax.data.text.prompt import Prompt, Question
 from brewjax.data.text.tokenizer import Tokenizer
-from brewjax.evaluate.predict import predict
+from brewjax.evaluate.predict import TaskExamples, predict
 from brewjax.model import huggingface
 from brewjax.model.config import ExpertsConfig, ModelConfig
 from brewjax.model.loading import CheckpointError
@@ -79,7 +79,7 @@ def test_a_model_comes_in_and_goes_out_as_it_was(folder, tmp_path, capsys):
     assert bundle.prompts.max_tokens == bundle.model.max_seq_len == 64
     again = Bundle.load(tmp_path / "model")
     assert again.model == bundle.model
-    assert (again.scale, again.card, again.tasks) == (None, None, ())
+    assert not again.surfaces
     jax.tree.map(np.testing.assert_array_equal, again.params, bundle.params)
     export_model(tmp_path / "model", tmp_path / "out")
     assert "AutoTokenizer" not in capsys.readouterr().out
@@ -139,7 +139,7 @@ def test_an_imported_model_evaluates_and_scores_zero_shot(tmp_path):
     import_model(str(tmp_path / "open"), tmp_path / "model")
     bundle = Bundle.load(tmp_path / "model")
     examples = sample_examples(dataset, task, "test", 6)
-    [(table, _)] = predict(bundle, dataset, [(task, examples)])
+    [(table, _)] = predict(bundle, [TaskExamples(dataset, task, examples)])
     assert table.num_rows == sum(len(example.candidates) for example in examples) > 3
 
 

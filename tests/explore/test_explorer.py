@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 import brewjax
+from brewjax.data.tables.dataset import Dataset
 from brewjax.explore.comparison import compare
 from brewjax.explore.explorer import Explorer
+from tests.tables import write_dataset
 
 
 def test_a_folder_opens_as_text(bundle, jobs, tmp_path):
@@ -19,6 +23,20 @@ def test_a_folder_opens_as_text(bundle, jobs, tmp_path):
     html = explorer._repr_html_()
     assert "treescope" in html
     assert "tokens, dense history" in html
+
+
+def test_the_tasks_are_those_of_the_datasets_surface(bundle, jobs, task, tmp_path):
+    of_posts = dataclasses.replace(bundle.surface(), name="posts", tasks=(task.model_copy(update={"name": "read"}),))
+    of_posts = dataclasses.replace(of_posts, card=of_posts.card.model_copy(update={"name": "posts"}))
+    two = dataclasses.replace(bundle, surfaces={**bundle.surfaces, "posts": of_posts})
+    assert [*brewjax.open(two, jobs).tasks] == ["apply"]
+    assert [*brewjax.open(two, jobs, "posts").tasks] == ["read"]
+    assert "jobs/apply, posts/read" in brewjax.open(two).facts()["tasks"]
+    films = Dataset.load(write_dataset(tmp_path, card=lambda text: text.replace("name: jobs", "name: films")))
+    never_seen = brewjax.open(two, films)
+    with pytest.raises(ValueError, match="trained on no task of this dataset"):
+        never_seen.rank("m5")
+    assert len(never_seen.rank("m5", task=task, items=3)) == 3
 
 
 def test_the_ranking_is_that_of_the_scorer_the_best_first(explorer, bundle):

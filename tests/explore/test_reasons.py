@@ -61,7 +61,7 @@ def test_an_attribute_left_out_is_one_that_the_table_does_not_know(explorer, job
     ignorant = dataclasses.replace(jobs, **{table: put(column, row, None)(getattr(jobs, table))})
     verbalizer = Verbalizer(
         ignorant,
-        Percentiles(explorer.bundle.scale.quantiles),
+        Percentiles(explorer.bundle.surface().scale.quantiles),
         explorer.bundle.tokenizer,
         explorer.bundle.prompts.max_tokens,
     )
@@ -119,6 +119,6 @@ def test_what_is_shown_has_the_numbers(explorer):
 def tight(explorer) -> Context:
     """A context whose oldest events do not fit."""
     context = explorer.context("m7", items=3)
-    tokenizer, scale = explorer.bundle.tokenizer, explorer.bundle.scale
+    tokenizer, scale = explorer.bundle.tokenizer, explorer.bundle.surface().scale
     verbalizer = Verbalizer(explorer.dataset, Percentiles(scale.quantiles), tokenizer, 200)
     return dataclasses.replace(context, verbalizer=verbalizer)

@@ -134,7 +134,8 @@ def test_preparing_depends_on_the_tokenizer_of_the_model_gone_on_from(tmp_path):
         (folder / "model.yaml").write_text(
             "{name: m, d_model: 8, layers: 1, heads: 1, kv_heads: 1, head_dim: 8, d_ff: 8}"
         )
-        made = recipe({"a": SFT}, model=str(folder), tokenizer=None, tasks=[str(tmp_path / "apply.yaml")])
+        surfaces = {"jobs": {"dataset": "jobs", "tasks": [str(tmp_path / "apply.yaml")]}}
+        made = recipe({"a": SFT}, model=str(folder), tokenizer=None, dataset=None, tasks=[], surfaces=surfaces)
         plan = steps(Run(made, tmp_path / "out"))
         made_of.append([step.settings for step in plan])
     assert made_of[0] == made_of[1]  # wherever the same model lies

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from brewjax.bundle.bundle import Bundle, PercentileScale
+from brewjax.bundle.bundle import Bundle
+from brewjax.bundle.surface import Surface
 from brewjax.data.prompts.styles import PromptConfig
 from brewjax.model.config import ModelConfig
 from brewjax.model.sharding import MeshConfig
@@ -21,11 +22,11 @@ PROMPTS = PromptConfig(max_tokens=256)
 @pytest.fixture(scope="session")
 def make_encoder(jobs, tokenizer, task) -> Callable[..., Encoder]:  # noqa: F811
     """Makes an encoder of random weights."""
-    scale = PercentileScale.fit(jobs, task.boundaries(jobs)[0])
+    surfaces = {"jobs": Surface.fit("jobs", jobs, [task])}
 
     def make(model: ModelConfig = MODEL, mesh: MeshConfig | None = None, **settings: object) -> Encoder:
         model = model.model_copy(update={"vocab_size": 512})
-        bundle = Bundle(model, params(model), tokenizer, PROMPTS, scale, jobs.card, (task,), mesh=mesh or MeshConfig())
+        bundle = Bundle(model, params(model), tokenizer, PROMPTS, surfaces, mesh=mesh or MeshConfig())
         return Encoder(bundle, EncoderConfig(**{"dimensions": (4, 8), **settings}))
 
     return make

@@ -136,4 +136,4 @@ def test_wrong_instructions_and_tasks_are_refused(task):
     with pytest.raises(ValueError, match=r"only \{member\} and \{item\} can stand in braces"):
         EncoderConfig(item_instruction="The {thing}")
     with pytest.raises(ConfigError, match="no task 'nope'; tasks: apply"):
-        EncoderConfig(task="nope").choose([task])
+        EncoderConfig(task="nope").choose({task.name: task})

@@ -8,7 +8,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from brewjax.bundle.bundle import Bundle, PercentileScale
+from brewjax.bundle.bundle import Bundle
+from brewjax.bundle.surface import Surface
 from brewjax.data.prompts.styles import PromptConfig
 from brewjax.data.prompts.verbalize import Verbalizer
 from brewjax.data.tables.dataset import Dataset
@@ -59,13 +60,13 @@ def bundle(dataset, tasks) -> Bundle:
 
 
 def make_bundle(dataset: Dataset, tasks: tuple[Task, ...], seed: int = 0, max_tokens: int = 600) -> Bundle:
-    scale = PercentileScale.fit(dataset, tasks[0].boundaries(dataset)[0])
-    by_bytes = Verbalizer(dataset, Percentiles(scale.quantiles), Tokenizer.byte_level(), 1_000_000)
+    surface = Surface.fit("jobs", dataset, tasks)
+    by_bytes = Verbalizer(dataset, Percentiles(surface.scale.quantiles), Tokenizer.byte_level(), 1_000_000)
     texts = [by_bytes.prompt(tasks[0], example_at(dataset, tasks[0], row), "compact").render() for row in range(8)]
     tokenizer = Tokenizer.train(texts, ["Yes", "No"], vocab_size=600)
     model = MODEL.model_copy(update={"vocab_size": tokenizer.vocab_size})
     prompts = PromptConfig(max_tokens=max_tokens)
-    return Bundle(model, params(model, seed), tokenizer, prompts, scale, dataset.card, tasks)
+    return Bundle(model, params(model, seed), tokenizer, prompts, {"jobs": surface})
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ NOW = moment(330)
 
 @pytest.fixture(scope="module")
 def catalogue(bundle, dataset) -> Catalogue:
-    return Catalogue.load(dataset.path, bundle)
+    return Catalogue.load(dataset.path, bundle, bundle.surface())
 
 
 def by_id(dataset, full: pb.Member, row: int) -> pb.Member:
@@ -69,17 +69,16 @@ def test_errors_name_the_field(bundle, dataset, tasks, catalogue, change, messag
 
 
 def test_a_server_without_a_catalogue_says_so(bundle, tasks):
-    with pytest.raises(ValueError, match=r"^member.id: this server has no catalogue"):
+    with pytest.raises(ValueError, match=r"^member.id: no catalogue of this surface"):
         render_member(bundle, tasks[0], pb.Member(task="apply", id="1"))
 
 
 def test_another_card_is_refused(bundle, dataset):
-    items = bundle.card.items.model_copy(update={"attributes": bundle.card.items.attributes[1:]})
-    changed = dataclasses.replace(bundle, card=bundle.card.model_copy(update={"items": items}))
-    with pytest.raises(ConfigError, match="its card's 'items' is not that of the model's training"):
-        Catalogue.load(dataset.path, changed)
-    with pytest.raises(ConfigError, match="an imported model has no"):
-        Catalogue.load(dataset.path, dataclasses.replace(bundle, card=None))
+    surface = bundle.surface()
+    items = surface.card.items.model_copy(update={"attributes": surface.card.items.attributes[1:]})
+    changed = dataclasses.replace(surface, card=surface.card.model_copy(update={"items": items}))
+    with pytest.raises(ConfigError, match="its card's 'items' is not that of the model's training on surface 'jobs'"):
+        Catalogue.load(dataset.path, bundle, changed)
 
 
 def test_a_task_with_context_needs_the_exposures(dataset, tasks, catalogue):

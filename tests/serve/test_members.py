@@ -70,7 +70,7 @@ def test_errors_name_the_field(bundle, dataset, tasks, change, message):
 def test_an_overlong_item_is_cut_or_refused_as_the_request_says(bundle, dataset, tasks):
     request = request_from_example(dataset, tasks[0], example_at(dataset, tasks[0], 7).select(slice(2)))
     put(request.items[1].attributes, title=pb.Value(text="many words " * 900))
-    encoder = RequestEncoder(bundle, "tiny@1", tasks, CONFIG, 600)
+    encoder = RequestEncoder(bundle, "tiny@1", {}, CONFIG, 600)
     encoded = encoder.encode(pb.ScoreRequest(member=request), 10)
     assert encoded.prompt.context <= 600
     refused = pb.ScoreRequest(member=request, truncation=pb.ScoreRequest.REJECT)

@@ -277,4 +277,4 @@ def test_a_task_that_cannot_be_asked_is_refused_at_the_start(bundle, tasks, tmp_
     path.write_text(path.read_text().replace("word: 'Yes'", "word: several_words"))
     assert "several_words" in path.read_text()
     with pytest.raises(ValueError, match=r"odd.yaml:\d+: labels.0.word: label word 'several_words' is"):
-        RequestEncoder(bundle, "tiny@1", [Task.load(path)], CONFIG, 600)
+        RequestEncoder(bundle, "tiny@1", {"jobs": [Task.load(path)]}, CONFIG, 600)

@@ -40,7 +40,7 @@ def counting(bundle) -> CountingTokenizer:
 
 def encoder(bundle, tokenizer: Tokenizer, **settings: object) -> RequestEncoder:
     config = CONFIG.model_copy(update=settings)
-    return RequestEncoder(dataclasses.replace(bundle, tokenizer=tokenizer), "tiny@1", [], config, 1024)
+    return RequestEncoder(dataclasses.replace(bundle, tokenizer=tokenizer), "tiny@1", {}, config, 1024)
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,12 @@ class OverlongLog:
             for overlong in texts.values():
                 self.add(task, outcome, overlong)
 
+    def take(self) -> OverlongLog:
+        """The counts, as a log of their own; the count starts anew."""
+        log = OverlongLog()
+        log._entries, self._entries = self._entries, {}
+        return log
+
     def print(self) -> None:
         """Prints `lines` on stderr."""
         for line in self.lines():
@@ -54,9 +60,8 @@ class OverlongLog:
 
     def lines(self) -> list[str]:
         """A line per task and outcome, which names the longest text; the count starts anew."""
-        entries, self._entries = self._entries, {}
         lines = []
-        for (task, outcome), texts in entries.items():
+        for (task, outcome), texts in self.take()._entries.items():
             longest = max(texts.values(), key=lambda overlong: overlong.tokens)
             count = "1 text too long was" if len(texts) == 1 else f"{len(texts):,} texts too long were"
             lines.append(f"{task}: {count} {outcome}, {'the longest: ' if len(texts) > 1 else ''}{longest}")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TypeVar
+
 import numpy as np
 import pydantic
 
@@ -11,6 +14,8 @@ from brewjax.data.prompts.verbalize import Verbalizer
 from brewjax.data.tasks.examples import RankingExample
 from brewjax.data.tasks.task import Task
 from brewjax.data.text.encode import encode
+
+T = TypeVar("T")
 
 
 class SideConfig(Config):
@@ -33,12 +38,12 @@ class SideConfig(Config):
             raise ValueError(f"'{instruction}': only {{member}} and {{item}} can stand in braces") from None
         return instruction
 
-    def choose(self, tasks: list[Task]) -> Task:
-        """The task by its name; ConfigError where there is none of this name."""
-        for task in tasks:
-            if self.task in ("", task.name):
+    def choose(self, tasks: Mapping[str, T]) -> T:
+        """The task among those by name; ConfigError where there is none of this name."""
+        for name, task in tasks.items():
+            if self.task in ("", name):
                 return task
-        raise self.error(f"no task '{self.task}'; tasks: {', '.join(task.name for task in tasks)}", "task")
+        raise self.error(f"no task '{self.task}'; tasks: {', '.join(tasks)}", "task")
 
 
 class Sides:

@@ -36,11 +36,12 @@ class MixConfig(Config):
         if not any(self.weights.get(name, 1.0) for name in names):
             raise self.error("every source has weight 0", "weights")
 
-    def shares(self, folders: Mapping[str, Path]) -> dict[Path, float]:
+    def shares(self, folders: Mapping[str, Path], weights: Mapping[str, float] | None = None) -> dict[Path, float]:
         """The share of all tokens of each folder of shards; the shares sum to 1, and a source of weight 0 is left out.
 
         Args:
           folders: of shards, by the name of the source.
+          weights: of each source, by which its weight here is multiplied: that of its surface.
 
         Raises:
           ConfigError: as `check_names`.
@@ -48,5 +49,8 @@ class MixConfig(Config):
         """
         self.check_names(folders)
         sizes = {folder: read_counts(folder)["tokens"] ** (1 / self.temperature) for folder in folders.values()}
-        weighted = {folder: self.weights.get(name, 1.0) * sizes[folder] for name, folder in folders.items()}
+        weighted = {
+            folder: self.weights.get(name, 1.0) * (weights or {}).get(name, 1.0) * sizes[folder]
+            for name, folder in folders.items()
+        }
         return {folder: weight / sum(weighted.values()) for folder, weight in weighted.items() if weight}

@@ -55,6 +55,7 @@ def sft_records(
     config: SftConfig,
     predict: Predict | None = None,
     partition: Partition = WHOLE,
+    name: str = "",
 ) -> Iterator[tuple[EncodedPrompt, Provenance]]:
     """Yields the records of a task's training period with their provenance, for `write_shard`.
 
@@ -64,8 +65,9 @@ def sft_records(
     Args:
       predict: gives the soft labels of examples, float [candidates, labels] each.
       partition: only the records of its members.
+      name: of the task among those of the run, "jobs/apply" where it has several surfaces; by default its own.
     """
-    weight = config.loss_weights.get(task.name, 1.0)
+    weight = config.loss_weights.get(name or task.name, 1.0)
     for example in training_examples(verbalizer.dataset, task, config, partition, config.repeats):
         rng = example_rng(example, task)
         if predict:

@@ -332,6 +332,12 @@ class Percentiles:
         return fitted[until]
 
     @staticmethod
+    def keys(dataset: Dataset) -> set[str]:
+        """The keys of the scales that a dataset's prompts need."""
+        attributes = {f"{table}.{attribute.column}" for table, attribute in bucket_attributes(dataset)}
+        return attributes | {f"{group}.{fact.name}" for group, fact in dataset.card.facts.declared() if fact.buckets}
+
+    @staticmethod
     def _fit(dataset: Dataset, until: int) -> dict[str, list[float]]:
         events = np.flatnonzero(dataset.event_time < until)
         rows_by_table = {

@@ -82,15 +82,17 @@ def test_a_batch_of_a_mixture_can_be_described(tmp_path):
     assert described == {(index, "ab"[index // 4]) for index in range(8)}
 
 
-@hypothesis.given(st.floats(0.5, 8), st.lists(st.integers(1, 20), min_size=2, max_size=4), st.floats(0.1, 3))
+@hypothesis.given(
+    st.floats(0.5, 8), st.lists(st.integers(1, 20), min_size=2, max_size=4), st.floats(0.1, 3), st.floats(0.1, 3)
+)
 @hypothesis.settings(max_examples=20, deadline=None)
-def test_temperature_and_weights_set_the_shares(tmp_path_factory, temperature, records, weight):
+def test_temperature_and_weights_set_the_shares(tmp_path_factory, temperature, records, weight, of_surface):
     folder = tmp_path_factory.mktemp("sources")
     folders = {f"t{number}": source(folder, f"t{number}", count, 3) for number, count in enumerate(records)}
-    shares = MixConfig(temperature=temperature, weights={"t0": weight}).shares(folders)
+    shares = MixConfig(temperature=temperature, weights={"t0": weight}).shares(folders, {"t0": of_surface})
     assert list(shares) == list(folders.values())
     assert sum(shares.values()) == pytest.approx(1)
-    expected = (shares[folders["t1"]] * weight) * (records[0] / records[1]) ** (1 / temperature)
+    expected = (shares[folders["t1"]] * weight * of_surface) * (records[0] / records[1]) ** (1 / temperature)
     assert shares[folders["t0"]] == pytest.approx(expected)
 
 

@@ -1,0 +1,90 @@
+"""`Surface`: what a model's folder knows of a dataset that it was trained on, and of the tasks asked of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from brewjax.config import Config, suggest
+from brewjax.data.tables.card import CARD, Card
+from brewjax.data.tables.dataset import Dataset
+from brewjax.data.tables.statistics import Percentiles
+from brewjax.data.tasks.task import Task
+
+SURFACES, PERCENTILES, TASKS = "surfaces", "percentiles.yaml", "tasks"  # of a model's folder, and of each surface's
+
+
+class PercentileScale(Config):
+    """`Percentiles` of the dataset that a model was trained on, and the time before which they were fitted."""
+
+    until: int
+    """Microseconds since 1970; the percentiles were fitted to values from before this time."""
+    tables: str = ""
+    """SHA-256 of the dataset's tables; empty where they were not read from a folder."""
+    quantiles: dict[str, list[float]]
+    """Quantiles of each attribute that is shown as a percentile, in ascending order, by the attribute's name."""
+
+    @classmethod
+    def fit(cls, dataset: Dataset, until: int, tables: str = "") -> PercentileScale:
+        """Fits the percentiles of a dataset as of `until`, in microseconds since 1970."""
+        return cls(until=until, tables=tables, quantiles=Percentiles.fit(dataset, until).quantiles)
+
+    def fits(self, dataset: Dataset) -> bool:
+        """Whether `dataset` has the same attributes and, before `until`, the same values; its name does not matter."""
+        if Percentiles.keys(dataset) != self.quantiles.keys():
+            return False
+        refitted = Percentiles.fit(dataset, self.until).quantiles
+        return all(
+            len(refitted[name]) == len(scale) and np.allclose(refitted[name], scale, rtol=1e-9, atol=0)
+            for name, scale in self.quantiles.items()
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Surface:
+    """A dataset and the tasks asked of it, as a model knows them: in words and numbers, without the tables.
+
+    Attributes:
+      name: among the surfaces of the model.
+      card: the card of the dataset.
+      scale: percentiles of the dataset in training.
+      tasks: what the model was trained to answer about it.
+    """
+
+    name: str
+    card: Card
+    scale: PercentileScale
+    tasks: tuple[Task, ...]
+
+    @classmethod
+    def fit(cls, name: str, dataset: Dataset, tasks: Sequence[Task]) -> Surface:
+        """The surface of a dataset, with percentiles as of the end of the training period of the first task."""
+        return cls(name, dataset.card, PercentileScale.fit(dataset, tasks[0].boundaries(dataset)[0]), tuple(tasks))
+
+    def task(self, name: str) -> Task:
+        """A task by its name. Raises ValueError if there is none of this name."""
+        for task in self.tasks:
+            if task.name == name:
+                return task
+        raise ValueError(f"no task '{name}'; {suggest(name, [task.name for task in self.tasks], listing='tasks')}")
+
+    def save(self, folder: Path) -> None:
+        """Writes the folder that `load` reads."""
+        (folder / TASKS).mkdir(parents=True, exist_ok=True)
+        self.card.save(folder / CARD)
+        self.scale.save(folder / PERCENTILES)
+        for task in self.tasks:
+            task.save(folder / TASKS / f"{task.name}.yaml")
+
+    @classmethod
+    def load(cls, folder: Path) -> Surface:
+        """Reads a folder, whose name is the surface's.
+
+        Raises:
+          ConfigError: names the file that is missing or broken.
+        """
+        tasks = tuple(Task.load(path) for path in sorted((folder / TASKS).glob("*.yaml")))
+        return cls(folder.name, Card.load(folder / CARD), PercentileScale.load(folder / PERCENTILES), tasks)

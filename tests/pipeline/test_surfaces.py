@@ -1,0 +1,234 @@
+"""One model of two surfaces: jobs and people of the simulated network, whose tasks have one name."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from brewjax.bundle.bundle import Bundle
+from brewjax.config import ConfigError
+from brewjax.data.records.sft import SftConfig
+from brewjax.data.simulate.network import simulate_network
+from brewjax.data.tables.dataset import Dataset
+from brewjax.paths import CONFIGS
+from brewjax.pipeline.check import check_run
+from brewjax.pipeline.context import Run
+from brewjax.pipeline.dry_run import surfaces_table
+from brewjax.pipeline.preparation import Preparation
+from brewjax.pipeline.recipe import Recipe
+from brewjax.pipeline.stages import prepare, shares
+from brewjax.pipeline.workers import write_here, write_on_all_cores
+from tests.pipeline.test_preparation import contents
+from tests.pipeline.test_run import MODEL, brewjax
+
+TASKS = {"jobs": "applies", "people": "connects", "posts": "clicks_post"}
+RECIPE = """\
+name: network
+surfaces:
+  jobs: {dataset: network/jobs, tasks: [jobs.yaml]}
+  people: {dataset: network/people, tasks: [people.yaml], weight: 2}
+model: model.yaml
+tokenizer: {vocab_size: 700}
+prompts: {styles: {compact: 1, sectioned: 1}, score_style: compact, max_tokens: 512}
+train: {steps: 4, batch_size: 2, seq_len: 640, checkpoint_every_steps: 2, mesh: {data: 1}}
+evaluate: {max_examples: 5, bootstrap: 10, baseline_settings: 1}
+stages:
+  text: {do: pretrain}
+  big: {do: sft, data: {max_examples: 40, mix: {temperature: 2}, soft_labels: LightGBM}}
+  small: {do: prune, d_ff: 0.5, examples: 8}
+  turbo: {do: quantize}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A user's folder with the network, and a task "acts" for each surface."""
+    folder = tmp_path_factory.mktemp("user")
+    simulate_network(folder / "network", 150, seed=3, months=2)
+    for surface, name in TASKS.items():
+        text = (CONFIGS / "tasks" / "network" / f"{name}.yaml").read_text()
+        (folder / f"{surface}.yaml").write_text(text.replace(f"name: {name}", "name: acts"))
+    (folder / "model.yaml").write_text(MODEL)
+    (folder / "recipe.yaml").write_text(RECIPE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(folder) -> Path:
+    """The folder of the run."""
+    done = brewjax(folder, "run", "recipe.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "runs" / "network"
+
+
+def weights(model: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in model.iterdir() if path.is_file()}
+
+
+def test_a_run_names_surface_and_task(trained):
+    for folder in ("data-big", "evaluate-turbo", "baselines"):
+        assert sorted(path.name for path in (trained / folder).iterdir() if path.is_dir()) == ["jobs", "people"]
+    report = (trained / "report" / "report.md").read_text()
+    for words in ("## jobs/acts", "## people/acts", "jobs/acts: AUC in list", "jobs/dataset: network-jobs"):
+        assert words in report
+    assert "Tasks told apart" not in report  # rows of two surfaces are no pairs
+
+
+def test_a_models_folder_knows_both_surfaces(folder, trained):
+    bundle = Bundle.load(trained / "turbo" / "model")
+    assert bundle.task_names == ["jobs/acts", "people/acts"]
+    for name in ("jobs", "people"):
+        dataset = Dataset.load(folder / "network" / name)
+        surface = bundle.surface_of(dataset)
+        assert surface is bundle.surface(name)
+        assert surface.card == dataset.card
+        assert surface.scale.fits(dataset)
+    assert [data.dataset for data in bundle.training.data] == [bundle.surface(n).card.name for n in ("jobs", "people")]
+    assert bundle.surface_of(Dataset.load(folder / "network" / "posts")) is None
+
+
+def test_verbs_find_the_surface_or_are_told(folder, trained):
+    model = "runs/network/turbo/model"
+    for surface in TASKS:  # posts were never trained on
+        judged = brewjax(folder, "evaluate", model, f"network/{surface}", f"{surface}.yaml", "--max-examples", "2")
+        assert judged.returncode == 0, judged.stderr
+        assert ("percentiles are fitted to this one" in judged.stderr) == (surface == "posts")
+    refused = brewjax(folder, "evaluate", model, "network/jobs", "jobs.yaml", "--surface", "films")
+    assert refused.returncode == 2
+    assert "no surface 'films'; there are: jobs, people" in refused.stderr
+    refused = brewjax(folder, "evaluate", model, "network/jobs", "jobs.yaml", "--surface", "people")
+    assert "network/jobs: surface 'people' of the model has no percentiles of" in refused.stderr
+    ranked = brewjax(
+        folder, "score", model, "--dataset", "network/people", "--task", "people.yaml", "--member", "7", "--items", "5"
+    )
+    assert ranked.returncode == 0, ranked.stderr
+
+
+@pytest.mark.long
+def test_killed_in_the_middle_it_ends_with_the_same_bits(folder, trained):
+    for step in ("data-big", "big", "evaluate-big", "small", "turbo"):
+        output = folder / "runs" / "killed" / step
+        running = subprocess.Popen(
+            [sys.executable, "-m", "brewjax.cli", "run", "recipe.yaml", "--out", "runs/killed"],
+            cwd=folder,
+            env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        awaited = "checkpoints/[0-9]*" if step == "big" else "stage.json"
+        while not list(output.glob(awaited)) and running.poll() is None:
+            time.sleep(0.01)
+        running.kill()
+        assert running.wait() == -signal.SIGKILL, running.stderr.read().decode()
+    last = brewjax(folder, "run", "recipe.yaml", "--out", "runs/killed")
+    assert last.returncode == 0, last.stderr
+    killed = folder / "runs" / "killed"
+    assert weights(killed / "big" / "model") == weights(trained / "big" / "model")
+    for name in ("jobs", "people"):
+        tables = [pq.read_table(run / "evaluate-turbo" / name / "acts.parquet") for run in (trained, killed)]
+        assert tables[0].equals(tables[1])
+
+
+def load(folder: Path, out: str, **changed: object) -> Run:
+    return Run(Recipe.parse(yaml.safe_dump(yaml.safe_load(RECIPE) | changed, sort_keys=False)), folder / out)
+
+
+def prepared(folder: Path, out: str, **changed: object) -> Run:
+    """A run with a tokenizer and all that its first fine-tuning reads."""
+    run = load(folder, out, **changed)
+    (run.folder / "prepare").mkdir(parents=True)
+    prepare(run, run.folder / "prepare")
+    return run
+
+
+@pytest.fixture
+def workdir(folder, monkeypatch) -> Path:
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_records_of_a_surface_do_not_depend_on_the_others(workdir):
+    both = prepared(workdir, "both")
+    tokenizer = {"path": "both/prepare/tokenizer"}
+    surfaces = yaml.safe_load(RECIPE)["surfaces"]
+    alone = prepared(workdir, "alone", surfaces={"jobs": surfaces["jobs"]}, tokenizer=tokenizer)
+    short = prepared(
+        workdir, "short", surfaces={}, **{k: surfaces["jobs"][k] for k in ("dataset", "tasks")}, tokenizer=tokenizer
+    )
+    config = both.recipe.stages["big"].data
+    written = {}
+    for run, write in ((both, write_on_all_cores), (alone, write_here), (short, write_here)):
+        preparation = Preparation(run.recipe, run.folder, config, 640, run.folder / "data", records_per_shard=9)
+        preparation.predict_soft_labels(run)
+        counts = write(preparation, run)
+        written[run.folder.name] = contents(run.folder / "data" / ("jobs" if run is both else ""))
+        assert [*counts] == (["jobs/acts", "people/acts"] if run is both else ["acts"])
+    assert len(written["both"]) > 8
+    assert written["both"] == written["alone"] == written["short"]
+    assert [*short.surfaces] == [Dataset.load("network/jobs").card.name]
+
+
+def test_shares_are_as_weights_and_temperature_say(workdir):
+    run = load(workdir, "shares")
+    tokens = {"jobs/acts": 400, "people/acts": 100}
+    for name, count in tokens.items():
+        (workdir / "shares" / name).mkdir(parents=True)
+        (workdir / "shares" / name / "counts.json").write_text(json.dumps({"tokens": count}))
+    actual = shares(run, SftConfig(mix={"temperature": 2, "weights": {"jobs/acts": 3}}), workdir / "shares")
+    expected = {workdir / "shares/jobs/acts": 3 * 20 / 80, workdir / "shares/people/acts": 2 * 10 / 80}
+    assert actual == pytest.approx(expected)
+
+
+def test_the_tokenizer_has_read_every_surface(workdir):
+    run = prepared(workdir, "words")
+    jobs = prepared(workdir, "words-of-jobs", surfaces={"jobs": yaml.safe_load(RECIPE)["surfaces"]["jobs"]})
+    acts = run.tasks["people/acts"]
+    (example,) = acts.sample("train", 1)
+    text = acts.surface.verbalizer.prompt(acts.task, example, "sectioned").render()
+    assert len(run.tokenizer.encode([text])[0]) < 0.95 * len(jobs.tokenizer.encode([text])[0])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"dataset": "network/jobs"}, "surfaces: give 'surfaces', or the 'dataset' and 'tasks' of one, not both"),
+        ({"surfaces": {}}, "dataset: missing; give 'dataset' and 'tasks', or 'surfaces'"),
+        ({"surfaces": {"jobs": {"dataset": "network/jobs"}}}, "surfaces.jobs.tasks: missing"),
+        ({"surfaces": {"jobs": {"dataset": "network/jobs", "tasks": ["jobs.yaml"], "weight": 0}}}, "more than 0"),
+        ({"surfaces": {"a/b": {"dataset": "network/jobs", "tasks": ["jobs.yaml"]}}}, "expected a text that fits"),
+        ({"surfaces": {"jobs": {"dataset": "films", "tasks": ["jobs.yaml"]}}}, "films: no such folder"),
+        ({"surfaces": {"jobs": {"dataset": "network/jobs", "tasks": ["people.yaml"]}}}, "the dataset has no action"),
+        ({"stages": {"big": {"do": "sft", "data": {"mix": {"weights": {"acts": 2}}}}}}, "no source 'acts'; sources: j"),
+        ({"stages": {"big": {"do": "sft", "data": {"soft_labels": "x.parquet"}}}}, "soft_labels: the ids of a file"),
+    ],
+)
+def test_mistakes_are_named(workdir, changed, message):
+    with pytest.raises(ConfigError, match=message):
+        check_run(load(workdir, "refused", **changed))
+    assert not (workdir / "refused").exists()
+
+
+def test_surfaces_split_time_each_in_its_own_way(workdir):
+    later = Path("jobs.yaml").read_text().replace("validation: 80%", "validation: 70%")
+    Path("later.yaml").write_text(later.replace("name: acts", "name: later"))
+    surfaces = yaml.safe_load(RECIPE)["surfaces"]
+    check_run(load(workdir, "own", surfaces=surfaces | {"jobs": surfaces["jobs"] | {"tasks": ["later.yaml"]}}))
+    both = surfaces | {"jobs": surfaces["jobs"] | {"tasks": ["jobs.yaml", "later.yaml"]}}
+    with pytest.raises(ConfigError, match="split: not the split of task 'acts'; tasks trained together"):
+        check_run(load(workdir, "own", surfaces=both))
+
+
+def test_a_plan_shows_the_surfaces(workdir):
+    columns = {column.header: list(column.cells) for column in surfaces_table(load(workdir, "plan")).columns}
+    assert columns["surface"] == ["jobs", "people"]
+    assert columns["weight"] == ["1", "2"]
+    assert columns["members"] == ["150", "150"]
