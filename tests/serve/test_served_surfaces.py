@@ -1,4 +1,4 @@
-"""A server whose model has two surfaces is asked for either, by name."""
+"""A server whose model has two surfaces is served for either, by name."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def two(bundle, surfaces) -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def server_of_two(bundle, two, surfaces, tmp_path_factory) -> Iterator[Server]:
+def served(bundle, two, surfaces, tmp_path_factory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("two")
     two.save(folder / "model")
     Encoder(bundle, EncoderConfig()).save(folder / "encoder")  # of jobs alone
@@ -65,8 +65,8 @@ def server_of_two(bundle, two, surfaces, tmp_path_factory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def caller(server_of_two) -> Iterator[Client]:
-    with Client(f"127.0.0.1:{server_of_two.port}") as client:
+def caller(served) -> Iterator[Client]:
+    with Client(f"127.0.0.1:{served.port}") as client:
         yield client
 
 
@@ -101,8 +101,8 @@ def test_a_surface_must_be_named_and_known(caller):
     assert "member.task: no task 'view'; tasks: apply" in refusal(lambda: caller.score(member))
 
 
-def test_an_encoder_embeds_members_of_its_own_surface(server_of_two):
-    with httpx.Client(base_url=f"http://127.0.0.1:{server_of_two.http_port}", timeout=60) as http:
+def test_an_encoder_embeds_members_of_its_own_surface(served):
+    with httpx.Client(base_url=f"http://127.0.0.1:{served.http_port}", timeout=60) as http:
         embed = lambda surface: http.post(  # noqa: E731
             "/v1/embed", json={"inputs": [{"member": {"id": "m7", "surface": surface}}]}
         )
