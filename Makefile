@@ -55,11 +55,11 @@ lint: .venv/test.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-proto: .venv-beam/installed
-	$(BEAM)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. brewjax/serve/ranker.proto brewjax/serve/retriever.proto
+proto: .venv-proto/installed
+	.venv-proto/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. brewjax/serve/ranker.proto brewjax/serve/retriever.proto
 
 clean:
-	rm -rf .venv .venv-beam runs data
+	rm -rf .venv .venv-beam .venv-proto runs data
 
 .venv/demo.installed: EXTRA = baselines,rank
 .venv/test.installed: EXTRA = test
@@ -75,4 +75,10 @@ clean:
 .venv-beam/installed: pyproject.toml constraints-beam.txt
 	test -x $(BEAM)/python || $(PYTHON) -m venv .venv-beam
 	$(BEAM)/pip install --quiet --disable-pip-version-check --constraint constraints-beam.txt --editable '.[beam]'
+	@touch $@
+
+# protoc alone, as old as Beam's: the generated modules must be readable there too.
+.venv-proto/installed: constraints-beam.txt
+	test -x .venv-proto/bin/python || $(PYTHON) -m venv .venv-proto
+	.venv-proto/bin/pip install --quiet --disable-pip-version-check --constraint constraints-beam.txt grpcio-tools
 	@touch $@

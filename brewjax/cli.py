@@ -193,7 +193,7 @@ def prompt(
         Optional[Split], typer.Option(help="Print the prompts that `evaluate` scores, with answers.")
     ] = None,
     examples: Annotated[int, typer.Option(help="How many prompts of the split.", min=1)] = 3,
-    style: Annotated[str, typer.Option(help="sectioned, chat, turns, compact, numbers or key-value")] = "sectioned",
+    style: Annotated[str, typer.Option(help="A style, such as sectioned or compact.")] = "sectioned",
     questions: Annotated[
         Optional[int], typer.Option(help="How many items to ask about; 3, or all of a split's.", min=1)
     ] = None,
@@ -269,68 +269,91 @@ def score(
     if model is None and not server:
         raise typer.BadParameter("give a model folder, or --server")
     if prompt is not None:
-        from brewjax.data.text.prompt import Prompt
-
-        stdin = str(prompt) == "-"
-        text = decode(sys.stdin.buffer.read(), "stdin") if stdin else read_text(prompt)
-        request = Prompt.from_json(text, "stdin" if stdin else str(prompt))
-        if model:
-            from brewjax.bundle.bundle import Bundle
-
-            bundle = Bundle.load(model)
-            probabilities = bundle.score(request)
-        else:
-            from brewjax.serve.client import raw, score_all
-
-            candidates = [question.text for question in request.questions]
-            question = raw(request.preamble, candidates, request.labels, request.events)
-            probabilities, how = score_all(server, question, os.environ.get(TOKEN))
-            console.print(how)
-        values = np.arange(len(request.labels), 0, -1)
-        names = [question.text.strip() for question in request.questions]
-        print_ranking(console, probabilities, request.labels, values, names, top)
+        of_members: dict[str, object] = {"dataset": dataset, "task": task, "member": member, "at": at, "items": items}
+        of_members |= {"note": note, "out": out, "surface": surface}
+        if needless := [f"--{name}" for name, value in of_members.items() if value]:
+            raise typer.BadParameter(f"{', '.join(needless)}: for members of a dataset, not with --prompt")
+        _score_prompt(model, server, prompt, top)
     elif dataset and task and member:
-        from brewjax.data.tables.excerpt import load_excerpt
-        from brewjax.data.tasks.examples import example_at
-        from brewjax.data.tasks.excerpts import read_candidates
-        from brewjax.data.tasks.task import load_tasks
-
-        tables = load_excerpt(dataset, member, _microseconds(at))
-        (checked,) = load_tasks([task], tables)
-        examples = [example_at(tables, checked, tables.member_row(name), _microseconds(at)) for name in member]
-        if items is not None:
-            examples = [
-                example.select(np.sort(np.random.default_rng(0).permutation(len(example.candidates))[:items]))
-                for example in examples
-            ]
-        tables, examples = read_candidates(tables, checked, examples)
-        if model:
-            from brewjax.bundle.bundle import Bundle
-            from brewjax.evaluate.ranking import rank, write_rankings
-
-            bundle = Bundle.load(model)
-            verbalizer = bundle.verbalizer(tables, checked, surface)
-            rankings = [rank(bundle, verbalizer, checked, example, note) for example in examples]
-        else:
-            from brewjax.evaluate.ranking import Ranking, write_rankings
-            from brewjax.serve.client import score_all
-            from brewjax.serve.requests import request_from_example
-
-            rankings = []
-            for example in examples:
-                question = request_from_example(tables, checked, example, note, surface)
-                probabilities, how = score_all(server, question, os.environ.get(TOKEN))
-                console.print(how)
-                rankings.append(Ranking(example.member, example.candidates, probabilities))
-        for ranking in rankings:
-            if len(rankings) > 1:
-                console.print(f"{tables.card.members.noun} {tables.member_id(ranking.member)}")
-            names = [f"{tables.item_name(row)} [{tables.item_id(row)}]" for row in ranking.items]
-            print_ranking(console, ranking.probabilities, checked.words, checked.values, names, top)
-        if out:
-            write_rankings(out, tables, checked, rankings)
+        _score_members(model, server, dataset, task, member, surface, at, items, note, top, out)
     else:
         raise typer.BadParameter("give --prompt, or --dataset, --task and --member")
+
+
+def _score_prompt(model: Path | None, server: str, path: Path, top: int) -> None:
+    """Answers the questions of a JSON prompt, by a model here or by a server."""
+    from brewjax.data.text.prompt import Prompt
+
+    source = "stdin" if str(path) == "-" else str(path)
+    text = decode(sys.stdin.buffer.read(), source) if source == "stdin" else read_text(path)
+    prompt = Prompt.from_json(text, source)
+    if model:
+        from brewjax.bundle.bundle import Bundle
+
+        probabilities = Bundle.load(model).score(prompt)
+    else:
+        from brewjax.serve.client import raw, score_all
+
+        candidates = [question.text for question in prompt.questions]
+        question = raw(prompt.preamble, candidates, prompt.labels, prompt.events)
+        probabilities, usage = score_all(server, question, os.environ.get(TOKEN))
+        console.print(usage)
+    values = np.arange(len(prompt.labels), 0, -1)
+    print_ranking(console, probabilities, prompt.labels, values, [q.text.strip() for q in prompt.questions], top)
+
+
+def _score_members(
+    model: Path | None,
+    server: str,
+    dataset: Path,
+    task: Path,
+    members: list[str],
+    surface: str,
+    at: datetime.datetime | None,
+    items: int | None,
+    note: str,
+    top: int,
+    out: Path | None,
+) -> None:
+    """Ranks items for members of a dataset, by a model here or by a server."""
+    from brewjax.data.tables.excerpt import load_excerpt
+    from brewjax.data.tasks.examples import example_at
+    from brewjax.data.tasks.excerpts import read_candidates
+    from brewjax.data.tasks.task import load_tasks
+    from brewjax.evaluate.ranking import Ranking, rank, write_rankings
+
+    tables = load_excerpt(dataset, members, _microseconds(at))
+    (checked,) = load_tasks([task], tables)
+    examples = [example_at(tables, checked, tables.member_row(name), _microseconds(at)) for name in members]
+    if items is not None:
+        examples = [
+            example.select(np.sort(np.random.default_rng(0).permutation(len(example.candidates))[:items]))
+            for example in examples
+        ]
+    tables, examples = read_candidates(tables, checked, examples)
+    if model:
+        from brewjax.bundle.bundle import Bundle
+
+        bundle = Bundle.load(model)
+        verbalizer = bundle.verbalizer(tables, checked, surface)
+        rankings = [rank(bundle, verbalizer, checked, example, note) for example in examples]
+    else:
+        from brewjax.serve.client import score_all
+        from brewjax.serve.requests import request_from_example
+
+        rankings = []
+        for example in examples:
+            question = request_from_example(tables, checked, example, note, surface)
+            probabilities, usage = score_all(server, question, os.environ.get(TOKEN))
+            console.print(usage)
+            rankings.append(Ranking(example.member, example.candidates, probabilities))
+    for ranking in rankings:
+        if len(rankings) > 1:
+            console.print(f"{tables.card.members.noun} {tables.member_id(ranking.member)}")
+        names = [f"{tables.item_name(row)} [{tables.item_id(row)}]" for row in ranking.items]
+        print_ranking(console, ranking.probabilities, checked.words, checked.values, names, top)
+    if out:
+        write_rankings(out, tables, checked, rankings)
 
 
 def _microseconds(at: datetime.datetime | None) -> int | None:

@@ -146,6 +146,9 @@ def test_a_command_line_that_names_what_is_not_there(refuse, folder, tmp_path):
             "brewjax import",
         ),
         ("evaluate", tmp_path / "run", folder, task): (f"did you mean '{tmp_path / 'run/turbo/model'}'?",),
+        ("score", "m", "--prompt", "-", "--member", "m1", "--note", "near"): (
+            "--member, --note: for members of a dataset, not with --prompt",
+        ),
         ("score", tmp_path / "none", "--prompt", tmp_path / "no.json"): (f"{tmp_path / 'no.json'}: no such file",),
         ("score",): ("give a model folder, or --server",),
         ("score", files, "--server", "x:1"): ("give a model folder or --server, not both",),

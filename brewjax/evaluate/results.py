@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
@@ -29,21 +29,42 @@ SAME = ["example", "list", "member", "item"]  # columns in which tasks with the 
 CHUNK = 1_000_000  # weights in memory at a time: 8 MB
 
 
+class MetricInputs(NamedTuple):
+    """Predictions of a task's questions, as metrics take them.
+
+    Attributes:
+      probabilities: float64 [rows, labels].
+      label: int [rows], index of the true label.
+      score: float64 [rows], by which items are ranked.
+      value: float64 [rows], the value of the true label.
+      lists: int [rows]; rows with the same number are ranked against each other.
+    """
+
+    probabilities: np.ndarray
+    label: np.ndarray
+    score: np.ndarray
+    value: np.ndarray
+    lists: np.ndarray
+
+
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A metric's title in reports, its direction and its range."""
+    """A metric's title in reports, its direction, its range, and its value under weights float64 [.., rows]."""
 
     title: str
     higher_is_better: bool
     bounds: tuple[float, float]
+    compute: Callable[[MetricInputs, np.ndarray], np.ndarray]
 
 
 METRICS: dict[MetricName, Metric] = {
-    "gauc": Metric("AUC in list", True, (0, 1)),
-    "auc": Metric("AUC", True, (0, 1)),
-    "log_loss": Metric("Log loss", False, (0, np.inf)),
-    "ndcg@10": Metric("NDCG@10", True, (0, 1)),
-    "calibration_error": Metric("Calibration error", False, (0, 1)),
+    "gauc": Metric("AUC in list", True, (0, 1), lambda p, weights: gauc(p.score, p.value, p.lists, weights)),
+    "auc": Metric("AUC", True, (0, 1), lambda p, weights: auc(p.score, p.value, weights)),
+    "log_loss": Metric("Log loss", False, (0, np.inf), lambda p, weights: log_loss(p.probabilities, p.label, weights)),
+    "ndcg@10": Metric("NDCG@10", True, (0, 1), lambda p, weights: ndcg(p.score, p.value, p.lists, weights)),
+    "calibration_error": Metric(
+        "Calibration error", False, (0, 1), lambda p, weights: calibration_error(p.probabilities, p.label, weights)
+    ),
 }
 
 
@@ -129,27 +150,26 @@ def evaluate(predictions: pa.Table, task: Task, bootstrap: int = 200, seed: int 
 def estimates(
     predictions: pa.Table, task: Task, member_weights: np.ndarray, member: np.ndarray
 ) -> dict[MetricName, Estimate]:
-    """The task's metrics with the resamples that some weights of members make.
+    """Computes the task's metrics, with the resamples that some weights of members make.
 
     Args:
+      predictions: as `from_examples` makes them.
+      task: whose metrics are computed.
       member_weights: float64 [1 + resamples, members]; the first row is the sample itself, all ones.
       member: int [rows], the column of `member_weights` of each prediction.
     """
-    predicted, label = probabilities(predictions, task), predictions["label"].to_numpy()
-    score, value = scores(predictions, task), true_values(predictions, task)
-    lists = predictions["list"].to_numpy()
-    functions = {
-        "gauc": lambda weights: gauc(score, value, lists, weights),
-        "auc": lambda weights: auc(score, value, weights),
-        "log_loss": lambda weights: log_loss(predicted, label, weights),
-        "ndcg@10": lambda weights: ndcg(score, value, lists, weights),
-        "calibration_error": lambda weights: calibration_error(predicted, label, weights),
-    }
+    inputs = MetricInputs(
+        probabilities(predictions, task),
+        predictions["label"].to_numpy(),
+        scores(predictions, task),
+        true_values(predictions, task),
+        predictions["list"].to_numpy(),
+    )
     values = {name: np.full(len(member_weights), np.nan) for name in task.metrics}
     for chunk in np.array_split(np.arange(len(member_weights)), member_weights.shape[0] * len(member) // CHUNK + 1):
         weights = member_weights[chunk][:, member]
         for name in task.metrics if len(member) else ():
-            values[name][chunk] = functions[name](weights)
+            values[name][chunk] = METRICS[name].compute(inputs, weights)
     return {name: Estimate(float(v[0]), v[1:], METRICS[name].bounds) for name, v in values.items()}
 
 
@@ -246,10 +266,14 @@ def compare(
     """Evaluates predictions of the same questions.
 
     Args:
+      task: whose metrics are computed.
       predictions: tables by name, the model's first and then the baselines'.
       bootstrap: number of resamples.
       seed: of the resamples.
       name: of the task in the report; its own by default.
+
+    Returns:
+      Every metric with its resamples, by prediction and by slice.
 
     Raises:
       ValueError: the questions differ.

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from brewjax.config import Config
 
-MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")  # the first two may lie across slices; fields of MeshConfig
 BATCH_AXES = ("data", "fsdp", "expert")  # the mesh axes that share the rows of a batch
 
 
@@ -45,9 +45,10 @@ class MeshConfig(Config):
           ValueError: if the product of the axes is not the number of devices, or they cannot be laid over the chips.
         """
         devices = jax.devices() if over is None else over
-        rest = self.fsdp * self.expert * self.context * self.tensor
+        shape = {axis: getattr(self, axis) for axis in MESH_AXES}
+        rest = math.prod(size for axis, size in shape.items() if axis != "data")
         data = len(devices) // rest if self.data == -1 else self.data
-        sizes = (data, self.fsdp, self.expert, self.context, self.tensor)
+        sizes = tuple((shape | {"data": data}).values())
         mesh = "mesh " + " ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
         if data * rest != len(devices):
             raise ValueError(
@@ -130,7 +131,19 @@ class Sharding:
         return x if spec is None else jax.reshard(x, spec)
 
     def named(self, mesh: Mesh, shape: tuple[int, ...], *axes: str | None) -> NamedSharding:
-        """The sharding of an array of this shape; raises ValueError for an axis that its devices do not divide."""
+        """Makes the sharding of an array.
+
+        Args:
+          mesh: its devices.
+          shape: of the array.
+          axes: a name of `rules` for each axis; None for one that is not split.
+
+        Returns:
+          The sharding.
+
+        Raises:
+          ValueError: an axis does not divide over its devices.
+        """
         spec = self.spec(*axes)
         for size, axis in zip(shape, axes, strict=True):
             mesh_axes = self.rules[axis] if axis is not None else ()

@@ -20,7 +20,7 @@ from brewjax.suite.suite import Size, Suite, SurfaceTask
 
 HEADLINE: MetricName = "gauc"
 CHANCE = 0.5  # of the headline
-METRICS: tuple[MetricName, ...] = ("gauc", "ndcg@10", "auc", "log_loss", "calibration_error")
+BOARD_METRICS: tuple[MetricName, ...] = ("gauc", "ndcg@10", "auc", "log_loss", "calibration_error")
 POISSON = scipy.stats.poisson.cdf(np.arange(12), 1)  # of the number of times that a resample holds a member
 
 Estimates = dict[MetricName, Estimate]
@@ -218,7 +218,7 @@ def task_estimates(suite: Suite, task: BoardTask, table: pa.Table) -> Estimates:
     hashes, member = np.unique(row_hashes, return_inverse=True)
     weights = np.ones((1 + suite.bootstrap, len(hashes)))
     weights[1:] = member_weights(hashes, task.domain, suite.seed, suite.bootstrap)
-    judged = task.task.model_copy(update={"metrics": METRICS})
+    judged = task.task.model_copy(update={"metrics": BOARD_METRICS})
     return estimates(table, judged, weights, member)
 
 
@@ -261,7 +261,7 @@ def _domain_means(suite: Suite, tasks: Sequence[SurfaceTask], results: Mapping[s
 
 def _mean(parts: Iterable[Estimates]) -> Estimates:
     parts = list(parts)
-    return {metric: Estimate.mean([part[metric] for part in parts]) for metric in METRICS} if parts else {}
+    return {metric: Estimate.mean([part[metric] for part in parts]) for metric in BOARD_METRICS} if parts else {}
 
 
 def most_different(

@@ -14,7 +14,7 @@ from brewjax.console import bold
 from brewjax.evaluate.baselines import ORACLE
 from brewjax.evaluate.results import METRICS, Estimate
 from brewjax.paths import write_text
-from brewjax.suite.board import HEADLINE, Board, Row, most_different
+from brewjax.suite.board import BOARD_METRICS, HEADLINE, Board, Row, most_different
 from brewjax.suite.gate import domains_down, history
 from brewjax.suite.predictors import FLOOR
 
@@ -64,7 +64,14 @@ def write_page(board: Board) -> Path:
 
 
 def print_difference(board: Board, first: Row, second: Row, prompts: int, console: Console) -> None:
-    """Prints the paired difference of two rows by domain, and the questions about which they disagree most."""
+    """Prints the paired difference of two rows by domain, and the questions about which they disagree most.
+
+    Args:
+      board: with both rows.
+      first, second: rows; the difference is the first minus the second.
+      prompts: how many questions.
+      console: that is printed to.
+    """
     down = {"down": set(domains_down(board, first, second)), "up": set(domains_down(board, second, first))}
     table = Table("domain", first.name, second.name, "difference", "beyond chance", box=None)
     for domain in board.domains:
@@ -125,7 +132,7 @@ def _of_oracle(board: Board) -> dict[str, Any] | None:
 def _by_task(board: Board) -> dict[str, Any]:
     rows = []
     for task in board.tasks:
-        for metric in (HEADLINE, "ndcg@10", "auc", "log_loss", "calibration_error"):
+        for metric in BOARD_METRICS:
             cells = [_cell(row.tasks.get(task.name, {}).get(metric)) for row in board.rows]
             first = [f"{task.name} ({task.tier}, v{task.surface_task.entry.version}, {task.questions:,} questions)"]
             rows.append([*(first if metric == HEADLINE else [""]), METRICS[metric].title, *cells])

@@ -240,7 +240,8 @@ def test_a_mesh_axis_is_used_once():
 
 
 def test_an_axis_that_does_not_divide_is_named():
-    mesh = AbstractMesh((2, 2, 1, 1, 2), MESH_AXES)
+    sizes = {axis: 1 for axis in MESH_AXES} | {"data": 2, "fsdp": 2, "tensor": 2}
+    mesh = AbstractMesh(tuple(sizes.values()), MESH_AXES)
     with pytest.raises(ValueError, match="axis 'heads' of size 3 does not divide over 2 devices"):
         FSDP_TENSOR.named(mesh, (16, 3, 8), "weight", "heads", None)
     assert FSDP_TENSOR.named(mesh, (16, 4, 8), "weight", "heads", None).spec == jax.P(("fsdp",), ("tensor",), None)

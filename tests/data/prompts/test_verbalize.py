@@ -201,7 +201,9 @@ question 2: Will the member apply to the following job; Title=Software Engineer;
 @each_style
 def test_a_prompt_reads_as_it_should(jobs_with, tokenizer, style):
     dataset = jobs_with(STORY)
-    assert say(dataset, tokenizer, ask(dataset, 4, 60), style).render() == GOLDEN[style]
+    text = say(dataset, tokenizer, ask(dataset, 4, 60), style).render()
+    assert style in GOLDEN, f"a new style: put its text into GOLDEN, if this is as you want it:\n{text}"
+    assert text == GOLDEN[style]
 
 
 @each_full_style
