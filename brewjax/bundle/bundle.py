@@ -181,39 +181,49 @@ class Bundle:
         """
         task.check_words(self.tokenizer)
         if not surface:
-            return self._verbalizer(dataset, self._percentiles(dataset, task))
+            trained = self._trained_on(dataset)
+            return self.request_verbalizer(trained, dataset) if trained else self._new_verbalizer(dataset, task)
         known = self.surface(surface)
         if missing := Percentiles.keys(dataset) - known.scale.quantiles.keys():
             message = f"{dataset.path}: surface '{surface}' of the model has no percentiles of {min(missing)}"
             raise ConfigError(f"{message}, which the dataset's card has; leave the surface out, or name another")
         return self.request_verbalizer(known, dataset)
 
-    def _percentiles(self, dataset: Dataset, task: Task) -> Percentiles:
-        """See `verbalizer`. Of an excerpt of other tables than those of training, the tables are read whole."""
+    def _trained_on(self, dataset: Dataset) -> Surface | None:
+        """The surface whose training had these very tables, or those that they were until its training ended; None of
+        a dataset that it has never seen. Of an excerpt of others, the tables are read whole."""
         likely = self._surfaces_of_card(dataset) or self.surfaces.values()
         if dataset.summary:
             tables = hash_dataset(dataset.path)
             for surface in likely:
                 if surface.scale.tables == tables:
-                    return Percentiles(surface.scale.quantiles)
+                    return surface
         whole = dataset if dataset.summary is None else Dataset.load(dataset.path)
-        for surface in likely:
-            if surface.scale.fits(whole):
-                return Percentiles(surface.scale.quantiles)
+        return next((surface for surface in likely if surface.scale.fits(whole)), None)
+
+    def _new_verbalizer(self, dataset: Dataset, task: Task) -> Verbalizer:
+        """A verbalizer of a dataset that was not trained on, with percentiles of its own."""
+        whole = dataset if dataset.summary is None else Dataset.load(dataset.path)
         percentiles = Percentiles.fit(whole, task.boundaries(whole)[0])
         if self.surfaces and percentiles.quantiles:
             line = f"{dataset.path}: not the dataset that the model was trained on; percentiles are fitted to this one"
             print_line(line, stderr=True)
-        return percentiles
+        return self._verbalizer(dataset, percentiles)
 
     def request_verbalizer(self, surface: Surface, dataset: Dataset, facts: FactSource | None = None) -> Verbalizer:
-        """A verbalizer for a request, whose tables follow the surface's card, with the percentiles of training, and
-        with the facts that the request brings."""
-        return self._verbalizer(dataset, Percentiles(surface.scale.quantiles), facts)
+        """A verbalizer for a request, whose tables follow the surface's card, with the percentiles of training, the
+        surface's temperatures, and the facts that the request brings."""
+        return self._verbalizer(dataset, Percentiles(surface.scale.quantiles), facts, surface.temperatures)
 
-    def _verbalizer(self, dataset: Dataset, percentiles: Percentiles, facts: FactSource | None = None) -> Verbalizer:
-        prompts = self.prompts
-        return Verbalizer(dataset, percentiles, self.tokenizer, prompts.max_tokens, prompts.chat, facts)
+    def _verbalizer(
+        self,
+        dataset: Dataset,
+        percentiles: Percentiles,
+        facts: FactSource | None = None,
+        temperatures: Mapping[str, float] | None = None,
+    ) -> Verbalizer:
+        prompts, budget = self.prompts, self.prompts.max_tokens
+        return Verbalizer(dataset, percentiles, self.tokenizer, budget, prompts.chat, facts, temperatures)
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:
         """Tokens of a prompt in the layout of training. Raises ValueError if they are more than the model reads."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import pydantic
 
 from brewjax.config import Config, suggest
 from brewjax.data.tables.card import CARD, Card
@@ -14,7 +16,8 @@ from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.statistics import Percentiles
 from brewjax.data.tasks.task import Task
 
-SURFACES, PERCENTILES, TASKS = "surfaces", "percentiles.yaml", "tasks"  # of a model's folder, and of each surface's
+# Of a model's folder, and of each surface's.
+SURFACES, PERCENTILES, TASKS, TEMPERATURES = "surfaces", "percentiles.yaml", "tasks", "temperatures.yaml"
 
 
 class PercentileScale(Config):
@@ -43,6 +46,13 @@ class PercentileScale(Config):
         )
 
 
+class Temperatures(Config):
+    """What the logits of a task's labels are divided by, so that the model's probabilities are right."""
+
+    tasks: dict[str, Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]]
+    """By the name of the task."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Surface:
     """A dataset and the tasks asked of it, as a model knows them: in words and numbers, without the tables.
@@ -52,12 +62,14 @@ class Surface:
       card: the card of the dataset.
       scale: percentiles of the dataset in training.
       tasks: what the model was trained to answer about it.
+      temperatures: what the logits of each task's labels are divided by, by its name; 1 where it is missing.
     """
 
     name: str
     card: Card
     scale: PercentileScale
     tasks: tuple[Task, ...]
+    temperatures: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def fit(cls, name: str, dataset: Dataset, tasks: Sequence[Task]) -> Surface:
@@ -78,6 +90,8 @@ class Surface:
         self.scale.save(folder / PERCENTILES)
         for task in self.tasks:
             task.save(folder / TASKS / f"{task.name}.yaml")
+        if self.temperatures:
+            Temperatures(tasks=dict(self.temperatures)).save(folder / TEMPERATURES)
 
     @classmethod
     def load(cls, folder: Path) -> Surface:
@@ -87,4 +101,7 @@ class Surface:
           ConfigError: names the file that is missing or broken.
         """
         tasks = tuple(Task.load(path) for path in sorted((folder / TASKS).glob("*.yaml")))
-        return cls(folder.name, Card.load(folder / CARD), PercentileScale.load(folder / PERCENTILES), tasks)
+        file = folder / TEMPERATURES
+        temperatures = Temperatures.load(file).tasks if file.exists() else {}
+        scale = PercentileScale.load(folder / PERCENTILES)
+        return cls(folder.name, Card.load(folder / CARD), scale, tasks, temperatures)

@@ -75,6 +75,9 @@ class _Stage(Config):
     init_from: str | None = None
     """The stage whose model this one starts from, or the folder of any model; the stage before by default, and the
     recipe's `model` for the first stage."""
+    calibrate: int | None = pydantic.Field(default=None, gt=0)
+    """Fits a temperature for each task to at most so many examples of the validation period, for probabilities that are
+    right; a ranking model's folder has them, and whatever scores with it divides its logits by them."""
 
 
 class _Trained(_Stage):
@@ -309,6 +312,13 @@ class Recipe(Config):
             for key in ("dataset", "tasks"):
                 if not getattr(self, key):
                     raise misplaced("missing; give 'dataset' and 'tasks', or 'surfaces'", key)
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _encoders_have_no_labels(self) -> Recipe:
+        for name, stage in self.stages.items():
+            if isinstance(stage, ContrastiveStage) and stage.calibrate:
+                raise misplaced("an encoder has no labels to calibrate", "stages", name, "calibrate")
         return self
 
     @pydantic.model_validator(mode="after")

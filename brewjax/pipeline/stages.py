@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from brewjax import distributed
 from brewjax.bundle.bundle import TOKENIZER, Bundle
-from brewjax.bundle.surface import PercentileScale
+from brewjax.bundle.surface import SURFACES, PercentileScale
 from brewjax.compress.prune import LayerReport, prune
 from brewjax.compress.quantize import quantize
 from brewjax.console import plain_console
@@ -29,6 +29,8 @@ from brewjax.data.tables.statistics import Percentiles
 from brewjax.data.tasks.examples import sample_examples
 from brewjax.data.tasks.task import Task
 from brewjax.data.text.tokenizer import Tokenizer
+from brewjax.evaluate.calibration import calibrate
+from brewjax.evaluate.predict import TaskExamples
 from brewjax.fingerprint import hash_folder
 from brewjax.model.config import ModelConfig
 from brewjax.model.params import MODEL, Params, load_model
@@ -201,6 +203,22 @@ def make_model(run: Run, name: str, work: Callable[[Path], None], folder: Path) 
     """A stage's own work, of models that read the recipe's tokens."""
     check_foreign_tokenizers(run, name, run.tokenizer)  # again: a stage may be new, and `prepare` done long ago
     work(folder)
+    if max_examples := run.recipe.stages[name].calibrate:
+        _calibrate(run, max_examples, folder / "model")
+
+
+def _calibrate(run: Run, max_examples: int, model: Path) -> None:
+    """Adds temperatures to a model's folder."""
+    validation = [
+        TaskExamples(each.surface.dataset, each.task, each.sample("validation", max_examples), each.surface.name)
+        for each in run.tasks.values()
+    ]
+    surfaces = calibrate(Bundle.load(model, run.recipe.evaluate.mesh), validation).surfaces
+    if distributed.is_process_zero():
+        for name, surface in surfaces.items():
+            surface.save(model / SURFACES / name)
+            words = ", ".join(f"{task} {temperature:.3f}" for task, temperature in surface.temperatures.items())
+            plain_console().print(f"temperatures of {name}: {words}")
 
 
 # --- the plan
@@ -230,6 +248,7 @@ def steps(run: Run, write_units: WriteUnits = write_on_this_host) -> list[Step]:
                 settings[key] = hash_folder(Path(source))
         if not stage.init_from:
             settings["model"] = ModelConfig.load(recipe.model).model_dump(mode="json")
+        code = SCORE if stage.calibrate else ()
         if isinstance(stage, TrainedStage):
             own_data = settings.pop("data")
             settings["surface_weights"] = weights
@@ -245,16 +264,16 @@ def steps(run: Run, write_units: WriteUnits = write_on_this_host) -> list[Step]:
             work = functools.partial(train_stage, run, stage, run.folder / data[data_key])
             work = functools.partial(make_model, run, name, work)
             plan.append(
-                Step(name, work, (data[data_key], *models), settings, TRAIN, protected=True, all_processes=True)
+                Step(name, work, (data[data_key], *models), settings, code + TRAIN, protected=True, all_processes=True)
             )
         else:
             does: Any = prune_stage if isinstance(stage, PruneStage) else quantize_stage
             work = functools.partial(make_model, run, name, functools.partial(does, run, stage))
-            plan.append(Step(name, work, ("prepare", *models), settings, COMPRESS, all_processes=True))
+            plan.append(Step(name, work, ("prepare", *models), settings, code + COMPRESS, all_processes=True))
         embeds = isinstance(stage, ContrastiveStage)
         work = functools.partial(retrieve_stage if embeds else evaluate_stage, run, name)
-        code = RETRIEVE if embeds else SCORE
-        plan.append(Step(f"{EVALUATE}{name}", work, (name,), judged, code, all_processes=True))
+        judge = RETRIEVE if embeds else SCORE
+        plan.append(Step(f"{EVALUATE}{name}", work, (name,), judged, judge, all_processes=True))
     if recipe.ranking_stages:
         plan.append(Step("baselines", functools.partial(baselines_stage, run), ("prepare",), judged, ("evaluate",)))
     everything = tuple(step.name for step in plan)

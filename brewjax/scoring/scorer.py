@@ -142,7 +142,8 @@ class Scorer:
                     for chunk, log_probs in zip(pass_.chunks, chunk_log_probs, strict=True):
                         index, first_question = chunk.owner
                         stop = first_question + len(log_probs)
-                        results[index][first_question:stop] = normalize_over_labels(log_probs)
+                        temperature = chunk.prompt.temperature
+                        results[index][first_question:stop] = normalize_over_labels(log_probs, temperature)
                 on_pass(sum(len(chunk.questions) for pass_ in running.passes for chunk in pass_.chunks))
             running = following
         return results
@@ -265,7 +266,7 @@ def score_labels(
     )
 
 
-def normalize_over_labels(log_probs: Float[np.ndarray, "Q L"]) -> Float[np.ndarray, "Q L"]:
-    """float32 probabilities that add up to one over the labels."""
-    weights = np.exp(log_probs - log_probs.max(-1, keepdims=True))
+def normalize_over_labels(log_probs: Float[np.ndarray, "Q L"], temperature: float = 1.0) -> Float[np.ndarray, "Q L"]:
+    """float32 probabilities that add up to one over the labels, whose logits are divided by the temperature."""
+    weights = np.exp((log_probs - log_probs.max(-1, keepdims=True)) / np.float32(temperature))
     return weights / weights.sum(-1, keepdims=True)

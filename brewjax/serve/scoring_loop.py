@@ -340,7 +340,8 @@ class ScoringLoop:
         if not np.isfinite(log_probs).all():
             raise FloatingPointError("the model's scores are not finite")
         over_labels = job.normalize_over == "labels"
-        probabilities = normalize_over_labels(log_probs) if over_labels else np.exp(log_probs)
+        temperature = chunk.prompt.temperature
+        probabilities = normalize_over_labels(log_probs, temperature) if over_labels else np.exp(log_probs)
         request.on_scores(chunk.questions.start, probabilities)
         if chunk.questions.stop == len(chunk.prompt.questions):
             _succeed(request, job.num_cached_tokens)

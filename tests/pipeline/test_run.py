@@ -55,7 +55,7 @@ stages:
     rungs:
       half: {prune: {d_ff: 0.5, examples: 20}}
       quarter: {prune: {kv_heads: 1, examples: 20}, train: {steps: 2}}
-  turbo: {do: quantize}
+  turbo: {do: quantize, calibrate: 5}
 """
 
 

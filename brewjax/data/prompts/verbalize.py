@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -43,6 +43,7 @@ class Verbalizer:
       max_tokens: budget for preamble, history and the longest question; the oldest events are left out to fit.
       template: variables of the chat template, for the styles that use it.
       facts: where facts come from; by default they are computed from the dataset's events.
+      temperatures: of prompts, by the name of their task; 1 by default.
 
     Attributes:
       overlong: counts the items and members whose texts did not fit.
@@ -56,8 +57,10 @@ class Verbalizer:
         max_tokens: int,
         template: ChatTemplate = AS_IT_COMES,
         facts: FactSource | None = None,
+        temperatures: Mapping[str, float] | None = None,
     ):
         self.dataset, self.tokenizer, self._max_tokens, self._template = dataset, tokenizer, max_tokens, template
+        self._temperatures = temperatures or {}
         self.overlong = OverlongLog()
         self._known_questions: dict[str, Questions] = {}  # of each task, by name
         source = facts or FactValues.of(dataset)
@@ -164,7 +167,16 @@ class Verbalizer:
             events = _group_events(events, [self.dataset.action_name(row) for row in rows], groups)
         answer_offsets = tuple(offsets[num_truncated:]) if style.turns else ()
         words = tuple(chat.answer + word for word in task.words)
-        return Prompt(preamble, tuple(events), questions, words, num_truncated, answer_offsets, tuple(truncated))
+        return Prompt(
+            preamble,
+            tuple(events),
+            questions,
+            words,
+            num_truncated,
+            answer_offsets,
+            tuple(truncated),
+            self._temperatures.get(task.name, 1.0),
+        )
 
     def _room_for_questions(
         self, task: Task, budget: int, render_preamble: Callable[[int | None], str], bare_question: int

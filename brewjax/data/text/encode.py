@@ -36,6 +36,7 @@ class EncodedPrompt:
         if there are no lists.
       weight: loss weight of every target.
       soft_labels: per question, float [labels], another ranker's probability of each label. Empty if there are none.
+      temperature: divides the labels' logits in scoring; training has no use for it.
     """
 
     prefix_pieces: list[list[int]]
@@ -47,6 +48,7 @@ class EncodedPrompt:
     preference_lists: list[int] = dataclasses.field(default_factory=list)
     weight: float = 1.0
     soft_labels: list[np.ndarray] = dataclasses.field(default_factory=list)
+    temperature: float = 1.0
 
     @property
     def prefix_length(self) -> int:
@@ -192,6 +194,7 @@ def encode(prompt: Prompt, tokenizer: Tokenizer, layout: HistoryLayout) -> Encod
         [answer or question.label for question, answer in zip(prompt.questions, text_answers, strict=True)],
         layout,
         answer_offsets=[len(head) for head in heads] if prompt.answer_offsets else [],
+        temperature=prompt.temperature,
     )
 
 

@@ -51,6 +51,7 @@ class Prompt:
       answer_offsets: where a history consists of chat turns, the character in each event's text at which its answer
         begins, 0 if it has none; else empty.
       truncated_texts: a line for each item, and for the profile, whose texts were truncated to fit.
+      temperature: divides the labels' logits before the softmax over the labels, so that the model is calibrated.
     """
 
     preamble: str
@@ -60,6 +61,7 @@ class Prompt:
     num_truncated_events: int = 0
     answer_offsets: tuple[int, ...] = ()
     truncated_texts: tuple[str, ...] = ()
+    temperature: float = 1.0
 
     def render(self) -> str:
         """Renders the prompt for people to read: questions numbered, known answers filled in."""
