@@ -123,8 +123,10 @@ def _default(field: FieldInfo) -> str:
 
 
 def _loosen_recipe(made: dict[str, Any]) -> None:
-    """What `Recipe` fills in before it is checked: training settings shared by all stages, and ladders."""
+    """What `Recipe` fills in before it is checked (training settings shared by all stages, and ladders), and checks of
+    its own: surfaces, or the short form of one."""
     definitions = made["$defs"]
+    made["oneOf"] = [{"required": ["surfaces"]}, {"required": ["dataset", "tasks"]}]
     for stage in TRAINING.values():
         definitions[stage.__name__]["required"].remove("train")
     definitions["TrainConfig"].pop("required")

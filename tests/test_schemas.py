@@ -32,7 +32,14 @@ def test_every_shipped_file_fits_its_schema(path: Path, file: str):
 
 
 @pytest.mark.parametrize(
-    ("old", "new"), [("do: quantize", "do: quantise"), ("rungs:", "rung:"), ("seq_len: 1024", "seq_len: 0")]
+    ("old", "new"),
+    [
+        ("do: quantize", "do: quantise"),
+        ("rungs:", "rung:"),
+        ("seq_len: 1024", "seq_len: 0"),
+        ("dataset: jobs\n", ""),
+        ("dataset: jobs\n", "dataset: jobs\nsurfaces: {films: {dataset: films, tasks: [liked.yaml]}}\n"),
+    ],
 )
 def test_what_brewjax_refuses_a_schema_refuses_too(old, new):
     jsonschema.validate(yaml.safe_load(LINES), schema("recipe"))

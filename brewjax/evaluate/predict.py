@@ -41,12 +41,14 @@ class TaskExamples(NamedTuple):
       task: what is asked.
       examples: see `RankingExample`.
       surface: of the model, as which the dataset is read; "" finds it, see `Bundle.verbalizer`.
+      name: of the task, to be printed; its own by default.
     """
 
     dataset: Dataset
     task: Task
     examples: Sequence[RankingExample]
     surface: str = ""
+    name: str = ""
 
 
 class Predictions(NamedTuple):
@@ -67,11 +69,11 @@ def predict(bundle: Bundle, tasks: Sequence[TaskExamples]) -> list[Predictions]:
     Raises:
       ConfigError: every question of a task was skipped.
     """
-    encoded = [encode_examples(bundle, *each) for each in tasks]
+    encoded = [encode_examples(bundle, each.dataset, each.task, each.examples, each.surface) for each in tasks]
     scorer = bundle.scorer([prompt for _, prompts in encoded for prompt in prompts])
     scorer.warm_up()
     return [
-        score_task(scorer, each.task, examples, prompts)
+        score_task(scorer, each.name or each.task.name, examples, prompts)
         for each, (examples, prompts) in zip(tasks, encoded, strict=True)
     ]
 
@@ -95,14 +97,14 @@ def encode_examples(
 
 
 def score_task(
-    scorer: Scorer, task: Task, examples: Sequence[RankingExample], prompts: Sequence[EncodedPrompt]
+    scorer: Scorer, name: str, examples: Sequence[RankingExample], prompts: Sequence[EncodedPrompt]
 ) -> Predictions:
-    """Scores encoded prompts, all of `examples`, and prints the speed."""
+    """Scores encoded prompts, all of `examples`, and prints the speed beside the task's name."""
     start_time = time.perf_counter()
     probabilities = scorer.score_encoded(prompts)
     seconds = time.perf_counter() - start_time
     questions = sum(len(prompt.questions) for prompt in prompts)
     tokens = sum(len(prompt) for prompt in prompts)
     speed = f"{seconds:.1f} s, {tokens / seconds:,.0f} tokens/s"
-    plain_console().print(f"{task.name}: {questions:,} questions scored in {tokens:,} tokens, {speed}")
+    plain_console().print(f"{name}: {questions:,} questions scored in {tokens:,} tokens, {speed}")
     return Predictions(from_examples(examples, np.concatenate(probabilities)), ScoringCost(questions, tokens, seconds))

@@ -88,7 +88,7 @@ class RunSurface:
     def verbalizer(self) -> Verbalizer:
         prompts, percentiles = self.run.recipe.prompts, Percentiles(self.scale.quantiles)
         verbalizer = Verbalizer(self.dataset, percentiles, self.run.tokenizer, prompts.max_tokens, prompts.chat)
-        verbalizer.overlong = self.run.overlong
+        verbalizer.overlong = self.run.overlong.within(self.prefixed(""))
         return verbalizer
 
     def trained(self) -> Surface:

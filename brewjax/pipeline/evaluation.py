@@ -42,7 +42,7 @@ def evaluate_stage(run: Run, name: str, folder: Path) -> None:
     predicted = predict(
         bundle,
         [
-            TaskExamples(surface.dataset, task, run.test_examples[of_task], surface.name)
+            TaskExamples(surface.dataset, task, run.test_examples[of_task], surface.name, of_task)
             for of_task, (surface, task) in run.tasks.items()
         ],
     )

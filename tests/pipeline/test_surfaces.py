@@ -25,8 +25,9 @@ from brewjax.pipeline.context import Run
 from brewjax.pipeline.dry_run import surfaces_table
 from brewjax.pipeline.preparation import Preparation
 from brewjax.pipeline.recipe import Recipe
-from brewjax.pipeline.stages import prepare, shares
+from brewjax.pipeline.stages import prepare, run_recipe, shares
 from brewjax.pipeline.workers import write_here, write_on_all_cores
+from brewjax.retrieve.encoder import Encoder
 from tests.pipeline.test_preparation import contents
 from tests.pipeline.test_run import MODEL, brewjax
 
@@ -136,6 +137,15 @@ def test_killed_in_the_middle_it_ends_with_the_same_bits(folder, trained):
     for name in ("jobs", "people"):
         tables = [pq.read_table(run / "evaluate-turbo" / name / "acts.parquet") for run in (trained, killed)]
         assert tables[0].equals(tables[1])
+
+
+@pytest.mark.long
+def test_an_encoder_is_of_the_surface_of_its_task(here, capsys):
+    stage = {"do": "contrastive", "data": {"task": "people/acts"}, "loss": {"dimensions": [8]}}
+    run_recipe(load(here, "encoder", stages={"encoder": stage}).recipe, here / "encoder")
+    encoder = Encoder.load(here / "encoder" / "encoder" / "model")
+    assert (encoder.surface.name, encoder.task.name, encoder.config.task) == ("people", "acts", "acts")
+    assert "Recall@100" in capsys.readouterr().out
 
 
 def load(folder: Path, out: str, **changed: object) -> Run:

@@ -36,10 +36,17 @@ class OverlongLog:
 
     def __init__(self) -> None:
         self._entries: dict[tuple[str, str], dict[str, Overlong]] = {}
+        self._prefix = ""
+
+    def within(self, prefix: str) -> OverlongLog:
+        """This log, for tasks whose names begin with `prefix` here: "jobs/"."""
+        log = OverlongLog()
+        log._entries, log._prefix = self._entries, prefix
+        return log
 
     def add(self, task: str, outcome: str, overlong: Overlong) -> None:
         """Notes the outcome, "truncated" or "skipped", of an overlong text of a task."""
-        self._entries.setdefault((task, outcome), {}).setdefault(overlong.noun, overlong)
+        self._entries.setdefault((self._prefix + task, outcome), {}).setdefault(overlong.noun, overlong)
 
     def merge(self, log: OverlongLog) -> None:
         """Adds the counts of another log."""
@@ -50,7 +57,8 @@ class OverlongLog:
     def take(self) -> OverlongLog:
         """The counts, as a log of their own; the count starts anew."""
         log = OverlongLog()
-        log._entries, self._entries = self._entries, {}
+        log._entries = dict(self._entries)
+        self._entries.clear()
         return log
 
     def print(self) -> None:
