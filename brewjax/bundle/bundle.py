@@ -35,7 +35,14 @@ SHORTEST_ROW = 256  # tokens; rows of the bundle's own scorer double from here, 
 
 
 def check_folder(folder: Path) -> None:
-    """Raises ConfigError, with a guess at what was meant, unless `folder` is a model folder."""
+    """Checks that a folder is a model's.
+
+    Args:
+      folder: to check.
+
+    Raises:
+      ConfigError: it is not; with a guess at what was meant.
+    """
     if (folder / MODEL).is_file():
         return
     if not folder.exists():
@@ -87,7 +94,8 @@ class Bundle:
         (2, 2)
 
     Attributes:
-      model, params: sizes and parameters of the decoder.
+      model: the shape of the decoder.
+      params: its parameters.
       tokenizer: encodes prompts.
       prompts: styles, token budget and layout of prompts in training.
       scale: percentiles of the training dataset; None for an imported model, which has no dataset.
@@ -115,7 +123,11 @@ class Bundle:
         )
 
     def save(self, folder: Path) -> None:
-        """Writes the folder, the weights last, so that a folder with weights is complete."""
+        """Writes the folder, the weights last, so that a folder with weights is complete.
+
+        Args:
+          folder: is made if it is not there; every process of a distributed run calls this.
+        """
         if distributed.is_process_zero():
             folder.mkdir(parents=True, exist_ok=True)
             self.tokenizer.save(folder / TOKENIZER)
@@ -133,9 +145,18 @@ class Bundle:
 
     @classmethod
     def load(cls, folder: str | Path, mesh: MeshConfig | None = None) -> Bundle:
-        """Reads a folder, with the parameters placed on `mesh` (by default all devices, split by batch only).
+        """Reads a model folder.
 
-        Raises ValueError, naming the file that is missing or broken.
+        Args:
+          folder: as `save`, `brewjax run` or `brewjax import` wrote it.
+          mesh: the devices to place the parameters on; by default all devices, split by batch only.
+
+        Returns:
+          The bundle, its parameters in the model's `param_dtype`.
+
+        Raises:
+          ConfigError: there is no such folder, or a file in it is wrong; names the file, and in it line and key.
+          ValueError: the folder has no complete weights.
         """
         folder = Path(folder)
         check_folder(folder)
@@ -144,7 +165,17 @@ class Bundle:
 
     @classmethod
     def from_params(cls, model: ModelConfig, params: Params, folder: Path, mesh: MeshConfig) -> Bundle:
-        """A bundle of parameters that are on a mesh already; tokenizer, prompts and the rest are read from `folder`."""
+        """Makes a bundle of parameters that are on a mesh already.
+
+        Args:
+          model: the shape of the decoder.
+          params: its parameters, on `mesh`.
+          folder: a model folder, from which tokenizer, prompts, percentiles, card and tasks are read.
+          mesh: the devices that the parameters are on.
+
+        Returns:
+          The bundle.
+        """
         return cls(
             model,
             params,
@@ -158,10 +189,18 @@ class Bundle:
         )
 
     def verbalizer(self, dataset: Dataset, task: Task) -> Verbalizer:
-        """A verbalizer that renders examples of a dataset as in training.
+        """Makes a verbalizer that renders examples of a dataset as in training.
 
-        On a dataset other than that of training, percentiles are fitted to it, before `task`'s validation split.
-        Raises ValueError for a label word that is not one token.
+        Args:
+          dataset: the tables. On one other than that of training, percentiles are fitted to it, before `task`'s
+            validation period.
+          task: whose label words the tokenizer must have as single tokens.
+
+        Returns:
+          The verbalizer, with this model's tokenizer and prompt budget.
+
+        Raises:
+          ConfigError: a label word is not one token.
         """
         task.check_words(self.tokenizer)
         return self._verbalizer(dataset, self._percentiles(dataset, task))
@@ -179,8 +218,15 @@ class Bundle:
         return percentiles
 
     def request_verbalizer(self, dataset: Dataset, facts: FactSource | None = None) -> Verbalizer:
-        """A verbalizer for a request, whose tables follow the model's card, with the percentiles of training, and with
-        the facts that the request brings."""
+        """Makes a verbalizer for a request, with the percentiles of training.
+
+        Args:
+          dataset: the request's tables, which follow the model's card.
+          facts: those that the request brings; by default they are computed from the dataset's events.
+
+        Returns:
+          The verbalizer.
+        """
         return self._verbalizer(dataset, Percentiles(self.scale.quantiles if self.scale else {}), facts)
 
     def _verbalizer(self, dataset: Dataset, percentiles: Percentiles, facts: FactSource | None = None) -> Verbalizer:
@@ -188,28 +234,69 @@ class Bundle:
         return Verbalizer(dataset, percentiles, self.tokenizer, prompts.max_tokens, prompts.chat, facts)
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:
-        """Tokens of a prompt in the layout of training. Raises ValueError if they are more than the model reads."""
+        """Tokenizes a prompt in the layout of training.
+
+        Args:
+          prompt: to be scored.
+
+        Returns:
+          The tokens of each of its pieces.
+
+        Raises:
+          ValueError: a label word is not one token, a question is empty, or the prefix with a question is longer than
+            the model reads.
+        """
         encoded = encode(prompt, self.tokenizer, self.prompts.layout)
         self.model.check_length(encoded.context, "a prompt with one question")
         return encoded
 
     def score(self, prompt: Prompt) -> Float[np.ndarray, "Q L"]:
-        """float32 probability of each label for each question of one prompt.
+        """Scores the questions of one prompt.
 
         The first prompt of a length compiles; later ones of about this length use the same program.
+
+        Args:
+          prompt: with one question or more.
+
+        Returns:
+          The probability of each label for each question, float32 [questions, labels]; a row sums to 1.
+
+        Raises:
+          ValueError: as `encode`.
         """
         return self._scorer_for([self.encode(prompt)]).score(prompt)
 
     def score_encoded(self, prompts: Sequence[EncodedPrompt]) -> list[Float[np.ndarray, "Q L"]]:
-        """As `score`, for many prompts that are encoded already, in one call and packed together."""
+        """Scores many prompts in one call, packed together.
+
+        Args:
+          prompts: as `encode` returns them.
+
+        Returns:
+          For each prompt, as `score`.
+        """
         return self._scorer_for(prompts).score_encoded(prompts)
 
     def scorer(self, prompts: Sequence[EncodedPrompt]) -> Scorer:
-        """A scorer whose compiled shapes are chosen for the lengths of these prompts, for when all are known."""
+        """Makes a scorer whose compiled shapes are chosen for the lengths of these prompts, for when all are known.
+
+        Args:
+          prompts: those that will be scored.
+
+        Returns:
+          The scorer; it compiles a shape when it first uses it.
+        """
         return self.make_scorer(choose_buckets([len(prompt) for prompt in prompts]))
 
     def make_scorer(self, buckets: Sequence[Bucket]) -> Scorer:
-        """A scorer of these compiled shapes."""
+        """Makes a scorer of given compiled shapes.
+
+        Args:
+          buckets: the shapes.
+
+        Returns:
+          The scorer; it compiles a shape when it first uses it.
+        """
         return Scorer(self.model, self.params, self.tokenizer, self.prompts.layout, buckets, self.mesh.build())
 
     @cached_property

@@ -44,8 +44,12 @@ def open(model: str | Path | Bundle, dataset: str | Path | Dataset | None = None
       model: a model's folder, or a bundle that is loaded.
       dataset: a dataset's folder, or one that is loaded; only `score` and `generate` do without.
 
+    Returns:
+      The model and the tables, to ask questions of.
+
     Raises:
-      ConfigError, DatasetError: for a folder that cannot be read; names the file.
+      ConfigError: a folder cannot be read; names the file.
+      DatasetError: the tables do not fit their card.
     """
     bundle = model if isinstance(model, Bundle) else Bundle.load(model)
     return Explorer(bundle, dataset if dataset is None or isinstance(dataset, Dataset) else Dataset.load(dataset))

@@ -34,7 +34,17 @@ class SideConfig(Config):
         return instruction
 
     def choose(self, tasks: list[Task]) -> Task:
-        """The task by its name; ConfigError where there is none of this name."""
+        """Chooses the task whose history and words a side is rendered with.
+
+        Args:
+          tasks: of a recipe or a bundle.
+
+        Returns:
+          The task named by `task`; the first, if none is named.
+
+        Raises:
+          ConfigError: there is no task of this name.
+        """
         for task in tasks:
             if self.task in ("", task.name):
                 return task

@@ -62,7 +62,11 @@ class Prompt:
     truncated_texts: tuple[str, ...] = ()
 
     def render(self) -> str:
-        """Renders the prompt for people to read: questions numbered, known answers filled in."""
+        """Renders the prompt for people to read: questions numbered, known answers filled in.
+
+        Returns:
+          The text.
+        """
         parts = [self.preamble, *self.events]
         for number, question in enumerate(self.questions, 1):
             heading = f"{question.heading} {number}" if question.heading else ""
@@ -77,6 +81,9 @@ class Prompt:
         Args:
           text: the JSON.
           source: the name of the file or input that the text is from, for errors.
+
+        Returns:
+          The prompt, without answers.
 
         Raises:
           ValueError: names the key that is unknown, missing or of the wrong type.
