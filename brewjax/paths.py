@@ -25,9 +25,17 @@ def user_cache() -> Path:
 
 @contextlib.contextmanager
 def atomic_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `out` when the block ends well; else nothing is left of it.
+    """Makes a folder to write into, which becomes `out` when the block ends well; else nothing is left of it.
 
-    Raises ValueError, before the block, where `out` is there and not an empty folder.
+    Args:
+      out: must not exist, or be empty.
+
+    Yields:
+      The folder to write into.
+
+    Raises:
+      ValueError: `out` is taken; before the block.
+      StorageError: the disk is full, or cannot be written to.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists; move it away or write elsewhere")
@@ -65,7 +73,17 @@ class StorageError(RuntimeError):
 
 @contextlib.contextmanager
 def storage_errors(folder: Path) -> Iterator[None]:
-    """Raises StorageError, one line, for a failed write into `folder` in this block, whichever library met it."""
+    """Turns a failed write of this block into one line, whichever library met it.
+
+    Args:
+      folder: that the block writes into.
+
+    Yields:
+      Nothing.
+
+    Raises:
+      StorageError: a write failed; names the folder and the reason.
+    """
     try:
         yield
     except Exception as error:
@@ -90,8 +108,15 @@ def _storage_reason(error: BaseException | None) -> str | None:
 
 
 def check_renames(folder: Path) -> None:
-    """Raises StorageError where a folder with a file in it cannot be renamed below `folder`: Orbax completes a
-    checkpoint that way, and a bucket with a flat namespace, mounted by gcsfuse, has no such thing."""
+    """Checks that a folder with a file in it can be renamed: Orbax completes a checkpoint that way, and a bucket with a
+    flat namespace, mounted by gcsfuse, has no such thing.
+
+    Args:
+      folder: below which folders will be renamed.
+
+    Raises:
+      StorageError: they cannot be.
+    """
     before, after = folder / f".rename-{os.getpid()}", folder / f".renamed-{os.getpid()}"
     try:
         before.mkdir()
@@ -113,8 +138,18 @@ class LockedError(RuntimeError):
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Makes `folder` and keeps other processes out of this block for it. The system drops the lock of a process that
-    ends, however it ends. Raises LockedError, which names the process that holds the lock."""
+    """Makes a folder, and keeps other processes out of this block for it. The system drops the lock of a process that
+    ends, however it ends.
+
+    Args:
+      folder: to lock.
+
+    Yields:
+      Nothing.
+
+    Raises:
+      LockedError: another process holds the lock; names it.
+    """
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (closed below)

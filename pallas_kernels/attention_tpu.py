@@ -106,80 +106,113 @@ def _forward_kernel(
 ) -> None:  # fmt: skip
     i = pl.program_id(1)
     first, last = _edges(q_block, i)
-    scale = plan.scale * LOG2E  # for weights of 2^score
-
-    @pl.when(first)
-    def _() -> None:
-        reference[...] = jnp.full_like(reference, INITIAL_MAX)
-        row_sum[...] = jnp.zeros_like(row_sum)
-        acc[...] = jnp.zeros_like(acc)
-
-    def attend_full(sub_blocks: list[SubBlock]) -> None:
-        """With the reference so far as offset, or 0; rows for which it was bad keep their state and run again."""
-        accepted: dict[int, Array] = {}
-
-        def compute_weights(n: int) -> None:
-            sub_block, index = sub_blocks[n], sub_blocks[n].index
-            previous = reference[index]
-            offset = jnp.where(previous == INITIAL_MAX, 0.0, previous)
-            added = jnp.zeros((8, sub_block.width), jnp.float32)
-            for row in range(0, plan.keys, plan.chunk):  # of 32 to 512 keys at a time, the fewest bundles
-                rows = pl.Slice(row, min(plan.chunk, plan.keys - row))
-                p = jnp.exp2(_dot(k[rows], q[index]) * scale - offset)
-                weights[n % 2, rows] = p.astype(weights.dtype)
-                added += p.reshape(-1, 8, sub_block.width).sum(0)
-            new_sum = row_sum[index] + added.sum(0, keepdims=True)
-            accepted[n] = (new_sum > MIN_ROW_SUM) & (new_sum < MAX_ROW_SUM)
-            row_sum[index] = jnp.where(accepted[n], new_sum, row_sum[index])
-            reference[index] = jnp.where(accepted[n], offset, previous)
-            skip_mask[index] = jnp.where(accepted[n], MASKED, 0.0)
-
-        def accumulate(n: int) -> None:
-            added = _dot(v[:, sub_blocks[n].rows], weights[n % 2, sub_blocks[n].rows])
-            acc[sub_blocks[n].index] += jnp.where(accepted.pop(n), added, 0)
-
-        _pipeline(len(sub_blocks), compute_weights, accumulate)
-        any_rejected = (
-            functools.reduce(jnp.maximum, [skip_mask[sub_block.index] for sub_block in sub_blocks]).max() == 0
-        )
-        pl.when(any_rejected)(functools.partial(_rerun, attend_masked, sub_blocks, skip_mask))
-
-    def attend_masked(sub_blocks: list[SubBlock]) -> None:
-        """With the true running maximum as offset."""
-        block_maxima: dict[int, Array] = {}
-        rescales: dict[int, Array] = {}
-
-        def score(n: int) -> None:
-            sub_block = sub_blocks[n]
-            s = _dot(k[sub_block.rows], q[sub_block.index]) * scale + sub_block.mask[...]
-            scores[n % 2, *sub_block.scratch] = s
-            block_maxima[n] = s.reshape(-1, 8, sub_block.width).max(0)
-
-        def compute_weights(n: int) -> None:
-            sub_block, index = sub_blocks[n], sub_blocks[n].index
-            previous = reference[index]
-            row_max = jnp.maximum(previous, block_maxima.pop(n).max(0, keepdims=True))
-            p = jnp.exp2(scores[n % 2, *sub_block.scratch] - row_max)
-            weights[n % 2, *sub_block.scratch] = p.astype(weights.dtype)
-            rescales[n] = jnp.exp2(previous - row_max)
-            row_sum[index] = row_sum[index] * rescales[n] + p.sum(0, keepdims=True)
-            reference[index] = row_max
-
-        def accumulate(n: int) -> None:
-            sub_block, index = sub_blocks[n], sub_blocks[n].index
-            added = _dot(v[:, sub_block.rows], weights[n % 2, *sub_block.scratch])
-            acc[index] = acc[index] * rescales.pop(n) + added
-
-        _pipeline(len(sub_blocks), score, compute_weights, accumulate)
-
+    softmax = OnlineSoftmax(plan, q, k, v, reference, row_sum, acc, scores, weights, skip_mask)
+    pl.when(first)(softmax.clear)
     tile_masks = Masks(plan, start[0], q_block[i], kv_block[i], q_labels, kv_labels, columns, masks)
-    _visit(plan, kind[i], attend_full, attend_masked, tile_masks)
+    _visit(plan, kind[i], softmax.attend_full, softmax.attend_masked, tile_masks)
 
     @pl.when(last)
     def _() -> None:
         safe = jnp.maximum(row_sum[...], MIN_ROW_SUM)  # the sum of a query without keys is 0
         out[...] = (acc[...] / safe).astype(out.dtype)
         lse[...] = reference[...] / LOG2E + jnp.log(safe)
+
+
+@dataclasses.dataclass(frozen=True)
+class OnlineSoftmax:
+    """The running softmax of a query block, to which a visit adds keys.
+
+    Attributes:
+      q, k, v: Refs of the visit's blocks.
+      reference, row_sum, acc: Refs of the state: the offset subtracted from scores, the sum of weights, and the
+        unnormalised output.
+      scores, weights, skip_mask: scratch.
+    """
+
+    plan: AttentionPlan
+    q: Any
+    k: Any
+    v: Any
+    reference: Any
+    row_sum: Any
+    acc: Any
+    scores: Any
+    weights: Any
+    skip_mask: Any
+
+    @property
+    def scale(self) -> float:
+        """Of scores, for weights of 2^score."""
+        return self.plan.scale * LOG2E
+
+    def clear(self) -> None:
+        """Begins a query block: no keys yet."""
+        self.reference[...] = jnp.full_like(self.reference, INITIAL_MAX)
+        self.row_sum[...] = jnp.zeros_like(self.row_sum)
+        self.acc[...] = jnp.zeros_like(self.acc)
+
+    def attend_full(self, sub_blocks: list[SubBlock]) -> None:
+        """With the reference so far as offset, or 0; rows for which it was bad keep their state and run again."""
+        accepted: dict[int, Array] = {}
+
+        def compute_weights(n: int) -> None:
+            accepted[n] = self._compute_estimated_weights(sub_blocks[n], n % 2)
+
+        def accumulate(n: int) -> None:
+            added = _dot(self.v[:, sub_blocks[n].rows], self.weights[n % 2, sub_blocks[n].rows])
+            self.acc[sub_blocks[n].index] += jnp.where(accepted.pop(n), added, 0)
+
+        _pipeline(len(sub_blocks), compute_weights, accumulate)
+        any_rejected = (
+            functools.reduce(jnp.maximum, [self.skip_mask[sub_block.index] for sub_block in sub_blocks]).max() == 0
+        )
+        pl.when(any_rejected)(functools.partial(_rerun, self.attend_masked, sub_blocks, self.skip_mask))
+
+    def _compute_estimated_weights(self, sub_block: SubBlock, buffer: int) -> Array:
+        """Writes the weights of a full sub-block into `weights[buffer]`; returns for which queries they may be used."""
+        plan, index = self.plan, sub_block.index
+        previous = self.reference[index]
+        offset = jnp.where(previous == INITIAL_MAX, 0.0, previous)
+        added = jnp.zeros((8, sub_block.width), jnp.float32)
+        for row in range(0, plan.keys, plan.chunk):  # of 32 to 512 keys at a time, the fewest bundles
+            rows = pl.Slice(row, min(plan.chunk, plan.keys - row))
+            p = jnp.exp2(_dot(self.k[rows], self.q[index]) * self.scale - offset)
+            self.weights[buffer, rows] = p.astype(self.weights.dtype)
+            added += p.reshape(-1, 8, sub_block.width).sum(0)
+        new_sum = self.row_sum[index] + added.sum(0, keepdims=True)
+        accepted = (new_sum > MIN_ROW_SUM) & (new_sum < MAX_ROW_SUM)
+        self.row_sum[index] = jnp.where(accepted, new_sum, self.row_sum[index])
+        self.reference[index] = jnp.where(accepted, offset, previous)
+        self.skip_mask[index] = jnp.where(accepted, MASKED, 0.0)
+        return accepted
+
+    def attend_masked(self, sub_blocks: list[SubBlock]) -> None:
+        """With the true running maximum as offset."""
+        block_maxima: dict[int, Array] = {}
+        rescales: dict[int, Array] = {}
+
+        def score(n: int) -> None:
+            sub_block = sub_blocks[n]
+            s = _dot(self.k[sub_block.rows], self.q[sub_block.index]) * self.scale + sub_block.mask[...]
+            self.scores[n % 2, *sub_block.scratch] = s
+            block_maxima[n] = s.reshape(-1, 8, sub_block.width).max(0)
+
+        def compute_weights(n: int) -> None:
+            sub_block, index = sub_blocks[n], sub_blocks[n].index
+            previous = self.reference[index]
+            row_max = jnp.maximum(previous, block_maxima.pop(n).max(0, keepdims=True))
+            p = jnp.exp2(self.scores[n % 2, *sub_block.scratch] - row_max)
+            self.weights[n % 2, *sub_block.scratch] = p.astype(self.weights.dtype)
+            rescales[n] = jnp.exp2(previous - row_max)
+            self.row_sum[index] = self.row_sum[index] * rescales[n] + p.sum(0, keepdims=True)
+            self.reference[index] = row_max
+
+        def accumulate(n: int) -> None:
+            sub_block, index = sub_blocks[n], sub_blocks[n].index
+            added = _dot(self.v[:, sub_block.rows], self.weights[n % 2, *sub_block.scratch])
+            self.acc[index] = self.acc[index] * rescales.pop(n) + added
+
+        _pipeline(len(sub_blocks), score, compute_weights, accumulate)
 
 
 def backward(
@@ -346,6 +379,7 @@ class SubBlock:
 
     @property
     def width(self) -> int:
+        """The number of its queries."""
         return self.queries.stop - self.queries.start
 
     @property

@@ -63,7 +63,15 @@ def linear_log_probs(
 ) -> Float[Array, " N"]:
     """log softmax(head @ hidden)[target] of each token, for losses that are no weighted sum over tokens.
 
-    Args as `linear_cross_entropy`, and differentiable like it.
+    Differentiable like `linear_cross_entropy`.
+
+    Args:
+      hidden: hidden states.
+      head: the output matrix.
+      targets: token ids; negative for no target.
+      chunk: tokens whose logits are in memory at a time, in XLA; by default `default_chunk`.
+      block: words whose logits are in memory at a time, in XLA.
+      implementation: as of `linear_cross_entropy`.
 
     Returns:
       float32 [N]; 0 for tokens without a target.

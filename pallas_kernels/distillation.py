@@ -149,8 +149,12 @@ def top_k_distillation(
     without a tail the reverse KL would be infinite.
 
     Args:
+      hidden, head, weights, divergence, temperature, chunk, block: as of `linear_distillation`.
       ids: the teacher's words, different for each token; -1 for no word.
       log_probs: their log-probabilities at `temperature`, the likeliest first (for precision); -inf for no word.
+
+    Returns:
+      float32, as `linear_distillation`.
 
     Raises:
       ValueError: if k is not less than the vocabulary.

@@ -64,11 +64,20 @@ class BestRows(NamedTuple):
 def top_k(
     queries: Float[Array, "Q D"], rows: Rows, filters: Filter, k: int, implementation: str | None = None
 ) -> BestRows:
-    """The k rows with the largest inner products that each query's filter admits; products are float32 in truth.
+    """Finds the k rows with the largest inner products that each query's filter admits; products are float32 in truth.
 
     Args:
+      queries: one vector per row.
+      rows: the vectors to search, and their attribute bits.
+      filters: the bits that each query requires and bans.
       k: at most the number of rows.
       implementation: "xla", "tpu", or "tpu-interpreted"; the platform's own by default.
+
+    Returns:
+      Scores and rows, the best first, and for which queries they are surely the best.
+
+    Raises:
+      ValueError: `k` is not 1 to the number of rows.
     """
     if not 0 < k <= len(rows.vectors):
         raise ValueError(f"k is {k}; the index has {len(rows.vectors):,} rows")

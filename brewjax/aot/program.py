@@ -37,7 +37,15 @@ class TracedProgram(NamedTuple):
 
 
 def training_step(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> TracedProgram:
-    """The step that `brewjax run` trains with; call it with the mesh in context.
+    """Traces the step that `brewjax run` trains with; call it with the mesh in context.
+
+    Args:
+      model: the shape of the decoder.
+      config: of the training run.
+      mesh: of abstract devices, or real ones.
+
+    Returns:
+      The step.
 
     Raises:
       ValueError: if rows do not divide over the mesh.
@@ -52,7 +60,15 @@ def training_step(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> Traced
 
 
 def scoring_pass(model: ModelConfig, bucket: Bucket, mesh: Mesh) -> list[TracedProgram]:
-    """The two programs of a `Scorer`'s pass; call it with the mesh in context.
+    """Traces the two programs of a `Scorer`'s pass; call it with the mesh in context.
+
+    Args:
+      model: the shape of the decoder.
+      bucket: the pass's shape.
+      mesh: of abstract devices, or real ones.
+
+    Returns:
+      The pass, and its label scores.
 
     Raises:
       ValueError: if the bucket is not whole pages, or has cached pages on a mesh that splits rows.

@@ -105,7 +105,18 @@ def roofline(compiled: Compiled, where: Topology) -> Roofline:
 
 
 def advice(model: ModelConfig, config: TrainConfig, mesh: Mesh, memory: Memory, hbm: float) -> str:
-    """What to change such that a training step fits: the cheapest change that is not made yet."""
+    """Says what to change such that a training step fits: the cheapest change that is not made yet.
+
+    Args:
+      model: the shape of the decoder.
+      config: of the training run.
+      mesh: that the step was compiled for.
+      memory: that it needs on a device.
+      hbm: bytes of memory of a device.
+
+    Returns:
+      A line, with the settings to change.
+    """
     num_devices, sizes = data_parallel_size(mesh), dict(mesh.shape)
     spread = f"more devices along fsdp (now {sizes['fsdp']}), expert ({sizes['expert']}) or tensor ({sizes['tensor']})"
     if memory.arguments > 0.8 * hbm:
@@ -121,7 +132,15 @@ def advice(model: ModelConfig, config: TrainConfig, mesh: Mesh, memory: Memory, 
 
 
 def show(compiled: Compiled, where: Topology, suggestion: str, console: Console, longest: int = 16) -> None:
-    """Prints the report; `suggestion` only if the program does not fit. Tables have `longest` rows."""
+    """Prints the report of a program.
+
+    Args:
+      compiled: the program.
+      where: the devices that it was compiled for.
+      suggestion: what to change; printed only if the program does not fit.
+      console: that is printed to.
+      longest: rows of a table, at most.
+    """
     memory, hbm, program = compiled.memory, where.chip.hbm, compiled.program
     table = Table(title=f"{compiled.work.name}, compiled in {compiled.seconds:.0f} s", show_header=False)
     share = f"{memory.peak / hbm:.1%} of {hbm / GIB:.2f} GiB"

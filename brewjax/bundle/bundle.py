@@ -35,7 +35,14 @@ SHORTEST_ROW = 256  # tokens; rows of the bundle's own scorer double from here, 
 
 
 def check_folder(folder: Path) -> None:
-    """Raises ConfigError, with a guess at what was meant, unless `folder` is a model folder."""
+    """Checks that a folder is a model's.
+
+    Args:
+      folder: to check.
+
+    Raises:
+      ConfigError: it is not; with a guess at what was meant.
+    """
     if (folder / MODEL).is_file():
         return
     if not folder.exists():
@@ -63,7 +70,8 @@ class Bundle:
         (2, 2)
 
     Attributes:
-      model, params: sizes and parameters of the decoder.
+      model: the shape of the decoder.
+      params: its parameters.
       tokenizer: encodes prompts.
       prompts: styles, token budget and layout of prompts in training.
       surfaces: what it was trained on, by name: the card, percentiles and tasks of each; none of an imported model.
@@ -97,7 +105,11 @@ class Bundle:
         ]
 
     def save(self, folder: Path) -> None:
-        """Writes the folder, the weights last, so that a folder with weights is complete."""
+        """Writes the folder, the weights last, so that a folder with weights is complete.
+
+        Args:
+          folder: is made if it is not there; every process of a distributed run calls this.
+        """
         if distributed.is_process_zero():
             folder.mkdir(parents=True, exist_ok=True)
             self.tokenizer.save(folder / TOKENIZER)
@@ -110,9 +122,18 @@ class Bundle:
 
     @classmethod
     def load(cls, folder: str | Path, mesh: MeshConfig | None = None) -> Bundle:
-        """Reads a folder, with the parameters placed on `mesh` (by default all devices, split by batch only).
+        """Reads a model folder.
 
-        Raises ValueError, naming the file that is missing or broken.
+        Args:
+          folder: as `save`, `brewjax run` or `brewjax import` wrote it.
+          mesh: the devices to place the parameters on; by default all devices, split by batch only.
+
+        Returns:
+          The bundle, its parameters in the model's `param_dtype`.
+
+        Raises:
+          ConfigError: there is no such folder, or a file in it is wrong; names the file, and in it line and key.
+          ValueError: the folder has no complete weights.
         """
         folder = Path(folder)
         check_folder(folder)
@@ -121,7 +142,17 @@ class Bundle:
 
     @classmethod
     def from_params(cls, model: ModelConfig, params: Params, folder: Path, mesh: MeshConfig) -> Bundle:
-        """A bundle of parameters that are on a mesh already; tokenizer, prompts and the rest are read from `folder`."""
+        """Makes a bundle of parameters that are on a mesh already.
+
+        Args:
+          model: the shape of the decoder.
+          params: its parameters, on `mesh`.
+          folder: a model folder, from which tokenizer, prompts, percentiles, card and tasks are read.
+          mesh: the devices that the parameters are on.
+
+        Returns:
+          The bundle.
+        """
         return cls(
             model,
             params,
@@ -133,7 +164,13 @@ class Bundle:
         )
 
     def surface(self, name: str = "") -> Surface:
-        """A surface by its name; the only one where none is named.
+        """Finds a surface by its name; the only one where none is named.
+
+        Args:
+          name: of the surface.
+
+        Returns:
+          The surface.
 
         Raises:
           ConfigError: there is none of this name, or several and none is named.
@@ -148,10 +185,14 @@ class Bundle:
         return self.surfaces[name]
 
     def surface_of(self, dataset: Dataset, name: str = "") -> Surface | None:
-        """The surface that a dataset is of: that of this name, else that with the dataset's card, else the only one.
+        """Finds the surface that a dataset is of.
+
+        Args:
+          dataset: the tables.
+          name: of the surface; without it, it is the one with the dataset's card, else the only one.
 
         Returns:
-          None for a dataset that the model has never seen.
+          The surface; None for a dataset that the model has never seen.
 
         Raises:
           ConfigError: there is none of this name; or several have a card of the dataset's name, and none is named.
@@ -169,15 +210,20 @@ class Bundle:
         return [surface for surface in self.surfaces.values() if surface.card.name == dataset.card.name]
 
     def verbalizer(self, dataset: Dataset, task: Task, surface: str = "") -> Verbalizer:
-        """A verbalizer that renders examples of a dataset as in training.
+        """Makes a verbalizer that renders examples of a dataset as in training.
 
         Args:
+          dataset: the tables.
+          task: whose label words the tokenizer must have as single tokens.
           surface: the name of the one whose percentiles are used, whatever the dataset; by default they are those of
             the dataset in training, and on a dataset that was not trained on they are fitted to it, before `task`'s
             validation split.
 
+        Returns:
+          The verbalizer, with this model's tokenizer and prompt budget.
+
         Raises:
-          ValueError: a label word is not one token; there is no such surface, or it has another card.
+          ConfigError: a label word is not one token; there is no such surface, or it has another card.
         """
         task.check_words(self.tokenizer)
         if not surface:
@@ -211,8 +257,16 @@ class Bundle:
         return self._verbalizer(dataset, percentiles)
 
     def request_verbalizer(self, surface: Surface, dataset: Dataset, facts: FactSource | None = None) -> Verbalizer:
-        """A verbalizer for a request, whose tables follow the surface's card, with the percentiles of training, the
-        surface's temperatures, and the facts that the request brings."""
+        """Makes a verbalizer for a request, with the percentiles of training and the surface's temperatures.
+
+        Args:
+          surface: one of the model's.
+          dataset: the request's tables, which follow the surface's card.
+          facts: those that the request brings; by default they are computed from the dataset's events.
+
+        Returns:
+          The verbalizer.
+        """
         return self._verbalizer(dataset, Percentiles(surface.scale.quantiles), facts, surface.temperatures)
 
     def _verbalizer(
@@ -226,28 +280,69 @@ class Bundle:
         return Verbalizer(dataset, percentiles, self.tokenizer, budget, prompts.chat, facts, temperatures)
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:
-        """Tokens of a prompt in the layout of training. Raises ValueError if they are more than the model reads."""
+        """Tokenizes a prompt in the layout of training.
+
+        Args:
+          prompt: to be scored.
+
+        Returns:
+          The tokens of each of its pieces.
+
+        Raises:
+          ValueError: a label word is not one token, a question is empty, or the prefix with a question is longer than
+            the model reads.
+        """
         encoded = encode(prompt, self.tokenizer, self.prompts.layout)
         self.model.check_length(encoded.context, "a prompt with one question")
         return encoded
 
     def score(self, prompt: Prompt) -> Float[np.ndarray, "Q L"]:
-        """float32 probability of each label for each question of one prompt.
+        """Scores the questions of one prompt.
 
         The first prompt of a length compiles; later ones of about this length use the same program.
+
+        Args:
+          prompt: with one question or more.
+
+        Returns:
+          The probability of each label for each question, float32 [questions, labels]; a row sums to 1.
+
+        Raises:
+          ValueError: as `encode`.
         """
         return self._scorer_for([self.encode(prompt)]).score(prompt)
 
     def score_encoded(self, prompts: Sequence[EncodedPrompt]) -> list[Float[np.ndarray, "Q L"]]:
-        """As `score`, for many prompts that are encoded already, in one call and packed together."""
+        """Scores many prompts in one call, packed together.
+
+        Args:
+          prompts: as `encode` returns them.
+
+        Returns:
+          For each prompt, as `score`.
+        """
         return self._scorer_for(prompts).score_encoded(prompts)
 
     def scorer(self, prompts: Sequence[EncodedPrompt]) -> Scorer:
-        """A scorer whose compiled shapes are chosen for the lengths of these prompts, for when all are known."""
+        """Makes a scorer whose compiled shapes are chosen for the lengths of these prompts, for when all are known.
+
+        Args:
+          prompts: those that will be scored.
+
+        Returns:
+          The scorer; it compiles a shape when it first uses it.
+        """
         return self.make_scorer(choose_buckets([len(prompt) for prompt in prompts]))
 
     def make_scorer(self, buckets: Sequence[Bucket]) -> Scorer:
-        """A scorer of these compiled shapes."""
+        """Makes a scorer of given compiled shapes.
+
+        Args:
+          buckets: the shapes.
+
+        Returns:
+          The scorer; it compiles a shape when it first uses it.
+        """
         return Scorer(self.model, self.params, self.tokenizer, self.prompts.layout, buckets, self.mesh.build())
 
     @cached_property

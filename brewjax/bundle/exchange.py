@@ -93,7 +93,13 @@ def import_model(
 def export_model(folder: Path, out: Path) -> None:
     """Writes a bundle as a folder that transformers opens, with its tokenizer and chat template.
 
-    Raises CheckpointError if no model family of transformers has this model's parts.
+    Args:
+      folder: of the bundle.
+      out: of the new files; must not exist, or be empty.
+
+    Raises:
+      CheckpointError: no model family of transformers has this model's parts.
+      ValueError: `out` is taken.
     """
     config = ModelConfig.load(folder / MODEL)
     huggingface.config_to_hf(config)  # raises before the weights are read
@@ -121,9 +127,19 @@ def _splits(hf: PreTrainedTokenizerBase) -> list:
 
 
 def upcycle_model(folder: Path, out: Path, experts: ExpertsConfig, seed: int = 0) -> Bundle:
-    """Writes a dense bundle as a mixture of experts at `out` (see `upcycle`), and returns it.
+    """Writes a dense bundle as a mixture of experts (see `upcycle`).
 
-    Raises ValueError for a model that has experts already.
+    Args:
+      folder: of the dense bundle.
+      out: of the new bundle; must not exist, or be empty.
+      experts: their number and size.
+      seed: of what the experts differ in.
+
+    Returns:
+      The new bundle.
+
+    Raises:
+      ValueError: the model has experts already, or `out` is taken.
     """
     mesh = _mesh(ModelConfig.load(folder / MODEL))
     with atomic_folder(out) as building:

@@ -80,7 +80,17 @@ class PruneConfig(Config):
         return any((self.layers, self.kv_heads, self.d_ff, self.experts))
 
     def target(self, model: ModelConfig) -> ModelConfig:
-        """The smaller model; raises ConfigError if `model` has less than a size, or is quantised."""
+        """Computes the sizes that remain.
+
+        Args:
+          model: to prune.
+
+        Returns:
+          The smaller model.
+
+        Raises:
+          ConfigError: `model` has less than a size, or is quantised.
+        """
         if model.quantized:
             raise model.error("a quantised model is for serving; prune the one that it was made from", "quantized")
 

@@ -31,7 +31,17 @@ class QuantizeConfig(Config):
     """The devices that share the work; the bundle can be loaded on any others."""
 
     def target(self, model: ModelConfig) -> ModelConfig:
-        """The quantised model; raises ConfigError if `model` is quantised already."""
+        """Computes the quantised shape.
+
+        Args:
+          model: to quantise.
+
+        Returns:
+          The quantised model.
+
+        Raises:
+          ConfigError: `model` is quantised already.
+        """
         if model.quantized:
             raise model.error("is quantised already; start from the model that it was made from", "quantized")
         return model.model_copy(update={"quantized": Quantization(dtype=self.dtype, activations=self.activations)})

@@ -231,8 +231,15 @@ class LightGBM:
         """Trains with each setting until the validation loss stops improving, and keeps the best.
 
         Args:
+          dataset: the tables.
+          task: whose labels are predicted.
+          train: examples to learn from.
+          validation: examples that say when to stop, and which setting is the best.
           settings: how many of GRID to try.
           seed: of LightGBM.
+
+        Returns:
+          The best model.
 
         Raises:
           ImportError: lightgbm is not installed.
@@ -256,7 +263,18 @@ class LightGBM:
         settings: int = len(GRID),
         seed: int = 0,
     ) -> LightGBM:
-        """As `fit`, on features with the label of each row."""
+        """As `fit`, on features with the label of each row.
+
+        Args:
+          task: whose labels are predicted.
+          train: features and labels to learn from.
+          validation: features and labels that say when to stop, and which setting is the best.
+          settings: how many of GRID to try.
+          seed: of LightGBM.
+
+        Returns:
+          The best model.
+        """
         lightgbm = _import_lightgbm()
         training = _lightgbm_dataset(lightgbm, task, *train)
         held_out = _lightgbm_dataset(lightgbm, task, *validation, reference=training)
@@ -282,7 +300,16 @@ class LightGBM:
         return min(fits, key=lambda fit: fit.validation_loss)
 
     def predict(self, dataset: Dataset, task: Task, examples: Sequence[RankingExample]) -> np.ndarray:
-        """Probabilities, float64 [questions, labels]."""
+        """Predicts the labels of examples.
+
+        Args:
+          dataset: the tables.
+          task: whose labels are predicted.
+          examples: with candidates.
+
+        Returns:
+          Probabilities, float64 [questions, labels].
+        """
         return self.predict_features(task, build_features(dataset, task, examples).values)
 
     def predict_features(self, task: Task, values: np.ndarray) -> np.ndarray:

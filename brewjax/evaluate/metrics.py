@@ -20,6 +20,9 @@ def auc(scores: np.ndarray, values: np.ndarray, weights: np.ndarray) -> np.ndarr
       scores: float64 [rows], by which items are ranked.
       values: float64 [rows], the value of the true answer.
       weights: float64 [..., rows].
+
+    Returns:
+      float64 [...], one for each set of weights; NaN where all values are equal.
     """
     order, ties = _ties(scores)
     weights, values = weights[..., order], values[order]
@@ -44,6 +47,9 @@ def gauc(scores: np.ndarray, values: np.ndarray, groups: np.ndarray, weights: np
       values: float64 [rows], the value of the true answer.
       groups: int [rows]; the rows of a group are one list.
       weights: float64 [..., rows], equal within a group.
+
+    Returns:
+      float64 [...], one for each set of weights; NaN where no group can be ranked.
     """
     order = np.lexsort((scores, groups))
     scores, values, groups = scores[order], values[order], groups[order]
@@ -73,6 +79,9 @@ def log_loss(probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray)
       probabilities: float64 [rows, labels].
       labels: int [rows], index of the true label.
       weights: float64 [..., rows].
+
+    Returns:
+      float64 [...], in nats, one for each set of weights.
     """
     true = np.take_along_axis(probabilities, labels[:, None], axis=1)[:, 0]
     return ratio(weights @ -np.log(np.clip(true, np.finfo(np.float32).eps, 1)), weights.sum(-1))
@@ -91,6 +100,9 @@ def ndcg(scores: np.ndarray, values: np.ndarray, groups: np.ndarray, weights: np
       groups: int [rows]; the rows of a group are one list.
       weights: float64 [..., rows].
       k: ranks after this one count for nothing.
+
+    Returns:
+      float64 [...], one for each set of weights; NaN where no group can be ranked.
     """
     order = np.lexsort((values, groups))
     starts = np.flatnonzero(np.diff(groups[order], prepend=groups[order[0]] - 1))
@@ -125,6 +137,9 @@ def calibration_error(probabilities: np.ndarray, labels: np.ndarray, weights: np
       probabilities: float64 [rows, labels].
       labels: int [rows], index of the true label.
       weights: float64 [..., rows].
+
+    Returns:
+      float64 [...], from 0 to 1, one for each set of weights.
     """
     num_labels = probabilities.shape[1]
     classes = range(num_labels if num_labels > 2 else 1)

@@ -81,8 +81,17 @@ def predict(bundle: Bundle, tasks: Sequence[TaskExamples]) -> list[Predictions]:
 def encode_examples(
     bundle: Bundle, dataset: Dataset, task: Task, examples: Sequence[RankingExample], surface: str = ""
 ) -> tuple[list[RankingExample], list[EncodedPrompt]]:
-    """The prompts of examples as the model reads them, in its style and budget, and the examples that are left: without
-    questions that the task skips as overlong. Arguments as in `TaskExamples`.
+    """Renders and tokenizes examples as the model reads them, in its style and budget.
+
+    Args:
+      bundle: the model.
+      dataset: the tables.
+      task: what is asked of them.
+      examples: with candidates.
+      surface: see `TaskExamples`.
+
+    Returns:
+      The examples that remain, without questions that the task skips as overlong, and their prompts.
 
     Raises:
       ConfigError: every question was skipped.

@@ -41,7 +41,17 @@ def rank(bundle: Bundle, verbalizer: Verbalizer, task: Task, example: RankingExa
     """Scores the candidates of an example, PIECE at a time.
 
     Args:
+      bundle: the model.
+      verbalizer: of the bundle, for the example's dataset.
+      task: what is asked.
+      example: a member as of a time, with candidates.
       note: a steering note in place of the task's.
+
+    Returns:
+      The probabilities of the candidates that fit.
+
+    Raises:
+      ConfigError: every question is too long and was skipped.
     """
     style = bundle.prompts.score_style
     items, probabilities = [], []
@@ -58,7 +68,13 @@ def rank(bundle: Bundle, verbalizer: Verbalizer, task: Task, example: RankingExa
 
 
 def write_rankings(path: Path, dataset: Dataset, task: Task, rankings: Sequence[Ranking]) -> None:
-    """Writes rankings, the best items of each member first, by ids: a Parquet table, or a JSON object per line.
+    """Writes rankings, the best items of each member first, by ids.
+
+    Args:
+      path: .parquet for a table, .json or .jsonl for a JSON object per line.
+      dataset: the tables, for ids.
+      task: whose values order the items.
+      rankings: one for each member.
 
     Raises:
       ConfigError: the name of the file ends with neither .parquet nor .json.

@@ -40,8 +40,13 @@ class FactRegression:
         """Fits the regression.
 
         Args:
+          dataset: the tables.
+          task: whose labels are predicted.
           train: examples of the training period.
           percentiles: the scales of the dataset's numbers in buckets.
+
+        Returns:
+          The regression.
 
         Raises:
           ValueError: there is no question.
@@ -86,7 +91,16 @@ class FactRegression:
         return cls(scales, fitted.x.reshape(shape))
 
     def predict(self, dataset: Dataset, task: Task, examples: Sequence[RankingExample]) -> np.ndarray:
-        """Probabilities, float64 [questions, labels]."""
+        """Predicts the labels of examples.
+
+        Args:
+          dataset: the tables.
+          task: whose labels are predicted.
+          examples: with candidates.
+
+        Returns:
+          Probabilities, float64 [questions, labels].
+        """
         return self.predict_numbers(
             stated_numbers(dataset, task, examples), sum(len(example.candidates) for example in examples)
         )

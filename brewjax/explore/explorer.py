@@ -45,9 +45,12 @@ def open(model: str | Path | Bundle, dataset: str | Path | Dataset | None = None
       dataset: a dataset's folder, or one that is loaded; only `score` and `generate` do without.
       surface: the model's surface that the dataset is of, by name; by default the one with the dataset's card.
 
+    Returns:
+      The model and the tables, to ask questions of.
+
     Raises:
-      ConfigError, DatasetError: for a folder that cannot be read; names the file. Or for a surface that the model does
-        not have, or that must be named because several have this card.
+      ConfigError: a folder cannot be read (names the file); the model has no such surface, or several have this card.
+      DatasetError: the tables do not fit their card.
     """
     bundle = model if isinstance(model, Bundle) else Bundle.load(model)
     tables = dataset if dataset is None or isinstance(dataset, Dataset) else Dataset.load(dataset)

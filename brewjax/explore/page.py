@@ -258,7 +258,15 @@ def _render_page(explorers: Sequence[Explorer]) -> str:
 
 
 def serve(explorers: Sequence[Explorer], port: int) -> None:
-    """Serves the page to this machine until it is interrupted. Raises ConfigError for a port that is taken."""
+    """Serves the page to this machine until it is interrupted.
+
+    Args:
+      explorers: models, each with its tables.
+      port: on localhost.
+
+    Raises:
+      ConfigError: the port is taken.
+    """
     page = make_page(explorers)
     try:
         with socket.create_server((HOST, port)) as listening:

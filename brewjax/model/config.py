@@ -120,7 +120,15 @@ class ModelConfig(Config):
         return location[:1] + location[2:] if location[:1] == ("rope_scaling",) else location
 
     def check_length(self, tokens: int, subject: str) -> None:
-        """Raises ValueError, naming `subject`, if it has more than `max_seq_len` tokens."""
+        """Checks that a sequence is no longer than `max_seq_len`.
+
+        Args:
+          tokens: its length.
+          subject: what it is, for the error.
+
+        Raises:
+          ValueError: it is longer.
+        """
         if self.max_seq_len is not None and tokens > self.max_seq_len:
             raise ValueError(
                 f"{subject} has {tokens} tokens; model '{self.name}' reads at most {self.max_seq_len}, its max_seq_len "

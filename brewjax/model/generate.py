@@ -153,7 +153,8 @@ class Generator:
     Only the `tensor` axis of the mesh is used: one token at a time is too little work to split otherwise.
 
     Args:
-      model, params: the model.
+      model: its shape.
+      params: its parameters.
       slots: sequences that grow at the same time.
       context: limit of the tokens of a sequence, prompt included.
       sampling: how tokens are sampled; by default the likeliest is taken.
@@ -191,16 +192,33 @@ class Generator:
         self._step = jax.jit(lambda params, state: step(bind(model, params), state, sampling_params), donate_argnums=1)
 
     def shard_params(self, params: Params) -> Params:
-        """Parameters of this model, laid out on the generator's devices."""
+        """Lays parameters out on the generator's devices.
+
+        Args:
+          params: of this model.
+
+        Returns:
+          The parameters, to assign to `params`.
+        """
         return jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, abstract_params(self.model, self.mesh)))
 
     def slots(self) -> DecodeState:
-        """A state with empty slots."""
+        """Makes a state with empty slots.
+
+        Returns:
+          The state, for `insert` and `step`.
+        """
         with jax.set_mesh(self.mesh):
             return self._empty()
 
     def pad(self, tokens: Sequence[int]) -> Int[np.ndarray, " T"]:
-        """The tokens, padded to the smallest bucket that holds them.
+        """Pads tokens to the smallest bucket that holds them.
+
+        Args:
+          tokens: of a prompt, or of a piece of one.
+
+        Returns:
+          int32 [bucket].
 
         Raises:
           ValueError: if there are no tokens, or more than `context`.
@@ -211,17 +229,42 @@ class Generator:
         return np.pad(np.asarray(tokens, np.int32), (0, bucket - len(tokens)))
 
     def prefill(self, padded: Int[np.ndarray, " T"], length: int, prefix: Prefix | None = None) -> Prefix:
-        """As the function of that name."""
+        """Computes the cache of a prompt, or of a piece behind those before it (see the function of that name).
+
+        Args:
+          padded: as `pad` returns it.
+          length: how many tokens of it are real.
+          prefix: of the pieces before; None for the first.
+
+        Returns:
+          The cache with the first sampled token, for `insert`.
+        """
         with jax.set_mesh(self.mesh):
             return self._prefill(self.params, padded, np.int32(length), prefix)
 
     def insert(self, state: DecodeState, prefix: Prefix, slot: int) -> DecodeState:
-        """As the function of that name; `slots` is used up."""
+        """Puts a prompt's cache into a slot (see the function of that name).
+
+        Args:
+          state: is used up.
+          prefix: as `prefill` returns it.
+          slot: index of an empty slot.
+
+        Returns:
+          The next state.
+        """
         with jax.set_mesh(self.mesh):
             return self._insert(state, prefix, np.int32(slot))
 
     def step(self, state: DecodeState) -> tuple[DecodeState, Int[Array, " N"]]:
-        """As the function of that name; `slots` is used up."""
+        """Generates a token in every slot (see the function of that name).
+
+        Args:
+          state: is used up.
+
+        Returns:
+          The next state, and a token for each slot; those of empty slots are undefined.
+        """
         with jax.set_mesh(self.mesh):
             return self._step(self.params, state)
 
@@ -235,7 +278,11 @@ class Generator:
         jax.block_until_ready(state)
 
     def compilations(self) -> int:
-        """The number of shapes compiled so far."""
+        """Counts the shapes that were compiled so far.
+
+        Returns:
+          The number; a server's must not grow after its warm-up.
+        """
         functions = (self._empty, self._prefill, self._insert, self._step)
         return sum(function._cache_size() for function in functions)  # type: ignore[attr-defined]
 

@@ -142,7 +142,17 @@ class GGUFFile:
         self._architecture = ARCHITECTURES[self._name]
 
     def config(self, name: str) -> ModelConfig:
-        """The config of the model, with float32 weights."""
+        """Reads the config of the model, with float32 weights.
+
+        Args:
+          name: of the model.
+
+        Returns:
+          The config.
+
+        Raises:
+          CheckpointError: a tensor or key is missing, or one is not read.
+        """
         value = functools.partial(self._value, prefix=f"{self._name}.")
         heads, d_model, context = value("attention.head_count"), value("embedding_length"), value("context_length")
         tensors = {tensor.name: tensor for tensor in self._reader.tensors}
@@ -209,7 +219,18 @@ class GGUFFile:
         return {"type": "factors", "factors": angle_factors} if set(angle_factors) != {1.0} else None
 
     def params(self, config: ModelConfig, mesh: Mesh) -> Params:
-        """The weights, dequantised to `config.param_dtype` and sharded over `mesh`."""
+        """Reads the weights, dequantised.
+
+        Args:
+          config: as `config` returned it.
+          mesh: that the weights are sharded over.
+
+        Returns:
+          The weights in `config.param_dtype`.
+
+        Raises:
+          CheckpointError: a tensor is missing, unknown, mis-shaped, not finite, or of a type that is not read.
+        """
         heads = {"attn_q": config.heads, "attn_k": config.kv_heads} if self._architecture.side_by_side else {}
         stored = {}
         for tensor in self._reader.tensors:
@@ -224,7 +245,14 @@ class GGUFFile:
         return load(config, NAMES, stored, re.compile(re.escape(FACTORS)), mesh)
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer in the file, which must be a byte-level BPE."""
+        """Reads the tokenizer in the file.
+
+        Returns:
+          The tokenizer.
+
+        Raises:
+          CheckpointError: it is not a byte-level BPE, or splits text in a way that is not read.
+        """
         value = functools.partial(self._value, prefix="tokenizer.")
         kind, split = value("ggml.model"), value("ggml.pre", "gpt-2")
         if kind != "gpt2" or split not in SPLITS:

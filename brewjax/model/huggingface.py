@@ -50,7 +50,15 @@ def read_config(folder: Path, name: str) -> ModelConfig:
 
 
 def read_params(folder: Path, config: ModelConfig, mesh: Mesh) -> Params:
-    """The weights in `config.param_dtype`, sharded over `mesh`.
+    """Reads the weights of a folder.
+
+    Args:
+      folder: as transformers saves models.
+      config: as `read_config` returned it.
+      mesh: that the weights are sharded over.
+
+    Returns:
+      The weights in `config.param_dtype`.
 
     Raises:
       CheckpointError: for a missing, unknown, mis-shaped or non-finite tensor; it names file and tensor.

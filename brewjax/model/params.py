@@ -40,7 +40,18 @@ def abstract_decoder(config: ModelConfig) -> Decoder:
 
 
 def abstract_params(config: ModelConfig, mesh: Mesh) -> Params:
-    """Shapes, dtypes and shardings of the parameters; raises ValueError for an axis that the mesh does not divide."""
+    """Makes the parameters' shapes, dtypes and shardings, without weights.
+
+    Args:
+      config: of the model.
+      mesh: that the parameters are sharded over.
+
+    Returns:
+      A tree of `jax.ShapeDtypeStruct`.
+
+    Raises:
+      ValueError: an axis does not divide over the mesh.
+    """
     decoder = abstract_decoder(config)
 
     def leaf(weight: Any) -> jax.ShapeDtypeStruct:
@@ -53,7 +64,16 @@ def abstract_params(config: ModelConfig, mesh: Mesh) -> Params:
 
 
 def init_params(config: ModelConfig, mesh: Mesh, seed: int) -> Params:
-    """Random parameters, created on the devices that hold them."""
+    """Makes random parameters, on the devices that hold them.
+
+    Args:
+      config: of the model.
+      mesh: that the parameters are sharded over.
+      seed: of the random numbers.
+
+    Returns:
+      The parameters in `config.param_dtype`.
+    """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(config, mesh))
 
     def init() -> Params:
@@ -84,7 +104,17 @@ class ModelSize(NamedTuple):
 
 
 def model_size(config: ModelConfig) -> ModelSize:
-    """The sizes of a model, without creating it; raises ConfigError if the config has no vocabulary size."""
+    """Computes the sizes of a model, without creating it.
+
+    Args:
+      config: of the model.
+
+    Returns:
+      Numbers of parameters, and bytes.
+
+    Raises:
+      ConfigError: the config has no vocabulary size.
+    """
     if not config.vocab_size:
         raise config.error("is left to a tokenizer; set it (on the command line: --set vocab_size=N)", "vocab_size")
     weights = jax.tree.leaves(_abstract(config)[1])
@@ -105,7 +135,13 @@ def model_size(config: ModelConfig) -> ModelSize:
 
 
 def save_model(folder: Path, config: ModelConfig, params: Params) -> None:
-    """Writes model.yaml and the weights into a folder, each process its shards; returns when all are written."""
+    """Writes model.yaml and the weights into a folder, each process its shards; returns when all are written.
+
+    Args:
+      folder: is made if it is not there.
+      config: of the model.
+      params: its parameters.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     ocp.save(folder.absolute() / WEIGHTS, params, overwrite=True)
     distributed.run_on_process_zero(lambda: config.save(folder / MODEL))
@@ -124,11 +160,33 @@ def read_params(folder: Path, abstract: Params) -> Params:
       folder: of the model.
       abstract: shapes, dtypes and shardings; a leaf that is `...` is not read.
 
+    Returns:
+      The weights, as `abstract` says.
+
     Raises:
-      ValueError: if the folder has no complete weights.
+      ValueError: if the folder has no complete weights, or others than `abstract`: of another model.yaml.
     """
     if not ocp.is_orbax_checkpoint(folder.absolute() / WEIGHTS):
         raise ValueError(f"{folder / WEIGHTS}: no complete weights there")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        _check_stored(folder, abstract)
         return ocp.load(folder.absolute() / WEIGHTS, abstract)
+
+
+def _check_stored(folder: Path, abstract: Params) -> None:
+    """Refuses weights whose names and shapes are not those of the model, in one line that names the first of them."""
+    stored, expected = (
+        {
+            jax.tree_util.keystr(path, simple=True, separator="."): None if leaf is ... else tuple(leaf.shape)
+            for path, leaf in jax.tree.leaves_with_path(tree)
+        }
+        for tree in (ocp.metadata(folder.absolute() / WEIGHTS).metadata, abstract)
+    )
+    for name in expected | stored:
+        shape, stored_shape = expected.get(name, "none"), stored.get(name, "none")
+        if shape is not None and shape != stored_shape:
+            raise ValueError(
+                f"{folder / WEIGHTS}: {name} is {stored_shape}, and {folder / MODEL} makes it {shape}: these are the "
+                "weights of another model, or of another version of brewjax; train or import it again"
+            )

@@ -37,10 +37,20 @@ def pool(
     num_texts: int,
     pooling: Pooling,
 ) -> Float[Array, "B N D"]:
-    """float32 vectors of the texts of each row: the mean over a text's tokens, or its last token.
+    """Pools the hidden states of texts: the mean over a text's tokens, or its last token.
 
     Sums are over a text's own tokens, whatever stands beside it, so that a text has the same vector alone and packed,
-    up to rounding. A row's missing texts have vectors of 0.
+    up to rounding.
+
+    Args:
+      decoder: whose sharding is used.
+      hidden: states behind the last norm.
+      token_labels: of the rows; each piece of an example is a text.
+      num_texts: texts of a row, at most.
+      pooling: "mean" or "last".
+
+    Returns:
+      float32 vectors; those of texts that a row does not have are 0.
     """
     sharding = decoder.sharding
     hidden = sharding.reshard(hidden, "batch", None, None).astype(jnp.float32)

@@ -256,8 +256,18 @@ class Recipe(Config):
 
     @classmethod
     def place(cls, location: Location, source: dict[str, Any]) -> Location:
-        """Drops the stage's kind, which pydantic puts behind its name; maps a ladder's stage to its rung, and training
-        settings that only the recipe's own `train` spells out to that."""
+        """Maps a location in the recipe to the keys of its file, for errors.
+
+        It drops the stage's kind, which pydantic puts behind its name, and maps a ladder's stage to its rung, and
+        training settings that only the recipe's own `train` spells out to that.
+
+        Args:
+          location: keys that lead to the field.
+          source: the values of the file.
+
+        Returns:
+          The keys in the file.
+        """
         if location[:1] != ("stages",) or len(location) < 2:
             return location
         name, keys = location[1], location[2:]

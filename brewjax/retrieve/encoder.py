@@ -61,7 +61,11 @@ class Encoder:
     config: EncoderConfig
 
     def save(self, folder: Path) -> None:
-        """Writes a model folder, with `encoder.yaml` in it."""
+        """Writes a model folder, with `encoder.yaml` in it.
+
+        Args:
+          folder: is made if it is not there.
+        """
         if distributed.is_process_zero():
             folder.mkdir(parents=True, exist_ok=True)
             self.config.save(folder / ENCODER)
@@ -69,7 +73,18 @@ class Encoder:
 
     @classmethod
     def load(cls, folder: str | Path, mesh: MeshConfig | None = None) -> Encoder:
-        """Reads a folder; ConfigError where it is no encoder's."""
+        """Reads an encoder's folder.
+
+        Args:
+          folder: a model folder with `encoder.yaml`, as a stage `do: contrastive` writes it.
+          mesh: the devices to place the parameters on; by default all devices, split by batch only.
+
+        Returns:
+          The encoder.
+
+        Raises:
+          ConfigError: the folder is no encoder's, or a file in it is wrong.
+        """
         bundle = Bundle.load(folder, mesh)
         if not (Path(folder) / ENCODER).is_file():
             raise ConfigError(f"{folder}: no {ENCODER} there: a model, but not trained by a stage `do: contrastive`")
@@ -77,7 +92,14 @@ class Encoder:
 
     @classmethod
     def version(cls, folder: str | Path) -> str:
-        """Name and version of the encoder in a folder, which its vectors carry: a hash of all that it holds."""
+        """Names the encoder in a folder, for its vectors to carry.
+
+        Args:
+          folder: of the encoder.
+
+        Returns:
+          `NAME@HASH`, with a hash of all that the folder holds.
+        """
         return f"{ModelConfig.load(Path(folder) / MODEL).name}@{hash_folder(Path(folder))[:8]}"
 
     @property
@@ -91,9 +113,14 @@ class Encoder:
         return self.config.choose({task.name: task for task in self.surface.tasks})
 
     def sides(self, dataset: Dataset, facts: FactSource | None = None) -> Sides:
-        """Writes the texts of a dataset's members and items as in training, with the percentiles of training.
+        """Makes a writer of the texts of members and items as in training, with the percentiles of training.
 
-        `facts` are those that a request brings; by default they are computed from the dataset's events.
+        Args:
+          dataset: the tables.
+          facts: those that a request brings; by default they are computed from the dataset's events.
+
+        Returns:
+          The writer.
         """
         verbalizer = self.bundle.request_verbalizer(self.surface, dataset, facts)
         return Sides(verbalizer, self.task, self.bundle.prompts, self.config)
@@ -101,21 +128,56 @@ class Encoder:
     def embed_members(
         self, dataset: Dataset, examples: Sequence[RankingExample], dimensions: int | None = None
     ) -> Float[np.ndarray, "N D"]:
-        """Vectors of members, each as of its example's cutoff time."""
+        """Computes vectors of members.
+
+        Args:
+          dataset: the tables.
+          examples: each a member as of its cutoff time.
+          dimensions: what vectors are truncated to; by default d_model.
+
+        Returns:
+          float32 vectors of length 1, one for each example.
+
+        Raises:
+          ValueError: a profile does not fit, or vectors have no such size.
+        """
         sides = self.sides(dataset)
         return self.embed([sides.member(example) for example in examples], dimensions)
 
     def embed_items(
         self, dataset: Dataset, rows: np.ndarray, time: int, dimensions: int | None = None
     ) -> Float[np.ndarray, "N D"]:
-        """Vectors of items (int [items], rows) as of a time, in microseconds since 1970."""
+        """Computes vectors of items. Texts that are too long are truncated, and counted on stderr.
+
+        Args:
+          dataset: the tables.
+          rows: int [items], rows of the items.
+          time: as of which facts are computed, in microseconds since 1970.
+          dimensions: what vectors are truncated to; by default d_model.
+
+        Returns:
+          float32 vectors of length 1, one for each item.
+
+        Raises:
+          ValueError: vectors have no such size.
+        """
         sides = self.sides(dataset)
         texts = sides.items(rows, time)
         sides.overlong.print()
         return self.embed(texts, dimensions)
 
     def check_dimensions(self, dimensions: int | None) -> int:
-        """The size of the vectors, d_model by default; ValueError for one that training did not teach."""
+        """Checks that training taught vectors of a size.
+
+        Args:
+          dimensions: the size; None for d_model.
+
+        Returns:
+          The size.
+
+        Raises:
+          ValueError: vectors have no such size; the message holds those that they have.
+        """
         sizes = sorted({*self.config.dimensions, self.bundle.model.d_model})
         if dimensions is None:
             return self.bundle.model.d_model
@@ -124,10 +186,14 @@ class Encoder:
         return dimensions
 
     def embed(self, texts: Sequence[Sequence[int]], dimensions: int | None = None) -> Float[np.ndarray, "N D"]:
-        """float32 vectors of length 1 of texts as token ids, each the same whatever the others are, up to rounding.
+        """Computes vectors of texts, each the same whatever the others are, up to rounding.
 
         Args:
-          dimensions: what vectors are truncated to.
+          texts: token ids.
+          dimensions: what vectors are truncated to; by default d_model.
+
+        Returns:
+          float32 vectors of length 1, one for each text.
 
         Raises:
           ValueError: a text is empty or longer than the model reads, or vectors have no such size.

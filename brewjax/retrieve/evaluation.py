@@ -62,10 +62,15 @@ def evaluate_retrieval(
     member knows, are retrieved by no method.
 
     Args:
+      encoder: to evaluate.
+      dataset: the tables.
       ks: how many items are retrieved; a k beyond the catalogue retrieves all of it.
       max_examples: the most queries, chosen at random where there are more.
       dimensions: what vectors are truncated to.
       bootstrap: resamples of members behind each interval.
+
+    Returns:
+      A row for each method, slice and k.
     """
     queries = select_queries(dataset, encoder.task, max_examples)
     ranks = {ENCODER_NAME: _search(encoder, dataset, queries, max(ks), dimensions)}

@@ -77,7 +77,18 @@ class Index:
 
     @classmethod
     def create(cls, folder: Path, config: IndexConfig) -> Index:
-        """Makes an empty index; ValueError where the folder is taken."""
+        """Makes an empty index.
+
+        Args:
+          folder: of the index; must not exist, or be empty.
+          config: its settings, which stay.
+
+        Returns:
+          The index, open.
+
+        Raises:
+          ValueError: the folder is taken.
+        """
         with atomic_folder(folder) as building:
             config.save(building / CONFIG)
         return cls(folder)
@@ -89,10 +100,12 @@ class Index:
         """Adds vectors, or replaces those of ids that are there. When this returns, they are on disk and found.
 
         Args:
+          ids: one for each vector, of the kind that the index has.
           vectors: [n, dimensions], as they are to be multiplied: of length 1 for cosines.
           attributes: int32 [n], bits that filters require or ban; bit 0 belongs to the index.
 
-        Raises VectorError naming the row that cannot be taken; then none is.
+        Raises:
+          VectorError: names the row that cannot be taken; then none is.
         """
         change = self._check(ids, vectors, attributes)
         with self._lock:
@@ -100,7 +113,14 @@ class Index:
             self._apply(change)
 
     def delete(self, ids: Sequence[Id]) -> int:
-        """Takes ids out; returns how many of them were there. When this returns, no later search finds them."""
+        """Takes ids out. When this returns, no later search finds them.
+
+        Args:
+          ids: which need not be there.
+
+        Returns:
+          How many of them were there.
+        """
         with self._lock:
             present = [id_ for id_ in dict.fromkeys(ids) if id_ in self._slots]
             if present:
@@ -117,12 +137,17 @@ class Index:
         banned: int | Sequence[int] = 0,
         exclude: Sequence[Iterable[Id]] | None = None,
     ) -> list[Hits]:
-        """The k ids with the largest inner products for each query.
+        """Finds the k ids with the largest inner products for each query.
 
         Args:
           queries: float32 [Q, dimensions].
-          required, banned: attribute bits that a row must and must not have: for all queries, or one for each.
+          k: how many; fewer are returned where a filter admits fewer.
+          required: attribute bits that a row must have: for all queries, or one for each.
+          banned: attribute bits that a row must not have, likewise.
           exclude: ids that are left out, for each query: what a member has seen.
+
+        Returns:
+          For each query, ids and scores, the best first.
         """
         queries = self._pad(np.asarray(queries, np.float32))
         excluded = [{*ids} for ids in exclude] if exclude is not None else [set()] * len(queries)
@@ -155,7 +180,11 @@ class Index:
             self._log.snapshot(self._all_rows())
 
     def rows(self) -> pa.Table:
-        """All ids, vectors and attributes, in the order of slots."""
+        """Reads the whole index.
+
+        Returns:
+          All ids, vectors and attributes, in the order of slots.
+        """
         with self._lock:
             return pa.Table.from_batches([self._log.batch(self._all_rows())])
 
@@ -166,6 +195,7 @@ class Index:
         return Change(ids, vectors, np.asarray(self._rows.attributes)[slots] & ~ALIVE)
 
     def close(self) -> None:
+        """Closes the files; the index cannot be changed any more."""
         self._log.close()
 
     @property

@@ -116,7 +116,14 @@ class Scheduler:
         return sum(job.remaining_tokens() for job in self._waiting)
 
     def check(self, prompt: EncodedPrompt) -> None:
-        """Raises ValueError for a prompt that no sequence of passes can score."""
+        """Checks that a prompt can be scored.
+
+        Args:
+          prompt: to score.
+
+        Raises:
+          ValueError: no sequence of passes can score it.
+        """
         limit = min(self._page_counts[-1], self._cache.capacity) * PAGE
         if prompt.prefix_length > limit:
             raise ValueError(

@@ -91,17 +91,30 @@ class Scorer:
         self._pool = (zeros(), zeros()) if self._cache_pages else None
 
     def score(self, prompt: Prompt) -> Float[np.ndarray, "Q L"]:
-        """Probability of each label for each question, float32, in the order of the prompt."""
+        """Scores the questions of one prompt.
+
+        Args:
+          prompt: with one question or more.
+
+        Returns:
+          The probability of each label for each question, float32 [questions, labels], in the order of the prompt.
+
+        Raises:
+          ValueError: as `encode`.
+        """
         return self.score_many([prompt])[0]
 
     def score_many(
         self, prompts: Sequence[Prompt], on_pass: Callable[[int], None] = lambda questions: None
     ) -> list[Float[np.ndarray, "Q L"]]:
-        """As `score` for many prompts, packed together.
+        """Scores many prompts, packed together.
 
         Args:
           prompts: to score, in any order of lengths.
           on_pass: called after each pass with the number of questions that it scored.
+
+        Returns:
+          For each prompt, as `score`.
 
         Raises:
           ValueError: naming the prompt and the reason, before anything is computed.
@@ -109,7 +122,19 @@ class Scorer:
         return self.score_encoded([self.encode(prompt, index) for index, prompt in enumerate(prompts)], on_pass)
 
     def encode(self, prompt: Prompt, index: int = 0) -> EncodedPrompt:
-        """Tokens of a prompt. Raises ValueError, naming it by its index, for a prompt that cannot be scored."""
+        """Tokenizes a prompt.
+
+        Args:
+          prompt: with one question or more.
+          index: of the prompt among others, for errors.
+
+        Returns:
+          Its tokens, in this scorer's layout.
+
+        Raises:
+          ValueError: the prompt cannot be scored: no question, too many labels, a label word of several tokens, or more
+            tokens than the model reads. Names the prompt by its index.
+        """
         try:
             if not prompt.questions:
                 raise ValueError("no question")
@@ -124,7 +149,18 @@ class Scorer:
     def score_encoded(
         self, prompts: Sequence[EncodedPrompt], on_pass: Callable[[int], None] = lambda questions: None
     ) -> list[Float[np.ndarray, "Q L"]]:
-        """As `score_many`, for prompts that are encoded already."""
+        """As `score_many`, for prompts that are encoded already.
+
+        Args:
+          prompts: as `encode` returns them.
+          on_pass: called after each pass with the number of questions that it scored.
+
+        Returns:
+          For each prompt, as `score`.
+
+        Raises:
+          ValueError: not even one question of a prompt fits into the largest bucket; names the prompt by its index.
+        """
         results = [np.empty((len(prompt.questions), len(prompt.labels)), np.float32) for prompt in prompts]
         passes_by_bucket: dict[Bucket, list[Pass]] = {}
         for pass_ in plan_passes(prompts, [bucket for bucket in self.buckets if not bucket.cached_pages]):
@@ -154,6 +190,9 @@ class Scorer:
         Args:
           passes: of one bucket, at most one for each row.
           normalize_over: what `collect` returns probabilities of.
+
+        Returns:
+          The passes, for `collect`.
         """
         inputs = build_inputs(passes, self._rows)
         sharding = NamedSharding(self._mesh, jax.P(BATCH_AXES, None))
@@ -166,8 +205,11 @@ class Scorer:
     def collect(self, running: InFlight) -> list[list[Float[np.ndarray, "Q L"]]]:
         """Waits for dispatched passes.
 
+        Args:
+          running: as `dispatch` returned them.
+
         Returns:
-          for each chunk of each pass, float32 log-probabilities [questions, labels of the prompt]: over the vocabulary
+          For each chunk of each pass, float32 log-probabilities [questions, labels of the prompt]: over the vocabulary
           if they were dispatched so, else up to a constant per question, which `normalize_over_labels` removes.
         """
         log_probs = np.asarray(multihost_utils.process_allgather(running.log_probs, tiled=True))
@@ -189,9 +231,12 @@ class Scorer:
                 self.dispatch([Pass(bucket, [])], normalize_over)
 
     def profile_buckets(self) -> dict[Bucket, float]:
-        """Seconds that a full pass of each bucket takes: the faster of two.
+        """Measures a full pass of each bucket twice.
 
         A row without cached pages is half prefix, half questions; a row with cached pages has questions only.
+
+        Returns:
+          The seconds of the faster one.
         """
         seconds = {}
         for bucket in self.buckets:
@@ -209,7 +254,11 @@ class Scorer:
         return seconds
 
     def compilations(self) -> int:
-        """How many programs were compiled so far."""
+        """Counts the programs that were compiled so far.
+
+        Returns:
+          The number; a server's must not grow after its warm-up.
+        """
         return self._pass._cache_size() + self._head._cache_size()  # type: ignore[attr-defined]
 
 
@@ -224,9 +273,16 @@ def compute_pass(
     cached_pages: Int[Array, "R M"],
     new_pages: Int[Array, "R T/P"],
 ) -> tuple[Float[Array, "R Q D"], KVCache | None]:
-    """Hidden states of the questions' last tokens, and the pool with the pages that this pass writes.
+    """Computes a pass: R rows of T tokens, Q candidates, M cached pages, P tokens in a page.
 
-    R rows of T tokens, Q candidates, M cached pages, P tokens in a page; see `PassInputs` for the arguments.
+    Args:
+      model: the shape of the decoder.
+      params: its parameters.
+      pool: keys and values by page; None without a cache.
+      tokens, positions, token_labels, ends, cached_pages, new_pages: as in `PassInputs`.
+
+    Returns:
+      Hidden states of the questions' last tokens, and the pool with the pages that this pass writes.
     """
     decoder = bind(model, params)
     if pool is None:
@@ -250,7 +306,18 @@ def score_labels(
     labels: Int[Array, "R L"],
     normalize_over: NormalizeOver,
 ) -> Float[Array, "R Q L"]:
-    """float32 log-probabilities of each row's label tokens; a label of -1 is padding."""
+    """Scores labels by the head.
+
+    Args:
+      model: the shape of the decoder.
+      params: its parameters.
+      hidden: states of the questions' last tokens.
+      labels: token ids of each row's labels; -1 is padding.
+      normalize_over: "labels" leaves a constant per question out, "vocabulary" does not.
+
+    Returns:
+      float32 log-probabilities.
+    """
     decoder = bind(model, params)
     vocabulary = decoder.sharding.rules["vocab"]
     score = functools.partial(

@@ -92,7 +92,16 @@ class Client:
     def stream(
         self, question: pb.Member | pb.Raw, timeout: float | None = None, **fields: Any
     ) -> Iterator[pb.ScoreResponse]:
-        """As `score` for lists of thousands: yields chunks as they finish, each sorted in itself, every item in one."""
+        """Scores lists of thousands, as `score`, in chunks that come as they finish.
+
+        Args:
+          question: a member with candidates, or a raw prefix with items.
+          timeout: seconds; the client's by default.
+          fields: other fields of ScoreRequest: request_id, truncation, normalize_over.
+
+        Returns:
+          An iterator of responses: each is sorted in itself, and every item is in one of them.
+        """
         call = self._ranker.ScoreStream(_request(question, **fields), **self._call_options(timeout))
         try:
             yield from call
@@ -100,26 +109,53 @@ class Client:
             call.cancel()  # if the caller stopped iterating
 
     def describe(self) -> pb.DescribeResponse:
-        """The model, its tasks, and the limits; waits for a server that is starting."""
+        """Asks the server for its model, its tasks and its limits; waits for a server that is starting.
+
+        Returns:
+          The description.
+        """
         return self._ranker.Describe(pb.DescribeRequest(), **self._call_options(None), wait_for_ready=True)
 
     def reload(self, folder: str = "") -> str:
-        """Makes the server load another checkpoint; returns its name and version."""
+        """Makes the server load another checkpoint; needs the server's admin token.
+
+        Args:
+          folder: the model's, on the server's machine; by default the one that it was started with.
+
+        Returns:
+          Name and version of the model that is served now.
+        """
         return self._ranker.Reload(pb.ReloadRequest(folder=folder), **self._call_options(600.0)).model
 
     def embed(
         self, inputs: Sequence[retriever_pb2.Input], timeout: float | None = None, **fields: Any
     ) -> retriever_pb2.EmbedResponse:
-        """Vectors of members, items, texts or tokens; `fields` are others of EmbedRequest: request_id, dimensions."""
+        """Computes vectors of members, items, texts or tokens.
+
+        Args:
+          inputs: each with one of `member`, `item`, `text` and `tokens`.
+          timeout: seconds; the client's by default.
+          fields: other fields of EmbedRequest: request_id, dimensions.
+
+        Returns:
+          A vector of length 1 for each input, in their order.
+        """
         request = retriever_pb2.EmbedRequest(inputs=inputs, **fields)
         return self._retriever.Embed(request, **self._call_options(timeout))
 
     def retrieve(
         self, query: pb.Member | str | Sequence[float], k: int, timeout: float | None = None, **fields: Any
     ) -> retriever_pb2.RetrieveResponse:
-        """The k nearest items for a member, a text or a vector.
+        """Finds the k nearest items for a member, a text or a vector.
 
-        `fields` are others of RetrieveRequest: request_id, required, banned, exclude.
+        Args:
+          query: what items are compared with.
+          k: how many items.
+          timeout: seconds; the client's by default.
+          fields: other fields of RetrieveRequest: request_id, required, banned, exclude.
+
+        Returns:
+          The items by id, the nearest first.
         """
         request = retriever_pb2.RetrieveRequest(k=k, **fields)
         if isinstance(query, pb.Member):
@@ -133,9 +169,17 @@ class Client:
     def retrieve_and_score(
         self, member: pb.Member, k: int, top_k: int = 0, timeout: float | None = None, **fields: Any
     ) -> retriever_pb2.RetrieveAndScoreResponse:
-        """The best of the k nearest items for a member of the server's catalogue, named by `id`, in the ranker's order.
+        """Retrieves items for a member, and puts them in the ranker's order.
 
-        `fields` are others of RetrieveAndScoreRequest: request_id, required, banned, exclude.
+        Args:
+          member: of the server's catalogue, named by `id`, with the task to score.
+          k: how many items are retrieved.
+          top_k: how many of them, the best, are returned; 0 for all.
+          timeout: seconds; the client's by default.
+          fields: other fields of RetrieveAndScoreRequest: request_id, required, banned, exclude.
+
+        Returns:
+          The items by id, the best first.
         """
         request = retriever_pb2.RetrieveAndScoreRequest(member=member, k=k, top_k=top_k, **fields)
         return self._retriever.RetrieveAndScore(request, **self._call_options(timeout))
@@ -143,11 +187,27 @@ class Client:
     def upsert(
         self, items: Sequence[retriever_pb2.IndexedItem], timeout: float | None = None
     ) -> retriever_pb2.UpsertResponse:
-        """Adds items to the index, or replaces them; needs the server's admin token."""
+        """Adds items to the index, or replaces them; needs the server's admin token.
+
+        Args:
+          items: ids with vectors, or with what the server's encoder makes vectors of.
+          timeout: seconds; the client's by default.
+
+        Returns:
+          The response, when the change is on the server's disk.
+        """
         return self._retriever.Upsert(retriever_pb2.UpsertRequest(items=items), **self._call_options(timeout))
 
     def delete(self, ids: Sequence[str], timeout: float | None = None) -> int:
-        """Takes items out of the index; returns how many were there. Needs the server's admin token."""
+        """Takes items out of the index; needs the server's admin token.
+
+        Args:
+          ids: of the items.
+          timeout: seconds; the client's by default.
+
+        Returns:
+          How many of them were there.
+        """
         request = retriever_pb2.DeleteRequest(ids=ids)
         return self._retriever.Delete(request, **self._call_options(timeout)).deleted
 

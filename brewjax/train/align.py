@@ -86,8 +86,15 @@ class Align(Config):
         """Losses and metrics of the lists of one row, summed by the lists' weights.
 
         Args:
-          policy, reference: log-probabilities of the targets; 0 elsewhere.
-          weights, example_id, piece_id, preference: [T], of the tokens.
+          policy: log-probabilities of the targets; 0 elsewhere.
+          reference: those of the reference model.
+          weights: [T], of the tokens.
+          example_id: [T], of the tokens.
+          piece_id: [T], of the tokens.
+          preference: [T], the signed list number of each token; 0 for no list.
+
+        Returns:
+          By name, sums over the lists with the lists' weight.
         """
         T = len(policy)
         indices = jnp.arange(T)

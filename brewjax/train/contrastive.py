@@ -60,17 +60,40 @@ class Contrastive(Config):
     """Subtracts the log of how often records have an item from its logit."""
 
     def init(self) -> Params:
-        """The parameters that are the loss's own."""
+        """Makes the parameters that are the loss's own.
+
+        Returns:
+          `logit_scale`, the log of the inverse temperature.
+        """
         return {"logit_scale": jnp.array(-math.log(self.temperature), jnp.float32)}
 
     def check_model(self, d_model: int) -> None:
-        """Raises ConfigError for a size that the model's vectors do not have."""
+        """Checks that the model's vectors have every size of `dimensions`.
+
+        Args:
+          d_model: of the model.
+
+        Raises:
+          ConfigError: a size is not less than `d_model`; names its line.
+        """
         for index, size in enumerate(self.dimensions):
             if size >= d_model:
                 raise self.error(f"{size} is not less than the model's d_model, {d_model}", "dimensions", index)
 
     def embed(self, decoder: Decoder, batch: TokenBatch, aux: AuxInputs) -> tuple[Embedded, TextLabels]:
-        """The vectors of a micro-batch's texts and what they are."""
+        """Computes the vectors of a micro-batch's texts.
+
+        Args:
+          decoder: the model in training.
+          batch: arrays [rows, T]; each piece of a row is a text.
+          aux: "items", the labels of the texts.
+
+        Returns:
+          The vectors, float32 [rows, texts, d_model], with the experts' load-balancing loss; and the texts' labels.
+
+        Raises:
+          ValueError: there are no "items".
+        """
         labels = aux.get(ITEMS)
         if not isinstance(labels, TextLabels):
             raise ValueError("contrastive needs to know its items: give train() an ItemTable as aux_models['items']")
@@ -81,7 +104,16 @@ class Contrastive(Config):
     def loss(
         self, params: Params, embedded: Embedded, labels: TextLabels
     ) -> tuple[Float[Array, ""], dict[str, WeightedSum]]:
-        """The summed loss of a batch's positives, and metrics by name ("loss" is the loss itself)."""
+        """Computes the loss of all texts of a batch: InfoNCE, each positive against every item of the batch.
+
+        Args:
+          params: the loss's own (see `init`).
+          embedded: the vectors of all micro-batches.
+          labels: of the texts.
+
+        Returns:
+          The loss, summed over the positives, and metrics by name; "loss" is the loss itself.
+        """
         scale = jnp.minimum(jnp.exp(params["logit_scale"]), MAX_SCALE)
         sizes = [*self.dimensions, embedded.vectors.shape[-1]]
         sums = [self._info_nce(unit(embedded.vectors, size), labels, scale) for size in sizes]

@@ -84,7 +84,7 @@ class Distill(Config):
     def aux_models(
         self, teacher: FrozenModel, student: ModelConfig, config: TrainConfig, shards: Shards, cache: Path
     ) -> dict[str, AuxModel]:
-        """The `aux_models` for `train`; writes the teacher's outputs into the folder `cache` if they are to be cached.
+        """Makes the `aux_models` for `train`; writes the teacher's outputs into a cache if the placement says so.
 
         Args:
           teacher: the model to learn from.
@@ -92,6 +92,9 @@ class Distill(Config):
           config: of the training run; its batch shape is used for the cache.
           shards: folders of records to train on.
           cache: folder for the teacher's outputs.
+
+        Returns:
+          The teacher, or what stands in for it, by the name that the objective looks up.
 
         Raises:
           ValueError: if teacher and student differ in vocabulary.
@@ -107,7 +110,15 @@ class Distill(Config):
         return {TEACHER: TeacherCache(cache)}
 
     def check_models(self, teacher: ModelConfig, student: ModelConfig) -> None:
-        """Raises ValueError if the vocabularies differ, or with `hidden_state_weight` the widths."""
+        """Checks that the student can learn from the teacher.
+
+        Args:
+          teacher: its shape.
+          student: its shape.
+
+        Raises:
+          ValueError: the vocabularies differ, or with `hidden_state_weight` the widths.
+        """
         _check_words(teacher.vocab_size, student.vocab_size)
         if self.hidden_state_weight and teacher.d_model != student.d_model:
             raise ValueError(
@@ -161,7 +172,11 @@ class Distill(Config):
         return token_sums(decoder.sharding, loss, [(hidden, decoder.lm_head), teacher], _weights(batch))
 
     def divergence_function(self) -> Divergence:
-        """The divergence that the settings name."""
+        """Looks up the divergence that the settings name.
+
+        Returns:
+          The divergence, with its gradient.
+        """
         match self.divergence:
             case "forward_kl":
                 return forward_kl

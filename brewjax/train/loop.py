@@ -37,6 +37,7 @@ from brewjax.train.teachers import AuxModel, FrozenModel, SoftLabels, TeacherCac
 from pallas_kernels.token_labels import PADDING, TokenLabels
 
 State = dict[str, Any]
+Step = Callable[..., tuple[State, dict[str, Array]]]
 
 
 class TrainConfig(Config):
@@ -77,7 +78,14 @@ class TrainConfig(Config):
         return self
 
     def check_rows(self, mesh: Mesh) -> None:
-        """Raises ValueError if the rows of a micro-batch do not divide over the mesh."""
+        """Checks that the rows of a micro-batch divide over a mesh.
+
+        Args:
+          mesh: to train on.
+
+        Raises:
+          ValueError: they do not.
+        """
         num_devices = data_parallel_size(mesh)
         if self.batch_size // self.gradient_accumulation_steps % num_devices:
             raise ValueError(
@@ -159,19 +167,55 @@ def train(
     """
     mesh = config.mesh.build()
     config.check_rows(mesh)
-    lookups = {
-        name: aux_model.look_up
-        for name, aux_model in aux_models.items()
-        if isinstance(aux_model, (TeacherCache, SoftLabels, ItemTable))
-    }
-    teachers = {name: aux_model for name, aux_model in aux_models.items() if isinstance(aux_model, TeacherOnMesh)}
+    frozen = _frozen_models(model, config, mesh, init, aux_models)
+    batches = _open_batches(config, shards, mesh, aux_models)
+    with (
+        jax.set_mesh(mesh),
+        distributed.defer_preemption(),
+        open_checkpoints(folder, config.max_checkpoints_to_keep) as checkpointer,
+    ):
+        aux_params = {name: frozen_model.on(mesh) for name, frozen_model in frozen.items()}
+        state = _restore_or_init(checkpointer, model, config, mesh, batches, init, objective)
+        models = {name: frozen_model.model for name, frozen_model in frozen.items()}
+        step = jax.jit(make_step(model, config, objective, models), donate_argnums=0)
+        teachers = {name: aux_model for name, aux_model in aux_models.items() if isinstance(aux_model, TeacherOnMesh)}
+        with _open_metrics(folder, int(state["step"]), config.steps) as writer:
+            log = _StepLog(writer, folder, shards)
+            run_step = _with_aux_models(step, aux_params, teachers, mesh)
+            state = _run_steps(run_step, state, batches, config, mesh, checkpointer, log)
+        checkpointer.wait()
+        params = decoder_params(state["params"])
+        if config.lora:
+            return jax.jit(config.lora.merge)(aux_params[BASE], params)
+        return _cast(params, model.param_dtype)
+
+
+def _frozen_models(
+    model: ModelConfig,
+    config: TrainConfig,
+    mesh: Mesh,
+    init: Callable[[], Params] | None,
+    aux_models: Mapping[str, AuxModel],
+) -> dict[str, FrozenModel]:
+    """The models that run inside the step: those of `aux_models`, and the base weights under LoRA."""
     frozen = {name: aux_model for name, aux_model in aux_models.items() if isinstance(aux_model, FrozenModel)}
     if config.lora:
         if init is None:
             raise ValueError("train.lora adapts the weights of a model: there is none to start from (init is None)")
         frozen[BASE] = _load_initial(model, init, mesh)
-    models = {name: aux_model.model for name, aux_model in frozen.items()}
-    batches = ShardedBatches(
+    return frozen
+
+
+def _open_batches(
+    config: TrainConfig, shards: Shards, mesh: Mesh, aux_models: Mapping[str, AuxModel]
+) -> ShardedBatches:
+    """Batches of the shards, each with what the tables and caches of `aux_models` hold for it."""
+    lookups = {
+        name: aux_model.look_up
+        for name, aux_model in aux_models.items()
+        if isinstance(aux_model, (TeacherCache, SoftLabels, ItemTable))
+    }
+    return ShardedBatches(
         shards,
         mesh,
         config.gradient_accumulation_steps,
@@ -181,49 +225,47 @@ def train(
         config.seed,
         lookups,
     )
-    with (
-        jax.set_mesh(mesh),
-        distributed.defer_preemption(),
-        open_checkpoints(folder, config.max_checkpoints_to_keep) as checkpointer,
-    ):
-        aux_params = {name: aux_model.on(mesh) for name, aux_model in frozen.items()}
-        state = _restore_or_init(checkpointer, model, config, mesh, batches, init, objective)
-        step = jax.jit(make_step(model, config, objective, models), donate_argnums=0)
-        start, preemption_sync = int(state["step"]), distributed.PreemptionSync(mesh)
-        with contextlib.ExitStack() as stack:
-            writer = (
-                stack.enter_context(MetricsWriter(folder, start, config.steps))
-                if distributed.is_process_zero()
-                else None
-            )
-            pending = None  # the step whose metrics are still being computed while the next one is dispatched
-            for step_index in range(start + 1, config.steps + 1):
-                batch, placed, aux_outputs = next(batches)
-                if teachers:  # two programs that run at once on a CPU's devices may deadlock
-                    jax.block_until_ready(state)
-                for name, teacher in teachers.items():
-                    aux_outputs[name] = jax.device_put(teacher(placed), NamedSharding(mesh, BATCH_SPEC))
-                state, metrics = step(state, placed, aux_outputs, aux_params)
-                if pending:
-                    _record(writer, folder, shards, *pending)
-                pending = (step_index, batch, metrics)
-                preempted = preemption_sync()
-                if preempted or step_index % config.checkpoint_every_steps == 0 or step_index == config.steps:
-                    _record(writer, folder, shards, *pending)  # raises before a NaN gets into a checkpoint
-                    pending = None
-                    checkpointer.wait()
-                    checkpointer.save_checkpointables_async(step_index, {"state": state, "data": batches}, force=True)
-                if preempted and step_index < config.steps:
-                    checkpointer.wait()
-                    distributed.exit_for_restart(f"checkpoint of step {step_index} of {config.steps} is saved")
-        checkpointer.wait()
-        params = decoder_params(state["params"])
-        if config.lora:
-            return jax.jit(config.lora.merge)(aux_params[BASE], params)
-        return _cast(params, model.param_dtype)
 
 
-Step = Callable[..., tuple[State, dict[str, Array]]]
+def _with_aux_models(
+    step: Step, aux_params: Mapping[str, Params], teachers: Mapping[str, TeacherOnMesh], mesh: Mesh
+) -> Step:
+    """The step as a function of state, batch and looked-up outputs: teachers on a mesh of their own run before it."""
+
+    def run(state: State, placed: TokenBatch, aux_outputs: dict[str, Any]) -> tuple[State, dict[str, Array]]:
+        if teachers:  # two programs that run at once on a CPU's devices may deadlock
+            jax.block_until_ready(state)
+        for name, teacher in teachers.items():
+            aux_outputs[name] = jax.device_put(teacher(placed), NamedSharding(mesh, BATCH_SPEC))
+        return step(state, placed, aux_outputs, aux_params)
+
+    return run
+
+
+def _run_steps(
+    step: Step,
+    state: State,
+    batches: ShardedBatches,
+    config: TrainConfig,
+    mesh: Mesh,
+    checkpointer: ocp.training.Checkpointer,
+    log: _StepLog,
+) -> State:
+    """Runs the steps that remain, with their checkpoints, and returns the last state; exits on a preemption."""
+    preemption_sync = distributed.PreemptionSync(mesh)
+    for step_index in range(int(state["step"]) + 1, config.steps + 1):
+        batch, placed, aux_outputs = next(batches)
+        state, metrics = step(state, placed, aux_outputs)
+        log.add(step_index, batch, metrics)
+        preempted = preemption_sync()
+        if preempted or step_index % config.checkpoint_every_steps == 0 or step_index == config.steps:
+            log.flush()  # raises before a NaN gets into a checkpoint
+            checkpointer.wait()
+            checkpointer.save_checkpointables_async(step_index, {"state": state, "data": batches}, force=True)
+        if preempted and step_index < config.steps:
+            checkpointer.wait()
+            distributed.exit_for_restart(f"checkpoint of step {step_index} of {config.steps} is saved")
+    return state
 
 
 def make_step(
@@ -333,9 +375,16 @@ def _initial(config: TrainConfig) -> Callable[[Params], State]:
 
 
 def abstract_state(model: ModelConfig, config: TrainConfig, mesh: Mesh, loss_params: Mapping[str, Any] = {}) -> State:
-    """Shapes, dtypes and shardings of a training state; call it with the mesh in context.
+    """Makes a training state's shapes, dtypes and shardings; call it with the mesh in context.
 
-    `loss_params` are parameters of the objective: scalars, on every device.
+    Args:
+      model: the shape of the decoder.
+      config: of the training run.
+      mesh: that the state is sharded over.
+      loss_params: parameters of the objective: scalars, on every device.
+
+    Returns:
+      A tree of `jax.ShapeDtypeStruct`.
     """
     params = config.lora.abstract(abstract_params(model, mesh)) if config.lora else abstract_params(master(model), mesh)
     params = with_loss_params(params, jax.eval_shape(lambda: dict(loss_params)))
@@ -360,20 +409,49 @@ def abstract_batch(config: TrainConfig, mesh: Mesh) -> TokenBatch:
     return TokenBatch(field, field, TokenLabels(field, field, field), field, weights, field, field)
 
 
-def _record(
-    writer: MetricsWriter | None, folder: Path, shards: Shards, step: int, batch: TokenBatch, metrics: dict
-) -> None:
-    row = {name: value.item() for name, value in metrics.items()}
-    if not np.isfinite([row["loss"], row["grad_norm"], row["update_norm"]]).all():
+def _open_metrics(folder: Path, start: int, steps: int) -> contextlib.AbstractContextManager[MetricsWriter | None]:
+    """The writer of `metrics.jsonl` from step `start` on; None on all processes but process zero."""
+    return MetricsWriter(folder, start, steps) if distributed.is_process_zero() else contextlib.nullcontext()
+
+
+class _StepLog:
+    """Metrics of steps. Each step's are read while the next step runs: reading waits for the device.
+
+    Args:
+      writer: of the rows; None where they are only checked.
+      folder: gets the batch of a step that is not finite.
+      shards: the records, to name those of that batch.
+    """
+
+    def __init__(self, writer: MetricsWriter | None, folder: Path, shards: Shards):
+        self._writer, self._folder, self._shards = writer, folder, shards
+        self._pending: tuple[int, TokenBatch, dict[str, Array]] | None = None
+
+    def add(self, step: int, batch: TokenBatch, metrics: dict[str, Array]) -> None:
+        """Writes the step before, and holds this one, which has been dispatched."""
+        self.flush()
+        self._pending = step, batch, metrics
+
+    def flush(self) -> None:
+        """Waits for the step that is held, and writes it; raises NonFiniteError if it is not finite."""
+        if self._pending is None:
+            return
+        (step, batch, metrics), self._pending = self._pending, None
+        row = {name: value.item() for name, value in metrics.items()}
+        if not np.isfinite([row["loss"], row["grad_norm"], row["update_norm"]]).all():
+            raise self._non_finite(step, batch, row)
+        if self._writer:
+            self._writer.write(step, row)
+
+    def _non_finite(self, step: int, batch: TokenBatch, row: dict[str, float]) -> NonFiniteError:
+        """Saves the batch, and returns the error that names its records."""
         suffix = f"_process_{jax.process_index()}" if jax.process_count() > 1 else ""
-        saved = folder / f"bad_batch_step_{step}{suffix}.npz"
+        saved = self._folder / f"bad_batch_step_{step}{suffix}.npz"
         np.savez(saved, **batch._asdict() | batch.token_labels._asdict())
-        sources = "\n  ".join(describe_sources(shards, batch))
-        raise NonFiniteError(
+        sources = "\n  ".join(describe_sources(self._shards, batch))
+        return NonFiniteError(
             f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}, update norm {row['update_norm']}. "
             f"Its batch is in {saved}, "
             f"its {np.sum(batch.targets != NO_TARGET)} targets come from:\n  {sources}\n"
             "The last checkpoint is from before it; lower the learning rate or look at these examples."
         )
-    if writer:
-        writer.write(step, row)

@@ -47,6 +47,14 @@ def supervised(decoder: Decoder, batch: TokenBatch, aux: AuxInputs) -> tuple[Wei
     """Weighted cross-entropy of the targets, in nats: the objective of pre-training and of supervised fine-tuning.
 
     The two differ in their targets only. A mixture of experts adds its load-balancing loss.
+
+    Args:
+      decoder: the model in training.
+      batch: arrays [rows, T]; tokens without a target, or of weight 0, count for nothing.
+      aux: not used.
+
+    Returns:
+      The loss, summed with its weight, and no metrics.
     """
     hidden, balance = decoder.forward_with_aux_loss(batch.tokens, batch.positions, batch.token_labels)
     loss = cross_entropy(decoder, hidden, batch)

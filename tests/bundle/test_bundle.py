@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import yaml
 
 from brewjax.bundle.bundle import Bundle
 from brewjax.bundle.surface import Surface
@@ -172,3 +173,24 @@ def renamed(name: str) -> Callable[[str], str]:
 def test_what_is_no_model_folder_is_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match="no such model folder"):
         Bundle.load(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (
+            "d_ff",
+            64,
+            r"params: layers.\w+ is \(.*\), and .*model.yaml makes it \(.*\): these are the weights of another",
+        ),
+        ("qkv_bias", True, r"params: layers.\w+_bias is none, and .*model.yaml makes it \(.*\)"),
+        ("rope_base", 10_000, r"model.yaml:\d+: rope_base: unknown key 'rope_base'; did you mean 'rope_theta'\?"),
+    ],
+)
+def test_a_folder_of_another_version_is_refused_in_one_line(bundle, tmp_path, key, value, message):
+    bundle.save(tmp_path)
+    file = tmp_path / "model.yaml"
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {key: value}))
+    with pytest.raises(ValueError, match=message) as error:
+        Bundle.load(tmp_path)
+    assert "\n" not in str(error.value)

@@ -140,10 +140,10 @@ def test_killed_in_the_middle_it_ends_with_the_same_bits(folder, trained):
 
 
 @pytest.mark.long
-def test_an_encoder_is_of_the_surface_of_its_task(here, capsys):
+def test_an_encoder_is_of_the_surface_of_its_task(workdir, capsys):
     stage = {"do": "contrastive", "data": {"task": "people/acts"}, "loss": {"dimensions": [8]}}
-    run_recipe(load(here, "encoder", stages={"encoder": stage}).recipe, here / "encoder")
-    encoder = Encoder.load(here / "encoder" / "encoder" / "model")
+    run_recipe(load(workdir, "encoder", stages={"encoder": stage}).recipe, workdir / "encoder")
+    encoder = Encoder.load(workdir / "encoder" / "encoder" / "model")
     assert (encoder.surface.name, encoder.task.name, encoder.config.task) == ("people", "acts", "acts")
     assert "Recall@100" in capsys.readouterr().out
 

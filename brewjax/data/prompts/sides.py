@@ -39,7 +39,17 @@ class SideConfig(Config):
         return instruction
 
     def choose(self, tasks: Mapping[str, T]) -> T:
-        """The task among those by name; ConfigError where there is none of this name."""
+        """Chooses the task whose history and words a side is rendered with.
+
+        Args:
+          tasks: of a recipe or a bundle, by name.
+
+        Returns:
+          The task named by `task`; the first, if none is named.
+
+        Raises:
+          ConfigError: there is no task of this name.
+        """
         for name, task in tasks.items():
             if self.task in ("", name):
                 return task

@@ -80,7 +80,14 @@ class Verbalizer:
         return chat
 
     def names(self, items: np.ndarray) -> list[str]:
-        """A name for people to read, of each item (int [items], rows)."""
+        """Names items for people to read.
+
+        Args:
+          items: int [items], rows.
+
+        Returns:
+          A name for each, on one line.
+        """
         return [self.tokenizer.clean(self.dataset.item_name(row)) for row in items]
 
     def facts(
@@ -95,8 +102,10 @@ class Verbalizer:
         """Renders the attributes and facts of rows of a table.
 
         Args:
+          table: "members", "items" or "events".
           rows: int [rows].
           time: microseconds since 1970 as of which ages and facts are computed, one for all rows or one each.
+          style: in whose words.
           where: whether the texts stand in the history or in a question.
           members: int [rows], the member of each row, for facts of pairs; without, these facts are left out.
 
@@ -106,8 +115,15 @@ class Verbalizer:
         return self._rows[table].render(RowsAsOf(rows, np.broadcast_to(time, len(rows)), members), style, where)
 
     def question_values(self, items: np.ndarray, time: int) -> list[tuple[Attribute, list[Any]]]:
-        """Every attribute and fact of items (int [items], rows) that questions state, with its values as of a time:
-        None or NaN where a value is unknown. Facts of pairs are not among them."""
+        """Computes every attribute and fact of items that questions state; facts of pairs are not among them.
+
+        Args:
+          items: int [items], rows.
+          time: as of which facts are computed, in microseconds since 1970.
+
+        Returns:
+          Each attribute with its values [items], None or NaN where a value is unknown.
+        """
         renderer = self._rows["items"]
         rows = RowsAsOf(items, np.full(len(items), time))
         values = [(a, renderer.values(a, items)) for a in renderer.attributes if "question" in a.where]
@@ -124,9 +140,14 @@ class Verbalizer:
         are left out.
 
         Args:
+          task: whose words the prompt is in.
+          example: a member as of a time, with candidates.
           style_name: a key of STYLES.
           note: a developer's steering note, in place of the task's.
           choices: multiple-choice questions, asked in place of the example's candidates.
+
+        Returns:
+          The prompt: a question for each candidate, in their order.
 
         Raises:
           ValueError: a text that must not, or cannot, be truncated does not fit; names the item or member, and its
@@ -194,7 +215,16 @@ class Verbalizer:
         return max(budget - self._count(render_preamble(None)), half)
 
     def fitting(self, task: Task, example: RankingExample, style_name: str) -> RankingExample:
-        """The example without the candidates whose questions do not fit, if the task's policy is to skip them."""
+        """Leaves out the candidates whose questions do not fit, if the task's policy is to skip them.
+
+        Args:
+          task: whose `questions.overlong` decides.
+          example: with candidates.
+          style_name: a key of STYLES.
+
+        Returns:
+          The example with the candidates that remain, which may be none.
+        """
         if task.questions.overlong != "skip":
             return example
         style = STYLES[style_name]
@@ -212,7 +242,16 @@ class Verbalizer:
         return example.select(fits)
 
     def all_fitting(self, task: Task, examples: Iterable[RankingExample], style_name: str) -> Iterator[RankingExample]:
-        """Applies `fitting` to each example, and leaves out examples without any candidate left."""
+        """Applies `fitting` to each example, and leaves out examples without any candidate left.
+
+        Args:
+          task: whose `questions.overlong` decides.
+          examples: with candidates.
+          style_name: a key of STYLES.
+
+        Returns:
+          An iterator of the examples that remain.
+        """
         for example in examples:
             fitting = self.fitting(task, example, style_name)
             if len(fitting.candidates):
@@ -328,7 +367,19 @@ class Verbalizer:
         return text
 
     def describe_overlong(self, table: Table, row: int, text: str, room: int, time: int, style: Style) -> Overlong:
-        """The text of a row of a table that has more than `room` tokens as of a time, microseconds since 1970."""
+        """Describes a text that does not fit, for a log line or an error.
+
+        Args:
+          table: "members", "items" or "events".
+          row: of the table.
+          text: as it was rendered.
+          room: the tokens that it may have.
+          time: as of which it was rendered, in microseconds since 1970.
+          style: in which it was rendered.
+
+        Returns:
+          Whose text it is, its size, and its longest column.
+        """
         if table == "items":
             noun = f"{self.dataset.card.items.noun} {self.dataset.item_id(row)}"
         else:

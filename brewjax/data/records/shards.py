@@ -133,7 +133,17 @@ def finish_shards(folder: Path, count: int) -> dict[str, int]:
 def write_shards(
     folder: Path, examples: Iterable[tuple[Record, Provenance]], capacity: int, table: TableWriter | None = None
 ) -> dict[str, int]:
-    """Writes all examples as one shard, and returns the counts; see `write_shard` and `finish_shards`."""
+    """Writes all records as one shard; see `write_shard` and `finish_shards`.
+
+    Args:
+      folder: that gets the files.
+      examples: records, each with where it came from.
+      capacity: tokens of a packed row; a longer record is split.
+      table: gets each record too, for instance an `ItemTableWriter`.
+
+    Returns:
+      The counts of the folder: "shards", "records", "targets", "tokens", and those of the table.
+    """
     write_shard(folder, WHOLE, examples, capacity, table)
     return finish_shards(folder, 1)
 

@@ -66,6 +66,12 @@ class Dataset:
     def load(cls, path: str | Path) -> Dataset:
         """Reads and validates a dataset folder.
 
+        Args:
+          path: a folder with `dataset.yaml`, and three tables in Parquet or CSV.
+
+        Returns:
+          The dataset, its events in order of time.
+
         Raises:
           ConfigError: the card is missing or wrong.
           DatasetError: the tables do not fit the card; lists every problem.
@@ -98,11 +104,25 @@ class Dataset:
         return pc.index_in(self.events[self.card.events.action], names).to_numpy().astype(np.int16)
 
     def action_name(self, event: int) -> str:
-        """The name of an event's action."""
+        """Looks up the name of an event's action.
+
+        Args:
+          event: row of the event.
+
+        Returns:
+          A key of the card's `events.actions`.
+        """
         return list(self.card.events.actions)[self.event_action[event]]
 
     def has_action(self, actions: Iterable[str]) -> np.ndarray:
-        """bool [events]: whether each event is of one of `actions`."""
+        """Selects events by their actions.
+
+        Args:
+          actions: keys of the card's `events.actions`.
+
+        Returns:
+          bool [events]: whether each event is of one of them.
+        """
         is_selected = np.isin(list(self.card.events.actions), list(actions))
         return is_selected[self.event_action]
 
@@ -131,7 +151,14 @@ class Dataset:
         return np.searchsorted(self.event_member, np.arange(len(self.members) + 1))
 
     def member_rows(self, actions: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of the events of some actions, int64 [rows], and the offsets of each member's, int64 [members + 1]."""
+        """Finds the events of some actions, by member; the result is kept for the next call.
+
+        Args:
+          actions: keys of the card's `events.actions`.
+
+        Returns:
+          Rows of the events, int64 [rows], and the offsets in them of each member's, int64 [members + 1].
+        """
         if actions not in self._rows_by_actions:
             rows = np.flatnonzero(self.has_action(actions))
             offsets = np.searchsorted(self.event_member[rows], np.arange(len(self.members) + 1))
@@ -204,7 +231,13 @@ class Dataset:
         return np.argsort(self.item_hash, kind="stable")
 
     def member_row(self, member: str) -> int:
-        """The row of the member whose id, written as text, is `member`.
+        """Finds a member by id.
+
+        Args:
+          member: the id, written as text.
+
+        Returns:
+          The member's row.
 
         Raises:
           ValueError: no member has this id; the message holds a few ids that exist.
@@ -217,22 +250,49 @@ class Dataset:
         return row
 
     def member_id(self, row: int) -> str:
-        """The id of a member, as text."""
+        """Looks up a member's id.
+
+        Args:
+          row: of the member.
+
+        Returns:
+          The id, as text.
+        """
         return str(self.members[self.card.members.id][int(row)].as_py())
 
     def item_id(self, row: int) -> str:
-        """The id of an item, as text."""
+        """Looks up an item's id.
+
+        Args:
+          row: of the item.
+
+        Returns:
+          The id, as text.
+        """
         return str(self.items[self.card.items.id][int(row)].as_py())
 
     def item_name(self, row: int) -> str:
-        """A name for people to read: the item's first text attribute, or its id where that is empty."""
+        """Names an item for people to read.
+
+        Args:
+          row: of the item.
+
+        Returns:
+          The item's first text attribute, or its id where that is empty.
+        """
         text_columns = (a.column for a in self.card.items.attributes if a.kind == "text")
         column = next(text_columns, None)
         name = self.items[column][int(row)].as_py() if column else None
         return name if name and name.strip() else self.item_id(row)
 
     def event_column(self, name: str) -> pa.ChunkedArray:
-        """An event column by name; "action" is the action column, whatever its name in the file.
+        """Looks up a column of the events.
+
+        Args:
+          name: of the column; "action" is the action column, whatever its name in the file.
+
+        Returns:
+          The column [events], in the order of the events.
 
         Raises:
           ValueError: there is no such column. The events of a request have only the columns that the card names.

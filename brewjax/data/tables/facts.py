@@ -135,7 +135,16 @@ class Facts(Config):
                 yield group, fact
 
     def check(self, members: tuple[Attribute, ...], items: tuple[Attribute, ...], events: Events) -> None:
-        """Checks facts against the attributes and actions of the card; raises `misplaced`."""
+        """Checks facts against the attributes and actions of the card.
+
+        Args:
+          members: attributes of members.
+          items: attributes of items.
+          events: their columns and actions.
+
+        Raises:
+          PydanticCustomError: `misplaced`, at the first fact that the tables cannot have.
+        """
         names: Mapping[FactGroup, list[str]] = {
             "members": [attribute.name for attribute in members],
             "items": [attribute.name for attribute in items],

@@ -103,14 +103,19 @@ def history_before(dataset: Dataset, task: Task, member: int, cutoff_time: int) 
 
 
 def example_at(dataset: Dataset, task: Task, member: int, time: int | None = None) -> RankingExample:
-    """An example of a member as of a time, with every item that the task could ask about then as a candidate.
+    """Makes an example of a member as of a time, with every item that the task could ask about then as a candidate.
 
     These are the items within their lives, which fulfil the task's conditions, and which are new to the member unless
     the task asks repeats.
 
     Args:
+      dataset: the tables.
+      task: what is asked of them.
       member: row of the member.
       time: microseconds since 1970; by default just after the last event of the dataset.
+
+    Returns:
+      The example; its labels are -1, unknown.
 
     Raises:
       ValueError: no item is left.
@@ -157,7 +162,13 @@ def build_examples(dataset: Dataset, task: Task, split: Split, seed: int = 0) ->
     History is strictly older than the cutoff time, so no prompt holds an event of a later split, or a candidate's own.
 
     Args:
+      dataset: the tables.
+      task: what is asked of them.
+      split: "train", "validation" or "test".
       seed: of the sampled negatives, which depend on nothing else but the task, the member and the cutoff time.
+
+    Returns:
+      An iterator of examples, a member's in order of time.
 
     Raises:
       ConfigError: an event matches two labels.

@@ -291,7 +291,14 @@ class Task(Config):
         return np.array([label.value for label in self.labels])
 
     def draw_phrasing(self, rng: np.random.Generator) -> Task:
-        """The task in its own words or, as likely each, in those of one of its `phrasings`."""
+        """Draws the words that a training record asks in, so that a model does not learn one wording by heart.
+
+        Args:
+          rng: decides.
+
+        Returns:
+          The task in its own words or, as likely each, in those of one of its `phrasings`.
+        """
         index = int(rng.integers(1 + len(self.phrasings))) if self.phrasings else 0
         if not index:
             return self
@@ -303,7 +310,13 @@ class Task(Config):
         return self.model_copy(update={"instruction": phrasing.instruction, "questions": questions})
 
     def boundaries(self, dataset: Dataset) -> tuple[int, int]:
-        """The start of the validation period and of the test period, in microseconds since 1970.
+        """Computes where the periods of the temporal split begin.
+
+        Args:
+          dataset: in which a share of the events is a time.
+
+        Returns:
+          The start of the validation period and of the test period, in microseconds since 1970.
 
         Raises:
           ConfigError: a setting is neither a date nor a share, or validation does not begin before test.
@@ -324,6 +337,9 @@ class Task(Config):
     def check(self, dataset: Dataset) -> None:
         """Checks that the dataset has the task's actions and columns, that values are of their columns' types, and that
         some event matches each label.
+
+        Args:
+          dataset: that the task is asked of.
 
         Raises:
           ConfigError: names file, line and key.
@@ -376,6 +392,9 @@ class Task(Config):
 
     def check_words(self, tokenizer: Tokenizer) -> None:
         """Checks that every label word is one token.
+
+        Args:
+          tokenizer: of the model that is asked.
 
         Raises:
           ConfigError: names file and line.

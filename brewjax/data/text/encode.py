@@ -169,6 +169,14 @@ def encode(prompt: Prompt, tokenizer: Tokenizer, layout: HistoryLayout) -> Encod
     No piece's tokens then depend on its neighbours, nor an answer's on its question, and a cached prefix fits every
     question. All pieces except the preamble are tokenized as continuations of other text. A text answer ends with EOS.
 
+    Args:
+      prompt: with or without answers.
+      tokenizer: of the model.
+      layout: whether events see each other ("dense") or not ("star").
+
+    Returns:
+      The tokens of each piece, and of each label.
+
     Raises:
       ValueError: a label word is not one token, or a question is empty.
     """

@@ -64,7 +64,11 @@ class Prompt:
     temperature: float = 1.0
 
     def render(self) -> str:
-        """Renders the prompt for people to read: questions numbered, known answers filled in."""
+        """Renders the prompt for people to read: questions numbered, known answers filled in.
+
+        Returns:
+          The text.
+        """
         parts = [self.preamble, *self.events]
         for number, question in enumerate(self.questions, 1):
             heading = f"{question.heading} {number}" if question.heading else ""
@@ -79,6 +83,9 @@ class Prompt:
         Args:
           text: the JSON.
           source: the name of the file or input that the text is from, for errors.
+
+        Returns:
+          The prompt, without answers.
 
         Raises:
           ValueError: names the key that is unknown, missing or of the wrong type.

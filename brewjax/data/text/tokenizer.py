@@ -73,6 +73,12 @@ class Tokenizer:
     def load(cls, folder: str | Path) -> Tokenizer:
         """Reads a folder with a `tokenizer.json`, such as that of a Hugging Face model.
 
+        Args:
+          folder: of the tokenizer, or of the model.
+
+        Returns:
+          The tokenizer, with the splitting rule of its own file.
+
         Raises:
           ValueError: the folder has no `tokenizer.json`.
         """
@@ -89,6 +95,9 @@ class Tokenizer:
           texts: the corpus.
           words: label words, each of which becomes one token.
           vocab_size: number of token ids, of which 259 are the bytes and the special tokens.
+
+        Returns:
+          The tokenizer; it depends on the texts alone, in their order.
         """
         bpe = tokenizers.Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -120,11 +129,19 @@ class Tokenizer:
 
     @classmethod
     def byte_level(cls) -> Tokenizer:
-        """A tokenizer with one token per byte, for use before one is trained."""
+        """Makes a tokenizer with one token per byte, for use before one is trained.
+
+        Returns:
+          The tokenizer.
+        """
         return cls.train([], [], vocab_size=0)
 
     def save(self, folder: str | Path) -> None:
-        """Writes the tokenizer's files, `tokenizer.json` among them, into the folder."""
+        """Writes the tokenizer's files, `tokenizer.json` among them.
+
+        Args:
+          folder: is made if it is not there.
+        """
         self.hf.save_pretrained(folder)
 
     @property
@@ -144,7 +161,14 @@ class Tokenizer:
         self.hf.init_kwargs[BEGINS] = self.hf.bos_token_id in self.hf("")["input_ids"]
 
     def with_bos(self, ids: list[int]) -> list[int]:
-        """The ids with BOS in front, unless they begin with it already: a chat template may have added it."""
+        """Puts BOS in front, unless the ids begin with it already: a chat template may have added it.
+
+        Args:
+          ids: of a text's beginning.
+
+        Returns:
+          The ids with BOS, or as they are if the tokenizer has none.
+        """
         return ids if ids[: len(self.bos)] == self.bos else self.bos + ids
 
     @property
@@ -153,7 +177,11 @@ class Tokenizer:
         return [] if self.hf.eos_token_id is None else [self.hf.eos_token_id]
 
     def without_special_tokens(self) -> Tokenizer:
-        """A copy that tokenizes special tokens written in a text as ordinary text."""
+        """Copies the tokenizer such that special tokens written in a text are ordinary text.
+
+        Returns:
+          The copy.
+        """
         hf = copy.deepcopy(self.hf)
         hf.backend_tokenizer.encode_special_tokens = True  # as text
         return type(self)(hf)
@@ -224,11 +252,24 @@ class Tokenizer:
         return max(len(name.encode()) for name in self.hf.get_vocab())
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
-        """Number of tokens of each text."""
+        """Counts tokens.
+
+        Args:
+          texts: continuations of other text.
+
+        Returns:
+          The number of tokens of each.
+        """
         return [len(ids) for ids in self.encode(texts)]
 
     def label_token_id(self, word: str) -> int:
-        """The id of a label word that continues a prompt.
+        """Finds the id of a label word that continues a prompt.
+
+        Args:
+          word: of a label.
+
+        Returns:
+          The token's id.
 
         Raises:
           ValueError: the word is not exactly one token that decodes to the word, apart from a space in front.
@@ -242,7 +283,14 @@ class Tokenizer:
         return ids[0]
 
     def clean(self, text: str) -> str:
-        """Cleans a value of a table, so that it cannot forge markup: one line, no special tokens."""
+        """Cleans a value of a table, so that it cannot forge markup.
+
+        Args:
+          text: as it is in the table.
+
+        Returns:
+          The text on one line, without special tokens.
+        """
         return " ".join(self._special.sub(" ", text).split())
 
     def chat(self, turns: list[dict[str, str]], template: ChatTemplate = AS_IT_COMES) -> str:
@@ -251,6 +299,9 @@ class Tokenizer:
         Args:
           turns: `role` and `content` of each turn.
           template: the other variables of the template.
+
+        Returns:
+          The text, special tokens written out.
 
         Raises:
           ValueError: the tokenizer has no chat template, or the template refuses the turns.
