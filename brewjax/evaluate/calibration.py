@@ -17,11 +17,14 @@ LEAST, MOST = 0.1, 10.0  # temperatures that are tried
 
 
 def fit_temperature(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """The temperature with the least log loss (Guo et al., ICML 2017).
+    """Finds the temperature with the least log loss (Guo et al., ICML 2017).
 
     Args:
       probabilities: float [questions, labels], at temperature 1.
       labels: int [questions], the right answers.
+
+    Returns:
+      The temperature, from LEAST to MOST.
     """
     log_probs, ones = np.log(np.maximum(probabilities, np.finfo(np.float32).tiny)), np.ones(len(labels))
 
@@ -32,15 +35,22 @@ def fit_temperature(probabilities: np.ndarray, labels: np.ndarray) -> float:
 
 
 def calibrate(bundle: Bundle, tasks: Sequence[TaskExamples]) -> Bundle:
-    """The model with a temperature for each task, fitted on its examples; those that it had are forgotten.
+    """Fits a temperature for each task; those that the model had are forgotten.
 
     Args:
+      bundle: the model.
       tasks: of the model's surfaces, which are named, with examples of the validation period. A task without examples
         has the temperature 1.
+
+    Returns:
+      The model with surfaces that have the temperatures.
     """
     forgotten = {name: dataclasses.replace(surface, temperatures={}) for name, surface in bundle.surfaces.items()}
     bundle = dataclasses.replace(bundle, surfaces=forgotten)
-    encoded = [encode_examples(bundle, *each) if each.examples else ([], []) for each in tasks]
+    encoded = [
+        encode_examples(bundle, each.dataset, each.task, each.examples, each.surface) if each.examples else ([], [])
+        for each in tasks
+    ]
     prompts = [prompt for _, of_task in encoded for prompt in of_task]
     probabilities = iter(bundle.scorer(prompts).score_encoded(prompts))
     fitted: dict[str, dict[str, float]] = {name: {} for name in bundle.surfaces}
