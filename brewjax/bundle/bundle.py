@@ -17,6 +17,7 @@ from brewjax.config import ConfigError
 from brewjax.console import print_line
 from brewjax.data.prompts.styles import PromptConfig
 from brewjax.data.prompts.verbalize import Verbalizer
+from brewjax.data.tables.card import CARD
 from brewjax.data.tables.dataset import Dataset, hash_dataset
 from brewjax.data.tables.statistics import FactSource, Percentiles
 from brewjax.data.tasks.task import Task
@@ -43,6 +44,8 @@ def check_folder(folder: Path) -> None:
     Raises:
       ConfigError: it is not; with a guess at what was meant.
     """
+    if (folder / CARD).is_file():
+        raise ConfigError(f"{folder}: written by an earlier brewjax, with {CARD} outside of {SURFACES}; train it anew")
     if (folder / MODEL).is_file():
         return
     if not folder.exists():

@@ -126,6 +126,13 @@ def two(bundle, tmp_path) -> Bundle:
     return dataclasses.replace(bundle, surfaces=bundle.surfaces | {"posts": Surface.fit("posts", posts, [TASK])})
 
 
+def test_a_folder_of_before_there_were_surfaces_is_refused(bundle, tmp_path):
+    bundle.save(tmp_path)
+    (tmp_path / "surfaces" / "jobs" / "dataset.yaml").rename(tmp_path / "dataset.yaml")
+    with pytest.raises(ConfigError, match="written by an earlier brewjax, with dataset.yaml outside of surfaces"):
+        Bundle.load(tmp_path)
+
+
 def test_a_folder_keeps_every_surface(two, tmp_path):
     two.save(tmp_path / "model")
     again = Bundle.load(tmp_path / "model")
