@@ -129,7 +129,7 @@ def two(bundle, tmp_path) -> Bundle:
 def test_a_folder_of_before_there_were_surfaces_is_refused(bundle, tmp_path):
     bundle.save(tmp_path)
     (tmp_path / "surfaces" / "jobs" / "dataset.yaml").rename(tmp_path / "dataset.yaml")
-    with pytest.raises(ConfigError, match="written by an earlier brewjax, with dataset.yaml outside of surfaces"):
+    with pytest.raises(ConfigError, match=r"written by an earlier brewjax, with dataset\.yaml outside of surfaces"):
         Bundle.load(tmp_path)
 
 
