@@ -6,6 +6,7 @@ Output holds values of tables, file names and users' words, in which rich would 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -16,11 +17,18 @@ from rich.table import Table
 from rich.text import Text
 
 T = TypeVar("T")
+FILE_WIDTH = 160
 
 
 def plain_console(**settings: Any) -> Console:
-    """A console that prints every text unchanged; `settings` are those of `rich.console.Console`."""
-    return Console(markup=False, emoji=False, highlight=False, **settings)
+    """A console that prints every text unchanged; `settings` are those of `rich.console.Console`.
+
+    In a pipe or a file, which have no width, tables have FILE_WIDTH columns, unless COLUMNS says otherwise.
+    """
+    console = Console(markup=False, emoji=False, highlight=False, **settings)
+    if not (console.is_terminal or console.is_jupyter or "COLUMNS" in os.environ or "width" in settings):
+        console.width = FILE_WIDTH
+    return console
 
 
 def print_line(text: object, stderr: bool = False) -> None:
