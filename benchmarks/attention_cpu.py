@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "float32")
 
 import jax
 import jax.numpy as jnp

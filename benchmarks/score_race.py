@@ -37,6 +37,7 @@ Play = Callable[[list[int], list[list[int]], bool], list[list[float]]]  # prefix
 
 def ours(model: str) -> Play:
     os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(CORES)}
+    os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "float32"  # as the others
     import numpy as np
 
     from brewjax.data.text.encode import EncodedPrompt

@@ -37,6 +37,7 @@ Play = Callable[[list[list[int]]], float]  # tokens -> loss of the step
 
 def ours() -> tuple[Play, int]:
     os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(CORES)}
+    os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "float32"  # as the others
     import jax
     import jax.numpy as jnp
     import numpy as np

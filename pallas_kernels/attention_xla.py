@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.platform import precision
+from pallas_kernels.platform import precision, product_dtype
 from pallas_kernels.token_labels import INITIAL_MAX, MASKED, TokenLabels, dense_mask
 from pallas_kernels.worklist import BlockTable, block_table, block_visibility
 
@@ -43,7 +43,8 @@ def forward(
         return _attend_one_query(q, k, v, q_token_labels, kv_token_labels, q_start)
     blocks = _Blocks(q.shape, k.shape, q_token_labels, kv_token_labels, q_start)
     table = block_table(blocks.visibility)  # outside the loop, in which XLA would compute it anew for every block
-    q_blocks, k, v = blocks.split_queries(q), blocks.split_keys(k), blocks.split_keys(v)
+    q_blocks, k = blocks.split_queries(_rounded(q)), blocks.split_keys(_rounded(k))
+    v_transposed = blocks.split_keys(_rounded(v)).mT
 
     def attend_block(a: Array) -> tuple[Array, Array]:
         def visit(b: Array, masked: bool, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -52,7 +53,7 @@ def forward(
             new_max = jnp.maximum(row_max, scores.max(1))
             weights = jnp.exp(scores - new_max[:, None])
             rescale = jnp.exp(row_max - new_max)
-            added = _product("ksd,ksgq->kdgq", v[b], weights)
+            added = _product("kds,ksgq->kdgq", v_transposed[b], weights)
             return out * rescale[:, None] + added, new_max, row_sum * rescale + weights.sum(1)
 
         K, G, Q, D = q_blocks.shape[1:]
@@ -95,12 +96,9 @@ def backward(
     """float32 gradients of q, k and v, given `delta` = sum(out * d_out, -1) - d_lse, float32 like `lse`."""
     blocks = _Blocks(q.shape, k.shape, q_token_labels, kv_token_labels, q_start)
     table = block_table(blocks.visibility, by_key=True)
-    q, k, v, d_out = (
-        blocks.split_queries(q),
-        blocks.split_keys(k),
-        blocks.split_keys(v),
-        blocks.split_queries(d_out.astype(jnp.float32)),
-    )
+    q, d_out = (blocks.split_queries(_rounded(x)) for x in (q, d_out))
+    k, v = (blocks.split_keys(_rounded(x)) for x in (k, v))
+    k_transposed = k.mT
     lse, delta = (blocks.split_queries(x[..., None])[..., 0] for x in (lse, delta))
     scale = q.shape[-1] ** -0.5
 
@@ -111,7 +109,7 @@ def backward(
             d_weights = _product("kgqd,ksd->ksgq", d_out[a], v[b])
             d_scores = weights * (d_weights - delta[a][:, None]) * scale
             return (
-                dq.at[a].add(_product("ksgq,ksd->kgqd", d_scores, k[b])),
+                dq.at[a].add(_product("kds,ksgq->kdgq", k_transposed[b], d_scores)),
                 dk + _product("ksgq,kgqd->ksd", d_scores, q[a]),
                 dv + _product("ksgq,kgqd->ksd", weights, d_out[a]),
             )
@@ -120,12 +118,18 @@ def backward(
         dq, dk, dv = blocks.visit(table, b, visit, (dq, zeros, zeros))
         return dq, (dk, dv)
 
-    dq, (dk, dv) = jax.lax.scan(backprop_block, jnp.zeros(q.shape), jnp.arange(len(k)))
-    return blocks.join_queries(dq), blocks.join_keys(dk), blocks.join_keys(dv)
+    BN, K, G, Q, D = q.shape
+    dq, (dk, dv) = jax.lax.scan(backprop_block, jnp.zeros((BN, K, D, G, Q)), jnp.arange(len(k)))
+    return blocks.join_queries(jnp.moveaxis(dq, 2, -1)), blocks.join_keys(dk), blocks.join_keys(dv)
 
 
 def _product(equation: str, x: Array, y: Array) -> Array:
-    """An einsum with float32 sums in which the adjacent axes g and q are one: XLA's products over two are slower."""
+    """An einsum with float32 sums in which the adjacent axes g and q are one: XLA's products over two are slower.
+
+    Of a batch of products, XLA's CPU library computes those that sum over the first one's last axis; others take twice
+    as long, and are never bfloat16's.
+    """
+    x, y = _rounded(x), _rounded(y)
     x_axes, y_axes, out_axes = re.split(",|->", equation)
     sizes = dict(zip(x_axes + y_axes, x.shape + y.shape, strict=True))
     sizes["n"] = sizes["g"] * sizes["q"]
@@ -134,6 +138,10 @@ def _product(equation: str, x: Array, y: Array) -> Array:
     )
     out = jnp.einsum(equation.replace("gq", "n"), x, y, preferred_element_type=jnp.float32)
     return out.reshape([sizes[axis] for axis in out_axes])
+
+
+def _rounded(x: Array) -> Array:
+    return x.astype(product_dtype(x.dtype))
 
 
 class _Blocks:

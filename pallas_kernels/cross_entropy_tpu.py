@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.log_sum_exp_tpu import INTERPRETED_VMEM, LANES, HeadBlocks, multiply
-from pallas_kernels.platform import tpu_info
+from pallas_kernels.platform import precision, tpu_info
 
 BUFFERS = 3  # blocks of the hidden states' gradient in VMEM: fetched, added to, written
 MIN_BLOCKS = 3  # of tokens: a block must be written before it is fetched for the next tile
@@ -156,10 +156,11 @@ def _kernel(
         if V % v:
             d_logits = jnp.where(ids < V, d_logits, 0)
         d_logits = (d_logits * weight[...]).astype(words.dtype)
-        head_sums[at, :] += jax.lax.dot(d_logits, tokens, preferred_element_type=jnp.float32)
-        hidden_sums[slot] += jax.lax.dot_general(
-            d_logits, words, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+        dot = functools.partial(
+            jax.lax.dot_general, precision=precision(words.dtype), preferred_element_type=jnp.float32
         )
+        head_sums[at, :] += dot(d_logits, tokens, (((1,), (0,)), ((), ())))
+        hidden_sums[slot] += dot(d_logits, words, (((0,), (0,)), ((), ())))
 
     pl.when(i < active[0])(lambda: jax.lax.fori_loop(0, v // SUB, add, None))
     write(step).start()

@@ -28,7 +28,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.linear_loss import MASKED
-from pallas_kernels.platform import platform, tpu_info
+from pallas_kernels.platform import platform, precision, tpu_info
 
 LANES, SUBLANES = 128, 8
 SMALLEST_VOCABULARY = 4096  # below it one product of XLA's holds all logits
@@ -173,7 +173,10 @@ def _split_rows(x: Any, parts: Any) -> None:
 
 def multiply(words: Array, tokens: Array) -> Float[Array, "v n"]:
     """Logits [v, n] of words [v, D] and tokens [n, D], summed in float32."""
-    return jax.lax.dot_general(words, tokens, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    contract = (((1,), (1,)), ((), ()))
+    return jax.lax.dot_general(
+        words, tokens, contract, precision=precision(words.dtype), preferred_element_type=jnp.float32
+    )
 
 
 def split(x: Float[Array, " *B"], parts: int) -> list[Float[Array, " *B"]]:

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num
 
+from pallas_kernels.platform import product_dtype
+
 Activations = Literal["per_token", "per_tensor"]
 LIMITS = {jnp.dtype(jnp.float8_e4m3fn): 448.0, jnp.dtype(jnp.int8): 127.0}  # the largest values in use
 ROUNDS_TO_0 = {jnp.dtype(jnp.float8_e4m3fn): 2**-10, jnp.dtype(jnp.int8): 0.5}  # the largest that round to 0
@@ -81,9 +83,13 @@ def quantized_matmul(
     if weight.values.ndim != 2 or x.shape[-1] != weight.values.shape[0]:
         raise ValueError(f"x {x.shape} does not end in the first of two dimensions of weight {weight.values.shape}")
     tokens, token_scales = round_tokens(x.reshape(-1, x.shape[-1]), weight.values.dtype, activations, inputs_over)
+    values = weight.values.astype(tokens.dtype)
+    if tokens.dtype == jnp.float8_e4m3fn and product_dtype(jnp.float32) == jnp.bfloat16:
+        # bfloat16 holds e4m3 exactly, and a CPU that multiplies it would otherwise compute in float32.
+        tokens, values = tokens.astype(jnp.bfloat16), values.astype(jnp.bfloat16)
     out = jax.lax.dot(
         tokens,
-        weight.values.astype(tokens.dtype),
+        values,
         # On H100 the default sums e4m3 products in fewer bits than float32 (openxla/xla pull request 6599).
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.int32 if tokens.dtype == jnp.int8 else jnp.float32,

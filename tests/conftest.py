@@ -15,6 +15,8 @@ from brewjax import cli  # which imports no JAX before a verb needs it
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # Tests run on the CPU, whatever else is installed; libtpu is, and would look for its chips.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# The same on every machine: a CPU with bfloat16 instructions would round what it multiplies. Tests of that ask for it.
+os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "float32")
 # What one process has compiled the others need not; the workers of a run and all that they start share a folder.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")

@@ -34,7 +34,8 @@ def functions(node: ast.stmt) -> Iterator[Function]:
         yield node
     elif isinstance(node, ast.ClassDef):
         for method in node.body:
-            is_property = "property" in " ".join(map(ast.unparse, getattr(method, "decorator_list", [])))
+            decorators = " ".join(map(ast.unparse, getattr(method, "decorator_list", [])))
+            is_property = "property" in decorators or ".setter" in decorators
             if isinstance(method, Function) and not method.name.startswith("_") and not is_property:
                 yield method
 

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from brewjax.config import Config
 from brewjax.model.config import ModelConfig
 from brewjax.model.decoder import Decoder, KVCache, PagedKVCache
-from brewjax.model.params import Params, abstract_params, bind
+from brewjax.model.params import Params, abstract_params, bind, round_for_products
 from brewjax.model.sharding import FSDP_TENSOR, MeshConfig
 from pallas_kernels.token_labels import ALL, PADDING, TokenLabels
 
@@ -192,7 +192,7 @@ class Generator:
         self._step = jax.jit(lambda params, state: step(bind(model, params), state, sampling_params), donate_argnums=1)
 
     def shard_params(self, params: Params) -> Params:
-        """Lays parameters out on the generator's devices.
+        """Lays parameters out on the generator's devices, rounded for its products.
 
         Args:
           params: of this model.
@@ -200,7 +200,8 @@ class Generator:
         Returns:
           The parameters, to assign to `params`.
         """
-        return jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, abstract_params(self.model, self.mesh)))
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(self.model, self.mesh))
+        return round_for_products(jax.device_put(params, shardings))
 
     def slots(self) -> DecodeState:
         """Makes a state with empty slots.

@@ -16,6 +16,8 @@ from orbax.checkpoint import v1 as ocp
 from brewjax import distributed
 from brewjax.model.config import ModelConfig
 from brewjax.model.decoder import Decoder
+from brewjax.model.weights import MATRIX_AXES
+from pallas_kernels.platform import product_dtype
 
 Params = dict[str, Any]
 MODEL, WEIGHTS = "model.yaml", "params"
@@ -80,6 +82,20 @@ def init_params(config: ModelConfig, mesh: Mesh, seed: int) -> Params:
         return nnx.to_pure_dict(nnx.state(Decoder(config, nnx.Rngs(seed)), nnx.Param))
 
     return jax.jit(init, out_shardings=shardings)()
+
+
+def round_for_products(params: Params) -> Params:
+    """Parameters for use without gradients: matrices in the dtype that products round them to (see `product_dtype`).
+
+    Products would round them anyway, to the same bits; a pass over few tokens would spend its time on that.
+    """
+    if product_dtype(jnp.float32) == jnp.float32:
+        return params
+    rounded = {
+        name: leaf.astype(product_dtype(leaf.dtype)) if name in MATRIX_AXES and isinstance(leaf, jax.Array) else leaf
+        for name, leaf in params["layers"].items()
+    }
+    return params | {"layers": rounded}
 
 
 def num_parameters(params: Params) -> int:

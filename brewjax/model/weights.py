@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Num
 
 from brewjax.model.config import ModelConfig, Quantization
 from brewjax.model.sharding import Sharding
+from pallas_kernels.platform import platform, product_dtype
 from pallas_kernels.quantized_matmul import Quantized, quantized_matmul, to_8_bits
 
 Specs = tuple[jax.P | None, jax.P | None, jax.P | None]  # of `x`, of the matrix, and of their product
@@ -149,7 +150,9 @@ def product(sharding: Sharding, x: Float[Array, "B T *K"], weight: Matrix, input
 
     @functools.partial(jax.checkpoint, prevent_cse=False)  # or the gathered matrices of all layers would be kept
     def multiply_gathered(x: Array, matrix: Array) -> Array:
-        return _product(inputs, specs, x, sharding.reshard(matrix.astype(x.dtype), *axes))
+        if matrix.dtype != product_dtype(x.dtype):  # it is after `brewjax.model.params.round_for_products`
+            matrix = matrix.astype(x.dtype)
+        return _product(inputs, specs, x, sharding.reshard(matrix, *axes))
 
     return multiply_gathered(x, weight[...])
 
@@ -165,7 +168,13 @@ def _product(inputs: int, specs: Specs, x: Float[Array, "B T *K"], matrix: Float
 
 
 def _dot(a: Array, b: Array, a_axes: Sequence[int], b_axes: Sequence[int], out: jax.P | None) -> Array:
-    return jax.lax.dot_general(a, b, ((tuple(a_axes), tuple(b_axes)), ((), ())), out_sharding=out)
+    """The product in the dtype of `a`; on some CPUs the inputs are rounded (see `product_dtype`)."""
+    contract = ((tuple(a_axes), tuple(b_axes)), ((), ()))
+    a_rounded, b_rounded = (x.astype(product_dtype(x.dtype)) for x in (a, b))
+    # On a CPU a product that gives bfloat16 is computed in float32. Elsewhere float32 would be summed over devices.
+    sums = jnp.float32 if platform() == "cpu" else None
+    product = jax.lax.dot_general(a_rounded, b_rounded, contract, preferred_element_type=sums, out_sharding=out)
+    return product.astype(a.dtype)
 
 
 def _product_forward(inputs: int, specs: Specs, x: Array, matrix: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -175,7 +184,7 @@ def _product_forward(inputs: int, specs: Specs, x: Array, matrix: Array) -> tupl
 def _product_backward(inputs: int, specs: Specs, saved: tuple[Array, Array], d_out: Array) -> tuple[Array, Array]:
     x, matrix = saved
     d_x = _dot(d_out, matrix, range(2, d_out.ndim), range(inputs, matrix.ndim), specs[0])
-    return d_x, _dot(x, d_out, (0, 1), (0, 1), specs[1])
+    return d_x, _dot(x, d_out, (0, 1), (0, 1), specs[1]).astype(matrix.dtype)
 
 
 _product.defvjp(_product_forward, _product_backward)

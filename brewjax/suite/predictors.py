@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 
 from brewjax.bundle.bundle import Bundle, check_folder
@@ -32,6 +34,8 @@ BASELINE = (*DATA, "evaluate")
 TRUTH = (*DATA, "data/simulate")
 
 Cost = dict[str, float]  # of scoring: seconds and tokens
+# Figures do not depend on the processor, some of which round what they multiply (see pallas_kernels/platform.py).
+float32_products = functools.partial(jax.default_matmul_precision, "float32")
 
 
 class Predictor(Protocol):
@@ -90,7 +94,8 @@ class Model:
             longest, lengths = max(PACK_TO, self._bundle.prompts.max_tokens), [SHORTEST_ROW]
             while lengths[-1] < longest:
                 lengths.append(2 * lengths[-1])
-            self._scorer = self._bundle.make_scorer([Bucket(length) for length in lengths])
+            with float32_products():
+                self._scorer = self._bundle.make_scorer([Bucket(length) for length in lengths])
         return self._bundle
 
     def predict(
@@ -109,7 +114,8 @@ class Model:
         if skipped:
             message = f"{skipped} questions are too long for {self.name} and were skipped: a suite asks all or none"
             raise task.error(f"{message}; give 'truncate', or train with more max_tokens", "questions", "overlong")
-        probabilities = np.concatenate(self._scorer.score_encoded(prompts))
+        with float32_products():
+            probabilities = np.concatenate(self._scorer.score_encoded(prompts))
         tokens = sum(len(prompt) for prompt in prompts)
         return probabilities, {"seconds": time.perf_counter() - start_time, "tokens": tokens}
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from brewjax.data.text.encode import EncodedPrompt
 from brewjax.model.decoder import Decoder, ModelConfig, PagedKVCache, RMSNorm
-from brewjax.model.params import Params, bind
+from brewjax.model.params import Params, bind, round_for_products
 from pallas_kernels.token_labels import ALL, PADDING, TokenLabels
 from tests.tiny import MODEL, pack, params, prompt
 
@@ -120,6 +120,32 @@ def test_bfloat16_compute():
     coarse, exact = (hidden_states(config, PARAMS, *batch)[:, : len(encoded)] for config in (model, MODEL))
     assert coarse.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.float32(coarse), exact, atol=0.1)  # states are of size 1, and bfloat16 has 8 bits
+
+
+def test_bfloat16_products_are_near_those_of_float32_in_a_pass_and_its_gradients():
+    batch = jax.tree.map(lambda x: x[None], pack([prompt(np.random.default_rng(0))], 32))
+    exact = hidden_states(MODEL, PARAMS, *batch), gradients(MODEL, PARAMS, *batch)
+    with jax.default_matmul_precision("bfloat16"):
+        rounded = hidden_states(MODEL, PARAMS, *batch), gradients(MODEL, PARAMS, *batch)
+
+    def distance(x, y):
+        assert x.dtype == y.dtype == jnp.float32
+        return float(jnp.linalg.norm(x - y) / jnp.linalg.norm(y))
+
+    distances = jax.tree.leaves(jax.tree.map(distance, rounded, exact))
+    assert min(distances) > 0
+    assert max(distances) < 2**-5  # of sums of a few hundred products, each off by up to 2^-8
+
+
+def test_weights_rounded_once_give_the_bits_of_weights_rounded_in_every_pass():
+    batch = jax.tree.map(lambda x: x[None], pack([prompt(np.random.default_rng(0))], 32))
+    assert round_for_products(PARAMS) is PARAMS  # float32 in these tests
+    with jax.default_matmul_precision("bfloat16"):
+        rounded = round_for_products(PARAMS)
+        assert rounded["layers"]["gate"].dtype == jnp.bfloat16
+        assert rounded["embedding"] is PARAMS["embedding"]
+        once, every_pass = (hidden_states(MODEL, weights, *batch) for weights in (rounded, PARAMS))
+    np.testing.assert_array_equal(once, every_pass)
 
 
 def test_logits_of_bfloat16_states_are_float32():

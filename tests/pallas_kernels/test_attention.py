@@ -112,6 +112,18 @@ def test_bfloat16(implementation, data, seed):
     assert_close(actual, reference(qkvd, token_labels), 2**-6)
 
 
+def test_products_of_float32_are_bfloat16_on_a_cpu_that_has_them():
+    token_labels = stack([pack([Example(9, [4, 4], [5] * 6, star=True), Example(40, [], [7] * 3)], LENGTHS["xla"])] * 2)
+    qkvd = draw_qkvd(0, LENGTHS["xla"])
+    rounded = [x.astype(jnp.bfloat16).astype(np.float32) for x in qkvd]
+    with jax.default_matmul_precision("bfloat16"):
+        actual = results("xla")(*qkvd, token_labels)
+        of_rounded = results("xla")(*rounded, token_labels)
+    assert {x.dtype for x in actual} == {jnp.dtype(jnp.float32)}
+    assert_close(of_rounded, reference(rounded, token_labels), 2**-6)  # weights and their gradients are rounded too
+    np.testing.assert_array_equal(actual[0], of_rounded[0])  # inputs are rounded, and nothing else about them counts
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("heads", [(3, 3), (6, 1)], ids=["each head its own keys", "one for all"])
 def test_groups_of_heads(implementation, heads):

@@ -65,4 +65,4 @@ def test_products_of_float32_are_float32_and_not_tf32(function, queries, product
         return {actual for dot in dots for actual in re.findall(r"precision=(\S+)", dot)}
 
     assert precisions(jnp.float32) == {"(Precision.HIGHEST,"}
-    assert precisions(jnp.bfloat16) <= {"None"}
+    assert precisions(jnp.bfloat16) == {"(Precision.DEFAULT,"}
