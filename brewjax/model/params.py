@@ -192,12 +192,15 @@ def read_params(folder: Path, abstract: Params) -> Params:
 
 def _check_stored(folder: Path, abstract: Params) -> None:
     """Refuses weights whose names and shapes are not those of the model, in one line that names the first of them."""
+    metadata = ocp.metadata(folder.absolute() / WEIGHTS).metadata
+    if metadata is None:  # files are missing: loading says which
+        return
     stored, expected = (
         {
             jax.tree_util.keystr(path, simple=True, separator="."): None if leaf is ... else tuple(leaf.shape)
             for path, leaf in jax.tree.leaves_with_path(tree)
         }
-        for tree in (ocp.metadata(folder.absolute() / WEIGHTS).metadata, abstract)
+        for tree in (metadata, abstract)
     )
     for name in expected | stored:
         shape, stored_shape = expected.get(name, "none"), stored.get(name, "none")
