@@ -16,17 +16,19 @@ import yaml
 
 from brewjax.bundle.bundle import Bundle
 from brewjax.config import ConfigError
+from brewjax.data.records.pretrain import PretrainConfig
 from brewjax.data.records.sft import SftConfig
+from brewjax.data.records.shards import read_counts
 from brewjax.data.simulate.network import simulate_network
 from brewjax.data.tables.dataset import Dataset
 from brewjax.paths import CONFIGS
 from brewjax.pipeline.check import check_run
 from brewjax.pipeline.context import Run
 from brewjax.pipeline.dry_run import surfaces_table
-from brewjax.pipeline.preparation import Preparation
+from brewjax.pipeline.preparation import Preparation, write_data
 from brewjax.pipeline.recipe import Recipe
 from brewjax.pipeline.stages import prepare, run_recipe, shares
-from brewjax.pipeline.workers import write_here, write_on_all_cores
+from brewjax.pipeline.workers import write_here, write_on_all_cores, write_on_this_host
 from brewjax.retrieve.encoder import Encoder
 from tests.pipeline.test_preparation import contents
 from tests.pipeline.test_run import MODEL, brewjax
@@ -43,7 +45,6 @@ prompts: {styles: {compact: 1, sectioned: 1}, score_style: compact, max_tokens: 
 train: {steps: 4, batch_size: 2, seq_len: 640, checkpoint_every_steps: 2, mesh: {data: 1}}
 evaluate: {max_examples: 5, bootstrap: 10, baseline_settings: 1}
 stages:
-  text: {do: pretrain}
   big: {do: sft, data: {max_examples: 40, mix: {temperature: 2}, soft_labels: LightGBM}}
   small: {do: prune, d_ff: 0.5, examples: 8}
   turbo: {do: quantize}
@@ -196,6 +197,16 @@ def test_shares_are_as_weights_and_temperature_say(workdir):
     actual = shares(run, SftConfig(mix={"temperature": 2, "weights": {"jobs/acts": 3}}), workdir / "shares")
     expected = {workdir / "shares/jobs/acts": 3 * 20 / 80, workdir / "shares/people/acts": 2 * 10 / 80}
     assert actual == pytest.approx(expected)
+
+
+def test_prose_is_of_every_surface_by_weight(workdir):
+    run = prepared(workdir, "prose", stages={"text": {"do": "pretrain"}})
+    write_data(run, PretrainConfig(), 640, write_on_this_host, workdir / "prose" / "data")
+    tokens = {name: read_counts(workdir / "prose" / "data" / name / "domain")["tokens"] for name in ("jobs", "people")}
+    actual = shares(run, PretrainConfig(), workdir / "prose" / "data")
+    expected = tokens["jobs"] / (tokens["jobs"] + 2 * tokens["people"])
+    assert actual[workdir / "prose" / "data" / "jobs" / "domain"] == pytest.approx(expected)
+    assert sum(actual.values()) == pytest.approx(1)
 
 
 def test_the_tokenizer_has_read_every_surface(workdir):

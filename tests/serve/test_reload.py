@@ -81,7 +81,7 @@ BROKEN = {
     "model cannot be read: ": break_weights,
     "model cannot be read: NOT_FOUND": lose_weights,
     "no tokenizer.json there": lambda folder: shutil.rmtree(folder / "tokenizer"),
-    "dataset.yaml": lambda folder: (folder / "dataset.yaml").write_text("name: [oops"),
+    "dataset.yaml": lambda folder: (folder / "surfaces" / "jobs" / "dataset.yaml").write_text("name: [oops"),
 }
 
 
