@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -114,8 +115,10 @@ class Tokenizer:
             show_progress=False,
         )
         corpus = list(texts)
-        # A label word on a line of its own, repeated as often as there are texts, is merged before anything rarer.
-        bpe.train_from_iterator(corpus + [f"\n{word}" for word in words] * max(len(corpus), 100), trainer)
+        # Label words, on lines of their own, are merged first, whatever the texts are: no two bytes of these are beside
+        # each other more often than a byte is there at all.
+        repeats = 1 + int(np.bincount(np.frombuffer("".join(corpus).encode(), np.uint8), minlength=1).max())
+        bpe.train_from_iterator(corpus + [f"\n{word}" * repeats for word in words], trainer)
         return cls(
             PreTrainedTokenizerFast(
                 tokenizer_object=bpe,

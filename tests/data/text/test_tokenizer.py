@@ -90,6 +90,13 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
         Tokenizer.load(tmp_path)
 
 
+@pytest.mark.parametrize("words", [["Yes", "No"], ["one", "two", "three"], ["ja", "nein"]])
+def test_label_words_are_tokens_however_little_room_texts_leave(words):
+    texts = [f"|popularity#{bucket}|neighbors#{bucket}" * 50 for bucket in range(20)]
+    tokenizer = Tokenizer.train(texts, words, 259 + sum(len(word) - 1 for word in words))
+    assert len({tokenizer.label_token_id(word) for word in words}) == len(words)
+
+
 def test_the_same_texts_train_the_same_tokenizer():
     texts = [f"Title: {word}, Company: Acme" for word in ("Nurse", "Teacher", "Accountant")]
     first, second = (Tokenizer.train(iter(texts), ["Yes", "No"], 300).hf.get_vocab() for _ in range(2))
