@@ -18,21 +18,24 @@ from brewjax.data.tables.facts import Fact, FactGroup
 from brewjax.data.tables.statistics import FactSource, Percentiles, Table
 
 Where = Literal["history", "question"]
+TENTHS = 10  # of styles that name numbers by kind
 TEXTUAL = ("text", "category", "list")  # kinds of attributes that can be truncated
 
 
 @dataclasses.dataclass(frozen=True)
 class StatedFact:
-    """A fact, as an attribute that prompts state."""
+    """A fact, as an attribute that prompts state; `kind` is its name in styles that name numbers by kind."""
 
     group: FactGroup
     fact: Fact
     attribute: Attribute
+    kind: str
 
     @classmethod
     def of(cls, group: FactGroup, fact: Fact) -> StatedFact:
         """The fact as a number under its name, capitalised."""
-        return cls(group, fact, Attribute(column=fact.name, kind="number", buckets=fact.buckets, where=("question",)))
+        attribute = Attribute(column=fact.name, kind="number", buckets=fact.buckets, where=("question",))
+        return cls(group, fact, attribute, fact.kind_of(group))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,15 +103,15 @@ class RowRenderer:
         for attribute in self.attributes:
             shown = where in attribute.where and (columns is None or attribute.column in columns)
             if shown and (attribute.num_buckets or not style.buckets_only):
-                values = self.values(attribute, rows.rows)
-                self._render(by_row, f"{self._table}.{attribute.column}", attribute, values, rows, style, longest)
+                values, kind = self.values(attribute, rows.rows), f"{self._table.removesuffix('s')}_number"
+                self._render(by_row, f"{self._table}.{attribute.column}", attribute, kind, values, rows, style, longest)
         if columns is None and (where == "question" or self._table == "events"):
             for stated in self.facts:
                 stated_here = stated.fact.buckets or not style.buckets_only
                 if stated_here and (stated.group != "pairs" or rows.members is not None):
                     numbers = self.fact_values(stated, rows)
                     key = f"{stated.group}.{stated.fact.name}"
-                    self._render(by_row, key, stated.attribute, numbers, rows, style, longest)
+                    self._render(by_row, key, stated.attribute, stated.kind, numbers, rows, style, longest)
         return by_row
 
     def values(self, attribute: Attribute, rows: np.ndarray) -> list[Any]:
@@ -141,6 +144,7 @@ class RowRenderer:
         by_row: list[list[str]],
         key: str,
         attribute: Attribute,
+        kind: str,
         values: Sequence[Any],
         rows: RowsAsOf,
         style: Style,
@@ -151,13 +155,14 @@ class RowRenderer:
         num_buckets = attribute.num_buckets
         if num_buckets:
             template = (style.percentile if num_buckets == 100 else style.bucket).replace("{buckets}", str(num_buckets))
-            name = attribute.name if named else code(attribute.name)
+            name = kind if style.by_kind else attribute.name if named else code(attribute.name)
             numbers = np.array([np.nan if value is None else value for value in values], np.float64)
             known = np.flatnonzero(~np.isnan(numbers))
             for row, bucket in zip(
                 known.tolist(), self._percentiles.buckets(key, numbers[known]).tolist(), strict=True
             ):
-                by_row[row].append(template.format(name=name, bucket=bucket))
+                tenth = -(-bucket * TENTHS // num_buckets)
+                by_row[row].append(template.format(name=name, bucket=tenth if style.by_kind else bucket))
             return
         for texts, value, time in zip(by_row, values, rows.times.tolist(), strict=True):
             text = self._render_value(key, attribute, value, time, style)

@@ -33,6 +33,9 @@ class Style:
       history: whether past events are rendered.
       buckets_only: whether only numbers in buckets are rendered, and no other attribute.
       chat: whether the parts are put into the tokenizer's own chat template.
+      by_kind: whether numbers in buckets are called after what they are, "pair_mean_by#7", and not by their own names,
+        and are in tenths, however many buckets they have. A model that knows no English can then read a dataset that it
+        has never seen: what it learnt of one dataset's rates and counts is true of another's.
       turns: whether each past event is rendered as a chat turn: the question about its item, then the label word, then
         the event. The label words are training targets as well, so a history of n turns adds n targets. Not so with
         sampled negatives, where every past event has the same label. A turn attends to all earlier turns, including
@@ -52,6 +55,7 @@ class Style:
     history: bool = True
     buckets_only: bool = False
     chat: bool = False
+    by_kind: bool = False
     turns: bool = False
 
 
@@ -91,6 +95,7 @@ STYLES = {
     "turns": dataclasses.replace(CHAT, preamble="{profile}\n", turns=True),
     "compact": COMPACT,
     "numbers": dataclasses.replace(COMPACT, history=False, buckets_only=True),
+    "kinds": dataclasses.replace(COMPACT, history=False, buckets_only=True, by_kind=True),
     "key-value": Style(
         preamble="task={instruction}\nmember: {profile}\n",
         fact="{name}={value}",

@@ -103,6 +103,11 @@ class Fact(Config):
         """Which of KINDS the fact is."""
         return next(kind for kind in KINDS if getattr(self, kind) is not None)
 
+    def kind_of(self, group: FactGroup) -> str:
+        """What the fact is, whatever it is called: "pair_mean_by" is a mean over a pair's events by an attribute."""
+        options = [option for option in ("less", "by", "among", "days") if getattr(self, option)]
+        return "_".join([group.removesuffix("s"), self.kind, *options])
+
     @property
     def actions(self) -> tuple[str, ...]:
         """The actions that the fact names."""

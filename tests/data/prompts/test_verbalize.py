@@ -13,6 +13,7 @@ from brewjax.data.prompts.styles import STYLES
 from brewjax.data.prompts.verbalize import Verbalizer
 from brewjax.data.tables.card import Attribute
 from brewjax.data.tables.dataset import Dataset
+from brewjax.data.tables.facts import Fact, Facts
 from brewjax.data.tables.statistics import Percentiles
 from brewjax.data.tasks.examples import RankingExample, build_examples, history_before
 from brewjax.data.tasks.task import Task
@@ -66,7 +67,7 @@ EVENTS = st.lists(
     max_size=30,
 )
 each_style = pytest.mark.parametrize("style", STYLES)
-each_full_style = pytest.mark.parametrize("style", [style for style in STYLES if style != "numbers"])
+each_full_style = pytest.mark.parametrize("style", [name for name, style in STYLES.items() if not style.buckets_only])
 
 
 def ask(dataset: Dataset, member: int, day: float, items=(31, 20), labels=(0, 1), task: Task = TASK) -> RankingExample:
@@ -182,6 +183,15 @@ Note: focus on location
 ? 1 applies|salary#53|popularity#1
 Yes
 ? 2 applies|salary#50|popularity#1
+No
+""",
+    "kinds": """\
+Predict whether the member applies to the job in the "Question".
+Note: focus on location
+
+? 1 applies|item_number#6|item_count#1
+Yes
+? 2 applies|item_number#5|item_count#1
 No
 """,
     "key-value": """\
@@ -397,7 +407,34 @@ def test_the_compact_style_spends_the_fewest_tokens(jobs, tokenizer):
     for split in ("train", "validation", "test"):
         for example in build_examples(jobs, TASK, split):
             lengths = {s: len(encode(verbalizer.prompt(TASK, example, s), tokenizer, "dense")) for s in STYLES}
-            assert sorted(lengths, key=lengths.get)[:2] == ["numbers", "compact"], lengths
+            few = {name for name, style in STYLES.items() if style.buckets_only}
+            assert {*sorted(lengths, key=lengths.get)[: len(few) + 1]} == few | {"compact"}, lengths
+
+
+def test_a_fact_is_of_the_same_kind_in_any_dataset_whatever_it_is_called(jobs, tokenizer):
+    def with_names(prefix: str) -> Dataset:
+        facts = Facts(
+            members=(Fact(name=f"{prefix} a", count=("viewed",), buckets=4),),
+            items=(
+                Fact(name=f"{prefix} b", rate=("applied",), days=9),
+                Fact(name=f"{prefix} c", age="posted", buckets=3),
+            ),
+            pairs=(
+                Fact(name=f"{prefix} d", mean="seconds", less="items", by="skills", buckets=20),
+                Fact(name=f"{prefix} e", together=("viewed",)),
+            ),
+        )
+        return dataclasses.replace(jobs, card=jobs.card.model_copy(update={"facts": facts}))
+
+    texts = []
+    for prefix in ("views", "clicks"):
+        dataset = with_names(prefix)
+        verbalizer = Verbalizer(dataset, Percentiles.fit(dataset, moment(200)), tokenizer, PLENTY)
+        texts.append(verbalizer.prompt(TASK, ask(dataset, 7, 330), "kinds").render())
+    assert texts[0] == texts[1]
+    names = dict(re.findall(r"(\w+)#(\d+)", texts[0]))
+    assert {"member_count", "item_rate_days", "item_age", "pair_mean_less_by", "pair_together"} <= names.keys()
+    assert all(1 <= int(tenth) <= 10 for tenth in names.values())
 
 
 @each_full_style
