@@ -416,7 +416,7 @@ def test_a_fact_is_of_the_same_kind_in_any_dataset_whatever_it_is_called(jobs, t
         facts = Facts(
             members=(Fact(name=f"{prefix} a", count=("viewed",), buckets=4),),
             items=(
-                Fact(name=f"{prefix} b", rate=("applied",), days=9),
+                Fact(name=f"{prefix} b", rate=("applied",), days=900),
                 Fact(name=f"{prefix} c", age="posted", buckets=3),
             ),
             pairs=(
@@ -433,7 +433,7 @@ def test_a_fact_is_of_the_same_kind_in_any_dataset_whatever_it_is_called(jobs, t
         texts.append(verbalizer.prompt(TASK, ask(dataset, 7, 330), "kinds").render())
     assert texts[0] == texts[1]
     names = dict(re.findall(r"(\w+)#(\d+)", texts[0]))
-    assert {"member_count", "item_count_days", "item_age", "pair_mean_less_by", "pair_together"} <= names.keys()
+    assert {"member_count", "item_rate_days", "item_age", "pair_mean_less_by", "pair_together"} <= names.keys()
     assert all(1 <= int(tenth) <= 10 for tenth in names.values())
 
 
