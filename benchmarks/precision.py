@@ -1,6 +1,7 @@
 """What less than float32 does to a model's answers: in its head, its products, and its layers' weights and activations.
 
     python -m benchmarks.precision runs/demo/big/model data/movielens-100k configs/tasks/movielens/liked.yaml
+        [--only products]
 
 The talk that 360Brew is known from says that the head and the logits must be float32, "otherwise predictions collapse".
 This shows whether they do, and how: pairs of items of one prompt with exactly the same score, which no order can tell
