@@ -40,7 +40,7 @@ surfaces:
   jobs: {dataset: network/jobs, tasks: [jobs.yaml]}
   people: {dataset: network/people, tasks: [people.yaml], weight: 2}
 model: model.yaml
-tokenizer: {vocab_size: 700}
+tokenizer: {vocab_size: 1200}
 prompts: {styles: {compact: 1, sectioned: 1}, score_style: compact, max_tokens: 512}
 train: {steps: 4, batch_size: 2, seq_len: 640, checkpoint_every_steps: 2, mesh: {data: 1}}
 evaluate: {max_examples: 5, bootstrap: 10, baseline_settings: 1}
