@@ -37,7 +37,7 @@ def product_dtype(dtype: DTypeLike) -> jnp.dtype:
     or algorithm is asked for. JAX's own setting takes precedence, here as on a TPU: `jax.default_matmul_precision`, or
     JAX_DEFAULT_MATMUL_PRECISION in the environment, is "float32" or "bfloat16".
     """
-    setting = jax.config.jax_default_matmul_precision
+    setting = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     rounded = has_bfloat16_products() if setting is None else setting in BFLOAT16_SETTINGS
     return jnp.dtype(jnp.bfloat16 if rounded and dtype == jnp.float32 and platform() == "cpu" else dtype)
 
