@@ -103,7 +103,7 @@ WRONG_MEMBERS = {
 
 WRONG_RAW = {
     "raw.items: 0 of them": pb.Raw(label_tokens=LABELS),
-    "raw.items[1]: empty": raw("a", ["b", ""], LABELS),
+    "raw.items[1]: empty": raw("a", ["b", ""], LABELS, ["of an event"]),
     "raw.items[2]: 1,025 tokens; at most 1,024 are read": raw([7], [[8], [9], [8] * 1025], LABELS),
     "raw.items[0]: no token 4000000000; the model knows": raw([7], [[4_000_000_000]], LABELS),
     "raw.prefix: no token 60000": raw([60_000], [[8]], LABELS),
