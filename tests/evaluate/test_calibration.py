@@ -1,4 +1,4 @@
-"""Temperatures: what is fitted, kept in a model's folder, and applied wherever it scores."""
+"""Temperatures: what is fitted, unchanged in a model's folder, and applied wherever it scores."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from brewjax.bundle.bundle import Bundle
 from brewjax.data.tasks.examples import build_examples, example_at
-from brewjax.evaluate.calibration import MOST, calibrate, fit_temperature
+from brewjax.evaluate import calibration
+from brewjax.evaluate.calibration import calibrate, fit_temperature, robust_temperature
 from brewjax.evaluate.metrics import log_loss
 from brewjax.evaluate.predict import TaskExamples, predict
 from brewjax.scoring.scorer import normalize_over_labels
@@ -37,11 +38,23 @@ def test_it_never_makes_the_loss_on_its_own_examples_worse(questions, seed):
     assert log_loss(calibrated, right, ones) <= log_loss(probabilities, right, ones) + 1e-4
 
 
-def test_a_model_keeps_its_temperatures_and_scores_with_them(bundle, jobs, tmp_path):  # noqa: F811
+def test_a_calibrated_model_is_left_alone_more_often_than_not_and_a_bad_one_never():
+    rng, unchanged, mended = np.random.default_rng(0), 0, 0
+    for _ in range(20):
+        logits, example = rng.normal(size=(300, 2)), np.arange(300) // 3
+        right = (np.cumsum(normalize_over_labels(logits), axis=1) < rng.random((300, 1))).sum(axis=1)
+        unchanged += robust_temperature(normalize_over_labels(logits), right, example) == 1
+        mended += robust_temperature(normalize_over_labels(logits * 4), right, example) > 2
+    assert unchanged >= 10
+    assert mended == 20
+
+
+def test_a_model_keeps_its_temperatures_and_scores_with_them(bundle, jobs, tmp_path, monkeypatch):  # noqa: F811
     examples = list(build_examples(jobs, TASK, "validation"))
+    monkeypatch.setattr(calibration, "robust_temperature", lambda *_: 3.0)
     calibrated = calibrate(bundle, [TaskExamples(jobs, TASK, examples, "jobs")])
     temperature = calibrated.surface().temperatures["apply"]
-    assert 1 != temperature <= MOST
+    assert temperature == 3.0
     calibrated.save(tmp_path / "model")
     loaded = Bundle.load(tmp_path / "model")
     assert loaded.surface().temperatures == {"apply": temperature}
