@@ -75,6 +75,10 @@ class ScoreRequest(pydantic.BaseModel):
             raise ValueError("temperature needs apply_softmax")
         return self
 
+    @property
+    def _labels(self) -> list[int]:
+        return list(dict.fromkeys(self.label_token_ids))  # each once
+
     def to_rpc(self) -> list[pb.ScoreRequest]:
         """The same request for gRPC: one for every LABELS_IN_PASS labels.
 
@@ -87,8 +91,8 @@ class ScoreRequest(pydantic.BaseModel):
             if any(isinstance(item, str) != isinstance(prefix, str) for item in items):
                 raise HTTPException(400, "items: with item_first, give texts with a text, tokens with tokens")
             items, prefix = [item + prefix for item in items], prefix[:0]
-        labels = list(dict.fromkeys(self.label_token_ids))
-        parts = [labels[start : start + LABELS_IN_PASS] for start in range(0, max(1, len(labels)), LABELS_IN_PASS)]
+        labels = self._labels
+        parts = [labels[start : start + LABELS_IN_PASS] for start in range(0, len(labels), LABELS_IN_PASS)]
         over = pb.ScoreRequest.LABELS if self.apply_softmax and len(parts) == 1 else pb.ScoreRequest.VOCABULARY
         return [pb.ScoreRequest(raw=raw(prefix, items, part), normalize_over=over) for part in parts]
 
@@ -104,8 +108,8 @@ class ScoreRequest(pydantic.BaseModel):
                 powers = np.log(probabilities) / self.temperature
             powers = np.exp(powers - powers.max(axis=1, keepdims=True))
             probabilities = powers / powers.sum(axis=1, keepdims=True)
-        labels = list(dict.fromkeys(self.label_token_ids))
-        return probabilities[:, [labels.index(label) for label in self.label_token_ids]].tolist()
+        column = {label: index for index, label in enumerate(self._labels)}
+        return probabilities[:, [column[label] for label in self.label_token_ids]].tolist()
 
 
 class Usage(pydantic.BaseModel):

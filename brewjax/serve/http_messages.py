@@ -29,9 +29,9 @@ def add_call(
       call: what gRPC calls, of the message and the seconds until the caller's deadline, None without one.
       admin: given where the caller needs the admin token.
     """
-    name = request_type.DESCRIPTOR
-    content = {"application/json": {"schema": message_schema(name)}}
-    summary = f"`{name.name}` of {name.file.name.rpartition('/')[2]}, as JSON."
+    descriptor = request_type.DESCRIPTOR
+    content = {"application/json": {"schema": message_schema(descriptor)}}
+    summary = f"`{descriptor.name}` of {descriptor.file.name.rpartition('/')[2]}, as JSON."
 
     @app.post(
         path,
