@@ -32,7 +32,7 @@ test-long: .venv/test.installed docs notebooks
 # Data prepared on Beam, in an environment of its own, is that of this machine's cores byte for byte; and the generated
 # modules of the server can be imported beside Beam, whose protobuf is older.
 BEAM := .venv-beam/bin
-PREPARED := configs/recipes/demo.yaml --set tasks=[configs/tasks/movielens/liked.yaml] --set tokenizer.vocab_size=512 \
+PREPARED := configs/recipes/demo.yaml --set tasks=[configs/tasks/movielens/liked.yaml] --set tokenizer.vocab_size=1024 \
 	--set stages.big.data.max_examples=2000 --set stages.ladder.distill.data.max_examples=2000
 beam: .venv/demo.installed .venv-beam/installed
 	$(BEAM)/python -c "import brewjax.serve.ranker_pb2_grpc, brewjax.serve.retriever_pb2_grpc"
