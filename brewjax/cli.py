@@ -14,7 +14,7 @@ import typer
 
 from brewjax import cli_data, cli_index, cli_models, cli_retrieve, cli_suite
 from brewjax.cli_errors import run_app
-from brewjax.cli_models import ModelFolder
+from brewjax.cli_models import ModelFolder, SurfaceName
 from brewjax.config import decode, read_text, suggest
 from brewjax.console import plain_console, print_line, print_ranking
 from brewjax.devices import cache_compilations, device_per_core, hide_useless_libtpu
@@ -41,9 +41,6 @@ def _parse_moment(text: str) -> datetime.datetime:
     return moment.replace(tzinfo=moment.tzinfo or datetime.UTC)
 
 
-SurfaceName = Annotated[
-    str, typer.Option("--surface", help="The model's surface that the dataset is of; by default by the dataset's card.")
-]
 DatasetFolder = Annotated[Path, typer.Argument(help="A folder with dataset.yaml and its Parquet files.")]
 At = Annotated[
     Optional[datetime.datetime],

@@ -18,6 +18,9 @@ app = typer.Typer()
 console = plain_console()
 
 ModelFolder = Annotated[Path, typer.Argument(help="A model folder, e.g. runs/demo/turbo/model.")]
+SurfaceName = Annotated[
+    str, typer.Option("--surface", help="The model's surface that the dataset is of; by default by the dataset's card.")
+]
 
 
 @app.command("quantize")
@@ -108,9 +111,7 @@ def explore(
         Optional[list[Path]], typer.Option("--task", help="Task files, beside the model's own tasks.")
     ] = None,
     compare: Annotated[Optional[Path], typer.Option(help="Another model's folder, to compare with.")] = None,
-    surface: Annotated[
-        str, typer.Option(help="The model's surface that the dataset is of; by default by the dataset's card.")
-    ] = "",
+    surface: SurfaceName = "",
     port: Annotated[int, typer.Option(help="Of this machine; 0 takes a free one.", min=0, max=65535)] = 8000,
 ) -> None:
     """Open a page that changes instruction, note and history, shows how the ranking moves, and says why."""

@@ -55,7 +55,7 @@ class Wheel(NamedTuple):
         if source is None or source.is_file():
             return source
         name, version = self.requirement.replace("-", "_").split("==")
-        return next(iter(sorted(source.rglob(f"{name}-{version}-*.whl"))), None)
+        return min(source.rglob(f"{name}-{version}-*.whl"), default=None)
 
     def _cached(self) -> Path:
         folder = user_cache() / "wheels" / self.requirement

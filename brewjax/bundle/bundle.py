@@ -230,29 +230,27 @@ class Bundle:
         """
         task.check_words(self.tokenizer)
         if not surface:
-            trained = self._trained_on(dataset)
-            return self.request_verbalizer(trained, dataset) if trained else self._new_verbalizer(dataset, task)
+            return self._verbalizer_of_tables(dataset, task)
         known = self.surface(surface)
         if missing := Percentiles.keys(dataset) - known.scale.quantiles.keys():
             message = f"{dataset.path}: surface '{surface}' of the model has no percentiles of {min(missing)}"
             raise ConfigError(f"{message}, which the dataset's card has; leave the surface out, or name another")
         return self.request_verbalizer(known, dataset)
 
-    def _trained_on(self, dataset: Dataset) -> Surface | None:
-        """The surface whose training had these very tables, or those that they were until its training ended; None of
-        a dataset that it has never seen. Of an excerpt of others, the tables are read whole."""
+    def _verbalizer_of_tables(self, dataset: Dataset, task: Task) -> Verbalizer:
+        """With the percentiles of the surface whose training had these very tables, or those that they were until its
+        training ended; with percentiles of its own for a dataset that was not trained on. Of an excerpt of tables that
+        are not training's to the byte, the tables are read whole."""
         likely = self._surfaces_of_card(dataset) or self.surfaces.values()
         if dataset.summary:
             tables = hash_dataset(dataset.path)
             for surface in likely:
                 if surface.scale.tables == tables:
-                    return surface
+                    return self.request_verbalizer(surface, dataset)
         whole = dataset if dataset.summary is None else Dataset.load(dataset.path)
-        return next((surface for surface in likely if surface.scale.fits(whole)), None)
-
-    def _new_verbalizer(self, dataset: Dataset, task: Task) -> Verbalizer:
-        """A verbalizer of a dataset that was not trained on, with percentiles of its own."""
-        whole = dataset if dataset.summary is None else Dataset.load(dataset.path)
+        for surface in likely:
+            if surface.scale.fits(whole):
+                return self.request_verbalizer(surface, dataset)
         percentiles = Percentiles.fit(whole, task.boundaries(whole)[0])
         if self.surfaces and percentiles.quantiles:
             line = f"{dataset.path}: not the dataset that the model was trained on; percentiles are fitted to this one"

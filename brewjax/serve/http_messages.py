@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 
 from brewjax.serve.credentials import Credentials
 from brewjax.serve.http_requests import parse_body, refusing, until_disconnect
-from brewjax.serve.openapi import message_schema
+from brewjax.serve.openapi import json_body, message_schema
 
 TIMEOUT_UNITS = {"H": 3600, "M": 60, "S": 1, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 FORBIDDEN = "this needs the token of the server's admin_token_file"
@@ -30,14 +30,13 @@ def add_call(
       admin: given where the caller needs the admin token.
     """
     descriptor = request_type.DESCRIPTOR
-    content = {"application/json": {"schema": message_schema(descriptor)}}
     summary = f"`{descriptor.name}` of {descriptor.file.name.rpartition('/')[2]}, as JSON."
 
     @app.post(
         path,
         name=path,
         description=f"{summary} A deadline is given as gRPC does: `grpc-timeout: 500m`.",
-        openapi_extra={"requestBody": {"required": True, "content": content}},
+        openapi_extra=json_body(message_schema(descriptor)),
         responses={403: {"description": FORBIDDEN}} if admin else {},
     )
     async def answer(request: Request) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve.client import raw
 from brewjax.serve.config import RerankConfig
 from brewjax.serve.http_requests import parse_body, refusing, until_disconnect
+from brewjax.serve.openapi import json_body
 from brewjax.serve.service import Service
 
 FIELDS = {r"^raw\.items": "documents", r"^raw(\.prefix)?:": "query:"}  # of gRPC's errors, and their names here
@@ -79,9 +80,9 @@ def add_rerank(app: FastAPI, service: Service, config: RerankConfig) -> None:
         rpc_request.request_id = request.headers.get("x-request-id", "")
         return await until_disconnect(request, service.score(rpc_request))
 
-    @app.post("/rerank", openapi_extra=_body(RerankRequest))
-    @app.post("/v1/rerank", openapi_extra=_body(RerankRequest))
-    @app.post("/v2/rerank", openapi_extra=_body(RerankRequest))
+    @app.post("/rerank", openapi_extra=json_body(RerankRequest.model_json_schema()))
+    @app.post("/v1/rerank", openapi_extra=json_body(RerankRequest.model_json_schema()))
+    @app.post("/v2/rerank", openapi_extra=json_body(RerankRequest.model_json_schema()))
     async def rerank(request: Request) -> dict[str, Any]:
         """Documents by the probability that they answer the query, best first."""
         with refusing(request, FIELDS):
@@ -99,7 +100,7 @@ def add_rerank(app: FastAPI, service: Service, config: RerankConfig) -> None:
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return {"id": answer.request_id, "model": answer.model, "results": results, "usage": usage, "meta": meta}
 
-    @app.post("/score", openapi_extra=_body(PairsRequest))
+    @app.post("/score", openapi_extra=json_body(PairsRequest.model_json_schema()))
     async def score_pairs(request: Request) -> dict[str, Any]:
         """Pairs of texts by the probability that the second answers the first, in their order."""
         with refusing(request, {r"^documents": "text_2", **FIELDS}):
@@ -121,11 +122,6 @@ def add_rerank(app: FastAPI, service: Service, config: RerankConfig) -> None:
             "data": data,
             "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
         }
-
-
-def _body(model: type[pydantic.BaseModel]) -> dict[str, Any]:
-    content = {"application/json": {"schema": model.model_json_schema()}}
-    return {"requestBody": {"required": True, "content": content}}
 
 
 def _tokens(answer: pb.ScoreResponse) -> int:

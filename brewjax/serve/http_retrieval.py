@@ -14,6 +14,7 @@ from brewjax.serve import retriever_pb2 as pb
 from brewjax.serve.credentials import Credentials
 from brewjax.serve.http_messages import add_call
 from brewjax.serve.http_requests import parse_body, refusing, until_disconnect
+from brewjax.serve.openapi import json_body
 from brewjax.serve.retrieval import Retrieval
 
 TokenIds = Annotated[list[Annotated[int, pydantic.Field(ge=0, lt=2**32)]], pydantic.Field(fail_fast=True)]
@@ -46,9 +47,8 @@ class EmbeddingsRequest(pydantic.BaseModel):
 
 def add_retrieval(app: FastAPI, retrieval: Retrieval, credentials: Credentials) -> None:
     """Adds the endpoints. Upsert and delete need the server's admin token."""
-    schema = {"required": True, "content": {"application/json": {"schema": EmbeddingsRequest.model_json_schema()}}}
 
-    @app.post("/v1/embeddings", openapi_extra={"requestBody": schema})
+    @app.post("/v1/embeddings", openapi_extra=json_body(EmbeddingsRequest.model_json_schema()))
     async def embeddings(request: Request, response: Response) -> dict[str, Any]:
         """Vectors of texts, in OpenAI's form."""
         with refusing(request, FIELDS):

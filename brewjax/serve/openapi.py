@@ -85,6 +85,11 @@ def describe(app: FastAPI, request: type[pydantic.BaseModel], needs_token: bool,
     app.openapi = openapi  # type: ignore[method-assign]
 
 
+def json_body(schema: dict[str, Any]) -> dict[str, Any]:
+    """What FastAPI adds to the description of an operation that reads its body itself, as JSON of a schema."""
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
 def message_schema(message: Descriptor) -> dict[str, Any]:
     """The JSON schema of a protobuf message's JSON form (https://protobuf.dev/programming-guides/json)."""
     if message.full_name == "google.protobuf.Timestamp":

@@ -67,6 +67,17 @@ def brewjax(folder: Path, *arguments: str, stdin: str = "") -> subprocess.Comple
     )
 
 
+def start(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    """As `brewjax`, without waiting for the end: a process to be killed."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "brewjax.cli", *arguments],
+        cwd=folder,
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
 def in_process(folder: Path, *arguments: str) -> Result:
     """As `brewjax`, without starting Python and JAX again: for what ends at once. The error is not yet a message."""
     with contextlib.chdir(folder):
@@ -177,13 +188,7 @@ def test_killed_in_the_middle_of_every_stage_it_ends_as_if_nothing_had_happened(
     killed = 0
     for step in ("data-text", "text", "big", "aligned", "half-pruned", "half", "evaluate-half", "turbo"):
         record = folder / "runs" / "killed" / step / "stage.json"
-        running = subprocess.Popen(
-            [sys.executable, "-m", "brewjax.cli", "run", "recipe.yaml", "--out", "runs/killed"],
-            cwd=folder,
-            env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
+        running = start(folder, "run", "recipe.yaml", "--out", "runs/killed")
         while not record.exists() and running.poll() is None:
             time.sleep(0.01)
         if step in ("text", "big", "half"):  # with a checkpoint

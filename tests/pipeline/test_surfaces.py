@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -31,7 +28,7 @@ from brewjax.pipeline.stages import prepare, run_recipe, shares
 from brewjax.pipeline.workers import write_here, write_on_all_cores, write_on_this_host
 from brewjax.retrieve.encoder import Encoder
 from tests.pipeline.test_preparation import contents
-from tests.pipeline.test_run import MODEL, brewjax
+from tests.pipeline.test_run import MODEL, brewjax, start
 
 TASKS = {"jobs": "applies", "people": "connects", "posts": "clicks_post"}
 RECIPE = """\
@@ -119,13 +116,7 @@ def test_verbs_find_the_surface_or_are_told(folder, trained):
 def test_killed_in_the_middle_it_ends_with_the_same_bits(folder, trained):
     for step in ("data-big", "big", "evaluate-big", "small", "turbo"):
         output = folder / "runs" / "killed" / step
-        running = subprocess.Popen(
-            [sys.executable, "-m", "brewjax.cli", "run", "recipe.yaml", "--out", "runs/killed"],
-            cwd=folder,
-            env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
+        running = start(folder, "run", "recipe.yaml", "--out", "runs/killed")
         awaited = "checkpoints/[0-9]*" if step == "big" else "stage.json"
         while not list(output.glob(awaited)) and running.poll() is None:
             time.sleep(0.01)
