@@ -37,8 +37,8 @@ class SftConfig(Config):
     num_choices: int = pydantic.Field(default=4, ge=2)
     """The most items to choose from in a multiple-choice question."""
     fact_dropout: float = pydantic.Field(default=0.0, ge=0, lt=1)
-    """The probability with which a record leaves out each fact of members, items and pairs, so that a model learns to do
-    without any of them and can read a dataset that has others."""
+    """The probability with which a record leaves out each fact, so that a model learns to do without any of them and
+    can read a dataset that has others."""
     loss_weights: dict[str, pydantic.PositiveFloat] = {}
     """Loss weight of each target by the name of its task; 1 for a task that is not named."""
     mix: MixConfig = MixConfig()

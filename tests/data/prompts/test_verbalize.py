@@ -447,7 +447,8 @@ def test_kinds_count_a_fact_down_where_the_task_asks_for_low_numbers(jobs, token
         task = TASK.model_copy(update={"labels": labels})
         text = verbalizer.prompt(task, ask(dataset, 7, 330), "kinds").render()
         tenths[bound] = [int(tenth) for tenth in re.findall(r"pair_mean_by_target#(\d+)", text)]
-    assert tenths["min"] and tenths["max"] == [11 - tenth for tenth in tenths["min"]]
+    assert tenths["min"]
+    assert tenths["max"] == [11 - tenth for tenth in tenths["min"]]
 
 
 @each_full_style

@@ -211,7 +211,10 @@ def test_a_share_of_the_facts_is_left_out_of_each_record(jobs_with, tokenizer):
     prompts = ALL_STYLES.model_copy(update={"styles": {"kinds": 1.0}})
     texts = {
         dropout: [
-            [re.findall(r"(item_count|pair_count)\w*#\d+", tokenizer.hf.decode(question)) for question in record.questions]
+            [
+                re.findall(r"(item_count|pair_count)\w*#\d+", tokenizer.hf.decode(question))
+                for question in record.questions
+            ]
             for record, _ in sft_records(verbalizer, TASK, prompts, SftConfig(fact_dropout=dropout))
         ]
         for dropout in (0.0, 0.5)
