@@ -256,6 +256,9 @@ def score(
     at: At = None,
     surface: SurfaceName = "",
     items: Annotated[Optional[int], typer.Option(help="Rank only so many of them, drawn at random.", min=1)] = None,
+    retrieve: Annotated[
+        Optional[int], typer.Option(help="Rank only so many of them, found by the server's index.", min=1)
+    ] = None,
     note: Annotated[str, typer.Option(help="A wish that the model reads with its instruction.")] = "",
     top: Annotated[int, typer.Option(help="How many items to show.", min=1)] = 10,
     out: Annotated[Optional[Path], typer.Option(help="Write whole rankings, .parquet or .json.")] = None,
@@ -265,14 +268,16 @@ def score(
         raise typer.BadParameter("give a model folder or --server, not both")
     if model is None and not server:
         raise typer.BadParameter("give a model folder, or --server")
+    if retrieve and (items or not server):
+        raise typer.BadParameter("--retrieve: the index is a server's, and finds the items; give --server, not --items")
     if prompt is not None:
         of_members: dict[str, object] = {"dataset": dataset, "task": task, "member": member, "at": at, "items": items}
-        of_members |= {"note": note, "out": out, "surface": surface}
+        of_members |= {"retrieve": retrieve, "note": note, "out": out, "surface": surface}
         if needless := [f"--{name}" for name, value in of_members.items() if value]:
             raise typer.BadParameter(f"{', '.join(needless)}: for members of a dataset, not with --prompt")
         _score_prompt(model, server, prompt, top)
     elif dataset and task and member:
-        _score_members(model, server, dataset, task, member, surface, at, items, note, top, out)
+        _score_members(model, server, dataset, task, member, surface, at, items, retrieve, note, top, out)
     else:
         raise typer.BadParameter("give --prompt, or --dataset, --task and --member")
 
@@ -308,6 +313,7 @@ def _score_members(
     surface: str,
     at: datetime.datetime | None,
     items: int | None,
+    retrieve: int | None,
     note: str,
     top: int,
     out: Path | None,
@@ -335,15 +341,21 @@ def _score_members(
         verbalizer = bundle.verbalizer(tables, checked, surface)
         rankings = [rank(bundle, verbalizer, checked, example, note) for example in examples]
     else:
-        from brewjax.serve.client import score_all
-        from brewjax.serve.requests import request_from_example
+        from brewjax.serve.client import retrieve_and_rank, score_all
+        from brewjax.serve.requests import request_from_catalogue, request_from_example
 
         rankings = []
         for example in examples:
-            question = request_from_example(tables, checked, example, note, surface)
-            probabilities, usage = score_all(server, question, os.environ.get(TOKEN))
+            if retrieve:
+                member = request_from_catalogue(tables, checked, example, note, surface)
+                ids, probabilities, usage = retrieve_and_rank(server, member, retrieve, os.environ.get(TOKEN))
+                candidates = tables.item_rows(ids)
+            else:
+                question = request_from_example(tables, checked, example, note, surface)
+                probabilities, usage = score_all(server, question, os.environ.get(TOKEN))
+                candidates = example.candidates
             console.print(usage)
-            rankings.append(Ranking(example.member, example.candidates, probabilities))
+            rankings.append(Ranking(example.member, candidates, probabilities))
     for ranking in rankings:
         if len(rankings) > 1:
             console.print(f"{tables.card.members.noun} {tables.member_id(ranking.member)}")

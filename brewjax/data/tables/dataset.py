@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -259,6 +259,24 @@ class Dataset:
           The id, as text.
         """
         return str(self.members[self.card.members.id][int(row)].as_py())
+
+    def item_rows(self, items: Sequence[str]) -> np.ndarray:
+        """Finds items by id.
+
+        Args:
+          items: the ids, written as text.
+
+        Returns:
+          int64 [items], the row of each.
+
+        Raises:
+          ValueError: no item has one of these ids.
+        """
+        ids = self.items[self.card.items.id].cast(pa.string()).combine_chunks()
+        rows = pc.index_in(pa.array(items, pa.string()), value_set=ids)
+        if rows.null_count:
+            raise ValueError(f"{self.path}: no item '{items[pc.index(rows.is_null(), True).as_py()]}'")
+        return rows.to_numpy().astype(np.int64)
 
     def item_id(self, row: int) -> str:
         """Looks up an item's id.
