@@ -7,7 +7,7 @@ import itertools
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, Optional
+from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import numpy as np
 import typer
@@ -18,6 +18,9 @@ from brewjax.cli_models import ModelFolder, SurfaceName
 from brewjax.config import decode, read_text, suggest
 from brewjax.console import plain_console, print_line, print_ranking
 from brewjax.devices import cache_compilations, device_per_core, hide_useless_libtpu
+
+if TYPE_CHECKING:
+    from brewjax.serve.config import ServeConfig
 
 # Heavy imports (jax, transformers) are inside the verbs, so that --help answers at once.
 
@@ -383,15 +386,41 @@ def serve(
     device_per_core()
     import asyncio
 
-    from brewjax.serve.config import ServeConfig
     from brewjax.serve.server import log_as_json
     from brewjax.serve.server import serve as run_server
 
-    settings = (
-        ServeConfig.load(config, overrides or ()) if config else ServeConfig.of({}, "brewjax serve", overrides or ())
-    )
+    settings = _serve_settings(config, overrides)
     log_as_json()
     sys.exit(0 if asyncio.run(run_server(model, settings)) else 1)
+
+
+def _serve_settings(config: Path | None, overrides: list[str] | None) -> ServeConfig:
+    from brewjax.serve.config import ServeConfig
+
+    return ServeConfig.load(config, overrides or ()) if config else ServeConfig.of({}, "brewjax serve", overrides or ())
+
+
+@app.command()
+def warm(
+    model: ModelFolder,
+    config: Annotated[Optional[Path], typer.Option(help="The server's file of settings.")] = None,
+    overrides: Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE, as for `serve`.")] = None,
+) -> None:
+    """Compile what a server with these settings needs, and keep it, so that `serve` starts in seconds.
+
+    For the build of an image: programs are kept in the user's cache folder, and are valid on machines with the same
+    kind of processor and accelerator.
+    """
+    device_per_core()
+    import time
+
+    from brewjax.serve.server import Server
+
+    start_time = time.perf_counter()
+    settings = _serve_settings(config, overrides).model_copy(update={"port": 0, "http_port": None, "host": "localhost"})
+    Server(model, settings)
+    folder = os.environ["JAX_COMPILATION_CACHE_DIR"]
+    print_line(f"{model}: ready to serve; its programs are in {folder} ({time.perf_counter() - start_time:.0f} s)")
 
 
 if __name__ == "__main__":

@@ -71,6 +71,7 @@ class Service:
         self._tasks = tasks
         self._max_prefix_tokens = config.max_prefix_tokens or bundle.prompts.max_tokens
         self._encoder = self._make_encoder(bundle, version, catalogues or {})
+        metrics.model.info({"model": self.model})
         self._costs = costs
         # Tokenizers release Python's lock. Long requests have their own threads, so that short ones do not wait.
         self._threads = ThreadPoolExecutor(thread_name_prefix="encode")
@@ -245,6 +246,7 @@ class Service:
         loaded = self.scoring_loop.reload(bundle.params)
         # No `await` between these lines: every request of the new encoder must be queued behind the new weights.
         self._encoder = encoder
+        self.metrics.model.info({"model": self.model})
         await asyncio.shield(asyncio.wrap_future(loaded))
 
     def _check(self, bundle: Bundle) -> None:
