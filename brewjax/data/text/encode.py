@@ -72,6 +72,9 @@ class EncodedPrompt:
           capacity: tokens of a prompt.
           max_questions: of a prompt; None for no limit.
 
+        Returns:
+          The prompts, each filled before the next begins.
+
         Raises:
           ValueError: the prefix with one question, or with one list, exceeds the capacity.
         """
@@ -117,10 +120,13 @@ class EncodedPrompt:
 
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
-        """The fields of `TokenBatch` by name, each [T]: tokens, positions, piece_id, visibility, targets (`NO_TARGET`
-        except before an answer) and preference, int32; and weights, float32, which is `weight` at every target.
+        """The fields of `TokenBatch` for a row of T tokens.
 
         The positions of every question start where the history ends, so that a question reads the same alone.
+
+        Returns:
+          By name, each [T]: tokens, positions, piece_id, visibility, targets (`NO_TARGET` except before an answer) and
+          preference, int32; and weights, float32, which is `weight` at every target.
         """
         pieces = self.prefix_pieces + self.questions
         lengths = [len(piece) for piece in pieces]
@@ -225,7 +231,11 @@ class Text:
 
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
-        """The fields of `TokenBatch` by name, each [T]: the target of every token is the next token, with weight 1."""
+        """The fields of `TokenBatch` for a row of T tokens: the target of every token is the next token, with weight 1.
+
+        Returns:
+          By name, each [T]: int32, but weights float32.
+        """
         fields = {
             "tokens": self.tokens[:-1],
             "positions": np.arange(len(self)),
