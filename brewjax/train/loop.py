@@ -398,7 +398,7 @@ def abstract_state(model: ModelConfig, config: TrainConfig, mesh: Mesh, loss_par
 
 
 def abstract_batch(config: TrainConfig, mesh: Mesh) -> TokenBatch:
-    """Shapes, dtypes and shardings of a step's batch."""
+    """Shapes, dtypes and shardings of a step's batch, [micro-batches, rows, tokens], over `mesh`."""
     shape = (
         config.gradient_accumulation_steps,
         config.batch_size // config.gradient_accumulation_steps,
