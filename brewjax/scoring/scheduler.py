@@ -65,7 +65,15 @@ class Job:
         return PAGE if in_prefix else int(self.prompt.starts[self.num_scored + 1] - self.prompt.starts[self.num_scored])
 
     def next_chunk(self, tokens: int, max_questions: int) -> Chunk | None:
-        """Advances by the largest chunk that fits into `tokens` of a row; None, without progress, if none fits."""
+        """Advances by the largest chunk that fits.
+
+        Args:
+          tokens: free ones of a row.
+          max_questions: the most questions that the row has room for.
+
+        Returns:
+          The chunk; None, without progress, if none fits.
+        """
         start = self.num_computed_tokens
         first_page = self.num_cached_pages
         stop = min(start + tokens // PAGE * PAGE, self.prompt.prefix_length)

@@ -32,7 +32,7 @@ HOW_TO_READ = (
 
 
 def print_board(board: Board, console: Console) -> None:
-    """Prints the leaderboard by tier, and by domain, a column for each row of the board."""
+    """Prints the leaderboard by tier, and by domain, a column for each row of the board, on `console`."""
     for table in (_overview(board), _by_domain(board), _of_oracle(board), _cold(board)):
         if table is not None:
             console.print(_rich(table))
