@@ -211,6 +211,9 @@ class PreemptionSync:
 
     Call it once per step: it returns True on every process if any had received SIGTERM by the previous step. The lag of
     one step hides the all-reduce.
+
+    Args:
+      mesh: over all devices of the run.
     """
 
     def __init__(self, mesh: Mesh):

@@ -54,7 +54,13 @@ class RMSNorm(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Attention, then a SwiGLU MLP (Shazeer 2020) or experts; each has a norm before it and a residual around it."""
+    """Attention, then a SwiGLU MLP (Shazeer 2020) or experts; each has a norm before it and a residual around it.
+
+    Args:
+      config: the shape of the decoder.
+      sharding: which mesh axes each of the model's axes is split over.
+      rngs: of the initial weights.
+    """
 
     def __init__(self, config: ModelConfig, sharding: Sharding, rngs: nnx.Rngs):
         self.config, self.sharding = config, sharding
@@ -152,7 +158,7 @@ class Layer(nnx.Module):
 
     @jax.named_scope("attention")
     def add_attention(self, x: Float[Array, "B T D"], attended: Float[Array, "B T H E"]) -> Float[Array, "B T D"]:
-        """The residual stream between attention and MLP: `x`, and what `attend` returned projected to it."""
+        """The residual stream between attention and MLP: `x`, plus the output projection of `attended`."""
         return x + product(self.sharding, attended, self.output, inputs=2)
 
     def add_mlp(

@@ -109,6 +109,12 @@ class Adapted(NamedTuple):
 class AdaptedWeight(nnx.Module):
     """A matrix W with a low-rank update A B (see `brewjax.train.lora`): `x W + (x A) B` instead of `x (W + A B)`.
 
+    Args:
+      base: W.
+      a: A.
+      b: B.
+      inputs: how many axes of W are summed over; they follow the experts' axis, if there is one.
+
     Attributes:
       base: W.
       a: A, with the axes of W that are summed over, then the rank.

@@ -22,6 +22,11 @@ from brewjax.scoring.scorer import NormalizeOver
 class Job:
     """A prompt to score, and its progress.
 
+    Args:
+      prompt: to score.
+      normalize_over: see the attribute.
+      owner: what the caller knows the job by; not used here.
+
     Attributes:
       normalize_over: what its log-probabilities are normalized over (see `Scorer.collect`).
       num_cached_tokens: tokens of its prefix that were found in the cache; None before its pages are acquired.
