@@ -93,11 +93,7 @@ class Estimate:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95% interval, within the metric's range.
-
-        Returns:
-          Its lower and its upper end; NaN each if the error is undefined.
-        """
+        """The lower and the upper end of the 95% interval, within the metric's range; NaN if the error is undefined."""
         low, high = np.clip([self.value - self.error, self.value + self.error], *self.bounds)
         return float(low), float(high)
 

@@ -62,7 +62,7 @@ class DecodeState(NamedTuple):
       lengths: tokens read.
       tokens: the next token to read, of each sequence.
       num_sampled: tokens sampled in each slot since a sequence was inserted there.
-      key: random key [] of the next steps.
+      key: random key of the next steps.
     """
 
     keys: Float[Array, "L N S K E"]

@@ -131,7 +131,7 @@ class Sharding:
         return PartitionSpec(*entries)
 
     def spec_or_none(self, *axes: str | None) -> PartitionSpec | None:
-        """As `spec`, or None if no mesh is set."""
+        """As `spec`, of the same `axes`, or None if no mesh is set."""
         return None if jax.sharding.get_abstract_mesh().empty else self.spec(*axes)
 
     def reshard(self, x: jax.Array, *axes: str | None) -> jax.Array:
@@ -142,7 +142,7 @@ class Sharding:
           axes: as of `spec`.
 
         Returns:
-          `x`, laid out; unchanged if no mesh is set.
+          `x` [axes], laid out; unchanged if no mesh is set.
         """
         spec = self.spec_or_none(*axes)
         return x if spec is None else jax.reshard(x, spec)

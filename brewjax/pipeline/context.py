@@ -123,11 +123,7 @@ class Run:
 
     @cached_property
     def surfaces(self) -> dict[str, RunSurface]:
-        """The recipe's surfaces.
-
-        Returns:
-          By name; that of a recipe with one `dataset` is the name on its card, with hyphens for what no file name has.
-        """
+        """The recipe's surfaces by name; that of a recipe with one `dataset` is called as its card is."""
         recipe = self.recipe
         configs = recipe.surfaces
         if recipe.dataset:
@@ -137,11 +133,7 @@ class Run:
 
     @cached_property
     def tasks(self) -> dict[str, RunTask]:
-        """The tasks of all surfaces, checked.
-
-        Returns:
-          By their names within the run, "apply", or "jobs/apply" where it has several surfaces.
-        """
+        """The tasks of all surfaces, by their names within the run, checked."""
         return {each.name: each for surface in self.surfaces.values() for each in surface.tasks}
 
     @property
@@ -157,11 +149,8 @@ class Run:
 
     @cached_property
     def test_examples(self) -> dict[str, list[RankingExample]]:
-        """The test examples that models and baselines score.
-
-        Returns:
-          By the task's name, at most `evaluate.max_examples` of each.
-        """
+        """The test examples that models and baselines score, at most `evaluate.max_examples` of each task, by its
+        name."""
         return {name: each.sample("test", self.recipe.evaluate.max_examples) for name, each in self.tasks.items()}
 
     @cached_property

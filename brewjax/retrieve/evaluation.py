@@ -170,7 +170,12 @@ def interval(weights: np.ndarray, values: np.ndarray) -> float:
 
 
 def print_recall(title: str, rows: Sequence[Recall]) -> None:
-    """Prints a table with a line for each method and slice, and a column for each k."""
+    """Prints a table with a line for each method and slice, and a column for each k.
+
+    Args:
+      title: above the table.
+      rows: as `evaluate_retrieval` makes them.
+    """
     ks = list(dict.fromkeys(row.k for row in rows))
     table = Table("past events", "queries", "method", *(f"Recall@{k}" for k in ks), title=title, title_justify="left")
     by_key = {(row.past_events, row.method, row.k): row for row in rows}

@@ -36,11 +36,7 @@ class Record(Protocol):
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
-        """The fields of `TokenBatch` for a row of T tokens.
-
-        Returns:
-          By name, each [T], of 32 bits.
-        """
+        """The fields of `TokenBatch` by name, each [T], of 32 bits."""
 
     def __len__(self) -> int:
         """The number of tokens T."""

@@ -185,22 +185,16 @@ class Dataset:
 
     @cached_property
     def item_life(self) -> tuple[np.ndarray, np.ndarray]:
-        """The times, in microseconds since 1970, between which each item can be asked about. An item whose beginning
-        the card does not state exists just after its first event: only then is it known.
-
-        Returns:
-          int64 [items] each: the first microsecond of its life, and the first after it.
-        """
+        """Two int64 [items], microseconds since 1970: an item can be asked about from the first time on, and before the
+        second. An item whose beginning the card does not state exists just after its first event: only then is it
+        known."""
         stated = self._stated_life("items")
         return stated[0] if stated[0] is not None else self.first_event_time + 1, stated[1]
 
     @cached_property
     def member_life(self) -> tuple[np.ndarray, np.ndarray]:
-        """The times, in microseconds since 1970, between which each member can be asked about.
-
-        Returns:
-          int64 [members] each: the first microsecond of its life, and the first after it.
-        """
+        """Two int64 [members], microseconds since 1970: a member can be asked about from the first time on, and before
+        the second."""
         beginning, end = self._stated_life("members")
         return beginning if beginning is not None else np.full(len(self.members), -FOREVER), end
 

@@ -117,11 +117,8 @@ class Fact(Config):
 
     @property
     def actions(self) -> tuple[str, ...]:
-        """The actions that the fact names: keys of the card's `events.actions`.
-
-        Returns:
-          Their names, in the order of the card; empty for a kind of fact that names none.
-        """
+        """The actions that the fact names, keys of the card's `events.actions`; empty for a kind of fact that names
+        none."""
         return self.count or self.rate or self.days_since or self.share or self.together or ()
 
     @property

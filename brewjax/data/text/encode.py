@@ -120,13 +120,10 @@ class EncodedPrompt:
 
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
-        """The fields of `TokenBatch` for a row of T tokens.
+        """The fields of `TokenBatch` by name, each [T]: tokens, positions, piece_id, visibility, targets (`NO_TARGET`
+        except before an answer) and preference, int32; and weights, float32, which is `weight` at every target.
 
         The positions of every question start where the history ends, so that a question reads the same alone.
-
-        Returns:
-          By name, each [T]: tokens, positions, piece_id, visibility, targets (`NO_TARGET` except before an answer) and
-          preference, int32; and weights, float32, which is `weight` at every target.
         """
         pieces = self.prefix_pieces + self.questions
         lengths = [len(piece) for piece in pieces]
@@ -231,11 +228,8 @@ class Text:
 
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
-        """The fields of `TokenBatch` for a row of T tokens: the target of every token is the next token, with weight 1.
-
-        Returns:
-          By name, each [T]: int32, but weights float32.
-        """
+        """The fields of `TokenBatch` by name, each [T], int32, and weights float32: the target of every token is the
+        next token, with weight 1."""
         fields = {
             "tokens": self.tokens[:-1],
             "positions": np.arange(len(self)),
