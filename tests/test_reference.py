@@ -2,9 +2,9 @@
 else that one room imports from another, what its types leave open.
 
 A room is a folder. A type leaves open what a number, a text, a path or an array means, and when a value is None; a
-class of this project does not. So an argument is named in the docstring, under Args or in a sentence, unless its type is
-such a class; an array has its dtype and axes; the parts of a tuple or mapping are under Returns; and errors are under
-Raises.
+class of this project does not. So an argument is named in the docstring, under Args or in a sentence, unless its type
+is such a class; an array has its dtype and axes; the parts of a tuple or mapping are under Returns; and errors are
+under Raises.
 """
 
 from __future__ import annotations
