@@ -163,7 +163,15 @@ def resample_members(queries: Queries, bootstrap: int) -> tuple[np.ndarray, np.n
 
 
 def interval(weights: np.ndarray, values: np.ndarray) -> float:
-    """Half of the 95% interval of a mean of values: 1.96 standard errors over resamples, int [bootstrap, values]."""
+    """Half of the 95% interval of a mean, 1.96 standard errors, by the bootstrap.
+
+    Args:
+      weights: int [bootstrap, values], how often each value is in each resample.
+      values: float64 [values].
+
+    Returns:
+      In the unit of the values.
+    """
     totals = weights.sum(1)
     means = (weights[totals > 0] @ values) / totals[totals > 0]
     return 1.96 * float(means.std(ddof=1))

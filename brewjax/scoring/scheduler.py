@@ -164,7 +164,11 @@ class Scheduler:
         self._cache.clear()
 
     def next_pass(self) -> Pass | None:
-        """The next pass, which must be dispatched before this is called again; None if no job can run."""
+        """Makes the next pass, which must be dispatched before this is called again.
+
+        Returns:
+          The pass, whose chunks are owned by their jobs; None if no job can run.
+        """
         admitted = self._admit()
         if not admitted:
             return None

@@ -68,7 +68,8 @@ def print_difference(board: Board, first: Row, second: Row, prompts: int, consol
 
     Args:
       board: with both rows.
-      first, second: rows; the difference is the first minus the second.
+      first: a row.
+      second: a row; the difference is the first minus the second.
       prompts: how many questions.
       console: that is printed to.
     """

@@ -274,7 +274,9 @@ def make_step(
     """One training step, to be compiled.
 
     Args:
-      model, config, objective: as for `train`.
+      model: the shape of the decoder that is trained, as for `train`.
+      config: as for `train`.
+      objective: as for `train`.
       models: by name, the shapes of the frozen models that run inside the step.
 
     Returns:
