@@ -110,7 +110,7 @@ def _summarize(
 
 
 def print_funnel(title: str, rows: Sequence[FunnelRow]) -> None:
-    """Prints a line for each way to the first ten items."""
+    """Prints a line for each way to the first ten items, of the `rows` of a funnel, under `title`."""
     table = Table(
         "method", "items ranked", "NDCG@10", "less than ranking everything", title=title, title_justify="left"
     )

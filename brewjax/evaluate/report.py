@@ -95,7 +95,15 @@ def describe_models(comparisons: Sequence[Comparison], models: Sequence[ModelSum
 
 
 def describe_agreements(comparisons: Sequence[Comparison], shown: Sequence[str]) -> list[str]:
-    """A line for each two tasks that ask about the same items: do the models of `shown` tell them apart?"""
+    """Says of each two tasks that ask about the same items whether models tell them apart.
+
+    Args:
+      comparisons: of the tasks.
+      shown: names of the models and baselines.
+
+    Returns:
+      A line for each two tasks, with Spearman's rank correlation of the scores by each model.
+    """
     return [
         f"{' and '.join(agreement.tasks)}: Spearman of the scores "
         + ", ".join(f"{name} {_format_number(agreement.spearman[name], sign='+')}" for name in shown)
@@ -104,7 +112,13 @@ def describe_agreements(comparisons: Sequence[Comparison], shown: Sequence[str])
 
 
 def print_models(comparisons: Sequence[Comparison], models: Sequence[ModelSummary], console: Console) -> None:
-    """Prints the table of models without what a terminal has no room for: how a model was made, and intervals."""
+    """Prints the table of models without what a terminal has no room for: how a model was made, and intervals.
+
+    Args:
+      comparisons: of all models, one per task; the first metric of each task is shown.
+      models: in the order of the table.
+      console: that prints.
+    """
     quality = [f"{comparison.name}\n{METRICS[comparison.task.metrics[0]].title}" for comparison in comparisons]
     table = Table(title="models", title_justify="left", box=None, padding=(0, 1, 0, 0))
     table.add_column("model", no_wrap=True)
@@ -125,7 +139,12 @@ def print_models(comparisons: Sequence[Comparison], models: Sequence[ModelSummar
 
 
 def print_results(comparison: Comparison, console: Console) -> None:
-    """Prints a task's tables: every metric overall, then the first metric by the member's number of past events."""
+    """Prints a task's tables: every metric overall, then the first metric by the member's number of past events.
+
+    Args:
+      comparison: of all models and baselines on the task.
+      console: that prints.
+    """
     described = _describe(comparison, plots=False)
     overall = Table("", *described["metrics"], title=f"{described['name']}: {described['size']}", title_justify="left")
     for row in described["overall"]:

@@ -70,7 +70,13 @@ METRICS: dict[MetricName, Metric] = {
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """The value of a metric, and of each bootstrap resample (float64 [bootstrap]); NaN if undefined."""
+    """The value of a metric, and of each bootstrap resample.
+
+    Attributes:
+      value: of the questions themselves; NaN if undefined.
+      resamples: float64 [bootstrap], the value of each resample of the members; NaN where it is undefined.
+      bounds: the least and the greatest value that the metric can have.
+    """
 
     value: float
     resamples: np.ndarray
@@ -87,13 +93,14 @@ class Estimate:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95% interval, within the metric's range."""
+        """The lower and the upper end of the 95% interval, within the metric's range; NaN if the error is undefined."""
         low, high = np.clip([self.value - self.error, self.value + self.error], *self.bounds)
         return float(low), float(high)
 
     @classmethod
     def mean(cls, estimates: Sequence[Estimate]) -> Estimate:
-        """The unweighted mean. Its resamples are the means of theirs, so its error is that of this very estimator."""
+        """The unweighted mean of `estimates`. Its resamples are the means of theirs, so its error is that of this
+        very estimator."""
         values, resamples = [each.value for each in estimates], [each.resamples for each in estimates]
         return cls(float(np.mean(values)), np.mean(resamples, axis=0), estimates[0].bounds)
 
@@ -157,6 +164,9 @@ def estimates(
       task: whose metrics are computed.
       member_weights: float64 [1 + resamples, members]; the first row is the sample itself, all ones.
       member: int [rows], the column of `member_weights` of each prediction.
+
+    Returns:
+      An estimate of each of the task's metrics, NaN without predictions.
     """
     inputs = MetricInputs(
         probabilities(predictions, task),

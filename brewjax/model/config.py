@@ -116,7 +116,15 @@ class ModelConfig(Config):
 
     @classmethod
     def place(cls, location: Location, source: dict[str, Any]) -> Location:
-        """The location without the type of the scaling, which pydantic inserts behind its name."""
+        """As `Config.place`: without the type of the scaling, which pydantic inserts behind its name.
+
+        Args:
+          location: of the field in the config.
+          source: keys and values of the file; not looked at.
+
+        Returns:
+          The keys in the file that led to the field.
+        """
         return location[:1] + location[2:] if location[:1] == ("rope_scaling",) else location
 
     def check_length(self, tokens: int, subject: str) -> None:

@@ -22,7 +22,14 @@ from brewjax.pipeline.recipe import ContrastiveStage, DistillStage, Stage, Train
 
 
 def check_run(run: Run) -> None:
-    """Raises ConfigError with all that is wrong with a run: its tables, tasks, models, meshes, and how they fit."""
+    """Checks a run before anything is written: its tables, tasks, models, meshes, and how they fit.
+
+    Args:
+      run: to check; its datasets are read.
+
+    Raises:
+      ConfigError: a line for each thing that is wrong.
+    """
     problems: list[str] = []
     surfaces = {}
     with _collect(problems):

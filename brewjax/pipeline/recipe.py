@@ -382,7 +382,18 @@ class Recipe(Config):
 
 
 def load_plan(path: str | Path, overrides: Sequence[str] = ()) -> CompilePlan:
-    """A file with a plan; or of a recipe its model, as its first stage that trains does."""
+    """Reads what `brewjax compile` compiles.
+
+    Args:
+      path: of a plan; or of a recipe, whose model is compiled as its first stage that trains does.
+      overrides: such as `train.steps=100`.
+
+    Returns:
+      The plan.
+
+    Raises:
+      ConfigError: the file is wrong, or no stage of the recipe trains.
+    """
     path = Path(path)
     values = yaml.safe_load(path.read_text()) if path.is_file() else None
     if not isinstance(values, dict) or "stages" not in values:

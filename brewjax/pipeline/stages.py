@@ -284,8 +284,15 @@ def steps(run: Run, write_units: WriteUnits = write_on_this_host) -> list[Step]:
 def run_recipe(recipe: Recipe, folder: Path, allow_code_mismatch: bool = False, until: str = "report") -> None:
     """Runs a recipe's stages into `folder/<stage>`, each followed by its evaluation; see `run_steps`.
 
-    Raises ConfigError before anything is written where the run cannot be done (see `check_run`), and LockedError where
-    another process runs into `folder`.
+    Args:
+      recipe: what is done.
+      folder: of the run; what is done there already, with these settings and this code, is not done again.
+      allow_code_mismatch: also take what other code has made.
+      until: name of the last step to run.
+
+    Raises:
+      ConfigError: the run cannot be done (see `check_run`); before anything is written.
+      LockedError: another process runs into `folder`.
     """
     run = Run(recipe, folder)
     check_run(run)
@@ -295,8 +302,17 @@ def run_recipe(recipe: Recipe, folder: Path, allow_code_mismatch: bool = False, 
 
 
 def prepare_recipe(recipe: Recipe, folder: Path, write_units: WriteUnits = write_on_this_host) -> None:
-    """Writes the tokenizer, the percentiles and all training data of a recipe, which `run_recipe` then finds; raises as
-    it does."""
+    """Writes the tokenizer, the percentiles and all training data of a recipe, which `run_recipe` then finds.
+
+    Args:
+      recipe: whose data is written.
+      folder: of the run.
+      write_units: writes the shards, on this host or on Beam.
+
+    Raises:
+      ConfigError: as `run_recipe`.
+      LockedError: as `run_recipe`.
+    """
     run = Run(recipe, folder)
     check_run(run)
     _run_plan(run, [step for step in steps(run, write_units) if step.code == DATA])

@@ -163,14 +163,27 @@ def resample_members(queries: Queries, bootstrap: int) -> tuple[np.ndarray, np.n
 
 
 def interval(weights: np.ndarray, values: np.ndarray) -> float:
-    """Half of the 95% interval of a mean of values: 1.96 standard errors over resamples, int [bootstrap, values]."""
+    """Half of the 95% interval of a mean, 1.96 standard errors, by the bootstrap.
+
+    Args:
+      weights: int [bootstrap, values], how often each value is in each resample.
+      values: float64 [values].
+
+    Returns:
+      In the unit of the values.
+    """
     totals = weights.sum(1)
     means = (weights[totals > 0] @ values) / totals[totals > 0]
     return 1.96 * float(means.std(ddof=1))
 
 
 def print_recall(title: str, rows: Sequence[Recall]) -> None:
-    """Prints a table with a line for each method and slice, and a column for each k."""
+    """Prints a table with a line for each method and slice, and a column for each k.
+
+    Args:
+      title: above the table.
+      rows: as `evaluate_retrieval` makes them.
+    """
     ks = list(dict.fromkeys(row.k for row in rows))
     table = Table("past events", "queries", "method", *(f"Recall@{k}" for k in ks), title=title, title_justify="left")
     by_key = {(row.past_events, row.method, row.k): row for row in rows}

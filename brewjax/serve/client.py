@@ -229,6 +229,11 @@ class Client:
 def score_all(server: str, question: pb.Member | pb.Raw, token: str | None) -> tuple[np.ndarray, str]:
     """Scores any number of items, by one call or a stream; waits for a server that is starting.
 
+    Args:
+      server: its gRPC address, HOST:PORT.
+      question: the member or the prompt, with its items.
+      token: the server's bearer token; None where it asks for none.
+
     Returns:
       float32 probabilities [items, labels] in the order of the items, and a line about time, model and cache.
 
@@ -300,6 +305,9 @@ def raw(
       items: the candidates; each is read after the prefix and the events, and scored at its last token.
       labels: words of one token each, or token ids; the probability of the first one orders the items.
       events: the history, oldest first; the oldest are the first to be truncated.
+
+    Returns:
+      What `Client.score` and `Client.stream` take.
     """
     return pb.Raw(
         prefix=_text(prefix),

@@ -76,10 +76,15 @@ def request_from_catalogue(
 ) -> pb.Member:
     """The member of a ranking example as a request to a server that has the dataset as its catalogue.
 
-    Args: see `request_from_example`.
+    Args:
+      dataset: where the example's rows are.
+      task: what is asked about each item.
+      example: the member, and the cutoff time.
+      steering_note: as of `request_from_example`.
+      surface: as of `request_from_example`.
 
     Returns:
-      a `Member` by id, without items.
+      A `Member` by id, without items.
     """
     now = Timestamp()
     now.FromMicroseconds(example.cutoff_time)

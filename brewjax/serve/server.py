@@ -255,6 +255,10 @@ async def serve(folder: Path, config: ServeConfig) -> bool:
 
     SIGHUP loads the tokens, the certificate and the folder's checkpoint again.
 
+    Args:
+      folder: of the model.
+      config: ports, limits and what else a server is given.
+
     Returns:
       True if all requests finished.
     """

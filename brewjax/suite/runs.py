@@ -129,8 +129,14 @@ def run(
     A run that is killed goes on where it was: each task's predictions are written when they are complete.
 
     Args:
+      suite: what is asked.
+      size: how much of it, "quick" or "full".
+      predictors: models and baselines.
       surfaces: some of the suite's, for a part of it; all by default.
       workers: processes, each with a surface at a time. Figures do not depend on their number.
+
+    Returns:
+      The entry of each predictor, as it was written.
 
     Raises:
       ContaminationError: a model was trained on what the suite asks.

@@ -274,7 +274,9 @@ def make_step(
     """One training step, to be compiled.
 
     Args:
-      model, config, objective: as for `train`.
+      model: the shape of the decoder that is trained, as for `train`.
+      config: as for `train`.
+      objective: as for `train`.
       models: by name, the shapes of the frozen models that run inside the step.
 
     Returns:
@@ -398,7 +400,7 @@ def abstract_state(model: ModelConfig, config: TrainConfig, mesh: Mesh, loss_par
 
 
 def abstract_batch(config: TrainConfig, mesh: Mesh) -> TokenBatch:
-    """Shapes, dtypes and shardings of a step's batch."""
+    """Shapes, dtypes and shardings of a step's batch, [micro-batches, rows, tokens], over `mesh`."""
     shape = (
         config.gradient_accumulation_steps,
         config.batch_size // config.gradient_accumulation_steps,

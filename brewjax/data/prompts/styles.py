@@ -142,6 +142,13 @@ class PromptConfig(Config):
         return self
 
     def draw(self, rng: np.random.Generator) -> str:
-        """Draws the name of a style to train on."""
+        """Draws the style of a training record.
+
+        Args:
+          rng: decides, by the weights of `styles`.
+
+        Returns:
+          A key of `STYLES`.
+        """
         names, weights = zip(*self.styles.items(), strict=True)
         return names[rng.choice(len(names), p=np.array(weights) / sum(weights))]

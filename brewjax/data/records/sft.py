@@ -60,15 +60,22 @@ def sft_records(
     partition: Partition = WHOLE,
     name: str = "",
 ) -> Iterator[tuple[EncodedPrompt, Provenance]]:
-    """Yields the records of a task's training period with their provenance, for `write_shard`.
+    """Makes the records of a task's training period with their provenance, for `write_shard`.
 
     Each example is rendered in a style, and in a phrasing of the task, that are drawn for it. They are in order of
     the hashes of the members' ids, then of cutoff time, and the seed decides each by itself.
 
     Args:
-      predict: gives the soft labels of examples, float [candidates, labels] each.
+      verbalizer: of the dataset.
+      task: whose questions are asked and answered.
+      prompts: the styles that are drawn from, the most tokens and the layout of the history.
+      config: how many examples, how often, and how many of them are multiple choice.
+      predict: gives the soft labels of examples, float [candidates, labels] each; None for none.
       partition: only the records of its members.
       name: of the task among those of the run, "jobs/apply" where it has several surfaces; by default its own.
+
+    Yields:
+      Each record with its provenance.
     """
     weight = config.loss_weights.get(name or task.name, 1.0)
     for example in training_examples(verbalizer.dataset, task, config, partition, config.repeats):
