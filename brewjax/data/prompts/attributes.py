@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from brewjax.data.prompts.numbers import age, format_number
 from brewjax.data.prompts.styles import Style, code
-from brewjax.data.tables.card import Attribute
+from brewjax.data.tables.card import Attribute, Card
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.facts import Fact, FactGroup
 from brewjax.data.tables.statistics import FactSource, Percentiles, Table
@@ -67,6 +67,7 @@ class RowRenderer:
       percentiles: scales fitted on training data.
       source: where facts come from.
       clean: makes a text of a table safe in a prompt.
+      kinds: the kinds of numbers that are stated in styles that name them by kind; by default all.
     """
 
     def __init__(
@@ -76,8 +77,10 @@ class RowRenderer:
         percentiles: Percentiles,
         source: FactSource,
         clean: Callable[[str], str],
+        kinds: Collection[str] | None = None,
     ):
         self._table, self._percentiles, self._source, self._clean = table, percentiles, source, clean
+        self._kinds = kinds
         self._has_times = dataset.card.events.time is not None
         self.attributes: tuple[Attribute, ...] = getattr(dataset.card, table).attributes
         data: pa.Table = getattr(dataset, table)
@@ -110,7 +113,7 @@ class RowRenderer:
         for attribute in self.attributes:
             shown = where in attribute.where and (columns is None or attribute.column in columns)
             if shown and (attribute.num_buckets or not style.buckets_only):
-                values, kind = self.values(attribute, rows.rows), f"{self._table.removesuffix('s')}_number"
+                values, kind = self.values(attribute, rows.rows), attribute_kind(self._table)
                 self._render(by_row, f"{self._table}.{attribute.column}", attribute, kind, values, rows, style, longest)
         if columns is None and (where == "question" or self._table == "events"):
             for stated in self.facts:
@@ -118,7 +121,7 @@ class RowRenderer:
                 stated_here = (stated.fact.buckets or not style.buckets_only) and key not in rows.omitted_facts
                 if stated_here and (stated.group != "pairs" or rows.members is not None):
                     numbers = self.fact_values(stated, rows)
-                    sign = target_sign(task, stated.fact) if task else 0
+                    sign = target_sign(task, stated.fact) if task and style.marks_target else 0
                     kind = stated.kind + TARGET if sign else stated.kind
                     self._render(by_row, key, stated.attribute, kind, numbers, rows, style, longest, sign < 0)
         return by_row
@@ -163,6 +166,8 @@ class RowRenderer:
         """Appends a value of each row to the row's texts; `from_above`: tenths by kind are counted down."""
         named = "{name}" in style.fact
         num_buckets = attribute.num_buckets
+        if style.by_kind and self._kinds is not None and kind not in self._kinds:
+            return
         if num_buckets:
             template = (style.percentile if num_buckets == 100 else style.bucket).replace("{buckets}", str(num_buckets))
             name = kind if style.by_kind else attribute.name if named else code(attribute.name)
@@ -201,6 +206,35 @@ class RowRenderer:
             return ("," if style.short else ", ").join(text for entry in value if (text := self._clean(str(entry))))
         text = self._clean(str(value))
         return " ".join(text.split(" ")[: attribute.max_words]) if attribute.max_words else text
+
+
+def attribute_kind(table: Table) -> str:
+    """What styles that name numbers by kind call an attribute."""
+    return f"{table.removesuffix('s')}_number"
+
+
+def stated_kinds(card: Card, tasks: Sequence[Task], styles: Iterable[Style]) -> set[str]:
+    """Finds the kinds of numbers that prompts state.
+
+    Args:
+      card: of the dataset.
+      tasks: asked of it.
+      styles: of the prompts; those that do not name numbers by kind have none.
+
+    Returns:
+      Names such as "pair_mean_by" and "item_rate_target".
+    """
+    kinds = set()
+    tables: tuple[Table, ...] = ("members", "items", "events")
+    for style in styles:
+        if style.by_kind:
+            for table in tables:
+                if any(attribute.num_buckets for attribute in getattr(card, table).attributes):
+                    kinds.add(attribute_kind(table))
+            for group, fact in card.facts.declared():
+                marked = [bool(style.marks_target and target_sign(task, fact)) for task in tasks]
+                kinds |= {fact.kind_of(group) + TARGET * mark for mark in marked}
+    return kinds
 
 
 def is_unknown(value: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -44,6 +44,7 @@ class Verbalizer:
       template: variables of the chat template, for the styles that use it.
       facts: where facts come from; by default they are computed from the dataset's events.
       temperatures: of prompts, by the name of their task; 1 by default.
+      kinds: the kinds of numbers that are stated in styles that name them by kind, see `stated_kinds`; by default all.
 
     Attributes:
       overlong: counts the items and members whose texts did not fit.
@@ -58,6 +59,7 @@ class Verbalizer:
         template: ChatTemplate = AS_IT_COMES,
         facts: FactSource | None = None,
         temperatures: Mapping[str, float] | None = None,
+        kinds: Collection[str] | None = None,
     ):
         self.dataset, self.tokenizer, self._max_tokens, self._template = dataset, tokenizer, max_tokens, template
         self._temperatures = temperatures or {}
@@ -65,7 +67,8 @@ class Verbalizer:
         self._known_questions: dict[str, Questions] = {}  # of each task, by name
         source = facts or FactValues.of(dataset)
         tables: tuple[Table, ...] = ("members", "items", "events")
-        self._rows = {table: RowRenderer(dataset, table, percentiles, source, tokenizer.clean) for table in tables}
+        clean = tokenizer.clean
+        self._rows = {table: RowRenderer(dataset, table, percentiles, source, clean, kinds) for table in tables}
 
     @cached_property
     def _chat(self) -> Chat:
