@@ -283,7 +283,7 @@ class Bundle:
 
     @cached_property
     def _kinds(self) -> set[str] | None:
-        """The kinds of numbers that training stated, for the tokens of others have learnt nothing; None if it had none."""
+        """The kinds of numbers that training stated, if any: the tokens of others have learnt nothing."""
         styles = [STYLES[name] for name in self.prompts.styles]
         of_surface = (stated_kinds(surface.card, surface.tasks, styles) for surface in self.surfaces.values())
         return set().union(*of_surface) or None
