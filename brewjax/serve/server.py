@@ -101,7 +101,11 @@ class Server:
         self._reloading = asyncio.Lock()
 
     async def start(self) -> None:
-        """Starts to listen on both ports. Raises OSError for a port that is taken."""
+        """Starts to listen on both ports.
+
+        Raises:
+          OSError: a port is taken.
+        """
         config = self.config
         tracing, self._trace_http = trace_to_collector()
         door = Door(self._credentials, config, self.service.metrics, self._refusals)
