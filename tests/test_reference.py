@@ -140,7 +140,7 @@ def unnamed(function: Function, docstring: str) -> Iterator[str]:
             yield argument.arg
 
 
-def unsaid(function: Function) -> Iterator[str]:
+def missing_parts(function: Function) -> Iterator[str]:
     """What neither the types nor the docstring of a function or method say."""
     docstring = ast.get_docstring(function) or ""
     if not docstring:
@@ -162,10 +162,10 @@ def unsaid(function: Function) -> Iterator[str]:
         yield "Returns"
 
 
-def unsaid_of(node: ast.stmt) -> dict[str, list[str]]:
+def missing_by_part(node: ast.stmt) -> dict[str, list[str]]:
     """Of a function; or of a class its fields that are arrays, its constructor and its public methods."""
     if isinstance(node, Function):
-        return {node.name: [*unsaid(node)]}
+        return {node.name: [*missing_parts(node)]}
     assert isinstance(node, ast.ClassDef)
     docstring = ast.get_docstring(node) or ""
     parts = {node.name: [] if docstring else ["anything"]}
@@ -173,7 +173,7 @@ def unsaid_of(node: ast.stmt) -> dict[str, list[str]]:
         if isinstance(part, Function) and part.name == "__init__":
             parts[part.name] = [*unnamed(part, docstring)]
         elif isinstance(part, Function) and not part.name.startswith("_") and part.name not in parts:  # nor a setter
-            parts[part.name] = [*unsaid(part)]
+            parts[part.name] = [*missing_parts(part)]
         elif isinstance(part, ast.AnnAssign) and ast.unparse(part.annotation) in ("np.ndarray", "np.ndarray | None"):
             name = ast.unparse(part.target)
             if not re.search(rf"^  [\w, ]*\b{name}\b[\w, ]*:.*\[", docstring, re.MULTILINE):
@@ -184,9 +184,9 @@ def unsaid_of(node: ast.stmt) -> dict[str, list[str]]:
 def test_what_rooms_import_from_each_other_says_what_its_types_leave_open():
     assert len(shared()) > 250
     gaps = [
-        f"{name}.{part}: {', '.join(what)}"
+        f"{name}.{part}: {', '.join(missing)}"
         for name, node in shared().items()
-        for part, what in unsaid_of(node).items()
-        if what
+        for part, missing in missing_by_part(node).items()
+        if missing
     ]
     assert not gaps

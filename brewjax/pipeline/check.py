@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
+
 from brewjax.bundle.bundle import TOKENIZER
 from brewjax.config import Config, ConfigError
 from brewjax.data.records.contrastive import ContrastiveConfig
@@ -45,6 +47,11 @@ def check_run(run: Run) -> None:
                 _check_stage(run, name, stage)
     with _collect(problems), _blame(run.recipe, "evaluate", "mesh"):
         run.recipe.evaluate.mesh.build()
+    if watch := run.recipe.evaluate.watch:
+        with _collect(problems), _blame(run.recipe, "evaluate", "watch"):
+            watch.check()
+            if jax.process_count() > 1:
+                raise ValueError("a suite is run by a single process, and here are several")
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
 

@@ -22,6 +22,7 @@ from brewjax.model.config import ModelConfig
 from brewjax.model.params import MODEL
 from brewjax.model.sharding import MeshConfig
 from brewjax.pipeline.ladder import Ladder, expand
+from brewjax.suite.watch import WatchConfig
 from brewjax.train.align import Align
 from brewjax.train.contrastive import Contrastive
 from brewjax.train.distill import Distill
@@ -54,6 +55,8 @@ class EvaluateConfig(Config):
     """Hyperparameter settings of LightGBM that are compared on the validation period."""
     mesh: MeshConfig = MeshConfig()
     """The mesh that models are scored on."""
+    watch: WatchConfig | None = None
+    """A suite that is run while rankers are trained; it stops what gets worse. Only where one process trains."""
 
 
 class RecipeSurface(Config):
