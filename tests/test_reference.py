@@ -1,5 +1,5 @@
 """What a docstring must say: on the page "Python" of the reference all arguments, results and errors; and of everything
-else that one room imports from another, what its types leave open.
+else that one room imports from another, what its types leave open; and of all public functions, what they raise.
 
 A room is a folder. A type leaves open what a number, a text, a path or an array means, and when a value is None; a
 class of this project does not. So an argument is named in the docstring, under Args or in a sentence, unless its type
@@ -140,13 +140,21 @@ def unnamed(function: Function, docstring: str) -> Iterator[str]:
             yield argument.arg
 
 
+def raises(node: ast.AST) -> bool:
+    """Whether a function raises an error that it makes itself, outside the functions within it."""
+    return any(
+        (isinstance(child, ast.Raise) and isinstance(child.exc, ast.Call))
+        or (not isinstance(child, (Function, ast.Lambda, ast.ClassDef)) and raises(child))
+        for child in ast.iter_child_nodes(node)
+    )
+
+
 def missing_parts(function: Function) -> Iterator[str]:
     """What neither the types nor the docstring of a function or method say."""
     docstring = ast.get_docstring(function) or ""
     if not docstring:
         yield "anything"
-    raises = any(isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) for node in ast.walk(function))
-    if raises and "Raises:" not in docstring:
+    if raises(function) and "Raises:" not in docstring:
         yield "Raises"
     if re.match(r"(See|As) `[\w.]+`\.(\n|$)", docstring):  # the method of a protocol, for instance
         return
@@ -190,3 +198,16 @@ def test_what_rooms_import_from_each_other_says_what_its_types_leave_open():
         if missing
     ]
     assert not gaps
+
+
+def test_every_public_function_says_what_it_raises():
+    silent = [
+        f"{module}.{function.name}"
+        for module, tree in modules().items()
+        if not module.startswith("brewjax.cli")  # whose docstrings users read
+        for node in tree.body
+        if not getattr(node, "name", "_").startswith("_")
+        for function in functions(node)
+        if raises(function) and "Raises:" not in (ast.get_docstring(function) or "")
+    ]
+    assert not silent

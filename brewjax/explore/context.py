@@ -169,7 +169,17 @@ class Context:
         return self.verbalizer.names(self.example.candidates)
 
     def find(self, item: str | int) -> int:
-        """The index of a candidate by its id. Raises ValueError, with a guess at what was meant."""
+        """Finds a candidate by its id.
+
+        Args:
+          item: the id.
+
+        Returns:
+          Its index among the candidates.
+
+        Raises:
+          ValueError: it is no candidate; with a guess at what was meant.
+        """
         ids = self.item_ids
         if str(item) not in ids:
             noun = self.dataset.card.items.noun
@@ -214,14 +224,35 @@ class Context:
 
 
 def check_style(name: str) -> str:
-    """The name of a style. Raises ConfigError for one that does not exist."""
+    """Checks the name of a style.
+
+    Args:
+      name: to check.
+
+    Returns:
+      `name`.
+
+    Raises:
+      ConfigError: no style has it.
+    """
     if name not in STYLES:
         raise ConfigError(f"no style '{name}'; {suggest(name, STYLES, listing='styles')}")
     return name
 
 
 def find_items(dataset: Dataset, ids: Sequence[str]) -> np.ndarray:
-    """int32 [items]: rows of the items with these ids, written as text. Raises ValueError for an unknown one."""
+    """Finds items by their ids.
+
+    Args:
+      dataset: the tables.
+      ids: written as text; at least one.
+
+    Returns:
+      int32 [items]: their rows.
+
+    Raises:
+      ValueError: an id is unknown, or there is none.
+    """
     known = {str(item_id): row for row, item_id in enumerate(dataset.items[dataset.card.items.id].to_pylist())}
     for item_id in ids:
         if str(item_id) not in known:

@@ -167,7 +167,18 @@ def make_page(explorers: Sequence[Explorer]) -> FastAPI:
 
 
 def make_context(explorers: Sequence[Explorer], edit: Edit) -> Context:
-    """The context that an edit describes. Raises ValueError for what does not exist."""
+    """The context that an edit describes.
+
+    Args:
+      explorers: of the models that are shown.
+      edit: what was set on the page.
+
+    Returns:
+      The context.
+
+    Raises:
+      ValueError: something in the edit does not exist.
+    """
     if edit.model >= len(explorers):
         raise ValueError(f"model {edit.model}: there are {len(explorers)}")
     explorer = explorers[edit.model]

@@ -76,8 +76,16 @@ def _check_tokens(run: Run) -> None:
 
 
 def check_foreign_tokenizers(run: Run, name: str, tokenizer: Tokenizer | None) -> None:
-    """Raises ConfigError where a model of another folder has another tokenizer than the recipe's, or where that is
-    still to be trained (None)."""
+    """Checks that a stage's models of other folders have the recipe's tokenizer.
+
+    Args:
+      run: of the recipe.
+      name: of the stage.
+      tokenizer: the recipe's; None where it is still to be trained.
+
+    Raises:
+      ConfigError: a model has another one.
+    """
     for key in ("init_from", "teacher"):
         model = getattr(run.recipe.stages[name], key, None)
         if not model or model in run.recipe.stages:

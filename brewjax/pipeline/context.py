@@ -62,7 +62,11 @@ class RunSurface:
 
     @cached_property
     def tasks(self) -> list[RunTask]:
-        """The tasks, checked. All must split time alike, or a test period would be trained on."""
+        """The tasks, checked. All must split time alike, or a test period would be trained on.
+
+        Raises:
+          ConfigError: a task is wrong, or has another split.
+        """
         tasks = load_tasks(self.task_files, self.dataset)
         for task in tasks[1:]:
             if task.boundaries(self.dataset) != tasks[0].boundaries(self.dataset):

@@ -104,9 +104,17 @@ class Service:
 
     @contextlib.contextmanager
     def request_scope(self, method: str, request_id: str) -> Iterator[None]:
-        """Counts, times, traces and logs a request, as one of `max_concurrent_requests`.
+        """Context manager: counts, times, traces and logs a request, as one of `max_concurrent_requests`.
 
-        Raises QueueFullError if there are too many requests already.
+        Args:
+          method: its name in the .proto file.
+          request_id: of the caller, or made for it.
+
+        Yields:
+          Nothing.
+
+        Raises:
+          QueueFullError: there are too many requests already.
         """
         start_time, code = time.monotonic(), grpc.StatusCode.OK
         self._num_requests += 1
@@ -164,6 +172,14 @@ class Service:
         """As `score` for up to `max_stream_candidates` items: sends a response for each pass.
 
         The deadline is that of the last response, so a caller who reads slowly does not hold its place for ever.
+
+        Args:
+          request: without `top_k`.
+          send: takes each response when it is computed.
+          seconds: until the caller's deadline; None without one.
+
+        Raises:
+          ValueError: as `score`; or `top_k` is given.
         """
         request_id = request.request_id or uuid.uuid4().hex
         with self.request_scope("ScoreStream", request_id):
