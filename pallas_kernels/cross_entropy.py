@@ -135,6 +135,6 @@ _token_losses.defvjp(_forward, _backward)
 
 
 def logits_gradient(logits: Sequence[Array], ids: Array, rows: Sequence[Array]) -> tuple[Array, None]:
-    """The cross-entropy as a `head_gradients_tpu.TileGradient`; of each token its log-sum, target and weight are known."""
+    """The cross-entropy as a `head_gradients_tpu.TileGradient`: a token's rows are its log-sum, target and weight."""
     lse, target, weight = rows
     return (jnp.exp(logits[0] - lse) - jnp.where(ids == target, 1.0, 0.0)) * weight, None
