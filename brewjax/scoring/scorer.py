@@ -334,6 +334,7 @@ def score_labels(
         normalize_over=normalize_over,
         logits_dtype=model.head.logits,
         vocabulary_over=vocabulary,
+        parts=model.head.parts,
     )
     batch = decoder.sharding.spec("batch", None, None)
     specs = (batch, decoder.sharding.spec("vocab", None), decoder.sharding.spec("batch", None))
