@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 
+from brewjax import distributed
 from brewjax.bundle.bundle import TOKENIZER
 from brewjax.config import Config, ConfigError
 from brewjax.data.records.contrastive import ContrastiveConfig
@@ -148,5 +149,7 @@ def _check_data(run: Run, data: SftConfig | AlignConfig | PretrainConfig | Contr
                 raise data.error(f"no task '{name}'; tasks: {', '.join(names)}", "tasks", index)
     elif isinstance(data, ContrastiveConfig):
         data.choose(run.tasks)
+        if data.mined_negatives and distributed.process_index_and_count()[1] > 1:
+            raise data.error("they are mined by one process, and this run has several", "mined_negatives")
     elif data.general_text and not general_files(Path(data.general_text)):
         raise data.error(f"{data.general_text}: no .txt or .jsonl files there", "general_text")

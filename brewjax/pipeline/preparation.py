@@ -26,6 +26,8 @@ from brewjax.data.tasks.examples import SplitExamples, sample_examples
 from brewjax.evaluate.out_of_fold import LIGHTGBM, OutOfFoldTable, PredictionTable
 from brewjax.pipeline.context import Run, RunSurface, RunTask
 from brewjax.pipeline.recipe import Recipe
+from brewjax.retrieve.encoder import Encoder
+from brewjax.retrieve.mining import MinedTable, mine_negatives
 
 DataConfig = SftConfig | AlignConfig | PretrainConfig | ContrastiveConfig
 GENERAL = "general"  # the source with general text
@@ -78,7 +80,10 @@ class Preparation:
         prompts, config = run.recipe.prompts, self.config
         if isinstance(config, ContrastiveConfig):
             task = config.choose(run.tasks)
-            make = functools.partial(contrastive_records, task.surface.verbalizer, task.task, prompts, config)
+            mined = MinedTable(self._mined(task.name)).look_up if config.mined_negatives else None
+            make = functools.partial(
+                contrastive_records, task.surface.verbalizer, task.task, prompts, config, mined=mined
+            )
             return {task.name: Source(_size(config, task, config.repeats), make, ItemTableWriter)}
         if isinstance(config, SftConfig):
             return {
@@ -124,6 +129,16 @@ class Preparation:
                 ]
                 path.parent.mkdir(parents=True, exist_ok=True)
                 OutOfFoldTable.save(path, surface.dataset, task, samples)
+
+    def mine_negatives(self, run: Run) -> None:
+        """Finds hard negatives in the index of an encoder, where the data asks for them."""
+        if isinstance(self.config, ContrastiveConfig) and (mined := self.config.mined_negatives):
+            task = self.config.choose(run.tasks)
+            encoder = Encoder.load(run.model(mined.encoder))
+            mine_negatives(encoder, task.surface.dataset, task.task, self.config, mined, self._mined(task.name))
+
+    def _mined(self, name: str) -> Path:
+        return self.folder / f"{name}.mined"
 
     def _predictions(self, name: str) -> Path:
         return self.folder / f"{name}.lightgbm.npz"
@@ -191,5 +206,6 @@ def write_data(run: Run, config: DataConfig, seq_len: int, write_units: WriteUni
     """What stages train on, into `folder`: the work of a step, of all processes of a run."""
     preparation = Preparation(run.recipe, run.folder, config, seq_len, folder)
     distributed.run_on_process_zero(lambda: preparation.predict_soft_labels(run))
+    distributed.run_on_process_zero(lambda: preparation.mine_negatives(run))
     num_shards, *_ = distributed.run_on_every_process(lambda: write_units(preparation, run))
     distributed.run_on_process_zero(lambda: preparation.finish(num_shards))

@@ -22,6 +22,7 @@ from brewjax.model.config import ModelConfig
 from brewjax.model.params import MODEL
 from brewjax.model.sharding import MeshConfig
 from brewjax.pipeline.ladder import Ladder, expand
+from brewjax.retrieve.encoder import ENCODER
 from brewjax.suite.watch import WatchConfig
 from brewjax.train.align import Align
 from brewjax.train.contrastive import Contrastive
@@ -349,6 +350,10 @@ class Recipe(Config):
                 if source is not None and source not in earlier and not (Path(source) / MODEL).is_file():
                     near = f"; before it there are: {', '.join(earlier)}" if earlier else ""
                     raise misplaced(f"no stage '{source}' before it, and no model there{near}", "stages", name, key)
+            mined = stage.data.mined_negatives if isinstance(stage, ContrastiveStage) else None
+            if mined and not self._is_encoder(mined.encoder, earlier):
+                message = f"no contrastive stage '{mined.encoder}' before it, and no encoder there"
+                raise misplaced(message, "stages", name, "data", "mined_negatives", "encoder")
             if stage.init_from is None and isinstance(stage, (AlignStage, PruneStage, QuantizeStage)):
                 message = "there is no model to go on from; put it after another, or give 'init_from'"
                 raise misplaced(message, "stages", name)
@@ -376,6 +381,12 @@ class Recipe(Config):
     def ranking_stages(self) -> list[str]:
         """The stages whose models rank; the others embed."""
         return [name for name, stage in self.stages.items() if not isinstance(stage, ContrastiveStage)]
+
+    def _is_encoder(self, model: str, earlier: Sequence[str]) -> bool:
+        """Of one of these stages, or of a folder."""
+        if model in earlier:
+            return isinstance(self.stages[model], ContrastiveStage)
+        return (Path(model) / ENCODER).is_file()
 
     def _is_quantised(self, model: str) -> bool:
         """Of a stage, or of a folder."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import fcntl
 import functools
+import os
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +21,7 @@ import pydantic
 from brewjax.config import Config
 from brewjax.paths import atomic_folder
 from brewjax.retrieve.log import Change, ChangeLog
-from pallas_kernels.search import ALIVE, BINS, BestRows, Filter, Rows, jitted_top_k
+from pallas_kernels.search import ALIVE, BINS, BestRows, Filter, Rows, admitted, jitted_top_k
 
 CONFIG = "index.yaml"
 GATHERED_SHARE = 0.05  # of the rows, under which those that a filter admits are gathered
@@ -66,6 +68,11 @@ class Index:
     def __init__(self, folder: Path):
         self._lock = threading.Lock()
         self.config = IndexConfig.load(folder / CONFIG)
+        self._open = open(folder / CONFIG)  # noqa: SIM115 (see close)
+        try:
+            fcntl.flock(self._open, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise VectorError(f"{folder} is open elsewhere: two writers would lose each other's changes") from None
         self._slots: dict[Hashable, int] = {}
         self._ids: list[Id | None] = []
         self._free: list[int] = []
@@ -172,6 +179,21 @@ class Index:
             with self._lock:
                 self._running.discard(number)
 
+    def share_admitted(self, required: int = 0, banned: int = 0) -> float:
+        """Computes how selective a filter is.
+
+        Args:
+          required: attribute bits that a row must have.
+          banned: attribute bits that a row must not have.
+
+        Returns:
+          The share of all rows that the filter admits; 0 where there are none.
+        """
+        filters = Filter(*(jnp.array([bits], jnp.int32) for bits in (required, banned)))
+        with self._lock:
+            count, size = _count(self._rows, filters), len(self)
+        return int(count) / max(size, 1)
+
     def _search_by_blocks(self, search: _Search) -> BestRows:
         """A whole search once more, for a TPU's kernel that dropped what could have mattered."""
         with self._lock:
@@ -197,9 +219,22 @@ class Index:
         ids = pa.array([self._ids[slot] for slot in slots], ID_TYPES[self.config.ids])
         return Change(ids, vectors, np.asarray(self._rows.attributes)[slots] & ~ALIVE)
 
+    def is_at(self, folder: Path) -> bool:
+        """Whether a folder is the one that this index was opened in, by whatever path.
+
+        Args:
+          folder: of any index.
+
+        Returns:
+          True if it is; False too where another has been put in its place.
+        """
+        return os.path.samestat(os.stat(folder / CONFIG), os.fstat(self._open.fileno()))
+
     def close(self) -> None:
         """Closes the files; the index cannot be changed any more."""
-        self._log.close()
+        with self._lock:
+            self._log.close()
+            self._open.close()
 
     @property
     def _width(self) -> int:
@@ -344,6 +379,11 @@ def _empty(count: int, width: int) -> Rows:
 
 def _grow(rows: Rows) -> Rows:
     return Rows(*(jnp.concatenate([x, jnp.zeros_like(x)]) for x in rows))
+
+
+@jax.jit
+def _count(rows: Rows, filters: Filter) -> jax.Array:
+    return jnp.sum(admitted(rows, filters))
 
 
 def _round_up(count: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import grpc
@@ -103,11 +103,7 @@ class Client:
         Returns:
           An iterator of responses: each is sorted in itself, and every item is in one of them.
         """
-        call = self._ranker.ScoreStream(_request(question, **fields), **self._call_options(timeout))
-        try:
-            yield from call
-        finally:
-            call.cancel()  # if the caller stopped iterating
+        yield from _responses(self._ranker.ScoreStream(_request(question, **fields), **self._call_options(timeout)))
 
     def describe(self) -> pb.DescribeResponse:
         """Asks the server for its model, its tasks and its limits; waits for a server that is starting.
@@ -117,16 +113,19 @@ class Client:
         """
         return self._ranker.Describe(pb.DescribeRequest(), **self._call_options(None), wait_for_ready=True)
 
-    def reload(self, folder: str = "") -> str:
-        """Makes the server load another checkpoint; needs the server's admin token.
+    def reload(self, folder: str = "", encoder: str = "", index: str = "") -> pb.ReloadResponse:
+        """Makes the server load another checkpoint, encoder and index, all or none; needs the server's admin token.
 
         Args:
           folder: the model's, on the server's machine; by default the one that it was started with.
+          encoder: an encoder's, likewise.
+          index: of an index with the encoder's vectors, likewise.
 
         Returns:
-          Name and version of the model that is served now.
+          Names and versions of the model and the encoder that are served from then on.
         """
-        return self._ranker.Reload(pb.ReloadRequest(folder=folder), **self._call_options(600.0)).model
+        request = pb.ReloadRequest(folder=folder, encoder=encoder, index=index)
+        return self._ranker.Reload(request, **self._call_options(600.0))
 
     def embed(
         self, inputs: Sequence[retriever_pb2.Input], timeout: float | None = None, **fields: Any
@@ -197,7 +196,8 @@ class Client:
         Returns:
           The response, when the change is on the server's disk.
         """
-        return self._retriever.Upsert(retriever_pb2.UpsertRequest(items=items), **self._call_options(timeout))
+        (response,) = self.upsert_stream([items], self._timeout if timeout is None else timeout)
+        return response
 
     def delete(self, ids: Sequence[str], timeout: float | None = None) -> int:
         """Takes items out of the index; needs the server's admin token.
@@ -209,8 +209,37 @@ class Client:
         Returns:
           How many of them were there.
         """
-        request = retriever_pb2.DeleteRequest(ids=ids)
-        return self._retriever.Delete(request, **self._call_options(timeout)).deleted
+        (deleted,) = self.delete_stream([ids], self._timeout if timeout is None else timeout)
+        return deleted
+
+    def upsert_stream(
+        self, batches: Iterable[Sequence[retriever_pb2.IndexedItem]], timeout: float | None = None
+    ) -> Iterator[retriever_pb2.UpsertResponse]:
+        """Adds or replaces the items of many batches, as fast as the server takes them, and no faster.
+
+        Args:
+          batches: are taken from it a few at a time, ahead of the server.
+          timeout: seconds for all of them; without one the stream may stay open for good.
+
+        Returns:
+          An iterator of responses: the n-th, when the n-th batch is on the server's disk and found.
+        """
+        requests = (retriever_pb2.UpsertRequest(items=items) for items in batches)
+        yield from _responses(self._retriever.Upsert(requests, timeout=timeout, metadata=self._metadata))
+
+    def delete_stream(self, batches: Iterable[Sequence[str]], timeout: float | None = None) -> Iterator[int]:
+        """Takes the items of many batches out of the index, as `upsert_stream` puts them in.
+
+        Args:
+          batches: of ids.
+          timeout: seconds for all of them; without one the stream may stay open for good.
+
+        Returns:
+          An iterator over how many items of each batch were there.
+        """
+        requests = (retriever_pb2.DeleteRequest(ids=ids) for ids in batches)
+        for response in _responses(self._retriever.Delete(requests, timeout=timeout, metadata=self._metadata)):
+            yield response.deleted
 
     def close(self) -> None:
         """Closes the connection."""
@@ -224,6 +253,13 @@ class Client:
 
     def _call_options(self, timeout: float | None) -> dict[str, Any]:
         return {"timeout": self._timeout if timeout is None else timeout, "metadata": self._metadata}
+
+
+def _responses(call: Any) -> Iterator[Any]:
+    try:
+        yield from call
+    finally:
+        call.cancel()  # if the caller stopped iterating
 
 
 def score_all(server: str, question: pb.Member | pb.Raw, token: str | None) -> tuple[np.ndarray, str]:

@@ -71,9 +71,10 @@ class ServeConfig(Config):
     anonymous: bool = False
     """Other machines may call without a token: behind a sidecar that authenticates callers."""
     admin_token_file: str | None = None
-    """File with the bearer token for Reload, which also allows all other calls; without it Reload is refused."""
+    """File with the bearer token for Reload, Upsert and Delete, which also allows all other calls; without it these are
+    refused."""
     reload_below: str | None = None
-    """Folder below which Reload may load models; by default it may only load the served folder again."""
+    """Folder below which Reload may load models, encoders and indices; by default only the served folders again."""
     special_tokens: bool = False
     """Special tokens in callers' raw texts (`<|im_start|>`) are read as such; otherwise they are ordinary text."""
     catalogue: str | dict[str, str] | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -132,9 +132,18 @@ class ScoreResponse(pydantic.BaseModel):
 
 
 def make_app(
-    service: Service, credentials: Credentials, refusals: Refusals, retrieval: Retrieval | None = None
+    service: Service,
+    credentials: Credentials,
+    refusals: Refusals,
+    reload: Callable[[pb.ReloadRequest], Coroutine[Any, Any, pb.ReloadResponse]],
+    retrieval: Callable[[], Retrieval] | None = None,
 ) -> FastAPI:
-    """The application. All paths but `OPEN_PATHS` need the callers' token, if the server has one."""
+    """The application. All paths but `OPEN_PATHS` need the callers' token, if the server has one.
+
+    Args:
+      reload: serves what is in other folders.
+      retrieval: gives the encoder and the index that are served, if the server has them.
+    """
     started_at = int(time.time())
     app = FastAPI(title="brewjax", description=DESCRIPTION, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_middleware(Admission, service=service, credentials=credentials, refusals=refusals, open_paths=OPEN_PATHS)
@@ -171,11 +180,12 @@ def make_app(
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         """What is served, in OpenAI's form: the ranker, and the encoder if there is one."""
-        names = [service.model, *([retrieval.model] if retrieval else [])]
+        names = [service.model, *([retrieval().model] if retrieval else [])]
         served = [{"id": name, "object": "model", "created": started_at, "owned_by": "brewjax"} for name in names]
         return {"object": "list", "data": served}
 
     add_call(app, "/v1/rank", pb.ScoreRequest, service.score)
+    add_call(app, "/v1/reload", pb.ReloadRequest, lambda message, _: reload(message), admin=credentials)
     if service.config.rerank:
         add_rerank(app, service, service.config.rerank)
     if retrieval:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -45,8 +46,12 @@ class EmbeddingsRequest(pydantic.BaseModel):
         return pb.EmbedRequest(inputs=inputs, dimensions=self.dimensions or 0)
 
 
-def add_retrieval(app: FastAPI, retrieval: Retrieval, credentials: Credentials) -> None:
-    """Adds the endpoints. Upsert and delete need the server's admin token."""
+def add_retrieval(app: FastAPI, retrieval: Callable[[], Retrieval], credentials: Credentials) -> None:
+    """Adds the endpoints. Upsert and delete need the server's admin token.
+
+    Args:
+      retrieval: gives the encoder and the index that are served, to every request.
+    """
 
     @app.post("/v1/embeddings", openapi_extra=json_body(EmbeddingsRequest.model_json_schema()))
     async def embeddings(request: Request, response: Response) -> dict[str, Any]:
@@ -55,7 +60,7 @@ def add_retrieval(app: FastAPI, retrieval: Retrieval, credentials: Credentials) 
             body = await parse_body(request, EmbeddingsRequest.model_validate_json)
             rpc_request = body.to_rpc()
             rpc_request.request_id = request.headers.get("x-request-id", "")
-            answer = await until_disconnect(request, retrieval.embed(rpc_request))
+            answer = await until_disconnect(request, retrieval().embed(rpc_request))
         response.headers["x-request-id"] = answer.request_id
         data = [
             {"object": "embedding", "index": index, "embedding": _format(vector, body.encoding_format)}
@@ -64,11 +69,13 @@ def add_retrieval(app: FastAPI, retrieval: Retrieval, credentials: Credentials) 
         usage = {"prompt_tokens": answer.tokens, "total_tokens": answer.tokens}
         return {"object": "list", "data": data, "model": answer.model, "usage": usage}
 
-    add_call(app, "/v1/embed", pb.EmbedRequest, lambda message, _: retrieval.embed(message))
-    add_call(app, "/v1/retrieve", pb.RetrieveRequest, lambda message, _: retrieval.retrieve(message))
-    add_call(app, "/v1/retrieve_and_score", pb.RetrieveAndScoreRequest, retrieval.retrieve_and_score)
-    add_call(app, "/v1/upsert", pb.UpsertRequest, lambda message, _: retrieval.upsert(message), admin=credentials)
-    add_call(app, "/v1/delete", pb.DeleteRequest, lambda message, _: retrieval.delete(message), admin=credentials)
+    add_call(app, "/v1/embed", pb.EmbedRequest, lambda message, _: retrieval().embed(message))
+    add_call(app, "/v1/retrieve", pb.RetrieveRequest, lambda message, _: retrieval().retrieve(message))
+    add_call(
+        app, "/v1/retrieve_and_score", pb.RetrieveAndScoreRequest, lambda *call: retrieval().retrieve_and_score(*call)
+    )
+    add_call(app, "/v1/upsert", pb.UpsertRequest, lambda message, _: retrieval().upsert(message), admin=credentials)
+    add_call(app, "/v1/delete", pb.DeleteRequest, lambda message, _: retrieval().delete(message), admin=credentials)
 
 
 def _format(vector: pb.Vector, encoding: str) -> list[float] | str:

@@ -288,13 +288,19 @@ class Shape(_message.Message):
     def __init__(self, tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class ReloadRequest(_message.Message):
-    __slots__ = ("folder",)
+    __slots__ = ("folder", "encoder", "index")
     FOLDER_FIELD_NUMBER: _ClassVar[int]
+    ENCODER_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
     folder: str
-    def __init__(self, folder: _Optional[str] = ...) -> None: ...
+    encoder: str
+    index: str
+    def __init__(self, folder: _Optional[str] = ..., encoder: _Optional[str] = ..., index: _Optional[str] = ...) -> None: ...
 
 class ReloadResponse(_message.Message):
-    __slots__ = ("model",)
+    __slots__ = ("model", "encoder")
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    ENCODER_FIELD_NUMBER: _ClassVar[int]
     model: str
-    def __init__(self, model: _Optional[str] = ...) -> None: ...
+    encoder: str
+    def __init__(self, model: _Optional[str] = ..., encoder: _Optional[str] = ...) -> None: ...

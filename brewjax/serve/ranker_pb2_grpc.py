@@ -83,8 +83,9 @@ class RankerServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Reload(self, request, context):
-        """Loads another checkpoint of the same shape and tokenizer; requests in progress finish with the previous one. Needs
-        the server's admin token.
+        """Loads another checkpoint of the same shape and tokenizer, and where the server has them an encoder and an index of
+        its vectors: all of them or, with an error, none. Requests in progress finish with what they began with. Needs the
+        server's admin token.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -7,22 +7,23 @@ import contextlib
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from brewjax.config import ConfigError
 from brewjax.model.sharding import MeshConfig
 from brewjax.retrieve.encoder import Encoder, truncate
-from brewjax.retrieve.index import CONFIG, Hits, Id, Index, IndexConfig
+from brewjax.retrieve.index import CONFIG, Hits, Id, Index, IndexConfig, VectorError
 from brewjax.serve import ranker_pb2
 from brewjax.serve import retriever_pb2 as pb
 from brewjax.serve.batching import Batcher
 from brewjax.serve.config import ServeConfig
 from brewjax.serve.members import RequestFacts, read_items, read_member
 from brewjax.serve.refusals import MAX_ID
-from brewjax.serve.service import Service
+from brewjax.serve.service import Service, check_finite
 from brewjax.serve.texts import Texts
 
 BATCH = 256  # texts that are embedded, or queries that are searched for, at once
@@ -46,31 +47,77 @@ class Retrieval:
       mesh: the devices of the encoder.
       device: is held by whatever computes on them.
       service: counts, times and logs requests, has the catalogues, and scores what is retrieved.
+      encoder: that of the folder, where it is loaded already.
 
     Raises:
       ConfigError: the folder is no encoder's, or the index has vectors of another encoder.
+
+    Attributes:
+      model: name and version of the encoder.
+      successor: what is served instead, from the moment on when it is set. Changes that are being made are made there
+        too, so that what is acknowledged is in the index that is served.
     """
 
-    def __init__(self, config: ServeConfig, mesh: MeshConfig, device: threading.Lock, service: Service):
+    def __init__(
+        self,
+        config: ServeConfig,
+        mesh: MeshConfig,
+        device: threading.Lock,
+        service: Service,
+        encoder: Encoder | None = None,
+    ):
         folder = config.encoder or ""
-        self.config, self._device, self._service = config, device, service
-        self.encoder, self.model = Encoder.load(folder, mesh), Encoder.version(folder)
+        self.config, self._mesh, self._device, self._service = config, mesh, device, service
+        self.encoder, self.model = encoder or Encoder.load(folder, mesh), Encoder.version(folder)
+        self.successor: Retrieval | None = None
+        self._num_requests, self._idle = 0, asyncio.Event()
         self._texts = Texts(self.encoder.bundle.tokenizer, config.special_tokens)
-        self.index = self._open_index(config) if config.index else None
         self._embed = Batcher(self._embed_texts, BATCH)
         self._search = Batcher(self._search_index, BATCH)
-        self._embed_texts([self.encoder.bundle.tokenizer.with_bos([0])])  # compiles before the first request
+        if encoder is None:
+            check_finite(self.encoder.bundle)
+        self.index = self._open_index(config) if config.index else None
+        if encoder is None:
+            self._embed_texts([self.encoder.bundle.tokenizer.with_bos([0])])  # compiles before the first request
 
     def _open_index(self, config: ServeConfig) -> Index:
         folder = Path(config.index or "")
         if not (folder / CONFIG).is_file():
             size = self.encoder.check_dimensions(None)
             return Index.create(folder, IndexConfig(dimensions=size, ids="text", model=self.model))
-        index = Index(folder)
-        if index.config.model != self.model:
-            made = f"of encoder {index.config.model}" if index.config.model else "that do not say of which encoder"
+        model = IndexConfig.load(folder / CONFIG).model
+        if model != self.model:
+            made = f"of encoder {model}" if model else "that do not say of which encoder"
             raise config.error(f"{folder} has vectors {made}; this one is {self.model}: build it anew", "index")
-        return index
+        return Index(folder)
+
+    def reopen(self, encoder: str | None, index: str | None) -> Retrieval:
+        """Makes ready to serve other folders.
+
+        Args:
+          encoder: the folder of an encoder.
+          index: the folder of an index of its vectors; None where there is none.
+
+        Returns:
+          What serves the folders: this, where they hold what is served; otherwise another, until whose requests this
+          one serves on.
+
+        Raises:
+          ValueError: a folder cannot be read, or the index has vectors of another encoder.
+        """
+        config = self.config.model_copy(update={"encoder": encoder, "index": index})
+        if index and not (Path(index) / CONFIG).is_file():
+            raise ValueError(f"{index}: no index there")
+        try:
+            same = Encoder.version(encoder or "") == self.model
+            if same and (self.index.is_at(Path(index)) if self.index and index else self.index is index):
+                return self
+            loaded = self.encoder if same else None
+            return Retrieval(config, self._mesh, self._device, self._service, loaded)
+        except (ConfigError, VectorError):
+            raise
+        except Exception as error:  # a broken folder can raise any of many
+            raise ValueError(f"{encoder} cannot be read: {error}") from error
 
     async def embed(self, request: pb.EmbedRequest) -> pb.EmbedResponse:
         """Vectors of members, items, texts or tokens. Raises ValueError naming the field that is wrong."""
@@ -158,6 +205,14 @@ class Retrieval:
 
     async def upsert(self, request: pb.UpsertRequest) -> pb.UpsertResponse:
         """Adds or replaces items: all of the request's, or none. Raises ValueError naming the field that is wrong."""
+        if not self.successor:
+            response = await self._upsert(request)
+            if not self.successor:
+                return response
+        return await self.successor.upsert(request)
+
+    async def _upsert(self, request: pb.UpsertRequest) -> pb.UpsertResponse:
+        arrival_time = time.monotonic()
         async with self._request_scope("Upsert", request.request_id) as request_id:
             index = self._need_index()
             self._check_count(len(request.items), "items")
@@ -168,15 +223,30 @@ class Retrieval:
             bits = np.array([item.bits for item in request.items], np.int32)
             stacked = np.stack([vectors[n] for n in range(len(ids))])
             await asyncio.to_thread(index.upsert, ids, stacked, bits)
+            content = "text" if texts else "vector"
+            self._service.metrics.index_lag.labels(content).observe(time.monotonic() - arrival_time)
             return pb.UpsertResponse(request_id=request_id, items=len(index), model=self.model)
 
     async def delete(self, request: pb.DeleteRequest) -> pb.DeleteResponse:
         """Takes items out."""
+        if not self.successor:
+            response = await self._delete(request)
+            if not self.successor:
+                return response
+        return await self.successor.delete(request)
+
+    async def _delete(self, request: pb.DeleteRequest) -> pb.DeleteResponse:
         async with self._request_scope("Delete", request.request_id) as request_id:
             index = self._need_index()
             self._check_count(len(request.ids), "ids")
             ids = [self._read_id(id_, f"ids[{n}]") for n, id_ in enumerate(request.ids)]
             return pb.DeleteResponse(request_id=request_id, deleted=await asyncio.to_thread(index.delete, ids))
+
+    async def retire(self) -> None:
+        """Waits until the requests are answered that began before there was a `successor`, and closes."""
+        if self._num_requests:
+            await self._idle.wait()
+        await self.close()
 
     async def close(self) -> None:
         """Waits for changes that are being written."""
@@ -189,7 +259,7 @@ class Retrieval:
     async def _request_scope(self, method: str, request_id: str) -> AsyncIterator[str]:
         """Yields the request's id, made up when empty; raises TimeoutError after `timeout_seconds`."""
         limit = self.config.timeout_seconds
-        with self._service.request_scope(method, request_id[:MAX_ID]):
+        with self._counted(), self._service.request_scope(method, request_id[:MAX_ID]):
             if len(request_id) > MAX_ID:
                 raise ValueError(f"request_id: {len(request_id):,} characters; give at most {MAX_ID}")
             try:
@@ -197,6 +267,16 @@ class Retrieval:
                     yield request_id or uuid.uuid4().hex
             except TimeoutError:
                 raise TimeoutError(f"not answered within {limit:g} seconds") from None
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        self._num_requests += 1
+        try:
+            yield
+        finally:
+            self._num_requests -= 1
+            if not self._num_requests and self.successor:
+                self._idle.set()
 
     def _check_count(self, count: int, field: str) -> None:
         if not 0 < count <= self.config.max_candidates:
@@ -311,7 +391,11 @@ class Retrieval:
 
     def _search_index(self, queries: Sequence[Query]) -> list[Hits]:
         """All queries in one scan, each with its own filter; each then gets its own k."""
-        hits = self._need_index().search(
+        index, filtered = self._need_index(), [query for query in queries if query.required or query.banned]
+        for query in filtered[:1]:  # a sample: this reads the bits of all rows
+            share = index.share_admitted(query.required, query.banned)
+            self._service.metrics.filter_share.observe(share)
+        hits = index.search(
             np.stack([query.vector for query in queries]),
             max(query.k for query in queries),
             [query.required for query in queries],

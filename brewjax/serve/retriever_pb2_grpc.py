@@ -49,12 +49,12 @@ class RetrieverStub:
                 request_serializer=brewjax_dot_serve_dot_retriever__pb2.RetrieveAndScoreRequest.SerializeToString,
                 response_deserializer=brewjax_dot_serve_dot_retriever__pb2.RetrieveAndScoreResponse.FromString,
                 _registered_method=True)
-        self.Upsert = channel.unary_unary(
+        self.Upsert = channel.stream_stream(
                 '/brewjax.retriever.v1.Retriever/Upsert',
                 request_serializer=brewjax_dot_serve_dot_retriever__pb2.UpsertRequest.SerializeToString,
                 response_deserializer=brewjax_dot_serve_dot_retriever__pb2.UpsertResponse.FromString,
                 _registered_method=True)
-        self.Delete = channel.unary_unary(
+        self.Delete = channel.stream_stream(
                 '/brewjax.retriever.v1.Retriever/Delete',
                 request_serializer=brewjax_dot_serve_dot_retriever__pb2.DeleteRequest.SerializeToString,
                 response_deserializer=brewjax_dot_serve_dot_retriever__pb2.DeleteResponse.FromString,
@@ -85,16 +85,19 @@ class RetrieverServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Upsert(self, request, context):
-        """Adds items, or replaces those that are there. When it returns, they are on disk, and found by the next Retrieve. All
-        or none of a request's items are taken. Needs the server's admin token.
+    def Upsert(self, request_iterator, context):
+        """Adds items, or replaces those that are there: any number of requests in a stream, each acknowledged by a response, in
+        their order. Then its items are on disk, and found by the next Retrieve. All or none of a request's items are taken;
+        one that is refused ends the stream. The next request is read when the last one is acknowledged, so that a caller
+        who is too fast waits. Needs the server's admin token.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Delete(self, request, context):
-        """Takes items out. When it returns, no later Retrieve finds them. Needs the server's admin token.
+    def Delete(self, request_iterator, context):
+        """Takes items out, in a stream as Upsert. When a request is acknowledged, no later Retrieve finds its items. Needs the
+        server's admin token.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -118,12 +121,12 @@ def add_RetrieverServicer_to_server(servicer, server):
                     request_deserializer=brewjax_dot_serve_dot_retriever__pb2.RetrieveAndScoreRequest.FromString,
                     response_serializer=brewjax_dot_serve_dot_retriever__pb2.RetrieveAndScoreResponse.SerializeToString,
             ),
-            'Upsert': grpc.unary_unary_rpc_method_handler(
+            'Upsert': grpc.stream_stream_rpc_method_handler(
                     servicer.Upsert,
                     request_deserializer=brewjax_dot_serve_dot_retriever__pb2.UpsertRequest.FromString,
                     response_serializer=brewjax_dot_serve_dot_retriever__pb2.UpsertResponse.SerializeToString,
             ),
-            'Delete': grpc.unary_unary_rpc_method_handler(
+            'Delete': grpc.stream_stream_rpc_method_handler(
                     servicer.Delete,
                     request_deserializer=brewjax_dot_serve_dot_retriever__pb2.DeleteRequest.FromString,
                     response_serializer=brewjax_dot_serve_dot_retriever__pb2.DeleteResponse.SerializeToString,
@@ -221,7 +224,7 @@ class Retriever:
             _registered_method=True)
 
     @staticmethod
-    def Upsert(request,
+    def Upsert(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -231,8 +234,8 @@ class Retriever:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
+        return grpc.experimental.stream_stream(
+            request_iterator,
             target,
             '/brewjax.retriever.v1.Retriever/Upsert',
             brewjax_dot_serve_dot_retriever__pb2.UpsertRequest.SerializeToString,
@@ -248,7 +251,7 @@ class Retriever:
             _registered_method=True)
 
     @staticmethod
-    def Delete(request,
+    def Delete(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -258,8 +261,8 @@ class Retriever:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
+        return grpc.experimental.stream_stream(
+            request_iterator,
             target,
             '/brewjax.retriever.v1.Retriever/Delete',
             brewjax_dot_serve_dot_retriever__pb2.DeleteRequest.SerializeToString,

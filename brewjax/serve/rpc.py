@@ -18,7 +18,7 @@ from brewjax.serve.config import ServeConfig
 from brewjax.serve.credentials import Credentials
 from brewjax.serve.refusals import REASONS, Refusals, status_of, truncate_message
 from brewjax.serve.retrieval import Retrieval
-from brewjax.serve.scoring_loop import QueueFullError
+from brewjax.serve.scoring_loop import ClosedError, QueueFullError
 from brewjax.serve.service import Service
 from brewjax.serve.telemetry import Metrics
 
@@ -31,7 +31,7 @@ ADMIN = (f"/{RANKER}/Reload", f"/{RETRIEVER}/Upsert", f"/{RETRIEVER}/Delete")
 OPEN = "/grpc.health.v1.Health/"  # prefix of methods that need no token
 CODES = {code.value[0]: code for code in Code}
 MIN_PING_MS = 500  # callers may ping this often
-Reload = Callable[[str], Awaitable[str]]
+Reload = Callable[[pb.ReloadRequest], Awaitable[pb.ReloadResponse]]
 
 
 def channel_options(config: ServeConfig) -> list[tuple[str, int]]:
@@ -58,7 +58,7 @@ class Ranker(ranker_pb2_grpc.RankerServicer):
 
     Args:
       service: scores.
-      reload: serves the checkpoint of a folder, and returns its name and version.
+      reload: serves what is in other folders.
     """
 
     def __init__(self, service: Service, reload: Reload):
@@ -74,31 +74,37 @@ class Ranker(ranker_pb2_grpc.RankerServicer):
         return self._service.describe()
 
     async def Reload(self, request: pb.ReloadRequest, context: ServicerContext) -> pb.ReloadResponse:  # noqa: N802
-        return pb.ReloadResponse(model=await self._reload(request.folder))
+        return await self._reload(request)
 
 
 class Retriever(retriever_pb2_grpc.RetrieverServicer):
-    """The Retriever service of retriever.proto, on top of a `Retrieval`."""
+    """The Retriever service of retriever.proto.
 
-    def __init__(self, retrieval: Retrieval):
+    Args:
+      retrieval: gives the encoder and the index that are served, to every request and to every message of a stream.
+    """
+
+    def __init__(self, retrieval: Callable[[], Retrieval]):
         self._retrieval = retrieval
 
     async def Embed(self, request: Any, context: ServicerContext) -> retriever_pb2.EmbedResponse:  # noqa: N802
-        return await self._retrieval.embed(request)
+        return await self._retrieval().embed(request)
 
     async def Retrieve(self, request: Any, context: ServicerContext) -> retriever_pb2.RetrieveResponse:  # noqa: N802
-        return await self._retrieval.retrieve(request)
+        return await self._retrieval().retrieve(request)
 
     async def RetrieveAndScore(  # noqa: N802
         self, request: Any, context: ServicerContext
     ) -> retriever_pb2.RetrieveAndScoreResponse:
-        return await self._retrieval.retrieve_and_score(request, context.time_remaining())
+        return await self._retrieval().retrieve_and_score(request, context.time_remaining())
 
-    async def Upsert(self, request: Any, context: ServicerContext) -> retriever_pb2.UpsertResponse:  # noqa: N802
-        return await self._retrieval.upsert(request)
+    async def Upsert(self, requests: Any, context: ServicerContext) -> AsyncIterator[Any]:  # noqa: N802
+        async for request in requests:
+            yield await self._retrieval().upsert(request)
 
-    async def Delete(self, request: Any, context: ServicerContext) -> retriever_pb2.DeleteResponse:  # noqa: N802
-        return await self._retrieval.delete(request)
+    async def Delete(self, requests: Any, context: ServicerContext) -> AsyncIterator[Any]:  # noqa: N802
+        async for request in requests:
+            yield await self._retrieval().delete(request)
 
 
 class Door(ServerInterceptor):
@@ -106,12 +112,16 @@ class Door(ServerInterceptor):
 
     By default gRPC reads the message before it calls a handler, for as long as the caller takes to send it, and answers
     UNKNOWN, with a traceback in the log, to one that it cannot parse. So every handler is registered as one of a stream
-    of messages, and reads its single message itself, after the token is checked.
+    of messages, and its messages are read here, after the token is checked.
+
+    Attributes:
+      closing: ends streams of requests, between two messages, when it is set.
     """
 
     def __init__(self, credentials: Credentials, config: ServeConfig, metrics: Metrics, refusals: Refusals):
         self._credentials, self._config, self._refusals = credentials, config, refusals
         self._gauge = metrics.grpc_calls
+        self.closing = asyncio.Event()
         self._calls = {True: 0, False: 0}  # calls in progress, by whether their method needs no token
 
     async def intercept_service(
@@ -131,8 +141,7 @@ class Door(ServerInterceptor):
         handler: Any = await continuation(details)
         if handler is None:
             self._refusals.record("grpc", REASONS[Code.UNIMPLEMENTED])
-        if handler is None or handler.request_streaming:
-            return handler
+            return None
 
         async def answer(messages: Any, context: ServicerContext) -> Any:
             with self._calling(method):
@@ -149,6 +158,14 @@ class Door(ServerInterceptor):
                     async for response in responses:
                         yield response
 
+        async def answer_all(messages: Any, context: ServicerContext) -> AsyncIterator[Any]:
+            with self._calling(method):
+                async with self._refusing(method, context) as fields:
+                    async for response in handler.stream_stream(self._read_all(handler, messages, fields), context):
+                        yield response
+
+        if handler.request_streaming:
+            return grpc.stream_stream_rpc_method_handler(answer_all, None, handler.response_serializer)
         if handler.response_streaming:
             return grpc.stream_stream_rpc_method_handler(answer_stream, None, handler.response_serializer)
         return grpc.stream_unary_rpc_method_handler(answer, None, handler.response_serializer)
@@ -190,12 +207,28 @@ class Door(ServerInterceptor):
             raise ValueError("the request: no message, or one that is too large") from None
         except TimeoutError:
             raise TimeoutError(f"the request did not arrive within {self._config.body_seconds:g} seconds") from None
+        return _parse(handler, message, fields)
+
+    async def _read_all(
+        self, handler: Any, messages: AsyncIterator[bytes], fields: dict[str, str]
+    ) -> AsyncIterator[Message]:
+        """The messages of a call, each read when the handler wants it, so that a caller who is too fast waits.
+
+        Raises ValueError for one that cannot be parsed, and ClosedError when the server stops.
+        """
+        iterator, closing = aiter(messages), asyncio.create_task(self.closing.wait())
         try:
-            request = handler.request_deserializer(message)
-        except DecodeError as error:
-            raise ValueError(f"the request: {error}") from None
-        fields["request_id"] = getattr(request, "request_id", "")
-        return request
+            while True:
+                reading = asyncio.ensure_future(anext(iterator, None))
+                await asyncio.wait((reading, closing), return_when=asyncio.FIRST_COMPLETED)
+                if not reading.done():
+                    reading.cancel()
+                    raise ClosedError
+                if (message := reading.result()) is None:
+                    return
+                yield _parse(handler, message, fields)
+        finally:
+            closing.cancel()
 
     @contextlib.asynccontextmanager
     async def _refusing(self, method: str, context: ServicerContext) -> AsyncIterator[dict[str, str]]:
@@ -222,3 +255,13 @@ class Door(ServerInterceptor):
             if isinstance(error, QueueFullError):
                 trailing = (("grpc-retry-pushback-ms", str(int(error.retry_after * 1000))),)
             await context.abort(code, truncate_message(error), trailing)
+
+
+def _parse(handler: Any, message: bytes, fields: dict[str, str]) -> Message:
+    """A message; its request_id is put into the `fields` of a log line. Raises ValueError where it is none."""
+    try:
+        request = handler.request_deserializer(message)
+    except DecodeError as error:
+        raise ValueError(f"the request: {error}") from None
+    fields["request_id"] = getattr(request, "request_id", "")
+    return request

@@ -32,6 +32,7 @@ from brewjax.scoring.passes import PAGE, Bucket
 from brewjax.scoring.prefix_cache import PrefixCache
 from brewjax.scoring.scheduler import Scheduler
 from brewjax.scoring.scorer import Scorer
+from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve import ranker_pb2_grpc, retriever_pb2_grpc
 from brewjax.serve.catalogue import Catalogue
 from brewjax.serve.config import ServeConfig
@@ -108,14 +109,14 @@ class Server:
         """
         config = self.config
         tracing, self._trace_http = trace_to_collector()
-        door = Door(self._credentials, config, self.service.metrics, self._refusals)
-        self._rpc = grpc.aio.server(interceptors=[*tracing, door], options=channel_options(config))
+        self._door = Door(self._credentials, config, self.service.metrics, self._refusals)
+        self._rpc = grpc.aio.server(interceptors=[*tracing, self._door], options=channel_options(config))
         ranker_pb2_grpc.add_RankerServicer_to_server(Ranker(self.service, self.reload), self._rpc)
         self._health = Health()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._rpc)
         services = [RANKER, health.SERVICE_NAME, reflection.SERVICE_NAME]
         if self.retrieval:
-            retriever_pb2_grpc.add_RetrieverServicer_to_server(Retriever(self.retrieval), self._rpc)
+            retriever_pb2_grpc.add_RetrieverServicer_to_server(Retriever(self.current_retrieval), self._rpc)
             services.append(RETRIEVER)
         if self._decoding:
             self._decoding.add_to(self._rpc)
@@ -143,7 +144,8 @@ class Server:
 
     async def _start_http(self, sockets: list[socket.socket]) -> None:
         self.http_port = sockets[0].getsockname()[1]
-        app = make_app(self.service, self._credentials, self._refusals, self.retrieval)
+        retrieval = self.current_retrieval if self.retrieval else None
+        app = make_app(self.service, self._credentials, self._refusals, self.reload, retrieval)
         self._trace_http(app)
         self._http = HttpServer(app, self.config, self._credentials.ssl_context, self.service.metrics, self._refusals)
         self._http_task = asyncio.create_task(self._http.serve(sockets))
@@ -167,43 +169,67 @@ class Server:
         self._credentials.read_again()
         log.info("tokens and certificate loaded")
 
-    async def reload(self, folder: str) -> str:
-        """Serves another checkpoint of the same shape.
+    async def reload(self, request: pb.ReloadRequest) -> pb.ReloadResponse:
+        """Serves another checkpoint of the same shape, and another encoder with its index, from one moment on.
+
+        What requests began with answers them to their end.
 
         Args:
-          folder: of the checkpoint; empty for the folder that the server started with.
+          request: names the folders; an empty name is that of the folder that the server started with.
 
         Returns:
-          the name and version of the checkpoint.
+          the names and versions of what is served.
 
         Raises:
           ForbiddenError: for a folder that is not below `reload_below`.
-          ValueError: for a checkpoint that cannot be read or does not fit. The previous one stays in use.
+          ValueError: for a folder that cannot be read or does not fit. All that was served stays in use.
         """
-        path = self._check_folder(folder) if folder else self.folder
+        path = self._check_folder(request.folder, str(self.folder), "folder") or ""
+        encoder = self._check_folder(request.encoder, self.config.encoder, "encoder")
+        index = self._check_folder(request.index, self.config.index, "index")
         async with self._reloading:
+            before = self.retrieval
             try:
                 bundle = await asyncio.to_thread(self._read, path)
                 catalogues = await asyncio.to_thread(self._read_catalogues, bundle)
-                version = await asyncio.to_thread(hash_folder, path)
-                await self.service.reload(bundle, version[:8], catalogues)
-                if self._decoding:
-                    await asyncio.to_thread(self._decoding.load, bundle.params)
+                version = await asyncio.to_thread(hash_folder, Path(path))
+                prepared = await asyncio.to_thread(self.service.prepare, bundle, version[:8], catalogues)
+                retrieval = before and await asyncio.to_thread(before.reopen, encoder, index)
             except ValueError:
                 self.service.metrics.reloads.labels("refused").inc()
                 raise
+            # No `await` between these lines: no request may meet the new ranker and the old encoder.
+            loaded = self.service.swap(prepared)
+            self.retrieval = retrieval
+            if before and retrieval is not before:
+                before.successor = retrieval
+            await asyncio.shield(asyncio.wrap_future(loaded))
+            if self._decoding:
+                await asyncio.to_thread(self._decoding.load, bundle.params)
+            if before and retrieval is not before:
+                await before.retire()
         self.service.metrics.reloads.labels("loaded").inc()
-        log.info("reloaded", extra={"model": self.service.model, "folder": str(path)})
-        return self.service.model
+        response = pb.ReloadResponse(model=self.service.model, encoder=retrieval.model if retrieval else "")
+        log.info("reloaded", extra={"model": response.model, "folder": path, "encoder": response.encoder})
+        return response
 
-    def _check_folder(self, folder: str) -> Path:
+    def _check_folder(self, folder: str, started_with: str | None, field: str) -> str | None:
         """The folder that a caller names, with links resolved. Raises ForbiddenError outside of `reload_below`."""
+        if not folder:
+            return started_with
+        if started_with is None:
+            raise ValueError(f"{field}: this server was started without one")
         path, below = Path(folder).resolve(), self.config.reload_below
-        if path != self.folder.resolve() and not (below and path.is_relative_to(Path(below).resolve())):
-            raise ForbiddenError(f"folder: not below {below}" if below else "folder: the server has no reload_below")
-        return path
+        if path != Path(started_with).resolve() and not (below and path.is_relative_to(Path(below).resolve())):
+            raise ForbiddenError(f"{field}: not below {below}" if below else f"{field}: the server has no reload_below")
+        return str(path)
 
-    def _read(self, path: Path) -> Bundle:
+    def current_retrieval(self) -> Retrieval:
+        """The encoder and index of the next request, where there is an encoder."""
+        assert self.retrieval
+        return self.retrieval
+
+    def _read(self, path: str) -> Bundle:
         try:
             return Bundle.load(path, self._mesh)
         except Exception as error:  # a broken checkpoint can raise any of many
@@ -236,6 +262,7 @@ class Server:
         start_time, limit = time.monotonic(), self.config.drain_seconds
         self._reporting_health.cancel()
         await self._health.drain()
+        self._door.closing.set()
         draining = [self._rpc.stop(limit), self._stop_http(limit)]
         if self._decoding:
             draining.append(self._decoding.drain(limit))
@@ -257,7 +284,7 @@ class Server:
 async def serve(folder: Path, config: ServeConfig) -> bool:
     """Serves until SIGTERM or SIGINT; SIGINT, or a second signal, skips the lame-duck time.
 
-    SIGHUP loads the tokens, the certificate and the folder's checkpoint again.
+    SIGHUP loads the tokens and the certificate again, then model, encoder and index, all from their folders.
 
     Args:
       folder: of the model.
@@ -279,7 +306,7 @@ async def serve(folder: Path, config: ServeConfig) -> bool:
         except ConfigError as error:
             log.error("tokens and certificate refused: %s", error)
         try:
-            await server.reload("")
+            await server.reload(pb.ReloadRequest())
         except ValueError as error:
             log.error("reload refused: %s", error)
 

@@ -10,7 +10,7 @@ import os
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import grpc
 import jax
@@ -252,18 +252,21 @@ class Service:
             compilations=self.scoring_loop.scorer.compilations(),
         )
 
-    async def reload(self, bundle: Bundle, version: str, catalogues: Mapping[str, Catalogue]) -> None:
-        """Serves other weights, and other catalogues, from the next request on; returns when they are in use.
+    def prepare(self, bundle: Bundle, version: str, catalogues: Mapping[str, Catalogue]) -> RequestEncoder:
+        """Makes ready to serve other weights, and other catalogues, by `swap`.
 
         Raises ValueError for a bundle of another shape or tokenizer, or with weights that are not finite.
         """
-        await asyncio.to_thread(self._check, bundle)
-        encoder = await asyncio.to_thread(self._make_encoder, bundle, version, catalogues)
-        loaded = self.scoring_loop.reload(bundle.params)
+        self._check(bundle)
+        return self._make_encoder(bundle, version, catalogues)
+
+    def swap(self, encoder: RequestEncoder) -> Future:
+        """Serves what was prepared from the next request on; the future is done when its weights are in use."""
+        loaded = self.scoring_loop.reload(encoder.bundle.params)
         # No `await` between these lines: every request of the new encoder must be queued behind the new weights.
         self._encoder = encoder
         self.metrics.model.info({"model": self.model})
-        await asyncio.shield(asyncio.wrap_future(loaded))
+        return loaded
 
     def _check(self, bundle: Bundle) -> None:
         """Raises ValueError for a bundle that the compiled programs cannot serve."""
@@ -272,9 +275,7 @@ class Service:
             raise ValueError("the checkpoint's model has another shape; start a new server for it")
         if bundle.tokenizer.hf.backend_tokenizer.to_str() != old.tokenizer.hf.backend_tokenizer.to_str():
             raise ValueError("the checkpoint has another tokenizer; start a new server for it")
-        finite = jax.tree.leaves(jax.tree.map(lambda leaf: bool(jnp.isfinite(leaf).all()), bundle.params))
-        if not all(finite):
-            raise ValueError("the checkpoint has weights that are not finite")
+        check_finite(bundle)
 
     def _make_encoder(self, bundle: Bundle, version: str, catalogues: Mapping[str, Catalogue]) -> RequestEncoder:
         model = f"{bundle.model.name}@{version}"
@@ -310,6 +311,13 @@ class Service:
                 prepared = await loop.run_in_executor(threads, encode, encoder)
                 if encoder is self._encoder:
                     return prepared
+
+
+def check_finite(bundle: Bundle) -> None:
+    """Raises ValueError for weights that would make all that is computed with them NaN."""
+    finite = jax.tree.map(lambda leaf: bool(jnp.isfinite(leaf).all()), bundle.params)
+    if not all(jax.tree.leaves(finite)):
+        raise ValueError("the checkpoint has weights that are not finite")
 
 
 def _normalize_over(request: pb.ScoreRequest) -> NormalizeOver:

@@ -7,6 +7,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
+SHARES = (0.0001, 0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1)
 POWERS_OF_TWO = tuple(2**n for n in range(4, 18))
 
 
@@ -45,4 +46,14 @@ class Metrics:
         )
         self.waiting = Gauge("waiting_tokens", "Tokens queued or running.", **registry)
         self.compilations = Gauge("compilations", "Compiled programs; constant once ready.", **registry)
+        self.index_lag = Histogram(
+            "index_lag_seconds",
+            "Seconds from receiving an item, as a vector or to be embedded (text), until searches find it.",
+            ["content"],
+            buckets=(*SECONDS, 60),
+            **registry,
+        )
+        self.filter_share = Histogram(
+            "filter_share", "Share of the index that a query's filter admits.", buckets=SHARES, **registry
+        )
         self.reloads = Counter("reloads", "Reloads by outcome (loaded, refused).", ["outcome"], **registry)

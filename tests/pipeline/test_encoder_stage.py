@@ -38,6 +38,30 @@ def test_a_recipe_leaves_an_encoder_and_its_recall(make_recipe, tmp_path, capsys
     assert "Recall@100" in capsys.readouterr().out
 
 
+@pytest.mark.long
+def test_an_encoder_trains_on_what_an_earlier_one_found(make_recipe, tmp_path, capsys):
+    """The data's step waits for the encoder, is made once, and is made again for another encoder."""
+    stages = (
+        "data: {positives: 4}}\n  mined: {do: contrastive, data: {positives: 4, mined_negatives: {encoder: encoder}}"
+    )
+    run_recipe(make_recipe(stages), tmp_path / "run")
+    counts = [json.loads((tmp_path / "run" / f"data-{name}" / "apply" / "counts.json").read_text()) for name in STAGES]
+    assert counts[1]["negatives"] > counts[0]["negatives"]
+    assert counts[1]["positives"] == counts[0]["positives"]
+    Encoder.load(tmp_path / "run" / "mined" / "model")
+    capsys.readouterr()
+    run_recipe(make_recipe(stages), tmp_path / "run")
+    assert "data-mined: done before" in capsys.readouterr().out
+
+
+STAGES = ("encoder", "mined")
+
+
+def test_only_an_encoder_can_mine(make_recipe):
+    with pytest.raises(ConfigError, match=r"no contrastive stage 'nope' before it, and no encoder there"):
+        make_recipe("data: {mined_negatives: {encoder: nope}}")
+
+
 def test_what_cannot_be_trained_is_refused_before_it_begins(make_recipe, tmp_path):
     recipe = make_recipe("data: {task: nope}, loss: {dimensions: [99]}")
     with pytest.raises(ConfigError, match=r"no task 'nope'; tasks: apply"):

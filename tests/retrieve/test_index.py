@@ -215,3 +215,24 @@ def test_a_change_cut_short_by_a_crash_ends_its_segment(tmp_path):
         assert 99 in again.rows()["id"].to_pylist()
         again.delete([99])
         again.close()
+
+
+def test_an_index_is_open_once(index, tmp_path):
+    """Two writers would lose each other's changes; where one was moved away, another may be opened in its place."""
+    with pytest.raises(VectorError, match="index is open elsewhere"):
+        Index(tmp_path / "index")
+    (tmp_path / "link").symlink_to(tmp_path / "index")
+    assert index.is_at(tmp_path / "link")
+    (tmp_path / "index").rename(tmp_path / "moved")
+    Index.create(tmp_path / "index", IndexConfig(dimensions=D)).close()
+    assert not index.is_at(tmp_path / "index")
+    assert index.is_at(tmp_path / "moved")
+
+
+def test_the_share_that_a_filter_admits_is_of_what_is_there(index):
+    assert index.share_admitted(2) == 0
+    index.upsert(list(range(10)), vectors(10), np.arange(10, dtype=np.int32) % 5 << 1)
+    index.delete([9])
+    assert index.share_admitted() == 1
+    assert index.share_admitted(4) == pytest.approx(4 / 9)  # 2, 3, 7 and 8
+    assert index.share_admitted(4, banned=2) == pytest.approx(2 / 9)

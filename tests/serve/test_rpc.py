@@ -110,7 +110,7 @@ def test_reload_needs_a_token_of_its_own(strict):
         code, details = refusal(caller.reload)
         assert code is Code.PERMISSION_DENIED
         assert "admin_token_file" in details
-        assert admin.reload() == admin.describe().model
+        assert admin.reload().model == admin.describe().model
         assert admin.score(QUESTION).scores
 
 

@@ -7,7 +7,7 @@ table beside each shard, from which a batch is labelled.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ import numpy as np
 import pydantic
 from jaxtyping import Array, Float, Int
 
-from brewjax.config import Seed
+from brewjax.config import Config, Seed
 from brewjax.data.prompts.sides import SideConfig, Sides
 from brewjax.data.prompts.styles import PromptConfig
 from brewjax.data.prompts.verbalize import Verbalizer
@@ -24,11 +24,26 @@ from brewjax.data.records.loader import TokenBatch
 from brewjax.data.records.provenance import Provenance, example_rng, provenance, training_examples
 from brewjax.data.records.shards import TABLE, Shards, shard_files, shard_folders
 from brewjax.data.tables.partition import WHOLE, Partition
+from brewjax.data.tasks.examples import RankingExample
 from brewjax.data.tasks.task import Task
 from brewjax.data.text.encode import NO_TARGET
 from pallas_kernels.token_labels import PADDING, SELF
 
 MEMBER, POSITIVE, NEGATIVE, MISSING = 0, 1, 2, 3  # roles of texts
+
+
+class MinedNegatives(Config):
+    """Hard negatives that an encoder takes for what the member goes on to: items near the member."""
+
+    encoder: str
+    """The stage whose encoder finds them, or the folder of an encoder; of the same task."""
+    count: int = pydantic.Field(default=2, gt=0)
+    """The most of them in a record, chosen at random."""
+    depth: int = pydantic.Field(default=100, gt=0)
+    """How many of the nearest items they are chosen from."""
+    margin: float = pydantic.Field(default=0.95, gt=0, le=1)
+    """What is more similar to the member than this fraction of the mean of the example's positives is left out: most
+    likely it is a positive that the member was never shown."""
 
 
 class ContrastiveConfig(SideConfig):
@@ -42,6 +57,8 @@ class ContrastiveConfig(SideConfig):
     """The most items of the best label in a record, chosen at random. They share the member's text."""
     hard_negatives: int = pydantic.Field(default=2, ge=0)
     """The most items of other labels in a record, chosen at random: events of the member, not sampled negatives."""
+    mined_negatives: MinedNegatives | None = None
+    """More hard negatives, mined from an encoder's index of all items before training; by default none."""
     seed: Seed = 0
     """Seed of the choices."""
 
@@ -99,7 +116,12 @@ class ContrastiveExample:
 
 
 def contrastive_records(
-    verbalizer: Verbalizer, task: Task, prompts: PromptConfig, config: ContrastiveConfig, partition: Partition = WHOLE
+    verbalizer: Verbalizer,
+    task: Task,
+    prompts: PromptConfig,
+    config: ContrastiveConfig,
+    partition: Partition = WHOLE,
+    mined: Callable[[RankingExample], np.ndarray] | None = None,
 ) -> Iterator[tuple[ContrastiveExample, Provenance]]:
     """Makes the records of a task's training period, for `write_shard` with an `ItemTableWriter`.
 
@@ -112,6 +134,7 @@ def contrastive_records(
       prompts: the style (`score_style`) and the most tokens of a text.
       config: how many positives and hard negatives a record has, and the instructions.
       partition: only the records of its members.
+      mined: gives the rows of the items that `mined_negatives` are chosen from.
 
     Yields:
       Each record with its provenance.
@@ -128,6 +151,9 @@ def contrastive_records(
         if task.questions.sampled_negatives:  # those of a batch are as good, and cost nothing
             negatives = negatives[:0]
         items = np.concatenate([positives, rng.permutation(negatives)[: config.hard_negatives]]).astype(int)
+        if mined and config.mined_negatives:
+            nearest = rng.permutation(np.setdiff1d(mined(example), items))
+            items = np.concatenate([items, nearest[: config.mined_negatives.count]])
         if len(positives):
             texts = [sides.member(example), *sides.items(items, example.cutoff_time)]
             origin = provenance(verbalizer, task, example, style)
