@@ -194,5 +194,7 @@ def test_a_small_step_compiles(chip, name):
 )
 def test_training_shapes_compile(chip, name, N, D, E, V):
     memory = compile_step(chip, name, N, D, E, V).memory_analysis()
-    # Hidden states of the tokens that count, and the float32 gradient of the student's: no logits, no float32 head.
-    assert memory.temp_size_in_bytes < N * (D * (2 + 4) + E * 2) * 1.1 + (1 << 20)
+    # Hidden states of the tokens that count, and the float32 gradient of the student's, which the compiler for TPU7x
+    # copies: no logits, no float32 head.
+    copies = 2 if chip == "tpu7x" else 1
+    assert memory.temp_size_in_bytes < N * (D * (2 + 4 * copies) + E * 2) * 1.1 + (1 << 20)
