@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
@@ -14,6 +14,8 @@ from rich.text import Text
 
 from brewjax.console import bold
 from brewjax.data.tasks.task import MetricName
+from brewjax.evaluate.fact_worth import FactWorth
+from brewjax.evaluate.mistakes import Mistake
 from brewjax.evaluate.plots import cost_plot, loss_plot, reliability_plot, size_plot, slice_plot
 from brewjax.evaluate.results import METRICS, OVERALL, SLICES, Comparison, Estimate, ModelSummary, agreements
 
@@ -29,8 +31,22 @@ HOW_TO_READ = (
     "difference instead, whose interval is narrower.",
     "Spearman between two tasks: how alike a model orders the same candidates for both. Tasks that ask for opposite "
     "things should be near -1; a model far from the baselines confuses the tasks.",
+    "What a fact is worth: how much the fact regression loses when the number is shuffled over the questions, which "
+    "takes away what it says and leaves how it is distributed. Facts that say the same stand in for each other.",
     f"{UNDEFINED} means undefined: no questions, or only one answer among them. A single member has no interval.",
 )
+
+
+class TaskDetails(NamedTuple):
+    """What a report shows of a task beside its metrics.
+
+    Attributes:
+      mistakes: where the first model shown was most wrong.
+      facts: what the numbers that prompts state are worth to the fact regression.
+    """
+
+    mistakes: Sequence[Mistake] = ()
+    facts: Sequence[FactWorth] = ()
 
 
 def write_report(
@@ -41,6 +57,7 @@ def write_report(
     shown: Sequence[str],
     facts: Mapping[str, str],
     losses: Mapping[str, Sequence[Mapping[str, float]]],
+    details: Mapping[str, TaskDetails],
 ) -> None:
     """Writes `report.md` and `report.html`; the page refers to nothing outside itself.
 
@@ -52,6 +69,7 @@ def write_report(
       shown: names of the models and baselines to compare in detail.
       facts: about the run, by name: dataset, date, commit, seconds by phase, ..
       losses: the logged metrics of each stage that trained, by its name: "step" and "loss" of every step.
+      details: of tasks, by name; may be missing.
     """
     finite_rows = {name: [row for row in rows if np.isfinite(row["loss"])] for name, rows in losses.items()}
     context = {
@@ -61,7 +79,10 @@ def write_report(
         "models": describe_models(comparisons, models),
         "size_plots": [size_plot(comparison, models) for comparison in comparisons] if len(models) > 1 else [],
         "cost_plot": cost_plot(models) if len(models) > 1 else "",
-        "tasks": [_describe(comparison.select(*shown)) for comparison in comparisons],
+        "tasks": [
+            _describe(comparison.select(*shown)) | _describe_details(details.get(comparison.name, TaskDetails()))
+            for comparison in comparisons
+        ],
         "agreements": describe_agreements(comparisons, shown),
         "loss_plots": [loss_plot(name, rows) for name, rows in finite_rows.items() if rows],
     }
@@ -193,6 +214,31 @@ def _describe(comparison: Comparison, plots: bool = True) -> dict[str, Any]:
     }
 
 
+def _describe_details(details: TaskDetails) -> dict[str, Any]:
+    """The mistakes and facts of a task, as texts."""
+    return {
+        "mistakes": [
+            {
+                "member": mistake.member,
+                "title": mistake.title,
+                "answer": mistake.answer,
+                "probability": _format_number(mistake.probability),
+                "baseline": mistake.baseline,
+                "baseline_probability": _format_number(mistake.baseline_probability),
+                "text": mistake.text,
+            }
+            for mistake in details.mistakes
+        ],
+        "facts": [
+            {
+                "name": fact.name,
+                "cells": [_format_signed(value) for value in (-fact.gauc, fact.log_loss, fact.log_odds)],
+            }
+            for fact in details.facts
+        ],
+    }
+
+
 def _describe_difference(comparison: Comparison, metric: MetricName, baseline: str) -> str:
     model, difference = next(iter(comparison.results)), comparison.difference(metric, baseline)
     value, interval = _format_number(difference.value, sign="+"), _format_interval(difference)
@@ -201,6 +247,10 @@ def _describe_difference(comparison: Comparison, metric: MetricName, baseline: s
 
 def _format_number(value: float, sign: str = "") -> str:
     return f"{value:{sign}.3f}" if np.isfinite(value) else UNDEFINED
+
+
+def _format_signed(value: float) -> str:
+    return f"{value:+.4f}" if np.isfinite(value) else UNDEFINED
 
 
 def _format_interval(estimate: Estimate) -> str:
