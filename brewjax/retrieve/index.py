@@ -25,6 +25,7 @@ from pallas_kernels.search import ALIVE, BINS, BestRows, Filter, Rows, admitted,
 
 CONFIG = "index.yaml"
 GATHERED_SHARE = 0.05  # of the rows, under which those that a filter admits are gathered
+REPLAYED = 100_000  # changed rows, besides two for each that is there, after which a start writes a snapshot
 ID_TYPES = {"int64": pa.int64(), "text": pa.string()}
 Id = int | str
 
@@ -82,8 +83,12 @@ class Index:
         self._running: set[int] = set()
         self._rows = _empty(BINS, self._width)
         self._log = ChangeLog(folder, self.config.dimensions, ID_TYPES[self.config.ids])
+        replayed = 0
         for change in self._log.replay():
             self._apply(change)
+            replayed += len(change.ids)
+        if replayed > 2 * len(self) + REPLAYED:
+            self.snapshot()
 
     @classmethod
     def create(cls, folder: Path, config: IndexConfig) -> Index:

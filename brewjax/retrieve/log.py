@@ -83,8 +83,10 @@ class ChangeLog:
         self._open()
 
     def close(self) -> None:
-        self._writer.close()
-        self._file.close()
+        """Ends the segment; again does nothing."""
+        if not self._file.closed:
+            self._writer.close()
+            self._file.close()
 
     def _open(self) -> None:
         self._file = open(self._folder / f"{SEGMENT}{self._number:08d}.arrows", "wb")  # noqa: SIM115 (see close)

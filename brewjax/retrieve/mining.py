@@ -67,7 +67,7 @@ def mine_negatives(
         parts = iter(lambda: list(itertools.islice(examples, PART)), [])
         for number, part in enumerate(track(parts, "mined negatives")):
             if not (path := folder / f"part-{number:06d}.npz").exists():
-                items = _mine(encoder, dataset, task, mined, index, vectors, part, until)
+                items = _mine_part(encoder, dataset, task, mined, index, vectors, part, until)
                 with atomic_file(path) as temporary_path, open(temporary_path, "wb") as file:
                     seeds = np.array([example.seed for example in part], np.uint64)
                     counts = np.array([len(of_example) for of_example in items])
@@ -75,7 +75,7 @@ def mine_negatives(
         index.close()
 
 
-def _mine(
+def _mine_part(
     encoder: Encoder,
     dataset: Dataset,
     task: Task,

@@ -217,18 +217,20 @@ class Door(ServerInterceptor):
         Raises ValueError for one that cannot be parsed, and ClosedError when the server stops.
         """
         iterator, closing = aiter(messages), asyncio.create_task(self.closing.wait())
+        reading: asyncio.Future[bytes | None] | None = None
         try:
             while True:
                 reading = asyncio.ensure_future(anext(iterator, None))
                 await asyncio.wait((reading, closing), return_when=asyncio.FIRST_COMPLETED)
                 if not reading.done():
-                    reading.cancel()
                     raise ClosedError
                 if (message := reading.result()) is None:
                     return
                 yield _parse(handler, message, fields)
         finally:
             closing.cancel()
+            if reading:
+                reading.cancel()
 
     @contextlib.asynccontextmanager
     async def _refusing(self, method: str, context: ServicerContext) -> AsyncIterator[dict[str, str]]:

@@ -229,6 +229,21 @@ def test_an_index_is_open_once(index, tmp_path):
     assert index.is_at(tmp_path / "moved")
 
 
+def test_a_start_that_replays_much_leaves_a_snapshot(index, tmp_path, monkeypatch):
+    monkeypatch.setattr("brewjax.retrieve.index.REPLAYED", 100)
+    for number in range(15):
+        index.upsert(list(range(10)), vectors(10, number))
+    rows = index.rows()
+    index.close()
+    for _ in range(2):  # of which the second finds little to replay
+        reopened = Index(tmp_path / "index")
+        assert reopened.rows() == rows
+        reopened.close()
+        files = sorted(path.name for path in (tmp_path / "index").iterdir() if path.name != "index.yaml")
+        assert files[0] == "changes-00000002.arrows"
+        assert files[-1] == "snapshot-00000002"
+
+
 def test_the_share_that_a_filter_admits_is_of_what_is_there(index):
     assert index.share_admitted(2) == 0
     index.upsert(list(range(10)), vectors(10), np.arange(10, dtype=np.int32) % 5 << 1)

@@ -95,7 +95,7 @@ def test_records_have_them_behind_what_was_shown(jobs, tokenizer, split_task, fo
     look_up = MinedTable(folder).look_up
     arguments = (verbalizer, split_task, PROMPTS, CONFIG, WHOLE)
     without = [record for record, _ in contrastive_records(*arguments)]
-    drawn = set()
+    all_mined = set()
     for record, before in zip((r for r, _ in contrastive_records(*arguments, look_up)), without, strict=True):
         assert record.items[: len(before.items)] == before.items
         assert record.num_positives == before.num_positives
@@ -103,16 +103,16 @@ def test_records_have_them_behind_what_was_shown(jobs, tokenizer, split_task, fo
         assert len(mined) <= 3
         assert len({*record.items}) == len(record.items)
         assert len(record.texts) == len(record.items) + 1
-        drawn |= {*mined}
-    assert len(drawn) > 1
+        all_mined |= {*mined}
+    assert len(all_mined) > 1
     assert [r.items for r, _ in contrastive_records(*arguments, look_up)] == [
         r.items for r, _ in contrastive_records(*arguments, look_up)
     ]
 
 
 def test_an_encoder_of_something_else_is_refused(make_encoder, encoder, jobs, split_task, tmp_path):
-    other = split_task.model_copy(update={"name": "view"})
+    view_task = split_task.model_copy(update={"name": "view"})
     with pytest.raises(ConfigError, match="the encoder is of task 'apply', not 'view'"):
-        mine_negatives(encoder, jobs, other, CONFIG, MINED, tmp_path)
+        mine_negatives(encoder, jobs, view_task, CONFIG, MINED, tmp_path)
     with pytest.raises(ConfigError, match="no mined negatives there"):
         MinedTable(tmp_path)

@@ -50,9 +50,9 @@ def folder(bundle, tmp_path_factory) -> Path:
     """Two rankers, two encoders, and an index for each encoder."""
     folder = tmp_path_factory.mktemp("swapped")
     for n, name in enumerate(("old", "new")):
-        other = dataclasses.replace(bundle, params=params(bundle.model, n))
-        other.save(folder / name / "ranker")
-        Encoder(other, EncoderConfig()).save(folder / name / "encoder")
+        variant = dataclasses.replace(bundle, params=params(bundle.model, n))
+        variant.save(folder / name / "ranker")
+        Encoder(variant, EncoderConfig()).save(folder / name / "encoder")
         make_index(folder / name / "index", Encoder.version(folder / name / "encoder"), [f"{name}-{i}" for i in "abc"])
     (folder / "admin").write_text(ADMIN_TOKEN)
     return folder
