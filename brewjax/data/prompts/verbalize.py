@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from brewjax.data.prompts.attributes import RowRenderer, RowsAsOf, Where, render_age
 from brewjax.data.prompts.overlong import Overlong, OverlongLog, truncate_to_fit
@@ -63,9 +64,16 @@ class Verbalizer:
         self._temperatures = temperatures or {}
         self.overlong = OverlongLog()
         self._known_questions: dict[str, Questions] = {}  # of each task, by name
-        source = facts or FactValues.of(dataset)
+        self._percentiles, self._facts = percentiles, facts or FactValues.of(dataset)
         tables: tuple[Table, ...] = ("members", "items", "events")
-        self._rows = {table: RowRenderer(dataset, table, percentiles, source, tokenizer.clean) for table in tables}
+        self._rows = {table: RowRenderer(dataset, table, percentiles, self._facts, tokenizer.clean) for table in tables}
+
+    def with_members(self, members: pa.Table) -> Verbalizer:
+        """The verbalizer of a table of `members` with other attributes in it, such as an edited profile; facts stay
+        those of the members as they were."""
+        dataset = dataclasses.replace(self.dataset, members=members)
+        settings = (self._max_tokens, self._template, self._facts, self._temperatures)
+        return Verbalizer(dataset, self._percentiles, self.tokenizer, *settings)
 
     @cached_property
     def _chat(self) -> Chat:
