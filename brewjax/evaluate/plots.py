@@ -127,7 +127,7 @@ def loss_plot(name: str, rows: Sequence[Mapping[str, float]]) -> str:
         axes.plot(step[width - 1 :], mean, color=COLOURS[0], label=f"mean of {width} steps")
         apart = -(-len(mean) // POINTS)  # points that are not drawn, for a reader who points at the line
         (points,) = axes.plot(step[width - 1 :: apart], mean[::apart], "o", markersize=4, alpha=0)
-        texts = [f"step {x:,.0f}: {y:.3f}" for x, y in points.get_xydata()]
+        texts = [f"step {x:,.0f}: {y:.3f}" for x, y in zip(step[width - 1 :: apart], mean[::apart], strict=True)]
         return _svg(figure, axes, f"{name} loss", [(points, texts)])
 
 

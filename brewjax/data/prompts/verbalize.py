@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from brewjax.data.prompts.attributes import RowRenderer, RowsAsOf, Where, render_age
 from brewjax.data.prompts.overlong import Overlong, OverlongLog, truncate_to_fit
@@ -65,10 +66,23 @@ class Verbalizer:
         self._temperatures = temperatures or {}
         self.overlong = OverlongLog()
         self._known_questions: dict[str, Questions] = {}  # of each task, by name
-        source = facts or FactValues.of(dataset)
+        self._percentiles, self._facts = percentiles, facts or FactValues.of(dataset)
         tables: tuple[Table, ...] = ("members", "items", "events")
-        clean = tokenizer.clean
-        self._rows = {table: RowRenderer(dataset, table, percentiles, source, clean, kinds) for table in tables}
+        clean, self._kinds = tokenizer.clean, kinds
+        self._rows = {table: RowRenderer(dataset, table, percentiles, self._facts, clean, kinds) for table in tables}
+
+    def with_members(self, members: pa.Table) -> Verbalizer:
+        """Makes the verbalizer of other members, such as an edited profile.
+
+        Args:
+          members: the members table, with other attributes in it.
+
+        Returns:
+          The verbalizer; facts stay those of the members as they were.
+        """
+        dataset = dataclasses.replace(self.dataset, members=members)
+        settings = (self._max_tokens, self._template, self._facts, self._temperatures, self._kinds)
+        return Verbalizer(dataset, self._percentiles, self.tokenizer, *settings)
 
     @cached_property
     def _chat(self) -> Chat:
