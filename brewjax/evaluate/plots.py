@@ -162,7 +162,7 @@ def _add_titles(svg: str, artist: Artist, texts: Sequence[str]) -> str:
     if not isinstance(artist, Line2D):
         return f"<title>{html.escape(texts[0])}</title>{svg}"
     finite = np.isfinite(np.asarray(artist.get_xydata())).all(1)  # no other point is drawn
-    titles = iter([f"<title>{html.escape(text)}</title>" for text, drawn in zip(texts, finite, strict=True) if drawn])
+    titles = iter([f"<title>{html.escape(text)}</title>" for text, shown in zip(texts, finite, strict=True) if shown])
     line, end, after = svg.partition("</defs>")
     points, _, rest = after.partition("</g>")
     points = re.sub(r"(<use [^>]*?)/>", lambda match: f"{match[1]}>{next(titles)}</use>", points)

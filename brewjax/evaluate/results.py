@@ -201,14 +201,30 @@ class Comparison:
         return Comparison(self.task, predictions, {name: self.results[name] for name in names}, self.name)
 
     def best(self, metric: MetricName, slice_: str = OVERALL) -> str | None:
-        """The name with the best value; None if no value is defined."""
+        """Finds the best model or baseline.
+
+        Args:
+          metric: by which.
+          slice_: of the questions.
+
+        Returns:
+          The name with the best value; None if no value is defined.
+        """
         values = {name: result[slice_].metrics[metric].value for name, result in self.results.items()}
         defined = {name: value for name, value in values.items() if np.isfinite(value)}
         choose = max if METRICS[metric].higher_is_better else min
         return choose(defined, key=defined.__getitem__) if defined else None
 
     def difference(self, metric: MetricName, baseline: str) -> Estimate:
-        """The model's value minus the baseline's, with the interval of the paired difference."""
+        """Compares the first model with a baseline.
+
+        Args:
+          metric: of all questions.
+          baseline: its name, or that of another model.
+
+        Returns:
+          The model's value minus the baseline's, with the interval of the paired difference.
+        """
         model = next(iter(self.results))
         return self.results[model][OVERALL].metrics[metric] - self.results[baseline][OVERALL].metrics[metric]
 

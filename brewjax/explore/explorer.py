@@ -256,7 +256,14 @@ class Explorer:
         return str(tokenizer.hf.decode(answer))
 
     def tables(self) -> Dataset:
-        """The tables. Raises ValueError where the model was opened without."""
+        """The tables.
+
+        Returns:
+          The dataset that the model was opened with.
+
+        Raises:
+          ValueError: the model was opened without one.
+        """
         if self.dataset is None:
             raise ValueError("no dataset: open the model with one, brewjax.open(model, dataset)")
         return self.dataset

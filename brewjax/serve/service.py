@@ -314,7 +314,14 @@ class Service:
 
 
 def check_finite(bundle: Bundle) -> None:
-    """Raises ValueError for weights that would make all that is computed with them NaN."""
+    """Checks the weights of a checkpoint.
+
+    Args:
+      bundle: the checkpoint.
+
+    Raises:
+      ValueError: weights are not finite, and would make NaN of all that is computed with them.
+    """
     finite = jax.tree.map(lambda leaf: bool(jnp.isfinite(leaf).all()), bundle.params)
     if not all(jax.tree.leaves(finite)):
         raise ValueError("the checkpoint has weights that are not finite")
