@@ -18,6 +18,7 @@ from brewjax.cli_models import ModelFolder, SurfaceName
 from brewjax.config import decode, read_text, suggest
 from brewjax.console import plain_console, print_line, print_ranking
 from brewjax.devices import cache_compilations, device_per_core, hide_useless_libtpu
+from brewjax.paths import write_table
 
 if TYPE_CHECKING:
     from brewjax.serve.config import ServeConfig
@@ -154,8 +155,6 @@ def evaluate(
 ) -> None:
     """Evaluate a model on tasks, trained on or not: a task is a YAML file, no training and no code."""
     device_per_core()
-    import pyarrow.parquet as pq
-
     from brewjax.bundle.bundle import Bundle
     from brewjax.data.tables.dataset import Dataset
     from brewjax.data.tasks.examples import sample_examples
@@ -180,7 +179,7 @@ def evaluate(
         for name, table in compared.items() if out else ():
             assert out is not None
             out.mkdir(parents=True, exist_ok=True)
-            pq.write_table(table, out / f"{task.name}.{name}.parquet")
+            write_table(out / f"{task.name}.{name}.parquet", table)
 
 
 @app.command()

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from brewjax.config import suggest
 from brewjax.console import plain_console, print_line
+from brewjax.paths import atomic_file, write_table
 
 # Heavy imports are inside the verbs, so that --help answers at once.
 
@@ -72,7 +73,6 @@ def search(
 ) -> None:
     """Search for the vectors of a table: the k ids with the largest inner products."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     from brewjax.retrieve.index import Index
 
@@ -87,7 +87,7 @@ def search(
     ]
     if out:
         names = ("query", "rank", "id", "score")
-        pq.write_table(pa.table({name: [row[n] for row in rows] for n, name in enumerate(names)}), out)
+        write_table(out, pa.table({name: [row[n] for row in rows] for n, name in enumerate(names)}))
         print_line(f"{out}: {len(rows):,} rows")
         return
     printed = Table("query", "rank", "id", "score", box=None, pad_edge=False)
@@ -103,7 +103,6 @@ def export(
 ) -> None:
     """Write all vectors for another system: Parquet, NumPy, or faiss' IDMap2,Flat."""
     import numpy as np
-    import pyarrow.parquet as pq
 
     from brewjax.retrieve.index import Index
 
@@ -112,10 +111,11 @@ def export(
     index.close()
     vectors = _vectors(rows["vector"].combine_chunks())
     if out.suffix == ".parquet":
-        pq.write_table(rows, out)
+        write_table(out, rows)
     elif out.suffix == ".npy":
-        np.save(out, vectors)
-        pq.write_table(rows.select(["id", "attributes"]), out.with_suffix(".ids.parquet"))
+        with atomic_file(out) as temporary, open(temporary, "wb") as file:
+            np.save(file, vectors)
+        write_table(out.with_suffix(".ids.parquet"), rows.select(["id", "attributes"]))
     elif out.suffix == ".faiss":
         try:
             import faiss
@@ -123,7 +123,8 @@ def export(
             raise RuntimeError("faiss is not installed: pip install faiss-cpu") from None
         flat = faiss.index_factory(vectors.shape[1], "IDMap2,Flat", faiss.METRIC_INNER_PRODUCT)
         flat.add_with_ids(vectors, rows["id"].to_numpy())
-        faiss.write_index(flat, str(out))
+        with atomic_file(out) as temporary:
+            faiss.write_index(flat, str(temporary))
     else:
         raise ValueError(f"{out}: {suggest(out.suffix, ('.parquet', '.npy', '.faiss'), listing='endings')}")
     print_line(f"{out}: {len(rows):,} vectors")

@@ -10,6 +10,7 @@ import typer
 from brewjax.cli_index import ENCODER_KEY
 from brewjax.console import print_line
 from brewjax.devices import device_per_core
+from brewjax.paths import write_table
 
 # Heavy imports are inside the verbs, so that --help answers at once.
 
@@ -34,7 +35,6 @@ def embed(
     device_per_core()
     import numpy as np
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     from brewjax.data.tables.dataset import Dataset
     from brewjax.data.tasks.examples import example_at
@@ -51,7 +51,7 @@ def embed(
         vectors = encoder.embed_members(tables, examples, dimensions)
     lists = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
     table = pa.table({"id": ids, "vector": lists}).replace_schema_metadata({ENCODER_KEY: Encoder.version(model)})
-    pq.write_table(table, out)
+    write_table(out, table)
     print_line(f"{out}: {len(ids):,} vectors of {vectors.shape[1]} dimensions")
 
 

@@ -12,6 +12,10 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 INSTALLED = Path(__file__).parent / "configs"
 CONFIGS = INSTALLED if INSTALLED.is_dir() else Path(__file__).parent.parent / "configs"
@@ -54,6 +58,19 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Writes a Parquet file in one step, as `write_text`.
+
+    Args:
+      path: that is replaced; its folder must exist.
+      table: what is written.
+    """
+    import pyarrow.parquet as pq  # heavy, and this module is imported by all
+
+    with atomic_file(path) as temporary:
+        pq.write_table(table, temporary)
 
 
 @contextlib.contextmanager

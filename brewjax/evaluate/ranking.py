@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from brewjax.bundle.bundle import Bundle
 from brewjax.config import ConfigError
@@ -18,7 +17,7 @@ from brewjax.data.prompts.verbalize import Verbalizer
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tasks.examples import RankingExample
 from brewjax.data.tasks.task import Task
-from brewjax.paths import write_text
+from brewjax.paths import write_table, write_text
 
 PIECE = 1_000  # candidates that are rendered and scored at a time
 
@@ -91,6 +90,6 @@ def write_rankings(path: Path, dataset: Dataset, task: Task, rankings: Sequence[
             columns[word] += ranking.probabilities[order, index].astype(float).tolist()
     table = pa.table(columns)
     if path.suffix == ".parquet":
-        pq.write_table(table, path)
+        write_table(path, table)
     else:
         write_text(path, "".join(json.dumps(row) + "\n" for row in table.to_pylist()))

@@ -20,7 +20,7 @@ from brewjax.data.tables.dataset import Dataset, hash_dataset
 from brewjax.data.tasks.examples import RankingExample, build_examples
 from brewjax.data.tasks.task import Task
 from brewjax.fingerprint import hash_json
-from brewjax.paths import atomic_file
+from brewjax.paths import write_table
 from brewjax.suite.suite import Draw, Size, Suite, SurfaceTask
 
 ORIGIN = b"origin"  # the metadata of a file of questions
@@ -146,8 +146,7 @@ def _write(path: Path, dataset: Dataset, examples: Sequence[RankingExample], ori
     ]
     table = pa.Table.from_pylist(rows, SCHEMA.with_metadata({ORIGIN: json.dumps(origin)}))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as temporary:
-        pq.write_table(table, temporary)
+    write_table(path, table)
 
 
 def _example(task: Task, row: dict[str, Any]) -> RankingExample:

@@ -17,7 +17,7 @@ from brewjax.config import Config
 from brewjax.console import plain_console
 from brewjax.evaluate.predictions import from_examples
 from brewjax.fingerprint import hash_json
-from brewjax.paths import atomic_file, write_text
+from brewjax.paths import write_table, write_text
 from brewjax.suite.contamination import check_model
 from brewjax.suite.predictors import Predictor, twin_gap
 from brewjax.suite.questions import FrozenQuestions, cut_history, frozen_questions
@@ -72,8 +72,7 @@ def score(
         probabilities, cost = predictor.predict(questions.dataset, questions.task, cut.examples, cut.dataset)
         table = from_examples(cut.examples, probabilities)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as temporary:
-            pq.write_table(table.replace_schema_metadata({KEY: json.dumps(key), COST: json.dumps(cost)}), temporary)
+        write_table(path, table.replace_schema_metadata({KEY: json.dumps(key), COST: json.dumps(cost)}))
         plain_console().print(f"{predictor.name}: {questions.name}: {len(table):,} questions, {cost['seconds']:.1f} s")
     return path.name
 
