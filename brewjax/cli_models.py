@@ -120,7 +120,7 @@ def explore(
 ) -> None:
     """Open a page that changes instruction, note and history, shows how the ranking moves, and says why."""
     from brewjax.explore import explorer, page
-    from brewjax.explore.cases import case_entries, load_cases, suite_entries
+    from brewjax.explore.cases import case_presets, load_cases, suite_presets
     from brewjax.suite.suite import Suite
 
     first = explorer.open(model, dataset, surface)
@@ -128,9 +128,9 @@ def explore(
     for task in tasks or ():
         for each in explorers:
             each.add_task(task)
-    entries = case_entries(load_cases(cases)) if cases else []
-    entries += suite_entries(Suite.load(suite), first.tables()) if suite else []
-    page.serve(explorers, port, entries)
+    presets = case_presets(load_cases(cases)) if cases else []
+    presets += suite_presets(Suite.load(suite), first.tables()) if suite else []
+    page.serve(explorers, port, presets)
 
 
 @app.command("check-cases")

@@ -151,7 +151,7 @@ def calibration_error(probabilities: np.ndarray, labels: np.ndarray, weights: np
 
 
 def reliability(probability: np.ndarray, outcome: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Sums predictions and outcomes in ten bins of equal weight by probability; equal probabilities share a bin.
+    """Sorts rows into ten bins of equal weight, by probability.
 
     Args:
       probability: float64 [rows].
@@ -159,7 +159,7 @@ def reliability(probability: np.ndarray, outcome: np.ndarray, weights: np.ndarra
       weights: float64 [..., rows].
 
     Returns:
-      The sums of probability, of outcomes and of weight of each bin, float64 [..., 10] each.
+      The sums of each bin, of probability, of outcomes and of weight, float64 [..., 10] each.
     """
     order, ties = _ties(probability)
     weights = weights[..., order]
@@ -182,14 +182,6 @@ def _ties(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    """Divides without a warning.
-
-    Args:
-      numerator: float [...].
-      denominator: float [...].
-
-    Returns:
-      float [...], the quotient; NaN for 0 / 0.
-    """
+    """`numerator` / `denominator`, float64 [...] each; NaN, without a warning, for 0 / 0."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray(numerator) / denominator

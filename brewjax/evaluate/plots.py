@@ -161,8 +161,10 @@ def _add_titles(svg: str, artist: Artist, texts: Sequence[str]) -> str:
     """Puts a title into the bar that `svg` begins with, or into each point of the line that it begins with."""
     if not isinstance(artist, Line2D):
         return f"<title>{html.escape(texts[0])}</title>{svg}"
-    finite = np.isfinite(np.asarray(artist.get_xydata())).all(1)  # no other point is drawn
-    titles = iter([f"<title>{html.escape(text)}</title>" for text, shown in zip(texts, finite, strict=True) if shown])
+    finite = np.isfinite(np.asarray(artist.get_xydata())).all(1)  # no other point is visible
+    titles = iter(
+        [f"<title>{html.escape(text)}</title>" for text, visible in zip(texts, finite, strict=True) if visible]
+    )
     line, end, after = svg.partition("</defs>")
     points, _, rest = after.partition("</g>")
     points = re.sub(r"(<use [^>]*?)/>", lambda match: f"{match[1]}>{next(titles)}</use>", points)

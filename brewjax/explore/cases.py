@@ -26,7 +26,7 @@ from brewjax.explore.explorer import Explorer
 from brewjax.suite.questions import frozen_questions
 from brewjax.suite.suite import Suite
 
-MAX_ENTRIES = 500  # of a task of a suite, which a reader can choose from
+MAX_PRESETS = 500  # of a task of a suite, which a reader can choose from
 
 
 class Case(Config):
@@ -90,7 +90,7 @@ class CaseResult(NamedTuple):
     wrong: tuple[tuple[str, str], ...]
 
 
-class Entry(NamedTuple):
+class Preset(NamedTuple):
     """What the page has to choose from: a case, or a question of a suite.
 
     Attributes:
@@ -178,16 +178,16 @@ def check_order(context: Context, expected: Sequence[str]) -> CaseResult:
     )
 
 
-def case_entries(cases: Sequence[Case]) -> list[Entry]:
+def case_presets(cases: Sequence[Case]) -> list[Preset]:
     """The cases of a file, to choose from."""
     return [
-        Entry(f"{number}. {case.comment or f'{case.member}, {case.task}'}", case.context, case.expected)
+        Preset(f"{number}. {case.comment or f'{case.member}, {case.task}'}", case.context, case.expected)
         for number, case in enumerate(cases, 1)
     ]
 
 
-def suite_entries(suite: Suite, dataset: Dataset) -> list[Entry]:
-    """The frozen quick questions of a suite about a dataset, to choose from: at most MAX_ENTRIES of a task.
+def suite_presets(suite: Suite, dataset: Dataset) -> list[Preset]:
+    """The frozen quick questions of a suite about a dataset, to choose from: at most MAX_PRESETS of a task.
 
     Args:
       suite: whose surface with this dataset's folder is taken.
@@ -196,20 +196,20 @@ def suite_entries(suite: Suite, dataset: Dataset) -> list[Entry]:
     Raises:
       ConfigError: no surface of the suite has this folder, or its questions were frozen from other tables.
     """
-    here = Path(dataset.path).resolve()
-    names = [name for name, surface in suite.surfaces.items() if Path(surface.dataset).resolve() == here]
+    folder = Path(dataset.path).resolve()
+    names = [name for name, surface in suite.surfaces.items() if Path(surface.dataset).resolve() == folder]
     if not names:
         folders = ", ".join(surface.dataset for surface in suite.surfaces.values())
         raise suite.error(f"no surface has the dataset {dataset.path}; there are {folders}", "surfaces")
-    entries = []
+    presets = []
     for surface_task in suite.tasks_of(names[0]):
         task, questions = surface_task.task, frozen_questions(suite, "quick", dataset, surface_task)
-        for number, example in enumerate(questions.examples[:MAX_ENTRIES], 1):
+        for number, example in enumerate(questions.examples[:MAX_PRESETS], 1):
             ids = [dataset.item_id(row) for row in example.candidates]
             answers = dict(zip(ids, [task.words[label] for label in example.labels], strict=True))
             title = f"{surface_task.name} {number}: {dataset.member_id(example.member)}"
-            entries.append(Entry(title, functools.partial(_context_of, example, task), answers=answers))
-    return entries
+            presets.append(Preset(title, functools.partial(_context_of, example, task), answers=answers))
+    return presets
 
 
 def _context_of(example: RankingExample, task: Task, explorer: Explorer) -> Context:
@@ -220,12 +220,12 @@ def print_cases(explorer: Explorer, cases: Sequence[Case]) -> bool:
     """Checks cases and prints a line for each; returns whether all are ranked as expected."""
     table = Table("case", "ranks of the expected items", "pairs in order", "first pair that is not", box=None)
     right = True
-    for entry, case in zip(case_entries(cases), cases, strict=True):
+    for preset, case in zip(case_presets(cases), cases, strict=True):
         result = check_order(case.context(explorer), case.expected)
         pairs = len(case.expected) * (len(case.expected) - 1) // 2
         worst = " before ".join(result.wrong[0]) if result.wrong else ""
         ranks = " ".join(map(str, result.ranks))
-        table.add_row(entry.title, ranks, f"{pairs - len(result.wrong)} of {pairs}", worst)
+        table.add_row(preset.title, ranks, f"{pairs - len(result.wrong)} of {pairs}", worst)
         right = right and not result.wrong
     plain_console().print(table)
     return right

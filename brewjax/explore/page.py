@@ -30,7 +30,7 @@ from starlette.middleware.base import RequestResponseEndpoint
 from brewjax.config import ConfigError
 from brewjax.console import print_line
 from brewjax.data.prompts.styles import STYLES
-from brewjax.explore.cases import Entry, check_order, make_case
+from brewjax.explore.cases import Preset, check_order, make_case
 from brewjax.explore.context import Context
 from brewjax.explore.explorer import Explorer
 from brewjax.explore.profile import read_profile
@@ -99,26 +99,26 @@ class NewCase(pydantic.BaseModel):
     comment: str = pydantic.Field("", max_length=2000)
 
 
-def make_page(explorers: Sequence[Explorer], entries: Sequence[Entry] = ()) -> FastAPI:
+def make_page(explorers: Sequence[Explorer], presets: Sequence[Preset] = ()) -> FastAPI:
     """The application.
 
     Args:
       explorers: a model with a dataset and at least one task; a second one is compared with it.
-      entries: cases and questions of suites, to choose from.
+      presets: cases and questions of suites, to choose from.
     """
     app = FastAPI(title="brewjax explore", docs_url=None, redoc_url=None, openapi_url=None)
     app.mount("/static", StaticFiles(directory=STATIC))
     device = threading.Lock()  # one computation at a time: the endpoints run in threads
-    page = _render_page(explorers, entries)
+    page = _render_page(explorers, presets)
 
     @functools.lru_cache(maxsize=REMEMBERED)
     def find_context(edit: Edit) -> Context:
-        return make_context(explorers, entries, edit)
+        return make_context(explorers, presets, edit)
 
     @functools.lru_cache(maxsize=REMEMBERED)
     def find_ranking(edit: Edit) -> dict[str, Any]:
-        entry = None if edit.case is None or edit.case >= len(entries) else entries[edit.case]
-        return describe_ranking(find_context(edit), entry)
+        preset = None if edit.case is None or edit.case >= len(presets) else presets[edit.case]
+        return describe_ranking(find_context(edit), preset)
 
     def answer(compute: Callable[[], T]) -> T | JSONResponse:
         """The result, or an error of one line: a member that does not exist, a text that does not fit."""
@@ -191,12 +191,12 @@ def make_page(explorers: Sequence[Explorer], entries: Sequence[Entry] = ()) -> F
     return app
 
 
-def make_context(explorers: Sequence[Explorer], entries: Sequence[Entry], edit: Edit) -> Context:
+def make_context(explorers: Sequence[Explorer], presets: Sequence[Preset], edit: Edit) -> Context:
     """The context that an edit describes.
 
     Args:
       explorers: of the models that are shown.
-      entries: the questions that can be opened.
+      presets: cases and questions of suites, to choose from.
       edit: what was set on the page.
 
     Returns:
@@ -209,9 +209,9 @@ def make_context(explorers: Sequence[Explorer], entries: Sequence[Entry], edit: 
         raise ValueError(f"model {edit.model}: there are {len(explorers)}")
     explorer = explorers[edit.model]
     if edit.case is not None:
-        if edit.case >= len(entries):
-            raise ValueError(f"case {edit.case}: there are {len(entries)}")
-        context = entries[edit.case].context(explorer)
+        if edit.case >= len(presets):
+            raise ValueError(f"case {edit.case}: there are {len(presets)}")
+        context = presets[edit.case].context(explorer)
         edits = edit.model_dump(include={"instruction", "note", "style", "history", "left_out"})
         return context.change(**edits, profile=dict(edit.profile))
     context = explorer.context(
@@ -228,9 +228,9 @@ def make_context(explorers: Sequence[Explorer], entries: Sequence[Entry], edit: 
     return context.change(items=items, history=edit.history, left_out=edit.left_out, profile=dict(edit.profile))
 
 
-def describe_ranking(context: Context, entry: Entry | None = None) -> dict[str, Any]:
+def describe_ranking(context: Context, preset: Preset | None = None) -> dict[str, Any]:
     """The ranking, the events, and the prompt as the model reads it, for the page; with what is known of it if it is
-    that of an `entry`."""
+    that of an `preset`."""
     start = time.perf_counter()
     odds, probabilities = context.log_odds, context.probabilities
     milliseconds = 1000 * (time.perf_counter() - start)
@@ -240,7 +240,7 @@ def describe_ranking(context: Context, entry: Entry | None = None) -> dict[str, 
     dropped = zip(context.dropped.tolist(), context.describe_events(context.dropped), strict=True)
     pieces = view.pieces()
     shown = [*pieces[: 1 + len(context.text.events)], pieces[-len(ids) + int(context.order[0])]]
-    expected, answers = (entry.expected, entry.answers) if entry else ((), {})
+    expected, answers = (preset.expected, preset.answers) if preset else ((), {})
     return {
         "member": context.member,
         "task": context.task.name,
@@ -290,7 +290,7 @@ def describe_reasons(context: Context, item: str) -> dict[str, Any]:
     }
 
 
-def _render_page(explorers: Sequence[Explorer], entries: Sequence[Entry]) -> str:
+def _render_page(explorers: Sequence[Explorer], presets: Sequence[Preset]) -> str:
     """The page, with what does not change: models, tasks, styles, the words for members and items."""
     first = explorers[0]
     if first.dataset is None or not first.tasks:
@@ -303,7 +303,7 @@ def _render_page(explorers: Sequence[Explorer], entries: Sequence[Entry]) -> str
         ],
         facts=first.facts(),
         tasks=[*first.tasks],
-        entries=[entry.title for entry in entries],
+        presets=[preset.title for preset in presets],
         styles=[*STYLES],
         style=first.bundle.prompts.score_style,
         member=first.dataset.member_id(int(np.argmax(np.diff(first.dataset.member_offsets)))),
@@ -312,18 +312,18 @@ def _render_page(explorers: Sequence[Explorer], entries: Sequence[Entry]) -> str
     )
 
 
-def serve(explorers: Sequence[Explorer], port: int, entries: Sequence[Entry] = ()) -> None:
+def serve(explorers: Sequence[Explorer], port: int, presets: Sequence[Preset] = ()) -> None:
     """Serves the page to this machine until it is interrupted.
 
     Args:
       explorers: models, each with its tables.
-      entries: cases and questions of suites, to choose from.
+      presets: cases and questions of suites, to choose from.
       port: on localhost.
 
     Raises:
       ConfigError: the port is taken.
     """
-    page = make_page(explorers, entries)
+    page = make_page(explorers, presets)
     try:
         with socket.create_server((HOST, port)) as listening:
             print_line(f"http://localhost:{listening.getsockname()[1]} (Ctrl-C ends it)")

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import pytest
 import uvicorn
 
-from brewjax.explore.cases import Case, case_entries, make_case
+from brewjax.explore.cases import Case, case_presets, make_case
 from brewjax.explore.page import make_page
 from tests.serve.serving import eventually
 
@@ -29,7 +29,7 @@ def address(planted, explorer) -> Iterator[str]:
     context = planted.context("m6", items=5, note="Calm.")
     expected = [context.item_ids[index] for index in context.order[:2]]
     cases = [make_case(context, order, text) for order, text in ((expected, "as it is"), (expected[::-1], "turned"))]
-    page = make_page([planted, explorer], case_entries(cases))
+    page = make_page([planted, explorer], case_presets(cases))
     server = uvicorn.Server(uvicorn.Config(page, log_level="warning"))
     with socket.create_server(("127.0.0.1", 0)) as listening:
         thread = threading.Thread(target=server.run, args=([listening],))

@@ -9,7 +9,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from brewjax.config import ConfigError
-from brewjax.explore.cases import Case, case_entries, check_order, load_cases, make_case, print_cases, suite_entries
+from brewjax.explore.cases import Case, case_presets, check_order, load_cases, make_case, print_cases, suite_presets
 from brewjax.explore.page import make_page
 from brewjax.suite.suite import Suite
 
@@ -77,7 +77,7 @@ def test_a_file_that_is_not_there(tmp_path):
 def page(context, planted, explorer):
     ids = [context.item_ids[index] for index in context.order]
     off = make_case(context.change(left_out=[int(context.in_budget[0])]), [ids[1], ids[0]], "upside down")
-    return TestClient(make_page([planted, explorer], case_entries([off])), base_url="http://localhost")
+    return TestClient(make_page([planted, explorer], case_presets([off])), base_url="http://localhost")
 
 
 def test_a_case_is_chosen_and_edited_on_the_page(page, context):
@@ -115,13 +115,13 @@ def test_questions_of_a_suite_are_chosen_with_their_answers(planted, jobs, task,
     draw = {"questions": 20, "lists": 2}
     settings = {"name": "mine", "tiers": {"A": {"title": "a"}}, "draws": {"quick": draw, "full": draw}}
     suite = Suite.of(settings | {"surfaces": surfaces}, "suite.yaml")
-    entries = suite_entries(suite, jobs)
-    assert entries[0].title.startswith("jobs/apply 1: m")
-    context = entries[0].context(planted)
-    assert {*context.item_ids} == {*entries[0].answers}
-    client = TestClient(make_page([planted], entries), base_url="http://localhost")
+    presets = suite_presets(suite, jobs)
+    assert presets[0].title.startswith("jobs/apply 1: m")
+    context = presets[0].context(planted)
+    assert {*context.item_ids} == {*presets[0].answers}
+    client = TestClient(make_page([planted], presets), base_url="http://localhost")
     ranking = client.post("/rank", json={"task": "apply", "member": "m1", "case": 0}).json()["ranking"]
-    assert {entry["item"]: entry["answer"] for entry in ranking} == entries[0].answers
+    assert {entry["item"]: entry["answer"] for entry in ranking} == presets[0].answers
     elsewhere = Suite.of(settings | {"surfaces": {"jobs": surfaces["jobs"] | {"dataset": "data/none"}}}, "suite.yaml")
     with pytest.raises(ConfigError, match=r"no surface has the dataset .*; there are data/none"):
-        suite_entries(elsewhere, jobs)
+        suite_presets(elsewhere, jobs)
