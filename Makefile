@@ -10,10 +10,15 @@ demo: .venv/demo.installed
 	@date +%s > .venv/demo.began
 	$(BIN)/brewjax data fetch movielens-100k
 	$(BIN)/brewjax run configs/recipes/demo.yaml
-	@echo "500 films for a member, over gRPC:"
-	$(BIN)/brewjax serve runs/demo/turbo/model --set port=$(PORT) --set http_port=null --set decode=false 2> runs/demo/serve.log & server=$$!; \
-	$(BIN)/brewjax score --server localhost:$(PORT) --dataset $(DATASET) --task configs/tasks/movielens/liked.yaml \
-		--member 405 --items 500; answered=$$?; \
+	$(BIN)/brewjax run configs/recipes/encoder.yaml
+	rm -rf runs/encoder/index
+	$(BIN)/brewjax retrieve embed runs/encoder/encoder/model $(DATASET) runs/encoder/items.parquet
+	$(BIN)/brewjax index build runs/encoder/index runs/encoder/items.parquet
+	@echo "For a member, over gRPC: 500 films ranked; then 200 found among all films, and ranked:"
+	$(BIN)/brewjax serve runs/demo/turbo/model --set port=$(PORT) --set http_port=null --set decode=false \
+		--set encoder=runs/encoder/encoder/model --set index=runs/encoder/index --set catalogue=$(DATASET) 2> runs/demo/serve.log & server=$$!; \
+	ranking="$(BIN)/brewjax score --server localhost:$(PORT) --dataset $(DATASET) --task configs/tasks/movielens/next_watched.yaml --member 405"; \
+	$$ranking --items 500 && $$ranking --retrieve 200; answered=$$?; \
 	kill $$server; wait $$server && exit $$answered
 	@echo "demo: $$(( $$(date +%s) - $$(cat .venv/demo.began) )) s after set-up; the report is runs/demo/report/report.html"
 

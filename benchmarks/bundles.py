@@ -57,14 +57,14 @@ def costs_of(text: str, turns: int = 1) -> Cost:
 
 
 def kernel_bundles(name: str) -> Mapping[int, int]:
-    """Bundles of a kernel by the depth of loops: 1 is a step of its grid, 2 a loop in a step."""
-    (file,) = (
-        file
-        for file in DUMP.iterdir()
-        if re.fullmatch(rf"\d+-\w*{re.escape(name)}[\w.]*-\d+-final_bundles\.txt", file.name)
-    )
+    """Bundles of all kernels of a name, by the depth of loops: 1 is a step of the grid, 2 a loop in a step."""
+    pattern = re.compile(rf"\d+-\w*{re.escape(name)}[\w.]*-\d+-final_bundles\.txt")
+    files = [file for file in DUMP.iterdir() if pattern.fullmatch(file.name)]
+    assert files, f"the dump in {DUMP} has no kernel {name}"
     lines = (
-        re.match(r"\s*(?:0x[0-9a-f]+|0)\s+(?:\w\w)?\s*:\s*(>*)\s*\{", line) for line in file.read_text().splitlines()
+        re.match(r"\s*(?:0x[0-9a-f]+|0)\s+(?:\w\w)?\s*:\s*(>*)\s*\{", line)
+        for file in files
+        for line in file.read_text().splitlines()
     )
     return Counter(len(line[1]) for line in lines if line)
 

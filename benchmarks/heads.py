@@ -1,19 +1,21 @@
 """The heads' kernels beside XLA's loops, by the compiler of a TPU that is not there, in one run.
 
-    python -m benchmarks.heads [v5e v6e tpu7x]      label scores, and a cross-entropy with its gradients
+    python -m benchmarks.heads [v5e v6e tpu7x] [cross-entropy distillation scores]
     python -m benchmarks.heads precision            errors of log-sums and of log-probabilities, on a CPU
 
-Of each: what the matrix unit needs at least (floor), instruction bundles, the time of the bytes that must go to and
-from HBM (all at nominal clocks), temporary memory, and for XLA's own operations the compiler's estimate, which has
-memory in it. A bundle is issued in a cycle at best: time is at least the largest of the three. It ranks programs; it is
-no measurement. Bytes are counted by hand: the head as often as it is read, gradients as often as they are added to.
+Label scores; a cross-entropy, and distillation from another head, with both gradients. Of each: what the matrix unit
+needs at least (floor), instruction bundles, the time of the bytes that must go to and from HBM (all at nominal clocks),
+temporary memory, and for XLA's own operations the compiler's estimate, which has memory in it. A bundle is issued in a
+cycle at best: time is at least the largest of the three. It ranks programs; it is no measurement. Bytes are counted by
+hand: the head as often as it is read, gradients as often as they are added to.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from benchmarks.attention_static import DUMP, table  # isort: skip  # sets up libtpu
@@ -29,8 +31,16 @@ from rich.console import Console
 
 from benchmarks.bundles import costs_of, kernel_bundles
 from brewjax.aot.topology import topology
-from pallas_kernels import cross_entropy_tpu, log_sum_exp_tpu
+from pallas_kernels import head_gradients_tpu, log_sum_exp_tpu
 from pallas_kernels.cross_entropy import linear_cross_entropy
+from pallas_kernels.distillation import (
+    Divergence,
+    forward_kl,
+    jensen_shannon,
+    linear_distillation,
+    reverse_kl,
+    skewed_kl,
+)
 from pallas_kernels.label_scores import label_log_probs
 
 CHIPS = {"v5e": "v5e-1x1", "v5p": "v5p-1x1x1", "v6e": "v6e-1x1", "tpu7x": "tpu7x-1x1x1"}
@@ -43,6 +53,13 @@ SCORES = [  # tokens, D, dtypes of hidden states and head, parts
     (8192, 4096, F32, BF16, (2,)),
 ]
 LOSSES = [(8192, 4096)]
+DISTILLATIONS = [(8192, 3072, 4096)]  # tokens, D of student and teacher: brew-mini teaches brew-mini-turbo
+DIVERGENCES = {
+    "forward KL": forward_kl,
+    "reverse KL": reverse_kl,
+    "Jensen-Shannon": jensen_shannon(0.5),
+    "skewed KL": skewed_kl(0.1),
+}
 CHUNKS = (512, 2048)  # tokens of XLA's loop
 
 
@@ -108,18 +125,20 @@ def score(chip: Chip, N: int, D: int, hidden: Any, head: Any, parts: int, implem
         compiled.memory_analysis().temp_size_in_bytes,
     )
     if implementation != "xla":
-        add_log_sum(row, chip, N, D, hidden, head, parts)
+        add_log_sum(row, chip, N, (D,), hidden, head, parts)
     return row
 
 
-def add_log_sum(row: Row, chip: Chip, N: int, D: int, hidden: Any, head: Any, parts: int) -> None:
-    """Adds the kernel's bundles and bytes."""
+def add_log_sum(row: Row, chip: Chip, N: int, sizes: Sequence[int], hidden: Any, head: Any, parts: int) -> None:
+    """Adds the bundles and bytes of a kernel for each of the model dimensions, which must have the same blocks."""
     vmem = chip.info.vmem_capacity_bytes
-    n, v = log_sum_exp_tpu.choose_blocks(N, D, hidden, head, parts, vmem)
+    ((n, v),) = {log_sum_exp_tpu.choose_blocks(N, D, hidden, head, parts, vmem) for D in sizes}
     depth = kernel_bundles("head_log_sum_exp")
-    blocks = pl.cdiv(N, n)
+    blocks, numbers = pl.cdiv(N, n), sum(sizes)
     row.bundles += chip.cycles_ms(blocks * (pl.cdiv(V, v) * depth[1] + n // log_sum_exp_tpu.SPLIT_ROWS * depth[2]))
-    row.bytes += chip.bytes_ms(blocks * V * D * jnp.dtype(head).itemsize + N * D * jnp.dtype(hidden).itemsize)
+    row.bytes += chip.bytes_ms(
+        blocks * V * numbers * jnp.dtype(head).itemsize + N * numbers * jnp.dtype(hidden).itemsize
+    )
     row.estimate = 0
 
 
@@ -146,39 +165,94 @@ def train(chip: Chip, N: int, D: int, implementation: str, chunk: int = 512) -> 
         compiled.memory_analysis().temp_size_in_bytes,
     )
     if implementation != "xla":
-        add_log_sum(row, chip, N, D, BF16, BF16, 1)
-        n, v = cross_entropy_tpu.choose_gradient_blocks(N, D, 2, chip.info.vmem_capacity_bytes)
-        depth = kernel_bundles("cross_entropy_gradients")
-        tiles, blocks = pl.cdiv(V, v), pl.cdiv(N, n)
-        row.bundles += chip.cycles_ms(tiles * blocks * (depth[1] + v // cross_entropy_tpu.SUB * depth[2]))
-        row.bytes += chip.bytes_ms(tiles * N * D * (2 + 8) + 2 * V * D * 2)
+        add_log_sum(row, chip, N, (D,), BF16, BF16, 1)
+        add_gradients(row, chip, N, D)
     return row
 
 
-def on_chips(chips: list[str]) -> None:
+def add_gradients(row: Row, chip: Chip, N: int, D: int, E: int = 0) -> None:
+    """Adds the kernel's bundles and bytes, in bfloat16; E is the teacher's model dimension, if there is one."""
+    n, v = head_gradients_tpu.choose_gradient_blocks(N, D, 2, chip.info.vmem_capacity_bytes, E)
+    depth = kernel_bundles("head_gradients")
+    tiles, blocks = pl.cdiv(V, v), pl.cdiv(N, n)
+    row.bundles += chip.cycles_ms(tiles * blocks * (depth[1] + v // head_gradients_tpu.SUB * depth[2]))
+    row.bytes += chip.bytes_ms(tiles * N * (D * (2 + 8) + E * 2) + V * (2 * D + E) * 2)
+
+
+def distill(chip: Chip, N: int, D: int, E: int, divergence: Divergence, implementation: str, chunk: int = 512) -> Row:
+    """A divergence from another head and both gradients, in bfloat16."""
+    shape = jax.ShapeDtypeStruct
+
+    def step(x: Any, w: Any, teacher_x: Any, teacher_w: Any, weights: Any) -> Any:
+        def loss(x: Any, w: Any) -> Any:
+            how = {"divergence": divergence, "chunk": chunk, "implementation": implementation}
+            return linear_distillation(x, w, teacher_x, teacher_w, weights, **how)[0]
+
+        return jax.value_and_grad(loss, (0, 1))(x, w)
+
+    models = [shape((rows, size), BF16) for size in (D, E) for rows in (N, V)]
+    compiled = chip.compile(step, *models, shape((N,), F32))
+    passes = 2 + (divergence.slope is None)  # over the logits of both models, the last one for gradients
+    turns = pl.cdiv(N, chunk)
+    rest = costs_of(compiled.as_text(), turns)
+    # As for the cross-entropy; the student's head is read once more for the hidden states' gradient.
+    loop_bytes = V * (turns * (passes * (D + E) * 2 + D * (2 + 2 * 4)) + D * (2 * 4 + 2))
+    row = Row(
+        chip.product_ms(N * V * (passes * (D + E) + 2 * D)),
+        chip.cycles_ms(rest.bundles),
+        chip.bytes_ms(loop_bytes if implementation == "xla" else 4 * N * (D + E) * 2 + 2 * N * D * 2),
+        chip.cycles_ms(rest.estimate),
+        compiled.memory_analysis().temp_size_in_bytes,
+    )
+    if implementation != "xla":
+        add_log_sum(row, chip, N, (D, E), BF16, BF16, 1)
+        if divergence.slope is None:
+            add_divergence_sums(row, chip, N, D, E)
+        add_gradients(row, chip, N, D, E)
+    return row
+
+
+def add_divergence_sums(row: Row, chip: Chip, N: int, D: int, E: int) -> None:
+    """Adds the kernel's bundles and bytes."""
+    n, v = log_sum_exp_tpu.choose_blocks(N, D + E, BF16, BF16, 1, chip.info.vmem_capacity_bytes)
+    row.bundles += chip.cycles_ms(pl.cdiv(N, n) * pl.cdiv(V, v) * kernel_bundles("divergence_sums")[1])
+    row.bytes += chip.bytes_ms((pl.cdiv(N, n) * V + N) * (D + E) * 2)
+
+
+def cross_entropies(chip: Chip) -> Iterator[tuple[str, str, Row]]:
+    for N, D in LOSSES:
+        workload = f"cross-entropy and gradients, {N:,} x {D:,}"
+        yield workload, "kernels", train(chip, N, D, "tpu")
+        for chunk in CHUNKS:
+            yield workload, f"XLA, chunk={chunk}", train(chip, N, D, "xla", chunk)
+
+
+def distillations(chip: Chip) -> Iterator[tuple[str, str, Row]]:
+    for (N, D, E), (name, divergence) in itertools.product(DISTILLATIONS, DIVERGENCES.items()):
+        workload = f"{name} and gradients, {N:,} x {D:,} from {E:,}"
+        yield workload, "kernels", distill(chip, N, D, E, divergence, "tpu")
+        yield workload, f"XLA, chunk={CHUNKS[-1]}", distill(chip, N, D, E, divergence, "xla", CHUNKS[-1])
+
+
+def label_scores(chip: Chip) -> Iterator[tuple[str, str, Row]]:
+    for N, D, hidden, head, all_parts in SCORES:
+        workload = f"label scores, {N:,} x {D:,}, {jnp.dtype(hidden).name} x {jnp.dtype(head).name}"
+        for parts in all_parts:
+            by = f"kernel, {parts} part{'s' * (parts > 1)}"
+            yield workload, by, score(chip, N, D, hidden, head, parts, "tpu")
+        yield workload, "XLA", score(chip, N, D, hidden, head, 3, "xla")
+
+
+KINDS = {"cross-entropy": cross_entropies, "distillation": distillations, "scores": label_scores}
+
+
+def on_chips(chips: list[str], kinds: list[str]) -> None:
     columns = ("chip", "what", "by", "floor, ms", "bundles, ms", "bytes, ms", "least, ms", "over floor", "estimate, ms")
     shown = table("the heads", (*columns, "temporary, MB"))
-
-    def add(chip: Chip, workload: str, by: str, row: Row) -> None:
-        shown.add_row(chip.name, workload, by, *row.cells())
-        print(chip.name, workload, by, *row.cells(), file=sys.stderr, flush=True)  # compiling takes long
-
-    for chip in map(Chip, chips):
-        for N, D in LOSSES:
-            workload = f"cross-entropy and gradients, {N:,} x {D:,}"
-            add(chip, workload, "kernels", train(chip, N, D, "tpu"))
-            for chunk in CHUNKS:
-                add(chip, workload, f"XLA, chunk={chunk}", train(chip, N, D, "xla", chunk))
-        for N, D, hidden, head, all_parts in SCORES:
-            workload = f"label scores, {N:,} x {D:,}, {jnp.dtype(hidden).name} x {jnp.dtype(head).name}"
-            for parts in all_parts:
-                add(
-                    chip,
-                    workload,
-                    f"kernel, {parts} part{'s' * (parts > 1)}",
-                    score(chip, N, D, hidden, head, parts, "tpu"),
-                )
-            add(chip, workload, "XLA", score(chip, N, D, hidden, head, 3, "xla"))
+    for chip, kind in itertools.product(map(Chip, chips), kinds):
+        for workload, by, row in KINDS[kind](chip):
+            shown.add_row(chip.name, workload, by, *row.cells())
+            print(chip.name, workload, by, *row.cells(), file=sys.stderr, flush=True)  # compiling takes long
     Console(width=180).print(shown)
 
 
@@ -224,4 +298,5 @@ if __name__ == "__main__":
     if "precision" in sys.argv[1:]:
         on_cpu()
     else:
-        on_chips([name for name in sys.argv[1:] if name in CHIPS] or ["v5e", "v6e", "tpu7x"])
+        chips = [name for name in sys.argv[1:] if name in CHIPS] or ["v5e", "v6e", "tpu7x"]
+        on_chips(chips, [kind for kind in sys.argv[1:] if kind in KINDS] or list(KINDS))

@@ -7,7 +7,7 @@ import itertools
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, Optional
+from typing import TYPE_CHECKING, Annotated, Literal, Optional
 
 import numpy as np
 import typer
@@ -18,6 +18,9 @@ from brewjax.cli_models import ModelFolder, SurfaceName
 from brewjax.config import decode, read_text, suggest
 from brewjax.console import plain_console, print_line, print_ranking
 from brewjax.devices import cache_compilations, device_per_core, hide_useless_libtpu
+
+if TYPE_CHECKING:
+    from brewjax.serve.config import ServeConfig
 
 # Heavy imports (jax, transformers) are inside the verbs, so that --help answers at once.
 
@@ -256,6 +259,9 @@ def score(
     at: At = None,
     surface: SurfaceName = "",
     items: Annotated[Optional[int], typer.Option(help="Rank only so many of them, drawn at random.", min=1)] = None,
+    retrieve: Annotated[
+        Optional[int], typer.Option(help="Rank only so many of them, found by the server's index.", min=1)
+    ] = None,
     note: Annotated[str, typer.Option(help="A wish that the model reads with its instruction.")] = "",
     top: Annotated[int, typer.Option(help="How many items to show.", min=1)] = 10,
     out: Annotated[Optional[Path], typer.Option(help="Write whole rankings, .parquet or .json.")] = None,
@@ -265,14 +271,16 @@ def score(
         raise typer.BadParameter("give a model folder or --server, not both")
     if model is None and not server:
         raise typer.BadParameter("give a model folder, or --server")
+    if retrieve and (items or not server):
+        raise typer.BadParameter("--retrieve: the index is a server's, and finds the items; give --server, not --items")
     if prompt is not None:
         of_members: dict[str, object] = {"dataset": dataset, "task": task, "member": member, "at": at, "items": items}
-        of_members |= {"note": note, "out": out, "surface": surface}
+        of_members |= {"retrieve": retrieve, "note": note, "out": out, "surface": surface}
         if needless := [f"--{name}" for name, value in of_members.items() if value]:
             raise typer.BadParameter(f"{', '.join(needless)}: for members of a dataset, not with --prompt")
         _score_prompt(model, server, prompt, top)
     elif dataset and task and member:
-        _score_members(model, server, dataset, task, member, surface, at, items, note, top, out)
+        _score_members(model, server, dataset, task, member, surface, at, items, retrieve, note, top, out)
     else:
         raise typer.BadParameter("give --prompt, or --dataset, --task and --member")
 
@@ -308,6 +316,7 @@ def _score_members(
     surface: str,
     at: datetime.datetime | None,
     items: int | None,
+    retrieve: int | None,
     note: str,
     top: int,
     out: Path | None,
@@ -335,15 +344,21 @@ def _score_members(
         verbalizer = bundle.verbalizer(tables, checked, surface)
         rankings = [rank(bundle, verbalizer, checked, example, note) for example in examples]
     else:
-        from brewjax.serve.client import score_all
-        from brewjax.serve.requests import request_from_example
+        from brewjax.serve.client import retrieve_and_rank, score_all
+        from brewjax.serve.requests import request_from_catalogue, request_from_example
 
         rankings = []
         for example in examples:
-            question = request_from_example(tables, checked, example, note, surface)
-            probabilities, usage = score_all(server, question, os.environ.get(TOKEN))
+            if retrieve:
+                member = request_from_catalogue(tables, checked, example, note, surface)
+                ids, probabilities, usage = retrieve_and_rank(server, member, retrieve, os.environ.get(TOKEN))
+                candidates = tables.item_rows(ids)
+            else:
+                question = request_from_example(tables, checked, example, note, surface)
+                probabilities, usage = score_all(server, question, os.environ.get(TOKEN))
+                candidates = example.candidates
             console.print(usage)
-            rankings.append(Ranking(example.member, example.candidates, probabilities))
+            rankings.append(Ranking(example.member, candidates, probabilities))
     for ranking in rankings:
         if len(rankings) > 1:
             console.print(f"{tables.card.members.noun} {tables.member_id(ranking.member)}")
@@ -371,15 +386,41 @@ def serve(
     device_per_core()
     import asyncio
 
-    from brewjax.serve.config import ServeConfig
     from brewjax.serve.server import log_as_json
     from brewjax.serve.server import serve as run_server
 
-    settings = (
-        ServeConfig.load(config, overrides or ()) if config else ServeConfig.of({}, "brewjax serve", overrides or ())
-    )
+    settings = _serve_settings(config, overrides)
     log_as_json()
     sys.exit(0 if asyncio.run(run_server(model, settings)) else 1)
+
+
+def _serve_settings(config: Path | None, overrides: list[str] | None) -> ServeConfig:
+    from brewjax.serve.config import ServeConfig
+
+    return ServeConfig.load(config, overrides or ()) if config else ServeConfig.of({}, "brewjax serve", overrides or ())
+
+
+@app.command()
+def warm(
+    model: ModelFolder,
+    config: Annotated[Optional[Path], typer.Option(help="The server's file of settings.")] = None,
+    overrides: Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE, as for `serve`.")] = None,
+) -> None:
+    """Compile what a server with these settings needs, and keep it, so that `serve` starts in seconds.
+
+    For the build of an image: programs are kept in the user's cache folder, and are valid on machines with the same
+    kind of processor and accelerator.
+    """
+    device_per_core()
+    import time
+
+    from brewjax.serve.server import Server
+
+    start_time = time.perf_counter()
+    settings = _serve_settings(config, overrides).model_copy(update={"port": 0, "http_port": None, "host": "localhost"})
+    Server(model, settings)
+    folder = os.environ["JAX_COMPILATION_CACHE_DIR"]
+    print_line(f"{model}: ready to serve; its programs are in {folder} ({time.perf_counter() - start_time:.0f} s)")
 
 
 if __name__ == "__main__":

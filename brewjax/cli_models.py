@@ -112,17 +112,46 @@ def explore(
     ] = None,
     compare: Annotated[Optional[Path], typer.Option(help="Another model's folder, to compare with.")] = None,
     surface: SurfaceName = "",
+    cases: Annotated[
+        Optional[Path], typer.Option(help="A file of cases to choose from, as the page saves them.")
+    ] = None,
+    suite: Annotated[Optional[Path], typer.Option(help="A suite's file: its questions can be chosen.")] = None,
     port: Annotated[int, typer.Option(help="Of this machine; 0 takes a free one.", min=0, max=65535)] = 8000,
 ) -> None:
     """Open a page that changes instruction, note and history, shows how the ranking moves, and says why."""
     from brewjax.explore import explorer, page
+    from brewjax.explore.cases import case_entries, load_cases, suite_entries
+    from brewjax.suite.suite import Suite
 
     first = explorer.open(model, dataset, surface)
     explorers = [first, *([explorer.open(compare, first.dataset, surface)] if compare else [])]
     for task in tasks or ():
         for each in explorers:
             each.add_task(task)
-    page.serve(explorers, port)
+    entries = case_entries(load_cases(cases)) if cases else []
+    entries += suite_entries(Suite.load(suite), first.tables()) if suite else []
+    page.serve(explorers, port, entries)
+
+
+@app.command("check-cases")
+def check_cases(
+    model: ModelFolder,
+    cases: Annotated[Path, typer.Argument(help="A file of cases, as the page of `brewjax explore` saves them.")],
+    dataset: Annotated[Path, typer.Option(help="A dataset folder.")],
+    tasks: Annotated[
+        Optional[list[Path]], typer.Option("--task", help="Task files, beside the model's own tasks.")
+    ] = None,
+    surface: SurfaceName = "",
+) -> None:
+    """Rank cases by a model, and end with 1 if an expected order is not that of the ranking."""
+    from brewjax.explore import explorer
+    from brewjax.explore.cases import load_cases, print_cases
+
+    opened = explorer.open(model, dataset, surface)
+    for task in tasks or ():
+        opened.add_task(task)
+    if not print_cases(opened, load_cases(cases)):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -64,6 +64,10 @@ def evaluate(
         Optional[int], typer.Option(help="The most queries; a random choice of them.", min=1)
     ] = None,
     dimensions: Dimensions = None,
+    ranker: Annotated[
+        Optional[Path],
+        typer.Option(help="A ranker's folder: what is lost if it ranks the k nearest items alone."),
+    ] = None,
 ) -> None:
     """Recall over the whole catalogue in the test period, beside popularity, item-kNN, ALS and BM25."""
     device_per_core()
@@ -75,6 +79,12 @@ def evaluate(
     encoder, tables = Encoder.load(model), Dataset.load(dataset)
     rows = evaluate_retrieval(encoder, tables, ks, max_examples, dimensions)
     print_recall(f"{encoder.task.name}: the test period", rows)
+    if ranker:
+        from brewjax.bundle.bundle import Bundle
+        from brewjax.evaluate.funnel import evaluate_funnel, print_funnel
+
+        funnel = evaluate_funnel(encoder, Bundle.load(ranker), tables, ks, max_examples, dimensions)
+        print_funnel(f"{encoder.task.name}: retrieve, then rank", funnel)
 
 
 def _parse_ks(text: str) -> list[int]:

@@ -152,18 +152,37 @@ class Config(pydantic.BaseModel):
 
     @classmethod
     def place(cls, location: Location, source: dict[str, Any]) -> Location:
-        """The keys in the file `source` that led to the field at `location` of the config; they are the same unless a
-        config is derived from shorter keys."""
+        """Finds where in the file a field comes from; a config that is derived from shorter keys overrides this.
+
+        Args:
+          location: of the field in the config.
+          source: keys and values of the file.
+
+        Returns:
+          The keys in the file that led to the field; here `location` itself.
+        """
         return location
 
     def save(self, path: Path) -> None:
-        """Writes what `load` reads, every default spelled out."""
+        """Writes what `load` reads, every default spelled out, in one step.
+
+        Args:
+          path: of the YAML file.
+        """
         write_text(
             path, yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
         )
 
     def error(self, message: str, *location: str | int) -> ConfigError:
-        """A ConfigError about the key at `location`, e.g. `task.error("no such action", "history", "actions", 0)`."""
+        """Makes an error about a key, e.g. `raise task.error("no such action", "history", "actions", 0)`.
+
+        Args:
+          message: what is wrong, and what would be right.
+          location: keys and indices, from this config on, that lead to the value.
+
+        Returns:
+          The error, to raise; it names the file and the line that the config was read from.
+        """
         if self._file is None:
             return ConfigError(f"{_place('<config>', {}, location)}: {message}")
         path, places, values, root = self._file
@@ -180,16 +199,31 @@ class _File(NamedTuple):
 
 
 def misplaced(message: str, *location: Any) -> PydanticCustomError:
-    """What a validator raises about a key further in: the error then names that key, and its line.
+    """Makes what a validator raises about a key further in: the error then names that key, and its line.
 
     For instance, in a validator of a model with `stages`:
     `raise misplaced("no such stage", "stages", name, "init_from")`.
+
+    Args:
+      message: what is wrong, and what would be right.
+      location: keys and indices, from the validator's model on, that lead to the value.
+
+    Returns:
+      The error, to raise.
     """
     return PydanticCustomError("misplaced", "{message}", {"message": message, "location": location})
 
 
 def misplaced_within(error: pydantic.ValidationError, *location: Any) -> PydanticCustomError:
-    """`misplaced`, for the first mistake in a config that a validator makes itself out of the values at `location`."""
+    """`misplaced`, for a config that a validator makes itself out of values further in.
+
+    Args:
+      error: what making it raised; only the first mistake is reported.
+      location: keys and indices that lead to the values.
+
+    Returns:
+      The error, to raise.
+    """
     detail = error.errors()[0]
     return misplaced(describe(detail), *location, *_location(detail))
 
@@ -213,7 +247,16 @@ def refuse_twice(values: Iterable[Any], name: str, *location: str | int) -> None
 
 
 def nearest(name: str, known: Iterable[str], aliases: Mapping[str, str] | None = None) -> str | None:
-    """The one of `known` that was most likely meant by `name`, whatever the case; None where none is near."""
+    """Finds the name that was most likely meant, whatever the case.
+
+    Args:
+      name: as it was written.
+      known: the names that there are.
+      aliases: names that people write for others, in lower case, and those.
+
+    Returns:
+      One of `known`; None where none is near.
+    """
     fold = lambda word: str(word).casefold().replace("-", "_").strip()  # noqa: E731
     folded = {fold(word): word for word in known}
     key = fold(name)

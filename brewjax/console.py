@@ -32,12 +32,12 @@ def plain_console(**settings: Any) -> Console:
 
 
 def print_line(text: object, stderr: bool = False) -> None:
-    """Prints a text on as many columns as it takes, whatever the width of the terminal."""
+    """Prints a text on as many columns as it takes, whatever the width of the terminal; to stdout, or to `stderr`."""
     plain_console(stderr=stderr).print(text, soft_wrap=True)
 
 
 def bold(text: str, rest: str = "") -> Text:
-    """Text whose first part is bold."""
+    """Text whose first part is bold; `rest` is not."""
     return Text.assemble((text, "bold"), rest)
 
 
@@ -45,7 +45,12 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
     """Yields the items behind a progress bar with the time left, which disappears at the end.
 
     Args:
+      items: what is iterated over.
+      description: the words before the bar.
       total: how many items there are; by default their length.
+
+    Yields:
+      Each item; the bar advances when the next one is asked for.
     """
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=plain_console(), transient=True) as progress:

@@ -41,7 +41,11 @@ def is_process_zero() -> bool:
 
 
 def process_index_and_count() -> tuple[int, int]:
-    """Which of a run's processes this is, and how many there are."""
+    """Says where in a run this process is.
+
+    Returns:
+      Which of the processes this is, from 0 on, and how many there are.
+    """
     return jax.process_index(), jax.process_count()
 
 
@@ -187,7 +191,11 @@ def _wait_for(key: str, process: int) -> Any:
 
 @contextlib.contextmanager
 def defer_preemption() -> Iterator[None]:
-    """Context manager: within it SIGTERM only sets a flag, for `PreemptionSync`; at its end the process exits."""
+    """Context manager: within it SIGTERM only sets a flag, for `PreemptionSync`; at its end the process exits.
+
+    Yields:
+      Nothing.
+    """
     global _deferring
     _deferring = True
     try:
@@ -203,6 +211,9 @@ class PreemptionSync:
 
     Call it once per step: it returns True on every process if any had received SIGTERM by the previous step. The lag of
     one step hides the all-reduce.
+
+    Args:
+      mesh: over all devices of the run.
     """
 
     def __init__(self, mesh: Mesh):
@@ -221,7 +232,11 @@ class PreemptionSync:
 
 
 def exit_for_restart(progress: str) -> NoReturn:
-    """Exits with `EXIT_RESTART`; every process calls this at the same step. `progress` says what is saved."""
+    """Exits with `EXIT_RESTART`; every process calls this at the same step.
+
+    Args:
+      progress: what is saved, for the line on stderr: "step 300 is saved".
+    """
     print(f"SIGTERM received: {progress}; run the same command to resume", file=sys.stderr, flush=True)
     sys.exit(EXIT_RESTART)
 

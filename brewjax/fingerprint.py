@@ -23,7 +23,15 @@ def hash_json(value: object) -> str:
 
 
 def hash_files(root: Path, paths: Iterable[Path]) -> str:
-    """SHA-256 of files' names below `root` and their contents, in the order of their names."""
+    """Hashes files by name and content. Digests of large files are kept in the user's cache.
+
+    Args:
+      root: folder below which the names count.
+      paths: of the files, in any order.
+
+    Returns:
+      SHA-256, in hexadecimal digits, of the files' names below `root` and their contents, in the order of the names.
+    """
     digests, known = [], _Remembered()
     for path in sorted(paths):
         digests.append((path.relative_to(root).as_posix(), known.digest(path)))
@@ -43,7 +51,8 @@ def hash_code(files: Iterable[Path]) -> str:
 
 @functools.cache
 def hash_packages(packages: tuple[str, ...]) -> str:
-    """`hash_code` of folders of brewjax, such as "model"; "../pallas_kernels" is beside it."""
+    """`hash_code` of all files in some `packages`: folders of brewjax, such as "model"; "../pallas_kernels" is
+    beside it."""
     return hash_code(path for package in packages for path in sorted((HERE / package).rglob("*.py")))
 
 

@@ -49,7 +49,7 @@ def atomic_folder(out: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file in one step: whoever reads it, also after a crash, finds the old text or the new one."""
+    """Writes a file in one step: whoever reads `path`, also after a crash, finds the old text or the new one."""
     with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -58,7 +58,14 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A file to write, in the folder of `path`, which becomes `path` when the block ends well; else nothing is left."""
+    """Makes a file to write, which becomes `path` when the block ends well; else nothing is left of it.
+
+    Args:
+      path: that is replaced; its folder must exist.
+
+    Yields:
+      The path to write to, in the same folder.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary

@@ -59,6 +59,7 @@ RECIPE = {
         "big": {"do": "sft", "train": {"steps": 200}},
         "pruned": {"do": "prune", "d_ff": 0.5},
         "small": {"do": "distill", "teacher": "big", "train": {"steps": 60}},
+        "encoder": {"do": "contrastive", "init_from": "big", "train": {"steps": 80, "seq_len": 1024}},
     },
 }
 MODEL = {"name": "jobs", "d_model": 64, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "d_ff": 192}

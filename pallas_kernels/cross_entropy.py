@@ -1,7 +1,7 @@
 """Fused cross-entropy of a linear head: the [N, V] logits never exist, and tokens without a target cost nothing.
 
-On a TPU, kernels compute bfloat16 inputs: `log_sum_exp_tpu` the loss, `cross_entropy_tpu` its gradients. Elsewhere, and
-for float32, a loop of XLA's does both: see `linear_loss`.
+On a TPU, kernels compute bfloat16 inputs: `log_sum_exp_tpu` the loss, `head_gradients_tpu` its gradients. Elsewhere,
+and for float32, a loop of XLA's does both: see `linear_loss`.
 
 Axis letters: N tokens, D model dimension, V vocabulary (docs/glossary.md, "Axis letters").
 """
@@ -9,15 +9,22 @@ Axis letters: N tokens, D model dimension, V vocabulary (docs/glossary.md, "Axis
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import cross_entropy_tpu
+from pallas_kernels import head_gradients_tpu
 from pallas_kernels.distillation import SparseTeacher, forward_kl
-from pallas_kernels.linear_loss import MASKED, LossPlan, default_chunk, fused_linear_loss, fused_linear_losses
+from pallas_kernels.linear_loss import (
+    MASKED,
+    LossPlan,
+    compact,
+    default_chunk,
+    fused_linear_loss,
+    fused_linear_losses,
+)
 from pallas_kernels.log_sum_exp_tpu import choose_implementation, log_sum_exp
 
 
@@ -108,7 +115,7 @@ def _token_losses(
 def _forward(
     interpret: bool, hidden: Array, head: Array, targets: Array, counts: Array
 ) -> tuple[Array, tuple[Array, ...]]:
-    gather, put_back = _compact(counts)
+    gather, put_back = compact(counts)
     lse, logits = log_sum_exp(gather(hidden), head, gather(targets), jnp.sum(counts), interpret=interpret)
     losses = jnp.where(gather(targets) < len(head), lse - logits, jnp.nan)
     return put_back(losses), (hidden, head, targets, counts, put_back(lse))
@@ -116,9 +123,10 @@ def _forward(
 
 def _backward(interpret: bool, saved: tuple[Array, ...], d_losses: Array) -> tuple[Array, Array, None, None]:
     hidden, head, targets, counts, lse = saved
-    gather, put_back = _compact(counts)
-    d_hidden, d_head = cross_entropy_tpu.gradients(
-        *(gather(hidden), head, gather(lse), gather(targets), gather(d_losses), jnp.sum(counts)), interpret=interpret
+    gather, put_back = compact(counts)
+    rows = [gather(x) for x in (lse, targets, d_losses)]
+    d_hidden, d_head, _ = head_gradients_tpu.gradients(
+        [(gather(hidden), head)], rows, logits_gradient, jnp.sum(counts), interpret=interpret
     )
     return put_back(d_hidden).astype(hidden.dtype), d_head, None, None
 
@@ -126,13 +134,7 @@ def _backward(interpret: bool, saved: tuple[Array, ...], d_losses: Array) -> tup
 _token_losses.defvjp(_forward, _backward)
 
 
-def _compact(counts: Bool[Array, " N"]) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
-    """Functions of arrays [N, ..]: to put the tokens that count first, with zeros behind them; and the inverse."""
-    order = jnp.argsort(~counts, stable=True)
-    rank = jnp.cumsum(counts) - 1
-    is_real = jnp.arange(len(counts)) < jnp.sum(counts)
-
-    def select(mask: Array, index: Array, x: Array) -> Array:  # zeros, not anything times zero: it may be NaN
-        return jnp.where(mask.reshape(-1, *[1] * (x.ndim - 1)), jnp.take(x, index, 0, mode="clip"), 0)
-
-    return functools.partial(select, is_real, order), functools.partial(select, counts, rank)
+def logits_gradient(logits: Sequence[Array], ids: Array, rows: Sequence[Array]) -> tuple[Array, None]:
+    """The cross-entropy as a `head_gradients_tpu.TileGradient`: a token's rows are its log-sum, target and weight."""
+    lse, target, weight = rows
+    return (jnp.exp(logits[0] - lse) - jnp.where(ids == target, 1.0, 0.0)) * weight, None

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.distillation_tpu import distill
 from pallas_kernels.linear_loss import (
     MASKED,
     Gather,
@@ -28,6 +29,7 @@ from pallas_kernels.linear_loss import (
     fused_linear_loss,
     over_tokens,
 )
+from pallas_kernels.log_sum_exp_tpu import choose_implementation
 
 
 class Divergence(NamedTuple):
@@ -107,6 +109,7 @@ def linear_distillation(
     temperature: float = 1.0,
     chunk: int | None = None,
     block: int = 8192,
+    implementation: str | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Divergence of the student's softmax(logits / temperature) from the teacher's, weighted and summed over tokens.
 
@@ -118,7 +121,8 @@ def linear_distillation(
       weights: of the tokens; a token of weight 0 costs nothing.
       divergence: see `Divergence`.
       temperature: divides all logits.
-      chunk, block: tokens (by default `default_chunk`) and words whose logits are in memory at a time.
+      chunk, block: tokens (by default `default_chunk`) and words whose logits are in memory at a time, in XLA.
+      implementation: "xla", "tpu" or "tpu-interpreted"; by default the fastest for the platform and these shapes.
 
     Returns:
       float32: temperature^2 x the sum of weight x divergence, and the sum of the weights.
@@ -128,8 +132,16 @@ def linear_distillation(
     """
     if len(head) != len(teacher_head):
         raise ValueError(f"the student's head has {len(head)} words, the teacher's {len(teacher_head)}")
+    student, teacher = (hidden, head), (teacher_hidden, teacher_head)
+    if not implementation:
+        all_bfloat16 = all(x.dtype == jnp.bfloat16 for x in (*student, *teacher))
+        by_kernels = all_bfloat16 and all(choose_implementation(*model) == "tpu" for model in (student, teacher))
+        implementation = "tpu" if by_kernels else "xla"
+    if implementation != "xla":
+        total = distill(divergence, temperature, implementation == "tpu-interpreted", student, teacher, weights)
+        return total, jnp.sum(weights, dtype=jnp.float32)
     plan = LossPlan(_DenseTeacher(divergence), temperature, chunk or default_chunk(), block)
-    return fused_linear_loss(plan, (hidden, head), [(teacher_hidden, teacher_head)], (), weights)
+    return fused_linear_loss(plan, student, [teacher], (), weights)
 
 
 def top_k_distillation(

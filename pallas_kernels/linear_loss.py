@@ -177,6 +177,18 @@ def over_tokens(
     return jax.lax.fori_loop(0, (active + chunk - 1) // chunk, step, state)
 
 
+def compact(counts: Bool[Array, " N"]) -> tuple[Gather, Gather]:
+    """Functions of arrays [N, ..]: to put the tokens that count first, with zeros behind them; and the inverse."""
+    order = jnp.argsort(~counts, stable=True)
+    rank = jnp.cumsum(counts) - 1
+    is_real = jnp.arange(len(counts)) < jnp.sum(counts)
+
+    def select(mask: Array, index: Array, x: Array) -> Array:  # zeros, not anything times zero: it may be NaN
+        return jnp.where(mask.reshape(-1, *[1] * (x.ndim - 1)), jnp.take(x, index, 0, mode="clip"), 0)
+
+    return functools.partial(select, is_real, order), functools.partial(select, counts, rank)
+
+
 def _sums(losses: Array, weights: Array) -> tuple[Array, Array]:
     return jnp.sum(weights.astype(jnp.float32) * losses), jnp.sum(weights, dtype=jnp.float32)
 

@@ -76,9 +76,10 @@ def log_sum_exp(
     targets: Int[Array, " N"] | None = None,
     num_tokens: Int[Array, ""] | None = None,
     parts: int = 2,
+    scale: float = 1.0,
     interpret: Any = False,
 ) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
-    """log sum over words of exp(head @ hidden), and the logit of each token's target.
+    """log sum over words of exp(scale x head @ hidden), and the logit of each token's target, scaled too.
 
     Args:
       hidden: float32 or bfloat16 hidden states.
@@ -87,6 +88,7 @@ def log_sum_exp(
       num_tokens: only so many tokens are computed, in whole blocks, and the others' results are undefined.
       parts: bfloat16 parts of a float32 input. A bfloat16 input is its own only part. Passes of the matrix unit: as
         many as parts, if one input is bfloat16; 1, 3 or 6 with 1, 2 or 3 parts of two float32 inputs.
+      scale: of the logits.
       interpret: see `pl.pallas_call`.
 
     Returns:
@@ -99,7 +101,7 @@ def log_sum_exp(
     blocks = pl.cdiv(N, n)
     row = pl.BlockSpec((1, n), lambda i, j: (0, i))
     lse, target_logits = pl.pallas_call(
-        functools.partial(_kernel, V, hidden_parts, head_parts),
+        functools.partial(_kernel, V, hidden_parts, head_parts, scale),
         name="head_log_sum_exp",
         grid=(blocks if num_tokens is None else pl.cdiv(num_tokens, n), pl.cdiv(V, v)),
         in_specs=[
@@ -125,7 +127,7 @@ def log_sum_exp(
 
 
 def _kernel(
-    V: int, hidden_parts: int, head_parts: int, head, hidden, target,  # read
+    V: int, hidden_parts: int, head_parts: int, scale: float, head, hidden, target,  # read
     lse, target_logit,  # written
     row_max, row_sum, picked, *split_hidden,  # scratch: sums of each token by sublane, and the parts [P, n, D]
 ) -> None:  # fmt: skip
@@ -142,7 +144,10 @@ def _kernel(
 
     tokens = [split_hidden[0][p] for p in range(hidden_parts)] if split_hidden else [hidden[...]]
     words = split(head[...], head_parts) if head.dtype == jnp.float32 else [head[...]]
-    logits = sum(multiply(words[b], tokens[a]) for a, b in pairs(hidden_parts, head_parts))
+    products = (multiply(words[b], tokens[a]) for a, b in pairs(hidden_parts, head_parts))
+    logits = functools.reduce(jnp.add, products)
+    if scale != 1:
+        logits *= scale
     ids = j * v + jax.lax.broadcasted_iota(jnp.int32, (v, n), 0)
     if V % v:  # rows of the last tile that are no words, and hold anything
         logits = jnp.where(ids < V, logits, -jnp.inf)

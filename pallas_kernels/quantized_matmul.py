@@ -133,7 +133,16 @@ def round_tokens(
 
 
 def to_8_bits(x: Float[Array, " *B"], dtype: DTypeLike, axis: int | tuple[int, ...]) -> tuple[Array, Array]:
-    """8-bit values, and scales of length 1 along `axis`; see `quantize`."""
+    """Rounds to 8 bits, as `quantize` does.
+
+    Args:
+      x: any values.
+      dtype: int8 or float8_e4m3fn.
+      axis: or axes that share a scale.
+
+    Returns:
+      Values [*B] of `dtype`; and float32 scales, of length 1 along `axis`, to multiply them with.
+    """
     scale = _scales(x, dtype, axis)
     return _round_values(x, scale, dtype), scale
 

@@ -13,16 +13,22 @@ import time
 import zipfile
 from pathlib import Path
 
+import kubernetes_validate
+import prometheus_client
 import pytest
 import yaml
 from kubeflow_trainer_api.models import JobsetV1alpha2JobSet
 
+from brewjax.serve.config import ServeConfig
+from brewjax.serve.http import OPEN_PATHS
+from brewjax.serve.telemetry import Metrics
 from brewjax.train.metrics_writer import METRICS, read_metrics
 from tests.pipeline.test_run import BASE, MODEL, TASK
 from tests.tables import write_dataset
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 GKE = {"NAME": "brew", "ACCELERATOR": "tpu-v5p-slice", "TOPOLOGY": "4x4x8", "IMAGE": "brewjax:1", "BUCKET": "runs"}
+SERVE = {"NAME": "ranker", "IMAGE": "brewjax:1", "CLAIM": "models", "MODEL": "demo/turbo/model", "SECRET": "token"}
 XPK = {"NAME": "brew", "CLUSTER": "c", "TPU_TYPE": "v5p-128", "IMAGE": "brewjax:1", "STORAGE": "runs"}
 
 
@@ -85,6 +91,33 @@ def test_gke_submits_a_pod_for_each_host_of_the_slice():
     assert "queue" not in str(jobset)
     (volume,) = pod["volumes"]
     assert "implicit-dirs" in volume["csi"]["volumeAttributes"]["mountOptions"].split(",")
+
+
+def test_servers_on_kubernetes_are_what_its_schema_and_the_server_take():
+    result = launch("serve.sh", "--dry-run", **SERVE, RESOURCES="cpu: 8, memory: 64Gi, nvidia.com/gpu: 1")
+    assert result.returncode == 0, result.stderr
+    assert "${" not in result.stdout.split("\n", 1)[1]
+    manifests = {manifest["kind"]: manifest for manifest in yaml.safe_load_all(result.stdout)}
+    for manifest in manifests.values():
+        kubernetes_validate.validate(manifest, kubernetes_validate.latest_version(), strict=True)
+    settings = ServeConfig.of(yaml.safe_load(manifests["ConfigMap"]["data"]["serve.yaml"]), "serve.yaml")
+    pod = manifests["Deployment"]["spec"]["template"]["spec"]
+    assert pod["terminationGracePeriodSeconds"] > settings.lame_duck_seconds + settings.drain_seconds
+    (container,) = pod["containers"]
+    assert container["command"][:3] == ["brewjax", "serve", "/models/demo/turbo/model"]
+    assert {port["name"]: port["containerPort"] for port in container["ports"]} == {
+        "grpc": settings.port, "http": settings.http_port
+    }  # fmt: skip
+    assert container["resources"]["limits"] == {"cpu": 8, "memory": "64Gi", "nvidia.com/gpu": 1}
+    for probe in ("startup", "readiness", "liveness"):
+        assert container[f"{probe}Probe"]["httpGet"]["path"] in OPEN_PATHS
+    (metric,) = manifests["HorizontalPodAutoscaler"]["spec"]["metrics"]
+    exposed = prometheus_client.generate_latest(Metrics().registry).decode()
+    assert f"\n{metric['pods']['metric']['name']} 0.0" in exposed
+    assert float(metric["pods"]["target"]["averageValue"]) < settings.max_queued_tokens
+    labels = manifests["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    assert manifests["Service"]["spec"]["selector"] == labels
+    assert manifests["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"] == labels
 
 
 def test_gke_takes_a_service_account_a_queue_and_ephemeral_storage():
@@ -184,6 +217,9 @@ def test_xpk_starts_again_on_75_and_passes_sigterm_on():
         (["gke.sh", "r.yaml"], GKE | {"ACCELERATOR": "v5p"}, "ACCELERATOR is 'v5p'; known: tpu-v4-podslice"),
         (["gke.sh", "r.yaml"], GKE | {"NAME": "Brew_1"}, "NAME is 'Brew_1'; Kubernetes takes"),
         (["xpk.sh", "r.yaml"], XPK | {"NAME": "x" * 41}, "Kubernetes takes at most 40"),
+        (["serve.sh"], {"NAME": "x"}, "IMAGE is not set"),
+        (["serve.sh", "model"], {}, "'model': all settings are variables"),
+        (["serve.sh"], SERVE | {"REPLICAS": "11"}, "REPLICAS is 11, more than MAX_REPLICAS, 10"),
     ],
 )
 def test_what_is_missing_is_said(command, variables, message):

@@ -65,7 +65,15 @@ class Roofline(NamedTuple):
 
 
 def compile_work(work: TracedProgram) -> Compiled:
-    """Runs the TPU compiler. A program that does not fit is no error: its peak is what the compiler says it needs."""
+    """Runs the TPU compiler. A program that does not fit is no error: its peak is what the compiler says it needs.
+
+    Args:
+      work: a traced program, and the shapes and shardings of its arguments.
+
+    Returns:
+      What the compiler says of memory (bytes of a device) and of operations, None where the program does not fit; and
+      the seconds that it took.
+    """
     leaves = jax.tree.leaves(work.arguments)
     arguments = sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
     start_time = time.monotonic()

@@ -47,7 +47,13 @@ class Topology(NamedTuple):
 
 
 def topology(name: str) -> Topology:
-    """The topology CHIP-SHAPE or CHIP:SHAPE, or with Nx in front N such slices.
+    """Describes TPUs that need not be there.
+
+    Args:
+      name: CHIP-SHAPE or CHIP:SHAPE, "v5e-4x4"; with Nx in front N such slices.
+
+    Returns:
+      The topology, with abstract devices to compile for.
 
     Raises:
       ValueError: for an unknown or impossible topology (it names known ones), or without libtpu.

@@ -15,7 +15,8 @@ from brewjax.bundle.surface import SURFACES, Surface
 from brewjax.bundle.training import TRAINING, Training
 from brewjax.config import ConfigError
 from brewjax.console import print_line
-from brewjax.data.prompts.styles import PromptConfig
+from brewjax.data.prompts.attributes import stated_kinds
+from brewjax.data.prompts.styles import STYLES, PromptConfig
 from brewjax.data.prompts.verbalize import Verbalizer
 from brewjax.data.tables.card import CARD
 from brewjax.data.tables.dataset import Dataset, hash_dataset
@@ -278,7 +279,14 @@ class Bundle:
         temperatures: Mapping[str, float] | None = None,
     ) -> Verbalizer:
         prompts, budget = self.prompts, self.prompts.max_tokens
-        return Verbalizer(dataset, percentiles, self.tokenizer, budget, prompts.chat, facts, temperatures)
+        return Verbalizer(dataset, percentiles, self.tokenizer, budget, prompts.chat, facts, temperatures, self._kinds)
+
+    @cached_property
+    def _kinds(self) -> set[str] | None:
+        """The kinds of numbers that training stated, if any: the tokens of others have learnt nothing."""
+        styles = [STYLES[name] for name in self.prompts.styles]
+        of_surface = (stated_kinds(surface.card, surface.tasks, styles) for surface in self.surfaces.values())
+        return set().union(*of_surface) or None
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:
         """Tokenizes a prompt in the layout of training.

@@ -32,7 +32,16 @@ class PercentileScale(Config):
 
     @classmethod
     def fit(cls, dataset: Dataset, until: int, tables: str = "") -> PercentileScale:
-        """Fits the percentiles of a dataset as of `until`, in microseconds since 1970."""
+        """Fits the scales of a dataset, see `Percentiles.fit`.
+
+        Args:
+          dataset: whose numbers are in buckets.
+          until: microseconds since 1970; only events before it count.
+          tables: SHA-256 of the dataset's tables, if they are of a folder.
+
+        Returns:
+          The scales.
+        """
         return cls(until=until, tables=tables, quantiles=Percentiles.fit(dataset, until).quantiles)
 
     def fits(self, dataset: Dataset) -> bool:
@@ -73,18 +82,40 @@ class Surface:
 
     @classmethod
     def fit(cls, name: str, dataset: Dataset, tasks: Sequence[Task]) -> Surface:
-        """The surface of a dataset, with percentiles as of the end of the training period of the first task."""
+        """The surface of a dataset, with percentiles as of the end of the training period of the first task.
+
+        Args:
+          name: among the surfaces of the model.
+          dataset: that the model is trained on.
+          tasks: asked of it; at least one.
+
+        Returns:
+          The surface, without temperatures.
+
+        Raises:
+          ConfigError: the first task's split does not fit the dataset.
+        """
         return cls(name, dataset.card, PercentileScale.fit(dataset, tasks[0].boundaries(dataset)[0]), tuple(tasks))
 
     def task(self, name: str) -> Task:
-        """A task by its name. Raises ValueError if there is none of this name."""
+        """Looks up a task.
+
+        Args:
+          name: of the task.
+
+        Returns:
+          The task.
+
+        Raises:
+          ValueError: there is none of this name; the message says which there are.
+        """
         for task in self.tasks:
             if task.name == name:
                 return task
         raise ValueError(f"no task '{name}'; {suggest(name, [task.name for task in self.tasks], listing='tasks')}")
 
     def save(self, folder: Path) -> None:
-        """Writes the folder that `load` reads."""
+        """Writes what `load` reads into `folder`, which is made if need be."""
         (folder / TASKS).mkdir(parents=True, exist_ok=True)
         self.card.save(folder / CARD)
         self.scale.save(folder / PERCENTILES)
@@ -95,7 +126,13 @@ class Surface:
 
     @classmethod
     def load(cls, folder: Path) -> Surface:
-        """Reads a folder, whose name is the surface's.
+        """Reads what `save` wrote.
+
+        Args:
+          folder: whose name is the surface's.
+
+        Returns:
+          The surface.
 
         Raises:
           ConfigError: names the file that is missing or broken.

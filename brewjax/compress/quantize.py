@@ -48,7 +48,14 @@ class QuantizeConfig(Config):
 
 
 def quantize(source: Path, config: QuantizeConfig) -> Bundle:
-    """Quantises the bundle in a folder; of the original weights, one stacked parameter is in memory at a time.
+    """Quantises a bundle; of the original weights, one stacked parameter is in memory at a time.
+
+    Args:
+      source: folder of the bundle.
+      config: the dtype, what is quantised, and the devices.
+
+    Returns:
+      The quantised bundle, in memory; its tokenizer and surfaces are those of `source`.
 
     Raises:
       ConfigError: if the bundle is quantised already.

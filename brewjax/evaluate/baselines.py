@@ -54,11 +54,16 @@ def predict_baselines(
     """Trains the baselines on the training period, and predicts examples.
 
     Args:
+      dataset: the tables.
+      task: whose labels are predicted.
       examples: all of their labels are known.
       settings: how many LightGBM settings to try on the validation period.
 
     Returns:
       Tables of predictions by the names in BASELINES; and ORACLE, where the dataset was simulated.
+
+    Raises:
+      ValueError: the training or the validation period has no question.
     """
     train, validation = (list(build_examples(dataset, task, split)) for split in ("train", "validation"))
     percentiles = Percentiles.fit(dataset, task.boundaries(dataset)[0])
@@ -83,6 +88,8 @@ def popularity(
     the logarithm of the item's share of all events.
 
     Args:
+      dataset: the tables.
+      task: whose labels are predicted.
       train: fits the smoothing and the regression.
       examples: are predicted.
 
@@ -124,6 +131,8 @@ def own_past(
     one more than the number of the member's events with the item.
 
     Args:
+      dataset: the tables.
+      task: whose labels are predicted.
       train: fits the smoothing and the regression.
       examples: are predicted.
 
@@ -313,7 +322,15 @@ class LightGBM:
         return self.predict_features(task, build_features(dataset, task, examples).values)
 
     def predict_features(self, task: Task, values: np.ndarray) -> np.ndarray:
-        """Probabilities, float64 [questions, labels], from rows of features."""
+        """Predicts the labels of questions from their features.
+
+        Args:
+          task: whose labels are predicted.
+          values: float [questions, features], in the order of `build_features`.
+
+        Returns:
+          Probabilities, float64 [questions, labels].
+        """
         predicted = self.booster.predict(values)
         return np.stack([predicted, 1 - predicted], axis=1) if len(task.words) == 2 else predicted
 

@@ -47,6 +47,8 @@ def propose_facts(dataset: Dataset, task: Task, max_facts: int = 12) -> list[Gai
     """Chooses facts one by one, each time the one that lowers the validation log loss most, of those that alone did.
 
     Args:
+      dataset: whose card says what facts there can be.
+      task: that the facts are to help with.
       max_facts: at most so many are proposed.
 
     Returns:
@@ -116,7 +118,7 @@ def candidate_facts(card: Card) -> Iterator[tuple[FactGroup, Fact]]:
 
 
 def facts_yaml(gains: Sequence[Gain]) -> str:
-    """The section `facts` of a card."""
+    """The section `facts` of a card, as YAML, with the facts of `gains`."""
     facts: dict[str, list[dict]] = {}
     for group in GROUPS:
         entries = [gain.fact.model_dump(mode="json", exclude_defaults=True) for gain in gains if gain.group == group]
@@ -126,7 +128,15 @@ def facts_yaml(gains: Sequence[Gain]) -> str:
 
 
 def write_facts(folder: Path, gains: Sequence[Gain]) -> None:
-    """Writes the facts into the card of a dataset folder, in place of those it has; the rest of the file stays."""
+    """Writes facts into the card of a dataset folder, in place of those it has; the rest of the file stays.
+
+    Args:
+      folder: of the dataset.
+      gains: the facts.
+
+    Raises:
+      ConfigError: the card is wrong with them; it stays as it is.
+    """
     path = folder / CARD
     lines = path.read_text().splitlines(keepends=True)
     starts = [index for index, line in enumerate(lines) if line[:1].strip() and not line.startswith("#")]

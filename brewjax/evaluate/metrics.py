@@ -151,12 +151,15 @@ def calibration_error(probabilities: np.ndarray, labels: np.ndarray, weights: np
 
 
 def reliability(probability: np.ndarray, outcome: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Ten bins of equal weight by probability: their sums of probability, of outcomes and of weight, each [..., 10].
+    """Sums predictions and outcomes in ten bins of equal weight by probability; equal probabilities share a bin.
 
     Args:
       probability: float64 [rows].
       outcome: bool [rows].
       weights: float64 [..., rows].
+
+    Returns:
+      The sums of probability, of outcomes and of weight of each bin, float64 [..., 10] each.
     """
     order, ties = _ties(probability)
     weights = weights[..., order]
@@ -179,6 +182,14 @@ def _ties(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    """The quotient; NaN, without a warning, for 0 / 0."""
+    """Divides without a warning.
+
+    Args:
+      numerator: float [...].
+      denominator: float [...].
+
+    Returns:
+      float [...], the quotient; NaN for 0 / 0.
+    """
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray(numerator) / denominator

@@ -71,7 +71,17 @@ class OutOfFoldTable:
 
     @staticmethod
     def save(path: Path, dataset: Dataset, task: Task, samples: Sequence[Sequence[RankingExample]]) -> None:
-        """Predicts the examples of each sample by trees of that sample alone, and writes all probabilities."""
+        """Predicts the examples of each sample by trees of that sample alone, and writes all probabilities.
+
+        Args:
+          path: of the .npz file.
+          dataset: the tables.
+          task: whose labels are predicted.
+          samples: of training examples, which `look_up` tells apart by their seeds.
+
+        Raises:
+          ValueError: a sample has too few members.
+        """
         predicted = [rows for examples in samples for rows in predict_out_of_fold(dataset, task, examples)]
         temporary = path.with_suffix(".tmp.npz")
         np.savez(
@@ -83,7 +93,7 @@ class OutOfFoldTable:
         temporary.replace(path)
 
     def look_up(self, examples: Sequence[RankingExample]) -> list[np.ndarray]:
-        """The probabilities of each example, float32 [candidates, labels]."""
+        """float32 [candidates, labels] each: the probabilities of each of `examples`, which must be of the samples."""
         return [self._by_seed[example.seed] for example in examples]
 
 
@@ -123,8 +133,8 @@ class PredictionTable:
         }
 
     def look_up(self, examples: Sequence[RankingExample]) -> list[np.ndarray]:
-        """The probabilities of each example, float32 [candidates, labels]; where the table has no row, the answer is
-        certain."""
+        """float32 [candidates, labels] each: the probabilities of `examples`; where the table has no row, the answer
+        is certain."""
         results = []
         for example in examples:
             soft = np.eye(len(self._task.words), dtype=np.float32)[example.labels]

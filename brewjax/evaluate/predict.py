@@ -63,6 +63,10 @@ def predict(bundle: Bundle, tasks: Sequence[TaskExamples]) -> list[Predictions]:
 
     Prints what was truncated or skipped, and the speed.
 
+    Args:
+      bundle: the model.
+      tasks: with their examples; the prompts of all share compiled shapes.
+
     Returns:
       The predictions of each task.
 

@@ -26,7 +26,7 @@ class FactRegression:
     the buckets in which prompts state them, and on the context of the question.
 
     Attributes:
-      scales: by the name of each number, the values between its buckets.
+      scales: by the name of each number, float64 [buckets - 1]: the values between its buckets, ascending.
       weights: float64 [codes + 1, labels]; the last row is the intercept.
     """
 
@@ -64,11 +64,16 @@ class FactRegression:
         num_labels: int,
         quantiles: Mapping[str, Sequence[float]],
     ) -> FactRegression:
-        """Fits the regression on numbers by name, float64 [questions] each, NaN where unknown.
+        """Fits the regression on numbers that are known already.
 
         Args:
-          labels: int64 [questions].
+          numbers: by name, float64 [questions] each, NaN where unknown.
+          labels: int64 [questions], the true answers.
+          num_labels: how many labels there are, also such as no question has.
           quantiles: the scales of some of the numbers; the others get BUCKETS buckets of equal shares.
+
+        Returns:
+          The regression, with the L2 penalty RIDGE on all weights but the intercept.
         """
         scales = {}
         for name, values in numbers.items():
@@ -106,7 +111,8 @@ class FactRegression:
         )
 
     def predict_numbers(self, numbers: Mapping[str, np.ndarray], count: int) -> np.ndarray:
-        """Probabilities of `count` questions from their numbers, float64 [questions, labels]."""
+        """Probabilities of `count` questions from their `numbers` (as of `fit_numbers`), float64 [questions,
+        labels]."""
         return softmax(_one_hot(numbers, self.scales, count) @ self.weights, axis=1)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
@@ -14,6 +14,8 @@ from rich.text import Text
 
 from brewjax.console import bold
 from brewjax.data.tasks.task import MetricName
+from brewjax.evaluate.fact_worth import FactWorth
+from brewjax.evaluate.mistakes import Mistake
 from brewjax.evaluate.plots import cost_plot, loss_plot, reliability_plot, size_plot, slice_plot
 from brewjax.evaluate.results import METRICS, OVERALL, SLICES, Comparison, Estimate, ModelSummary, agreements
 
@@ -29,8 +31,22 @@ HOW_TO_READ = (
     "difference instead, whose interval is narrower.",
     "Spearman between two tasks: how alike a model orders the same candidates for both. Tasks that ask for opposite "
     "things should be near -1; a model far from the baselines confuses the tasks.",
+    "What a fact is worth: how much the fact regression loses when the number is shuffled over the questions, which "
+    "takes away what it says and leaves how it is distributed. Facts that say the same stand in for each other.",
     f"{UNDEFINED} means undefined: no questions, or only one answer among them. A single member has no interval.",
 )
+
+
+class TaskDetails(NamedTuple):
+    """What a report shows of a task beside its metrics.
+
+    Attributes:
+      mistakes: where the first model shown was most wrong.
+      facts: what the numbers that prompts state are worth to the fact regression.
+    """
+
+    mistakes: Sequence[Mistake] = ()
+    facts: Sequence[FactWorth] = ()
 
 
 def write_report(
@@ -41,6 +57,7 @@ def write_report(
     shown: Sequence[str],
     facts: Mapping[str, str],
     losses: Mapping[str, Sequence[Mapping[str, float]]],
+    details: Mapping[str, TaskDetails],
 ) -> None:
     """Writes `report.md` and `report.html`; the page refers to nothing outside itself.
 
@@ -52,6 +69,7 @@ def write_report(
       shown: names of the models and baselines to compare in detail.
       facts: about the run, by name: dataset, date, commit, seconds by phase, ..
       losses: the logged metrics of each stage that trained, by its name: "step" and "loss" of every step.
+      details: of tasks, by name; may be missing.
     """
     finite_rows = {name: [row for row in rows if np.isfinite(row["loss"])] for name, rows in losses.items()}
     context = {
@@ -61,7 +79,10 @@ def write_report(
         "models": describe_models(comparisons, models),
         "size_plots": [size_plot(comparison, models) for comparison in comparisons] if len(models) > 1 else [],
         "cost_plot": cost_plot(models) if len(models) > 1 else "",
-        "tasks": [_describe(comparison.select(*shown)) for comparison in comparisons],
+        "tasks": [
+            _describe(comparison.select(*shown)) | _describe_details(details.get(comparison.name, TaskDetails()))
+            for comparison in comparisons
+        ],
         "agreements": describe_agreements(comparisons, shown),
         "loss_plots": [loss_plot(name, rows) for name, rows in finite_rows.items() if rows],
     }
@@ -95,7 +116,15 @@ def describe_models(comparisons: Sequence[Comparison], models: Sequence[ModelSum
 
 
 def describe_agreements(comparisons: Sequence[Comparison], shown: Sequence[str]) -> list[str]:
-    """A line for each two tasks that ask about the same items: do the models of `shown` tell them apart?"""
+    """Says of each two tasks that ask about the same items whether models tell them apart.
+
+    Args:
+      comparisons: of the tasks.
+      shown: names of the models and baselines.
+
+    Returns:
+      A line for each two tasks, with Spearman's rank correlation of the scores by each model.
+    """
     return [
         f"{' and '.join(agreement.tasks)}: Spearman of the scores "
         + ", ".join(f"{name} {_format_number(agreement.spearman[name], sign='+')}" for name in shown)
@@ -104,7 +133,13 @@ def describe_agreements(comparisons: Sequence[Comparison], shown: Sequence[str])
 
 
 def print_models(comparisons: Sequence[Comparison], models: Sequence[ModelSummary], console: Console) -> None:
-    """Prints the table of models without what a terminal has no room for: how a model was made, and intervals."""
+    """Prints the table of models without what a terminal has no room for: how a model was made, and intervals.
+
+    Args:
+      comparisons: of all models, one per task; the first metric of each task is shown.
+      models: in the order of the table.
+      console: that prints.
+    """
     quality = [f"{comparison.name}\n{METRICS[comparison.task.metrics[0]].title}" for comparison in comparisons]
     table = Table(title="models", title_justify="left", box=None, padding=(0, 1, 0, 0))
     table.add_column("model", no_wrap=True)
@@ -125,7 +160,12 @@ def print_models(comparisons: Sequence[Comparison], models: Sequence[ModelSummar
 
 
 def print_results(comparison: Comparison, console: Console) -> None:
-    """Prints a task's tables: every metric overall, then the first metric by the member's number of past events."""
+    """Prints a task's tables: every metric overall, then the first metric by the member's number of past events.
+
+    Args:
+      comparison: of all models and baselines on the task.
+      console: that prints.
+    """
     described = _describe(comparison, plots=False)
     overall = Table("", *described["metrics"], title=f"{described['name']}: {described['size']}", title_justify="left")
     for row in described["overall"]:
@@ -174,6 +214,31 @@ def _describe(comparison: Comparison, plots: bool = True) -> dict[str, Any]:
     }
 
 
+def _describe_details(details: TaskDetails) -> dict[str, Any]:
+    """The mistakes and facts of a task, as texts."""
+    return {
+        "mistakes": [
+            {
+                "member": mistake.member,
+                "title": mistake.title,
+                "answer": mistake.answer,
+                "probability": _format_number(mistake.probability),
+                "baseline": mistake.baseline,
+                "baseline_probability": _format_number(mistake.baseline_probability),
+                "text": mistake.text,
+            }
+            for mistake in details.mistakes
+        ],
+        "facts": [
+            {
+                "name": fact.name,
+                "cells": [_format_signed(value) for value in (-fact.gauc, fact.log_loss, fact.log_odds)],
+            }
+            for fact in details.facts
+        ],
+    }
+
+
 def _describe_difference(comparison: Comparison, metric: MetricName, baseline: str) -> str:
     model, difference = next(iter(comparison.results)), comparison.difference(metric, baseline)
     value, interval = _format_number(difference.value, sign="+"), _format_interval(difference)
@@ -182,6 +247,10 @@ def _describe_difference(comparison: Comparison, metric: MetricName, baseline: s
 
 def _format_number(value: float, sign: str = "") -> str:
     return f"{value:{sign}.3f}" if np.isfinite(value) else UNDEFINED
+
+
+def _format_signed(value: float) -> str:
+    return f"{value:+.4f}" if np.isfinite(value) else UNDEFINED
 
 
 def _format_interval(estimate: Estimate) -> str:

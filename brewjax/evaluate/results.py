@@ -70,7 +70,13 @@ METRICS: dict[MetricName, Metric] = {
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """The value of a metric, and of each bootstrap resample (float64 [bootstrap]); NaN if undefined."""
+    """The value of a metric, and of each bootstrap resample.
+
+    Attributes:
+      value: of the questions themselves; NaN if undefined.
+      resamples: float64 [bootstrap], the value of each resample of the members; NaN where it is undefined.
+      bounds: the least and the greatest value that the metric can have.
+    """
 
     value: float
     resamples: np.ndarray
@@ -87,13 +93,14 @@ class Estimate:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95% interval, within the metric's range."""
+        """The lower and the upper end of the 95% interval, within the metric's range; NaN if the error is undefined."""
         low, high = np.clip([self.value - self.error, self.value + self.error], *self.bounds)
         return float(low), float(high)
 
     @classmethod
     def mean(cls, estimates: Sequence[Estimate]) -> Estimate:
-        """The unweighted mean. Its resamples are the means of theirs, so its error is that of this very estimator."""
+        """The unweighted mean of `estimates`. Its resamples are the means of theirs, so its error is that of this
+        very estimator."""
         values, resamples = [each.value for each in estimates], [each.resamples for each in estimates]
         return cls(float(np.mean(values)), np.mean(resamples, axis=0), estimates[0].bounds)
 
@@ -157,6 +164,9 @@ def estimates(
       task: whose metrics are computed.
       member_weights: float64 [1 + resamples, members]; the first row is the sample itself, all ones.
       member: int [rows], the column of `member_weights` of each prediction.
+
+    Returns:
+      An estimate of each of the task's metrics, NaN without predictions.
     """
     inputs = MetricInputs(
         probabilities(predictions, task),
@@ -191,14 +201,30 @@ class Comparison:
         return Comparison(self.task, predictions, {name: self.results[name] for name in names}, self.name)
 
     def best(self, metric: MetricName, slice_: str = OVERALL) -> str | None:
-        """The name with the best value; None if no value is defined."""
+        """Finds the best model or baseline.
+
+        Args:
+          metric: by which.
+          slice_: of the questions.
+
+        Returns:
+          The name with the best value; None if no value is defined.
+        """
         values = {name: result[slice_].metrics[metric].value for name, result in self.results.items()}
         defined = {name: value for name, value in values.items() if np.isfinite(value)}
         choose = max if METRICS[metric].higher_is_better else min
         return choose(defined, key=defined.__getitem__) if defined else None
 
     def difference(self, metric: MetricName, baseline: str) -> Estimate:
-        """The model's value minus the baseline's, with the interval of the paired difference."""
+        """Compares the first model with a baseline.
+
+        Args:
+          metric: of all questions.
+          baseline: its name, or that of another model.
+
+        Returns:
+          The model's value minus the baseline's, with the interval of the paired difference.
+        """
         model = next(iter(self.results))
         return self.results[model][OVERALL].metrics[metric] - self.results[baseline][OVERALL].metrics[metric]
 

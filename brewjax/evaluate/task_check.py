@@ -46,7 +46,7 @@ class SplitSummary:
 
 
 def summarize_splits(dataset: Dataset, task: Task) -> list[SplitSummary]:
-    """A summary of each split that has questions."""
+    """A summary of each split of `task` that has questions, of at most MAX_EXAMPLES examples of it."""
     index = PointInTimeIndex(dataset.event_item.astype(np.int64), dataset.event_time)
     summaries = []
     for split in SPLITS:
@@ -58,7 +58,16 @@ def summarize_splits(dataset: Dataset, task: Task) -> list[SplitSummary]:
 
 
 def suspicions(dataset: Dataset, task: Task, summaries: list[SplitSummary]) -> Iterator[str]:
-    """Yields what a model would stumble over, one line each, with what to do about it."""
+    """Looks for what a model would stumble over.
+
+    Args:
+      dataset: the tables.
+      task: what is asked of them.
+      summaries: of its splits.
+
+    Yields:
+      A line for each, with what to do about it.
+    """
     by_split = {summary.split: summary for summary in summaries}
     for split in SPLITS:
         count = by_split[split].questions if split in by_split else 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from brewjax.data.tasks.examples import RankingExample
 from brewjax.data.tasks.task import Task
 from brewjax.data.text.prompt import Prompt
 from brewjax.explore.layers import Layers, read_layers
+from brewjax.explore.profile import edit_profile
 from brewjax.explore.reasons import Reasons, explain, log_odds
 from brewjax.explore.views import PromptView, TokensView
 
@@ -42,6 +43,7 @@ class Context:
       example: the member, the cutoff time, every event that the task's history holds, and the candidates.
       style: of the prompt, a key of STYLES.
       left_out: rows of events that are switched off. No older event takes their place.
+      edited_profile: attributes of the member that were changed, by column.
     """
 
     bundle: Bundle
@@ -50,6 +52,7 @@ class Context:
     example: RankingExample
     style: str
     left_out: frozenset[int] = frozenset()
+    edited_profile: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __repr__(self) -> str:
         counts = f"{len(self.in_budget)} events, {len(self.example.candidates)} candidates"
@@ -74,6 +77,7 @@ class Context:
         left_out: Sequence[int] | None = None,
         history: Sequence[int] | None = None,
         items: Sequence[str] | None = None,
+        profile: Mapping[str, str] | None = None,
         bundle: Bundle | None = None,
     ) -> Context:
         """The context with something else in it; what is None stays.
@@ -85,10 +89,12 @@ class Context:
           left_out: rows of the events to switch off.
           history: rows of the events in another order, or fewer.
           items: ids of the candidates.
+          profile: attributes of the member as texts, by column: "" for unknown, commas in a list. Facts, which are
+            counted from events, stay.
           bundle: another model, which renders the prompt in the same words, within its own budget.
 
         Raises:
-          ValueError: no such style, event or item.
+          ValueError: no such style, event, item or attribute, or a text is no value of it.
         """
         edits = {"instruction": instruction, "steering_note": note}
         task = self.task.model_copy(update={key: text for key, text in edits.items() if text is not None})
@@ -104,8 +110,12 @@ class Context:
             example = dataclasses.replace(example, candidates=rows, labels=unknown, exposures=exposures)
         switched_off = self.left_out if left_out is None else frozenset(left_out)
         _check_rows(switched_off, self.example.history)
-        verbalizer = self.verbalizer if bundle is None else bundle.verbalizer(self.dataset, task)
-        return Context(bundle or self.bundle, verbalizer, task, example, style, switched_off)
+        verbalizer, edited = self.verbalizer, {**self.edited_profile, **(profile or {})}
+        if bundle is not None:
+            verbalizer = bundle.verbalizer(self.dataset, task)
+        if profile:
+            verbalizer = verbalizer.with_members(edit_profile(self.dataset, example.member, profile))
+        return Context(bundle or self.bundle, verbalizer, task, example, style, switched_off, edited)
 
     @cached_property
     def in_budget(self) -> np.ndarray:
@@ -169,7 +179,17 @@ class Context:
         return self.verbalizer.names(self.example.candidates)
 
     def find(self, item: str | int) -> int:
-        """The index of a candidate by its id. Raises ValueError, with a guess at what was meant."""
+        """Finds a candidate by its id.
+
+        Args:
+          item: the id.
+
+        Returns:
+          Its index among the candidates.
+
+        Raises:
+          ValueError: it is no candidate; with a guess at what was meant.
+        """
         ids = self.item_ids
         if str(item) not in ids:
             noun = self.dataset.card.items.noun
@@ -214,14 +234,35 @@ class Context:
 
 
 def check_style(name: str) -> str:
-    """The name of a style. Raises ConfigError for one that does not exist."""
+    """Checks the name of a style.
+
+    Args:
+      name: to check.
+
+    Returns:
+      `name`.
+
+    Raises:
+      ConfigError: no style has it.
+    """
     if name not in STYLES:
         raise ConfigError(f"no style '{name}'; {suggest(name, STYLES, listing='styles')}")
     return name
 
 
 def find_items(dataset: Dataset, ids: Sequence[str]) -> np.ndarray:
-    """int32 [items]: rows of the items with these ids, written as text. Raises ValueError for an unknown one."""
+    """Finds items by their ids.
+
+    Args:
+      dataset: the tables.
+      ids: written as text; at least one.
+
+    Returns:
+      int32 [items]: their rows.
+
+    Raises:
+      ValueError: an id is unknown, or there is none.
+    """
     known = {str(item_id): row for row, item_id in enumerate(dataset.items[dataset.card.items.id].to_pylist())}
     for item_id in ids:
         if str(item_id) not in known:

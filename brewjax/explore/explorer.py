@@ -5,30 +5,35 @@ from __future__ import annotations
 import datetime
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import pyarrow as pa
 from jaxtyping import Float
 
 from brewjax.bundle.bundle import Bundle
 from brewjax.config import suggest
 from brewjax.data.prompts.verbalize import Verbalizer
 from brewjax.data.tables.dataset import Dataset
-from brewjax.data.tasks.examples import example_at
+from brewjax.data.tasks.examples import RankingExample, example_at
 from brewjax.data.tasks.task import Task, load_tasks
 from brewjax.data.text.prompt import Prompt
+from brewjax.explore.calibration import Calibration, measure_calibration
 from brewjax.explore.comparison import RankingChange
 from brewjax.explore.comparison import compare as compare_rankings
-from brewjax.explore.context import Context, check_style
+from brewjax.explore.context import Context, check_style, find_items
+from brewjax.explore.embeddings import Embeddings
 from brewjax.explore.reasons import Reasons
 from brewjax.explore.views import PromptView, TokensView, facts_html
 from brewjax.model.generate import Generator, SamplingParams
 from brewjax.model.params import bind, num_parameters
+from brewjax.retrieve.encoder import ENCODER, Encoder
 
 if TYPE_CHECKING:
     import pandas as pd
 
 MICROSECONDS = 1_000_000
+Side = Literal["members", "items"]
 
 
 def open(model: str | Path | Bundle, dataset: str | Path | Dataset | None = None, surface: str = "") -> Explorer:
@@ -41,7 +46,7 @@ def open(model: str | Path | Bundle, dataset: str | Path | Dataset | None = None
         True
 
     Args:
-      model: a model's folder, or a bundle that is loaded.
+      model: a model's folder, an encoder's, or a bundle that is loaded.
       dataset: a dataset's folder, or one that is loaded; only `score` and `generate` do without.
       surface: the model's surface that the dataset is of, by name; by default the one with the dataset's card.
 
@@ -52,9 +57,11 @@ def open(model: str | Path | Bundle, dataset: str | Path | Dataset | None = None
       ConfigError: a folder cannot be read (names the file); the model has no such surface, or several have this card.
       DatasetError: the tables do not fit their card.
     """
-    bundle = model if isinstance(model, Bundle) else Bundle.load(model)
     tables = dataset if dataset is None or isinstance(dataset, Dataset) else Dataset.load(dataset)
-    return Explorer(bundle, tables, surface)
+    if isinstance(model, Bundle):
+        return Explorer(model, tables, surface)
+    encoder = Encoder.load(model) if (Path(model) / ENCODER).is_file() else None
+    return Explorer(encoder.bundle if encoder else Bundle.load(model), tables, surface, encoder)
 
 
 class Explorer:
@@ -64,10 +71,13 @@ class Explorer:
       bundle: the model.
       dataset: the tables, or None.
       tasks: by name, those of the dataset's surface that the model was trained on, and those that were added.
+      encoder: what `embed` uses; None for a model that was not trained to embed.
     """
 
-    def __init__(self, bundle: Bundle, dataset: Dataset | None = None, surface: str = ""):
-        self.bundle, self.dataset, self._surface = bundle, dataset, surface
+    def __init__(
+        self, bundle: Bundle, dataset: Dataset | None = None, surface: str = "", encoder: Encoder | None = None
+    ):
+        self.bundle, self.dataset, self._surface, self.encoder = bundle, dataset, surface, encoder
         trained = bundle.surface_of(dataset, surface) if dataset else None
         self.tasks = {task.name: task for task in trained.tasks} if trained else {}
         self._verbalizers: dict[str, Verbalizer] = {}
@@ -103,7 +113,7 @@ class Explorer:
     def add_task(self, task: str | Path | Task) -> Task:
         """Adds a task, or a task's file, and returns it. Raises ConfigError if it does not fit the dataset."""
         if not isinstance(task, Task):
-            (task,) = load_tasks([task], self._tables())
+            (task,) = load_tasks([task], self.tables())
         self.tasks[task.name] = task
         return task
 
@@ -132,7 +142,7 @@ class Explorer:
         Raises:
           ValueError: no such member, item, task or style, or no dataset.
         """
-        tables, chosen = self._tables(), self._task(task)
+        tables, chosen = self.tables(), self._task(task)
         row = tables.member_row(str(member))
         example = example_at(tables, chosen, row, _microseconds(at))
         if isinstance(items, int):
@@ -149,6 +159,10 @@ class Explorer:
             if fitting is context.example
             else context.change(items=[tables.item_id(i) for i in fitting.candidates])
         )
+
+    def context_of(self, example: RankingExample, task: Task) -> Context:
+        """The context of an example of the dataset, as evaluation asks it."""
+        return Context(self.bundle, self._verbalizer(task), task, example, self.bundle.prompts.score_style)
 
     def score(self, prompt: Prompt) -> Float[np.ndarray, "Q L"]:
         """float32 probability of each label for each question of a prompt of your own."""
@@ -174,6 +188,56 @@ class Explorer:
         """What moved between two rankings."""
         return compare_rankings(before, after)
 
+    def embed(
+        self,
+        side: Side = "items",
+        ids: Sequence[str | int] | None = None,
+        *,
+        at: str | datetime.datetime | None = None,
+        dimensions: int | None = None,
+    ) -> Embeddings:
+        """The vectors of members or of items, by a model that was trained to embed.
+
+        Args:
+          side: "members" or "items".
+          ids: of which; by default all of the table.
+          at: a moment, as of which histories and facts are; just after the last event by default.
+          dimensions: what vectors are truncated to; by default the width of the model.
+
+        Raises:
+          ValueError: the model is no encoder, there is no such id, or vectors have no such size.
+        """
+        tables, encoder = self.tables(), self.encoder
+        if encoder is None:
+            raise ValueError(f"no {ENCODER} in the model's folder; a stage 'do: contrastive' trains a model to embed")
+        table = tables.members if side == "members" else tables.items
+        id_column = tables.card.members.id if side == "members" else tables.card.items.id
+        chosen = table[id_column].cast(pa.string()).to_pylist() if ids is None else [str(each) for each in ids]
+        time = _microseconds(at)
+        time = tables.last_event_time + 1 if time is None else time
+        if side == "members":
+            rows = np.array([tables.member_row(each) for each in chosen], np.int64)
+            examples = [example_at(tables, encoder.task, row, time) for row in rows.tolist()]
+            names, vectors = chosen, encoder.embed_members(tables, examples, dimensions)
+        else:
+            rows = find_items(tables, chosen)
+            names = [self.bundle.tokenizer.clean(tables.item_name(row)) for row in rows]
+            vectors = encoder.embed_items(tables, rows, time, dimensions)
+        return Embeddings(tuple(chosen), tuple(names), vectors, table.take(pa.array(rows)))
+
+    def calibration(self, task: str | Path | Task | None = None, max_examples: int = 200) -> Calibration:
+        """Whether the probabilities are right, on the test period of a task: a table of ten bins, and a plot.
+
+        Args:
+          task: a task, its name, or its file; the model's first task by default.
+          max_examples: the most prompts, chosen at random where there are more.
+
+        Raises:
+          ValueError: there is no such task, or no dataset.
+          ConfigError: the test period has no question, or all of them are too long.
+        """
+        return measure_calibration(self.bundle, self.tables(), self._task(task), max_examples, self._surface)
+
     def generate(self, text: str, max_tokens: int = 64, temperature: float = 0.0, seed: int = 0) -> str:
         """Goes on from a text, as it is: without a chat template.
 
@@ -191,7 +255,15 @@ class Explorer:
         (answer,) = generator.generate([ids], max_tokens, stop)
         return str(tokenizer.hf.decode(answer))
 
-    def _tables(self) -> Dataset:
+    def tables(self) -> Dataset:
+        """The tables.
+
+        Returns:
+          The dataset that the model was opened with.
+
+        Raises:
+          ValueError: the model was opened without one.
+        """
         if self.dataset is None:
             raise ValueError("no dataset: open the model with one, brewjax.open(model, dataset)")
         return self.dataset
@@ -212,7 +284,7 @@ class Explorer:
     def _verbalizer(self, task: Task) -> Verbalizer:
         """Kept by the task's name: percentiles and statistics of large tables take seconds."""
         if task.name not in self._verbalizers:
-            self._verbalizers[task.name] = self.bundle.verbalizer(self._tables(), task, self._surface)
+            self._verbalizers[task.name] = self.bundle.verbalizer(self.tables(), task, self._surface)
         return self._verbalizers[task.name]
 
 

@@ -60,6 +60,15 @@ class Layers:
         table = pd.DataFrame({"piece": self.pieces, **columns})
         return table.iloc[np.argsort(-mean.mean(0), kind="stable")].reset_index(drop=True)
 
+    def heads(self, layer: int) -> pd.DataFrame:
+        """Attention by piece and head in a layer, from 1; the pieces that get most of it first."""
+        import pandas as pd
+
+        weights = self.attention[layer - 1]
+        columns = {f"head {head + 1}": weights[head] for head in range(len(weights))}
+        table = pd.DataFrame({"piece": self.pieces, **columns})
+        return table.iloc[np.argsort(-weights.mean(0), kind="stable")].reset_index(drop=True)
+
     def plot(self) -> Plot:
         """The log-odds after each layer."""
         from brewjax.explore.plots import plot_bars

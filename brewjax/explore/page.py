@@ -30,8 +30,10 @@ from starlette.middleware.base import RequestResponseEndpoint
 from brewjax.config import ConfigError
 from brewjax.console import print_line
 from brewjax.data.prompts.styles import STYLES
+from brewjax.explore.cases import Entry, check_order, make_case
 from brewjax.explore.context import Context
 from brewjax.explore.explorer import Explorer
+from brewjax.explore.profile import read_profile
 from brewjax.model.params import num_parameters
 
 STATIC = Path(__file__).parent / "static"
@@ -60,7 +62,9 @@ class Edit(pydantic.BaseModel):
       model: index of the model, where two are compared.
       history: rows of the events in their order; the token budget leaves out the first ones.
       left_out: rows of the events that are switched off.
+      profile: column and text of each attribute of the member that is changed.
       candidates: how many items to draw, of those whose name has `like` in it.
+      case: index of a case or a question of a suite, in place of member, task, `candidates` and `like`.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
@@ -71,9 +75,11 @@ class Edit(pydantic.BaseModel):
     note: str | None = pydantic.Field(None, max_length=20_000)
     style: str | None = None
     history: tuple[int, ...] | None = None
-    left_out: tuple[int, ...] = ()
+    left_out: tuple[int, ...] | None = None
+    profile: tuple[tuple[str, str], ...] = ()
     candidates: int = pydantic.Field(50, ge=1, le=MAX_CANDIDATES)
     like: str = pydantic.Field("", max_length=200)
+    case: int | None = pydantic.Field(None, ge=0)
 
 
 class WhyEdit(pydantic.BaseModel):
@@ -84,24 +90,35 @@ class WhyEdit(pydantic.BaseModel):
     item: str
 
 
-def make_page(explorers: Sequence[Explorer]) -> FastAPI:
+class NewCase(pydantic.BaseModel):
+    """A ranking to be saved as a case, with the order that is expected and a comment."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+    edit: Edit
+    expected: tuple[str, ...] = ()
+    comment: str = pydantic.Field("", max_length=2000)
+
+
+def make_page(explorers: Sequence[Explorer], entries: Sequence[Entry] = ()) -> FastAPI:
     """The application.
 
     Args:
       explorers: a model with a dataset and at least one task; a second one is compared with it.
+      entries: cases and questions of suites, to choose from.
     """
     app = FastAPI(title="brewjax explore", docs_url=None, redoc_url=None, openapi_url=None)
     app.mount("/static", StaticFiles(directory=STATIC))
     device = threading.Lock()  # one computation at a time: the endpoints run in threads
-    page = _render_page(explorers)
+    page = _render_page(explorers, entries)
 
     @functools.lru_cache(maxsize=REMEMBERED)
     def find_context(edit: Edit) -> Context:
-        return make_context(explorers, edit)
+        return make_context(explorers, entries, edit)
 
     @functools.lru_cache(maxsize=REMEMBERED)
     def find_ranking(edit: Edit) -> dict[str, Any]:
-        return describe_ranking(find_context(edit))
+        entry = None if edit.case is None or edit.case >= len(entries) else entries[edit.case]
+        return describe_ranking(find_context(edit), entry)
 
     def answer(compute: Callable[[], T]) -> T | JSONResponse:
         """The result, or an error of one line: a member that does not exist, a text that does not fit."""
@@ -163,14 +180,40 @@ def make_page(explorers: Sequence[Explorer]) -> FastAPI:
 
         return answer(render)
 
+    @app.post("/case")
+    def case_line(new: NewCase) -> Any:
+        def render() -> PlainTextResponse:
+            case = make_case(find_context(new.edit), new.expected, new.comment)
+            return PlainTextResponse(case.model_dump_json(exclude_defaults=True) + "\n")
+
+        return answer(render)
+
     return app
 
 
-def make_context(explorers: Sequence[Explorer], edit: Edit) -> Context:
-    """The context that an edit describes. Raises ValueError for what does not exist."""
+def make_context(explorers: Sequence[Explorer], entries: Sequence[Entry], edit: Edit) -> Context:
+    """The context that an edit describes.
+
+    Args:
+      explorers: of the models that are shown.
+      entries: the questions that can be opened.
+      edit: what was set on the page.
+
+    Returns:
+      The context.
+
+    Raises:
+      ValueError: something in the edit does not exist.
+    """
     if edit.model >= len(explorers):
         raise ValueError(f"model {edit.model}: there are {len(explorers)}")
     explorer = explorers[edit.model]
+    if edit.case is not None:
+        if edit.case >= len(entries):
+            raise ValueError(f"case {edit.case}: there are {len(entries)}")
+        context = entries[edit.case].context(explorer)
+        edits = edit.model_dump(include={"instruction", "note", "style", "history", "left_out"})
+        return context.change(**edits, profile=dict(edit.profile))
     context = explorer.context(
         edit.member, task=edit.task, instruction=edit.instruction, note=edit.note, style=edit.style
     )
@@ -182,11 +225,12 @@ def make_context(explorers: Sequence[Explorer], edit: Edit) -> Context:
             raise ValueError(f"no candidate's name has '{edit.like}' in it")
     chosen = np.sort(np.random.default_rng(0).permutation(len(candidates))[: edit.candidates])
     items = [context.dataset.item_id(row) for row in candidates[chosen]]
-    return context.change(items=items, history=edit.history, left_out=edit.left_out)
+    return context.change(items=items, history=edit.history, left_out=edit.left_out, profile=dict(edit.profile))
 
 
-def describe_ranking(context: Context) -> dict[str, Any]:
-    """The ranking, the events, and the prompt as the model reads it, for the page."""
+def describe_ranking(context: Context, entry: Entry | None = None) -> dict[str, Any]:
+    """The ranking, the events, and the prompt as the model reads it, for the page; with what is known of it if it is
+    that of an `entry`."""
     start = time.perf_counter()
     odds, probabilities = context.log_odds, context.probabilities
     milliseconds = 1000 * (time.perf_counter() - start)
@@ -196,11 +240,20 @@ def describe_ranking(context: Context) -> dict[str, Any]:
     dropped = zip(context.dropped.tolist(), context.describe_events(context.dropped), strict=True)
     pieces = view.pieces()
     shown = [*pieces[: 1 + len(context.text.events)], pieces[-len(ids) + int(context.order[0])]]
+    expected, answers = (entry.expected, entry.answers) if entry else ((), {})
     return {
+        "member": context.member,
+        "task": context.task.name,
+        "expected": expected,
+        "out_of_order": check_order(context, expected).wrong,
         "label": context.task.words[context.top_label],
         "instruction": context.task.instruction,
         "note": context.task.steering_note,
         "style": context.style,
+        "profile": [
+            {"column": column, "text": text}
+            for column, text in read_profile(context.dataset, context.example.member).items()
+        ],
         "events": [{"row": row, "text": text, "on": row not in context.left_out} for row, text in events],
         "dropped": [{"row": row, "text": text} for row, text in dropped],
         "ranking": [
@@ -209,6 +262,7 @@ def describe_ranking(context: Context) -> dict[str, Any]:
                 "title": titles[index],
                 "probability": float(probabilities[index, context.top_label]),
                 "log_odds": float(odds[index]),
+                "answer": answers.get(ids[index], ""),
             }
             for index in context.order
         ],
@@ -236,7 +290,7 @@ def describe_reasons(context: Context, item: str) -> dict[str, Any]:
     }
 
 
-def _render_page(explorers: Sequence[Explorer]) -> str:
+def _render_page(explorers: Sequence[Explorer], entries: Sequence[Entry]) -> str:
     """The page, with what does not change: models, tasks, styles, the words for members and items."""
     first = explorers[0]
     if first.dataset is None or not first.tasks:
@@ -249,6 +303,7 @@ def _render_page(explorers: Sequence[Explorer]) -> str:
         ],
         facts=first.facts(),
         tasks=[*first.tasks],
+        entries=[entry.title for entry in entries],
         styles=[*STYLES],
         style=first.bundle.prompts.score_style,
         member=first.dataset.member_id(int(np.argmax(np.diff(first.dataset.member_offsets)))),
@@ -257,17 +312,18 @@ def _render_page(explorers: Sequence[Explorer]) -> str:
     )
 
 
-def serve(explorers: Sequence[Explorer], port: int) -> None:
+def serve(explorers: Sequence[Explorer], port: int, entries: Sequence[Entry] = ()) -> None:
     """Serves the page to this machine until it is interrupted.
 
     Args:
       explorers: models, each with its tables.
+      entries: cases and questions of suites, to choose from.
       port: on localhost.
 
     Raises:
       ConfigError: the port is taken.
     """
-    page = make_page(explorers)
+    page = make_page(explorers, entries)
     try:
         with socket.create_server((HOST, port)) as listening:
             print_line(f"http://localhost:{listening.getsockname()[1]} (Ctrl-C ends it)")

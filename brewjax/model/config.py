@@ -51,6 +51,9 @@ class HeadPrecision(Config):
     each token and each word)."""
     logits: Dtype = "float32"
     """Format that logits are rounded to before a float32 softmax."""
+    parts: Literal[1, 2, 3] = 2
+    """On a TPU, bfloat16 parts of each float32 number in the log-sum over the vocabulary: two are off by a unit of the
+    last place or two, three by less, one by thousands. Labels' own logits are exact whatever it says."""
 
 
 class ModelConfig(Config):
@@ -116,7 +119,15 @@ class ModelConfig(Config):
 
     @classmethod
     def place(cls, location: Location, source: dict[str, Any]) -> Location:
-        """The location without the type of the scaling, which pydantic inserts behind its name."""
+        """As `Config.place`: without the type of the scaling, which pydantic inserts behind its name.
+
+        Args:
+          location: of the field in the config.
+          source: keys and values of the file; not looked at.
+
+        Returns:
+          The keys in the file that led to the field.
+        """
         return location[:1] + location[2:] if location[:1] == ("rope_scaling",) else location
 
     def check_length(self, tokens: int, subject: str) -> None:

@@ -54,7 +54,13 @@ class RMSNorm(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Attention, then a SwiGLU MLP (Shazeer 2020) or experts; each has a norm before it and a residual around it."""
+    """Attention, then a SwiGLU MLP (Shazeer 2020) or experts; each has a norm before it and a residual around it.
+
+    Args:
+      config: the shape of the decoder.
+      sharding: which mesh axes each of the model's axes is split over.
+      rngs: of the initial weights.
+    """
 
     def __init__(self, config: ModelConfig, sharding: Sharding, rngs: nnx.Rngs):
         self.config, self.sharding = config, sharding
@@ -114,7 +120,17 @@ class Layer(nnx.Module):
         token_labels: TokenLabels,
         cached_kv: KVCache | None,
     ) -> tuple[Float[Array, "B T H E"], KVCache]:
-        """The attention's output before the output projection; keys and values of the T new tokens."""
+        """Computes the attention, without the output projection.
+
+        Args:
+          x: residual stream before the layer.
+          rotation: of the tokens' positions, see `rotary`.
+          token_labels: of cached and new tokens.
+          cached_kv: keys and values of cached tokens; None if there are none.
+
+        Returns:
+          The attended values of each head; keys and values [B, T, K, E] of the T new tokens.
+        """
         q, k, v = self.queries_keys_values(x, rotation)
         k, v = (self.sharding.reshard(x, "batch", None, "heads", None) for x in (k, v))
         all_k, all_v = (
@@ -125,7 +141,15 @@ class Layer(nnx.Module):
     def queries_keys_values(
         self, x: Float[Array, "B T D"], rotation: Float[Array, "B T 1 E"]
     ) -> tuple[Float[Array, "B T H E"], Float[Array, "B T K E"], Float[Array, "B T K E"]]:
-        """Rotated queries and keys, and values, of the residual stream."""
+        """Projects the residual stream.
+
+        Args:
+          x: residual stream before the layer.
+          rotation: of the tokens' positions, see `rotary`.
+
+        Returns:
+          Queries and keys, rotated, and values.
+        """
         h = self.attention_norm(x)
         q = self._heads(h, self.query, self.query_bias, self.query_norm)
         k = self._heads(h, self.key, self.key_bias, self.key_norm)
@@ -134,13 +158,21 @@ class Layer(nnx.Module):
 
     @jax.named_scope("attention")
     def add_attention(self, x: Float[Array, "B T D"], attended: Float[Array, "B T H E"]) -> Float[Array, "B T D"]:
-        """The residual stream between attention and MLP."""
+        """The residual stream between attention and MLP: `x`, plus the output projection of `attended`."""
         return x + product(self.sharding, attended, self.output, inputs=2)
 
     def add_mlp(
         self, x: Float[Array, "B T D"], token_labels: TokenLabels
     ) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
-        """The residual stream after the MLP or the experts, and the experts' load-balancing loss (0 for an MLP)."""
+        """Adds the MLP or the experts.
+
+        Args:
+          x: residual stream between attention and MLP.
+          token_labels: of cached and new tokens; experts leave padding out of their loss.
+
+        Returns:
+          The residual stream after the layer; the experts' load-balancing loss, 0 for an MLP.
+        """
         with jax.named_scope("experts" if self.config.experts else "mlp"):
             h = self.mlp_norm(x)
             if self.config.experts:
@@ -171,6 +203,14 @@ class Decoder(nnx.Module):
 
     Layers are stacked along a leading axis of their weights and scanned. Called without a mesh in context, it runs on
     one device; with one, arrays are laid out by `sharding`.
+
+    Args:
+      config: the shape of the decoder, with a vocabulary.
+      rngs: of the initial weights.
+      sharding: which mesh axes each of the model's axes is split over.
+
+    Raises:
+      ValueError: `config` has no `vocab_size`.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, sharding: Sharding = FSDP_TENSOR):
@@ -206,14 +246,32 @@ class Decoder(nnx.Module):
     def forward_with_aux_loss(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], token_labels: TokenLabels
     ) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
-        """Hidden states as from a call, and the experts' load-balancing loss: mean over layers x its coefficient."""
+        """As a call, with the loss that keeps experts equally busy.
+
+        Args:
+          tokens: ids.
+          positions: RoPE positions, from 0 in each example.
+          token_labels: of the tokens.
+
+        Returns:
+          Hidden states; the load-balancing loss times its coefficient, the mean over layers, 0 without experts.
+        """
         hidden, balance, _ = self._run(tokens, positions, token_labels)
         return hidden, self._weighed(balance)
 
     def forward_with_hidden_states(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], token_labels: TokenLabels
     ) -> tuple[Float[Array, "B T D"], Float[Array, ""], Float[Array, "L B T D"]]:
-        """As `forward_with_aux_loss`, and the residual stream after each layer, in the compute dtype."""
+        """As `forward_with_aux_loss`, with the activations between layers.
+
+        Args:
+          tokens: ids.
+          positions: RoPE positions, from 0 in each example.
+          token_labels: of the tokens.
+
+        Returns:
+          Hidden states; the load-balancing loss; the residual stream after each layer, in the compute dtype.
+        """
         hidden, balance, streams = self._run(tokens, positions, token_labels, layer_output=lambda x, new_kv: x)
         return hidden, self._weighed(balance), streams
 
@@ -268,12 +326,13 @@ class Decoder(nnx.Module):
 
     @jax.named_scope("embedding")
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """The residual stream before the first layer, in the compute dtype."""
+        """The residual stream before the first layer, in the compute dtype: a row of the embedding for each of
+        `tokens`."""
         table = self.sharding.reshard(self.embedding[...], None, None).astype(self.config.compute_dtype)
         return table.at[tokens].get(out_sharding=self.sharding.spec_or_none("batch", "length", "model"))
 
     def layer(self, layer_index: Int[Array, ""]) -> Layer:
-        """One of the stacked layers, by index."""
+        """One of the stacked layers, by `layer_index`, which may be traced."""
         graph, weights = nnx.split(self.layers)
         layer_weights = jax.tree.map(
             lambda stack: jax.lax.dynamic_index_in_dim(stack, layer_index, keepdims=False), weights
@@ -287,12 +346,26 @@ class Decoder(nnx.Module):
 
     @jax.named_scope("head")
     def gather_head(self, vocabulary: str | None) -> Float[Array, "V D"]:
-        """As `lm_head`; given the axis "vocab", each device gets the words that this axis gives it."""
+        """The output matrix, as `lm_head`.
+
+        Args:
+          vocabulary: the axis "vocab", for each device to get the words that this axis gives it; None for all words.
+
+        Returns:
+          The matrix, in the parameter dtype or as `HeadPrecision` rounds it.
+        """
         weight = self.embedding if self.untied_head is None else self.untied_head
         return self.cast_for_head(self.sharding.reshard(weight[...], vocabulary, None))
 
     def cast_for_head(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        """Hidden states, or rows of the head, rounded as `HeadPrecision.product` says."""
+        """Rounds what the output head multiplies.
+
+        Args:
+          x: hidden states, or rows of the head.
+
+        Returns:
+          `x` as `HeadPrecision.product` says: as it is, bfloat16, or the float32 values of e4m3 numbers scaled by row.
+        """
         match self.config.head.product:
             case "e4m3":
                 values, scale = to_8_bits(x, jnp.float8_e4m3fn, -1)
@@ -303,7 +376,8 @@ class Decoder(nnx.Module):
 
     @jax.named_scope("head")
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """float32 logits, by a true float32 product."""
+        """float32 logits of `hidden` states, by a float32 product without reduced precision, rounded as
+        `HeadPrecision.logits` says."""
         logits = jnp.einsum(
             "...d,vd->...v",
             self.cast_for_head(hidden).astype(jnp.float32),

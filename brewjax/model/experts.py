@@ -94,10 +94,15 @@ class Experts(nnx.Module):
 def route(
     config: ExpertsConfig, x: Float[Array, "*S D"], router: Float[Array, "D N"]
 ) -> tuple[Float[Array, "*S K"], Int[Array, "*S K"], Float[Array, "*S N"]]:
-    """Routes each token to its experts.
+    """Routes each token to its experts, in float32.
+
+    Args:
+      config: how many experts there are, and how many a token goes to.
+      x: normed residual stream of S tokens.
+      router: its matrix.
 
     Returns:
-      float32 weights and indices of the experts of each token, the most probable first; probabilities of all experts.
+      Weights and indices of the K experts of each token, the most probable first; probabilities of all N experts.
     """
     logits = jnp.einsum("...d,dn->...n", x.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST)
     probabilities = jax.nn.softmax(logits)

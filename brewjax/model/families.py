@@ -247,7 +247,17 @@ def _rope_to_hf(scaling: RopeScaling, positions: int) -> dict[str, Any]:
 
 
 def find_family(config: ModelConfig) -> str:
-    """The `model_type` that computes the same as `config`; raises CheckpointError if there is none."""
+    """Finds the family of transformers that computes what a model computes.
+
+    Args:
+      config: of the model.
+
+    Returns:
+      Its `model_type`, a key of `FAMILIES`.
+
+    Raises:
+      CheckpointError: there is none.
+    """
     for model_type, family in FAMILIES.items():
         same = (family.qkv_bias, family.qk_norm, bool(family.experts)) == (
             config.qkv_bias,

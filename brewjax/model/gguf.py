@@ -123,6 +123,9 @@ WITHOUT_EFFECT = re.compile(
 class GGUFFile:
     """An open GGUF file.
 
+    Args:
+      path: of the file.
+
     Raises:
       CheckpointError: from the constructor and every method, naming the file and what is wrong with it.
     """

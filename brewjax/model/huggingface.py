@@ -31,7 +31,14 @@ IGNORED = {True: re.compile(r"rotary_emb\.inv_freq$|^lm_head\.weight$"), False: 
 
 
 def read_config(folder: Path, name: str) -> ModelConfig:
-    """The config of the model in a folder. Of the weights only headers are read (and a head, to compare it).
+    """Reads the config of a model. Of the weights only headers are read (and a head, to compare it).
+
+    Args:
+      folder: as transformers saves models.
+      name: what the model is to be called.
+
+    Returns:
+      The config, with the dtype of the weights: bfloat16 if all are, else float32.
 
     Raises:
       CheckpointError: if the folder is incomplete, has an adapter, or no family matches.

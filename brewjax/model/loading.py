@@ -26,7 +26,18 @@ class CheckpointError(ValueError):
 
 
 def build_config(where: str, **values: Any) -> ModelConfig:
-    """A config of a file's values; raises CheckpointError, beginning with `where`, that names each invalid value."""
+    """Makes a config of a file's values.
+
+    Args:
+      where: the file, for errors.
+      values: the fields of the config.
+
+    Returns:
+      The config.
+
+    Raises:
+      CheckpointError: beginning with `where`; names each invalid value.
+    """
     try:
         return ModelConfig(**values)
     except pydantic.ValidationError as error:

@@ -29,7 +29,7 @@ def _abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
 
 
 def bind(config: ModelConfig, params: Params) -> Decoder:
-    """A decoder that computes with these parameters."""
+    """A decoder that computes with these `params`, of the shapes that `config` says."""
     graph, abstract = _abstract(config)
     state = jax.tree.map(lambda leaf: leaf, abstract)
     nnx.replace_by_pure_dict(state, params)
@@ -85,9 +85,15 @@ def init_params(config: ModelConfig, mesh: Mesh, seed: int) -> Params:
 
 
 def round_for_products(params: Params) -> Params:
-    """Parameters for use without gradients: matrices in the dtype that products round them to (see `product_dtype`).
+    """Rounds parameters for use without gradients: matrices to the dtype that products use (see `product_dtype`).
 
     Products would round them anyway, to the same bits; a pass over few tokens would spend its time on that.
+
+    Args:
+      params: of a decoder.
+
+    Returns:
+      The parameters; those themselves where products use float32.
     """
     if product_dtype(jnp.float32) == jnp.float32:
         return params
@@ -99,7 +105,7 @@ def round_for_products(params: Params) -> Params:
 
 
 def num_parameters(params: Params) -> int:
-    """Number of parameters, of arrays or of abstract ones."""
+    """Number of parameters in `params`: of arrays, or of abstract ones."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
@@ -164,7 +170,19 @@ def save_model(folder: Path, config: ModelConfig, params: Params) -> None:
 
 
 def load_model(folder: Path, mesh: Mesh) -> tuple[ModelConfig, Params]:
-    """Reads what `save_model` wrote, sharded over `mesh`."""
+    """Reads what `save_model` wrote.
+
+    Args:
+      folder: of the model.
+      mesh: that the weights are sharded over.
+
+    Returns:
+      The config and the weights.
+
+    Raises:
+      ConfigError: model.yaml is missing or wrong.
+      ValueError: as `read_params`; or an axis does not divide over the mesh.
+    """
     config = ModelConfig.load(folder / MODEL)
     return config, read_params(folder, abstract_params(config, mesh))
 

@@ -69,7 +69,8 @@ def pool(
 
 
 def unit(vectors: Float[Array, "*B D"], dimensions: int) -> Float[Array, "*B d"]:
-    """The first `dimensions` of each vector, scaled to length 1 (Matryoshka: Kusupati et al. 2022, arXiv 2205.13147).
+    """The first `dimensions` of each of `vectors`, scaled to length 1 (Matryoshka: Kusupati et al. 2022, arXiv
+    2205.13147).
 
     A vector of 0 stays 0, and has the gradient 0.
     """

@@ -138,11 +138,14 @@ RopeScaling = Annotated[
 
 
 def rotary(positions: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T 1 E"]:
-    """Rotations for `rotate`: float32 cosines of a head's angles, then sines.
+    """Computes rotations for `rotate` (RoPE, Su et al. 2021, arXiv 2104.09864).
 
     Args:
       positions: of the tokens in their example, from 0.
       config: `rope_theta`, `rope_scaling` and `head_dim` are read.
+
+    Returns:
+      float32 cosines of a head's E / 2 angles, then sines.
     """
     frequencies = config.rope_theta ** (-jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
     scaling, attention = config.rope_scaling, 1.0

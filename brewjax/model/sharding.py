@@ -36,10 +36,13 @@ class MeshConfig(Config):
     slices."""
 
     def build(self, over: Sequence[jax.Device] | None = None) -> Mesh:
-        """The mesh, with explicit axis types.
+        """Lays the mesh over devices, with explicit axis types.
 
         Args:
           over: its devices; by default all of them.
+
+        Returns:
+          The mesh, with the axes MESH_AXES; an axis that lies across slices has its slices first.
 
         Raises:
           ValueError: if the product of the axes is not the number of devices, or they cannot be laid over the chips.
@@ -93,7 +96,7 @@ class MeshConfig(Config):
 
 
 def data_parallel_size(mesh: Mesh) -> int:
-    """The number of devices that the rows of a batch are split over."""
+    """The number of devices of `mesh` that the rows of a batch are split over."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
@@ -104,7 +107,13 @@ class Sharding:
     rules: Mapping[str, tuple[str, ...]]
 
     def spec(self, *axes: str | None) -> PartitionSpec:
-        """The PartitionSpec of an array with these axis names (None: not split).
+        """Makes the PartitionSpec of an array.
+
+        Args:
+          axes: names of the array's axes; None for one that is not split.
+
+        Returns:
+          The spec.
 
         Raises:
           ValueError: if a name has no rule, or a mesh axis would be used twice.
@@ -122,11 +131,19 @@ class Sharding:
         return PartitionSpec(*entries)
 
     def spec_or_none(self, *axes: str | None) -> PartitionSpec | None:
-        """As `spec`, or None if no mesh is set."""
+        """As `spec`, of the same `axes`, or None if no mesh is set."""
         return None if jax.sharding.get_abstract_mesh().empty else self.spec(*axes)
 
     def reshard(self, x: jax.Array, *axes: str | None) -> jax.Array:
-        """Lays `x` out by its axis names; unchanged if no mesh is set."""
+        """Lays an array out over the mesh in context.
+
+        Args:
+          x: any array.
+          axes: as of `spec`.
+
+        Returns:
+          `x` [axes], laid out; unchanged if no mesh is set.
+        """
         spec = self.spec_or_none(*axes)
         return x if spec is None else jax.reshard(x, spec)
 

@@ -19,7 +19,8 @@ def upcycle(
     """The model with each MLP copied into every expert; other weights are unchanged.
 
     Args:
-      config, params: a dense model.
+      config: the shape of a dense model.
+      params: its parameters.
       experts: of the new model.
       mesh: its devices.
       seed: of the router's weights.
@@ -29,7 +30,8 @@ def upcycle(
       Config and parameters of the mixture.
 
     Raises:
-      ValueError: if the model has experts or is quantised, or if the experts' weights would not sum to one.
+      ConfigError: if the model has experts or is quantised.
+      ValueError: if the experts' weights would not sum to one.
     """
     if config.experts:
         raise config.error("it has experts already; only a dense model is upcycled", "experts")

@@ -62,7 +62,15 @@ class QuantizedWeight(nnx.Module):
     def quantize(
         self, weight: Float[Array, " *B"], per_tensor: bool = False
     ) -> tuple[Num[Array, " *B"], Float[Array, " *N"]]:
-        """Values and scale of a float matrix of this shape; with `per_tensor`, all channels get the largest scale."""
+        """Rounds a float matrix of this shape to 8 bits.
+
+        Args:
+          weight: to round.
+          per_tensor: give all output channels of a matrix the largest scale, instead of each its own.
+
+        Returns:
+          8-bit values, and the float32 scale that they are multiplied with, without the axes that are summed over.
+        """
         values, scale = to_8_bits(weight, DTYPES[self.config.dtype], self.summed)
         if per_tensor:
             all_axes = tuple(range(self.summed[0], weight.ndim))
@@ -100,6 +108,12 @@ class Adapted(NamedTuple):
 
 class AdaptedWeight(nnx.Module):
     """A matrix W with a low-rank update A B (see `brewjax.train.lora`): `x W + (x A) B` instead of `x (W + A B)`.
+
+    Args:
+      base: W.
+      a: A.
+      b: B.
+      inputs: how many axes of W are summed over; they follow the experts' axis, if there is one.
 
     Attributes:
       base: W.

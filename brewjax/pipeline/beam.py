@@ -26,7 +26,14 @@ except ImportError:
 
 
 def write_on_beam(options: Sequence[str]) -> WriteUnits:
-    """Writes units on Beam, with its own options, e.g. `--runner=DataflowRunner --region=..`."""
+    """Makes what writes training data on Apache Beam.
+
+    Args:
+      options: Beam's own, e.g. `--runner=DataflowRunner --region=..`.
+
+    Returns:
+      A function of a `Preparation` and its run, which writes the shards that are missing.
+    """
 
     def write(preparation: Preparation, run: Run) -> dict[str, int]:
         sources = preparation.sources(run)

@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
+
 from brewjax import distributed
 from brewjax.bundle.bundle import TOKENIZER
 from brewjax.config import Config, ConfigError
@@ -23,7 +25,14 @@ from brewjax.pipeline.recipe import ContrastiveStage, DistillStage, Stage, Train
 
 
 def check_run(run: Run) -> None:
-    """Raises ConfigError with all that is wrong with a run: its tables, tasks, models, meshes, and how they fit."""
+    """Checks a run before anything is written: its tables, tasks, models, meshes, and how they fit.
+
+    Args:
+      run: to check; its datasets are read.
+
+    Raises:
+      ConfigError: a line for each thing that is wrong.
+    """
     problems: list[str] = []
     surfaces = {}
     with _collect(problems):
@@ -39,6 +48,11 @@ def check_run(run: Run) -> None:
                 _check_stage(run, name, stage)
     with _collect(problems), _blame(run.recipe, "evaluate", "mesh"):
         run.recipe.evaluate.mesh.build()
+    if watch := run.recipe.evaluate.watch:
+        with _collect(problems), _blame(run.recipe, "evaluate", "watch"):
+            watch.check()
+            if jax.process_count() > 1:
+                raise ValueError("a suite is run by a single process, and here are several")
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
 
@@ -63,8 +77,16 @@ def _check_tokens(run: Run) -> None:
 
 
 def check_foreign_tokenizers(run: Run, name: str, tokenizer: Tokenizer | None) -> None:
-    """Raises ConfigError where a model of another folder has another tokenizer than the recipe's, or where that is
-    still to be trained (None)."""
+    """Checks that a stage's models of other folders have the recipe's tokenizer.
+
+    Args:
+      run: of the recipe.
+      name: of the stage.
+      tokenizer: the recipe's; None where it is still to be trained.
+
+    Raises:
+      ConfigError: a model has another one.
+    """
     for key in ("init_from", "teacher"):
         model = getattr(run.recipe.stages[name], key, None)
         if not model or model in run.recipe.stages:

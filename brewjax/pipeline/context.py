@@ -62,7 +62,11 @@ class RunSurface:
 
     @cached_property
     def tasks(self) -> list[RunTask]:
-        """The tasks, checked. All must split time alike, or a test period would be trained on."""
+        """The tasks, checked. All must split time alike, or a test period would be trained on.
+
+        Raises:
+          ConfigError: a task is wrong, or has another split.
+        """
         tasks = load_tasks(self.task_files, self.dataset)
         for task in tasks[1:]:
             if task.boundaries(self.dataset) != tasks[0].boundaries(self.dataset):
@@ -123,7 +127,7 @@ class Run:
 
     @cached_property
     def surfaces(self) -> dict[str, RunSurface]:
-        """The recipe's surfaces by name."""
+        """The recipe's surfaces by name; that of a recipe with one `dataset` is called as its card is."""
         recipe = self.recipe
         configs = recipe.surfaces
         if recipe.dataset:
@@ -143,16 +147,19 @@ class Run:
 
     @property
     def base(self) -> Path | None:
-        """The folder of the model that the recipe starts from, if any; its tokenizer is used."""
+        """The folder of the model that the recipe starts from, whose tokenizer is used; None where it starts from a
+        config."""
         return Path(self.recipe.model) if Path(self.recipe.model).is_dir() else None
 
     @cached_property
     def test_examples(self) -> dict[str, list[RankingExample]]:
-        """The test examples that models and baselines score, by the task's name."""
+        """The test examples that models and baselines score, at most `evaluate.max_examples` of each task, by its
+        name."""
         return {name: each.sample("test", self.recipe.evaluate.max_examples) for name, each in self.tasks.items()}
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
+        """The run's tokenizer, which its step `prepare` wrote."""
         return Tokenizer.load(self.folder / "prepare" / TOKENIZER)
 
     def known_tokenizer(self) -> Tokenizer | None:
@@ -168,13 +175,31 @@ class Run:
         return OverlongLog()
 
     def model(self, name: str | None) -> Path:
-        """Where the stage of that name leaves its model; or a folder that is named itself."""
+        """Finds the folder of a model.
+
+        Args:
+          name: of the stage that makes it, or a folder itself.
+
+        Returns:
+          The folder; that of a stage need not be there yet.
+
+        Raises:
+          ConfigError: `name` is None, because no stage comes before.
+        """
         if name is None:
             raise ConfigError("there is no model to start from: put this stage after another")
         return self.folder / name / "model" if name in self.recipe.stages else Path(name)
 
     def calibration(self, bundle: Bundle, count: int) -> list[EncodedPrompt]:
-        """About `count` prompts of the training period, as they are scored, of all tasks in equal parts."""
+        """Prompts of the training period, as they are scored, to prune by.
+
+        Args:
+          bundle: whose tokenizer encodes them.
+          count: about how many, of all tasks in equal parts.
+
+        Returns:
+          The prompts, encoded.
+        """
         style, number = self.recipe.prompts.score_style, -(-count // len(self.tasks))
         return [
             bundle.encode(each.surface.verbalizer.prompt(each.task, example, style))
@@ -183,7 +208,15 @@ class Run:
         ]
 
     def first_model(self) -> ModelConfig:
-        """The recipe's model, with the tokenizer's vocabulary where it names none."""
+        """The recipe's model, with the tokenizer's vocabulary where it names none.
+
+        Returns:
+          The config of a new model, or of the one that the recipe starts from.
+
+        Raises:
+          ConfigError: its vocabulary is smaller than the tokenizer's.
+          ValueError: it reads fewer tokens than a prompt may have.
+        """
         config, size = ModelConfig.load(self.base / MODEL if self.base else self.recipe.model), self._vocab_size()
         config.check_length(self.recipe.prompts.max_tokens, "prompts.max_tokens of the recipe")
         if not config.vocab_size:
@@ -200,7 +233,17 @@ class Run:
         return tokenizer.vocab_size if tokenizer else self.recipe.tokenizer.vocab_size  # type: ignore[union-attr,return-value]
 
     def shape(self, name: str) -> ModelConfig:
-        """The model that a stage makes, or of a folder; nothing needs to have been run."""
+        """The config of a model; nothing needs to have been run.
+
+        Args:
+          name: of the stage that makes it, or of its folder.
+
+        Returns:
+          The config.
+
+        Raises:
+          ConfigError: a stage before cannot be what its settings say.
+        """
         if name not in self.recipe.stages:
             return ModelConfig.load(Path(name) / MODEL)
         stage = self.recipe.stages[name]
@@ -212,7 +255,15 @@ class Run:
         return stage.target(start) if isinstance(stage, QuantizeStage) else start
 
     def bundle(self, model: ModelConfig, params: Params) -> Bundle:
-        """A trained model with the tokenizer, prompts and surfaces of this run."""
+        """A trained model with the tokenizer, prompts and surfaces of this run.
+
+        Args:
+          model: the shape of the decoder.
+          params: its parameters.
+
+        Returns:
+          The bundle; what it was trained on is all data of the run.
+        """
         surfaces = {name: self.surfaces[name].trained() for name in sorted(self.surfaces)}
         return Bundle(model, params, self.tokenizer, self.recipe.prompts, surfaces, self.training)
 

@@ -22,8 +22,15 @@ TRAINED_BYTES = 16
 
 
 def plan_table(run: Run) -> Table:
-    """A row for each stage that makes a model. Memory is that of weights, gradients and optimiser, over all devices;
-    time is of the matrix products of training, data and evaluation not counted."""
+    """Describes what a run would do.
+
+    Args:
+      run: that need not have begun.
+
+    Returns:
+      A row for each stage that makes a model. Memory is that of weights, gradients and optimiser, over all devices;
+      time is of the matrix products of training, data and evaluation not counted.
+    """
     rate, seconds = UTILISATION * _measure_flops(), 0.0
     title = f"{run.recipe.name}: {len(run.recipe.stages)} stages into {run.folder}"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)

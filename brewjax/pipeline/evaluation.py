@@ -14,14 +14,16 @@ from brewjax import distributed
 from brewjax.bundle.bundle import Bundle
 from brewjax.console import plain_console
 from brewjax.evaluate.baselines import BASELINES, ORACLE, predict_baselines
+from brewjax.evaluate.fact_worth import measure_facts
+from brewjax.evaluate.mistakes import find_mistakes
 from brewjax.evaluate.predict import ScoringCost, TaskExamples, predict
-from brewjax.evaluate.report import describe_agreements, print_models, print_results, write_report
-from brewjax.evaluate.results import ModelSummary, compare
+from brewjax.evaluate.report import TaskDetails, describe_agreements, print_models, print_results, write_report
+from brewjax.evaluate.results import Comparison, ModelSummary, compare
 from brewjax.model.config import ModelConfig
 from brewjax.model.flops import model_flops
 from brewjax.model.params import MODEL, model_size
 from brewjax.paths import write_text
-from brewjax.pipeline.context import Run
+from brewjax.pipeline.context import Run, RunTask
 from brewjax.pipeline.recipe import (
     DistillStage,
     PruneStage,
@@ -107,8 +109,20 @@ def report_stage(run: Run, before: Sequence[str], folder: Path) -> None:
         console.print(agreement)
     print_models(comparisons, [*models.values()], console)
     losses = {name: read_metrics(run.folder / name / METRICS) for name in stages if hasattr(stages[name], "train")}
-    write_report(folder, run.recipe.name, comparisons, [*models.values()], shown, _facts(run, before), losses)
+    details = {
+        comparison.name: _task_details(run, comparison.select(*shown), run.tasks[comparison.name])
+        for comparison in comparisons
+    }
+    write_report(folder, run.recipe.name, comparisons, [*models.values()], shown, _facts(run, before), losses, details)
     console.print(f"report: {folder / 'report.html'}")
+
+
+def _task_details(run: Run, comparison: Comparison, of_task: RunTask) -> TaskDetails:
+    """Where the last model is most wrong on a task, and what the task's facts are worth."""
+    surface, task = of_task
+    examples, style = run.test_examples[comparison.name], run.recipe.prompts.score_style
+    mistakes = find_mistakes(comparison, BASELINES, surface.verbalizer, examples, style)
+    return TaskDetails(mistakes, measure_facts(surface.dataset, task, examples))
 
 
 def _describe(run: Run, name: str) -> ModelSummary:

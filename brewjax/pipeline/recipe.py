@@ -23,6 +23,7 @@ from brewjax.model.params import MODEL
 from brewjax.model.sharding import MeshConfig
 from brewjax.pipeline.ladder import Ladder, expand
 from brewjax.retrieve.encoder import ENCODER
+from brewjax.suite.watch import WatchConfig
 from brewjax.train.align import Align
 from brewjax.train.contrastive import Contrastive
 from brewjax.train.distill import Distill
@@ -55,6 +56,8 @@ class EvaluateConfig(Config):
     """Hyperparameter settings of LightGBM that are compared on the validation period."""
     mesh: MeshConfig = MeshConfig()
     """The mesh that models are scored on."""
+    watch: WatchConfig | None = None
+    """A suite that is run while rankers are trained; it stops what gets worse. Only where one process trains."""
 
 
 class RecipeSurface(Config):
@@ -393,7 +396,18 @@ class Recipe(Config):
 
 
 def load_plan(path: str | Path, overrides: Sequence[str] = ()) -> CompilePlan:
-    """A file with a plan; or of a recipe its model, as its first stage that trains does."""
+    """Reads what `brewjax compile` compiles.
+
+    Args:
+      path: of a plan; or of a recipe, whose model is compiled as its first stage that trains does.
+      overrides: such as `train.steps=100`.
+
+    Returns:
+      The plan.
+
+    Raises:
+      ConfigError: the file is wrong, or no stage of the recipe trains.
+    """
     path = Path(path)
     values = yaml.safe_load(path.read_text()) if path.is_file() else None
     if not isinstance(values, dict) or "stages" not in values:

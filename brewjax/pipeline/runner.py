@@ -54,12 +54,15 @@ class Step:
 def run_steps(steps: Sequence[Step], folder: Path, data: str, allow_code_mismatch: bool = False) -> None:
     """Runs steps into `folder/<name>`, and skips those that are done from the same data, settings and code.
 
-    Raises ConfigError before anything is written where a protected step has a result of other data, settings or code:
-    outputs are never mixed.
-
     Args:
+      steps: in the order in which they run.
+      folder: of the run.
       data: a hash of the datasets, which all steps read.
       allow_code_mismatch: accept results that other code made.
+
+    Raises:
+      ConfigError: a protected step has a result of other data, settings or code; before anything is written, so that
+        outputs are never mixed.
     """
     console = plain_console()
     made = _fingerprints(steps, data)
@@ -145,9 +148,16 @@ def _seconds_before(output: Path) -> float:
 
 
 def read_record(output: Path) -> Record:
-    """Fingerprints of a step, its commit, and its seconds once it is done; {} where it was never started.
+    """Reads what is known of a step.
 
-    Raises ValueError where the file is damaged.
+    Args:
+      output: folder of the step.
+
+    Returns:
+      Its fingerprints and commit, and its seconds once it is done; {} where it was never started.
+
+    Raises:
+      ValueError: the file is damaged.
     """
     path = output / RECORD
     if not path.exists():

@@ -53,6 +53,7 @@ from brewjax.pipeline.recipe import (
 from brewjax.pipeline.runner import Step, run_steps
 from brewjax.pipeline.workers import write_on_this_host
 from brewjax.retrieve.encoder import Encoder, EncoderConfig
+from brewjax.suite.watch import Watch
 from brewjax.train.align import REFERENCE
 from brewjax.train.contrastive import ITEMS, Contrastive
 from brewjax.train.distill import TEACHER, Distill
@@ -155,7 +156,10 @@ def train_stage(run: Run, stage: TrainedStage, data: Path, folder: Path) -> None
         objective, frozen = Distill(kd_weight=stage.soft_label_weight), {TEACHER: SoftLabels(shards)}
     elif isinstance(stage, ContrastiveStage):
         objective, frozen = stage.loss, {ITEMS: ItemTable(shards)}
-    bundle = run.bundle(model, train(model, stage.train, shards, folder, objective, init, frozen))
+    watch = None
+    if (watched := run.recipe.evaluate.watch) and not isinstance(stage, ContrastiveStage):
+        watch = Watch(watched, folder, lambda params, path: run.bundle(model, params).save(path))
+    bundle = run.bundle(model, train(model, stage.train, shards, folder, objective, init, frozen, watch))
     if isinstance(stage, ContrastiveStage):
         surface, task = stage.data.choose(run.tasks)
         bundle = dataclasses.replace(bundle, surfaces={surface.name: bundle.surfaces[surface.name]})
@@ -233,7 +237,9 @@ def steps(run: Run, write_units: WriteUnits = write_on_this_host) -> list[Step]:
     weights = {name: surface.config.weight for name, surface in run.surfaces.items()}
     tokenizer_path = recipe.tokenizer.path if recipe.tokenizer else run.base and run.base / TOKENIZER
     tokenizer = hash_folder(Path(tokenizer_path)) if tokenizer_path else recipe.model_dump(mode="json")["tokenizer"]
-    prompts, judged = (recipe.model_dump(mode="json")[key] for key in ("prompts", "evaluate"))
+    prompts, judged = (
+        recipe.model_dump(mode="json", exclude={"evaluate": {"watch"}})[key] for key in ("prompts", "evaluate")
+    )
     settings: Any = [surfaces, tokenizer, prompts, _reads_prose(recipe)]
     plan = [Step("prepare", functools.partial(prepare, run), (), settings, DATA)]
     data: dict[str, str] = {}  # the steps that write training data, by what they write
@@ -291,8 +297,15 @@ def steps(run: Run, write_units: WriteUnits = write_on_this_host) -> list[Step]:
 def run_recipe(recipe: Recipe, folder: Path, allow_code_mismatch: bool = False, until: str = "report") -> None:
     """Runs a recipe's stages into `folder/<stage>`, each followed by its evaluation; see `run_steps`.
 
-    Raises ConfigError before anything is written where the run cannot be done (see `check_run`), and LockedError where
-    another process runs into `folder`.
+    Args:
+      recipe: what is done.
+      folder: of the run; what is done there already, with these settings and this code, is not done again.
+      allow_code_mismatch: also take what other code has made.
+      until: name of the last step to run.
+
+    Raises:
+      ConfigError: the run cannot be done (see `check_run`); before anything is written.
+      LockedError: another process runs into `folder`.
     """
     run = Run(recipe, folder)
     check_run(run)
@@ -302,8 +315,17 @@ def run_recipe(recipe: Recipe, folder: Path, allow_code_mismatch: bool = False, 
 
 
 def prepare_recipe(recipe: Recipe, folder: Path, write_units: WriteUnits = write_on_this_host) -> None:
-    """Writes the tokenizer, the percentiles and all training data of a recipe, which `run_recipe` then finds; raises as
-    it does."""
+    """Writes the tokenizer, the percentiles and all training data of a recipe, which `run_recipe` then finds.
+
+    Args:
+      recipe: whose data is written.
+      folder: of the run.
+      write_units: writes the shards, on this host or on Beam.
+
+    Raises:
+      ConfigError: as `run_recipe`.
+      LockedError: as `run_recipe`.
+    """
     run = Run(recipe, folder)
     check_run(run)
     _run_plan(run, [step for step in steps(run, write_units) if step.code == DATA])

@@ -234,7 +234,7 @@ class Encoder:
 
 
 def truncate(vectors: Float[np.ndarray, "N D"], size: int) -> Float[np.ndarray, "N d"]:
-    """The first `size` numbers of each vector, scaled to length 1; a vector of 0 stays 0."""
+    """The first `size` numbers of each of `vectors`, scaled to length 1; a vector of 0 stays 0."""
     beginnings = vectors[:, :size]
     lengths = np.linalg.norm(beginnings, axis=1, keepdims=True)
     return beginnings / np.where(lengths > 0, lengths, 1)

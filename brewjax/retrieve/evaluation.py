@@ -73,7 +73,7 @@ def evaluate_retrieval(
       A row for each method, slice and k.
     """
     queries = select_queries(dataset, encoder.task, max_examples)
-    ranks = {ENCODER_NAME: _search(encoder, dataset, queries, max(ks), dimensions)}
+    ranks = {ENCODER_NAME: search_catalogue(encoder, dataset, queries, max(ks), dimensions)}
     for name, compute in BASELINES.items():
         try:
             ranks[name] = rank(compute(dataset, queries), queries.excluded, max(ks))
@@ -83,8 +83,21 @@ def evaluate_retrieval(
     return _summarize(queries, recalls, ks, bootstrap)
 
 
-def _search(encoder: Encoder, dataset: Dataset, queries: Queries, k: int, dimensions: int | None) -> list[np.ndarray]:
-    """Rows of the k nearest items of each query, by an index of the whole catalogue."""
+def search_catalogue(
+    encoder: Encoder, dataset: Dataset, queries: Queries, k: int, dimensions: int | None = None
+) -> list[np.ndarray]:
+    """Searches an index of the whole catalogue, described as of the start of the test period.
+
+    Args:
+      encoder: embeds members and items.
+      dataset: the tables.
+      queries: whose `excluded` items are not found.
+      k: how many items are found for each, fewer where a query has fewer.
+      dimensions: what vectors are truncated to.
+
+    Returns:
+      int64 [k] for each query, rows of the nearest items, the nearest first.
+    """
     rows = np.arange(len(dataset.items))
     members = encoder.embed_members(dataset, queries.examples, dimensions)
     with tempfile.TemporaryDirectory() as folder:
@@ -113,36 +126,64 @@ def recall_at(ranked: Sequence[np.ndarray], positives: Sequence[np.ndarray], k: 
 def _summarize(
     queries: Queries, recalls: dict[str, dict[int, np.ndarray]], ks: Sequence[int], bootstrap: int
 ) -> list[Recall]:
-    _, member = np.unique([example.member for example in queries.examples], return_inverse=True)
-    num_members = int(member.max()) + 1
-    weights = np.random.default_rng(0).multinomial(num_members, np.full(num_members, 1 / num_members), bootstrap)
+    weights, member = resample_members(queries, bootstrap)
     past, rows = queries.num_past_events, []
     for past_events, (low, high) in SLICES.items():
         chosen = np.flatnonzero((past >= low) & (past <= high))
         if not len(chosen):
             continue
-        of_query = weights[:, member[chosen]]
+        of_query = weights[:, chosen]
         members = len(np.unique(member[chosen]))
         for k in ks:
             of_encoder = recalls[ENCODER_NAME][k][chosen]
             for method, by_k in recalls.items():
                 values = by_k[k][chosen]
                 error, lead_error = (
-                    _error(of_query, x) if members > 1 else np.nan for x in (values, of_encoder - values)
+                    interval(of_query, x) if members > 1 else np.nan for x in (values, of_encoder - values)
                 )
                 mean, lead = float(values.mean()), float((of_encoder - values).mean())
                 rows.append(Recall(method, past_events, k, len(chosen), members, mean, error, lead, lead_error))
     return rows
 
 
-def _error(weights: np.ndarray, values: np.ndarray) -> float:
+def resample_members(queries: Queries, bootstrap: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draws members with replacement.
+
+    Args:
+      queries: of one or more members.
+      bootstrap: how many times they are drawn.
+
+    Returns:
+      How often each query counts in each draw, int [bootstrap, queries]; and the member of each query, int [queries].
+    """
+    _, member = np.unique([example.member for example in queries.examples], return_inverse=True)
+    num_members = int(member.max()) + 1
+    weights = np.random.default_rng(0).multinomial(num_members, np.full(num_members, 1 / num_members), bootstrap)
+    return weights[:, member], member
+
+
+def interval(weights: np.ndarray, values: np.ndarray) -> float:
+    """Half of the 95% interval of a mean, 1.96 standard errors, by the bootstrap.
+
+    Args:
+      weights: int [bootstrap, values], how often each value is in each resample.
+      values: float64 [values].
+
+    Returns:
+      In the unit of the values.
+    """
     totals = weights.sum(1)
     means = (weights[totals > 0] @ values) / totals[totals > 0]
     return 1.96 * float(means.std(ddof=1))
 
 
 def print_recall(title: str, rows: Sequence[Recall]) -> None:
-    """Prints a table with a line for each method and slice, and a column for each k."""
+    """Prints a table with a line for each method and slice, and a column for each k.
+
+    Args:
+      title: above the table.
+      rows: as `evaluate_retrieval` makes them.
+    """
     ks = list(dict.fromkeys(row.k for row in rows))
     table = Table("past events", "queries", "method", *(f"Recall@{k}" for k in ks), title=title, title_justify="left")
     by_key = {(row.past_events, row.method, row.k): row for row in rows}

@@ -46,7 +46,7 @@ class Hits(NamedTuple):
 
     Attributes:
       ids: at most k; fewer where the filter admits fewer.
-      scores: float32, inner products.
+      scores: float32 [ids], inner products.
     """
 
     ids: list[Id]
@@ -61,6 +61,9 @@ class Index:
     """Vectors by id. Searches see every change that was acknowledged before they began, and no part of a later one.
 
     Thread-safe. Scores are inner products in float32; equal scores come in the order of slots.
+
+    Args:
+      folder: as `create` made it; all changes in it are read.
     """
 
     def __init__(self, folder: Path):

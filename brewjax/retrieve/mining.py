@@ -133,6 +133,6 @@ class MinedTable:
         self._seeds, self._starts, self._ends = seeds[order], (ends - counts)[order], ends[order]
 
     def look_up(self, example: RankingExample) -> np.ndarray:
-        """The rows of the items mined for an example, the nearest first."""
+        """int32 [items]: the rows of the items mined for an `example`, the nearest first."""
         at = int(np.searchsorted(self._seeds, np.uint64(example.seed)))
         return self._items[self._starts[at] : self._ends[at]]

@@ -46,6 +46,14 @@ class Queries:
 def select_queries(dataset: Dataset, task: Task, max_examples: int | None = None) -> Queries:
     """The queries of a task's test period: its examples that have an item to retrieve.
 
+    Args:
+      dataset: the tables.
+      task: whose best label makes an item one to retrieve.
+      max_examples: the most examples that are looked at; None for all.
+
+    Returns:
+      The queries, in the order of the examples.
+
     Raises:
       ValueError: there is none.
     """

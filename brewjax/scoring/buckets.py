@@ -49,8 +49,12 @@ def plan_passes(prompts: Sequence[EncodedPrompt], buckets: Sequence[Bucket]) -> 
 
     A prompt longer than the largest bucket is split by its questions. Each pass uses the smallest bucket that holds it.
 
+    Args:
+      prompts: to score.
+      buckets: the shapes that passes can have.
+
     Returns:
-      passes. The owner of a chunk is (index of its prompt, number of the prompt's questions in earlier chunks).
+      Passes. The owner of a chunk is (index of its prompt, number of the prompt's questions in earlier chunks).
 
     Raises:
       ValueError: naming a prompt of which not even one question fits.

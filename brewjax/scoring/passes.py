@@ -51,7 +51,7 @@ class Chunk:
 
     @classmethod
     def whole(cls, owner: Any, prompt: EncodedPrompt) -> Chunk:
-        """All of a prompt in one pass, without the cache."""
+        """All of a prompt in one pass, without the cache; `owner` is what the caller knows the chunk by."""
         return cls(owner, prompt, range(len(prompt.questions)), 0, prompt.prefix_length)
 
     @property
@@ -104,7 +104,15 @@ class PassInputs(NamedTuple):
 
 
 def build_inputs(passes: Sequence[Pass], rows: int) -> PassInputs:
-    """Arrays of at most `rows` passes, all of one bucket; rows without a pass are padding."""
+    """Makes the arrays of passes.
+
+    Args:
+      passes: at most `rows`, all of one bucket.
+      rows: of the arrays; those without a pass are padding.
+
+    Returns:
+      The arrays.
+    """
     bucket = passes[0].bucket
     cached_length = bucket.cached_pages * PAGE
     row_fields = {name: np.zeros((rows, bucket.tokens), np.int32) for name in ("tokens", "positions")}

@@ -52,8 +52,11 @@ class PrefixCache:
     def acquire(self, hashes: Sequence[bytes]) -> tuple[list[int], int] | None:
         """Holds a page for each digest of a prefix, until `release`.
 
+        Args:
+          hashes: the digests, in order, as `page_hashes` makes them.
+
         Returns:
-          the pages, and how many of them, from the first on, can be read already: the caller computes the others and
+          The pages, and how many of them, from the first on, can be read already: the caller computes the others and
           publishes them by `commit`. None, with nothing held, if too many pages are held by others.
         """
         hits = 0
@@ -81,6 +84,10 @@ class PrefixCache:
         """Publishes computed pages for reuse by later passes.
 
         If another request published the same content first, the duplicate page stays private and is freed on release.
+
+        Args:
+          hashes: the digest of each page.
+          pages: as `acquire` returned them.
         """
         for digest, page in zip(hashes, pages, strict=True):
             if self._known.setdefault(digest, page) == page:

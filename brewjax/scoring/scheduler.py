@@ -22,6 +22,11 @@ from brewjax.scoring.scorer import NormalizeOver
 class Job:
     """A prompt to score, and its progress.
 
+    Args:
+      prompt: to score.
+      normalize_over: see the attribute.
+      owner: what the caller knows the job by; not used here.
+
     Attributes:
       normalize_over: what its log-probabilities are normalized over (see `Scorer.collect`).
       num_cached_tokens: tokens of its prefix that were found in the cache; None before its pages are acquired.
@@ -65,7 +70,15 @@ class Job:
         return PAGE if in_prefix else int(self.prompt.starts[self.num_scored + 1] - self.prompt.starts[self.num_scored])
 
     def next_chunk(self, tokens: int, max_questions: int) -> Chunk | None:
-        """Advances by the largest chunk that fits into `tokens` of a row; None, without progress, if none fits."""
+        """Advances by the largest chunk that fits.
+
+        Args:
+          tokens: free ones of a row.
+          max_questions: the most questions that the row has room for.
+
+        Returns:
+          The chunk; None, without progress, if none fits.
+        """
         start = self.num_computed_tokens
         first_page = self.num_cached_pages
         stop = min(start + tokens // PAGE * PAGE, self.prompt.prefix_length)
@@ -151,7 +164,11 @@ class Scheduler:
         self._cache.clear()
 
     def next_pass(self) -> Pass | None:
-        """The next pass, which must be dispatched before this is called again; None if no job can run."""
+        """Makes the next pass, which must be dispatched before this is called again.
+
+        Returns:
+          The pass, whose chunks are owned by their jobs; None if no job can run.
+        """
         admitted = self._admit()
         if not admitted:
             return None

@@ -334,6 +334,7 @@ def score_labels(
         normalize_over=normalize_over,
         logits_dtype=model.head.logits,
         vocabulary_over=vocabulary,
+        parts=model.head.parts,
     )
     batch = decoder.sharding.spec("batch", None, None)
     specs = (batch, decoder.sharding.spec("vocab", None), decoder.sharding.spec("batch", None))
@@ -343,6 +344,14 @@ def score_labels(
 
 
 def normalize_over_labels(log_probs: Float[np.ndarray, "Q L"], temperature: float = 1.0) -> Float[np.ndarray, "Q L"]:
-    """float32 probabilities that add up to one over the labels, whose logits are divided by the temperature."""
+    """Softmax over the labels of each question.
+
+    Args:
+      log_probs: log-probabilities of the label words, over the vocabulary or up to a constant for each question.
+      temperature: that they are divided by; above 0.
+
+    Returns:
+      float32 probabilities, which add up to one for each question.
+    """
     weights = np.exp((log_probs - log_probs.max(-1, keepdims=True)) / np.float32(temperature))
     return weights / weights.sum(-1, keepdims=True)

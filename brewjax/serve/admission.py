@@ -63,10 +63,11 @@ class Admission:
             if message["type"] == "http.response.start":
                 if self._service.lame_duck:
                     MutableHeaders(scope=message)["connection"] = "close"
+                path = getattr(scope.get("route"), "path", "")  # a known one: what a caller sent may hold secrets
+                self._service.metrics.http_responses.labels(path, message["status"]).inc()
                 if message["status"] >= 400:
                     reason = HTTP_REASONS.get(message["status"], "failed")
-                    route = scope.get("route")  # a known path: what a caller sent may hold secrets
-                    self._refusals.record("http", reason, getattr(route, "path", ""), headers.get("x-request-id", ""))
+                    self._refusals.record("http", reason, path, headers.get("x-request-id", ""))
             await send(message)
 
         if scope["method"] == "HEAD":

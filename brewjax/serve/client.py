@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -264,21 +265,23 @@ def _responses(call: Any) -> Iterator[Any]:
 def score_all(server: str, question: pb.Member | pb.Raw, token: str | None) -> tuple[np.ndarray, str]:
     """Scores any number of items, by one call or a stream; waits for a server that is starting.
 
+    Args:
+      server: its gRPC address, HOST:PORT.
+      question: the member or the prompt, with its items.
+      token: the server's bearer token; None where it asks for none.
+
     Returns:
       float32 probabilities [items, labels] in the order of the items, and a line about time, model and cache.
 
     Raises:
       RuntimeError: with the server's own words, if it refuses.
     """
-    try:
-        with Client(server, token, timeout=STARTUP_TIMEOUT_S) as client:
-            max_candidates = client.describe().limits.max_candidates
-            start_time = time.perf_counter()
-            fits = len(question.items) <= max_candidates
-            responses = [client.score(question)] if fits else list(client.stream(question))
-            seconds = time.perf_counter() - start_time
-    except grpc.RpcError as error:
-        raise RuntimeError(f"{server}: {error.code().name}: {error.details()}") from None
+    with _server_words(server), Client(server, token, timeout=STARTUP_TIMEOUT_S) as client:
+        max_candidates = client.describe().limits.max_candidates
+        start_time = time.perf_counter()
+        fits = len(question.items) <= max_candidates
+        responses = [client.score(question)] if fits else list(client.stream(question))
+        seconds = time.perf_counter() - start_time
     scores = {item.index: item.probabilities for response in responses for item in response.scores}
     usage = responses[0].usage
     summary = (
@@ -286,6 +289,41 @@ def score_all(server: str, question: pb.Member | pb.Raw, token: str | None) -> t
         f"{usage.cached_tokens} cached; {usage.truncated_events} older events left out"
     )
     return np.array([scores[index] for index in range(len(scores))], np.float32), summary
+
+
+def retrieve_and_rank(server: str, member: pb.Member, k: int, token: str | None) -> tuple[list[str], np.ndarray, str]:
+    """Retrieves items of the server's index for a member of its catalogue and ranks them; waits for a server that is
+    starting.
+
+    Args:
+      server: HOST:PORT.
+      member: with an id of the catalogue.
+      k: how many items are retrieved.
+      token: the server's, if it wants one.
+
+    Returns:
+      The ids of the items, the best first; float32 probabilities [items, labels]; and a line about time and models.
+
+    Raises:
+      RuntimeError: with the server's own words, if it refuses.
+    """
+    with _server_words(server), Client(server, token, timeout=STARTUP_TIMEOUT_S) as client:
+        client.describe()
+        start_time = time.perf_counter()
+        response = client.retrieve_and_score(member, k)
+        seconds = time.perf_counter() - start_time
+    probabilities = np.array([hit.probabilities for hit in response.hits], np.float32)
+    summary = f"{response.encoder} found {len(response.hits)}, {response.model} ranked them: {seconds * 1000:.0f} ms"
+    return [hit.id for hit in response.hits], probabilities, summary
+
+
+@contextlib.contextmanager
+def _server_words(server: str) -> Iterator[None]:
+    """Raises a refusal in the server's own words."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise RuntimeError(f"{server}: {error.code().name}: {error.details()}") from None
 
 
 def raw(
@@ -303,6 +341,9 @@ def raw(
       items: the candidates; each is read after the prefix and the events, and scored at its last token.
       labels: words of one token each, or token ids; the probability of the first one orders the items.
       events: the history, oldest first; the oldest are the first to be truncated.
+
+    Returns:
+      What `Client.score` and `Client.stream` take.
     """
     return pb.Raw(
         prefix=_text(prefix),

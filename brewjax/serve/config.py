@@ -166,7 +166,14 @@ class ServeConfig(Config):
         return self
 
     def by_surface(self, key: Literal["catalogue", "tasks"], bundle: Bundle) -> dict[str, Any]:
-        """A setting for each surface of a model, by name; empty where it is not set.
+        """Looks up a setting that each surface of a model may have of its own.
+
+        Args:
+          key: the setting.
+          bundle: the model.
+
+        Returns:
+          Its value by the surface's name; empty where it is not set.
 
         Raises:
           ConfigError: there is no surface of a name, or a model of several is given no names.

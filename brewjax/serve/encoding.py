@@ -98,7 +98,18 @@ class RequestEncoder:
                 raise task.error(f"{len(task.labels)} of them; at most {LABELS_IN_PASS} are served", "labels")
 
     def encode(self, request: pb.ScoreRequest, max_items: int) -> EncodedRequest:
-        """The tokens of a request. Raises ValueError, naming field and reason, for a request that cannot be scored."""
+        """Encodes a request.
+
+        Args:
+          request: with a member, or a raw prompt.
+          max_items: the most items that may be asked about.
+
+        Returns:
+          Its tokens.
+
+        Raises:
+          ValueError: it cannot be scored; names field and reason.
+        """
         if len(request.request_id) > MAX_ID:
             raise ValueError(f"request_id: {len(request.request_id):,} characters; give at most {MAX_ID}")
         size = request.ByteSize()
@@ -128,7 +139,17 @@ class RequestEncoder:
         return encoded
 
     def task(self, member: pb.Member) -> Task:
-        """The task of a member. Raises ValueError if its surface has none of this name, or there is no such surface."""
+        """Looks up what is asked of a member.
+
+        Args:
+          member: of the request.
+
+        Returns:
+          The task.
+
+        Raises:
+          ValueError: the member's surface has none of this name, or there is no such surface.
+        """
         tasks = self.tasks[find_surface(self.bundle, member).name]
         if member.task not in tasks:
             raise ValueError(f"member.task: no task '{member.task}'; tasks: {', '.join(tasks)}")

@@ -32,10 +32,17 @@ HTTP_STATUS = {
 
 @contextlib.contextmanager
 def refusing(request: Request, fields: Mapping[str, str]) -> Iterator[None]:
-    """Turns errors into HTTPException.
+    """Context manager: turns errors into HTTPException.
 
     Args:
+      request: that is answered.
       fields: patterns of the names of fields in gRPC's errors, and their names here.
+
+    Yields:
+      Nothing.
+
+    Raises:
+      HTTPException: in place of any error in the block; its status is that of the error.
     """
     try:
         yield
@@ -53,7 +60,18 @@ def refusing(request: Request, fields: Mapping[str, str]) -> Iterator[None]:
 
 
 async def parse_body(request: Request, parse: Callable[[bytes], T]) -> T:
-    """The body of a request, by `parse`. Raises HTTPException, naming the field that is wrong."""
+    """Reads the body of a request.
+
+    Args:
+      request: with a body in JSON.
+      parse: what reads it; a long body in a thread.
+
+    Returns:
+      What `parse` returns.
+
+    Raises:
+      HTTPException: 415 for a body that is not JSON; 400 for one that `parse` refuses, naming the field that is wrong.
+    """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         raise HTTPException(415, "content-type: give application/json")
@@ -71,7 +89,18 @@ async def parse_body(request: Request, parse: Callable[[bytes], T]) -> T:
 
 
 async def until_disconnect(request: Request, answer: Coroutine[Any, Any, T]) -> T:
-    """The answer; cancelled when the caller hangs up, which neither FastAPI nor uvicorn does."""
+    """Awaits an answer, which is cancelled when the caller hangs up, as neither FastAPI nor uvicorn does it.
+
+    Args:
+      request: that is answered.
+      answer: to await.
+
+    Returns:
+      What `answer` returns.
+
+    Raises:
+      HTTPException: 499, the caller hung up.
+    """
 
     async def disconnected() -> None:
         while (await request.receive())["type"] != "http.disconnect":

@@ -73,10 +73,22 @@ def render_member(bundle: Bundle, task: Task, member: pb.Member, catalogue: Cata
 
 
 def read_member(card: Card, task: Task, member: pb.Member, catalogue: Catalogue | None = None) -> MemberTables:
-    """The member of a request as of `member.now`; errors as above.
+    """The member of a request as of `member.now`.
 
     A member that is sent in full becomes a dataset of one member, so that one code renders training examples, requests
     and members of the catalogue alike.
+
+    Args:
+      card: of the member's surface.
+      task: what is asked.
+      member: of the request, in full or by id.
+      catalogue: of the surface, for members by id; None where the server has none.
+
+    Returns:
+      The tables that the member is in, and the example that is asked.
+
+    Raises:
+      ValueError: names the field that is wrong.
     """
     if member.id:
         if catalogue is None:

@@ -71,6 +71,27 @@ def request_from_example(
     return request
 
 
+def request_from_catalogue(
+    dataset: Dataset, task: Task, example: RankingExample, steering_note: str = "", surface: str = ""
+) -> pb.Member:
+    """The member of a ranking example as a request to a server that has the dataset as its catalogue.
+
+    Args:
+      dataset: where the example's rows are.
+      task: what is asked about each item.
+      example: the member, and the cutoff time.
+      steering_note: as of `request_from_example`.
+      surface: as of `request_from_example`.
+
+    Returns:
+      A `Member` by id, without items.
+    """
+    now = Timestamp()
+    now.FromMicroseconds(example.cutoff_time)
+    name = dataset.member_id(example.member)
+    return pb.Member(task=task.name, now=now, id=name, steering_note=steering_note, surface=surface)
+
+
 class _StatedRows(NamedTuple):
     """Rows of a table with the attributes that prompts show at `where`, "history" or "question"."""
 

@@ -134,7 +134,17 @@ class Retrieval:
             )
 
     async def retrieve(self, request: pb.RetrieveRequest) -> pb.RetrieveResponse:
-        """The nearest items. Raises ValueError naming the field that is wrong."""
+        """Finds the nearest items.
+
+        Args:
+          request: with a member, a text or a vector, and how many items.
+
+        Returns:
+          The items, the nearest first.
+
+        Raises:
+          ValueError: names the field that is wrong.
+        """
         async with self._request_scope("Retrieve", request.request_id) as request_id:
             index = self._need_index()
             if not 0 < request.k <= self.config.max_retrieved:

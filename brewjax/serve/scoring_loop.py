@@ -164,7 +164,15 @@ class ScoringLoop:
         return Request(prompt, normalize_over, deadline)
 
     def enqueue(self, request: Request) -> None:
-        """The rest of `submit`: raises QueueFullError or ClosedError."""
+        """Queues a request that `prepare` made.
+
+        Args:
+          request: a future, which gets the scores.
+
+        Raises:
+          QueueFullError: too many tokens are queued.
+          ClosedError: the loop is stopping.
+        """
         with self._changed:
             if self._stopping:
                 raise ClosedError

@@ -102,7 +102,11 @@ class Server:
         self._reloading = asyncio.Lock()
 
     async def start(self) -> None:
-        """Starts to listen on both ports. Raises OSError for a port that is taken."""
+        """Starts to listen on both ports.
+
+        Raises:
+          OSError: a port is taken.
+        """
         config = self.config
         tracing, self._trace_http = trace_to_collector()
         self._door = Door(self._credentials, config, self.service.metrics, self._refusals)
@@ -281,6 +285,10 @@ async def serve(folder: Path, config: ServeConfig) -> bool:
     """Serves until SIGTERM or SIGINT; SIGINT, or a second signal, skips the lame-duck time.
 
     SIGHUP loads the tokens and the certificate again, then model, encoder and index, all from their folders.
+
+    Args:
+      folder: of the model.
+      config: ports, limits and what else a server is given.
 
     Returns:
       True if all requests finished.

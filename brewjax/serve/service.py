@@ -71,6 +71,7 @@ class Service:
         self._tasks = tasks
         self._max_prefix_tokens = config.max_prefix_tokens or bundle.prompts.max_tokens
         self._encoder = self._make_encoder(bundle, version, catalogues or {})
+        metrics.model.info({"model": self.model})
         self._costs = costs
         # Tokenizers release Python's lock. Long requests have their own threads, so that short ones do not wait.
         self._threads = ThreadPoolExecutor(thread_name_prefix="encode")
@@ -103,9 +104,17 @@ class Service:
 
     @contextlib.contextmanager
     def request_scope(self, method: str, request_id: str) -> Iterator[None]:
-        """Counts, times, traces and logs a request, as one of `max_concurrent_requests`.
+        """Context manager: counts, times, traces and logs a request, as one of `max_concurrent_requests`.
 
-        Raises QueueFullError if there are too many requests already.
+        Args:
+          method: its name in the .proto file.
+          request_id: of the caller, or made for it.
+
+        Yields:
+          Nothing.
+
+        Raises:
+          QueueFullError: there are too many requests already.
         """
         start_time, code = time.monotonic(), grpc.StatusCode.OK
         self._num_requests += 1
@@ -163,6 +172,14 @@ class Service:
         """As `score` for up to `max_stream_candidates` items: sends a response for each pass.
 
         The deadline is that of the last response, so a caller who reads slowly does not hold its place for ever.
+
+        Args:
+          request: without `top_k`.
+          send: takes each response when it is computed.
+          seconds: until the caller's deadline; None without one.
+
+        Raises:
+          ValueError: as `score`; or `top_k` is given.
         """
         request_id = request.request_id or uuid.uuid4().hex
         with self.request_scope("ScoreStream", request_id):
@@ -248,6 +265,7 @@ class Service:
         loaded = self.scoring_loop.reload(encoder.bundle.params)
         # No `await` between these lines: every request of the new encoder must be queued behind the new weights.
         self._encoder = encoder
+        self.metrics.model.info({"model": self.model})
         return loaded
 
     def _check(self, bundle: Bundle) -> None:
@@ -296,7 +314,14 @@ class Service:
 
 
 def check_finite(bundle: Bundle) -> None:
-    """Raises ValueError for weights that would make all that is computed with them NaN."""
+    """Checks the weights of a checkpoint.
+
+    Args:
+      bundle: the checkpoint.
+
+    Raises:
+      ValueError: weights are not finite, and would make NaN of all that is computed with them.
+    """
     finite = jax.tree.map(lambda leaf: bool(jnp.isfinite(leaf).all()), bundle.params)
     if not all(jax.tree.leaves(finite)):
         raise ValueError("the checkpoint has weights that are not finite")

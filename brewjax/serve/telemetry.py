@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 SHARES = (0.0001, 0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1)
@@ -17,12 +17,17 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         registry: dict[str, Any] = {"registry": self.registry, "namespace": "brewjax"}
+        ProcessCollector(registry=self.registry)  # memory, processor time and open files, under Prometheus' own names
+        self.model = Info("model", "The served model, by name and version.", **registry)
         self.requests = Counter("requests", "Requests by method and gRPC status code.", ["method", "code"], **registry)
         self.refused = Counter(
             "refused",
             "Refused requests and connections, by port (grpc, http) and reason.",
             ["port", "reason"],
             **registry,
+        )
+        self.http_responses = Counter(
+            "http_responses", "HTTP responses by path and status.", ["path", "status"], **registry
         )
         self.http_connections = Gauge("http_connections", "Open connections to the HTTP port.", **registry)
         self.grpc_calls = Gauge("grpc_calls", "gRPC calls in progress.", **registry)

@@ -29,7 +29,19 @@ class Texts:
         return text[: limit * self.max_token_bytes]
 
     def check_bytes(self, text: str, limit: int, field: str) -> str:
-        """The text. Raises ValueError, naming the field, for one that surely has more tokens than the limit."""
+        """Checks that a text can be short enough, before it is tokenised.
+
+        Args:
+          text: any.
+          limit: tokens that are read.
+          field: of the request, for the error.
+
+        Returns:
+          `text`.
+
+        Raises:
+          ValueError: it surely has more tokens than the limit; names the field.
+        """
         if len(text) * 4 > (max_bytes := limit * self.max_token_bytes) and len(text.encode()) > max_bytes:
             raise ValueError(f"{field}: {len(text):,} characters; at most {limit:,} tokens are read")
         return text
@@ -59,7 +71,18 @@ class Texts:
         return ids
 
     def label_token_id(self, word: str, field: str) -> int:
-        """The id of a label word. Raises ValueError, naming the field, for a word that is not one token."""
+        """The id of a label word.
+
+        Args:
+          word: of one token.
+          field: of the request, for the error.
+
+        Returns:
+          The token id.
+
+        Raises:
+          ValueError: the word is not one token; names the field.
+        """
         self.check_bytes(word, 1, field)
         try:
             return self._tokenizer.label_token_id(word)

@@ -133,7 +133,16 @@ class Board:
 
 
 def make_board(suite: Suite, size: Size, entries: Iterable[Entry] | None = None) -> Board:
-    """The leaderboard of all entries (by default, those that were run), from the predictions that are kept."""
+    """Makes the leaderboard from the predictions that are kept.
+
+    Args:
+      suite: what is asked.
+      size: how much of it, "quick" or "full".
+      entries: models and baselines; by default all that were run.
+
+    Returns:
+      The board.
+    """
     tasks = [*_board_tasks(suite, size)]
     expected = [each for surface in suite.surfaces for each in suite.tasks_of(surface)]
     rows = [

@@ -77,6 +77,14 @@ def holm(p_values: list[float], alpha: float = ALPHA) -> list[bool]:
 def accept(suite: Suite, size: Size, name: str) -> Verdict:
     """Judges a model of the leaderboard, and writes it into the history where it is accepted.
 
+    Args:
+      suite: what is asked.
+      size: how much of it, "quick" or "full".
+      name: of the model's row.
+
+    Returns:
+      Whether the model may follow the last accepted one, and why.
+
     Raises:
       ValueError: there is no such model.
     """

@@ -32,7 +32,7 @@ HOW_TO_READ = (
 
 
 def print_board(board: Board, console: Console) -> None:
-    """Prints the leaderboard by tier, and by domain, a column for each row of the board."""
+    """Prints the leaderboard by tier, and by domain, a column for each row of the board, on `console`."""
     for table in (_overview(board), _by_domain(board), _of_oracle(board), _cold(board)):
         if table is not None:
             console.print(_rich(table))
@@ -68,7 +68,8 @@ def print_difference(board: Board, first: Row, second: Row, prompts: int, consol
 
     Args:
       board: with both rows.
-      first, second: rows; the difference is the first minus the second.
+      first: a row.
+      second: a row; the difference is the first minus the second.
       prompts: how many questions.
       console: that is printed to.
     """

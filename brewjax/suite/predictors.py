@@ -71,7 +71,12 @@ class Predictor(Protocol):
 
 
 class Model:
-    """A model of a folder, in its own style and token budget."""
+    """A model of a folder, in its own style and token budget.
+
+    Args:
+      folder: of the model.
+      name: on the leaderboard.
+    """
 
     def __init__(self, folder: Path, name: str):
         check_folder(folder)

@@ -52,6 +52,15 @@ class FrozenQuestions:
 def frozen_questions(suite: Suite, size: Size, dataset: Dataset, surface_task: SurfaceTask) -> FrozenQuestions:
     """The questions of a task: read if they were frozen, else drawn and frozen.
 
+    Args:
+      suite: that asks them.
+      size: how many there are, "quick" or "full".
+      dataset: the tables of the surface.
+      surface_task: one of the surface's.
+
+    Returns:
+      The questions.
+
     Raises:
       ConfigError: they were frozen from other tables, another task file or another draw; or there is none to ask.
     """

@@ -124,13 +124,41 @@ def run(
     surfaces: Iterable[str] | None = None,
     workers: int = 1,
 ) -> list[Entry]:
-    """Puts predictors on the leaderboard; what they have answered before is not asked again.
+    """Puts predictors on the leaderboard.
+
+    Args:
+      suite: what is asked.
+      size: how much of it, "quick" or "full".
+      predictors: models and baselines.
+      surfaces: see `answer`.
+      workers: see `answer`.
+
+    Returns:
+      The entry of each predictor, as it was written.
+    """
+    return [_write_entry(suite, size, entry) for entry in answer(suite, size, predictors, surfaces, workers)]
+
+
+def answer(
+    suite: Suite,
+    size: Size,
+    predictors: Sequence[Predictor],
+    surfaces: Iterable[str] | None = None,
+    workers: int = 1,
+) -> list[Entry]:
+    """Answers the questions of a suite; what a predictor has answered before is not asked again.
 
     A run that is killed goes on where it was: each task's predictions are written when they are complete.
 
     Args:
+      suite: what is asked.
+      size: how much of it, "quick" or "full".
+      predictors: models and baselines.
       surfaces: some of the suite's, for a part of it; all by default.
       workers: processes, each with a surface at a time. Figures do not depend on their number.
+
+    Returns:
+      An entry for each predictor, which is not on the leaderboard.
 
     Raises:
       ContaminationError: a model was trained on what the suite asks.
@@ -149,14 +177,15 @@ def run(
     entries = []
     for index, predictor in enumerate(predictors):
         answers = [results[index] for results in by_surface]
-        entry = Entry(
-            name=predictor.name,
-            folder=str(predictor.folder) if predictor.folder else None,
-            fingerprint=hash_json(predictor.identity),
-            predictions={task: file for part in answers for task, file in part.predictions.items()},
-            twin_gap=max(part.twin_gap for part in answers),
+        entries.append(
+            Entry(
+                name=predictor.name,
+                folder=str(predictor.folder) if predictor.folder else None,
+                fingerprint=hash_json(predictor.identity),
+                predictions={task: file for part in answers for task, file in part.predictions.items()},
+                twin_gap=max(part.twin_gap for part in answers),
+            )
         )
-        entries.append(_write_entry(suite, size, entry))
     return entries
 
 

@@ -113,7 +113,13 @@ class Suite(Config):
         return Path("runs") / "suites" / self.name
 
     def tasks_of(self, surface: str) -> list[SurfaceTask]:
-        """The tasks of a surface, not checked against its dataset.
+        """Reads the tasks of a surface; whether they fit its dataset is not checked.
+
+        Args:
+          surface: its name in the suite.
+
+        Returns:
+          The tasks, in the suite's order.
 
         Raises:
           ConfigError: a task file is wrong, or two tasks have one name.
@@ -128,10 +134,17 @@ class Suite(Config):
         return tasks
 
     def load_surface(self, surface: str) -> tuple[Dataset, list[SurfaceTask]]:
-        """The dataset of a surface, and its tasks.
+        """Reads the dataset and the tasks of a surface.
+
+        Args:
+          surface: its name in the suite.
+
+        Returns:
+          The dataset, and its tasks, checked against it.
 
         Raises:
           ConfigError: the folder is missing or wrong, or a task does not fit it.
+          DatasetError: the tables do not fit their card.
         """
         folder = Path(self.surfaces[surface].dataset)
         if not folder.exists() and (self.surfaces[surface].public or self.surfaces[surface].simulated):

@@ -107,6 +107,7 @@ def train(
     objective: Objective | Contrastive,
     init: Callable[[], Params] | None = None,
     aux_models: Mapping[str, AuxModel] = {},
+    watch: Callable[[int, Callable[[], Params]], None] | None = None,
 ) -> Params:
     """Trains from the newest checkpoint in `folder`, or from the start, to the last step.
 
@@ -128,6 +129,7 @@ def train(
       aux_models: frozen models or their outputs, by the names that the objective looks up ("teacher", "reference").
         With LoRA the objective also gets "base", the weights without updates. Checkpoints do not contain them: pass
         them again on a restart. `Contrastive` needs an `ItemTable` of the shards as "items".
+      watch: called after each step with its number and a function that makes the parameters as they would be returned.
 
     Returns:
       The trained parameters, in `model.param_dtype`; with LoRA, updates are merged into the base weights.
@@ -182,12 +184,17 @@ def train(
         with _open_metrics(folder, int(state["step"]), config.steps) as writer:
             log = _StepLog(writer, folder, shards)
             run_step = _with_aux_models(step, aux_params, teachers, mesh)
-            state = _run_steps(run_step, state, batches, config, mesh, checkpointer, log)
+
+            def finished(state: State) -> Params:
+                params = decoder_params(state["params"])
+                if config.lora:
+                    return jax.jit(config.lora.merge)(aux_params[BASE], params)
+                return _cast(params, model.param_dtype)
+
+            after_step = (lambda step, state: watch(step, lambda: finished(state))) if watch else None
+            state = _run_steps(run_step, state, batches, config, mesh, checkpointer, log, after_step)
         checkpointer.wait()
-        params = decoder_params(state["params"])
-        if config.lora:
-            return jax.jit(config.lora.merge)(aux_params[BASE], params)
-        return _cast(params, model.param_dtype)
+        return finished(state)
 
 
 def _frozen_models(
@@ -250,6 +257,7 @@ def _run_steps(
     mesh: Mesh,
     checkpointer: ocp.training.Checkpointer,
     log: _StepLog,
+    after_step: Callable[[int, State], None] | None,
 ) -> State:
     """Runs the steps that remain, with their checkpoints, and returns the last state; exits on a preemption."""
     preemption_sync = distributed.PreemptionSync(mesh)
@@ -265,6 +273,8 @@ def _run_steps(
         if preempted and step_index < config.steps:
             checkpointer.wait()
             distributed.exit_for_restart(f"checkpoint of step {step_index} of {config.steps} is saved")
+        if after_step:
+            after_step(step_index, state)
     return state
 
 
@@ -274,7 +284,9 @@ def make_step(
     """One training step, to be compiled.
 
     Args:
-      model, config, objective: as for `train`.
+      model: the shape of the decoder that is trained, as for `train`.
+      config: as for `train`.
+      objective: as for `train`.
       models: by name, the shapes of the frozen models that run inside the step.
 
     Returns:
@@ -398,7 +410,7 @@ def abstract_state(model: ModelConfig, config: TrainConfig, mesh: Mesh, loss_par
 
 
 def abstract_batch(config: TrainConfig, mesh: Mesh) -> TokenBatch:
-    """Shapes, dtypes and shardings of a step's batch."""
+    """Shapes, dtypes and shardings of a step's batch, [micro-batches, rows, tokens], over `mesh`."""
     shape = (
         config.gradient_accumulation_steps,
         config.batch_size // config.gradient_accumulation_steps,

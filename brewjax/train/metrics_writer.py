@@ -74,7 +74,14 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics file, in order, without an incomplete last line; none if there is no file."""
+    """Reads a metrics file, without an incomplete last line.
+
+    Args:
+      path: of the file, a JSON object a line.
+
+    Returns:
+      The rows, in order: metrics by name; none if there is no file.
+    """
     if not path.exists():
         return []
     lines = path.read_text().split("\n")

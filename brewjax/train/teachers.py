@@ -47,7 +47,7 @@ class FrozenModel(NamedTuple):
     params: Params
 
     def on(self, mesh: Mesh) -> Params:
-        """Its parameters, laid out on a mesh."""
+        """Its parameters, laid out on `mesh`."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(self.model, mesh))
         return jax.device_put(self.params, shardings)
 
@@ -109,7 +109,13 @@ class TeacherCache:
         self._place = {record: (part, n) for part in self._parts for n, record in enumerate(part.records.tolist())}
 
     def look_up(self, batch: TokenBatch) -> TopK:
-        """int32 words and float32 log-probabilities [rows, T, k] for a batch of numpy arrays [rows, T].
+        """Looks up a teacher's outputs.
+
+        Args:
+          batch: numpy arrays [rows, T], of the shards that the cache is of.
+
+        Returns:
+          int32 words and float32 log-probabilities, [rows, T, k] each; -1 and -inf where a token has no target.
 
         Raises:
           CacheError: if the batch has a record, or targets of a record, that the cache lacks.

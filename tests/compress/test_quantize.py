@@ -28,6 +28,7 @@ from brewjax.model.params import Params, abstract_params, bind, model_size, num_
 from brewjax.model.sharding import BATCH_AXES, MeshConfig
 from brewjax.scoring.passes import Bucket
 from brewjax.scoring.scorer import Scorer, normalize_over_labels, score_labels
+from pallas_kernels import log_sum_exp_tpu
 from tests.processes import ROOT, finish, start
 from tests.tiny import MODEL, params
 
@@ -264,6 +265,22 @@ def test_heads_of_less_than_float32_move_scores_and_make_ties(tokenizer):
     for product in ("float32", "bfloat16", "e4m3"):
         assert different[product, "float32"] > 0.95 * len(exact)
         assert different[product, "bfloat16"] < 0.85 * len(exact)
+
+
+@pytest.mark.parametrize(("parts", "passes"), [(1, 1), (2, 3), (3, 6)])
+def test_parts_of_the_head_decide_the_passes_of_the_log_sum(monkeypatch, parts, passes):
+    monkeypatch.setattr(log_sum_exp_tpu, "choose_implementation", lambda hidden, head: "tpu-interpreted")
+    model = DENSE.model_copy(update={"head": HeadPrecision(parts=parts)})
+    mesh = MeshConfig().build(jax.devices()[:1])
+    hidden, labels = (
+        jax.device_put(x, NamedSharding(mesh, jax.P(BATCH_AXES, *[None] * (x.ndim - 1))))
+        for x in (np.zeros((1, 4, 32), np.float32), np.array([[5, 6]]))
+    )
+    with jax.set_mesh(mesh):
+        program = jax.make_jaxpr(score_labels, static_argnums=(0, 4))(
+            model, spread(DENSE), hidden, labels, "vocabulary"
+        )
+    assert str(program).count("dot_general") == 1 + passes  # one for the labels' own logits
 
 
 def test_all_that_reads_logits_has_the_precision_of_the_head():

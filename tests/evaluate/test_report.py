@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from brewjax.evaluate.fact_worth import FactWorth
+from brewjax.evaluate.mistakes import Mistake
 from brewjax.evaluate.predictions import from_examples
-from brewjax.evaluate.report import describe_agreements, print_models, print_results, write_report
+from brewjax.evaluate.report import TaskDetails, describe_agreements, print_models, print_results, write_report
 from brewjax.evaluate.results import Agreement, ModelSummary, agreements, compare
 from tests.evaluate.conftest import informed_predictions, make_examples
 
@@ -47,7 +49,13 @@ def report(comparisons, tmp_path_factory):
     losses = [{"step": step, "loss": 1 / step, "tokens": 64} for step in range(1, 99)]
     facts = {"dataset": "jobs", "commit": "b1ab86c"}
     shown = ["brewjax", "LightGBM", "popularity"]
-    write_report(folder / "report", "Jobs & <more>", comparisons, MODELS, shown, facts, {"sft": losses})
+    details = {
+        "apply": TaskDetails(
+            (Mistake("m7", "Nurse & <co>", "Yes", 0.031, "LightGBM", 0.412, "Predict.\n<job>"),),
+            (FactWorth("items.popularity", 0.05, 0.0123, 1.5),),
+        )
+    }
+    write_report(folder / "report", "Jobs & <more>", comparisons, MODELS, shown, facts, {"sft": losses}, details)
     return folder / "report"
 
 
@@ -55,7 +63,7 @@ def test_the_page_needs_nothing_from_outside(report):
     page = (report / "report.html").read_text()
     assert not re.search(r"""(src|href)\s*=\s*["'](?!#)""", page)
     assert not re.search(r"(src|href)\s*=[^\"']", page)
-    assert not re.search(r"<script|<link|@import|url\((?!#)", page)
+    assert not re.search(r"<script [^>]|<link|@import|url\((?!#)|fetch\(|import ", page)
     ids = re.findall(r'<clipPath id="([^"]+)"', page)
     assert len(ids) == len(set(ids))
 
@@ -65,6 +73,25 @@ def test_the_page_says_everything(report):
     for text in ("<h2>apply</h2>", "<h2>three</h2>", "Jobs &amp; &lt;more&gt;", "b1ab86c", "training loss", "over 100"):
         assert text in page
     assert page.count("<svg") == 2 * 3 + 1 + 1  # of each task three; cost; losses
+
+
+def test_points_and_bars_have_titles(report):
+    page = (report / "report.html").read_text()
+    assert len(re.findall(r"<use [^>]*><title>brewjax, [^:<]+ past events: \d\.\d+ \(", page)) == 5 + 5
+    assert len(re.findall(r"<use [^>]*><title>brewjax: predicted \d\.\d+, observed \d\.\d+, \d+ questions", page)) >= 10
+    assert page.count("<g><title>LightGBM, distilled from brewjax: 30 seconds</title>") == 1
+    assert "<title>brewjax: 0." in page  # of its size
+    assert "<title>step 50: " in page
+    assert 'id="tips-' not in page
+
+
+def test_mistakes_and_facts_are_shown(report):
+    page, text = ((report / f"report.{suffix}").read_text() for suffix in ("html", "md"))
+    assert "m7, Nurse &amp; &lt;co&gt;: the answer was Yes, with probability\n0.031 (LightGBM: 0.412)" in page
+    assert "<pre>Predict.\n&lt;job&gt;</pre>" in page
+    assert "| items.popularity | -0.0500 | +0.0123 | +1.5000 |" in text
+    assert "- m7, Nurse & <co>: the answer was Yes, with probability 0.031 (LightGBM: 0.412)" in text
+    assert page.count("was most wrong</h3>") == 1  # a task without details has none
 
 
 def test_every_model_has_a_row(report):
@@ -114,5 +141,5 @@ def test_all_models_fit_a_narrow_terminal(comparisons):
 
 def test_no_questions_no_loss_curve_no_crash(task, tmp_path):
     empty = compare(task, {"brewjax": from_examples([], np.zeros((0, 2)))})
-    write_report(tmp_path, "Nothing", [empty], MODELS[:1], ["brewjax"], {}, {"sft": []})
+    write_report(tmp_path, "Nothing", [empty], MODELS[:1], ["brewjax"], {}, {"sft": []}, {})
     assert "| brewjax | – | – | – | – |" in (tmp_path / "report.md").read_text()  # noqa: RUF001

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import pytest
 import uvicorn
 
+from brewjax.explore.cases import Case, case_entries, make_case
 from brewjax.explore.page import make_page
 from tests.serve.serving import eventually
 
@@ -25,7 +26,11 @@ PHONE = {"width": 390, "height": 844}
 
 @pytest.fixture(scope="module")
 def address(planted, explorer) -> Iterator[str]:
-    server = uvicorn.Server(uvicorn.Config(make_page([planted, explorer]), log_level="warning"))
+    context = planted.context("m6", items=5, note="Calm.")
+    expected = [context.item_ids[index] for index in context.order[:2]]
+    cases = [make_case(context, order, text) for order, text in ((expected, "as it is"), (expected[::-1], "turned"))]
+    page = make_page([planted, explorer], case_entries(cases))
+    server = uvicorn.Server(uvicorn.Config(page, log_level="warning"))
     with socket.create_server(("127.0.0.1", 0)) as listening:
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
@@ -125,6 +130,17 @@ def test_change_the_instruction_and_save_it(open_page, tmp_path):
     eventually(lambda: probability(page) == before)
 
 
+def test_edit_the_profile(open_page):
+    page = open_page()
+    before = probability(page)
+    page.get_by_label("position").fill("Zzz")
+    page.get_by_label("position").press("Enter")
+    settled(page, before)
+    assert "Zzz|" in page.locator("#prompt").inner_text()
+    page.get_by_role("button", name="undo").click()
+    eventually(lambda: page.get_by_label("position").input_value() == "Nurse")
+
+
 def test_order_by_mouse_and_by_keyboard(open_page):
     page = open_page()
     events = page.locator("#events li")
@@ -137,6 +153,32 @@ def test_order_by_mouse_and_by_keyboard(open_page):
     page.keyboard.press("Alt+ArrowUp")
     eventually(lambda: events.nth(0).inner_text() == moving)
     assert page.evaluate("document.activeElement.closest('#events li') === document.querySelector('#events li')")
+
+
+def test_choose_a_case_and_save_one(open_page):
+    page = open_page()
+    status = page.locator("#status")
+    page.locator("#case").select_option("2. turned")
+    eventually(lambda: "Not as expected" in status.inner_text())
+    assert page.get_by_label("member").input_value() == "m6"
+    assert page.get_by_label("note").input_value() == "Calm."
+    keep(page, "a case")
+    page.locator("#case").select_option("1. as it is")
+    eventually(lambda: "As expected" in status.inner_text())
+    page.get_by_text("save as a case").click()
+    page.get_by_label("what should be so").fill("calm")
+    first = page.get_by_label("expected order").input_value().splitlines()[0]
+    page.get_by_label("expected order").fill("7")
+    page.get_by_role("button", name="save case").click()
+    eventually(lambda: "'7' is not among the 5 candidates" in status.inner_text())
+    page.get_by_label("expected order").fill(first)
+    with page.expect_download() as download:
+        page.get_by_role("button", name="save case").click()
+    case = Case.parse(Path(download.value.path()).read_text())
+    assert (case.member, case.comment, case.expected) == ("m6", "calm", (first,))
+    page.get_by_label("member").fill("m5")
+    page.get_by_label("member").press("Enter")
+    eventually(lambda: page.locator("#case").input_value() == "")
 
 
 def test_beside_it_another_model(open_page):
@@ -152,7 +194,19 @@ def test_all_is_reached_by_keyboard(open_page):
     for _ in range(80):
         page.keyboard.press("Tab")
         reached.add(page.evaluate("document.activeElement.id || document.activeElement.textContent"))
-    assert {"member", "task", "style", "instruction", "note", "undo", "save-task", "pin", "why"} <= reached
+    assert {
+        "member",
+        "task",
+        "style",
+        "instruction",
+        "note",
+        "profile-position",
+        "case",
+        "undo",
+        "save-task",
+        "pin",
+        "why",
+    } <= reached
 
 
 def test_an_error_is_shown_and_goes_away(open_page):

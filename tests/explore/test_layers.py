@@ -26,6 +26,9 @@ def test_attention_adds_up_to_one_over_the_pieces(context):
     assert layers.attention.sum(-1) == pytest.approx(1, abs=1e-5)
     assert layers.pieces[-1] == "the question"
     assert len(layers.table()) == len(layers.pieces)
+    of_heads = layers.heads(1)
+    assert of_heads["head 2"].sort_values().tolist() == pytest.approx(sorted(layers.attention[0, 1]))
+    assert of_heads["piece"].iloc[0] == layers.pieces[layers.attention[0].mean(0).argmax()]
 
 
 def test_uniform_attention_is_seen_as_such(planted, context):

@@ -66,6 +66,14 @@ def test_edits_reach_the_prompt(page):
     assert [event["row"] for event in turned["events"]] == rows[::-1]
 
 
+def test_a_profile_is_edited(page):
+    before = page.post("/rank", json=EDIT).json()
+    after = page.post("/rank", json={**EDIT, "profile": [["position", "Zzz"]]}).json()
+    assert {"column": "position", "text": "Zzz"} in after["profile"]
+    assert "Zzz" in after["pieces"][0]["text"]
+    assert before["ranking"][0]["log_odds"] != after["ranking"][0]["log_odds"]
+
+
 def test_what_is_saved_can_be_loaded(page, planted):
     edit = {**EDIT, "instruction": "Guess.", "note": "Near home."}
     task = Task.parse(page.post("/task", json=edit).text)

@@ -117,6 +117,11 @@ def test_metrics(http):
                  "prefix_tokens_total", "waiting_tokens", "compilations", "reloads", "refused", "http_connections",
                  "grpc_calls"):  # fmt: skip
         assert f"# TYPE brewjax_{name.removesuffix('_total')}" in metrics, name
+    assert f'brewjax_model_info{{model="{http.get("/v1/models").json()["data"][0]["id"]}"}} 1.0' in metrics
+    assert "\nprocess_resident_memory_bytes " in metrics
+    assert http.get("/nowhere").status_code == 404
+    for path, status in (("/metrics", 200), ("", 404)):
+        assert f'brewjax_http_responses_total{{path="{path}",status="{status}"}}' in http.get("/metrics").text
 
 
 # --- what it says of itself

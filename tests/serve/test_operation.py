@@ -44,24 +44,27 @@ def certify(folder: Path) -> None:
     subprocess.run([*command.split(), "-keyout", "key.pem", "-out", "cert.pem"], cwd=folder, check=True, stderr=-3)
 
 
+def command(verb: str, folder: Path, settings: dict[str, object]) -> list[str]:
+    """A command line of `brewjax VERB`, with settings for a small server."""
+    settings = {
+        "host": "localhost",
+        "token_buckets": "[256]",
+        "max_prefix_tokens": 256,
+        "max_candidate_tokens": 256,
+        "prefix_cache_gb": 0.01,
+        "lame_duck_seconds": 0.3,
+    } | settings
+    overrides = [f"--set={key}={value}" for key, value in settings.items()]
+    return [sys.executable, "-m", "brewjax.cli", verb, str(folder), *overrides]
+
+
 class Process:
     """`brewjax serve`, and what it logged; `ready` waits until it answers."""
 
     def __init__(self, folder: Path, log: Path, **settings: object):
-        settings = {
-            "host": "localhost",
-            "token_buckets": "[256]",
-            "max_prefix_tokens": 256,
-            "max_candidate_tokens": 256,
-            "prefix_cache_gb": 0.01,
-            "lame_duck_seconds": 0.3,
-        } | settings
-        overrides = [f"--set={key}={value}" for key, value in settings.items()]
         self._log = log
         with log.open("ab") as file:
-            self._child = subprocess.Popen(
-                [sys.executable, "-m", "brewjax.cli", "serve", str(folder), *overrides], cwd=ROOT, stderr=file
-            )
+            self._child = subprocess.Popen(command("serve", folder, settings), cwd=ROOT, stderr=file)
 
     def ready(self) -> dict:
         while True:
@@ -111,6 +114,22 @@ def processes() -> Iterator[list[Process]]:
     yield started
     for process in started:
         process.kill()
+
+
+@pytest.mark.long
+def test_a_server_compiles_nothing_that_warm_has_compiled(folder, log, processes, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
+    port = free_port()
+    with socket.create_server(("localhost", port)):  # whose port may be taken by a server that runs already
+        warm = command("warm", folder, {"port": port, "decode": "false"})
+        warmed = subprocess.run(warm, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert f"{folder}: ready to serve; its programs are in {cache}" in warmed.stdout, warmed.stderr
+    programs = {path.name for path in cache.glob("*-cache")}
+    assert programs
+    processes.append(Process(folder, log, port=port, http_port="null", decode="false"))
+    processes[-1].ready()
+    assert {path.name for path in cache.glob("*-cache")} == programs
 
 
 @pytest.mark.long

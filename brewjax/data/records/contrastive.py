@@ -123,14 +123,24 @@ def contrastive_records(
     partition: Partition = WHOLE,
     mined: Callable[[RankingExample], np.ndarray] | None = None,
 ) -> Iterator[tuple[ContrastiveExample, Provenance]]:
-    """Yields the records of a task's training period, for `write_shard` with an `ItemTableWriter`.
+    """Makes the records of a task's training period, for `write_shard` with an `ItemTableWriter`.
 
     They are in order of the hashes of the members' ids, then of cutoff time, and the seed decides each by itself. An
     item is described as of the example's cutoff time, as the member is.
 
     Args:
+      verbalizer: of the dataset.
+      task: whose best label makes an item a positive, and any other one a hard negative, unless it is sampled.
+      prompts: the style (`score_style`) and the most tokens of a text.
+      config: how many positives and hard negatives a record has, and the instructions.
       partition: only the records of its members.
       mined: gives the rows of the items that `mined_negatives` are chosen from.
+
+    Yields:
+      Each record with its provenance.
+
+    Raises:
+      ValueError: a member's profile alone is longer than `prompts.max_tokens`.
     """
     sides, style = Sides(verbalizer, task, prompts, config), prompts.score_style
     best = int(np.argmax(task.values))
@@ -158,7 +168,7 @@ class ItemTableWriter:
         self._records, self._shortest = 0, np.iinfo(np.int32).max
 
     def add(self, record: Any) -> None:
-        """Adds a `ContrastiveExample`."""
+        """Adds a record, a `ContrastiveExample`."""
         self._rows.append((self._records, MEMBER, -1, record.member))
         for number, item in enumerate(record.items):
             role = POSITIVE if number < record.num_positives else NEGATIVE
@@ -167,13 +177,17 @@ class ItemTableWriter:
         self._records += 1
 
     def write(self, path: Path) -> None:
-        """Writes the table."""
+        """Writes the table to `path`, an .npz file: record, role, item and member of each text, int32 [texts]."""
         record, role, item, member = np.array(self._rows, np.int32).reshape(-1, 4).T
         shortest, records = np.int64(self._shortest), np.int64(self._records)
         np.savez(path, record=record, role=role, item=item, member=member, shortest=shortest, records=records)
 
     def counts(self) -> dict[str, int]:
-        """How many texts are "positives" and "negatives"."""
+        """Counts the items of the records.
+
+        Returns:
+          How many texts are "positives" and "negatives".
+        """
         roles = [role for _, role, _, _ in self._rows]
         return {"positives": roles.count(POSITIVE), "negatives": roles.count(NEGATIVE)}
 
@@ -223,7 +237,14 @@ class ItemTable:
         self._starts = np.searchsorted(self._columns["record"], np.arange(first))
 
     def look_up(self, batch: TokenBatch) -> TextLabels:
-        """The labels of a batch's texts [rows, N] for numpy arrays [rows, T]; N texts surely hold all of a row."""
+        """Looks up what the texts of a batch are.
+
+        Args:
+          batch: of records of these shards, as numpy arrays [B, T].
+
+        Returns:
+          Labels [B, N]; no row has more than N texts, which depends on T and the shortest text of the shards alone.
+        """
         example_id, piece_id = (np.asarray(x) for x in batch.token_labels[:2])
         changes = (np.diff(example_id, prepend=PADDING) != 0) | (np.diff(piece_id, prepend=-1) != 0)
         starts = changes & (example_id != PADDING)

@@ -102,6 +102,14 @@ def _to_batch(packed: dict[str, np.ndarray]) -> TokenBatch:
 
 
 def describe_sources(shards: Shards, batch: TokenBatch) -> list[str]:
-    """The provenance of every example in a batch, as JSON, for an error message."""
+    """Says which examples are in a batch, for an error message.
+
+    Args:
+      shards: that the batch was loaded from.
+      batch: of packed records.
+
+    Returns:
+      The provenance of each record in the batch, as JSON, by ascending number.
+    """
     records = np.unique(jax.device_get(batch.source))
     return list(provenance_lines(shards, records[records >= 0].tolist()))

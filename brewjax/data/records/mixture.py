@@ -27,6 +27,9 @@ class MixConfig(Config):
     def check_names(self, names: Iterable[str]) -> None:
         """Checks the weights against the names of the sources.
 
+        Args:
+          names: of all sources.
+
         Raises:
           ConfigError: a weight is of no source, or every source has weight 0.
         """
@@ -37,11 +40,14 @@ class MixConfig(Config):
             raise self.error("every source has weight 0", "weights")
 
     def shares(self, folders: Mapping[str, Path], weights: Mapping[str, float] | None = None) -> dict[Path, float]:
-        """The share of all tokens of each folder of shards; the shares sum to 1, and a source of weight 0 is left out.
+        """How much of what is trained on comes from each folder of shards.
 
         Args:
           folders: of shards, by the name of the source.
           weights: of each source, by which its weight here is multiplied: that of its surface.
+
+        Returns:
+          The share of all tokens of each folder; the shares sum to 1, and a source of weight 0 is left out.
 
         Raises:
           ConfigError: as `check_names`.

@@ -59,7 +59,7 @@ class Contrast(NamedTuple):
 def align_records(
     verbalizer: Verbalizer, task: Task, prompts: PromptConfig, config: AlignConfig, partition: Partition = WHOLE
 ) -> Iterator[tuple[EncodedPrompt, Provenance]]:
-    """Yields the records of a task's training period with their provenance, for `write_shard`.
+    """Makes the records of a task's training period with their provenance, for `write_shard`.
 
     Every candidate is a question answered by the label word of the task's best label, "Yes": a list compares
     log P("Yes" | question) of its items (S-DPO, arXiv 2406.09215, on label words).
@@ -72,7 +72,14 @@ def align_records(
     They are in order of the hashes of the members' ids, then of cutoff time, and the seed decides each by itself.
 
     Args:
+      verbalizer: of the dataset.
+      task: whose label words answer.
+      prompts: the styles that are drawn from, and the most tokens.
+      config: how many lists of how many items an example gives, and how often under a note.
       partition: only the records of its members.
+
+    Yields:
+      Each record with its provenance; of a record under a note, with the note too.
     """
     for example in training_examples(verbalizer.dataset, task, config, partition):
         rng = example_rng(example, task)

@@ -39,14 +39,19 @@ class PretrainConfig(Config):
 def domain_texts(
     verbalizer: Verbalizer, until: int, config: PretrainConfig, partition: Partition = WHOLE
 ) -> Iterator[tuple[str, Provenance]]:
-    """Yields prose about every item and every member with an event before `until`, with its provenance.
+    """Writes prose about every item and every member with an event before `until`.
 
     All of it is as of `until`: nothing that happened later shows, neither an event, nor a statistic, nor the existence
     of an item or a member. Texts are in order of the hashes of the ids, and the seed decides each by itself.
 
     Args:
+      verbalizer: of the dataset.
       until: microseconds since 1970, where validation begins.
+      config: how often each is written about, and the seed.
       partition: only the texts of its items and members.
+
+    Yields:
+      Each text with its provenance.
     """
     dataset = verbalizer.dataset
     items = dataset.items_by_hash[partition.select(dataset.item_hash[dataset.items_by_hash])]
@@ -106,10 +111,14 @@ def general_files(folder: Path) -> list[Path]:
 
 
 def general_texts(folder: Path, partition: Partition = WHOLE) -> Iterator[tuple[str, Provenance]]:
-    """Yields the general texts of a folder with their provenance, sorted by file name.
+    """Reads the general texts of a folder, sorted by file name.
 
     Args:
+      folder: of .txt files, each a text, and .jsonl files, each line a text.
       partition: only the texts of its part of the files.
+
+    Yields:
+      Each text with its provenance.
 
     Raises:
       ValueError: the folder has no such files, or a line is wrong; names file and line.
@@ -143,5 +152,13 @@ def _read_line(line: bytes, source: str) -> str:
 def pretrain_records(
     texts: Iterable[tuple[str, Provenance]], tokenizer: Tokenizer
 ) -> Iterator[tuple[Text, Provenance]]:
-    """Encodes `domain_texts` or `general_texts` for `write_shard`, without empty texts."""
+    """Encodes texts for `write_shard`, without empty ones.
+
+    Args:
+      texts: `domain_texts` or `general_texts`.
+      tokenizer: of the model.
+
+    Yields:
+      Each record with its provenance.
+    """
     return ((encode_text(text, tokenizer), provenance) for text, provenance in texts if text.strip())

@@ -36,6 +36,9 @@ class SftConfig(Config):
     only of tasks with a `choice_question`."""
     num_choices: int = pydantic.Field(default=4, ge=2)
     """The most items to choose from in a multiple-choice question."""
+    fact_dropout: float = pydantic.Field(default=0.0, ge=0, lt=1)
+    """The probability with which a record leaves out each fact, so that a model learns to do without any of them and
+    can read a dataset that has others."""
     loss_weights: dict[str, pydantic.PositiveFloat] = {}
     """Loss weight of each target by the name of its task; 1 for a task that is not named."""
     mix: MixConfig = MixConfig()
@@ -57,15 +60,22 @@ def sft_records(
     partition: Partition = WHOLE,
     name: str = "",
 ) -> Iterator[tuple[EncodedPrompt, Provenance]]:
-    """Yields the records of a task's training period with their provenance, for `write_shard`.
+    """Makes the records of a task's training period with their provenance, for `write_shard`.
 
     Each example is rendered in a style, and in a phrasing of the task, that are drawn for it. They are in order of
     the hashes of the members' ids, then of cutoff time, and the seed decides each by itself.
 
     Args:
-      predict: gives the soft labels of examples, float [candidates, labels] each.
+      verbalizer: of the dataset.
+      task: whose questions are asked and answered.
+      prompts: the styles that are drawn from, the most tokens and the layout of the history.
+      config: how many examples, how often, and how many of them are multiple choice.
+      predict: gives the soft labels of examples, float [candidates, labels] each; None for none.
       partition: only the records of its members.
       name: of the task among those of the run, "jobs/apply" where it has several surfaces; by default its own.
+
+    Yields:
+      Each record with its provenance.
     """
     weight = config.loss_weights.get(name or task.name, 1.0)
     for example in training_examples(verbalizer.dataset, task, config, partition, config.repeats):
@@ -74,6 +84,10 @@ def sft_records(
             example = dataclasses.replace(example, soft_labels=predict([example])[0])
         style = prompts.draw(rng)
         phrased = task.draw_phrasing(rng)
+        if config.fact_dropout:
+            keys = [f"{group}.{fact.name}" for group, fact in verbalizer.dataset.card.facts.declared()]
+            omitted = np.array(keys)[rng.random(len(keys)) < config.fact_dropout]
+            example = dataclasses.replace(example, omitted_facts=frozenset(omitted.tolist()))
         example = verbalizer.fitting(phrased, example, style)
         rendered = [verbalizer.prompt(phrased, example, style)] if len(example.candidates) else []
         if task.questions.choice_question and rng.random() < config.choice_fraction:

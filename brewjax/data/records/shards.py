@@ -42,24 +42,38 @@ class Record(Protocol):
         """The number of tokens T."""
 
     def split(self, capacity: int) -> list[Any]:
-        """Records of at most `capacity` tokens; ValueError if that cannot be."""
+        """Divides a record that is longer than a row.
+
+        Args:
+          capacity: tokens of a row.
+
+        Returns:
+          Records of at most `capacity` tokens.
+
+        Raises:
+          ValueError: it cannot be divided so far.
+        """
 
 
 class TableWriter(Protocol):
     """Collects what a shard keeps beside its records."""
 
     def add(self, record: Any) -> None:
-        """Adds what is kept of a record, which are added in their order."""
+        """Adds what is kept of a `record`; records are added in their order."""
 
     def write(self, path: Path) -> None:
-        """Writes the table, if there is anything to keep."""
+        """Writes the table to `path`, if there is anything to keep."""
 
     def counts(self) -> dict[str, int]:
-        """Counts of its own, for those of the shard."""
+        """Counts what the table keeps.
+
+        Returns:
+          Counts of its own by name, for those of the shard; empty if it has none.
+        """
 
 
 def is_written(folder: Path, partition: Partition) -> bool:
-    """Whether the partition's shard is complete."""
+    """Whether the partition's shard in `folder` is complete."""
     return (folder / f"{partition.name}{COUNTS}").is_file()
 
 
@@ -118,8 +132,16 @@ def _split(example: Record, capacity: int, provenance: Provenance) -> list[Recor
 
 
 def finish_shards(folder: Path, count: int) -> dict[str, int]:
-    """Writes and returns the counts of a folder whose `count` shards are complete: of "shards", "records", "targets"
-    and "tokens", and those of its tables."""
+    """Sums up a folder whose shards are all complete, and marks it as such.
+
+    Args:
+      folder: with the shards of the partitions 0 to `count` - 1.
+      count: how many shards there are.
+
+    Returns:
+      The counts of the folder, which are written too: "shards", "records", "targets", "tokens", and those of its
+      tables.
+    """
     total = {"shards": count}
     for index in range(count):
         for name, value in _read_json(folder / f"{Partition(index, count).name}{COUNTS}").items():
@@ -149,7 +171,13 @@ def write_shards(
 
 
 def read_counts(folder: Path) -> dict[str, int]:
-    """The counts that `finish_shards` returned.
+    """Reads the counts that `finish_shards` wrote.
+
+    Args:
+      folder: of shards.
+
+    Returns:
+      What `finish_shards` returned.
 
     Raises:
       ValueError: the folder is missing or incomplete.
@@ -169,7 +197,18 @@ def shard_folders(shards: Shards) -> list[Path]:
 
 
 def shard_files(folder: Path, ending: str) -> list[Path]:
-    """The files of a complete folder with one of the endings above, in order of the shards."""
+    """The files of a complete folder that have an ending, in order of the shards.
+
+    Args:
+      folder: of shards.
+      ending: RECORDS, SOURCES, TABLE or COUNTS.
+
+    Returns:
+      A path for each shard; a TABLE need not be there.
+
+    Raises:
+      ValueError: the folder is missing or incomplete.
+    """
     count = read_counts(folder)["shards"]
     return [folder / f"{Partition(index, count).name}{ending}" for index in range(count)]
 

@@ -31,6 +31,12 @@ class SoftLabelTable(NamedTuple):
     def load(cls, paths: Iterable[Path]) -> SoftLabelTable:
         """Reads the tables of shards, as one.
 
+        Args:
+          paths: of the tables, in order of the shards.
+
+        Returns:
+          The soft labels of all records; k is the most labels that a target has.
+
         Raises:
           ValueError: a shard has none.
         """
@@ -57,7 +63,7 @@ class SoftLabelWriter:
         self._any = False
 
     def add(self, record: Any) -> None:
-        """Adds a record: an encoded prompt or text."""
+        """Adds a `record`: an encoded prompt or text."""
         targets = record.arrays["targets"]
         positions = np.flatnonzero(targets != NO_TARGET)
         soft_labels = record.soft_labels if isinstance(record, EncodedPrompt) else []
@@ -75,7 +81,7 @@ class SoftLabelWriter:
         self._rows.append((ids, log_probs))
 
     def write(self, path: Path) -> None:
-        """Writes the table, if any record had soft labels, or there was no record."""
+        """Writes the table to `path`, an .npz file, if any record had soft labels, or there was no record."""
         if self._rows and not self._any:
             return
         k = max((ids.shape[1] for ids, _ in self._rows), default=1)
@@ -90,7 +96,11 @@ class SoftLabelWriter:
         )
 
     def counts(self) -> dict[str, int]:
-        """None of its own."""
+        """Counts of its own.
+
+        Returns:
+          An empty dict: it has none.
+        """
         return {}
 
 

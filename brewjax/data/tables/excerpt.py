@@ -31,6 +31,7 @@ def load_excerpt(path: str | Path, members: Sequence[str], moment: int | None = 
     Values are read without being checked, as `Dataset.load` checks them.
 
     Args:
+      path: the dataset folder.
       members: ids, written as text.
       moment: microseconds since 1970; by default just after the last event.
 
@@ -61,7 +62,15 @@ def _read_excerpt(path: Path, card: Card, members: Sequence[str], moment: int | 
 
 
 def with_items(dataset: Dataset, items: np.ndarray) -> Dataset:
-    """An excerpt with the events of items too (int [items], rows); a whole dataset as it is."""
+    """Reads the events of items too, if a dataset is an excerpt.
+
+    Args:
+      dataset: an excerpt, or a whole dataset, which is returned as it is.
+      items: int [items], rows of the items table.
+
+    Returns:
+      The excerpt, with every event of its members or of the items.
+    """
     if dataset.summary is None:
         return dataset
     card = dataset.card

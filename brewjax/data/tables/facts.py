@@ -104,18 +104,26 @@ class Fact(Config):
         return next(kind for kind in KINDS if getattr(self, kind) is not None)
 
     def kind_of(self, group: FactGroup) -> str:
-        """What the fact is, whatever it is called: "pair_mean_by" is a mean over a pair's events by an attribute."""
+        """What the fact is, whatever it is called: "pair_mean_by" is a mean over a pair's events by an attribute.
+
+        Args:
+          group: what the card lists the fact under.
+
+        Returns:
+          The group in the singular, the kind, and the options that are set, with underscores between them.
+        """
         options = [option for option in ("less", "by", "among", "days") if getattr(self, option)]
         return "_".join([group.removesuffix("s"), self.kind, *options])
 
     @property
     def actions(self) -> tuple[str, ...]:
-        """The actions that the fact names."""
+        """The actions that the fact names, keys of the card's `events.actions`; empty for a kind of fact that names
+        none."""
         return self.count or self.rate or self.days_since or self.share or self.together or ()
 
     @property
     def column(self) -> str | None:
-        """The event column whose values count, if any."""
+        """The event column whose values count; None for a kind of fact that reads no column of events."""
         return self.mean or self.neighbors
 
 
@@ -134,7 +142,11 @@ class Facts(Config):
     the mean of its item until then."""
 
     def declared(self) -> Iterator[tuple[FactGroup, Fact]]:
-        """Yields every fact with its group."""
+        """Goes through the facts of all groups.
+
+        Yields:
+          The group and the fact, in the order of `GROUPS`, then of the card.
+        """
         for group in GROUPS:
             for fact in getattr(self, group):
                 yield group, fact

@@ -79,7 +79,13 @@ def guess_card(folder: Path) -> tuple[dict[str, Any], list[Guess]]:
 
 
 def write_card(folder: Path) -> list[Guess]:
-    """Writes the guessed card into the folder; returns the guesses.
+    """Writes the card that `guess_card` guesses into the folder of the tables.
+
+    Args:
+      folder: that holds the three tables, and no card.
+
+    Returns:
+      What was guessed, and why, to be looked at.
 
     Raises:
       ConfigError: there is a card already, or none can be guessed.

@@ -23,7 +23,7 @@ class Partition:
     count: int
 
     def select(self, hashes: np.ndarray) -> slice:
-        """Where the partition lies among hashes (uint64) in ascending order."""
+        """Where the partition lies among `hashes`, uint64 in ascending order."""
         start, stop = (self._first(index, hashes) for index in (self.index, self.index + 1))
         return slice(start, stop)
 
@@ -35,7 +35,7 @@ class Partition:
         return int(np.searchsorted(hashes, np.uint64(bound)))
 
     def split(self, length: int) -> slice:
-        """The partition's part of a sequence that has no hashes, in order."""
+        """The partition's part, in order, of a sequence of `length` entries that have no hashes."""
         return slice(length * self.index // self.count, length * (self.index + 1) // self.count)
 
     @property

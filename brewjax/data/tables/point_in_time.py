@@ -59,13 +59,29 @@ class PointInTimeIndex:
         return keys.astype(np.int64) * (len(self._times) + 1) + _search(self._times, times)
 
     def window(self, keys: np.ndarray, times: np.ndarray, days: float | None = None) -> Window:
-        """Positions [start, end) of each key's events in the last `days` before its time, for the methods below."""
+        """Finds the events of keys strictly before a time.
+
+        Args:
+          keys: int64 [windows], one key may have several windows.
+          times: int64 [windows], microseconds since 1970; an event at that very time is outside.
+          days: how far back a window reaches; None for all earlier events.
+
+        Returns:
+          int64 [windows] each: first position and end of each window in the index's order, for the methods below.
+        """
         end = _search(self._codes, self._code(keys, times))
         since = np.full(len(times), np.iinfo(np.int64).min) if days is None else times - int(days * DAY)
         return _search(self._codes, self._code(keys, since)), end
 
     def totals(self, values: np.ndarray) -> Totals:
-        """Running totals of `values` [events]. Each key's values are added in order of time."""
+        """Makes running totals. Each key's values are added in order of time.
+
+        Args:
+          values: [events], in the order that the index was made with.
+
+        Returns:
+          What `Totals.over` takes the sum of any window from.
+        """
         inclusive = values[self._order].astype(np.float64)
         starts = np.flatnonzero(self._first)
         sizes = np.diff(starts, append=len(inclusive))
@@ -84,13 +100,23 @@ class PointInTimeIndex:
         return self.totals(values).over(window)
 
     def mean(self, values: np.ndarray, window: Window) -> np.ndarray:
-        """float64 [windows]: the mean of the values over each window without NaN; NaN for a window without values."""
+        """float64 [windows]: the mean of `values` [events] over each window, without those that are NaN; NaN for a
+        window without values."""
         known = ~np.isnan(values)
         with np.errstate(invalid="ignore"):
             return self.sum(np.where(known, values, 0), window) / self.sum(known, window)
 
     def since(self, window: Window, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Days from the first and from the last event of each window to its time; NaN for an empty window."""
+        """How long ago the events of each window were.
+
+        Args:
+          window: as `window` returns it.
+          times: int64 [windows], microseconds since 1970.
+
+        Returns:
+          Days from the first and from the last event of each window to its time, float64 [windows] each; NaN for an
+          empty window.
+        """
         if not len(self._codes):
             return np.full(len(times), np.nan), np.full(len(times), np.nan)
         start, end = window

@@ -27,7 +27,15 @@ class Ragged:
 
     @classmethod
     def read(cls, table: pa.Table, attribute: Attribute) -> Ragged:
-        """The values of a category or list of a table."""
+        """Reads the values of a category or list.
+
+        Args:
+          table: of members or items.
+          attribute: of kind "category" or "list", a column of `table`; an unknown value is none.
+
+        Returns:
+          The values of each row, of a list in its order.
+        """
         column = table[attribute.column].combine_chunks()
         if attribute.kind == "list":
             parents, flat = pc.list_parent_indices(column), pc.list_flatten(column)
@@ -43,14 +51,26 @@ class Ragged:
         return cls(offsets, rank[codes], names[frequency_order].tolist())
 
     def expand(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Two arrays with an entry per value of each of `rows`: the index into `rows`, and the value's code."""
+        """Lists the values of some rows.
+
+        Args:
+          rows: int [n], in any order, also twice.
+
+        Returns:
+          Two int64 arrays with an entry for each value of each row: the index into `rows`, and the value's code.
+        """
         sizes = self.offsets[rows + 1] - self.offsets[rows]
         index = np.repeat(np.arange(len(rows)), sizes)
         within = np.arange(len(index)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         return index, self.codes[self.offsets[rows][index] + within]
 
     def rows_by_code(self) -> tuple[np.ndarray, np.ndarray]:
-        """The rows with each value: rows[starts[code] : starts[code + 1]], and `starts`."""
+        """Sorts the rows by value.
+
+        Returns:
+          `rows`, int64 [values], and `starts`, int64 [codes + 1]: the rows with a value are
+          rows[starts[code] : starts[code + 1]], in ascending order.
+        """
         rows = np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
         order = np.argsort(self.codes, kind="stable")
         return rows[order], np.searchsorted(self.codes[order], np.arange(len(self.names) + 1))

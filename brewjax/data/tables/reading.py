@@ -150,7 +150,8 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def show(value: pa.Scalar) -> str:
-    """Renders a value for an error message; some, such as a nanosecond or the year 30000, have no Python equal."""
+    """Renders a `value` for an error message, in at most 60 characters; some values, such as a nanosecond or the year
+    30000, have no equal in Python."""
     try:
         if pa.types.is_duration(value.type) and value.type.unit == "ns":  # pandas, where it is installed, has an equal
             raise ValueError

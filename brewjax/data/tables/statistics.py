@@ -26,16 +26,21 @@ class FactSource(Protocol):
     def values(
         self, group: FactGroup, fact: Fact, members: np.ndarray, items: np.ndarray, times: np.ndarray
     ) -> np.ndarray:
-        """float64 [rows]: a fact of members, items or pairs, each as of its time; NaN where it is unknown.
+        """Looks up a fact of members, items or pairs, each as of its time.
 
         Args:
+          group: "members", "items" or "pairs"; of "members" the `items` play no part, and the reverse.
+          fact: of that group.
           members: int [rows], rows of the members table.
           items: int [rows], rows of the items table.
           times: int64 [rows], microseconds since 1970.
+
+        Returns:
+          float64 [rows]; NaN where it is unknown.
         """
 
     def event_values(self, fact: Fact, events: np.ndarray) -> np.ndarray:
-        """float64 [events]: a fact of events (int [events], rows of the events table); NaN where it is unknown."""
+        """float64 [rows]: a fact of `events` (int [rows], rows of the events table); NaN where it is unknown."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,7 +308,8 @@ class FactValues:
 
 
 def floats(column: pa.ChunkedArray) -> np.ndarray:
-    """float64; NaN for null, and for infinity, which would spoil every running total after it."""
+    """float64 [rows]: the numbers of `column`; NaN for null, and for infinity, which would spoil every running total
+    after it."""
     values = column.cast(pa.float64()).to_numpy()
     return np.where(np.isfinite(values), values, np.nan)
 
@@ -321,10 +327,18 @@ class Percentiles:
 
     @classmethod
     def fit(cls, dataset: Dataset, until: int) -> Percentiles:
-        """Fits the scale of every attribute and fact in buckets on the events before `until` (microseconds since 1970)
-        and on the members and items that occur in them. Counts grow with time, and a model is asked about what comes
-        next: the scales of facts are of the latest quarter of these events, each as of its own time. A dataset's scales
-        are fitted once.
+        """Fits the scale of every attribute and fact in buckets on the past, and on the members and items that occur in
+        it.
+
+        Counts grow with time, and a model is asked about what comes next: the scales of facts are of the latest quarter
+        of the past events, each as of its own time. A dataset's scales are fitted once.
+
+        Args:
+          dataset: whose card says what is in buckets.
+          until: microseconds since 1970; only events before it count.
+
+        Returns:
+          The scales of all that `keys` names.
         """
         fitted = dataset.__dict__.setdefault("_percentiles", {})
         if until not in fitted:
@@ -364,7 +378,8 @@ class Percentiles:
         return int(self.buckets(key, np.array([value]))[0])
 
     def buckets(self, key: str, values: np.ndarray) -> np.ndarray:
-        """int64 [values]: the bucket of each of `values`, which must be known."""
+        """int64 [values]: the bucket that each of `values` falls in, 1 for the lowest; none may be NaN. `key` is as
+        of `bucket`."""
         return np.searchsorted(np.array(self.quantiles[key]), values, side="left") + 1
 
 

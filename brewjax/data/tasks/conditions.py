@@ -65,13 +65,29 @@ def known_columns(dataset: Dataset) -> list[str]:
 
 
 def check_column(column: str, known: Iterable[str]) -> None:
-    """ValueError, with what was meant, if there is no such column."""
+    """Checks that a condition is on a column that there is.
+
+    Args:
+      column: of the condition.
+      known: the columns that there are.
+
+    Raises:
+      ValueError: there is none of this name; says what was meant.
+    """
     if column not in known:
         raise ValueError(f"events have no column '{column}'; {suggest(column, known, listing='they have')}")
 
 
 def check_condition(condition: Any, type_: pa.DataType) -> None:
-    """ValueError, with what would be right, if a column of this type cannot fulfil the condition."""
+    """Checks that a column can fulfil a condition.
+
+    Args:
+      condition: a value, a list of values, or a range.
+      type_: of the column.
+
+    Raises:
+      ValueError: no column of this type can; says what would be right.
+    """
     if isinstance(condition, dict):
         for key, value in condition.items():
             if key not in RANGE:

@@ -42,6 +42,7 @@ class RankingExample:
       soft_labels: float32 [candidates, labels], the probabilities that another ranker gives the answers, to learn from;
         None if there are none.
       request: the request whose list the candidates are, by number (`Dataset.event_request`); -1 for none.
+      omitted_facts: facts of members, items and pairs that its prompt leaves out, such as "pairs.genre stars".
       seed: of whatever is chosen at random about the example: a hash of the caller's seed, the member and the cutoff
         time, the same wherever the member stands in the tables.
     """
@@ -56,10 +57,11 @@ class RankingExample:
     exposures: np.ndarray
     request: int = NO_REQUEST
     soft_labels: np.ndarray | None = None
+    omitted_facts: frozenset[str] = frozenset()
     seed: int = 0
 
     def select(self, indices: slice | np.ndarray) -> RankingExample:
-        """The same context with some of its candidates, by index or mask."""
+        """The same context with some of its candidates, by `indices`: positions, a mask or a slice."""
         return dataclasses.replace(
             self,
             candidates=self.candidates[indices],
@@ -85,11 +87,14 @@ def history_before(dataset: Dataset, task: Task, member: int, cutoff_time: int) 
     """The history of a member as of a time.
 
     Args:
+      dataset: the tables.
+      task: says which actions its history has, and how many events of which age.
       member: row of the member.
       cutoff_time: microseconds since 1970.
 
     Returns:
-      Rows of the events that the task's history holds, oldest first, and how many events precede the cutoff time.
+      int64 [events]: rows of the events that the task's history holds, oldest first; and how many events of the member
+      precede the cutoff time, in the history or not.
     """
     start, end = dataset.member_offsets[member : member + 2]
     num_past_events = int(np.searchsorted(dataset.event_time[start:end], cutoff_time, side="left"))
@@ -139,9 +144,14 @@ def unanswered(dataset: Dataset, task: Task, member: int, cutoff_time: int, cand
     """An example of a member as of a time, whose answers are not known.
 
     Args:
+      dataset: the tables.
+      task: what is asked of them.
       member: row of the member.
       cutoff_time: microseconds since 1970.
       candidates: int32 [candidates], rows of the items.
+
+    Returns:
+      The example; its labels and exposures are -1, unknown.
     """
     history, num_past_events = history_before(dataset, task, member, cutoff_time)
     unknown = np.full(len(candidates), -1, np.int32)
@@ -190,7 +200,18 @@ def sample_examples(
     their order, and no other example is built.
 
     Args:
+      dataset: the tables.
+      task: what is asked of them.
+      split: "train", "validation" or "test".
+      max_examples: the most that are returned; None for all.
+      seed: of the choice, and of the sampled negatives.
       partition: only the examples of its members, in order of the hashes of the members' ids.
+
+    Returns:
+      The examples, as `build_examples` yields them.
+
+    Raises:
+      ConfigError: an event matches two labels.
     """
     return list(SplitExamples.of(dataset, task, split).build(max_examples, seed, partition))
 
@@ -218,13 +239,22 @@ class SplitExamples:
 
     @cached_property
     def sampler(self) -> NegativeSampler | None:
-        """Draws the negatives, if the task has sampled ones."""
+        """Draws the negatives; None if the task has no sampled ones."""
         return NegativeSampler(self._dataset, self._task) if self._task.questions.sampled_negatives else None
 
     def build(
         self, max_examples: int | None, seed: int, partition: Partition | None = None
     ) -> Iterator[RankingExample]:
-        """Yields the examples; see `sample_examples`."""
+        """Builds the examples; see `sample_examples`.
+
+        Args:
+          max_examples: the most that are yielded; None for all.
+          seed: of the choice, and of the sampled negatives.
+          partition: only the examples of its members, in order of the hashes of the members' ids.
+
+        Yields:
+          Each example that has a candidate.
+        """
         chunks = self._sample(max_examples, seed)
         if partition:
             order, member_hashes = self._by_member_hash

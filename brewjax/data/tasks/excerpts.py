@@ -23,6 +23,11 @@ def read_candidates(
 ) -> tuple[Dataset, list[RankingExample]]:
     """Reads the events of the candidates of examples without exposures, if the dataset is an excerpt.
 
+    Args:
+      dataset: an excerpt, or a whole dataset, which is returned as it is.
+      task: what the examples ask.
+      examples: as `unanswered` makes them of `dataset`.
+
     Returns:
       The excerpt with these events, and the examples, whose histories are rows of it.
     """
@@ -50,7 +55,15 @@ def training_percentiles(dataset: Dataset, task: Task) -> Percentiles:
 
 
 def store_percentiles(dataset: Dataset, task: Task) -> Percentiles:
-    """Fits the percentiles of tables as they were just read, and stores them in the user's cache."""
+    """Fits the scales of tables before a task's validation period, and stores them in the user's cache.
+
+    Args:
+      dataset: all events, as they were just read.
+      task: says when validation begins.
+
+    Returns:
+      What `training_percentiles` then finds for an excerpt of these tables.
+    """
     percentiles = Percentiles.fit(dataset, task.boundaries(dataset)[0])
     path = _path(dataset, task)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -32,12 +32,20 @@ class Questions:
     known: np.ndarray
 
     def select(self, rows: np.ndarray) -> Questions:
-        """Some of the questions, by index or mask."""
+        """Some of the questions, by `rows`: int positions or a bool mask."""
         return Questions(self.events[rows], self.labels[rows], self.known[rows])
 
 
 def find_questions(dataset: Dataset, task: Task, until: int = FOREVER) -> Questions:
-    """The questions that a task asks about events before `until` (microseconds since 1970), from no later event.
+    """Finds the questions that a task asks about some events, and their answers.
+
+    Args:
+      dataset: the tables.
+      task: what is asked of them.
+      until: microseconds since 1970; neither a question nor an answer depends on an event at or after it.
+
+    Returns:
+      The questions whose answer is known by then, and whose member and item may be asked about.
 
     Raises:
       ConfigError: an event matches two labels.
@@ -95,6 +103,8 @@ def match_labels(dataset: Dataset, task: Task, events: np.ndarray) -> np.ndarray
     """The label that each event matches by itself.
 
     Args:
+      dataset: the tables.
+      task: whose labels are meant.
       events: int [events], rows of the events table.
 
     Returns:

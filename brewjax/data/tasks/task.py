@@ -275,7 +275,7 @@ class Task(Config):
 
     @property
     def words(self) -> tuple[str, ...]:
-        """The label words, in the order of `labels`."""
+        """The label words, each one token, in the order of `labels`."""
         return tuple(label.word for label in self.labels)
 
     @property
@@ -408,6 +408,13 @@ class Task(Config):
 
 def load_tasks(paths: Iterable[str | Path], dataset: Dataset) -> list[Task]:
     """Reads task files and checks each against the dataset.
+
+    Args:
+      paths: of the YAML files.
+      dataset: that the tasks ask about; of an excerpt, the periods of the split are not checked.
+
+    Returns:
+      The tasks, in the order of `paths`.
 
     Raises:
       ConfigError: a task is wrong, or two have the same name; names file and line.

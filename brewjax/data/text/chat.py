@@ -51,6 +51,13 @@ def chat_parts(tokenizer: Tokenizer, template: ChatTemplate) -> Chat:
     """Splits the tokenizer's chat template. If it refuses a system turn, or moves it, the instruction becomes part of
     the user's turn.
 
+    Args:
+      tokenizer: whose template is rendered.
+      template: the variables that it is rendered with.
+
+    Returns:
+      What stands between the contents of turns.
+
     Raises:
       ValueError: the template does not render the turns once each and in order, or lets the assistant think first.
     """

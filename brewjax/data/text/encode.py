@@ -72,6 +72,9 @@ class EncodedPrompt:
           capacity: tokens of a prompt.
           max_questions: of a prompt; None for no limit.
 
+        Returns:
+          The prompts, each filled before the next begins.
+
         Raises:
           ValueError: the prefix with one question, or with one list, exceeds the capacity.
         """
@@ -225,7 +228,8 @@ class Text:
 
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
-        """The fields of `TokenBatch` by name, each [T]: the target of every token is the next token, with weight 1."""
+        """The fields of `TokenBatch` by name, each [T], int32, and weights float32: the target of every token is the
+        next token, with weight 1."""
         fields = {
             "tokens": self.tokens[:-1],
             "positions": np.arange(len(self)),

@@ -57,6 +57,9 @@ class Tokenizer:
 
     In the prompt-learning literature a "verbalizer" maps labels to words; here that is `label_token_id`, and
     `Verbalizer` renders data as text (360Brew's use of the word).
+
+    Args:
+      hf: a fast tokenizer; its truncation and padding are switched off.
     """
 
     def __init__(self, hf: PreTrainedTokenizerBase):

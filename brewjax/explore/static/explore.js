@@ -3,7 +3,8 @@
 "use strict";
 
 const $ = (id) => document.getElementById(id);
-const EDITED = ["instruction", "note", "style", "history", "left_out"];
+const EDITED = ["instruction", "note", "style", "profile", "history", "left_out"];
+const EXPECTED = 3; // items that a new case expects first, unless it is edited
 let shown = null; // the last answer
 let pinned = null; // the ranking that the shown one is compared with
 let turn = 0; // of requests: only the answer to the last one is shown
@@ -55,14 +56,18 @@ async function load() {
     const second = state.compare === "model" ? await post("rank", request(1)) : null;
     if (current !== turn) return;
     shown = answer;
-    const key = JSON.stringify([state.member, state.task, state.candidates, state.like]);
+    const key = JSON.stringify([state.member, state.task, state.candidates, state.like, state.case]);
     if (!pinned || pinned.key !== key) pinned = { key, ranking: answer.ranking };
     showRanking(second ? second.ranking : pinned.ranking);
     showPrompt();
+    showProfile();
     showEvents();
-    $("status").className = "";
-    $("status").textContent =
-      `${answer.ranking.length} ranked in ${answer.milliseconds.toFixed(0)} ms, ${answer.tokens.toLocaleString("en")} tokens`;
+    const wrong = answer.out_of_order.map(([first, second]) => `${first} should be before ${second}`);
+    const order = !answer.expected.length ? ""
+      : wrong.length ? `. Not as expected: ${wrong.join(", ")}` : ". As expected";
+    $("status").className = wrong.length ? "warn" : "";
+    const counts = `${answer.ranking.length} ranked in ${answer.milliseconds.toFixed(0)} ms`;
+    $("status").textContent = `${counts}, ${answer.tokens.toLocaleString("en")} tokens${order}`;
   } catch (error) {
     if (current !== turn) return;
     $("status").className = "warn";
@@ -74,11 +79,16 @@ async function load() {
 
 function showState() {
   for (const id of ["member", "task", "style", "candidates", "like"]) if (state[id] !== undefined) $(id).value = state[id];
+  if ($("case")) $("case").value = state.case ?? "";
+  for (const id of ["candidates", "like"]) $(id).disabled = state.case !== undefined;
   if ($("compare")) $("compare").value = state.compare || "pinned";
   $("compare-heading").textContent = state.compare === "model" ? "there" : "was";
 }
 
 function showPrompt() {
+  if (document.activeElement !== $("member")) $("member").value = shown.member;
+  $("task").value = shown.task;
+  if (document.activeElement !== $("expected")) $("expected").value = expectedIds().join("\n");
   for (const id of ["instruction", "note"]) if (document.activeElement !== $(id)) $(id).value = shown[id];
   $("style").value = shown.style;
   $("label").textContent = shown.label;
@@ -88,6 +98,23 @@ function showPrompt() {
   const truncated = shown.truncated.length ? ` Shortened to fit: ${shown.truncated.join("; ")}.` : "";
   $("tokens").textContent = `${shown.prefix_tokens} tokens that all ${shown.ranking.length} questions share, and the ` +
     `question of the first. A question ${shown.pieces.at(-1).attends}.${truncated}`;
+}
+
+function expectedIds() {
+  return shown.expected.length ? shown.expected : shown.ranking.slice(0, EXPECTED).map((entry) => entry.item);
+}
+
+function showProfile() {
+  const focused = document.activeElement.closest("#profile") ? document.activeElement.id : null;
+  $("profile").replaceChildren(...shown.profile.map(({ column, text }) => {
+    const field = element("input", { id: `profile-${column}`, value: text, autocomplete: "off" });
+    field.addEventListener("change", () => {
+      const others = (state.profile || []).filter(([name]) => name !== column);
+      edit({ profile: [...others, [column, field.value]] });
+    });
+    return element("label", { className: "block" }, column + " ", field);
+  }));
+  if (focused) $(focused)?.focus();
 }
 
 function showEvents() {
@@ -119,7 +146,7 @@ function switchEvent(row, on) {
   const off = new Set(shown.events.filter((event) => !event.on).map((event) => event.row));
   if (on) off.delete(row);
   else off.add(row);
-  edit({ left_out: off.size ? [...off] : null });
+  edit({ left_out: off.size || state.case !== undefined ? [...off] : null }); // a case may have events that are off
 }
 
 function move(item, step) {
@@ -150,7 +177,9 @@ function showRanking(before) {
     const change = element("td", { className: `number ${up > 0 ? "up" : up < 0 ? "down" : ""}` }, arrow);
     if (was !== undefined) change.title = `rank ${was + 1}, P ${before[was].probability.toFixed(3)}`;
     const row = element("tr", { className: up > 0 ? "moved-up" : up < 0 ? "moved-down" : "" },
-      element("td", { className: "number" }, String(index + 1)), change, element("td", {}, entry.title + " ", element("span", { className: "hint" }, entry.item)),
+      element("td", { className: "number" }, String(index + 1)), change,
+      element("td", {}, entry.title + " ", element("span", { className: "hint" }, entry.item),
+        entry.answer ? element("span", { className: "answer" }, ` answer: ${entry.answer}`) : ""),
       element("td", { className: "number", title: `log-odds ${entry.log_odds.toFixed(3)}` }, entry.probability.toFixed(3)),
       element("td", {}, why));
     row.dataset.item = entry.item;
@@ -197,14 +226,19 @@ function save(name, content, type) {
 
 const asText = (response) => response.text();
 const start = { member: null, task: null, like: null, candidates: null };
+const unedited = Object.fromEntries(EDITED.map((key) => [key, null]));
 for (const id of Object.keys(start)) {
   // Another member or task begins anew: its texts and events are others.
-  const others = id === "member" || id === "task" ? Object.fromEntries(EDITED.map((key) => [key, null])) : {};
+  const others = id === "member" || id === "task" ? { ...unedited, case: null } : {};
   $(id).addEventListener("change", () => {
     const value = id === "candidates" ? Number($(id).value) : $(id).value;
     edit({ ...others, [id]: value === "" ? null : value });
   });
 }
+$("case")?.addEventListener("change", () => {
+  const chosen = $("case").value;
+  edit({ ...start, ...unedited, case: chosen === "" ? null : Number(chosen) });
+});
 $("style").addEventListener("change", () => edit({ style: $("style").value }));
 for (const id of ["instruction", "note"]) {
   let timer;
@@ -225,11 +259,21 @@ function go(hash) {
   load();
 }
 $("undo").addEventListener("click", () => undone.length && go(undone.pop()));
-$("reset").addEventListener("click", () => edit(Object.fromEntries(EDITED.map((key) => [key, null]))));
+$("reset").addEventListener("click", () => edit(unedited));
 $("save-task").addEventListener("click", async () =>
   save(`${$("task").value}.yaml`, await post("task", request(0), asText), "application/yaml"));
 $("save-prompt").addEventListener("click", async () =>
   save("prompt.json", await post("prompt", request(0), asText), "application/json"));
+$("save-case").addEventListener("click", async () => {
+  const expected = $("expected").value.split("\n").map((id) => id.trim()).filter(Boolean);
+  try {
+    const body = { edit: request(0), expected, comment: $("comment").value };
+    save("case.jsonl", await post("case", body, asText), "application/json");
+  } catch (error) {
+    $("status").className = "warn";
+    $("status").textContent = error.message;
+  }
+});
 $("settings").addEventListener("submit", (event) => event.preventDefault());
 $("member").addEventListener("input", async () => {
   const response = await fetch(`members?like=${encodeURIComponent($("member").value)}`);
