@@ -20,7 +20,7 @@ import pytest
 from brewjax.retrieve.encoder import Encoder, EncoderConfig
 from brewjax.serve import Client
 from brewjax.serve.retriever_pb2 import IndexedItem, Vector
-from tests.serve.serving import ADMIN_TOKEN
+from tests.serve.serving import ADMIN_TOKEN, eventually
 from tests.serve.test_operation import Process, free_port
 
 SECONDS = float(os.environ.get("BREWJAX_SOAK_SECONDS", "45"))  # of serving
@@ -129,6 +129,7 @@ def live(client: Client, ledger: Ledger, process: Process, seed: int, seconds: f
     for thread in threads:
         thread.start()
     time.sleep(seconds)
+    eventually(lambda: errors or len(ledger.freshness) == 2, 300)  # the first text waits for a compiled program
     killed.set()
     process.signal(signal.SIGKILL)
     for thread in threads:
