@@ -140,7 +140,7 @@ def test_every_status_is_in_the_schema(http, strict, strict_http):
     schema, guarded = (client.get("/openapi.json").json() for client in (http, strict_http))
     probes = {"/livez", "/readyz", "/health", "/startupz", "/metrics"}
     rerank = {"/rerank", "/v1/rerank", "/v2/rerank", "/score"}
-    assert set(schema["paths"]) == {"/v1/score", "/v1/rank", "/v1/models", *rerank, *probes}
+    assert set(schema["paths"]) == {"/v1/score", "/v1/rank", "/v1/reload", "/v1/models", *rerank, *probes}
     responses = schema["paths"]["/v1/score"]["post"]["responses"]
     assert set(responses) == {"200", "400", "408", "413", "415", "429", "500", "503", "504"}
     body = schema["paths"]["/v1/score"]["post"]["requestBody"]["content"]["application/json"]["schema"]
