@@ -65,12 +65,13 @@ def quantized_matmul(
     weight: Quantized,
     activations: Activations | None = None,
     inputs_over: tuple[str, ...] = (),
-) -> Float[Array, "*T N"]:
+) -> Float[Array, "*T *N"]:
     """`x @ dequantize(weight)`, accumulated in float32; the scales are applied once, to the sums.
 
     Args:
       x: rounded before the product as `activations` says.
-      weight: one matrix; use `jax.vmap` for several. If a dimension is sharded, call this inside `jax.shard_map`.
+      weight: one matrix [K, *N], whose outputs may have several axes (heads): on a TPU that is faster than to divide
+        them afterwards. Use `jax.vmap` for several. If a dimension is sharded, call this inside `jax.shard_map`.
       activations: see `round_tokens`. 8 bits are multiplied with 8 bits, and int8 is summed in int32.
       inputs_over: mesh axes that K is sharded over; float32 token scales and sums are reduced over them.
 
@@ -80,25 +81,27 @@ def quantized_matmul(
     Raises:
       ValueError: if the shapes do not match, or `activations` is unknown.
     """
-    if weight.values.ndim != 2 or x.shape[-1] != weight.values.shape[0]:
-        raise ValueError(f"x {x.shape} does not end in the first of two dimensions of weight {weight.values.shape}")
+    if weight.values.shape != (x.shape[-1], *weight.scale.shape):
+        raise ValueError(f"x {x.shape} does not end in the inputs of one matrix: weight {weight.values.shape}")
     tokens, token_scales = round_tokens(x.reshape(-1, x.shape[-1]), weight.values.dtype, activations, inputs_over)
     values = weight.values.astype(tokens.dtype)
     if tokens.dtype == jnp.float8_e4m3fn and product_dtype(jnp.float32) == jnp.bfloat16:
         # bfloat16 holds e4m3 exactly, and a CPU that multiplies it would otherwise compute in float32.
         tokens, values = tokens.astype(jnp.bfloat16), values.astype(jnp.bfloat16)
-    out = jax.lax.dot(
+    out = jax.lax.dot_general(
         tokens,
         values,
+        (((1,), (0,)), ((), ())),
         # On H100 the default sums e4m3 products in fewer bits than float32 (openxla/xla pull request 6599).
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.int32 if tokens.dtype == jnp.int8 else jnp.float32,
     ).astype(jnp.float32)
-    for scale in (weight.scale[None, :], *token_scales):
-        out *= scale
+    out *= weight.scale
+    for scale in token_scales:
+        out *= scale.reshape(-1, *[1] * weight.scale.ndim)
     if inputs_over:
         out = jax.lax.psum(out, inputs_over)
-    return out.astype(x.dtype).reshape(*x.shape[:-1], out.shape[-1])
+    return out.astype(x.dtype).reshape(*x.shape[:-1], *weight.scale.shape)
 
 
 def round_tokens(

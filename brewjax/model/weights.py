@@ -85,9 +85,8 @@ class QuantizedWeight(nnx.Module):
         sum_axes: tuple[str, ...] = ()
 
         def multiply(x: Array, values: Array, scale: Array) -> Array:
-            matrix = Quantized(values.reshape(math.prod(values.shape[: self.inputs]), -1), scale.reshape(-1))
-            out = quantized_matmul(x.reshape(*x.shape[:2], -1), matrix, self.config.activations, sum_axes)
-            return out.reshape(*x.shape[:2], *scale.shape)
+            matrix = Quantized(values.reshape(-1, *scale.shape), scale)
+            return quantized_matmul(x.reshape(*x.shape[:2], -1), matrix, self.config.activations, sum_axes)
 
         if jax.sharding.get_abstract_mesh().empty:
             return multiply(x, values, scale)

@@ -164,6 +164,16 @@ def test_leading_dimensions_and_dtype_are_those_of_x(dtype, activations):
 
 
 @kinds
+def test_outputs_of_several_axes(dtype, activations):
+    x, weight = draw("random", 7)
+    matrix = quantize(weight, dtype)
+    heads = Quantized(matrix.values.reshape(96, 5, 16), matrix.scale.reshape(5, 16))
+    out = quantized_matmul(x.reshape(2, 24, 96), heads, activations)
+    expected = np.asarray(quantized_matmul(x, matrix, activations)).reshape(2, 24, 5, 16)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-4)
+
+
+@kinds
 def test_a_stack_of_weights_under_vmap(dtype, activations):
     x, weight = draw("random", 8)
     stack = np.stack([weight, np.roll(weight, 1), weight**3])
@@ -178,7 +188,7 @@ def test_a_stack_of_weights_under_vmap(dtype, activations):
     [
         (lambda x, weight: quantize(weight, jnp.float8_e5m2), "only to float8_e4m3fn or int8"),
         (lambda x, weight: quantized_matmul(x[:, :95], quantize(weight, E4M3)), r"\(48, 95\) .* \(96, 80\)"),
-        (lambda x, weight: quantized_matmul(x, quantize(weight[None], E4M3)), "two dimensions"),
+        (lambda x, weight: quantized_matmul(x, quantize(weight[None], E4M3)), "one matrix"),
         (lambda x, weight: quantized_matmul(x, quantize(weight, E4M3), "per_channel"), "'per_channel'"),
     ],
 )
