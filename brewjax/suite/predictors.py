@@ -27,6 +27,7 @@ from brewjax.scoring.passes import Bucket
 from brewjax.scoring.scorer import Scorer
 
 SHORTEST_ROW = 256  # tokens; rows double from here, whatever the prompts, so that scores do not depend on other tasks
+DECIMALS = 6  # of a model's probabilities: what rounding makes of equal prompts at other positions is no order
 MAX_TRAIN = 3_000  # examples of the training period that a baseline learns from, and of validation
 DATA = ("data/tables", "data/tasks", "data/prompts", "data/text")
 SCORING = (*DATA, "bundle", "scoring", "model", "../pallas_kernels")  # the code that makes a model's scores
@@ -83,7 +84,7 @@ class Model:
         self.name: str = name
         self.folder: Path | None = folder
         self.training = Training.of_model(folder)
-        self.identity = {"model": hash_folder(folder), "code": hash_packages(SCORING)}
+        self.identity = {"model": hash_folder(folder), "code": hash_packages(SCORING), "decimals": DECIMALS}
         self._scorer: Scorer | None = None
 
     def can_answer(self, dataset: Dataset, task: Task) -> bool:
@@ -120,7 +121,7 @@ class Model:
             message = f"{skipped} questions are too long for {self.name} and were skipped: a suite asks all or none"
             raise task.error(f"{message}; give 'truncate', or train with more max_tokens", "questions", "overlong")
         with float32_products():
-            probabilities = np.concatenate(self._scorer.score_encoded(prompts))
+            probabilities = np.round(np.concatenate(self._scorer.score_encoded(prompts)), DECIMALS)
         tokens = sum(len(prompt) for prompt in prompts)
         return probabilities, {"seconds": time.perf_counter() - start_time, "tokens": tokens}
 
