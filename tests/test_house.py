@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -129,6 +129,12 @@ def test_no_two_classes_have_one_name():
             if isinstance(node, ast.ClassDef):
                 places[node.name].append(module)
     assert not {class_name: where for class_name, where in places.items() if len(where) > 1}
+
+
+def test_no_two_test_files_have_one_name():
+    """pytest would refuse the second, but only when both are run."""
+    counts = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert not [file for file, count in counts.items() if count > 1]
 
 
 def bindings(tree: ast.Module) -> Iterator[tuple[str, int]]:
