@@ -14,6 +14,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, ScalarFormatter
 
 from brewjax.data.tasks.task import MetricName
 from brewjax.evaluate.metrics import ratio, reliability
@@ -100,7 +101,12 @@ def size_plot(comparison: Comparison, models: Sequence[ModelSummary]) -> str:
             text = f"{model.name}: {estimate.value:.3f} ±{estimate.error:.3f}, {point[0]:,.1f} MB"
             tips.append((bars.lines[0], [text]))
             axes.annotate(model.name, point, (5, 4), textcoords="offset points", fontsize=8)
-        axes.set_xscale("log")
+        sizes = [model.weight_bytes for model in models]
+        if max(sizes) > 8 * min(sizes):  # a narrower range holds too few round numbers
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(ScalarFormatter())
+            axes.minorticks_off()
         return _svg(figure, axes, f"{comparison.name} sizes", tips)
 
 
