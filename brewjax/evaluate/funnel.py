@@ -30,15 +30,15 @@ class FunnelRow(NamedTuple):
       ranked: items that the ranker scores for a query, on average.
       ndcg: NDCG@10 over the whole catalogue, in which the items that the member went on to are the relevant ones.
       error: half of its 95% interval, 1.96 standard errors over resampled members; NaN for a single member.
-      less: by how much it is below "rank everything"; `less_error` on the same resamples.
+      lead, lead_error: this one minus "rank everything", on the same resamples.
     """
 
     method: str
     ranked: float
     ndcg: float
     error: float
-    less: float
-    less_error: float
+    lead: float
+    lead_error: float
 
 
 def evaluate_funnel(
@@ -103,9 +103,9 @@ def _summarize(
     members = len(np.unique(member))
     rows = []
     for name, values, count in zip(names, quality, ranked, strict=True):
-        less = quality[0] - values
-        error, less_error = (interval(of_query, x) if members > 1 else np.nan for x in (values, less))
-        rows.append(FunnelRow(name, float(count), float(values.mean()), error, float(less.mean()), less_error))
+        lead = values - quality[0]
+        error, lead_error = (interval(of_query, x) if members > 1 else np.nan for x in (values, lead))
+        rows.append(FunnelRow(name, float(count), float(values.mean()), error, float(lead.mean()), lead_error))
     return rows
 
 
@@ -115,6 +115,6 @@ def print_funnel(title: str, rows: Sequence[FunnelRow]) -> None:
         "method", "items ranked", "NDCG@10", "less than ranking everything", title=title, title_justify="left"
     )
     for row in rows:
-        less = "" if row.method == EVERYTHING else f"{row.less:.4f} ±{row.less_error:.4f}"
-        table.add_row(row.method, f"{row.ranked:,.0f}", f"{row.ndcg:.4f} ±{row.error:.4f}", less)
+        lead = "" if row.method == EVERYTHING else f"{row.lead:+.4f} ±{row.lead_error:.4f}"
+        table.add_row(row.method, f"{row.ranked:,.0f}", f"{row.ndcg:.4f} ±{row.error:.4f}", lead)
     plain_console().print(table)

@@ -41,7 +41,7 @@ def test_the_ranker_orders_what_is_retrieved_and_nothing_else(encoder, jobs):
     for k, qualities in expected.items():
         assert rows[f"retrieve {k}, then rank"].ndcg == pytest.approx(np.mean(qualities), abs=1e-6)
     assert rows["retrieve 40, then rank"].ndcg == rows["rank everything"].ndcg
-    assert rows["retrieve 40, then rank"].less == rows["rank everything"].less == 0
+    assert rows["retrieve 40, then rank"].lead == rows["rank everything"].lead == 0
     assert rows["retrieve 10, then rank"].ranked == 10 < rows["rank everything"].ranked <= 40
     assert rows["retrieve alone"].ranked == 0
     assert len({rows[name].ndcg for name in ("rank everything", "retrieve alone", "retrieve 10, then rank")}) == 3
