@@ -62,7 +62,7 @@ recall[["method", "recall", "error", "lead", "lead_error"]].set_index("method").
 
 # %% [markdown]
 # What is lost by retrieving first? Over the test period: NDCG@10 among all jobs, where those that the member went on to
-# are the relevant ones. `less` is what a way loses against ranking everything, with its 95% interval.
+# are the relevant ones. `lead` is this minus that of ranking everything, with its 95% interval.
 
 # %%
 funnel = pd.DataFrame(evaluate_funnel(encoder.encoder, ranker.bundle, encoder.dataset, ks=(10, 20, 30)))

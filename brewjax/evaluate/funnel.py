@@ -111,9 +111,7 @@ def _summarize(
 
 def print_funnel(title: str, rows: Sequence[FunnelRow]) -> None:
     """Prints a line for each way to the first ten items, of the `rows` of a funnel, under `title`."""
-    table = Table(
-        "method", "items ranked", "NDCG@10", "less than ranking everything", title=title, title_justify="left"
-    )
+    table = Table("method", "items ranked", "NDCG@10", "minus ranking everything", title=title, title_justify="left")
     for row in rows:
         lead = "" if row.method == EVERYTHING else f"{row.lead:+.4f} ±{row.lead_error:.4f}"
         table.add_row(row.method, f"{row.ranked:,.0f}", f"{row.ndcg:.4f} ±{row.error:.4f}", lead)
