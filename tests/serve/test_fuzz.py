@@ -207,7 +207,7 @@ def bodies() -> Iterable[bytes]:
 
 @pytest.mark.long
 def test_fuzzed_json(server, client, alone):
-    app = make_app(server.service, server._credentials, server._refusals)
+    app = make_app(server.service, server._credentials, server._refusals, server.reload)
 
     async def attempt(body: bytes) -> tuple[int, str]:
         """As uvicorn would call the application."""
