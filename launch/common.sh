@@ -7,6 +7,16 @@ fail() {
     exit 2
 }
 
+# fill FILE WORD ...: a file beside the launchers, with the value of each variable in place of its ${WORD}.
+fill() {
+    local text word
+    text=$(<"$(dirname "$0")/$1")
+    for word in "${@:2}"; do
+        text=${text//"\${$word}"/"${!word}"}
+    done
+    echo "$text"
+}
+
 # check_name NAME: becomes part of the names of pods and services, labels of at most 63 characters.
 check_name() {
     [[ $1 =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ && ${#1} -le 40 ]] ||

@@ -31,10 +31,8 @@ for argument in "$@"; do
     ARGUMENTS+="${ARGUMENTS:+, }\"${argument//\"/\\\"}\""
 done
 ARGUMENTS="[$ARGUMENTS]"
-text=$(<"$(dirname "$0")/jobset.yaml")
-for word in NAME LABELS RESTARTS SLICES HOSTS ACCELERATOR TOPOLOGY IMAGE ARGUMENTS CHIPS BUCKET SERVICE_ACCOUNT EPHEMERAL_STORAGE; do
-    text=${text//"\${$word}"/"${!word}"}
-done
+text=$(fill jobset.yaml NAME LABELS RESTARTS SLICES HOSTS ACCELERATOR TOPOLOGY IMAGE ARGUMENTS CHIPS BUCKET SERVICE_ACCOUNT \
+    EPHEMERAL_STORAGE)
 if [[ $dry == yes ]]; then
     echo "$text"
     exit

@@ -20,10 +20,7 @@ MAX_QUEUED_TOKENS=${MAX_QUEUED_TOKENS:-200000}
 # shellcheck disable=SC2034  # used by its name below
 QUEUED_TOKENS=${QUEUED_TOKENS:-$((MAX_QUEUED_TOKENS / 4))}
 ((REPLICAS <= MAX_REPLICAS)) || fail "REPLICAS is $REPLICAS, more than MAX_REPLICAS, $MAX_REPLICAS"
-text=$(<"$(dirname "$0")/serve.yaml")
-for word in NAME IMAGE CLAIM MODEL SECRET REPLICAS MAX_REPLICAS RESOURCES MAX_QUEUED_TOKENS QUEUED_TOKENS; do
-    text=${text//"\${$word}"/"${!word}"}
-done
+text=$(fill serve.yaml NAME IMAGE CLAIM MODEL SECRET REPLICAS MAX_REPLICAS RESOURCES MAX_QUEUED_TOKENS QUEUED_TOKENS)
 if [[ $dry == yes ]]; then
     echo "$text"
     exit

@@ -38,11 +38,8 @@ class WatchConfig(Config):
     """A stage is stopped when its AUC within the list, a mean over domains, is below its best by more than this, twice
     in a row."""
 
-    def check(self) -> list[str]:
-        """Checks that the suite can be run.
-
-        Returns:
-          The surfaces that are asked about.
+    def check(self) -> None:
+        """Checks that the suite can be run; all its tables are read.
 
         Raises:
           ConfigError: the suite is wrong, it has no such surface, or one of its datasets is not there.
@@ -52,10 +49,8 @@ class WatchConfig(Config):
             if name not in suite.surfaces:
                 message = f"{self.suite} has no surface '{name}'; {suggest(name, suite.surfaces)}"
                 raise self.error(message, "surfaces", index)
-        surfaces = list(self.surfaces or suite.surfaces)
-        for name in surfaces:
+        for name in self.surfaces or suite.surfaces:
             suite.load_surface(name)
-        return surfaces
 
 
 class Watch:
@@ -69,7 +64,7 @@ class Watch:
 
     def __init__(self, config: WatchConfig, folder: Path, save: Callable[[Params, Path], None]):
         self._config, self._folder, self._save = config, folder, save
-        self._suite, self._surfaces = Suite.load(config.suite), config.check()
+        self._suite = Suite.load(config.suite)
 
     def __call__(self, step: int, make_params: Callable[[], Params]) -> None:
         """Runs the suite after a step, if its turn has come.
@@ -86,7 +81,7 @@ class Watch:
         with tempfile.TemporaryDirectory(dir=self._folder) as folder:
             self._save(make_params(), Path(folder) / "model")
             model = Model(Path(folder) / "model", f"{self._folder.name}@{step}")
-            (entry,) = answer(self._suite, "quick", [model], self._surfaces)
+            (entry,) = answer(self._suite, "quick", [model], self._config.surfaces or None)
         (row,) = make_board(self._suite, "quick", [entry]).rows
         domains = {name: estimates[HEADLINE].value for name, estimates in row.domains.items()}
         path = self._folder / RESULTS

@@ -1,9 +1,11 @@
-"""What the tests of retrieval share: the jobs dataset, a task on it, and a tiny encoder."""
+"""What the tests of retrieval share: the jobs dataset, a task on it, a tiny encoder, and an empty index."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from brewjax.bundle.bundle import Bundle
@@ -12,11 +14,13 @@ from brewjax.data.prompts.styles import PromptConfig
 from brewjax.model.config import ModelConfig
 from brewjax.model.sharding import MeshConfig
 from brewjax.retrieve.encoder import Encoder, EncoderConfig
+from brewjax.retrieve.index import Index, IndexConfig
 from tests.data.conftest import jobs, jobs_with, tokenizer  # noqa: F401 (fixtures)
 from tests.evaluate.conftest import task  # noqa: F401 (a fixture)
 from tests.tiny import MODEL, params
 
 PROMPTS = PromptConfig(max_tokens=256)
+D = 8  # of an index's vectors
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +34,14 @@ def make_encoder(jobs, tokenizer, task) -> Callable[..., Encoder]:  # noqa: F811
         return Encoder(bundle, EncoderConfig(**{"dimensions": (4, 8), **settings}))
 
     return make
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Iterator[Index]:
+    index = Index.create(tmp_path / "index", IndexConfig(dimensions=D))
+    yield index
+    index.close()
+
+
+def vectors(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((count, D)).astype(np.float32)

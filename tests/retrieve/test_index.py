@@ -16,20 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brewjax.retrieve.index import Index, IndexConfig, VectorError
+from tests.retrieve.conftest import D, vectors
 
 ROOT = Path(__file__).parents[2]
-D = 8
-
-
-@pytest.fixture
-def index(tmp_path):
-    index = Index.create(tmp_path / "index", IndexConfig(dimensions=D))
-    yield index
-    index.close()
-
-
-def vectors(count: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((count, D)).astype(np.float32)
 
 
 def best(rows: dict[int, np.ndarray], query: np.ndarray, k: int) -> list[int]:
