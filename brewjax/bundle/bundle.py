@@ -284,9 +284,9 @@ class Bundle:
     @cached_property
     def _kinds(self) -> set[str] | None:
         """The kinds of numbers that training stated, if any: the tokens of others have learnt nothing."""
-        styles = [STYLES[name] for name in self.prompts.styles]
-        of_surface = (stated_kinds(surface.card, surface.tasks, styles) for surface in self.surfaces.values())
-        return set().union(*of_surface) or None
+        if not any(STYLES[name].by_kind for name in self.prompts.styles):
+            return None
+        return set().union(*(stated_kinds(surface.card) for surface in self.surfaces.values())) or None
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:
         """Tokenizes a prompt in the layout of training.

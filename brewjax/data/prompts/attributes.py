@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -16,12 +16,9 @@ from brewjax.data.tables.card import Attribute, Card
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.facts import Fact, FactGroup
 from brewjax.data.tables.statistics import FactSource, Percentiles, Table
-from brewjax.data.tasks.target import target_sign
-from brewjax.data.tasks.task import Task
 
 Where = Literal["history", "question"]
-TENTHS = 10  # of styles that name numbers by kind,
-TARGET = "_target"  # and what they add to the name of a fact that is of what the task asks for
+TENTHS = 10  # of styles that name numbers by kind
 TEXTUAL = ("text", "category", "list")  # kinds of attributes that can be truncated
 
 
@@ -49,13 +46,11 @@ class RowsAsOf:
       rows: int [rows], of the table.
       times: int64 [rows], microseconds since 1970 as of which ages and facts are computed.
       members: int [rows], rows of the members table, for facts of pairs; None leaves these facts out.
-      omitted_facts: other facts that are left out, such as "pairs.genre stars".
     """
 
     rows: np.ndarray
     times: np.ndarray
     members: np.ndarray | None = None
-    omitted_facts: Collection[str] = ()
 
 
 class RowRenderer:
@@ -98,14 +93,12 @@ class RowRenderer:
         where: Where,
         longest: int | None = None,
         columns: Sequence[str] | None = None,
-        task: Task | None = None,
     ) -> list[list[str]]:
         """The facts of each row, as texts.
 
         Unknown values are left out, or empty in a style in which the position of a value stands for its name.
 
         Args:
-          task: whose prompt it is, for styles that say which facts are of what a task asks for.
           longest: characters that texts are truncated to.
           columns: only these attributes, and no facts; by default all.
         """
@@ -117,13 +110,11 @@ class RowRenderer:
                 self._render(by_row, f"{self._table}.{attribute.column}", attribute, kind, values, rows, style, longest)
         if columns is None and (where == "question" or self._table == "events"):
             for stated in self.facts:
-                key = f"{stated.group}.{stated.fact.name}"
-                stated_here = (stated.fact.buckets or not style.buckets_only) and key not in rows.omitted_facts
+                stated_here = stated.fact.buckets or not style.buckets_only
                 if stated_here and (stated.group != "pairs" or rows.members is not None):
                     numbers = self.fact_values(stated, rows)
-                    sign = target_sign(task, stated.fact) if task and style.marks_target else 0
-                    kind = stated.kind + TARGET if sign else stated.kind
-                    self._render(by_row, key, stated.attribute, kind, numbers, rows, style, longest, sign < 0)
+                    key = f"{stated.group}.{stated.fact.name}"
+                    self._render(by_row, key, stated.attribute, stated.kind, numbers, rows, style, longest)
         return by_row
 
     def values(self, attribute: Attribute, rows: np.ndarray) -> list[Any]:
@@ -161,9 +152,8 @@ class RowRenderer:
         rows: RowsAsOf,
         style: Style,
         longest: int | None,
-        from_above: bool = False,
     ) -> None:
-        """Appends a value of each row to the row's texts; `from_above`: tenths by kind are counted down."""
+        """Appends a value of each row to the row's texts."""
         named = "{name}" in style.fact
         num_buckets = attribute.num_buckets
         if style.by_kind and self._kinds is not None and kind not in self._kinds:
@@ -177,7 +167,6 @@ class RowRenderer:
                 known.tolist(), self._percentiles.buckets(key, numbers[known]).tolist(), strict=True
             ):
                 tenth = -(-bucket * TENTHS // num_buckets)
-                tenth = 1 + TENTHS - tenth if from_above else tenth
                 by_row[row].append(template.format(name=name, bucket=tenth if style.by_kind else bucket))
             return
         for texts, value, time in zip(by_row, values, rows.times.tolist(), strict=True):
@@ -213,28 +202,20 @@ def attribute_kind(table: Table) -> str:
     return f"{table.removesuffix('s')}_number"
 
 
-def stated_kinds(card: Card, tasks: Sequence[Task], styles: Iterable[Style]) -> set[str]:
-    """Finds the kinds of numbers that prompts state.
+def stated_kinds(card: Card) -> set[str]:
+    """Finds the kinds of numbers that prompts state in styles that name them by kind.
 
     Args:
       card: of the dataset.
-      tasks: asked of it.
-      styles: of the prompts; those that do not name numbers by kind have none.
 
     Returns:
-      Names such as "pair_mean_by" and "item_rate_target".
+      Names such as "pair_mean_by" and "item_rate".
     """
-    kinds = set()
     tables: tuple[Table, ...] = ("members", "items", "events")
-    for style in styles:
-        if style.by_kind:
-            for table in tables:
-                if any(attribute.num_buckets for attribute in getattr(card, table).attributes):
-                    kinds.add(attribute_kind(table))
-            for group, fact in card.facts.declared():
-                marked = [bool(style.marks_target and target_sign(task, fact)) for task in tasks]
-                kinds |= {fact.kind_of(group) + TARGET * mark for mark in marked}
-    return kinds
+    bucketed = (table for table in tables if any(a.num_buckets for a in getattr(card, table).attributes))
+    return {attribute_kind(table) for table in bucketed} | {
+        fact.kind_of(group) for group, fact in card.facts.declared()
+    }
 
 
 def is_unknown(value: Any) -> bool:

@@ -36,8 +36,6 @@ class Style:
       by_kind: whether numbers in buckets are called after what they are, "pair_mean_by#7", and not by their own names,
         and are in tenths, however many buckets they have. A model that knows no English can then read a dataset that it
         has never seen: what it learnt of one dataset's rates and counts is true of another's.
-      marks_target: with `by_kind`, whether facts of what the task asks for say so, "pair_rate_target#7", and are
-        counted down where it asks for low numbers.
       turns: whether each past event is rendered as a chat turn: the question about its item, then the label word, then
         the event. The label words are training targets as well, so a history of n turns adds n targets. Not so with
         sampled negatives, where every past event has the same label. A turn attends to all earlier turns, including
@@ -58,7 +56,6 @@ class Style:
     buckets_only: bool = False
     chat: bool = False
     by_kind: bool = False
-    marks_target: bool = False
     turns: bool = False
 
 
@@ -99,7 +96,6 @@ STYLES = {
     "compact": COMPACT,
     "numbers": dataclasses.replace(COMPACT, history=False, buckets_only=True),
     "kinds": dataclasses.replace(COMPACT, history=False, buckets_only=True, by_kind=True),
-    "targets": dataclasses.replace(COMPACT, history=False, buckets_only=True, by_kind=True, marks_target=True),
     "key-value": Style(
         preamble="task={instruction}\nmember: {profile}\n",
         fact="{name}={value}",

@@ -292,9 +292,8 @@ class Verbalizer:
     ) -> str:
         note = note or task.steering_note
         instruction = task.instruction + (f"\nNote: {note}" if note else "")
-        times = np.array([example.cutoff_time])
-        member = RowsAsOf(np.array([example.member]), times, omitted_facts=example.omitted_facts)
-        profile = self._rows["members"].render(member, style, "question", longest, task=task)[0]
+        member = RowsAsOf(np.array([example.member]), np.array([example.cutoff_time]))
+        profile = self._rows["members"].render(member, style, "question", longest)[0]
         card = self.dataset.card
         preamble = style.preamble.format(
             instruction=instruction,
@@ -310,12 +309,11 @@ class Verbalizer:
         self, task: Task, example: RankingExample, style: Style, chat: Chat, longest: int | None = None
     ) -> tuple[Question, ...]:
         count = len(example.candidates)
-        times, members = np.full(count, example.cutoff_time), np.full(count, example.member)
-        rows = RowsAsOf(example.candidates, times, members, example.omitted_facts)
-        facts = self._rows["items"].render(rows, style, "question", longest, task=task)
+        rows = RowsAsOf(example.candidates, np.full(count, example.cutoff_time), np.full(count, example.member))
+        facts = self._rows["items"].render(rows, style, "question", longest)
         if columns := task.questions.context:
             for index in np.flatnonzero(example.exposures >= 0):
-                exposure = RowsAsOf(example.exposures[index : index + 1], times[:1])
+                exposure = RowsAsOf(example.exposures[index : index + 1], rows.times[:1])
                 facts[index] += self._rows["events"].render(exposure, style, "question", longest, columns)[0]
         return tuple(
             Question(

@@ -36,9 +36,6 @@ class SftConfig(Config):
     only of tasks with a `choice_question`."""
     num_choices: int = pydantic.Field(default=4, ge=2)
     """The most items to choose from in a multiple-choice question."""
-    fact_dropout: float = pydantic.Field(default=0.0, ge=0, lt=1)
-    """The probability with which a record leaves out each fact, so that a model learns to do without any of them and
-    can read a dataset that has others."""
     loss_weights: dict[str, pydantic.PositiveFloat] = {}
     """Loss weight of each target by the name of its task; 1 for a task that is not named."""
     mix: MixConfig = MixConfig()
@@ -84,10 +81,6 @@ def sft_records(
             example = dataclasses.replace(example, soft_labels=predict([example])[0])
         style = prompts.draw(rng)
         phrased = task.draw_phrasing(rng)
-        if config.fact_dropout:
-            keys = [f"{group}.{fact.name}" for group, fact in verbalizer.dataset.card.facts.declared()]
-            omitted = np.array(keys)[rng.random(len(keys)) < config.fact_dropout]
-            example = dataclasses.replace(example, omitted_facts=frozenset(omitted.tolist()))
         example = verbalizer.fitting(phrased, example, style)
         rendered = [verbalizer.prompt(phrased, example, style)] if len(example.candidates) else []
         if task.questions.choice_question and rng.random() < config.choice_fraction:

@@ -42,7 +42,6 @@ class RankingExample:
       soft_labels: float32 [candidates, labels], the probabilities that another ranker gives the answers, to learn from;
         None if there are none.
       request: the request whose list the candidates are, by number (`Dataset.event_request`); -1 for none.
-      omitted_facts: facts of members, items and pairs that its prompt leaves out, such as "pairs.genre stars".
       seed: of whatever is chosen at random about the example: a hash of the caller's seed, the member and the cutoff
         time, the same wherever the member stands in the tables.
     """
@@ -57,7 +56,6 @@ class RankingExample:
     exposures: np.ndarray
     request: int = NO_REQUEST
     soft_labels: np.ndarray | None = None
-    omitted_facts: frozenset[str] = frozenset()
     seed: int = 0
 
     def select(self, indices: slice | np.ndarray) -> RankingExample:

@@ -17,7 +17,7 @@ from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.facts import Fact, Facts
 from brewjax.data.tables.statistics import Percentiles
 from brewjax.data.tasks.examples import RankingExample, build_examples, history_before
-from brewjax.data.tasks.task import Label, Task
+from brewjax.data.tasks.task import Task
 from brewjax.data.text.encode import encode
 from brewjax.data.text.prompt import Prompt
 from brewjax.data.text.tokenizer import Tokenizer
@@ -193,15 +193,6 @@ Note: focus on location
 ? 1 applies|item_number#6|item_count#1
 Yes
 ? 2 applies|item_number#5|item_count#1
-No
-""",
-    "targets": """\
-Predict whether the member applies to the job in the "Question".
-Note: focus on location
-
-? 1 applies|item_number#6|item_count_target#1
-Yes
-? 2 applies|item_number#5|item_count_target#1
 No
 """,
     "key-value": """\
@@ -451,29 +442,14 @@ def test_a_kind_of_number_that_training_never_stated_is_left_out(jobs, tokenizer
     """Of styles that name numbers by kind; the others have the fact's own name."""
     known = Facts(items=(Fact(name="views", count=("viewed",)),))
     card = jobs.card.model_copy(update={"facts": known})
-    kinds = stated_kinds(card, [TASK], [STYLES["targets"], STYLES["sectioned"]])
+    kinds = stated_kinds(card)
     assert kinds == {"item_number", "item_count"}
-    assert stated_kinds(card, [TASK], [STYLES["sectioned"]]) == set()
     facts = Facts(items=(*known.items, Fact(name="applicants", count=("applied",)), Fact(name="days", age="posted")))
     dataset = dataclasses.replace(jobs, card=card.model_copy(update={"facts": facts}))
     verbalizer = Verbalizer(dataset, Percentiles.fit(dataset, moment(200)), tokenizer, PLENTY, kinds=kinds)
-    text = verbalizer.prompt(TASK, ask(dataset, 7, 330), "targets").render()
+    text = verbalizer.prompt(TASK, ask(dataset, 7, 330), "kinds").render()
     assert {name for name, _ in re.findall(r"(\w+)#(\d+)", text)} == kinds
     assert "Applicants: " in verbalizer.prompt(TASK, ask(dataset, 7, 330), "sectioned").render()
-
-
-def test_targets_count_a_fact_down_where_the_task_asks_for_low_numbers(jobs, tokenizer):
-    facts = Facts(pairs=(Fact(name="seconds on the field", mean="seconds", by="skills"),))
-    dataset = dataclasses.replace(jobs, card=jobs.card.model_copy(update={"facts": facts}))
-    verbalizer = Verbalizer(dataset, Percentiles.fit(dataset, moment(200)), tokenizer, PLENTY)
-    tenths = {}
-    for bound in ("min", "max"):
-        labels = (Label(word="Yes", value=1, match={"seconds": {bound: 60}}), Label(word="No", value=0))
-        task = TASK.model_copy(update={"labels": labels})
-        text = verbalizer.prompt(task, ask(dataset, 7, 330), "targets").render()
-        tenths[bound] = [int(tenth) for tenth in re.findall(r"pair_mean_by_target#(\d+)", text)]
-    assert tenths["min"]
-    assert tenths["max"] == [11 - tenth for tenth in tenths["min"]]
 
 
 @each_full_style

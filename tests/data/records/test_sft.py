@@ -12,7 +12,6 @@ from brewjax.data.prompts.styles import PromptConfig
 from brewjax.data.prompts.verbalize import CHOICES, Verbalizer
 from brewjax.data.records.sft import SftConfig, draw_choices, sft_records
 from brewjax.data.tables.dataset import Dataset
-from brewjax.data.tables.facts import Fact, Facts
 from brewjax.data.tables.statistics import Percentiles
 from brewjax.data.tasks.examples import build_examples, example_at
 from brewjax.data.tasks.task import Task
@@ -200,28 +199,3 @@ phrasings:
     for text in rephrased:
         assert "Say whether an application follows." in text
         assert phrased.instruction not in text
-
-
-def test_a_share_of_the_facts_is_left_out_of_each_record(jobs_with, tokenizer):
-    """Of a record, not of a question; and what else is drawn, and what the others say, is as without."""
-    dataset = jobs_with(MANY)
-    facts = Facts(items=(Fact(name="viewed", count=("viewed",)),), pairs=(Fact(name="applied", count=("applied",)),))
-    dataset = dataclasses.replace(dataset, card=dataset.card.model_copy(update={"facts": facts}))
-    verbalizer = make_verbalizer(dataset, tokenizer)
-    prompts = ALL_STYLES.model_copy(update={"styles": {"kinds": 1.0}})
-    texts = {
-        dropout: [
-            [
-                re.findall(r"(item_count|pair_count)\w*#\d+", tokenizer.hf.decode(question))
-                for question in record.questions
-            ]
-            for record, _ in sft_records(verbalizer, TASK, prompts, SftConfig(fact_dropout=dropout))
-        ]
-        for dropout in (0.0, 0.5)
-    }
-    assert len(texts[0.0]) == len(texts[0.5])
-    assert all(question == ["item_count", "pair_count"] for record in texts[0.0] for question in record)
-    assert all(question == record[0] for record in texts[0.5] for question in record)
-    assert {tuple(record[0]) for record in texts[0.5]} == {
-        (), ("item_count",), ("pair_count",), ("item_count", "pair_count")
-    }  # fmt: skip
