@@ -89,6 +89,11 @@ def put(column: str, row: int, value: object) -> Change:
     return change
 
 
+def append(rows: list[dict[str, object]]) -> Change:
+    """A change that adds rows; what a row does not name is null."""
+    return lambda table: pa.concat_tables([table, pa.Table.from_pylist(rows, table.schema)])
+
+
 def with_column(column: str, values: pa.Array) -> Change:
     """A change of a whole column."""
     return lambda table: table.set_column(table.column_names.index(column), column, values)

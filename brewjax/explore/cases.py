@@ -26,14 +26,18 @@ from brewjax.explore.explorer import Explorer
 from brewjax.suite.questions import frozen_questions
 from brewjax.suite.suite import Suite
 
+TYPED = "typed"  # stands for the id of a typed member
 MAX_PRESETS = 500  # of a task of a suite, which a reader can choose from
 
 
 class Case(Config):
     """A ranking that can be done again. What is empty or null is as the task has it."""
 
-    member: str
+    member: str | None = None
     """The member's id."""
+    typed_events: tuple[str, ...] | None = None
+    """In place of `member`: what a member who is not in the tables did, an event a line, the oldest first, such as
+    "rated: Alien (1979) | stars=5"."""
     task: str
     """The task's name."""
     at: str | None = None
@@ -58,7 +62,9 @@ class Case(Config):
     """What the case is about, for people."""
 
     @pydantic.model_validator(mode="after")
-    def _expects_candidates(self) -> Case:
+    def _fits(self) -> Case:
+        if (self.member is None) == (self.typed_events is None):
+            raise ValueError("give either 'member' or 'typed_events'")
         for item in self.expected:
             if item not in self.items:
                 raise ValueError(f"expected '{item}', which is not among the items")
@@ -68,6 +74,7 @@ class Case(Config):
         """The case as a context of a model. Raises ValueError for what the tables do not have."""
         context = explorer.context(
             self.member,
+            typed_events=self.typed_events,
             task=self.task,
             at=self.at,
             items=self.items,
@@ -147,7 +154,8 @@ def make_case(context: Context, expected: Sequence[str] = (), comment: str = "")
     at = datetime.datetime.fromtimestamp(0, datetime.UTC) + since_1970 if timed else None
     whole = unanswered(dataset, context.task, example.member, example.cutoff_time, example.candidates).history
     return Case(
-        member=context.member,
+        member=context.member if context.typed_events is None else None,
+        typed_events=context.typed_events,
         task=context.task.name,
         at=at.isoformat() if at else None,
         items=tuple(context.item_ids),
@@ -181,7 +189,7 @@ def check_order(context: Context, expected: Sequence[str]) -> CaseResult:
 def case_presets(cases: Sequence[Case]) -> list[Preset]:
     """The cases of a file, to choose from."""
     return [
-        Preset(f"{number}. {case.comment or f'{case.member}, {case.task}'}", case.context, case.expected)
+        Preset(f"{number}. {case.comment or f'{case.member or TYPED}, {case.task}'}", case.context, case.expected)
         for number, case in enumerate(cases, 1)
     ]
 

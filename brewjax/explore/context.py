@@ -44,6 +44,7 @@ class Context:
       style: of the prompt, a key of STYLES.
       left_out: rows of events that are switched off. No older event takes their place.
       edited_profile: attributes of the member that were changed, by column.
+      typed_events: what the member did, as it was typed; None for a member of the tables.
     """
 
     bundle: Bundle
@@ -53,6 +54,7 @@ class Context:
     style: str
     left_out: frozenset[int] = frozenset()
     edited_profile: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    typed_events: tuple[str, ...] | None = None
 
     def __repr__(self) -> str:
         counts = f"{len(self.in_budget)} events, {len(self.example.candidates)} candidates"
@@ -65,7 +67,7 @@ class Context:
 
     @property
     def member(self) -> str:
-        """The member's id."""
+        """The member's id; for a typed one, an id that no other member has."""
         return self.dataset.member_id(self.example.member)
 
     def change(
@@ -115,7 +117,16 @@ class Context:
             verbalizer = bundle.verbalizer(self.dataset, task)
         if profile:
             verbalizer = verbalizer.with_members(edit_profile(self.dataset, example.member, profile))
-        return Context(bundle or self.bundle, verbalizer, task, example, style, switched_off, edited)
+        return dataclasses.replace(
+            self,
+            bundle=bundle or self.bundle,
+            verbalizer=verbalizer,
+            task=task,
+            example=example,
+            style=style,
+            left_out=switched_off,
+            edited_profile=edited,
+        )
 
     @cached_property
     def in_budget(self) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from brewjax.explore.comparison import compare as compare_rankings
 from brewjax.explore.context import Context, check_style, find_items
 from brewjax.explore.embeddings import Embeddings
 from brewjax.explore.reasons import Reasons
+from brewjax.explore.typed_member import add_member
 from brewjax.explore.views import PromptView, TokensView, facts_html
 from brewjax.model.generate import Generator, SamplingParams
 from brewjax.model.params import bind, num_parameters
@@ -81,6 +83,7 @@ class Explorer:
         trained = bundle.surface_of(dataset, surface) if dataset else None
         self.tasks = {task.name: task for task in trained.tasks} if trained else {}
         self._verbalizers: dict[str, Verbalizer] = {}
+        self._typed: tuple[object, Explorer] | None = None  # the last member that was typed, and the tables with it
 
     def __repr__(self) -> str:
         tables = f"{self.dataset.card.name} ({len(self.dataset.items):,} items)" if self.dataset else "none"
@@ -119,8 +122,9 @@ class Explorer:
 
     def context(
         self,
-        member: str | int,
+        member: str | int | None = None,
         *,
+        typed_events: Sequence[str] | None = None,
         task: str | Path | Task | None = None,
         at: str | datetime.datetime | None = None,
         items: Sequence[str] | int | None = None,
@@ -131,7 +135,10 @@ class Explorer:
         """A member as of a moment, with a task and candidates.
 
         Args:
-          member: the member's id.
+          member: the member's id; None with `typed_events`.
+          typed_events: what a member who is not in the tables did, an event a line, the oldest first, as
+            "rated: Alien (1979) | stars=5": see `brewjax.explore.typed_member.add_member`. `Context.change` gives it a
+            profile.
           task: a task, its name, or its file; the model's first task by default.
           at: a moment, UTC where it names no zone; just after the last event by default.
           items: ids of the candidates, or how many to draw; by default every item that is new to the member.
@@ -140,8 +147,17 @@ class Explorer:
           style: of the prompt; that of the model's evaluation by default.
 
         Raises:
-          ValueError: no such member, item, task or style, or no dataset.
+          ValueError: no such member, item, task or style, or no dataset; both a member and typed events, or neither.
         """
+        if (member is None) == (typed_events is None):
+            raise ValueError("give either a member's id or typed events")
+        if typed_events is not None:
+            typed, lines = self._with_typed(tuple(typed_events), at), tuple(typed_events)
+            context = typed.context(
+                typed.tables().member_id(-1),
+                task=self._task(task), at=at, items=items, instruction=instruction, note=note, style=style,
+            )  # fmt: skip
+            return dataclasses.replace(context, typed_events=lines)
         tables, chosen = self.tables(), self._task(task)
         row = tables.member_row(str(member))
         example = example_at(tables, chosen, row, _microseconds(at))
@@ -159,6 +175,14 @@ class Explorer:
             if fitting is context.example
             else context.change(items=[tables.item_id(i) for i in fitting.candidates])
         )
+
+    def _with_typed(self, events: tuple[str, ...], at: str | datetime.datetime | None) -> Explorer:
+        """The model and the tables with a typed member in the last row."""
+        if self._typed is None or self._typed[0] != (events, at):
+            tables, time = self.tables(), _microseconds(at)
+            extended = add_member(tables, events, tables.last_event_time + 1 if time is None else time)
+            self._typed = (events, at), Explorer(self.bundle, extended, self._surface, self.encoder)
+        return self._typed[1]
 
     def context_of(self, example: RankingExample, task: Task) -> Context:
         """The context of an example of the dataset, as evaluation asks it."""

@@ -30,6 +30,7 @@ from starlette.middleware.base import RequestResponseEndpoint
 from brewjax.config import ConfigError
 from brewjax.console import print_line
 from brewjax.data.prompts.styles import STYLES
+from brewjax.data.tables.dataset import Dataset
 from brewjax.explore.cases import Preset, check_order, make_case
 from brewjax.explore.context import Context
 from brewjax.explore.explorer import Explorer
@@ -51,6 +52,7 @@ HEADERS = {
 HOST, LOCAL_NAMES = "127.0.0.1", ("localhost", "127.0.0.1", "::1")
 SUGGESTIONS = 20  # members that the page suggests
 MAX_CANDIDATES = 2000
+MAX_TYPED = 1000  # events
 REMEMBERED = 32  # contexts whose scores are kept, so that "why" does not rank again
 T = TypeVar("T")
 
@@ -62,6 +64,7 @@ class Edit(pydantic.BaseModel):
       model: index of the model, where two are compared.
       history: rows of the events in their order; the token budget leaves out the first ones.
       left_out: rows of the events that are switched off.
+      typed_events: what a member who is not in the tables did, in place of `member`.
       profile: column and text of each attribute of the member that is changed.
       candidates: how many items to draw, of those whose name has `like` in it.
       case: index of a case or a question of a suite, in place of member, task, `candidates` and `like`.
@@ -70,7 +73,8 @@ class Edit(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
     model: int = pydantic.Field(0, ge=0)
     task: str
-    member: str
+    member: str | None = None
+    typed_events: tuple[str, ...] | None = pydantic.Field(None, max_length=MAX_TYPED)
     instruction: str | None = pydantic.Field(None, max_length=20_000)
     note: str | None = pydantic.Field(None, max_length=20_000)
     style: str | None = None
@@ -215,7 +219,12 @@ def make_context(explorers: Sequence[Explorer], presets: Sequence[Preset], edit:
         edits = edit.model_dump(include={"instruction", "note", "style", "history", "left_out"})
         return context.change(**edits, profile=dict(edit.profile))
     context = explorer.context(
-        edit.member, task=edit.task, instruction=edit.instruction, note=edit.note, style=edit.style
+        edit.member,
+        typed_events=edit.typed_events,
+        task=edit.task,
+        instruction=edit.instruction,
+        note=edit.note,
+        style=edit.style,
     )
     candidates = context.example.candidates
     if edit.like:
@@ -242,7 +251,7 @@ def describe_ranking(context: Context, preset: Preset | None = None) -> dict[str
     shown = [*pieces[: 1 + len(context.text.events)], pieces[-len(ids) + int(context.order[0])]]
     expected, answers = (preset.expected, preset.answers) if preset else ((), {})
     return {
-        "member": context.member,
+        "member": context.member if context.typed_events is None else "",
         "task": context.task.name,
         "expected": expected,
         "out_of_order": check_order(context, expected).wrong,
@@ -308,8 +317,17 @@ def _render_page(explorers: Sequence[Explorer], presets: Sequence[Preset]) -> st
         style=first.bundle.prompts.score_style,
         member=first.dataset.member_id(int(np.argmax(np.diff(first.dataset.member_offsets)))),
         card=first.dataset.card,
+        typed_example=_typed_example(first.dataset),
         max_candidates=MAX_CANDIDATES,
     )
+
+
+def _typed_example(dataset: Dataset) -> str:
+    """The last event of the tables, as a reader would type it."""
+    events, row = dataset.card.events, len(dataset.events) - 1
+    values = [(each.column, dataset.events[each.column][row].as_py()) for each in events.attributes]
+    settings = [f" | {column}={value}" for column, value in values if value is not None]
+    return f"{dataset.action_name(row)}: {dataset.item_name(dataset.event_item[row])}" + "".join(settings)
 
 
 def serve(explorers: Sequence[Explorer], port: int, presets: Sequence[Preset] = ()) -> None:

@@ -39,14 +39,31 @@ def edit_profile(dataset: Dataset, member: int, profile: Mapping[str, str]) -> p
             noun = dataset.card.members.noun
             raise ValueError(f"{noun} has no attribute '{column}'; {suggest(column, kinds, listing='attributes')}")
         old = members[column]
-        value = [each.strip() for each in text.split(",")] if kinds[column] == "list" else text
         try:
-            new = pa.array([value if text.strip() else None], pa.infer_type([value])).cast(old.type)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-            raise ValueError(f"{column}: '{text}' is no {kinds[column]}, as {old.type}") from None
+            new = pa.array([parse_value(text, kinds[column], old.type)], old.type)
+        except ValueError as error:
+            raise ValueError(f"{column}: {error}") from None
         chunks = [*old.slice(0, member).chunks, new, *old.slice(member + 1).chunks]
         members = members.set_column(members.column_names.index(column), column, pa.chunked_array(chunks, old.type))
     return members
+
+
+def parse_value(text: str, kind: str, dtype: pa.DataType) -> pa.Scalar:
+    """Reads a value of a table.
+
+    Args:
+      text: as a reader types it: "" for unknown; commas are between the texts of a list.
+      kind: of the attribute.
+      dtype: of the column.
+
+    Raises:
+      ValueError: the text is no such value.
+    """
+    value = [each.strip() for each in text.split(",")] if kind == "list" else text
+    try:
+        return pa.array([value if text.strip() else None], pa.infer_type([value])).cast(dtype)[0]
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        raise ValueError(f"'{text}' is no {kind}, as {dtype}") from None
 
 
 def _to_text(value: object) -> str:

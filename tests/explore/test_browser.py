@@ -141,6 +141,28 @@ def test_edit_the_profile(open_page):
     eventually(lambda: page.get_by_label("position").input_value() == "Nurse")
 
 
+def test_type_a_member(open_page):
+    page = open_page()
+    before, events = probability(page), page.locator("#events li")
+    page.get_by_text("type a member").click()
+    box = page.get_by_label("events, one a line")
+    assert box.get_attribute("placeholder").startswith(("viewed: ", "applied: "))
+    box.fill("viewed: zookeeper\napplied: 101 | seconds=9")
+    box.press("Tab")
+    eventually(lambda: events.count() == 2)
+    assert "Zookeeper" in events.nth(0).inner_text()
+    assert page.get_by_label("member").input_value() == ""
+    page.get_by_label("position").fill("Nurse")
+    page.get_by_label("position").press("Enter")
+    eventually(lambda: "Nurse|" in page.locator("#prompt").inner_text())
+    keep(page, "typed")
+    shared = open_page(page.evaluate("location.hash"))
+    assert shared.get_by_label("events, one a line").input_value().startswith("viewed: zookeeper")
+    page.get_by_label("member").fill("m5")
+    page.get_by_label("member").press("Enter")
+    eventually(lambda: probability(page) == before)
+
+
 def test_order_by_mouse_and_by_keyboard(open_page):
     page = open_page()
     events = page.locator("#events li")

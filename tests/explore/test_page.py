@@ -74,6 +74,20 @@ def test_a_profile_is_edited(page):
     assert before["ranking"][0]["log_odds"] != after["ranking"][0]["log_odds"]
 
 
+def test_a_member_is_typed(page):
+    lines = ["viewed: 101 | seconds=30", "viewed: zookeeper"]
+    edit = {"task": "apply", "candidates": 4, "typed_events": lines}
+    answer = page.post("/rank", json=edit).json()
+    assert [event["text"].split(" (")[0] for event in answer["events"]] == [
+        "has viewed: Nurse",
+        "has viewed: Zookeeper",
+    ]
+    assert {entry["text"] for entry in answer["profile"]} == {""}
+    reasons = page.post("/why", json={"edit": edit, "item": answer["ranking"][0]["item"]}).json()
+    assert any("Zookeeper" in part["text"] and part["effect"] for part in reasons["effects"])
+    assert '"typed_events":["viewed: 101' in page.post("/case", json={"edit": edit}).text
+
+
 def test_what_is_saved_can_be_loaded(page, planted):
     edit = {**EDIT, "instruction": "Guess.", "note": "Near home."}
     task = Task.parse(page.post("/task", json=edit).text)
@@ -106,6 +120,7 @@ def test_members_are_suggested(page):
         ({"left_out": [12345]}, "event 12345 is not in the history"),
         ({"instruction": "word " * 900}, "raise max_tokens"),
         ({"model": 2}, "model 2: there are 2"),
+        ({"typed_events": ["viewed: 101"]}, "either a member's id or typed events"),
         ({"colour": "red"}, "colour: Extra inputs are not permitted"),
     ],
 )

@@ -4,6 +4,7 @@
 
 const $ = (id) => document.getElementById(id);
 const EDITED = ["instruction", "note", "style", "profile", "history", "left_out"];
+const suggested = $("member").value; // the member that the page begins with
 const EXPECTED = 3; // items that a new case expects first, unless it is edited
 let shown = null; // the last answer
 let pinned = null; // the ranking that the shown one is compared with
@@ -37,7 +38,8 @@ function edit(changes) {
 
 function request(model) {
   const { compare, ...rest } = state;
-  return { member: $("member").value, task: $("task").value, candidates: Number($("candidates").value), ...rest, model };
+  const member = state.typed_events ? null : $("member").value || suggested;
+  return { member, task: $("task").value, candidates: Number($("candidates").value), ...rest, model };
 }
 
 async function post(path, body, parse = (response) => response.json()) {
@@ -56,7 +58,7 @@ async function load() {
     const second = state.compare === "model" ? await post("rank", request(1)) : null;
     if (current !== turn) return;
     shown = answer;
-    const key = JSON.stringify([state.member, state.task, state.candidates, state.like, state.case]);
+    const key = JSON.stringify([state.member, Boolean(state.typed_events), state.task, state.candidates, state.like, state.case]);
     if (!pinned || pinned.key !== key) pinned = { key, ranking: answer.ranking };
     showRanking(second ? second.ranking : pinned.ranking);
     showPrompt();
@@ -80,6 +82,8 @@ async function load() {
 function showState() {
   for (const id of ["member", "task", "style", "candidates", "like"]) if (state[id] !== undefined) $(id).value = state[id];
   if ($("case")) $("case").value = state.case ?? "";
+  if (document.activeElement !== $("typed-events")) $("typed-events").value = (state.typed_events || []).join("\n");
+  if (state.typed_events) $("typed").open = true;
   for (const id of ["candidates", "like"]) $(id).disabled = state.case !== undefined;
   if ($("compare")) $("compare").value = state.compare || "pinned";
   $("compare-heading").textContent = state.compare === "model" ? "there" : "was";
@@ -229,7 +233,7 @@ const start = { member: null, task: null, like: null, candidates: null };
 const unedited = Object.fromEntries(EDITED.map((key) => [key, null]));
 for (const id of Object.keys(start)) {
   // Another member or task begins anew: its texts and events are others.
-  const others = id === "member" || id === "task" ? { ...unedited, case: null } : {};
+  const others = { member: { ...unedited, case: null, typed_events: null }, task: { ...unedited, case: null } }[id] || {};
   $(id).addEventListener("change", () => {
     const value = id === "candidates" ? Number($(id).value) : $(id).value;
     edit({ ...others, [id]: value === "" ? null : value });
@@ -237,7 +241,11 @@ for (const id of Object.keys(start)) {
 }
 $("case")?.addEventListener("change", () => {
   const chosen = $("case").value;
-  edit({ ...start, ...unedited, case: chosen === "" ? null : Number(chosen) });
+  edit({ ...start, ...unedited, typed_events: null, case: chosen === "" ? null : Number(chosen) });
+});
+$("typed-events").addEventListener("change", () => {
+  const lines = $("typed-events").value.split("\n").filter((line) => line.trim());
+  edit({ ...unedited, case: null, member: null, typed_events: lines.length ? lines : null });
 });
 $("style").addEventListener("change", () => edit({ style: $("style").value }));
 for (const id of ["instruction", "note"]) {
