@@ -7,6 +7,7 @@ chunk of a prefix longer than a pass, side by side.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -26,18 +27,22 @@ class Job:
       prompt: to score.
       normalize_over: see the attribute.
       owner: what the caller knows the job by; not used here.
+      priority: see the attribute.
 
     Attributes:
       normalize_over: what its log-probabilities are normalized over (see `Scorer.collect`).
+      priority: jobs of a higher one come first, and those of a lower one into what passes have left.
       num_cached_tokens: tokens of its prefix that were found in the cache; None before its pages are acquired.
       num_computed_tokens: tokens of its prefix that are in the cache or in passes so far.
       num_scored: questions that were put into passes so far.
-      tokens_since_requeue: tokens of rows that it took since it was last moved to the end of the queue.
+      tokens_since_requeue: tokens of rows that it took since it was last moved behind all others of its priority.
       pages: pages of the cache that it holds, one for each of `page_hashes`.
     """
 
-    def __init__(self, prompt: EncodedPrompt, normalize_over: NormalizeOver = "labels", owner: Any = None):
-        self.prompt, self.normalize_over, self.owner = prompt, normalize_over, owner
+    def __init__(
+        self, prompt: EncodedPrompt, normalize_over: NormalizeOver = "labels", owner: Any = None, priority: int = 0
+    ):
+        self.prompt, self.normalize_over, self.owner, self.priority = prompt, normalize_over, owner, priority
         self.page_hashes = page_hashes(prompt)
         self.num_cached_tokens: int | None = None
         self.num_computed_tokens = self.num_scored = self.tokens_since_requeue = 0
@@ -149,8 +154,8 @@ class Scheduler:
             )
 
     def add(self, job: Job) -> None:
-        """Queues a job."""
-        self._waiting.append(job)
+        """Queues a job, behind all others of its priority."""
+        bisect.insort_right(self._waiting, job, key=lambda waiting: -waiting.priority)
 
     def remove(self, job: Job) -> None:
         """Drops a job and releases its pages; results of its passes in flight are ignored."""
@@ -182,10 +187,10 @@ class Scheduler:
                 self._waiting.remove(job)
                 self._cache.release(job.pages)
             elif job.tokens_since_requeue >= self._lengths[-1]:
-                # After the tokens of a whole pass a job goes to the end of the queue: long lists delay no others.
+                # After the tokens of a whole pass a job goes behind its equals: long lists delay no others.
                 job.tokens_since_requeue = 0
                 self._waiting.remove(job)
-                self._waiting.append(job)
+                self.add(job)
         return Pass(bucket, chunks)
 
     def _fill(self, bucket: Bucket, admitted: list[Job]) -> list[Chunk]:

@@ -10,6 +10,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from brewjax.serve.callers import UNNAMED, current_caller
 from brewjax.serve.credentials import Credentials
 from brewjax.serve.refusals import HTTP_REASONS, Refusals, truncate_message
 from brewjax.serve.service import Service
@@ -95,9 +96,11 @@ class Admission:
         await self._app(scope, replay, answer)
 
     def _check_token(self, path: str, authorization: str) -> None:
-        """Raises Refused for a caller without the token that the path needs."""
-        if path not in self._open_paths and not self._credentials.may_call(authorization):
+        """Sets the current caller. Raises Refused for one without the token that the path needs."""
+        caller = self._credentials.find_caller(authorization)
+        if caller is None and path not in self._open_paths:
             raise Refused(401, "a bearer token is needed: authorization: Bearer ..")
+        current_caller.set(caller or UNNAMED)
 
     async def _read(self, declared: str, receive: Receive) -> bytes | None:
         """The body; None if the caller hangs up. Raises Refused for one that is too large or too slow."""

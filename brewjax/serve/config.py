@@ -49,6 +49,18 @@ class RerankConfig(Config):
         return self
 
 
+class CallerConfig(Config):
+    """What a caller with a token of its own may take of the server."""
+
+    token_file: str
+    """File with the caller's bearer token. SIGHUP reads it again."""
+    share: float = pydantic.Field(default=1.0, gt=0, le=1)
+    """Share of `max_queued_tokens` and of `max_concurrent_requests` that its requests may take at a time; more are
+    refused with a time to retry after."""
+    priority: int = 0
+    """Requests of a higher priority are scored first, and those of a lower one in what passes have left."""
+
+
 class ServeConfig(Config):
     """Addresses, credentials, memory and limits of a server."""
 
@@ -66,6 +78,9 @@ class ServeConfig(Config):
     token_file: str | None = None
     """File with the bearer token that every caller must send; needed to listen on other than loopback addresses unless
     `anonymous` is set. SIGHUP reads it again."""
+    callers: dict[str, CallerConfig] = {}
+    """Callers with tokens, shares of the queue and priorities of their own, by name. Others need that of `token_file`,
+    and without one are refused unless `anonymous` is set."""
     plaintext: bool = False
     """Other machines may connect without TLS: behind a sidecar that encrypts, or for a kubelet's gRPC probe."""
     anonymous: bool = False
@@ -157,7 +172,7 @@ class ServeConfig(Config):
                 f"{files} (or {instead})"
                 for files, instead, enough in (
                     ("tls_cert and tls_key", "plaintext: true", self.tls_cert or self.plaintext),
-                    ("token_file", "anonymous: true", self.token_file or self.anonymous),
+                    ("token_file", "anonymous: true", self.token_file or self.callers or self.anonymous),
                 )
                 if not enough
             ]

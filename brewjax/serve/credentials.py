@@ -9,6 +9,7 @@ from pathlib import Path
 
 import grpc
 
+from brewjax.serve.callers import UNNAMED, Caller
 from brewjax.serve.config import ServeConfig
 
 
@@ -17,12 +18,14 @@ class _Secrets:
     """Contents of the files.
 
     Attributes:
-      token: that every caller needs; None if callers need none.
+      token: that every caller needs who has none of its own; None without one.
+      callers: those with tokens of their own, with these.
       admin_token: that allows every call; None if Reload is refused to all.
       tls: private key and certificate, PEM; None without TLS.
     """
 
     token: str | None
+    callers: tuple[tuple[str, Caller], ...]
     admin_token: str | None
     tls: tuple[bytes, bytes] | None
 
@@ -53,12 +56,22 @@ class Credentials:
     @property
     def needs_token(self) -> bool:
         """Whether callers need a token."""
-        return self._secrets.token is not None
-
-    def may_call(self, authorization: str) -> bool:
-        """Whether a caller with this `authorization` header may make any call but Reload."""
         secrets = self._secrets
-        return secrets.token is None or _bears(authorization, secrets.token) or self.may_reload(authorization)
+        return secrets.token is not None or (bool(secrets.callers) and not self._config.anonymous)
+
+    def find_caller(self, authorization: str) -> Caller | None:
+        """Finds who sends this `authorization` header: a caller who may make any call but Reload, Upsert and Delete.
+
+        Returns:
+          The caller; None if a token is needed, and this is none.
+        """
+        secrets = self._secrets
+        for token, caller in secrets.callers:
+            if _bears(authorization, token):
+                return caller
+        if not self.needs_token or (secrets.token is not None and _bears(authorization, secrets.token)):
+            return UNNAMED
+        return UNNAMED if self.may_reload(authorization) else None
 
     def may_reload(self, authorization: str) -> bool:
         """Whether a caller with this `authorization` header may call Reload."""
@@ -91,20 +104,27 @@ def _read(config: ServeConfig) -> _Secrets:
             tls = Path(config.tls_key).read_bytes(), Path(config.tls_cert).read_bytes()
         except OSError as error:  # SSLError is one
             raise config.error(f"{error}", "tls_cert") from None
-    secrets = _Secrets(_read_token(config, "token_file"), _read_token(config, "admin_token_file"), tls)
-    if secrets.token and secrets.token == secrets.admin_token:
-        raise config.error("the same token as in token_file: every caller could reload", "admin_token_file")
-    return secrets
+    places: dict[str, str] = {}  # of each token, the setting that its file is named by
+    token = _read_token(config, config.token_file, places, "token_file")
+    callers = []
+    for name, caller in config.callers.items():
+        if caller_token := _read_token(config, caller.token_file, places, "callers", name, "token_file"):
+            callers.append((caller_token, Caller(name, caller.share, caller.priority)))
+    admin_token = _read_token(config, config.admin_token_file, places, "admin_token_file")
+    return _Secrets(token, tuple(callers), admin_token, tls)
 
 
-def _read_token(config: ServeConfig, key: str) -> str | None:
-    path = getattr(config, key)
+def _read_token(config: ServeConfig, path: str | None, places: dict[str, str], *location: str) -> str | None:
+    """The token in a file, if there is one; adds its location to `places`, where no other file may have put it."""
     if not path:
         return None
     try:
         token = Path(path).read_text().strip()
     except (OSError, ValueError) as error:
-        raise config.error(f"{error}", key) from None
+        raise config.error(f"{error}", *location) from None
     if not (token and token.isascii() and token.isprintable()):
-        raise config.error(f"{path} holds no token: write one line of ASCII there", key)
+        raise config.error(f"{path} holds no token: write one line of ASCII there", *location)
+    if token in places:
+        raise config.error(f"the same token as in {places[token]}: callers are known by their tokens", *location)
+    places[token] = ".".join(location)
     return token

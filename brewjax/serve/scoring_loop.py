@@ -9,7 +9,7 @@ import logging
 import math
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from typing import Any
@@ -21,6 +21,7 @@ from brewjax.model.params import Params
 from brewjax.scoring.passes import Chunk, Pass
 from brewjax.scoring.scheduler import Job, Scheduler
 from brewjax.scoring.scorer import InFlight, NormalizeOver, Scorer, normalize_over_labels
+from brewjax.serve.callers import UNNAMED, Caller
 from brewjax.serve.telemetry import Metrics
 
 log = logging.getLogger(__name__)
@@ -56,14 +57,15 @@ class Request(Future):
 
     Attributes:
       deadline: as of `time.monotonic`.
+      caller: who sent it.
       on_scores: called from the loop's thread with each chunk of scores, before the request is done.
       num_tokens: tokens of rows that it counts for in the queue.
       arrival_time, start_time: as of `time.monotonic`; `start_time` is 0 before its first pass.
     """
 
-    def __init__(self, prompt: EncodedPrompt, normalize_over: NormalizeOver, deadline: float):
+    def __init__(self, prompt: EncodedPrompt, normalize_over: NormalizeOver, deadline: float, caller: Caller = UNNAMED):
         super().__init__()
-        self.job, self.deadline = Job(prompt, normalize_over, self), deadline
+        self.job, self.deadline, self.caller = Job(prompt, normalize_over, self, caller.priority), deadline, caller
         self.on_scores: OnScores = lambda first, probabilities: None
         self.num_tokens = self.job.remaining_tokens()
         self.arrival_time = time.monotonic()
@@ -105,7 +107,7 @@ class ScoringLoop:
         self._changed = threading.Condition()  # a reentrant lock: `cancel` calls back while it is held
         self._inbox: deque[Request | _Reload] = deque()
         self._running: tuple[InFlight, float] | None = None
-        self._queued_tokens = 0  # of all requests that are not done
+        self._queued_tokens: Counter[str] = Counter()  # of the requests that are not done, by the caller's name
         self._tokens_per_second = 1e4  # moving average
         self._stopping = self._paused_gc = False
         self._passes_work = True  # whether the last one succeeded
@@ -157,11 +159,15 @@ class ScoringLoop:
         return request
 
     def prepare(
-        self, prompt: EncodedPrompt, normalize_over: NormalizeOver = "labels", deadline: float = math.inf
+        self,
+        prompt: EncodedPrompt,
+        normalize_over: NormalizeOver = "labels",
+        deadline: float = math.inf,
+        caller: Caller = UNNAMED,
     ) -> Request:
         """The part of `submit` that takes long for a long list; raises ValueError for what no pass can hold."""
         self._scheduler.check(prompt)
-        return Request(prompt, normalize_over, deadline)
+        return Request(prompt, normalize_over, deadline, caller)
 
     def enqueue(self, request: Request) -> None:
         """Queues a request that `prepare` made.
@@ -170,16 +176,20 @@ class ScoringLoop:
           request: a future, which gets the scores.
 
         Raises:
-          QueueFullError: too many tokens are queued.
+          QueueFullError: too many tokens are queued, of the request's caller or of all.
           ClosedError: the loop is stopping.
         """
         with self._changed:
             if self._stopping:
                 raise ClosedError
-            if self._queued_tokens and self._queued_tokens + request.num_tokens > self._max_queued_tokens:
-                raise QueueFullError(max(0.05, self._queued_tokens / self._tokens_per_second / 2))
-            self._queued_tokens += request.num_tokens
-            self._metrics.waiting.set(self._queued_tokens)
+            caller, queued = request.caller, self._queued_tokens.total()
+            of_caller, retry_after = self._queued_tokens[caller.name], max(0.05, queued / self._tokens_per_second / 2)
+            if queued and queued + request.num_tokens > self._max_queued_tokens:
+                raise QueueFullError(retry_after)
+            if of_caller and of_caller + request.num_tokens > caller.share * self._max_queued_tokens:
+                raise QueueFullError(retry_after, f"caller '{caller.name}' has its share of the queue")
+            self._queued_tokens[caller.name] += request.num_tokens
+            self._metrics.waiting.set(queued + request.num_tokens)
             request.add_done_callback(self._on_done)
             self._inbox.append(request)
             self._changed.notify()
@@ -392,8 +402,8 @@ class ScoringLoop:
     def _on_done(self, request: Future) -> None:
         assert isinstance(request, Request)
         with self._changed:
-            self._queued_tokens -= request.num_tokens
-            self._metrics.waiting.set(self._queued_tokens)
+            self._queued_tokens[request.caller.name] -= request.num_tokens
+            self._metrics.waiting.set(self._queued_tokens.total())
 
 
 def _succeed(promise: Future, result: Any) -> None:

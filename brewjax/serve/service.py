@@ -9,6 +9,7 @@ import math
 import os
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -26,6 +27,7 @@ from brewjax.model.params import num_parameters
 from brewjax.scoring.passes import LABELS_IN_PASS, PAGE, Bucket
 from brewjax.scoring.scorer import NormalizeOver
 from brewjax.serve import ranker_pb2 as pb
+from brewjax.serve.callers import current_caller
 from brewjax.serve.catalogue import Catalogue
 from brewjax.serve.config import ServeConfig
 from brewjax.serve.encoding import EncodedRequest, RequestEncoder
@@ -76,7 +78,7 @@ class Service:
         # Tokenizers release Python's lock. Long requests have their own threads, so that short ones do not wait.
         self._threads = ThreadPoolExecutor(thread_name_prefix="encode")
         self._long_request_threads = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2), "encode long")
-        self._num_requests = 0
+        self._num_requests: Counter[str] = Counter()  # in progress, by the caller's name
         self.lame_duck = False
 
     @property
@@ -104,7 +106,8 @@ class Service:
 
     @contextlib.contextmanager
     def request_scope(self, method: str, request_id: str) -> Iterator[None]:
-        """Context manager: counts, times, traces and logs a request, as one of `max_concurrent_requests`.
+        """Context manager: counts, times, traces and logs a request of the current caller, as one of
+        `max_concurrent_requests`.
 
         Args:
           method: its name in the .proto file.
@@ -114,22 +117,25 @@ class Service:
           Nothing.
 
         Raises:
-          QueueFullError: there are too many requests already.
+          QueueFullError: there are too many requests already, of this caller or of all.
         """
         start_time, code = time.monotonic(), grpc.StatusCode.OK
-        self._num_requests += 1
+        caller, limit = current_caller.get(), self.config.max_concurrent_requests
+        self._num_requests[caller.name] += 1
         with tracer.start_as_current_span(method, attributes={"brewjax.request_id": request_id}):
             try:
-                if self._num_requests > self.config.max_concurrent_requests:
-                    raise QueueFullError(1.0, f"{self.config.max_concurrent_requests} requests are answered at a time")
+                if self._num_requests.total() > limit:
+                    raise QueueFullError(1.0, f"{limit} requests are answered at a time")
+                if self._num_requests[caller.name] > max(1, int(caller.share * limit)):
+                    raise QueueFullError(1.0, f"caller '{caller.name}' has its share of {limit} requests")
                 yield
             except BaseException as error:
                 code = status_of(error)
                 raise
             finally:
-                self._num_requests -= 1
+                self._num_requests[caller.name] -= 1
                 seconds = time.monotonic() - start_time
-                self.metrics.requests.labels(method, code.name).inc()
+                self.metrics.requests.labels(method, code.name, caller.name).inc()
                 self.metrics.request_seconds.labels(method).observe(seconds)
                 if code is grpc.StatusCode.OK:
                     fields = {"request_id": request_id, "method": method, "code": code.name}
@@ -299,11 +305,12 @@ class Service:
         The caller enqueues the result without an `await` in between, so that it is scored with the encoder's weights.
         """
         loop = asyncio.get_running_loop()
+        caller = current_caller.get()
         threads = self._threads if request.ByteSize() <= LONG else self._long_request_threads
 
         def encode(encoder: RequestEncoder) -> tuple[EncodedRequest, QueuedRequest]:
             encoded = encoder.encode(request, max_items)
-            return encoded, self.scoring_loop.prepare(encoded.prompt, _normalize_over(request), deadline)
+            return encoded, self.scoring_loop.prepare(encoded.prompt, _normalize_over(request), deadline, caller)
 
         with tracer.start_as_current_span("encode"):
             while True:

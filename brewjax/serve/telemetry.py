@@ -19,7 +19,12 @@ class Metrics:
         registry: dict[str, Any] = {"registry": self.registry, "namespace": "brewjax"}
         ProcessCollector(registry=self.registry)  # memory, processor time and open files, under Prometheus' own names
         self.model = Info("model", "The served model, by name and version.", **registry)
-        self.requests = Counter("requests", "Requests by method and gRPC status code.", ["method", "code"], **registry)
+        self.requests = Counter(
+            "requests",
+            "Requests by method, gRPC status code, and caller with a token of its own.",
+            ["method", "code", "caller"],
+            **registry,
+        )
         self.refused = Counter(
             "refused",
             "Refused requests and connections, by port (grpc, http) and reason.",

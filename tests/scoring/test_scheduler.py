@@ -176,6 +176,22 @@ def test_a_short_request_does_not_wait_for_a_long_one():
     assert not long.finished
 
 
+def test_higher_priorities_come_first_and_lower_ones_fill_what_is_left():
+    scheduler = Scheduler(COSTS, PrefixCache(CACHE))
+    low, high, last = (
+        Job(prompt(np.random.default_rng(seed), 9, [], [9] * count), priority=priority)
+        for seed, count, priority in ((0, 100, 0), (1, 10, 1), (2, 100, 0))
+    )
+    for job in (low, last, high):
+        scheduler.add(job)
+    assert list(scheduler) == [high, low, last]
+    first = scheduler.next_pass()
+    assert [part.owner for part in first.chunks] == [high, low]
+    while not low.finished:  # whose passes count: the two take turns
+        scheduler.next_pass()
+    assert last.num_scored
+
+
 def test_the_cheapest_shapes_are_chosen_by_cost():
     encoded = prompt(np.random.default_rng(0), 60, [], [8] * 20)  # 64 + 160 places
     for large, chosen in ((200, [256]), (300, [128, 128])):

@@ -138,4 +138,4 @@ def scoring_loop(server):
     scoring_loop = server.service.scoring_loop
     yield scoring_loop
     eventually(lambda: waiting(scoring_loop) == 0 and pages_held(scoring_loop) == 0)
-    eventually(lambda: server.service._num_requests == 0)
+    eventually(lambda: server.service._num_requests.total() == 0)

@@ -55,7 +55,7 @@ def request(question, **fields) -> pb.ScoreRequest:
 
 
 def answered(server, code: str, method: str = "Score") -> float:
-    return server.service.metrics.requests.labels(method, code)._value.get()
+    return server.service.metrics.requests.labels(method, code, "")._value.get()
 
 
 # --- requests that are wrong
@@ -236,7 +236,7 @@ def test_only_so_many_are_answered_at_a_time(server, client, bare, scoring_loop)
     config = server.service.config.model_copy(update={"max_concurrent_requests": 2})
     with mock.patch.object(server.service, "config", config), held(scoring_loop) as gate:
         two = [bare.Score.future(request(ask(seed, 3))) for seed in range(2)]
-        eventually(lambda: server.service._num_requests == 2)
+        eventually(lambda: server.service._num_requests.total() == 2)
         assert refusal(bare.Score, request(ask(3, 3))) == (
             Code.RESOURCE_EXHAUSTED,
             "2 requests are answered at a time; try again in 1.0 s",
@@ -297,11 +297,11 @@ def test_cancelled_work_never_runs(server, bare, scoring_loop):
         eventually(lambda: gate.passes)
         pending = [bare.Score.future(request(ask(seed, 3))) for seed in (2, 3)]
         stream = bare.ScoreStream(request(ask(4, 2_000)))
-        eventually(lambda: server.service._num_requests == 4)
+        eventually(lambda: server.service._num_requests.total() == 4)
         before = answered(server, "CANCELLED")
         for call in (*pending, stream):
             call.cancel()
-        eventually(lambda: server.service._num_requests == 1)
+        eventually(lambda: server.service._num_requests.total() == 1)
         assert answered(server, "CANCELLED") == before + 2
         gate.open()
         assert first.result()
@@ -315,7 +315,7 @@ def test_who_hangs_up_over_http_is_dropped_too(server, bare, scoring_loop):
         body = {"query": [7], "items": [[8]], "label_token_ids": [5]}
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"http://127.0.0.1:{server.http_port}/v1/score", json=body, timeout=1)
-        eventually(lambda: server.service._num_requests == 1)
+        eventually(lambda: server.service._num_requests.total() == 1)
         gate.open()
         assert first.result()
     assert {part.prompt.prefix_length for pass_ in gate.passes for part in pass_.chunks} == {200}
@@ -329,7 +329,7 @@ def test_who_vanishes_in_the_middle_of_a_stream_frees_place_and_pages(server, ba
         eventually(lambda: len(gate.passes) == 3)
         assert pages_held(scoring_loop) == 4
         stream.cancel()
-        eventually(lambda: server.service._num_requests == 0)
+        eventually(lambda: server.service._num_requests.total() == 0)
         assert waiting(scoring_loop) == 0
         gate.open()
         eventually(lambda: pages_held(scoring_loop) == 0)
@@ -352,7 +352,7 @@ def test_a_client_that_is_killed_frees_place_and_pages(server, scoring_loop):
             assert process.stdout
             assert process.stdout.readline() == "first\n"
             process.send_signal(signal.SIGKILL)
-        eventually(lambda: server.service._num_requests == 0)
+        eventually(lambda: server.service._num_requests.total() == 0)
         assert waiting(scoring_loop) == 0
         gate.open()
 
@@ -408,7 +408,7 @@ def test_a_pass_that_fails_is_internal_and_health_says_so_until_it_is_over(
 
 def test_nothing_of_all_this_is_left(server, client, scoring_loop, alone):
     """The last of the file: the server is as it was."""
-    assert waiting(scoring_loop) == pages_held(scoring_loop) == server.service._num_requests == 0
+    assert waiting(scoring_loop) == pages_held(scoring_loop) == server.service._num_requests.total() == 0
     assert server.service.ready
     question = ask(1, 50)
     np.testing.assert_allclose(probabilities(client.score(question)), expected(alone, question), atol=1e-5)
