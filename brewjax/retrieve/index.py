@@ -25,7 +25,8 @@ from pallas_kernels.search import ALIVE, BINS, BestRows, Filter, Rows, admitted,
 
 CONFIG = "index.yaml"
 GATHERED_SHARE = 0.05  # of the rows, under which those that a filter admits are gathered
-REPLAYED = 100_000  # changed rows, besides two for each that is there, after which a start writes a snapshot
+REPLAYED = 100_000  # rows that a start may read from changes, besides two for each that is there
+SNAPSHOT_ROWS = 1 << 16  # that a snapshot copies at a time, while no change is made
 ID_TYPES = {"int64": pa.int64(), "text": pa.string()}
 Id = int | str
 
@@ -68,6 +69,8 @@ class Index:
 
     def __init__(self, folder: Path):
         self._lock = threading.Lock()
+        self._writing_snapshot = threading.Lock()
+        self._snapshot_thread: threading.Thread | None = None
         self.config = IndexConfig.load(folder / CONFIG)
         self._open = open(folder / CONFIG)  # noqa: SIM115 (see close)
         try:
@@ -83,12 +86,10 @@ class Index:
         self._running: set[int] = set()
         self._rows = _empty(BINS, self._width)
         self._log = ChangeLog(folder, self.config.dimensions, ID_TYPES[self.config.ids])
-        replayed = 0
+        self._num_replayed = 0  # rows that a start would read
         for change in self._log.replay():
             self._apply(change)
-            replayed += len(change.ids)
-        if replayed > 2 * len(self) + REPLAYED:
-            self.snapshot()
+        self._snapshot_when_due()
 
     @classmethod
     def create(cls, folder: Path, config: IndexConfig) -> Index:
@@ -126,6 +127,7 @@ class Index:
         with self._lock:
             self._log.append(change)
             self._apply(change)
+            self._snapshot_when_due()
 
     def delete(self, ids: Sequence[Id]) -> int:
         """Takes ids out. When this returns, no later search finds them.
@@ -142,6 +144,7 @@ class Index:
                 change = Change(pa.array(present, ID_TYPES[self.config.ids]), None, None)
                 self._log.append(change)
                 self._apply(change)
+                self._snapshot_when_due()
         return len(present)
 
     def search(
@@ -205,9 +208,31 @@ class Index:
             return jitted_top_k(search.queries, self._rows, search.filters, k=search.k, implementation="xla")
 
     def snapshot(self) -> None:
-        """Writes all rows anew, so that the next start replays no changes."""
-        with self._lock:
-            self._log.snapshot(self._all_rows())
+        """Writes all rows anew, so that the next start replays only what is changed from now on. Searches and changes
+        go on meanwhile."""
+        with self._writing_snapshot:
+            with self._lock:
+                segment, count = self._log.begin_segment(), len(self._ids)
+                self._num_replayed = len(self)
+            self._log.write_snapshot(segment, self._chunks(count))
+
+    def _snapshot_when_due(self) -> None:
+        """Begins a snapshot where a start would read much more than there is. Called with the lock held."""
+        running = self._snapshot_thread is not None and self._snapshot_thread.is_alive()
+        if self._num_replayed > 2 * len(self) + REPLAYED and not running:
+            self._snapshot_thread = threading.Thread(target=self.snapshot, name="snapshot")
+            self._snapshot_thread.start()
+
+    def _chunks(self, count: int) -> Iterator[Change]:
+        """The rows of the first `count` slots, each chunk as it is when it is read. A row that was moved meanwhile is
+        in two, or in none: then the changes since say where it is."""
+        for start in range(0, count, SNAPSHOT_ROWS):
+            with self._lock:
+                rows = _read(self._rows, start, min(SNAPSHOT_ROWS, len(self._rows.vectors)))
+                slots = range(start, min(start + SNAPSHOT_ROWS, count))
+                alive = [slot for slot in slots if self._slots.get(self._ids[slot]) == slot]
+                change = self._alive(rows, start, alive)
+            yield change
 
     def rows(self) -> pa.Table:
         """Reads the whole index.
@@ -216,13 +241,15 @@ class Index:
           All ids, vectors and attributes, in the order of slots.
         """
         with self._lock:
-            return pa.Table.from_batches([self._log.batch(self._all_rows())])
+            change = self._alive(self._rows, 0, sorted(self._slots.values()))
+            return pa.Table.from_batches([self._log.batch(change)])
 
-    def _all_rows(self) -> Change:
-        slots = sorted(self._slots.values())
-        vectors = np.asarray(self._rows.vectors)[slots, : self.config.dimensions]
+    def _alive(self, rows: Rows, start: int, slots: list[int]) -> Change:
+        """What is in some slots, of rows that begin at slot `start`."""
+        chosen = np.array(slots, np.int64) - start
+        vectors = np.asarray(rows.vectors)[chosen, : self.config.dimensions]
         ids = pa.array([self._ids[slot] for slot in slots], ID_TYPES[self.config.ids])
-        return Change(ids, vectors, np.asarray(self._rows.attributes)[slots] & ~ALIVE)
+        return Change(ids, vectors, np.asarray(rows.attributes)[chosen] & ~ALIVE)
 
     def is_at(self, folder: Path) -> bool:
         """Whether a folder is the one that this index was opened in, by whatever path.
@@ -236,7 +263,9 @@ class Index:
         return os.path.samestat(os.stat(folder / CONFIG), os.fstat(self._open.fileno()))
 
     def close(self) -> None:
-        """Closes the files; the index cannot be changed any more."""
+        """Closes the files, after a snapshot that is being written; the index cannot be changed any more."""
+        if self._snapshot_thread is not None:
+            self._snapshot_thread.join()
         with self._lock:
             self._log.close()
             self._open.close()
@@ -274,8 +303,9 @@ class Index:
 
     def _apply(self, change: Change) -> None:
         ids = change.ids.to_pylist()
+        self._num_replayed += len(ids)
         if change.vectors is None or change.attributes is None:
-            slots = [self._slots.pop(id_) for id_ in ids]
+            slots = [self._slots.pop(id_) for id_ in ids if id_ in self._slots]  # a snapshot may not have had them
             self._retired += [(slot, self._searches) for slot in slots]
             self._rows = _write(self._rows, slots, np.zeros(len(slots), np.int32), None)
             return
@@ -380,6 +410,12 @@ def _gather(rows: Rows, slots: np.ndarray) -> Rows:
 
 def _empty(count: int, width: int) -> Rows:
     return Rows(jnp.zeros((count, width), jnp.float32), jnp.zeros(count, jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _read(rows: Rows, start: int, count: int) -> Rows:
+    """Rows from `start` on, where there are as many; a copy, which later writes do not touch."""
+    return Rows(*(jax.lax.dynamic_slice_in_dim(x, start, count) for x in rows))
 
 
 def _grow(rows: Rows) -> Rows:

@@ -1,8 +1,9 @@
 """What an index keeps on disk: a snapshot, and the changes since, each on disk before it is acknowledged.
 
 A folder holds `snapshot-N` and segments `changes-M.arrows` with M >= N, in the order in which they are applied. Every
-start opens a new segment, so nothing is ever appended behind a write that a crash cut short. A snapshot is complete
-when its folder is renamed; only then are the segments before it removed.
+start opens a new segment, so nothing is ever appended behind a write that a crash cut short. Segment N begins before
+snapshot N is written, and is applied to it. A snapshot is complete when its folder is renamed; only then are the
+segments before it removed.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,16 +72,33 @@ class ChangeLog:
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def snapshot(self, rows: Change) -> None:
-        """Replaces all that was written so far by these rows."""
+    def begin_segment(self) -> int:
+        """Ends the segment, and writes what follows to another one.
+
+        Returns:
+          The number of the new segment.
+        """
         self.close()
         self._number += 1
-        with atomic_folder(self._folder / f"{SNAPSHOT}{self._number:08d}") as building:
-            pq.write_table(pa.Table.from_batches([self.batch(rows)]), building / "rows.parquet")
-        for path in _numbered(self._folder):
-            if _number(path) < self._number:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
         self._open()
+        return self._number
+
+    def write_snapshot(self, segment: int, rows: Iterable[Change]) -> None:
+        """Replaces all that was written before a segment. Changes may be appended meanwhile.
+
+        Args:
+          segment: number of the segment that goes on from the snapshot.
+          rows: all of the index, each as it was at any time since the segment began: it is replayed on top of them.
+        """
+        with (
+            atomic_folder(self._folder / f"{SNAPSHOT}{segment:08d}") as building,
+            pq.ParquetWriter(building / "rows.parquet", self._schema) as writer,
+        ):
+            for change in rows:
+                writer.write_batch(self.batch(change))
+        for path in _numbered(self._folder):
+            if _number(path) < segment:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def close(self) -> None:
         """Ends the segment; again does nothing."""

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brewjax.retrieve.index import Index, IndexConfig, VectorError
+from brewjax.retrieve.log import Change, ChangeLog
 from tests.retrieve.conftest import D, vectors
 
 ROOT = Path(__file__).parents[2]
@@ -145,6 +148,8 @@ def test_searches_beside_updates_see_whole_changes(index):
 
 WRITER = """
 import sys, numpy as np
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from brewjax.retrieve.index import Index
 index = Index(Path(sys.argv[1]))
@@ -219,11 +224,11 @@ def test_an_index_is_open_once(index, tmp_path):
 
 
 def test_a_start_that_replays_much_leaves_a_snapshot(index, tmp_path, monkeypatch):
-    monkeypatch.setattr("brewjax.retrieve.index.REPLAYED", 100)
     for number in range(15):
         index.upsert(list(range(10)), vectors(10, number))
     rows = index.rows()
     index.close()
+    monkeypatch.setattr("brewjax.retrieve.index.REPLAYED", 100)
     for _ in range(2):  # of which the second finds little to replay
         reopened = Index(tmp_path / "index")
         assert reopened.rows() == rows
@@ -231,6 +236,52 @@ def test_a_start_that_replays_much_leaves_a_snapshot(index, tmp_path, monkeypatc
         files = sorted(path.name for path in (tmp_path / "index").iterdir() if path.name != "index.yaml")
         assert files[0] == "changes-00000002.arrows"
         assert files[-1] == "snapshot-00000002"
+
+
+def test_many_changes_leave_a_snapshot_while_the_index_is_open(index, tmp_path, monkeypatch):
+    """And what a start reads stays within bounds."""
+    monkeypatch.setattr("brewjax.retrieve.index.REPLAYED", 50)
+    for number in range(60):
+        index.upsert(list(range(10)), vectors(10, number))
+        index.delete([number % 10])
+    rows = index.rows().sort_by("id")
+    index.close()
+    (snapshot,) = (tmp_path / "index").glob("snapshot-*")
+    assert int(snapshot.name[-8:]) >= 2
+    reopened = Index(tmp_path / "index")
+    assert reopened.rows().sort_by("id") == rows
+    assert reopened._num_replayed <= 2 * 10 + 50 + 11 * 10  # beside those of a snapshot that is being written
+    reopened.close()
+
+
+@pytest.mark.parametrize("completed", [False, True])
+def test_a_snapshot_is_written_while_rows_change(index, tmp_path, monkeypatch, completed):
+    """They move from chunks that are written to chunks that are not, and back; a crash before it is complete, too."""
+    monkeypatch.setattr("brewjax.retrieve.index.SNAPSHOT_ROWS", 16)
+    index.upsert(list(range(64)), vectors(64))
+    whole = ChangeLog.write_snapshot
+
+    def change_meanwhile(log: ChangeLog, segment: int, rows: Iterable[Change]) -> None:
+        def interrupted() -> Iterator[Change]:
+            for number, chunk in enumerate(rows):
+                yield chunk
+                index.delete([number, 63 - number])
+                index.upsert([63 - number, 100 + number], vectors(2, number + 1))
+            if not completed:
+                raise InterruptedError
+
+        whole(log, segment, interrupted())
+
+    monkeypatch.setattr(ChangeLog, "write_snapshot", change_meanwhile)
+    with nullcontext() if completed else pytest.raises(InterruptedError):
+        index.snapshot()
+    expected = index.rows().sort_by("id")
+    assert len(expected) == 64
+    index.close()
+    assert len([*(tmp_path / "index").glob("snapshot-*")]) == completed
+    reopened = Index(tmp_path / "index")
+    assert reopened.rows().sort_by("id") == expected
+    reopened.close()
 
 
 def test_the_share_that_a_filter_admits_is_of_what_is_there(index):
