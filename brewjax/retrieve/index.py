@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pydantic
+from jax.sharding import Mesh, NamedSharding
 
 from brewjax.config import Config
 from brewjax.paths import atomic_folder
 from brewjax.retrieve.log import Change, ChangeLog
-from pallas_kernels.search import ALIVE, BINS, BestRows, Filter, Rows, admitted, jitted_top_k
+from pallas_kernels.search import ALIVE, AXIS, BINS, BestRows, Filter, Rows, admitted, jitted_top_k, slots_of
 
 CONFIG = "index.yaml"
 GATHERED_SHARE = 0.05  # of the rows, under which those that a filter admits are gathered
@@ -65,10 +66,14 @@ class Index:
 
     Args:
       folder: as `create` made it; all changes in it are read.
+      device: held while a program for several devices is dispatched, because those of two threads must reach all
+        devices in one order.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, device: threading.Lock | None = None):
         self._lock = threading.Lock()
+        self._mesh = jax.make_mesh((jax.local_device_count(),), (AXIS,), devices=jax.local_devices())
+        self._device = device or threading.Lock()
         self._writing_snapshot = threading.Lock()
         self._snapshot_thread: threading.Thread | None = None
         self.config = IndexConfig.load(folder / CONFIG)
@@ -84,7 +89,7 @@ class Index:
         self._retired: collections.deque[tuple[int, int]] = collections.deque()
         self._searches = 0
         self._running: set[int] = set()
-        self._rows = _empty(BINS, self._width)
+        self._rows = _empty(self._width, self._mesh)
         self._log = ChangeLog(folder, self.config.dimensions, ID_TYPES[self.config.ids])
         self._num_replayed = 0  # rows that a start would read
         for change in self._log.replay():
@@ -92,12 +97,13 @@ class Index:
         self._snapshot_when_due()
 
     @classmethod
-    def create(cls, folder: Path, config: IndexConfig) -> Index:
+    def create(cls, folder: Path, config: IndexConfig, device: threading.Lock | None = None) -> Index:
         """Makes an empty index.
 
         Args:
           folder: of the index; must not exist, or be empty.
           config: its settings, which stay.
+          device: as of the class.
 
         Returns:
           The index, open.
@@ -107,7 +113,7 @@ class Index:
         """
         with atomic_folder(folder) as building:
             config.save(building / CONFIG)
-        return cls(folder)
+        return cls(folder, device)
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -176,7 +182,8 @@ class Index:
             self._running.add(number)
             rows = self._rows
             limit = k + max(map(len, excluded), default=0)
-            dispatched = _dispatch(rows, queries, bits, limit)
+            with self._device:
+                dispatched = _dispatch(rows, queries, bits, limit, self._mesh)
         try:
             hits: list[Hits] = [Hits([], np.zeros(0, np.float32))] * len(queries)
             for search in dispatched:
@@ -198,14 +205,15 @@ class Index:
           The share of all rows that the filter admits; 0 where there are none.
         """
         filters = Filter(*(jnp.array([bits], jnp.int32) for bits in (required, banned)))
-        with self._lock:
+        with self._lock, self._device:
             count, size = _count(self._rows, filters), len(self)
         return int(count) / max(size, 1)
 
     def _search_by_blocks(self, search: _Search) -> BestRows:
-        """A whole search once more, for a TPU's kernel that dropped what could have mattered."""
-        with self._lock:
-            return jitted_top_k(search.queries, self._rows, search.filters, k=search.k, implementation="xla")
+        """A whole search once more, where what a TPU's kernel dropped, or a device kept back, could have mattered."""
+        with self._lock, self._device:
+            rows, mesh = self._rows, self._mesh
+            return jitted_top_k(search.queries, rows, search.filters, k=search.k, mesh=mesh, certain=True)
 
     def snapshot(self) -> None:
         """Writes all rows anew, so that the next start replays only what is changed from now on. Searches and changes
@@ -226,11 +234,15 @@ class Index:
     def _chunks(self, count: int) -> Iterator[Change]:
         """The rows of the first `count` slots, each chunk as it is when it is read. A row that was moved meanwhile is
         in two, or in none: then the changes since say where it is."""
-        for start in range(0, count, SNAPSHOT_ROWS):
+        devices = self._mesh.size
+        # A power of two, as is the number of rows on a device, so that every chunk is a whole one.
+        rows_each = min(_round_up(SNAPSHOT_ROWS // devices + 1) // 2, len(self._rows.vectors) // devices)
+        for start in range(0, count, rows_each * devices):
             with self._lock:
-                rows = _read(self._rows, start, min(SNAPSHOT_ROWS, len(self._rows.vectors)))
-                slots = range(start, min(start + SNAPSHOT_ROWS, count))
+                slots = range(start, min(start + rows_each * devices, count))
                 alive = [slot for slot in slots if self._slots.get(self._ids[slot]) == slot]
+                with self._device:
+                    rows = _read(self._rows, start // devices, rows_each, self._mesh)
                 change = self._alive(rows, start, alive)
             yield change
 
@@ -246,7 +258,7 @@ class Index:
 
     def _alive(self, rows: Rows, start: int, slots: list[int]) -> Change:
         """What is in some slots, of rows that begin at slot `start`."""
-        chosen = np.array(slots, np.int64) - start
+        chosen = _rows_of(np.array(slots, np.int64) - start, len(rows.vectors), self._mesh.size)
         vectors = np.asarray(rows.vectors)[chosen, : self.config.dimensions]
         ids = pa.array([self._ids[slot] for slot in slots], ID_TYPES[self.config.ids])
         return Change(ids, vectors, np.asarray(rows.attributes)[chosen] & ~ALIVE)
@@ -307,10 +319,13 @@ class Index:
         if change.vectors is None or change.attributes is None:
             slots = [self._slots.pop(id_) for id_ in ids if id_ in self._slots]  # a snapshot may not have had them
             self._retired += [(slot, self._searches) for slot in slots]
-            self._rows = _write(self._rows, slots, np.zeros(len(slots), np.int32), None)
+            with self._device:
+                self._rows = _write(self._rows, slots, np.zeros(len(slots), np.int32), None, self._mesh)
             return
         slots = [self._slot(id_) for id_ in ids]  # before self._rows is read: it may grow
-        self._rows = _write(self._rows, slots, change.attributes | ALIVE, self._pad(change.vectors))
+        with self._device:
+            attributes, vectors = change.attributes | ALIVE, self._pad(change.vectors)
+            self._rows = _write(self._rows, slots, attributes, vectors, self._mesh)
 
     def _slot(self, id_: Id) -> int:
         """The slot of an id; a new one, in rows twice as many where all are taken, for an id that is not there."""
@@ -326,7 +341,8 @@ class Index:
             slot = len(self._ids)
             self._ids.append(id_)
             if slot == len(self._rows.vectors):
-                self._rows = _grow(self._rows)
+                with self._device:
+                    self._rows = _grow(self._rows, self._mesh)
         self._slots[id_] = slot
         return slot
 
@@ -361,11 +377,13 @@ class _Search:
 
     @classmethod
     def start(
-        cls, rows: Rows, queries: np.ndarray, bits: np.ndarray, numbers: np.ndarray, k: int, slots: np.ndarray | None
+        cls, rows: Rows, queries: np.ndarray, bits: np.ndarray, numbers: np.ndarray, k: int, where: np.ndarray | Mesh
     ) -> _Search:
+        """Starts a search of gathered rows, whose slots are `where`, or of all rows on the devices of a mesh."""
         filters = Filter(*(jnp.asarray(column) for column in bits[numbers].T))
         chosen, k = jnp.asarray(queries[numbers]), min(_round_up(k), len(rows.vectors))
-        return cls(numbers, chosen, filters, k, slots, jitted_top_k(chosen, rows, filters, k=k))
+        slots, mesh = (None, where) if isinstance(where, Mesh) else (where, None)
+        return cls(numbers, chosen, filters, k, slots, jitted_top_k(chosen, rows, filters, k=k, mesh=mesh))
 
     def collect(self, again: Callable[[_Search], BestRows]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Waits, and yields each query's number, scores and slots; `again` searches another way where some result is
@@ -377,7 +395,7 @@ class _Search:
             yield number, query_scores, query_rows if self.slots is None else np.append(self.slots, -1)[query_rows]
 
 
-def _dispatch(rows: Rows, queries: np.ndarray, bits: np.ndarray, k: int) -> list[_Search]:
+def _dispatch(rows: Rows, queries: np.ndarray, bits: np.ndarray, k: int, mesh: Mesh) -> list[_Search]:
     """Starts searches for queries [Q, D] with filters [Q, 2] of required and banned bits.
 
     On a CPU, where a filter admits few rows these are gathered first: most of the time is reading rows.
@@ -391,35 +409,48 @@ def _dispatch(rows: Rows, queries: np.ndarray, bits: np.ndarray, k: int) -> list
             if len(admitted) < GATHERED_SHARE * len(attributes):
                 numbers = np.flatnonzero((bits == (required, banned)).all(1))
                 whole[numbers] = False
-                gathered = _gather(rows, admitted)
-                searches.append(_Search.start(gathered, queries, np.zeros_like(bits), numbers, k, admitted))
+                slots = np.sort(slots_of(admitted, len(attributes) // mesh.size, mesh.size))
+                gathered = _gather(rows, _rows_of(slots, len(attributes), mesh.size))
+                searches.append(_Search.start(gathered, queries, np.zeros_like(bits), numbers, k, slots))
     if whole.any():
-        searches.append(_Search.start(rows, queries, bits, np.flatnonzero(whole), k, None))
+        searches.append(_Search.start(rows, queries, bits, np.flatnonzero(whole), k, mesh))
     return searches
 
 
-def _gather(rows: Rows, slots: np.ndarray) -> Rows:
+def _gather(rows: Rows, chosen: np.ndarray) -> Rows:
     """Some rows, and others that are not alive up to a power of two, so that few programs are compiled."""
-    size = max(BINS, _round_up(len(slots)))
+    size = max(BINS, _round_up(len(chosen)))
     vectors = np.zeros((size, rows.vectors.shape[1]), np.float32)
-    vectors[: len(slots)] = np.asarray(rows.vectors)[slots]
+    vectors[: len(chosen)] = np.asarray(rows.vectors)[chosen]
     attributes = np.zeros(size, np.int32)
-    attributes[: len(slots)] = ALIVE
+    attributes[: len(chosen)] = ALIVE
     return Rows(jnp.asarray(vectors), jnp.asarray(attributes))
 
 
-def _empty(count: int, width: int) -> Rows:
-    return Rows(jnp.zeros((count, width), jnp.float32), jnp.zeros(count, jnp.int32))
+def _rows_of(slots: np.ndarray, count: int, devices: int) -> np.ndarray:
+    """The rows of slots, of `count` rows on all devices together."""
+    return slots % devices * (count // devices) + slots // devices
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _read(rows: Rows, start: int, count: int) -> Rows:
-    """Rows from `start` on, where there are as many; a copy, which later writes do not touch."""
-    return Rows(*(jax.lax.dynamic_slice_in_dim(x, start, count) for x in rows))
+def _empty(width: int, mesh: Mesh) -> Rows:
+    """`BINS` rows on each device, none of them alive."""
+    count = BINS * mesh.size
+    make = lambda: Rows(jnp.zeros((count, width), jnp.float32), jnp.zeros(count, jnp.int32))  # noqa: E731
+    return jax.jit(make, out_shardings=NamedSharding(mesh, jax.P(AXIS)))()
 
 
-def _grow(rows: Rows) -> Rows:
-    return Rows(*(jnp.concatenate([x, jnp.zeros_like(x)]) for x in rows))
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _read(rows: Rows, start: int, count: int, mesh: Mesh) -> Rows:
+    """`count` rows of each device, from `start` on; a copy, which later writes do not touch."""
+    read = lambda shard, start: Rows(*(jax.lax.dynamic_slice_in_dim(x, start, count) for x in shard))  # noqa: E731
+    return jax.shard_map(read, mesh=mesh, in_specs=(jax.P(AXIS), jax.P()), out_specs=jax.P(AXIS))(rows, start)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _grow(rows: Rows, mesh: Mesh) -> Rows:
+    """Twice as many rows on each device."""
+    double = lambda shard: Rows(*(jnp.concatenate([x, jnp.zeros_like(x)]) for x in shard))  # noqa: E731
+    return jax.shard_map(double, mesh=mesh, in_specs=(jax.P(AXIS),), out_specs=jax.P(AXIS))(rows)
 
 
 @jax.jit
@@ -432,16 +463,23 @@ def _round_up(count: int) -> int:
     return 1 << max(count - 1, 0).bit_length()
 
 
-def _write(rows: Rows, slots: list[int], attributes: np.ndarray, vectors: np.ndarray | None) -> Rows:
+def _write(rows: Rows, slots: list[int], attributes: np.ndarray, vectors: np.ndarray | None, mesh: Mesh) -> Rows:
     """The rows with other values in `slots`; with the vectors that they have where `vectors` is None."""
     extra = _round_up(len(slots)) - len(slots)
     nowhere = np.iinfo(np.int32).max  # the slot of what pads to a power of two
     padded_slots = np.pad(np.array(slots, np.int32), (0, extra), constant_values=nowhere)
     padded_vectors = None if vectors is None else np.pad(vectors, ((0, extra), (0, 0)))
-    return _write_padded(rows, padded_slots, np.pad(attributes, (0, extra)), padded_vectors)
+    return _write_padded(rows, padded_slots, np.pad(attributes, (0, extra)), padded_vectors, mesh)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _write_padded(rows: Rows, slots: jax.Array, attributes: jax.Array, vectors: jax.Array | None) -> Rows:
-    written = rows.vectors if vectors is None else rows.vectors.at[slots].set(vectors, mode="drop")
-    return Rows(written, rows.attributes.at[slots].set(attributes, mode="drop"))
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=4)
+def _write_padded(rows: Rows, slots: jax.Array, attributes: jax.Array, vectors: jax.Array | None, mesh: Mesh) -> Rows:
+    def write(shard: Rows, slots: jax.Array, attributes: jax.Array, vectors: jax.Array | None) -> Rows:
+        """Each device writes what is in its slots; a row behind all is dropped."""
+        is_here = slots % mesh.size == jax.lax.axis_index(AXIS)
+        index = jnp.where(is_here, slots // mesh.size, len(shard.attributes))
+        written = shard.vectors if vectors is None else shard.vectors.at[index].set(vectors, mode="drop")
+        return Rows(written, shard.attributes.at[index].set(attributes, mode="drop"))
+
+    specs = (jax.P(AXIS), jax.P(), jax.P(), jax.P())
+    return jax.shard_map(write, mesh=mesh, in_specs=specs, out_specs=jax.P(AXIS))(rows, slots, attributes, vectors)

@@ -84,12 +84,12 @@ class Retrieval:
         folder = Path(config.index or "")
         if not (folder / CONFIG).is_file():
             size = self.encoder.check_dimensions(None)
-            return Index.create(folder, IndexConfig(dimensions=size, ids="text", model=self.model))
+            return Index.create(folder, IndexConfig(dimensions=size, ids="text", model=self.model), self._device)
         model = IndexConfig.load(folder / CONFIG).model
         if model != self.model:
             made = f"of encoder {model}" if model else "that do not say of which encoder"
             raise config.error(f"{folder} has vectors {made}; this one is {self.model}: build it anew", "index")
-        return Index(folder)
+        return Index(folder, self._device)
 
     def reopen(self, encoder: str | None, index: str | None) -> Retrieval:
         """Makes ready to serve other folders.

@@ -26,11 +26,11 @@ def definition(queries: np.ndarray, rows: Rows, filters: Filter, k: int) -> tupl
     return best, np.where(best == -np.inf, -1, order)
 
 
-def problem(seed: int, kinds: int) -> tuple[np.ndarray, Rows, Filter]:
-    """Small whole numbers, so that products are exact and ties are many."""
+def problem(seed: int, kinds: int, times: int = 1) -> tuple[np.ndarray, Rows, Filter]:
+    """Small whole numbers, so that products are exact and ties are many; `times` N rows."""
     random = np.random.default_rng(seed)
-    vectors = random.integers(-kinds, kinds + 1, (N, D)).astype(np.float32)
-    attributes = random.integers(0, 16, N).astype(np.int32)
+    vectors = random.integers(-kinds, kinds + 1, (times * N, D)).astype(np.float32)
+    attributes = random.integers(0, 16, times * N).astype(np.int32)
     filters = Filter(*(jnp.asarray(random.integers(0, 16, Q) & mask, jnp.int32) for mask in (6, 8)))
     queries = random.integers(-3, 4, (Q, D)).astype(np.float32)
     return queries, Rows(jnp.asarray(vectors), jnp.asarray(attributes)), filters
