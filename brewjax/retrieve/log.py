@@ -57,7 +57,14 @@ class Segment:
             raise
 
     def append(self, records: Sequence[bytes]) -> None:
-        """Writes records; when this returns they are on disk."""
+        """Writes records; when this returns they are on disk.
+
+        Args:
+          records: none of them empty.
+
+        Raises:
+          OSError: they could not be written; nothing of them is left.
+        """
         data = b"".join(HEADER.pack(len(record), zlib.crc32(record)) + record for record in records)
         with self._lock:
             try:
@@ -71,7 +78,17 @@ class Segment:
             self._end += len(data)
 
     def read(self, position: int = 0) -> Iterator[tuple[bytes, int]]:
-        """Yields the records from a position on, each with the position after it."""
+        """Reads the records from a position on.
+
+        Args:
+          position: where another record ended, in bytes.
+
+        Returns:
+          An iterator over the records that were acknowledged when it began, each with the position after it.
+
+        Raises:
+          DamagedError: a record that is not the last is damaged.
+        """
         end = self._end
         with open(self._path, "rb") as file:
             file.seek(position)
