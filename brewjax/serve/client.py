@@ -127,6 +127,52 @@ class Client:
         request = pb.ReloadRequest(folder=folder, encoder=encoder, index=index)
         return self._ranker.Reload(request, **self._call_options(600.0))
 
+    def upsert_items(self, items: Sequence[pb.Row], timeout: float | None = None, **fields: Any) -> pb.ChangeResponse:
+        """Adds items to the catalogue, or replaces them; needs the server's admin token.
+
+        Args:
+          items: each with all that is known of it.
+          timeout: seconds; the client's by default.
+          fields: other fields of UpsertItemsRequest: request_id, surface.
+
+        Returns:
+          The response, when the items are in the server's store of changes.
+        """
+        request = pb.UpsertItemsRequest(items=items, **fields)
+        return self._ranker.UpsertItems(request, **self._call_options(timeout))
+
+    def upsert_members(
+        self, members: Sequence[pb.Row], timeout: float | None = None, **fields: Any
+    ) -> pb.ChangeResponse:
+        """Adds members to the catalogue, or replaces them, as `upsert_items` does items.
+
+        Args:
+          members: each with all that is known of it.
+          timeout: seconds; the client's by default.
+          fields: other fields of UpsertMembersRequest: request_id, surface.
+
+        Returns:
+          The response, when the members are in the server's store of changes.
+        """
+        request = pb.UpsertMembersRequest(members=members, **fields)
+        return self._ranker.UpsertMembers(request, **self._call_options(timeout))
+
+    def record_events(
+        self, events: Sequence[pb.RecordedEvent], timeout: float | None = None, **fields: Any
+    ) -> pb.ChangeResponse:
+        """Adds events to the catalogue; needs the server's admin token.
+
+        Args:
+          events: each with member, item, action and time; one that is there already is not counted twice.
+          timeout: seconds; the client's by default.
+          fields: other fields of RecordEventsRequest: request_id, surface.
+
+        Returns:
+          The response, when the events are in the server's store of changes.
+        """
+        request = pb.RecordEventsRequest(events=events, **fields)
+        return self._ranker.RecordEvents(request, **self._call_options(timeout))
+
     def embed(
         self, inputs: Sequence[retriever_pb2.Input], timeout: float | None = None, **fields: Any
     ) -> retriever_pb2.EmbedResponse:

@@ -86,8 +86,8 @@ class ServeConfig(Config):
     anonymous: bool = False
     """Other machines may call without a token: behind a sidecar that authenticates callers."""
     admin_token_file: str | None = None
-    """File with the bearer token for Reload, Upsert and Delete, which also allows all other calls; without it these are
-    refused."""
+    """File with the bearer token for Reload and for changes of the catalogue and of the index, which also allows all
+    other calls; without it these are refused."""
     reload_below: str | None = None
     """Folder below which Reload may load models, encoders and indices; by default only the served folders again."""
     special_tokens: bool = False
@@ -96,6 +96,12 @@ class ServeConfig(Config):
     """Folder of a dataset with the card of the model's training: members and items of it are named by their ids alone,
     and attributes, history and facts come from its tables, as of the request's time. Reload reads it again. For a model
     of several surfaces, a folder for each by name, or for some: {jobs: data/jobs}."""
+    changes: str | None = None
+    """Where the changes of the catalogue are kept that UpsertItems, UpsertMembers and RecordEvents make: a folder, for
+    one server, or a Redis stream for several, redis://HOST:PORT/DATABASE#STREAM; without it they are refused."""
+    refresh_seconds: float = pydantic.Field(default=1.0, gt=0)
+    """Seconds between two refreshes, from which on requests read the changes of the catalogue; at least as many as a
+    refresh takes."""
     encoder: str | None = None
     """Folder of an encoder to serve beside the model: Embed, and with `index` Retrieve."""
     index: str | None = None
@@ -163,6 +169,8 @@ class ServeConfig(Config):
                 f"max_candidate_tokens {self.max_candidate_tokens} is over the longest of token_buckets "
                 f"{self.token_buckets}"
             )
+        if self.changes and not self.catalogue:
+            raise ValueError("changes: give the catalogue too that they are of")
         if self.index and not self.encoder:
             raise ValueError("index: give its encoder too")
         if (self.tls_cert is None) != (self.tls_key is None):

@@ -14,6 +14,7 @@ from brewjax.scoring.passes import LABELS_IN_PASS
 from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve.catalogue import Catalogue
 from brewjax.serve.config import ServeConfig
+from brewjax.serve.live import LiveCatalogues
 from brewjax.serve.members import (
     context_attributes,
     event_attributes,
@@ -59,10 +60,11 @@ class RequestEncoder:
       tasks: for member requests, in addition to the tasks that the model was trained on, by surface.
       config: limits of requests.
       max_prefix_tokens: maximum tokens of a prefix.
-      catalogues: know the members that requests name by `id`, by surface.
+      catalogues: know the members that requests name by `id`.
 
     Attributes:
       tasks: all that are served, by name, for each surface by name.
+      catalogues: of the members that requests name by `id`.
 
     Raises:
       ConfigError: for a task with a label word that is not one token, with too many labels, or of no surface.
@@ -75,7 +77,7 @@ class RequestEncoder:
         tasks: Mapping[str, Sequence[Task]],
         config: ServeConfig,
         max_prefix_tokens: int,
-        catalogues: Mapping[str, Catalogue] | None = None,
+        catalogues: LiveCatalogues | None = None,
     ):
         prompts = bundle.prompts.model_copy(update={"max_tokens": min(bundle.prompts.max_tokens, max_prefix_tokens)})
         self.bundle, self.model = dataclasses.replace(bundle, prompts=prompts), model
@@ -85,7 +87,8 @@ class RequestEncoder:
             name: {task.name: task for task in (*surface.tasks, *tasks.get(name, ()))}
             for name, surface in bundle.surfaces.items()
         }
-        self.config, self.max_prefix_tokens, self._catalogues = config, max_prefix_tokens, catalogues or {}
+        self.config, self.max_prefix_tokens = config, max_prefix_tokens
+        self.catalogues = catalogues or LiveCatalogues(bundle, {})
         self._texts = Texts(bundle.tokenizer, config.special_tokens)
         for index, word in enumerate(config.rerank.labels if config.rerank else ()):
             try:
@@ -97,12 +100,13 @@ class RequestEncoder:
             if len(task.labels) > LABELS_IN_PASS:
                 raise task.error(f"{len(task.labels)} of them; at most {LABELS_IN_PASS} are served", "labels")
 
-    def encode(self, request: pb.ScoreRequest, max_items: int) -> EncodedRequest:
+    def encode(self, request: pb.ScoreRequest, max_items: int, catalogue: Catalogue | None = None) -> EncodedRequest:
         """Encodes a request.
 
         Args:
           request: with a member, or a raw prompt.
           max_items: the most items that may be asked about.
+          catalogue: that a member by id is of; by default that of the surface, as it is now.
 
         Returns:
           Its tokens.
@@ -129,7 +133,7 @@ class RequestEncoder:
             raise ValueError(
                 f"{kind}.{history}: {num_events:,} of them; give at most {self.config.max_events:,} (max_events)"
             )
-        encoded = self._encode_member(request) if kind == "member" else self._encode_raw(request)
+        encoded = self._encode_member(request, catalogue) if kind == "member" else self._encode_raw(request)
         for index, item in enumerate(encoded.prompt.questions):
             if len(item) > self.config.max_candidate_tokens:
                 limit = self.config.max_candidate_tokens
@@ -157,13 +161,13 @@ class RequestEncoder:
 
     def catalogue(self, member: pb.Member) -> Catalogue | None:
         """The catalogue that a member's id is of, if there is one. Raises ValueError if there is no such surface."""
-        return self._catalogues.get(find_surface(self.bundle, member).name)
+        return self.catalogues.get(find_surface(self.bundle, member).name)
 
-    def _encode_member(self, request: pb.ScoreRequest) -> EncodedRequest:
+    def _encode_member(self, request: pb.ScoreRequest, catalogue: Catalogue | None) -> EncodedRequest:
         member = request.member
         task = self.task(member)
         self._bound_values(member, request.truncation != pb.ScoreRequest.REJECT)
-        prompt = render_member(self.bundle, task, member, self.catalogue(member))
+        prompt = render_member(self.bundle, task, member, catalogue or self.catalogue(member))
         if prompt.truncated_texts and request.truncation == pb.ScoreRequest.REJECT:
             raise ValueError(f"member: {prompt.truncated_texts[0]}; set truncation to TRUNCATE or send less")
         if prompt.num_truncated_events and request.truncation == pb.ScoreRequest.REJECT:

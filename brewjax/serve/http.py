@@ -35,6 +35,11 @@ FIELDS = {  # names of fields in gRPC's errors, and their names here
     r"^raw(\.prefix)?:": "query:",
 }
 
+CHANGES = {
+    "/v1/upsert_items": pb.UpsertItemsRequest,
+    "/v1/upsert_members": pb.UpsertMembersRequest,
+    "/v1/record_events": pb.RecordEventsRequest,
+}
 MAX_LABELS = 8 * LABELS_IN_PASS
 
 TokenId = Annotated[int, pydantic.Field(ge=0, lt=2**32)]
@@ -185,6 +190,9 @@ def make_app(
         return {"object": "list", "data": served}
 
     add_call(app, "/v1/rank", pb.ScoreRequest, service.score)
+    if service.config.changes:
+        for path, request_type in CHANGES.items():
+            add_call(app, path, request_type, service.change, admin=credentials)
     add_call(app, "/v1/reload", pb.ReloadRequest, lambda message, _: reload(message), admin=credentials)
     if service.config.rerank:
         add_rerank(app, service, service.config.rerank)

@@ -102,7 +102,7 @@ def read_member(card: Card, task: Task, member: pb.Member, catalogue: Catalogue 
             raise ValueError(f"member.history[{index}].time: missing")
     items = item_attributes(member)
     times = np.array(
-        [_microseconds(event.time, f"member.history[{index}].time") for index, event in enumerate(member.history)],
+        [microseconds(event.time, f"member.history[{index}].time") for index, event in enumerate(member.history)],
         np.int64,
     )
     now = request_time(member)
@@ -114,9 +114,9 @@ def read_member(card: Card, task: Task, member: pb.Member, catalogue: Catalogue 
         times = np.concatenate([times, np.full(len(member.items), max(now, int(times.max(initial=now))))])
     order = np.argsort(times, kind="stable")
     facts = card.facts
-    member_table = _table(card.members.attributes, facts.members, {"member.attributes": member.attributes})
-    item_table = _table(card.items.attributes, (*facts.items, *facts.pairs), items)
-    event_table = _table(card.events.attributes, facts.events, events).take(order)
+    member_table = attribute_table(card.members.attributes, facts.members, {"member.attributes": member.attributes})
+    item_table = attribute_table(card.items.attributes, (*facts.items, *facts.pairs), items)
+    event_table = attribute_table(card.events.attributes, facts.events, events).take(order)
     ordered = [actions[row] for row in order]
     tables = _join(card, member_table, item_table, event_table, order, ordered, times[order])
     history, num_past_events = history_before(tables, task, 0, now)
@@ -132,8 +132,8 @@ def read_member(card: Card, task: Task, member: pb.Member, catalogue: Catalogue 
 def read_items(card: Card, items: Mapping[str, Attributes]) -> Dataset:
     """The items of a request, whose keys are fields of it, as a dataset without members and events."""
     nothing = np.zeros(0, np.int64)
-    members, events = (_table(attributes, (), {}) for attributes in (card.members.attributes, card.events.attributes))
-    item_table = _table(card.items.attributes, (*card.facts.items, *card.facts.pairs), items)
+    members, events = (attribute_table(part.attributes, (), {}) for part in (card.members, card.events))
+    item_table = attribute_table(card.items.attributes, (*card.facts.items, *card.facts.pairs), items)
     return _join(card, members, item_table, events, nothing, [], nothing)
 
 
@@ -212,11 +212,12 @@ _KINDS: dict[str, tuple[pa.DataType, dict[str, Callable[[Any], Any]]]] = {
 }
 
 
-def _table(attributes: Sequence[Attribute], facts: Sequence[Fact], rows: Mapping[str, Attributes]) -> pa.Table:
+def attribute_table(attributes: Sequence[Attribute], facts: Sequence[Fact], rows: Mapping[str, Attributes]) -> pa.Table:
     """A table with a column for each attribute and fact, and a row for each of `rows`, whose keys are fields of the
     request.
 
-    Raises ValueError naming the field of an unknown attribute, or of a value of the wrong kind.
+    Raises:
+      ValueError: names the field of an unknown attribute, or of a value of the wrong kind.
     """
     by_column = {attribute.column: attribute for attribute in attributes}
     by_column |= {fact.name: Attribute(column=fact.name, kind="number", where=("question",)) for fact in facts}
@@ -246,18 +247,22 @@ def _read(attribute: Attribute, value: pb.Value, field: str) -> Any:
     if kind == "number" and not math.isfinite(value.number):
         raise ValueError(f"{field}['{attribute.column}']: {value.number}; leave it out where it is unknown")
     if kind == "date":
-        return _microseconds(value.date, f"{field}['{attribute.column}']")
+        return microseconds(value.date, f"{field}['{attribute.column}']")
     return conversions[kind](getattr(value, kind))
 
 
 def request_time(member: pb.Member) -> int:
     """The time as of which a member is read, in microseconds since 1970: `member.now`, or the server's clock."""
-    return _microseconds(member.now, "member.now") if member.HasField("now") else int(time.time() * 1e6)
+    return microseconds(member.now, "member.now") if member.HasField("now") else int(time.time() * 1e6)
 
 
-def _microseconds(timestamp: Timestamp, field: str) -> int:
-    """Microseconds since 1970."""
+def microseconds(timestamp: Timestamp, field: str) -> int:
+    """Microseconds since 1970.
+
+    Raises:
+      ValueError: names the field of a time outside of the years 1 to 9999.
+    """
     try:
         return timestamp.ToMicroseconds()
-    except ValueError as error:  # outside of the years 1 to 9999
+    except ValueError as error:
         raise ValueError(f"{field}: {error}") from None

@@ -304,3 +304,91 @@ class ReloadResponse(_message.Message):
     model: str
     encoder: str
     def __init__(self, model: _Optional[str] = ..., encoder: _Optional[str] = ...) -> None: ...
+
+class Row(_message.Message):
+    __slots__ = ("id", "attributes")
+    class AttributesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: Value
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[Value, _Mapping]] = ...) -> None: ...
+    ID_FIELD_NUMBER: _ClassVar[int]
+    ATTRIBUTES_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    attributes: _containers.MessageMap[str, Value]
+    def __init__(self, id: _Optional[str] = ..., attributes: _Optional[_Mapping[str, Value]] = ...) -> None: ...
+
+class RecordedEvent(_message.Message):
+    __slots__ = ("member", "item", "action", "time", "attributes")
+    class AttributesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: Value
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[Value, _Mapping]] = ...) -> None: ...
+    MEMBER_FIELD_NUMBER: _ClassVar[int]
+    ITEM_FIELD_NUMBER: _ClassVar[int]
+    ACTION_FIELD_NUMBER: _ClassVar[int]
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    ATTRIBUTES_FIELD_NUMBER: _ClassVar[int]
+    member: str
+    item: str
+    action: str
+    time: _timestamp_pb2.Timestamp
+    attributes: _containers.MessageMap[str, Value]
+    def __init__(self, member: _Optional[str] = ..., item: _Optional[str] = ..., action: _Optional[str] = ..., time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., attributes: _Optional[_Mapping[str, Value]] = ...) -> None: ...
+
+class UpsertItemsRequest(_message.Message):
+    __slots__ = ("request_id", "surface", "items")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    SURFACE_FIELD_NUMBER: _ClassVar[int]
+    ITEMS_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    surface: str
+    items: _containers.RepeatedCompositeFieldContainer[Row]
+    def __init__(self, request_id: _Optional[str] = ..., surface: _Optional[str] = ..., items: _Optional[_Iterable[_Union[Row, _Mapping]]] = ...) -> None: ...
+
+class UpsertMembersRequest(_message.Message):
+    __slots__ = ("request_id", "surface", "members")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    SURFACE_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    surface: str
+    members: _containers.RepeatedCompositeFieldContainer[Row]
+    def __init__(self, request_id: _Optional[str] = ..., surface: _Optional[str] = ..., members: _Optional[_Iterable[_Union[Row, _Mapping]]] = ...) -> None: ...
+
+class RecordEventsRequest(_message.Message):
+    __slots__ = ("request_id", "surface", "events")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    SURFACE_FIELD_NUMBER: _ClassVar[int]
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    surface: str
+    events: _containers.RepeatedCompositeFieldContainer[RecordedEvent]
+    def __init__(self, request_id: _Optional[str] = ..., surface: _Optional[str] = ..., events: _Optional[_Iterable[_Union[RecordedEvent, _Mapping]]] = ...) -> None: ...
+
+class ChangeResponse(_message.Message):
+    __slots__ = ("request_id", "rows")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    rows: int
+    def __init__(self, request_id: _Optional[str] = ..., rows: _Optional[int] = ...) -> None: ...
+
+class Change(_message.Message):
+    __slots__ = ("request_id", "surface", "items", "members", "events")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    SURFACE_FIELD_NUMBER: _ClassVar[int]
+    ITEMS_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    surface: str
+    items: _containers.RepeatedCompositeFieldContainer[Row]
+    members: _containers.RepeatedCompositeFieldContainer[Row]
+    events: _containers.RepeatedCompositeFieldContainer[RecordedEvent]
+    def __init__(self, request_id: _Optional[str] = ..., surface: _Optional[str] = ..., items: _Optional[_Iterable[_Union[Row, _Mapping]]] = ..., members: _Optional[_Iterable[_Union[Row, _Mapping]]] = ..., events: _Optional[_Iterable[_Union[RecordedEvent, _Mapping]]] = ...) -> None: ...

@@ -54,6 +54,21 @@ class RankerStub:
                 request_serializer=brewjax_dot_serve_dot_ranker__pb2.ReloadRequest.SerializeToString,
                 response_deserializer=brewjax_dot_serve_dot_ranker__pb2.ReloadResponse.FromString,
                 _registered_method=True)
+        self.UpsertItems = channel.unary_unary(
+                '/brewjax.ranker.v1.Ranker/UpsertItems',
+                request_serializer=brewjax_dot_serve_dot_ranker__pb2.UpsertItemsRequest.SerializeToString,
+                response_deserializer=brewjax_dot_serve_dot_ranker__pb2.ChangeResponse.FromString,
+                _registered_method=True)
+        self.UpsertMembers = channel.unary_unary(
+                '/brewjax.ranker.v1.Ranker/UpsertMembers',
+                request_serializer=brewjax_dot_serve_dot_ranker__pb2.UpsertMembersRequest.SerializeToString,
+                response_deserializer=brewjax_dot_serve_dot_ranker__pb2.ChangeResponse.FromString,
+                _registered_method=True)
+        self.RecordEvents = channel.unary_unary(
+                '/brewjax.ranker.v1.Ranker/RecordEvents',
+                request_serializer=brewjax_dot_serve_dot_ranker__pb2.RecordEventsRequest.SerializeToString,
+                response_deserializer=brewjax_dot_serve_dot_ranker__pb2.ChangeResponse.FromString,
+                _registered_method=True)
 
 
 class RankerServicer:
@@ -91,6 +106,32 @@ class RankerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UpsertItems(self, request, context):
+        """Changes of the catalogue. All or none of a request's rows are taken; when it is answered, they are in the store of
+        the server's `changes`, and requests read them from its next refresh on. A request may be sent again: nothing is
+        counted twice. INVALID_ARGUMENT names the field; UNAVAILABLE: the store cannot be written to. They need the server's
+        admin token.
+
+        Adds items, or replaces those that are there, with all that is known of them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpsertMembers(self, request, context):
+        """Likewise members.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RecordEvents(self, request, context):
+        """Adds events of members and items of the catalogue.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RankerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -113,6 +154,21 @@ def add_RankerServicer_to_server(servicer, server):
                     servicer.Reload,
                     request_deserializer=brewjax_dot_serve_dot_ranker__pb2.ReloadRequest.FromString,
                     response_serializer=brewjax_dot_serve_dot_ranker__pb2.ReloadResponse.SerializeToString,
+            ),
+            'UpsertItems': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpsertItems,
+                    request_deserializer=brewjax_dot_serve_dot_ranker__pb2.UpsertItemsRequest.FromString,
+                    response_serializer=brewjax_dot_serve_dot_ranker__pb2.ChangeResponse.SerializeToString,
+            ),
+            'UpsertMembers': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpsertMembers,
+                    request_deserializer=brewjax_dot_serve_dot_ranker__pb2.UpsertMembersRequest.FromString,
+                    response_serializer=brewjax_dot_serve_dot_ranker__pb2.ChangeResponse.SerializeToString,
+            ),
+            'RecordEvents': grpc.unary_unary_rpc_method_handler(
+                    servicer.RecordEvents,
+                    request_deserializer=brewjax_dot_serve_dot_ranker__pb2.RecordEventsRequest.FromString,
+                    response_serializer=brewjax_dot_serve_dot_ranker__pb2.ChangeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -223,6 +279,87 @@ class Ranker:
             '/brewjax.ranker.v1.Ranker/Reload',
             brewjax_dot_serve_dot_ranker__pb2.ReloadRequest.SerializeToString,
             brewjax_dot_serve_dot_ranker__pb2.ReloadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpsertItems(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/brewjax.ranker.v1.Ranker/UpsertItems',
+            brewjax_dot_serve_dot_ranker__pb2.UpsertItemsRequest.SerializeToString,
+            brewjax_dot_serve_dot_ranker__pb2.ChangeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpsertMembers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/brewjax.ranker.v1.Ranker/UpsertMembers',
+            brewjax_dot_serve_dot_ranker__pb2.UpsertMembersRequest.SerializeToString,
+            brewjax_dot_serve_dot_ranker__pb2.ChangeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RecordEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/brewjax.ranker.v1.Ranker/RecordEvents',
+            brewjax_dot_serve_dot_ranker__pb2.RecordEventsRequest.SerializeToString,
+            brewjax_dot_serve_dot_ranker__pb2.ChangeResponse.FromString,
             options,
             channel_credentials,
             insecure,

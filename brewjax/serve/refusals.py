@@ -8,6 +8,7 @@ import logging
 import grpc
 
 from brewjax.serve.scoring_loop import ClosedError, QueueFullError
+from brewjax.serve.store import StoreError
 from brewjax.serve.telemetry import Metrics
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ def status_of(error: BaseException) -> grpc.StatusCode:
     kinds: dict[type[BaseException], grpc.StatusCode] = {
         QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
         ClosedError: grpc.StatusCode.UNAVAILABLE,
+        StoreError: grpc.StatusCode.UNAVAILABLE,
         TimeoutError: grpc.StatusCode.DEADLINE_EXCEEDED,
         ForbiddenError: grpc.StatusCode.PERMISSION_DENIED,
         asyncio.CancelledError: grpc.StatusCode.CANCELLED,

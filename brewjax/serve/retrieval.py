@@ -20,8 +20,9 @@ from brewjax.retrieve.index import CONFIG, Hits, Id, Index, IndexConfig, VectorE
 from brewjax.serve import ranker_pb2
 from brewjax.serve import retriever_pb2 as pb
 from brewjax.serve.batching import Batcher
+from brewjax.serve.catalogue import Catalogue
 from brewjax.serve.config import ServeConfig
-from brewjax.serve.members import RequestFacts, read_items, read_member
+from brewjax.serve.members import RequestFacts, read_items, read_member, request_time
 from brewjax.serve.refusals import MAX_ID
 from brewjax.serve.service import Service, check_finite
 from brewjax.serve.texts import Texts
@@ -164,7 +165,9 @@ class Retrieval:
           ValueError: naming the field that is wrong.
         """
         async with self._request_scope("RetrieveAndScore", request.request_id) as request_id:
-            index, member = self._need_index(), request.member
+            index, member = self._need_index(), ranker_pb2.Member()
+            member.CopyFrom(request.member)
+            member.now.FromMicroseconds(request_time(member))  # one time, and one catalogue, for all that follows
             if not 0 < request.k <= self.config.max_candidates:
                 raise ValueError(f"k: {request.k:,}; give 1 to {self.config.max_candidates:,}")
             catalogue = self._service.catalogue(member)
@@ -175,17 +178,14 @@ class Retrieval:
             task = self._service.task(member)
             example = await asyncio.to_thread(catalogue.example, task, member)
             past = () if task.questions.repeats else catalogue.past_items(example)
-            text = await asyncio.to_thread(self._read_member, _for_encoder(member), "member")
+            text = await asyncio.to_thread(self._read_member, _for_encoder(member), "member", catalogue)
             vector = truncate(np.stack(await self._embed([text])), self._size(index))[0]
             hits = await self._find(request, vector, [*request.exclude, *past])
             response = pb.RetrieveAndScoreResponse(request_id=request_id, encoder=self.model)
             if hits:
-                candidates = ranker_pb2.Member()
-                candidates.CopyFrom(member)
-                candidates.items.extend(ranker_pb2.Item(id=hit.id) for hit in hits)
-                scored = await self._service.score(
-                    ranker_pb2.ScoreRequest(request_id=request_id, member=candidates, top_k=request.top_k), seconds
-                )
+                member.items.extend(ranker_pb2.Item(id=hit.id) for hit in hits)
+                question = ranker_pb2.ScoreRequest(request_id=request_id, member=member, top_k=request.top_k)
+                scored = await self._service.score(question, seconds, catalogue)
                 response.labels.extend(scored.labels)
                 response.model = scored.model
                 for score in scored.scores:
@@ -320,11 +320,13 @@ class Retrieval:
                     raise ValueError(f"items[{n}]: give item, vector or text")
         return texts, vectors
 
-    def _read_member(self, member: ranker_pb2.Member, field: str) -> list[int]:
+    def _read_member(self, member: ranker_pb2.Member, field: str, catalogue: Catalogue | None = None) -> list[int]:
         task = self.encoder.task
         if member.task not in ("", task.name):
             raise ValueError(f"{field}.task: '{member.task}'; this encoder reads the history of task '{task.name}'")
-        card, catalogue = self.encoder.surface.card, self._service.catalogue(member) if member.id else None
+        card = self.encoder.surface.card
+        if member.id and not catalogue:
+            catalogue = self._service.catalogue(member)
         if catalogue and (part := catalogue.differing_part(card)):
             raise ValueError(f"{field}.surface: the catalogue's '{part}' are not those of the encoder; name another")
         dataset, example, facts = read_member(card, task, member, catalogue)

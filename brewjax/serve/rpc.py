@@ -28,7 +28,10 @@ Code = grpc.StatusCode
 RANKER = pb.DESCRIPTOR.services_by_name["Ranker"].full_name
 RETRIEVER = retriever_pb2.DESCRIPTOR.services_by_name["Retriever"].full_name
 # Methods that change what is served, and need the admin token.
-ADMIN = (f"/{RANKER}/Reload", f"/{RETRIEVER}/Upsert", f"/{RETRIEVER}/Delete")
+ADMIN = (
+    *(f"/{RANKER}/{name}" for name in ("Reload", "UpsertItems", "UpsertMembers", "RecordEvents")),
+    *(f"/{RETRIEVER}/{name}" for name in ("Upsert", "Delete")),
+)
 OPEN = "/grpc.health.v1.Health/"  # prefix of methods that need no token
 CODES = {code.value[0]: code for code in Code}
 MIN_PING_MS = 500  # callers may ping this often
@@ -76,6 +79,11 @@ class Ranker(ranker_pb2_grpc.RankerServicer):
 
     async def Reload(self, request: pb.ReloadRequest, context: ServicerContext) -> pb.ReloadResponse:  # noqa: N802
         return await self._reload(request)
+
+    async def UpsertItems(self, request: Any, context: ServicerContext) -> pb.ChangeResponse:  # noqa: N802
+        return await self._service.change(request, context.time_remaining())
+
+    UpsertMembers = RecordEvents = UpsertItems
 
 
 class Retriever(retriever_pb2_grpc.RetrieverServicer):

@@ -40,11 +40,13 @@ from brewjax.serve.connections import WILDCARDS, HttpServer, listen
 from brewjax.serve.credentials import Credentials
 from brewjax.serve.health import Health
 from brewjax.serve.http import make_app
+from brewjax.serve.live import LiveCatalogues
 from brewjax.serve.refusals import ForbiddenError, Refusals
 from brewjax.serve.retrieval import Retrieval
 from brewjax.serve.rpc import RANKER, RETRIEVER, Door, Ranker, Retriever, channel_options
 from brewjax.serve.scoring_loop import ScoringLoop
 from brewjax.serve.service import Service
+from brewjax.serve.store import StoreError, open_store
 from brewjax.serve.telemetry import Metrics
 from brewjax.serve.tracing import trace_to_collector
 
@@ -79,9 +81,13 @@ class Server:
         bundle = Bundle.load(folder, self._mesh)
         task_files = config.by_surface("tasks", bundle)
         tasks = {surface: [Task.load(path) for path in paths] for surface, paths in task_files.items()}
-        catalogues = self._read_catalogues(bundle)
         buckets, pages = _plan_memory(bundle, config)
-        metrics = Metrics()
+        self._metrics = metrics = Metrics()
+        try:
+            self._store = open_store(config.changes) if config.changes else None
+            catalogues = self._read_catalogues(bundle)
+        except StoreError as error:
+            raise config.error(f"{error}", "changes") from None
         scorer = Scorer(
             bundle.model, bundle.params, bundle.tokenizer, bundle.prompts.layout, buckets, self._mesh.build(), pages
         )
@@ -128,6 +134,7 @@ class Server:
         except (OSError, RuntimeError) as error:
             raise OSError(f"port {config.port} or http_port {config.http_port} of {config.host}: {error}") from None
         self.service.scoring_loop.start()
+        self.service.catalogues.start()
         await self._rpc.start()
         if http_sockets:
             await self._start_http(http_sockets)
@@ -182,6 +189,7 @@ class Server:
 
         Raises:
           ForbiddenError: for a folder that is not below `reload_below`.
+          StoreError: the store of changes cannot be read.
           ValueError: for a folder that cannot be read or does not fit. All that was served stays in use.
         """
         path = self._check_folder(request.folder, str(self.folder), "folder") or ""
@@ -195,15 +203,18 @@ class Server:
                 version = await asyncio.to_thread(hash_folder, Path(path))
                 prepared = await asyncio.to_thread(self.service.prepare, bundle, version[:8], catalogues)
                 retrieval = before and await asyncio.to_thread(before.reopen, encoder, index)
-            except ValueError:
+            except (ValueError, StoreError):
                 self.service.metrics.reloads.labels("refused").inc()
                 raise
+            old_catalogues = self.service.catalogues
             # No `await` between these lines: no request may meet the new ranker and the old encoder.
             loaded = self.service.swap(prepared)
             self.retrieval = retrieval
             if before and retrieval is not before:
                 before.successor = retrieval
+            catalogues.start()
             await asyncio.shield(asyncio.wrap_future(loaded))
+            await asyncio.to_thread(old_catalogues.stop)
             if self._decoding:
                 await asyncio.to_thread(self._decoding.load, bundle.params)
             if before and retrieval is not before:
@@ -235,9 +246,10 @@ class Server:
         except Exception as error:  # a broken checkpoint can raise any of many
             raise ValueError(f"{path} cannot be read: {error}") from error
 
-    def _read_catalogues(self, bundle: Bundle) -> dict[str, Catalogue]:
+    def _read_catalogues(self, bundle: Bundle) -> LiveCatalogues:
         folders = self.config.by_surface("catalogue", bundle)
-        return {name: Catalogue.load(folder, bundle, bundle.surface(name)) for name, folder in folders.items()}
+        catalogues = {name: Catalogue.load(folder, bundle.surface(name)) for name, folder in folders.items()}
+        return LiveCatalogues(bundle, catalogues, self._store, self.config.refresh_seconds, self._metrics)
 
     async def stop(self, hurry: asyncio.Event | None = None) -> bool:
         """Stops gracefully.
@@ -271,6 +283,9 @@ class Server:
         finished = await asyncio.to_thread(self.service.scoring_loop.stop, remaining)
         if self.retrieval:
             await self.retrieval.close()
+        await asyncio.to_thread(self.service.catalogues.stop)
+        if self._store:
+            self._store.close()
         log.info("stopped", extra={"finished": finished})
         return finished
 
@@ -307,7 +322,7 @@ async def serve(folder: Path, config: ServeConfig) -> bool:
             log.error("tokens and certificate refused: %s", error)
         try:
             await server.reload(pb.ReloadRequest())
-        except ValueError as error:
+        except (ValueError, StoreError) as error:
             log.error("reload refused: %s", error)
 
     def on_signal(signal_number: int) -> None:

@@ -31,13 +31,15 @@ from brewjax.serve.callers import current_caller
 from brewjax.serve.catalogue import Catalogue
 from brewjax.serve.config import ServeConfig
 from brewjax.serve.encoding import EncodedRequest, RequestEncoder
-from brewjax.serve.refusals import status_of
+from brewjax.serve.live import LiveCatalogues
+from brewjax.serve.refusals import MAX_ID, status_of
 from brewjax.serve.scoring_loop import QueueFullError, ScoringLoop
 from brewjax.serve.scoring_loop import Request as QueuedRequest
 from brewjax.serve.telemetry import Metrics
 
 log = logging.getLogger(__name__)
 tracer = trace.get_tracer("brewjax.serve")
+ChangeRequest = pb.UpsertItemsRequest | pb.UpsertMembersRequest | pb.RecordEventsRequest
 LONG = 1 << 16  # bytes of a request that takes more than some 20 ms to encode
 
 
@@ -52,7 +54,7 @@ class Service:
       costs: seconds that a full pass of each bucket takes, for `describe`.
       config: limits of requests.
       metrics: are updated with every request.
-      catalogues: know the members that requests name by `id`, by surface.
+      catalogues: know the members that requests name by `id`.
 
     Attributes:
       lame_duck: set while the server is about to stop: readiness fails, and requests are still answered.
@@ -67,12 +69,12 @@ class Service:
         costs: dict[Bucket, float],
         config: ServeConfig,
         metrics: Metrics,
-        catalogues: Mapping[str, Catalogue] | None = None,
+        catalogues: LiveCatalogues | None = None,
     ):
         self.scoring_loop, self.config, self.metrics = scoring_loop, config, metrics
         self._tasks = tasks
         self._max_prefix_tokens = config.max_prefix_tokens or bundle.prompts.max_tokens
-        self._encoder = self._make_encoder(bundle, version, catalogues or {})
+        self._encoder = self._make_encoder(bundle, version, catalogues)
         metrics.model.info({"model": self.model})
         self._costs = costs
         # Tokenizers release Python's lock. Long requests have their own threads, so that short ones do not wait.
@@ -85,6 +87,11 @@ class Service:
     def model(self) -> str:
         """Name and version of the served model."""
         return self._encoder.model
+
+    @property
+    def catalogues(self) -> LiveCatalogues:
+        """The catalogues that are served."""
+        return self._encoder.catalogues
 
     def catalogue(self, member: pb.Member) -> Catalogue | None:
         """The catalogue that a member's id is of, if there is one. Raises ValueError if there is no such surface."""
@@ -141,12 +148,15 @@ class Service:
                     fields = {"request_id": request_id, "method": method, "code": code.name}
                     log.info("answered", extra={**fields, "seconds": round(seconds, 4)})
 
-    async def score(self, request: pb.ScoreRequest, seconds: float | None = None) -> pb.ScoreResponse:
+    async def score(
+        self, request: pb.ScoreRequest, seconds: float | None = None, catalogue: Catalogue | None = None
+    ) -> pb.ScoreResponse:
         """Scores the items of a request.
 
         Args:
           request: a member or a raw prompt, with at most `max_candidates` items.
           seconds: until the caller's deadline; None without one.
+          catalogue: that a member by id is read from; by default the surface's, as it is now.
 
         Raises:
           ValueError: naming the field and what is wrong with it.
@@ -157,7 +167,7 @@ class Service:
         request_id = request.request_id or uuid.uuid4().hex
         with self.request_scope("Score", request_id):
             async with self._deadline(seconds) as deadline:
-                encoded, queued = await self._encode(request, self.config.max_candidates, deadline)
+                encoded, queued = await self._encode(request, self.config.max_candidates, deadline, catalogue)
                 probabilities = np.empty((len(encoded.prompt.questions), len(encoded.prompt.labels)), np.float32)
 
                 def store(first: int, chunk: np.ndarray) -> None:
@@ -209,6 +219,36 @@ class Service:
                 finally:
                     queued.cancel()
 
+    async def change(self, request: ChangeRequest, seconds: float | None = None) -> pb.ChangeResponse:
+        """Changes the catalogue of a surface.
+
+        Args:
+          request: the rows.
+          seconds: until the caller's deadline; None without one.
+
+        Returns:
+          How many rows: they are in the store of changes.
+
+        Raises:
+          ValueError: naming the field and what is wrong with it.
+          StoreError: the store cannot be written to.
+          TimeoutError: the deadline passes; the store may have the rows.
+        """
+        request_id = request.request_id or uuid.uuid4().hex
+        with self.request_scope(type(request).__name__.removesuffix("Request"), request_id[:MAX_ID]):
+            async with self._deadline(seconds):
+                if len(request.request_id) > MAX_ID:
+                    raise ValueError(f"request_id: {len(request.request_id):,} characters; give at most {MAX_ID}")
+                if (size := request.ByteSize()) > self.config.max_request_bytes:
+                    limit = f"{self.config.max_request_bytes:,} are read (max_request_bytes)"
+                    raise ValueError(f"the request: {size:,} bytes; at most {limit}")
+                change = pb.Change.FromString(request.SerializeToString())  # whose fields have the same numbers
+                rows = len(change.items) + len(change.members) + len(change.events)
+                if not rows:
+                    raise ValueError(f"{request.DESCRIPTOR.fields[-1].name}: none; give at least one")
+                await self.catalogues.append(change)
+            return pb.ChangeResponse(request_id=request_id, rows=rows)
+
     def describe(self) -> pb.DescribeResponse:
         """The model, its tasks, and the limits."""
         config, bundle = self.config, self._encoder.bundle
@@ -258,7 +298,7 @@ class Service:
             compilations=self.scoring_loop.scorer.compilations(),
         )
 
-    def prepare(self, bundle: Bundle, version: str, catalogues: Mapping[str, Catalogue]) -> RequestEncoder:
+    def prepare(self, bundle: Bundle, version: str, catalogues: LiveCatalogues) -> RequestEncoder:
         """Makes ready to serve other weights, and other catalogues, by `swap`.
 
         Raises ValueError for a bundle of another shape or tokenizer, or with weights that are not finite.
@@ -283,7 +323,7 @@ class Service:
             raise ValueError("the checkpoint has another tokenizer; start a new server for it")
         check_finite(bundle)
 
-    def _make_encoder(self, bundle: Bundle, version: str, catalogues: Mapping[str, Catalogue]) -> RequestEncoder:
+    def _make_encoder(self, bundle: Bundle, version: str, catalogues: LiveCatalogues | None) -> RequestEncoder:
         model = f"{bundle.model.name}@{version}"
         return RequestEncoder(bundle, model, self._tasks, self.config, self._max_prefix_tokens, catalogues)
 
@@ -298,7 +338,7 @@ class Service:
             raise TimeoutError(f"not answered within {limit:.3g} seconds") from None
 
     async def _encode(
-        self, request: pb.ScoreRequest, max_items: int, deadline: float
+        self, request: pb.ScoreRequest, max_items: int, deadline: float, catalogue: Catalogue | None = None
     ) -> tuple[EncodedRequest, QueuedRequest]:
         """Encodes a request with the encoder that is in use when it is done.
 
@@ -309,7 +349,7 @@ class Service:
         threads = self._threads if request.ByteSize() <= LONG else self._long_request_threads
 
         def encode(encoder: RequestEncoder) -> tuple[EncodedRequest, QueuedRequest]:
-            encoded = encoder.encode(request, max_items)
+            encoded = encoder.encode(request, max_items, catalogue)
             return encoded, self.scoring_loop.prepare(encoded.prompt, _normalize_over(request), deadline, caller)
 
         with tracer.start_as_current_span("encode"):

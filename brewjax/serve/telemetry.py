@@ -61,4 +61,22 @@ class Metrics:
         self.filter_share = Histogram(
             "filter_share", "Share of the index that a query's filter admits.", buckets=SHARES, **registry
         )
+        self.catalogue_lag = Histogram(
+            "catalogue_lag_seconds",
+            "Seconds from receiving a change of the catalogue until requests read it.",
+            buckets=(*SECONDS, 60),
+            **registry,
+        )
+        self.catalogue_refresh = Histogram(
+            "catalogue_refresh_seconds", "Seconds that a refresh with changes took.", buckets=(*SECONDS, 60), **registry
+        )
+        self.catalogue_rows = Gauge(
+            "catalogue_rows", "Rows of the catalogue that requests read.", ["surface", "table"], **registry
+        )
+        self.catalogue_failures = Counter(
+            "catalogue_failures",
+            "Refreshes that failed (refresh; store: it could not be read), changes that were left out (change).",
+            ["reason"],
+            **registry,
+        )
         self.reloads = Counter("reloads", "Reloads by outcome (loaded, refused).", ["outcome"], **registry)

@@ -195,7 +195,6 @@ def test_a_change_cut_short_by_a_crash_ends_its_segment(tmp_path):
     index = Index.create(folder, IndexConfig(dimensions=D))
     for number in range(3):
         index.upsert([number], vectors(1, number))
-    index._log._file.flush()
     (segment,) = folder.glob("changes-*")
     whole = segment.read_bytes()
     index.close()
@@ -234,8 +233,8 @@ def test_a_start_that_replays_much_leaves_a_snapshot(index, tmp_path, monkeypatc
         assert reopened.rows() == rows
         reopened.close()
         files = sorted(path.name for path in (tmp_path / "index").iterdir() if path.name != "index.yaml")
-        assert files[0] == "changes-00000002.arrows"
-        assert files[-1] == "snapshot-00000002"
+        assert files[0] == "changes-00000001.log"
+        assert files[-1] == "snapshot-00000001"
 
 
 def test_many_changes_leave_a_snapshot_while_the_index_is_open(index, tmp_path, monkeypatch):

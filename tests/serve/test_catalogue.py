@@ -18,7 +18,7 @@ NOW = moment(330)
 
 @pytest.fixture(scope="module")
 def catalogue(bundle, dataset) -> Catalogue:
-    return Catalogue.load(dataset.path, bundle, bundle.surface())
+    return Catalogue.load(dataset.path, bundle.surface())
 
 
 def by_id(dataset, full: pb.Member, row: int) -> pb.Member:
@@ -78,7 +78,7 @@ def test_another_card_is_refused(bundle, dataset):
     items = surface.card.items.model_copy(update={"attributes": surface.card.items.attributes[1:]})
     changed = dataclasses.replace(surface, card=surface.card.model_copy(update={"items": items}))
     with pytest.raises(ConfigError, match="its card's 'items' is not that of the model's training on surface 'jobs'"):
-        Catalogue.load(dataset.path, bundle, changed)
+        Catalogue.load(dataset.path, changed)
 
 
 def test_a_task_with_context_needs_the_exposures(dataset, tasks, catalogue):

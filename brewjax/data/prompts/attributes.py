@@ -79,7 +79,7 @@ class RowRenderer:
         self._has_times = dataset.card.events.time is not None
         self.attributes: tuple[Attribute, ...] = getattr(dataset.card, table).attributes
         data: pa.Table = getattr(dataset, table)
-        self._columns = {a.column: _read_values(data[a.column], a.kind) for a in self.attributes}
+        self._columns = {a.column: data[a.column] for a in self.attributes}
         groups: dict[Table, tuple[FactGroup, ...]] = {
             "members": ("members",), "items": ("items", "pairs"), "events": ("events",)
         }  # fmt: skip
@@ -119,8 +119,7 @@ class RowRenderer:
 
     def values(self, attribute: Attribute, rows: np.ndarray) -> list[Any]:
         """The value of an attribute of each row (int [rows])."""
-        column = self._columns[attribute.column]
-        return [column[row] for row in rows]
+        return _read_values(self._columns[attribute.column].take(pa.array(rows)), attribute.kind)
 
     def fact_values(self, stated: StatedFact, rows: RowsAsOf) -> list[float]:
         """The number of a fact of each row, NaN where it is unknown."""

@@ -83,6 +83,8 @@ class Dataset:
             events = events.append_column(PSEUDO_TIME, _pseudo_times(card, members, items, events))
         time = events[card.events.time or PSEUDO_TIME].cast(pa.timestamp("us")).cast(pa.int64()).to_numpy()
         member = pc.index_in(events[card.events.member], members[card.members.id].combine_chunks()).to_numpy()
+        # Whole columns: Arrow takes a few rows of one in chunks by copying all of it.
+        members, items = members.combine_chunks(), items.combine_chunks()
         return cls(path, card, members, items, events.take(np.lexsort((time, member))))
 
     @cached_property
