@@ -23,8 +23,8 @@ from brewjax.data.records.contrastive import ContrastiveConfig, MinedNegatives
 from brewjax.data.records.provenance import training_examples
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.partition import WHOLE
-from brewjax.data.tasks.conditions import ITEM, row_matches
 from brewjax.data.tasks.examples import RankingExample
+from brewjax.data.tasks.questions import eligible_items
 from brewjax.data.tasks.task import Task
 from brewjax.paths import atomic_file
 from brewjax.retrieve.encoder import Encoder
@@ -61,7 +61,7 @@ def mine_negatives(
     vectors = encoder.embed_items(dataset, np.arange(len(dataset.items)), until)
     with tempfile.TemporaryDirectory() as temporary:
         index = Index.create(Path(temporary) / "items", IndexConfig(dimensions=vectors.shape[1]))
-        rows = np.flatnonzero(row_matches(dataset, task.questions.where, ITEM))
+        rows = np.flatnonzero(eligible_items(dataset, task))
         index.upsert(rows.tolist(), vectors[rows])
         examples = training_examples(dataset, task, config, WHOLE, config.repeats)
         parts = iter(lambda: list(itertools.islice(examples, PART)), [])

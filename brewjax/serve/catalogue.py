@@ -78,7 +78,7 @@ class Catalogue:
         row = self._member_rows.get(member.id)
         if row is None:
             raise ValueError(f"member.id: no member '{member.id}' in the catalogue; {self._describe_ids('members')}")
-        candidates = [self._item_row(item, f"member.items[{index}]") for index, item in enumerate(member.items)]
+        candidates = [self._item_row(task, item, f"member.items[{index}]") for index, item in enumerate(member.items)]
         return unanswered(self.dataset, task, row, request_time(member), np.array(candidates, np.int32))
 
     def past_items(self, example: RankingExample) -> list[str]:
@@ -87,13 +87,16 @@ class Catalogue:
         items = self.dataset.event_item[start : start + example.num_past_events]
         return [self.dataset.item_id(row) for row in np.unique(items)]
 
-    def _item_row(self, item: pb.Item, field: str) -> int:
+    def _item_row(self, task: Task, item: pb.Item, field: str) -> int:
         for name in ("attributes", "context"):
             if getattr(item, name):
                 raise ValueError(f"{field}.{name}: with member.id, an item is its id alone")
         row = self._item_rows.get(item.id)
         if row is None:
             raise ValueError(f"{field}.id: no item '{item.id}' in the catalogue; {self._describe_ids('items')}")
+        origin = self.dataset.card.origin_of(task.questions.actions[0])
+        if [*self.dataset.card.origins][self.dataset.item_origin[row]] != origin:
+            raise ValueError(f"{field}.id: '{item.id}' is none of {origin}, which task '{task.name}' asks about")
         return row
 
     def _describe_ids(self, table: str) -> str:

@@ -331,7 +331,7 @@ class Retrieval:
         return self.encoder.sides(dataset, facts).member(example)
 
     def _read_item(self, item: pb.Attributes, field: str) -> list[int]:
-        tables = read_items(self.encoder.surface.card, {field: item.values})
+        tables = read_items(self.encoder.surface.card, self.encoder.task, {field: item.values})
         return self.encoder.sides(tables, RequestFacts(tables)).items(np.zeros(1, int), int(time.time() * 1e6))[0]
 
     def _read_text(self, text: str, field: str) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -36,8 +36,11 @@ class StatedFact:
 
     @classmethod
     def of(cls, group: FactGroup, fact: Fact) -> StatedFact:
-        """The fact as a number under its name, capitalised."""
-        attribute = Attribute(column=fact.name, kind="number", buckets=fact.buckets, where=("question",))
+        """The fact as a number under its name in prompts."""
+        name = fact.stated_name
+        attribute = Attribute(
+            column=fact.name, kind="number", display_name=name, buckets=fact.buckets, where=("question",)
+        )
         return cls(group, fact, attribute, fact.kind_of(group))
 
 
@@ -57,9 +60,21 @@ class RowsAsOf:
     members: np.ndarray | None = None
     omitted_facts: Collection[str] = ()
 
+    def select(self, indices: np.ndarray) -> RowsAsOf:
+        """Some of the rows, by `indices`: int positions."""
+        members = None if self.members is None else self.members[indices]
+        return RowsAsOf(self.rows[indices], self.times[indices], members, self.omitted_facts)
+
+
+class _Stated(NamedTuple):
+    """What prompts state of a row."""
+
+    attributes: tuple[Attribute, ...]
+    facts: list[StatedFact]
+
 
 class RowRenderer:
-    """Renders the attributes and facts of the rows of one table.
+    """Renders the attributes and facts of the rows of one table; in a union, of each row those of its dataset.
 
     Args:
       dataset: the tables.
@@ -82,14 +97,23 @@ class RowRenderer:
         self._table, self._percentiles, self._source, self._clean = table, percentiles, source, clean
         self._kinds = kinds
         self._has_times = dataset.card.events.time is not None
-        self.attributes: tuple[Attribute, ...] = getattr(dataset.card, table).attributes
-        data: pa.Table = getattr(dataset, table)
-        self._columns = {a.column: _read_values(data[a.column], a.kind) for a in self.attributes}
         groups: dict[Table, tuple[FactGroup, ...]] = {
             "members": ("members",), "items": ("items", "pairs"), "events": ("events",)
         }  # fmt: skip
-        facts = dataset.card.facts
-        self.facts = [StatedFact.of(group, fact) for group in groups[table] for fact in getattr(facts, group)]
+        cards = [dataset.card] if table == "members" else [*dataset.card.origins.values()]
+        self._stated = [
+            _Stated(
+                getattr(card, table).attributes,
+                [StatedFact.of(group, fact) for group in groups[table] for fact in getattr(card.facts, group)],
+            )
+            for card in cards
+        ]
+        self._origin: np.ndarray | None = None  # of each row, its place in `_stated`, if there are several
+        if len(cards) > 1:
+            self._origin = dataset.item_origin if table == "items" else dataset.event_origin
+        data: pa.Table = getattr(dataset, table)
+        attributes = [attribute for stated in self._stated for attribute in stated.attributes]
+        self._columns = {a.column: _read_values(data[a.column], a.kind) for a in attributes}
 
     def render(
         self,
@@ -110,21 +134,44 @@ class RowRenderer:
           columns: only these attributes, and no facts; by default all.
         """
         by_row: list[list[str]] = [[] for _ in rows.rows]
-        for attribute in self.attributes:
+        for index, stated in enumerate(self._stated):
+            if self._origin is None:
+                self._render_alike(by_row, stated, rows, style, where, longest, columns, task)
+            elif len(alike := np.flatnonzero(self._origin[rows.rows] == index)):
+                texts = [by_row[row] for row in alike]
+                self._render_alike(texts, stated, rows.select(alike), style, where, longest, columns, task)
+        return by_row
+
+    def _render_alike(
+        self,
+        by_row: list[list[str]],
+        stated: _Stated,
+        rows: RowsAsOf,
+        style: Style,
+        where: Where,
+        longest: int | None,
+        columns: Sequence[str] | None,
+        task: Task | None,
+    ) -> None:
+        """Appends what is stated of each of `rows` to the texts of `by_row`; for the other arguments see `render`."""
+        for attribute in stated.attributes:
             shown = where in attribute.where and (columns is None or attribute.column in columns)
             if shown and (attribute.num_buckets or not style.buckets_only):
                 values, kind = self.values(attribute, rows.rows), attribute_kind(self._table)
                 self._render(by_row, f"{self._table}.{attribute.column}", attribute, kind, values, rows, style, longest)
         if columns is None and (where == "question" or self._table == "events"):
-            for stated in self.facts:
-                key = f"{stated.group}.{stated.fact.name}"
-                stated_here = (stated.fact.buckets or not style.buckets_only) and key not in rows.omitted_facts
-                if stated_here and (stated.group != "pairs" or rows.members is not None):
-                    numbers = self.fact_values(stated, rows)
-                    sign = target_sign(task, stated.fact) if task and style.marks_target else 0
-                    kind = stated.kind + TARGET if sign else stated.kind
-                    self._render(by_row, key, stated.attribute, kind, numbers, rows, style, longest, sign < 0)
-        return by_row
+            for fact in stated.facts:
+                key = f"{fact.group}.{fact.fact.name}"
+                stated_here = (fact.fact.buckets or not style.buckets_only) and key not in rows.omitted_facts
+                if stated_here and (fact.group != "pairs" or rows.members is not None):
+                    numbers = self.fact_values(fact, rows)
+                    sign = target_sign(task, fact.fact) if task and style.marks_target else 0
+                    kind = fact.kind + TARGET if sign else fact.kind
+                    self._render(by_row, key, fact.attribute, kind, numbers, rows, style, longest, sign < 0)
+
+    def stated_of(self, row: int) -> tuple[tuple[Attribute, ...], list[StatedFact]]:
+        """The attributes and facts that a row can have, in the order of prompts."""
+        return self._stated[0 if self._origin is None else self._origin[row]]
 
     def values(self, attribute: Attribute, rows: np.ndarray) -> list[Any]:
         """The value of an attribute of each row (int [rows])."""
@@ -144,7 +191,7 @@ class RowRenderer:
     def longest(self, row: int, time: int, style: Style) -> str:
         """The column whose text is the longest of a row."""
         sizes = {}
-        for attribute in self.attributes:
+        for attribute in self.stated_of(row)[0]:
             if "question" in attribute.where:
                 (value,) = self.values(attribute, np.array([row]))
                 key = f"{self._table}.{attribute.column}"
@@ -231,9 +278,10 @@ def stated_kinds(card: Card, tasks: Sequence[Task], styles: Iterable[Style]) -> 
             for table in tables:
                 if any(attribute.num_buckets for attribute in getattr(card, table).attributes):
                     kinds.add(attribute_kind(table))
-            for group, fact in card.facts.declared():
-                marked = [bool(style.marks_target and target_sign(task, fact)) for task in tasks]
-                kinds |= {fact.kind_of(group) + TARGET * mark for mark in marked}
+            for task in tasks:
+                for group, fact in task.side_of(card).facts.declared():
+                    mark = bool(style.marks_target and target_sign(task, fact))
+                    kinds.add(fact.kind_of(group) + TARGET * mark)
     return kinds
 
 
