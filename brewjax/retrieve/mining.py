@@ -53,9 +53,8 @@ def mine_negatives(
     """
     if encoder.task.name != task.name:
         raise mined.error(f"the encoder is of task '{encoder.task.name}', not '{task.name}'", "encoder")
-    for key in ("members", "items", "events", "facts"):
-        if getattr(encoder.surface.card, key) != getattr(dataset.card, key):
-            raise mined.error(f"the encoder was trained on tables with other '{key}' in their card", "encoder")
+    if key := encoder.surface.card.differing_part(dataset.card):
+        raise mined.error(f"the encoder was trained on tables with other '{key}' in their card", "encoder")
     folder.mkdir(parents=True, exist_ok=True)
     until = task.boundaries(dataset)[0]
     vectors = encoder.embed_items(dataset, np.arange(len(dataset.items)), until)

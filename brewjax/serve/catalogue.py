@@ -11,7 +11,6 @@ import pyarrow as pa
 from brewjax.bundle.bundle import Bundle
 from brewjax.bundle.surface import Surface
 from brewjax.config import ConfigError
-from brewjax.data.tables.card import Card
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.statistics import FactValues
 from brewjax.data.tasks.examples import RankingExample, example_at, unanswered
@@ -41,7 +40,7 @@ class Catalogue:
           ConfigError: the card is not that of the model's training on the surface.
         """
         catalogue = cls(dataset := Dataset.load(folder))
-        if part := catalogue.differing_part(surface.card):
+        if part := dataset.card.differing_part(surface.card):
             message = f"its card's '{part}' is not that of the model's training on surface '{surface.name}'"
             raise ConfigError(f"{folder}: {message}")
         for task in surface.tasks:  # the first request would wait for the facts' indices
@@ -49,11 +48,6 @@ class Catalogue:
             verbalizer = bundle.request_verbalizer(surface, dataset, catalogue.facts)
             verbalizer.prompt(task, example, bundle.prompts.score_style)
         return catalogue
-
-    def differing_part(self, card: Card) -> str:
-        """The part of a card that the dataset's own says otherwise; empty where both speak of the same tables."""
-        parts = ("members", "items", "events", "facts")
-        return next((part for part in parts if getattr(self.dataset.card, part) != getattr(card, part)), "")
 
     @cached_property
     def _item_rows(self) -> dict[str, int]:

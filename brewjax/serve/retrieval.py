@@ -325,7 +325,7 @@ class Retrieval:
         if member.task not in ("", task.name):
             raise ValueError(f"{field}.task: '{member.task}'; this encoder reads the history of task '{task.name}'")
         card, catalogue = self.encoder.surface.card, self._service.catalogue(member) if member.id else None
-        if catalogue and (part := catalogue.differing_part(card)):
+        if catalogue and (part := catalogue.dataset.card.differing_part(card)):
             raise ValueError(f"{field}.surface: the catalogue's '{part}' are not those of the encoder; name another")
         dataset, example, facts = read_member(card, task, member, catalogue)
         return self.encoder.sides(dataset, facts).member(example)

@@ -268,6 +268,21 @@ class Card(Config):
         is no union's all facts, as ""."""
         return {"": self.facts}
 
+    def differing_part(self, card: Card) -> str:
+        """Compares cards by what they say of the tables; names and licences do not matter.
+
+        Args:
+          card: another one.
+
+        Returns:
+          The first part that differs, such as "items"; empty if none does.
+        """
+        if [*self.origins] != [*card.origins]:
+            return "include"
+        pairs = [(self, card), *zip(self.origins.values(), card.origins.values(), strict=True)]
+        parts = ("members", "items", "events", "facts")
+        return next((part for part in parts if any(getattr(a, part) != getattr(b, part) for a, b in pairs)), "")
+
     def origin_of(self, action: str) -> str:
         """Looks up which dataset of a union has an action.
 
