@@ -38,7 +38,7 @@ def simulate(
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.", min=0)] = 0,
     months: Annotated[int, typer.Option(help="How long it goes on, from January 2025.")] = 8,
 ) -> None:
-    """Simulate a professional network with a known truth: three datasets of the same members."""
+    """Simulate a professional network with a known truth: three datasets of the same members, and their union."""
     from brewjax.data.simulate.network import simulate_network
 
     if name != "network":
@@ -47,8 +47,8 @@ def simulate(
         simulate_network(out, members, seed, months)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    for surface in sorted(path for path in out.iterdir() if path.is_dir()):
-        console.print(f"{surface}: `brewjax data check {surface}`")
+    for folder in (*sorted(path for path in out.iterdir() if path.is_dir()), out):
+        console.print(f"{folder}: `brewjax data check {folder}`")
 
 
 @app.command()

@@ -43,8 +43,9 @@ def embed(
     encoder, tables = Encoder.load(model), Dataset.load(dataset)
     now = tables.last_event_time + 1
     if side == "items":
-        ids = tables.items[tables.card.items.id]
-        vectors = encoder.embed_items(tables, np.arange(len(ids)), now, dimensions)
+        rows = np.flatnonzero(tables.items_of(encoder.task.questions.actions[0]))
+        ids = tables.items[tables.card.items.id].take(pa.array(rows))
+        vectors = encoder.embed_items(tables, rows, now, dimensions)
     else:
         ids = tables.members[tables.card.members.id]
         examples = [example_at(tables, encoder.task, member, now) for member in range(len(ids))]

@@ -461,7 +461,14 @@ def _describe(error: Any, path: str, places: dict[Location, str]) -> str:
 
 
 def describe(error: Any) -> str:
-    """One of pydantic's errors in plain words: what was expected, and what is there."""
+    """Says one of pydantic's errors in plain words.
+
+    Args:
+      error: one of `ValidationError.errors()`.
+
+    Returns:
+      What was expected, and what is there.
+    """
     kind, context, shown = error["type"], error.get("ctx", {}), f", found {_show(error['input'])}"
     match kind:
         case "misplaced":

@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 
 from brewjax.config import Config
 from brewjax.data.tables.card import Card
+from brewjax.data.tables.union import UnionCard
 from brewjax.data.tasks.task import Task
 from brewjax.model.config import ModelConfig
 from brewjax.pipeline.ladder import Ladder
@@ -21,6 +22,7 @@ from brewjax.train.loop import TrainConfig
 
 FILES: dict[str, type[Config]] = {
     "dataset": Card,
+    "union": UnionCard,
     "task": Task,
     "model": ModelConfig,
     "suite": Suite,

@@ -14,6 +14,7 @@ from tests.pipeline.test_recipe import LINES
 
 FOLDERS = {
     "datasets": "dataset",
+    "union.yaml": "union",
     "tasks": "task",
     "models": "model",
     "recipes": "recipe",

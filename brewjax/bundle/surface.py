@@ -14,6 +14,7 @@ from brewjax.config import Config, suggest
 from brewjax.data.tables.card import CARD, Card
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.statistics import Percentiles
+from brewjax.data.tables.union import load_card
 from brewjax.data.tasks.task import Task
 
 # Of a model's folder, and of each surface's.
@@ -141,4 +142,4 @@ class Surface:
         file = folder / TEMPERATURES
         temperatures = Temperatures.load(file).tasks if file.exists() else {}
         scale = PercentileScale.load(folder / PERCENTILES)
-        return cls(folder.name, Card.load(folder / CARD), scale, tasks, temperatures)
+        return cls(folder.name, load_card(folder), scale, tasks, temperatures)

@@ -14,6 +14,7 @@ from brewjax.data.tables.card import CARD, Card
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.facts import GROUPS, Fact, FactGroup, Facts
 from brewjax.data.tables.statistics import FactValues
+from brewjax.data.tables.union import parse_card
 from brewjax.data.tasks.examples import RankingExample, sample_examples
 from brewjax.data.tasks.task import Task
 from brewjax.evaluate.features import CandidateRows
@@ -63,7 +64,7 @@ def propose_facts(dataset: Dataset, task: Task, max_facts: int = 12) -> list[Gai
             raise task.error(f"no question falls into the {name} period", "split")
     score = _Judge(dataset, task, train, validation)
     base = score(())
-    candidates = list(candidate_facts(dataset.card))
+    candidates = list(candidate_facts(task.side_of(dataset.card)))
     alone = [(base[2] - score((candidate,))[2], candidate) for candidate in track(candidates, "facts")]
     promising = [candidate for gain, candidate in sorted(alone, key=lambda pair: -pair[0]) if gain > MIN_GAIN]
     chosen: list[Gain] = []
@@ -146,7 +147,7 @@ def write_facts(folder: Path, gains: Sequence[Gain]) -> None:
             break
     text = "".join(lines)
     text += ("" if text.endswith("\n") else "\n") + facts_yaml(gains)
-    Card.parse(text, str(path))
+    parse_card(text, folder)
     write_text(path, text)
 
 
@@ -156,7 +157,7 @@ class _Judge:
     def __init__(
         self, dataset: Dataset, task: Task, train: Sequence[RankingExample], validation: Sequence[RankingExample]
     ):
-        bare = dataclasses.replace(dataset, card=dataset.card.model_copy(update={"facts": Facts()}))
+        bare = dataclasses.replace(dataset, card=task.side_of(dataset.card).model_copy(update={"facts": Facts()}))
         self._facts, self._sides = FactValues.of(dataset), (train, validation)
         self._rows = [CandidateRows.from_examples(examples) for examples in self._sides]
         self._attributes = [stated_numbers(bare, task, examples) for examples in self._sides]

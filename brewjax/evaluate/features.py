@@ -122,11 +122,12 @@ def build_features(dataset: Dataset, task: Task, examples: Sequence[RankingExamp
     the card: all that a prompt states.
     """
     candidates, log = CandidateRows.from_examples(examples), EventLog.from_dataset(dataset, task)
+    card = task.side_of(dataset.card)
     columns: dict[str, np.ndarray] = {}
     categorical: list[str] = []
     for side, table, attributes, event_keys, keys in (
-        ("member", dataset.members, dataset.card.members.attributes, log.member, candidates.member),
-        ("item", dataset.items, dataset.card.items.attributes, log.item, candidates.item),
+        ("member", dataset.members, card.members.attributes, log.member, candidates.member),
+        ("item", dataset.items, card.items.attributes, log.item, candidates.item),
     ):
         for column, values in _history(log, event_keys, keys, candidates.cutoff_time).items():
             columns[f"{side} {column}"] = values
@@ -135,14 +136,14 @@ def build_features(dataset: Dataset, task: Task, examples: Sequence[RankingExamp
                 columns[f"{side} {column}"] = values
                 if attribute.kind == "category":
                     categorical.append(f"{side} {column}")
-    for attribute in dataset.card.items.attributes:
+    for attribute in card.items.attributes:
         if attribute.kind in ("category", "list"):
             columns |= _affinity(log, candidates, dataset.items, attribute)
-    for attribute in dataset.card.members.attributes:
+    for attribute in card.members.attributes:
         if attribute.kind == "category":
             columns |= _cohort_features(log, candidates, dataset.members, attribute)
     facts = FactValues.of(dataset)
-    for group, fact in dataset.card.facts.declared():
+    for group, fact in card.facts.declared():
         if group != "events":
             columns[f"{group}: {fact.name}"] = facts.values(
                 group, fact, candidates.member, candidates.item, candidates.cutoff_time
@@ -178,7 +179,7 @@ def _affinity(log: EventLog, candidates: CandidateRows, items: pa.Table, attribu
     For each value of the candidate: its share of the member's events, and the mean of every signal over these; each is
     averaged over the candidate's values.
     """
-    item_values = Ragged.read(items, attribute)
+    item_values = Ragged.read(items, attribute.column)
     names = item_values.names
     event, value = item_values.expand(log.item)
     pairs = PointInTimeIndex(log.member[event] * len(names) + value, log.time[event])
@@ -204,7 +205,7 @@ def _cohort_features(
 ) -> dict[str, np.ndarray]:
     """The item among the members of the same category: its share of their events, and the mean of every signal over
     their events with it."""
-    member_values = Ragged.read(members, attribute)
+    member_values = Ragged.read(members, attribute.column)
     names = member_values.names
     event, value = member_values.expand(log.member)
     pairs = PointInTimeIndex(log.item[event] * len(names) + value, log.time[event])
@@ -235,7 +236,7 @@ def _attribute(
     if attribute.kind == "date":
         times = floats(table[attribute.column].cast(pa.timestamp("us")).cast(pa.int64()))
         return {f"days since {attribute.name}": (cutoff_time - times[rows]) / DAY}
-    row_values = Ragged.read(table, attribute)
+    row_values = Ragged.read(table, attribute.column)
     names = row_values.names
     row, value = row_values.expand(rows)
     if attribute.kind == "category":

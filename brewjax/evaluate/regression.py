@@ -118,19 +118,19 @@ class FactRegression:
 
 def stated_numbers(dataset: Dataset, task: Task, examples: Sequence[RankingExample]) -> dict[str, np.ndarray]:
     """The numbers that the profile and the question of each candidate state, float64 [questions] each, by name."""
-    rows = CandidateRows.from_examples(examples)
+    rows, card = CandidateRows.from_examples(examples), task.side_of(dataset.card)
     exposures = np.concatenate([[], *(example.exposures for example in examples)]).astype(np.int64)
     numbers: dict[str, np.ndarray] = {}
     for table, index in (("members", rows.member), ("items", rows.item)):
-        for attribute in getattr(dataset.card, table).attributes:
+        for attribute in getattr(card, table).attributes:
             if attribute.kind == "number" and "question" in attribute.where:
                 numbers[f"{table}.{attribute.column}"] = floats(getattr(dataset, table)[attribute.column])[index]
-    for attribute in dataset.card.events.attributes:
+    for attribute in card.events.attributes:
         if attribute.kind == "number" and attribute.column in task.questions.context:
             values = floats(dataset.events[attribute.column])[exposures]
             numbers[f"events.{attribute.column}"] = np.where(exposures >= 0, values, np.nan)
     facts = FactValues.of(dataset)
-    for group, fact in dataset.card.facts.declared():
+    for group, fact in card.facts.declared():
         if group != "events":
             numbers[f"{group}.{fact.name}"] = facts.values(group, fact, rows.member, rows.item, rows.cutoff_time)
     return numbers

@@ -203,7 +203,7 @@ class Context:
         """
         ids = self.item_ids
         if str(item) not in ids:
-            noun = self.dataset.card.items.noun
+            noun = self.task.side_of(self.dataset.card).items.noun
             raise ValueError(f"{noun} '{item}' is not among the {len(ids)} candidates; {suggest(str(item), ids[:20])}")
         return ids.index(str(item))
 

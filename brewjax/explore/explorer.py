@@ -236,7 +236,10 @@ class Explorer:
             raise ValueError(f"no {ENCODER} in the model's folder; a stage 'do: contrastive' trains a model to embed")
         table = tables.members if side == "members" else tables.items
         id_column = tables.card.members.id if side == "members" else tables.card.items.id
-        chosen = table[id_column].cast(pa.string()).to_pylist() if ids is None else [str(each) for each in ids]
+        chosen = [str(each) for each in (table[id_column].to_pylist() if ids is None else ids)]
+        if ids is None and side == "items":  # in a union, of the dataset that the encoder is of
+            is_alike = tables.items_of(encoder.task.questions.actions[0])
+            chosen = [each for each, alike in zip(chosen, is_alike, strict=True) if alike]
         time = _microseconds(at)
         time = tables.last_event_time + 1 if time is None else time
         if side == "members":

@@ -15,9 +15,9 @@ from brewjax.bundle.training import TrainedOn, Training
 from brewjax.config import ConfigError
 from brewjax.data.prompts.overlong import OverlongLog
 from brewjax.data.prompts.verbalize import Verbalizer
-from brewjax.data.tables.card import load_card
-from brewjax.data.tables.dataset import Dataset, hash_dataset
+from brewjax.data.tables.dataset import Dataset, dataset_names, hash_dataset
 from brewjax.data.tables.statistics import Percentiles
+from brewjax.data.tables.union import load_card
 from brewjax.data.tasks.examples import RankingExample, sample_examples
 from brewjax.data.tasks.task import Split, Task, load_tasks
 from brewjax.data.text.encode import EncodedPrompt
@@ -273,11 +273,12 @@ class Run:
         before = Training.of_model(self.base) if self.base else None
         data = [
             TrainedOn(
-                dataset=surface.dataset.card.name,
-                tables=surface.tables,
+                dataset=name,
+                tables=tables,
                 until=surface.until,
                 tasks=tuple(each.task.name for each in surface.tasks),
             )
             for surface in self.surfaces.values()
+            for name, tables in dataset_names(Path(surface.config.dataset))
         ]
         return Training(data=(*(before.data if before else ()), *data))

@@ -98,7 +98,7 @@ def search_catalogue(
     Returns:
       int64 [k] for each query, rows of the nearest items, the nearest first.
     """
-    rows = np.arange(len(dataset.items))
+    rows = np.flatnonzero(dataset.items_of(encoder.task.questions.actions[0]))
     members = encoder.embed_members(dataset, queries.examples, dimensions)
     with tempfile.TemporaryDirectory() as folder:
         index = Index.create(Path(folder) / "items", IndexConfig(dimensions=members.shape[1]))

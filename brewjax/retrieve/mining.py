@@ -23,8 +23,8 @@ from brewjax.data.records.contrastive import ContrastiveConfig, MinedNegatives
 from brewjax.data.records.provenance import training_examples
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.partition import WHOLE
-from brewjax.data.tasks.conditions import ITEM, row_matches
 from brewjax.data.tasks.examples import RankingExample
+from brewjax.data.tasks.questions import eligible_items
 from brewjax.data.tasks.task import Task
 from brewjax.paths import atomic_file
 from brewjax.retrieve.encoder import Encoder
@@ -53,15 +53,14 @@ def mine_negatives(
     """
     if encoder.task.name != task.name:
         raise mined.error(f"the encoder is of task '{encoder.task.name}', not '{task.name}'", "encoder")
-    for key in ("members", "items", "events", "facts"):
-        if getattr(encoder.surface.card, key) != getattr(dataset.card, key):
-            raise mined.error(f"the encoder was trained on tables with other '{key}' in their card", "encoder")
+    if key := encoder.surface.card.differing_part(dataset.card):
+        raise mined.error(f"the encoder was trained on tables with other '{key}' in their card", "encoder")
     folder.mkdir(parents=True, exist_ok=True)
     until = task.boundaries(dataset)[0]
     vectors = encoder.embed_items(dataset, np.arange(len(dataset.items)), until)
     with tempfile.TemporaryDirectory() as temporary:
         index = Index.create(Path(temporary) / "items", IndexConfig(dimensions=vectors.shape[1]))
-        rows = np.flatnonzero(row_matches(dataset, task.questions.where, ITEM))
+        rows = np.flatnonzero(eligible_items(dataset, task))
         index.upsert(rows.tolist(), vectors[rows])
         examples = training_examples(dataset, task, config, WHOLE, config.repeats)
         parts = iter(lambda: list(itertools.islice(examples, PART)), [])

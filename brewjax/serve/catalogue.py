@@ -13,7 +13,6 @@ import pyarrow.compute as pc
 from brewjax.bundle.bundle import Bundle
 from brewjax.bundle.surface import Surface
 from brewjax.config import ConfigError
-from brewjax.data.tables.card import Card
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.statistics import FactValues
 from brewjax.data.tasks.examples import RankingExample, unanswered
@@ -53,7 +52,7 @@ class Catalogue:
           ConfigError: the card is not that of the model's training on the surface.
         """
         catalogue = cls(Dataset.load(folder))
-        if part := catalogue.differing_part(surface.card):
+        if part := catalogue.dataset.card.differing_part(surface.card):
             message = f"its card's '{part}' is not that of the model's training on surface '{surface.name}'"
             raise ConfigError(f"{folder}: {message}")
         return catalogue
@@ -63,7 +62,8 @@ class Catalogue:
         dataset = self.dataset
         for task in surface.tasks:
             verbalizer = bundle.request_verbalizer(surface, dataset, self.facts)
-            member, item = int(dataset.event_member[-1]), dataset.event_item[-1:]
+            event = int(np.flatnonzero(dataset.has_action(task.questions.actions))[-1])
+            member, item = int(dataset.event_member[event]), dataset.event_item[event : event + 1]
             example = unanswered(dataset, task, member, dataset.last_event_time + 1, item)
             verbalizer.prompt(task, example, bundle.prompts.score_style)
 
@@ -83,11 +83,6 @@ class Catalogue:
         longer = dataclasses.replace(dataset, members=members, items=items, events=events)
         return Catalogue(longer, member_rows, item_rows)
 
-    def differing_part(self, card: Card) -> str:
-        """The part of a card that the dataset's own says otherwise; empty where both speak of the same tables."""
-        parts = ("members", "items", "events", "facts")
-        return next((part for part in parts if getattr(self.dataset.card, part) != getattr(card, part)), "")
-
     def example(self, task: Task, member: pb.Member) -> RankingExample:
         """The member of a request as of `member.now`, with its items, in their order, as candidates.
 
@@ -103,7 +98,7 @@ class Catalogue:
         row = self.member_rows.get(member.id)
         if row is None:
             raise ValueError(f"member.id: no member '{member.id}' in the catalogue; {self._describe_ids('members')}")
-        candidates = [self._item_row(item, f"member.items[{index}]") for index, item in enumerate(member.items)]
+        candidates = [self._item_row(task, item, f"member.items[{index}]") for index, item in enumerate(member.items)]
         return unanswered(self.dataset, task, row, request_time(member), np.array(candidates, np.int32))
 
     def past_items(self, example: RankingExample) -> list[str]:
@@ -112,13 +107,16 @@ class Catalogue:
         items = self.dataset.event_item[start : start + example.num_past_events]
         return [self.dataset.item_id(row) for row in np.unique(items)]
 
-    def _item_row(self, item: pb.Item, field: str) -> int:
+    def _item_row(self, task: Task, item: pb.Item, field: str) -> int:
         for name in ("attributes", "context"):
             if getattr(item, name):
                 raise ValueError(f"{field}.{name}: with member.id, an item is its id alone")
         row = self.item_rows.get(item.id)
         if row is None:
             raise ValueError(f"{field}.id: no item '{item.id}' in the catalogue; {self._describe_ids('items')}")
+        origin = self.dataset.card.origin_of(task.questions.actions[0])
+        if [*self.dataset.card.origins][self.dataset.item_origin[row]] != origin:
+            raise ValueError(f"{field}.id: '{item.id}' is none of {origin}, which task '{task.name}' asks about")
         return row
 
     def _describe_ids(self, table: str) -> str:

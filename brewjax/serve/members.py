@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,7 @@ from brewjax.data.tables.card import Attribute, Card
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.facts import Fact, FactGroup
 from brewjax.data.tables.statistics import FactSource, floats
+from brewjax.data.tables.union_tables import ORIGIN
 from brewjax.data.tasks.examples import RankingExample, history_before
 from brewjax.data.tasks.task import Task
 from brewjax.data.text.prompt import Prompt
@@ -101,24 +102,27 @@ def read_member(card: Card, task: Task, member: pb.Member, catalogue: Catalogue 
         if not event.HasField("time"):
             raise ValueError(f"member.history[{index}].time: missing")
     items = item_attributes(member)
+    actions = [event.action for event in member.history]
+    origins = [card.origin_of(action) for action in [*actions, *([task.questions.actions[0]] * len(member.items))]]
+    _check_attributes(card, "items", items, origins)
     times = np.array(
         [microseconds(event.time, f"member.history[{index}].time") for index, event in enumerate(member.history)],
         np.int64,
     )
     now = request_time(member)
-    actions = [event.action for event in member.history]
     events = event_attributes(member)
     if task.questions.context:  # the exposures in question are events too, as of now, so no history holds them
         events |= context_attributes(member)
         actions += [task.questions.actions[0]] * len(member.items)
         times = np.concatenate([times, np.full(len(member.items), max(now, int(times.max(initial=now))))])
+    _check_attributes(card, "events", events, origins[: len(events)])
     order = np.argsort(times, kind="stable")
     facts = card.facts
     member_table = attribute_table(card.members.attributes, facts.members, {"member.attributes": member.attributes})
     item_table = attribute_table(card.items.attributes, (*facts.items, *facts.pairs), items)
     event_table = attribute_table(card.events.attributes, facts.events, events).take(order)
     ordered = [actions[row] for row in order]
-    tables = _join(card, member_table, item_table, event_table, order, ordered, times[order])
+    tables = _join(card, member_table, item_table, origins, event_table, order, ordered, times[order])
     history, num_past_events = history_before(tables, task, 0, now)
     candidates = np.arange(len(member.history), len(items), dtype=np.int32)
     labels = np.full(len(candidates), -1, np.int32)
@@ -129,24 +133,31 @@ def read_member(card: Card, task: Task, member: pb.Member, catalogue: Catalogue 
     return MemberTables(tables, example, RequestFacts(tables))
 
 
-def read_items(card: Card, items: Mapping[str, Attributes]) -> Dataset:
-    """The items of a request, whose keys are fields of it, as a dataset without members and events."""
+def read_items(card: Card, task: Task, items: Mapping[str, Attributes]) -> Dataset:
+    """The items of a request that a task can ask about, whose keys are fields of it, as a dataset without members and
+    events."""
+    origins = [card.origin_of(task.questions.actions[0])] * len(items)
+    _check_attributes(card, "items", items, origins)
     nothing = np.zeros(0, np.int64)
     members, events = (attribute_table(part.attributes, (), {}) for part in (card.members, card.events))
     item_table = attribute_table(card.items.attributes, (*card.facts.items, *card.facts.pairs), items)
-    return _join(card, members, item_table, events, nothing, [], nothing)
+    return _join(card, members, item_table, origins, events, nothing, [], nothing)
 
 
 def _join(
     card: Card,
     members: pa.Table,
     items: pa.Table,
+    origins: Sequence[str],
     events: pa.Table,
     event_items: np.ndarray,
     actions: list[str],
     times: np.ndarray,
 ) -> Dataset:
-    """A dataset of tables without ids, whose events are all of the first member."""
+    """A dataset of tables without ids, whose events are all of the first member; in a union, `origins` are those of
+    the items."""
+    if "" not in card.origins:
+        items = items.append_column(ORIGIN, pa.array(origins, pa.string()))
     return Dataset(
         Path("request"),
         card.model_copy(update={"events": card.events.model_copy(update={"time": "time", "request": None})}),
@@ -157,6 +168,18 @@ def _join(
         .append_column(card.events.action, pa.array(actions, pa.string()))
         .append_column("time", pa.array(times).cast(pa.timestamp("us"))),
     )
+
+
+def _check_attributes(
+    card: Card, table: Literal["items", "events"], rows: Mapping[str, Attributes], origins: Sequence[str]
+) -> None:
+    """Refuses attributes that the row's dataset of a union does not have, though another may."""
+    for (field, attributes), origin in zip(rows.items(), origins, strict=True):
+        side = card.origins[origin]
+        facts = (*side.facts.items, *side.facts.pairs) if table == "items" else side.facts.events
+        known = [attribute.column for attribute in getattr(side, table).attributes] + [fact.name for fact in facts]
+        if unknown := set(attributes) - set(known):
+            raise ValueError(f"{field}: no attribute '{min(unknown)}'; attributes: {', '.join(known)}")
 
 
 def event_attributes(member: pb.Member) -> dict[str, Attributes]:

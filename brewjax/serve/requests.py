@@ -38,13 +38,14 @@ def request_from_example(
       a `Member`, whose items are the candidates in their order, by the ids of the items table.
     """
     card, facts = dataset.card, FactValues.of(dataset)
+    side = task.side_of(card)
     count = len(example.candidates)
     cutoff = np.full(count, example.cutoff_time)
-    candidates = _StatedRows(dataset.items, card.items.attributes, example.candidates, "question")
+    candidates = _StatedRows(dataset.items, side.items.attributes, example.candidates, "question")
     candidate_attributes = candidates.attributes()
     members = np.full(count, example.member)
     for group in ("items", "pairs"):
-        for fact in getattr(card.facts, group):
+        for fact in getattr(side.facts, group):
             _add(candidate_attributes, fact.name, facts.values(group, fact, members, example.candidates, cutoff))
     profile = _StatedRows(dataset.members, card.members.attributes, np.array([example.member]), "question").attributes()
     for fact in card.facts.members:

@@ -327,13 +327,13 @@ class Retrieval:
         card = self.encoder.surface.card
         if member.id and not catalogue:
             catalogue = self._service.catalogue(member)
-        if catalogue and (part := catalogue.differing_part(card)):
+        if catalogue and (part := catalogue.dataset.card.differing_part(card)):
             raise ValueError(f"{field}.surface: the catalogue's '{part}' are not those of the encoder; name another")
         dataset, example, facts = read_member(card, task, member, catalogue)
         return self.encoder.sides(dataset, facts).member(example)
 
     def _read_item(self, item: pb.Attributes, field: str) -> list[int]:
-        tables = read_items(self.encoder.surface.card, {field: item.values})
+        tables = read_items(self.encoder.surface.card, self.encoder.task, {field: item.values})
         return self.encoder.sides(tables, RequestFacts(tables)).items(np.zeros(1, int), int(time.time() * 1e6))[0]
 
     def _read_text(self, text: str, field: str) -> list[int]:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from brewjax.bundle.training import TrainedOn, Training
 from brewjax.config import ConfigError
-from brewjax.data.tables.card import load_card
-from brewjax.data.tables.dataset import Dataset, hash_dataset
+from brewjax.data.tables.dataset import Dataset, dataset_names
 from brewjax.suite.suite import Suite, SurfaceTask
 
 
@@ -24,9 +23,9 @@ def check_training(suite: Suite, training: Training, dataset: Dataset, tasks: li
     Raises:
       ContaminationError: names the task, and what was trained on.
     """
-    digest = hash_dataset(dataset.path)
+    known = dataset_names(dataset.path)
     for trained in training.data:
-        if trained.dataset != dataset.card.name and trained.tables != digest:
+        if not any(trained.dataset == name or trained.tables == digest for name, digest in known):
             continue
         for surface_task in tasks:
             if problem := _overlap(suite, trained, dataset, surface_task):
@@ -45,7 +44,8 @@ def check_model(suite: Suite, training: Training | None, surfaces: Iterable[str]
         assert training is not None  # or there were no surfaces
         folder = Path(suite.surfaces[surface].dataset)
         names, digests = {each.dataset for each in training.data}, {each.tables for each in training.data}
-        if folder.exists() and (load_card(folder).name in names or hash_dataset(folder) in digests):
+        known = dataset_names(folder) if folder.exists() else []
+        if any(name in names or digest in digests for name, digest in known):
             check_training(suite, training, *suite.load_surface(surface))
 
 

@@ -226,7 +226,7 @@ class Oracle:
 
     def can_answer(self, dataset: Dataset, task: Task) -> bool:
         """Whether the dataset's folder holds the truth of the task."""
-        return action_column(task, dataset.path) is not None
+        return action_column(dataset, task) is not None
 
     def predict(
         self, dataset: Dataset, task: Task, examples: Sequence[RankingExample], visible: Dataset

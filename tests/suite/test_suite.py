@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,12 +13,13 @@ from brewjax.bundle.training import TrainedOn, Training
 from brewjax.cli_suite import app
 from brewjax.config import ConfigError
 from brewjax.data.simulate.network import simulate_network
-from brewjax.data.tables.dataset import Dataset, hash_dataset
+from brewjax.data.tables.card import CARD
+from brewjax.data.tables.dataset import Dataset, dataset_names, hash_dataset
 from brewjax.evaluate.predictions import scores, true_values
 from brewjax.paths import CONFIGS
 from brewjax.suite import gate
 from brewjax.suite.board import HEADLINE, make_board, member_weights
-from brewjax.suite.contamination import ContaminationError
+from brewjax.suite.contamination import ContaminationError, check_model
 from brewjax.suite.page import write_page
 from brewjax.suite.predictors import ORACLE, Oracle, baselines
 from brewjax.suite.questions import cut_history, first_moments, frozen_questions
@@ -168,6 +170,17 @@ def test_a_planted_leak_is_refused(suite):
     fake.training = trained(films, validation)
     run(suite, "quick", [fake])
     assert fake.questions > 0
+
+
+def test_what_a_union_includes_has_been_seen(suite):
+    """By a model that was trained on the union; `Run.training` lists the names."""
+    Path("union").mkdir()
+    (Path("union") / CARD).write_text("name: all\ninclude: {films: ../ratings, shop: ../shop}\n")
+    names = dataset_names(Path("union"))
+    assert [name for name, _ in names] == ["all", "ratings", "shop"]
+    training = Training(data=tuple(TrainedOn(dataset=n, tables=t, until=0, tasks=("liked",)) for n, t in names))
+    with pytest.raises(ContaminationError, match=r"shop/buys: .* tier T3 \(held out\) allows nothing"):
+        check_model(suite, training, ["shop"])
 
 
 def test_a_held_out_surface_must_not_have_been_seen_by_any_name(suite):

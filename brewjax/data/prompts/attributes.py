@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -33,8 +33,11 @@ class StatedFact:
 
     @classmethod
     def of(cls, group: FactGroup, fact: Fact) -> StatedFact:
-        """The fact as a number under its name, capitalised."""
-        attribute = Attribute(column=fact.name, kind="number", buckets=fact.buckets, where=("question",))
+        """The fact as a number under its name in prompts."""
+        name = fact.stated_name
+        attribute = Attribute(
+            column=fact.name, kind="number", display_name=name, buckets=fact.buckets, where=("question",)
+        )
         return cls(group, fact, attribute, fact.kind_of(group))
 
 
@@ -52,9 +55,21 @@ class RowsAsOf:
     times: np.ndarray
     members: np.ndarray | None = None
 
+    def select(self, indices: np.ndarray) -> RowsAsOf:
+        """Some of the rows, by `indices`: int positions."""
+        members = None if self.members is None else self.members[indices]
+        return RowsAsOf(self.rows[indices], self.times[indices], members)
+
+
+class _Stated(NamedTuple):
+    """What prompts state of a row."""
+
+    attributes: tuple[Attribute, ...]
+    facts: list[StatedFact]
+
 
 class RowRenderer:
-    """Renders the attributes and facts of the rows of one table.
+    """Renders the attributes and facts of the rows of one table; in a union, of each row those of its dataset.
 
     Args:
       dataset: the tables.
@@ -77,14 +92,23 @@ class RowRenderer:
         self._table, self._percentiles, self._source, self._clean = table, percentiles, source, clean
         self._kinds = kinds
         self._has_times = dataset.card.events.time is not None
-        self.attributes: tuple[Attribute, ...] = getattr(dataset.card, table).attributes
-        data: pa.Table = getattr(dataset, table)
-        self._columns = {a.column: data[a.column] for a in self.attributes}
         groups: dict[Table, tuple[FactGroup, ...]] = {
             "members": ("members",), "items": ("items", "pairs"), "events": ("events",)
         }  # fmt: skip
-        facts = dataset.card.facts
-        self.facts = [StatedFact.of(group, fact) for group in groups[table] for fact in getattr(facts, group)]
+        cards = [dataset.card] if table == "members" else [*dataset.card.origins.values()]
+        self._stated = [
+            _Stated(
+                getattr(card, table).attributes,
+                [StatedFact.of(group, fact) for group in groups[table] for fact in getattr(card.facts, group)],
+            )
+            for card in cards
+        ]
+        self._origin: np.ndarray | None = None  # of each row, its place in `_stated`, if there are several
+        if len(cards) > 1:
+            self._origin = dataset.item_origin if table == "items" else dataset.event_origin
+        data: pa.Table = getattr(dataset, table)
+        attributes = [attribute for stated in self._stated for attribute in stated.attributes]
+        self._columns = {a.column: data[a.column] for a in attributes}
 
     def render(
         self,
@@ -103,19 +127,40 @@ class RowRenderer:
           columns: only these attributes, and no facts; by default all.
         """
         by_row: list[list[str]] = [[] for _ in rows.rows]
-        for attribute in self.attributes:
+        for index, stated in enumerate(self._stated):
+            if self._origin is None:
+                self._render_alike(by_row, stated, rows, style, where, longest, columns)
+            elif len(alike := np.flatnonzero(self._origin[rows.rows] == index)):
+                texts = [by_row[row] for row in alike]
+                self._render_alike(texts, stated, rows.select(alike), style, where, longest, columns)
+        return by_row
+
+    def _render_alike(
+        self,
+        by_row: list[list[str]],
+        stated: _Stated,
+        rows: RowsAsOf,
+        style: Style,
+        where: Where,
+        longest: int | None,
+        columns: Sequence[str] | None,
+    ) -> None:
+        """Appends what is stated of each of `rows` to the texts of `by_row`; for the other arguments see `render`."""
+        for attribute in stated.attributes:
             shown = where in attribute.where and (columns is None or attribute.column in columns)
             if shown and (attribute.num_buckets or not style.buckets_only):
                 values, kind = self.values(attribute, rows.rows), attribute_kind(self._table)
                 self._render(by_row, f"{self._table}.{attribute.column}", attribute, kind, values, rows, style, longest)
         if columns is None and (where == "question" or self._table == "events"):
-            for stated in self.facts:
-                stated_here = stated.fact.buckets or not style.buckets_only
-                if stated_here and (stated.group != "pairs" or rows.members is not None):
-                    numbers = self.fact_values(stated, rows)
-                    key = f"{stated.group}.{stated.fact.name}"
-                    self._render(by_row, key, stated.attribute, stated.kind, numbers, rows, style, longest)
-        return by_row
+            for number in stated.facts:
+                stated_here = number.fact.buckets or not style.buckets_only
+                if stated_here and (number.group != "pairs" or rows.members is not None):
+                    values, key = self.fact_values(number, rows), f"{number.group}.{number.fact.name}"
+                    self._render(by_row, key, number.attribute, number.kind, values, rows, style, longest)
+
+    def stated_of(self, row: int) -> tuple[tuple[Attribute, ...], list[StatedFact]]:
+        """The attributes and facts that a row can have, in the order of prompts."""
+        return self._stated[0 if self._origin is None else self._origin[row]]
 
     def values(self, attribute: Attribute, rows: np.ndarray) -> list[Any]:
         """The value of an attribute of each row (int [rows])."""
@@ -134,7 +179,7 @@ class RowRenderer:
     def longest(self, row: int, time: int, style: Style) -> str:
         """The column whose text is the longest of a row."""
         sizes = {}
-        for attribute in self.attributes:
+        for attribute in self.stated_of(row)[0]:
             if "question" in attribute.where:
                 (value,) = self.values(attribute, np.array([row]))
                 key = f"{self._table}.{attribute.column}"
@@ -212,9 +257,8 @@ def stated_kinds(card: Card) -> set[str]:
     """
     tables: tuple[Table, ...] = ("members", "items", "events")
     bucketed = (table for table in tables if any(a.num_buckets for a in getattr(card, table).attributes))
-    return {attribute_kind(table) for table in bucketed} | {
-        fact.kind_of(group) for group, fact in card.facts.declared()
-    }
+    facts = (stated for side in card.origins.values() for stated in side.facts.declared())
+    return {attribute_kind(table) for table in bucketed} | {fact.kind_of(group) for group, fact in facts}
 
 
 def is_unknown(value: Any) -> bool:

@@ -74,7 +74,7 @@ class Sides:
 
     def __init__(self, verbalizer: Verbalizer, task: Task, prompts: PromptConfig, config: SideConfig):
         card = verbalizer.dataset.card
-        nouns = {"member": card.members.noun, "item": card.items.noun}
+        nouns = {"member": card.members.noun, "item": task.side_of(card).items.noun}
         self._verbalizer, self._prompts, self.overlong = verbalizer, prompts, verbalizer.overlong
         self._task = task.model_copy(
             update={"instruction": config.member_instruction.format(**nouns), "steering_note": ""}

@@ -135,17 +135,19 @@ class Verbalizer:
         """Computes every attribute and fact of items that questions state; facts of pairs are not among them.
 
         Args:
-          items: int [items], rows.
+          items: int [items], rows; in a union, all of one dataset.
           time: as of which facts are computed, in microseconds since 1970.
 
         Returns:
           Each attribute with its values [items], None or NaN where a value is unknown.
         """
-        renderer = self._rows["items"]
-        rows = RowsAsOf(items, np.full(len(items), time))
-        values = [(a, renderer.values(a, items)) for a in renderer.attributes if "question" in a.where]
-        facts = [stated for stated in renderer.facts if stated.group == "items"]
-        return values + [(stated.attribute, renderer.fact_values(stated, rows)) for stated in facts]
+        if not len(items):
+            return []
+        renderer, rows = self._rows["items"], RowsAsOf(items, np.full(len(items), time))
+        attributes, facts = renderer.stated_of(int(items[0]))
+        values = [(a, renderer.values(a, items)) for a in attributes if "question" in a.where]
+        of_items = [stated for stated in facts if stated.group == "items"]
+        return values + [(stated.attribute, renderer.fact_values(stated, rows)) for stated in of_items]
 
     def prompt(
         self, task: Task, example: RankingExample, style_name: str, note: str = "", choices: Sequence[Choice] = ()
@@ -197,7 +199,7 @@ class Verbalizer:
             if preamble_tokens > room:
                 preamble = self._truncate_preamble(task, example, style, preamble, render_preamble, room, truncated)
                 preamble_tokens = self._count(preamble)
-        events, offsets = self._history(task, example, style, chat, name_action=not style.group and len(groups) > 1)
+        events, offsets = self._history(task, example, style, chat, {} if style.group else self._actions(task))
         room = budget - preamble_tokens - max(question_tokens, default=0)
         num_truncated = self._num_events_over_budget(room, events, offsets)
         events, rows = events[num_truncated:], example.history[num_truncated:]
@@ -282,9 +284,20 @@ class Verbalizer:
         """By action of the history, the words before its events."""
         card = self.dataset.card
         return {
-            name: style.group.format(member=f"The {card.members.noun}", past=action.past, items=card.items.plural)
+            name: style.group.format(
+                member=f"The {card.members.noun}", past=action.past, items=card.side_of(name).items.plural
+            )
             for name, action in card.events.actions.items()
             if name in task.history.actions
+        }
+
+    def _actions(self, task: Task) -> dict[str, str]:
+        """By action of the history, the words for it within each event; none where there is one action."""
+        card, names = self.dataset.card, task.history.actions
+        several = len({card.origin_of(name) for name in names}) > 1  # datasets: what was acted on is said, too
+        return {
+            name: card.events.actions[name].past + (f" the {card.side_of(name).items.noun}" if several else "")
+            for name in (names if len(names) > 1 else ())
         }
 
     def _preamble(
@@ -294,12 +307,12 @@ class Verbalizer:
         instruction = task.instruction + (f"\nNote: {note}" if note else "")
         member = RowsAsOf(np.array([example.member]), np.array([example.cutoff_time]))
         profile = self._rows["members"].render(member, style, "question", longest)[0]
-        card = self.dataset.card
+        card, names = self.dataset.card, task.history.actions
         preamble = style.preamble.format(
             instruction=instruction,
             profile=style.join.join(profile),
             member=card.members.noun.capitalize(),
-            item=card.items.noun,
+            item=(card.side_of(names[0]) if len({*map(card.origin_of, names)}) == 1 else card).items.noun,
         )
         if style.turns:
             return chat.begin + instruction + "\n" + preamble.rstrip("\n") + chat.user
@@ -398,7 +411,8 @@ class Verbalizer:
           Whose text it is, its size, and its longest column.
         """
         if table == "items":
-            noun = f"{self.dataset.card.items.noun} {self.dataset.item_id(row)}"
+            card = [*self.dataset.card.origins.values()][self.dataset.item_origin[row]]
+            noun = f"{card.items.noun} {self.dataset.item_id(row)}"
         else:
             noun = f"the instruction with {self.dataset.card.members.noun} {self.dataset.member_id(row)}"
         return Overlong(row, noun, self._rows[table].longest(row, time, style), self._count(text), room)
@@ -433,10 +447,10 @@ class Verbalizer:
         return tuple(questions)
 
     def _history(
-        self, task: Task, example: RankingExample, style: Style, chat: Chat, name_action: bool
+        self, task: Task, example: RankingExample, style: Style, chat: Chat, actions: Mapping[str, str]
     ) -> tuple[list[str], list[int]]:
-        """The text of each event: its age, its action if `name_action`, and the facts of the event and of its item; and
-        the character in the text at which the answer begins, 0 if the event is no turn with an answer."""
+        """The text of each event: its age, its action in the words of `actions`, if there are any, and the facts of the
+        event and of its item; and the character at which the answer begins, 0 if it is no turn with an answer."""
         rows, cutoff_time = example.history if style.history else example.history[:0], example.cutoff_time
         times = self.dataset.event_time[rows]
         event_facts = self.facts("events", rows, cutoff_time, style)
@@ -453,9 +467,8 @@ class Verbalizer:
             facts = []
             if self.dataset.card.events.time:
                 facts.append(style.fact.format(name="Age", value=render_age(cutoff_time - int(time), style)))
-            if name_action:
-                action = self.dataset.card.events.actions[self.dataset.action_name(row)].past
-                facts.append(style.fact.format(name="Action", value=action))
+            if actions:
+                facts.append(style.fact.format(name="Action", value=actions[self.dataset.action_name(row)]))
             question = answer = ""
             if label >= 0:
                 text = self._question_text(task, task.questions.question, style, style.join.join(row_item_facts))

@@ -148,6 +148,7 @@ def draw_contrast(
     Returns:
       None if no attribute of the questions differs among candidates with the same answer.
     """
+    plural = task.side_of(verbalizer.dataset.card).items.plural
     for label in rng.permutation(np.unique(example.labels)):
         indices = np.flatnonzero(example.labels == label)
         stated = verbalizer.question_values(example.candidates[indices], example.cutoff_time)
@@ -156,7 +157,7 @@ def draw_contrast(
             attribute, values = stated[attribute_index]
             known = np.array([not is_unknown(value) for value in values], bool)
             contrast = CONTRASTS[attribute.kind](
-                verbalizer, attribute, indices[known], [v for v, k in zip(values, known, strict=True) if k], rng
+                verbalizer, plural, attribute, indices[known], [v for v, k in zip(values, known, strict=True) if k], rng
             )
             if contrast:
                 return contrast
@@ -164,14 +165,19 @@ def draw_contrast(
 
 
 def _contrast_values(
-    verbalizer: Verbalizer, attribute: Attribute, indices: np.ndarray, values: list, rng: np.random.Generator
+    verbalizer: Verbalizer,
+    plural: str,
+    attribute: Attribute,
+    indices: np.ndarray,
+    values: list,
+    rng: np.random.Generator,
 ) -> Contrast | None:
     """Contrasts items with a first value and without a second against items with the second and without the first."""
     clean = verbalizer.tokenizer.clean
     item_values = [{clean(str(v)) for v in (value if attribute.kind == "list" else [value])} - {""} for value in values]
     relation = "include" if attribute.kind == "list" else "is"
     note = lambda value: (  # noqa: E731
-        f"focus on {verbalizer.dataset.card.items.plural} whose {attribute.name} {relation} {value}"
+        f"focus on {plural} whose {attribute.name} {relation} {value}"
     )
     pairs = [
         (a, b)
@@ -189,7 +195,12 @@ def _contrast_values(
 
 
 def _contrast_order(
-    verbalizer: Verbalizer, attribute: Attribute, indices: np.ndarray, values: list, rng: np.random.Generator
+    verbalizer: Verbalizer,
+    plural: str,
+    attribute: Attribute,
+    indices: np.ndarray,
+    values: list,
+    rng: np.random.Generator,
 ) -> Contrast | None:
     """Contrasts the items in the highest third of a number or date with those in the lowest third."""
     numbers = np.array(values, np.float64)
@@ -197,7 +208,7 @@ def _contrast_order(
     if low >= high:
         return None
     more, less = ("recent", "long ago") if attribute.kind == "date" else ("high", "low")
-    note = f"prefer {verbalizer.dataset.card.items.plural} whose {attribute.name} is"
+    note = f"prefer {plural} whose {attribute.name} is"
     return Contrast(f"{note} {more}", f"{note} {less}", indices[numbers >= high], indices[numbers <= low])
 
 

@@ -67,7 +67,8 @@ def domain_texts(
         for repeat in range(config.repeats):
             rng = np.random.default_rng([config.seed, repeat, int(is_item), int(hashes[index])])
             if is_item:
-                text = _sentences(dataset.card.items.noun.capitalize(), facts[row], rng)
+                noun = [*dataset.card.origins.values()][dataset.item_origin[row]].items.noun
+                text = _sentences(noun.capitalize(), facts[row], rng)
                 yield text, {"item": dataset.items[dataset.card.items.id][row].as_py(), "repeat": repeat}
             else:
                 text = _history(verbalizer, row, until, rng)
@@ -94,7 +95,9 @@ def _history(verbalizer: Verbalizer, member: int, until: int, rng: np.random.Gen
         zip(months, map(dataset.action_name, events), texts, strict=True), key=lambda event: event[:2]
     ):
         group = SECTIONED.group.format(
-            member=f"the {card.members.noun}", past=card.events.actions[action].past, items=card.items.plural
+            member=f"the {card.members.noun}",
+            past=card.events.actions[action].past,
+            items=card.side_of(action).items.plural,
         )
         parts.append(f"{month.item():%B %Y}: {group.strip()} {', '.join(text for *_, text in group_events)}.\n")
     return "".join(parts)

@@ -1,4 +1,5 @@
-"""Writes the simulated network: jobs, posts and people, three datasets of the same members, and the truth of each."""
+"""Writes the simulated network: jobs, posts and people, three datasets of the same members, their union, and the truth
+of each."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ MIN_MEMBERS = 2 * COLLEAGUES
 
 
 def simulate_network(out: Path, members: int, seed: int = 0, months: int = 8, block: int = BLOCK) -> Path:
-    """Writes a network as the dataset folders `jobs`, `posts` and `people` below `out`, which appears complete.
+    """Writes a network as the dataset folders `jobs`, `posts` and `people` below `out`, which appears complete; `out`
+    itself is the union of the three.
 
     Beside the tables of each is TRUTH: for each exposure (`request`, `item_id`) the utility of each action that may
     follow it, the logit of its probability, and for applications also what it would be under each note.
@@ -51,9 +53,10 @@ def simulate_network(out: Path, members: int, seed: int = 0, months: int = 8, bl
     world = World(seed, members, months)
     with atomic_folder(out) as building, contextlib.ExitStack() as stack:
         writers: dict[tuple[str, str], _Writer] = {}
+        (building / CARD).write_text(_card("union", "network", seed))
         for surface in SURFACES:
             (building / surface).mkdir()
-            (building / surface / CARD).write_text(_card(surface, seed))
+            (building / surface / CARD).write_text(_card(surface, f"network-{surface}", seed))
             for file in ("members.parquet", "items.parquet", "events.parquet", TRUTH):
                 writers[surface, file] = stack.enter_context(_Writer(building / surface / file))
         _write_members(world, writers, block)
@@ -65,11 +68,11 @@ def simulate_network(out: Path, members: int, seed: int = 0, months: int = 8, bl
     return out
 
 
-def _card(surface: str, seed: int) -> str:
-    """The card of a surface, whose name says the seed: what is trained on one network may be judged on another."""
-    text, name = (CARDS / f"{surface}.yaml").read_text(), f"name: network-{surface}\n"
-    assert text.count(name) == 1
-    return text.replace(name, f"name: network-{surface}-seed-{seed}\n")
+def _card(file: str, name: str, seed: int) -> str:
+    """The card of a dataset, whose name says the seed: what is trained on one network may be judged on another."""
+    text, line = (CARDS / f"{file}.yaml").read_text(), f"name: {name}\n"
+    assert text.count(line) == 1
+    return text.replace(line, f"name: {name}-seed-{seed}\n")
 
 
 def _write_members(world: World, writers: dict[tuple[str, str], _Writer], block: int) -> None:

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from scipy.special import expit
 
 from brewjax.data.simulate.world import World
 from brewjax.data.tables.dataset import Dataset
+from brewjax.data.tables.union import included_folders
 from brewjax.data.tasks.examples import RankingExample
 from brewjax.data.tasks.task import Task
 
@@ -45,20 +47,22 @@ def load_world(folder: Path) -> World:
     return World(**json.loads(metadata[WORLD]))
 
 
-def action_column(task: Task, folder: Path) -> str | None:
+def action_column(dataset: Dataset, task: Task) -> str | None:
     """Finds the column of `TRUTH` that answers a task: of the action of one label, where the other is that nothing
     followed.
 
     Args:
+      dataset: the tables.
       task: of two labels.
-      folder: the dataset folder.
 
     Returns:
-      The name of the column; None if the folder is of no simulation, or the task asks about something else.
+      The name of the column; None if the tables are of no simulation, or the task asks about something else.
     """
+    folder, name = _origin(dataset, task)
     if not (folder / TRUTH).exists() or len(task.labels) != 2 or task.default_label < 0:
         return None
-    schema, action = pq.read_schema(folder / TRUTH), (task.labels[1 - task.default_label].match or {}).get("action")
+    schema = pq.read_schema(folder / TRUTH)
+    action = str((task.labels[1 - task.default_label].match or {}).get("action")).removeprefix(name)
     simulated = WORLD in (schema.metadata or {}) and not task.questions.sampled_negatives
     return action if simulated and action in schema.names else None
 
@@ -69,7 +73,7 @@ def oracle(
     """The true probabilities of the answers to some questions.
 
     Args:
-      dataset: the tables of a surface of a simulated network.
+      dataset: the tables of a surface of a simulated network, or of their union.
       task: asked of them.
       examples: all of whose candidates are events.
       note: in place of what the member's request stood under, "location" or another of `utility.NOTES`; the truth has
@@ -81,25 +85,37 @@ def oracle(
     Raises:
       ValueError: a question is not of an exposure of this network.
     """
-    action = action_column(task, dataset.path)
+    action, (folder, name) = action_column(dataset, task), _origin(dataset, task)
     if action is None:
         return None
     column = action if note is None else NOTED.format(action=action, note=note)
-    truth = pq.read_table(dataset.path / TRUTH, columns=["request", "item_id", column])
+    truth = pq.read_table(folder / TRUTH, columns=["request", "item_id", column])
     exposures = np.concatenate([np.zeros(0, np.int64), *(example.exposures for example in examples)])
     if (exposures < 0).any():
         raise ValueError(f"task {task.name}: the truth is of what was shown, and some candidates were not")
     events = dataset.events.take(pa.array(exposures))
-    utilities = _look_up(truth, column, events["request"].to_numpy(), events["item_id"].to_numpy())
+    request, item = (_plain_ids(events[key], name) for key in ("request", "item_id"))
+    utilities = _look_up(truth, column, request, item)
     if np.isnan(utilities).any():
         row = int(np.flatnonzero(np.isnan(utilities))[0])
         raise ValueError(
-            f"{dataset.path / TRUTH}: nothing on '{action}' in request {events['request'][row]}, item "
+            f"{folder / TRUTH}: nothing on '{action}' in request {events['request'][row]}, item "
             f"{events['item_id'][row]}; the folder's events are of another network"
         )
     result = np.empty((len(utilities), 2))
     result[:, 1 - task.default_label], result[:, task.default_label] = expit(utilities), expit(-utilities)
     return result
+
+
+def _origin(dataset: Dataset, task: Task) -> tuple[Path, str]:
+    """The folder of the tables that a task asks about, and what stands in front of their names in a union."""
+    name = dataset.card.origin_of(task.questions.actions[0])
+    return (included_folders(dataset.path)[name], f"{name}.") if name else (dataset.path, "")
+
+
+def _plain_ids(ids: pa.ChunkedArray, name: str) -> np.ndarray:
+    """int64: ids of a simulated network, without the `name` that stands in front of them."""
+    return (pc.utf8_slice_codeunits(ids, len(name)).cast(pa.int64()) if name else ids).to_numpy()
 
 
 def _look_up(truth: pa.Table, column: str, request: np.ndarray, item: np.ndarray) -> np.ndarray:

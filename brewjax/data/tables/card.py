@@ -6,12 +6,12 @@ not fit the tables is found by `validate`. Facts, which are derived from the eve
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
 import pydantic
 
-from brewjax.config import Config, ConfigError, Words, misplaced, refuse_twice, suggest, suggest_path
+from brewjax.config import Config, Words, misplaced, refuse_twice, suggest
 from brewjax.data.tables.facts import Facts
 
 CARD = "dataset.yaml"
@@ -256,26 +256,44 @@ class Card(Config):
         self.facts.check(self.members.attributes, self.items.attributes, self.events)
         return self
 
+    @property
+    def origins(self) -> Mapping[str, Card]:
+        """The card from the side of each dataset of a union, by its name: with its items and actions, the facts of its
+        items, and all members with all their facts. A card that is no union's has itself, as ""."""
+        return {"": self}
 
-def load_card(folder: Path) -> Card:
-    """Reads the card of a dataset folder.
+    @property
+    def facts_by_origin(self) -> Mapping[str, Facts]:
+        """The facts that each dataset of a union has, by its name, and as "" those of the union itself; of a card that
+        is no union's all facts, as ""."""
+        return {"": self.facts}
 
-    Args:
-      folder: that holds `dataset.yaml` and the tables.
+    def differing_part(self, card: Card) -> str:
+        """Compares cards by what they say of the tables; names and licences do not matter.
 
-    Returns:
-      The card, checked by itself; whether the tables fit it is not read.
+        Args:
+          card: another one.
 
-    Raises:
-      ConfigError: `folder` is not a folder or has no card, or the card is wrong; names file, line and key.
-    """
-    if folder.is_dir() and not (folder / CARD).exists():
-        present = ", ".join(sorted(entry.name for entry in folder.iterdir())[:10]) or "nothing"
-        raise ConfigError(f"{folder}: no {CARD} there, which describes the tables; there is: {present}")
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder}: a file; give the folder that holds {CARD} and its Parquet files")
-    if not folder.exists():
-        raise ConfigError(
-            f"{folder}: no such folder{suggest_path(folder)}; a dataset is a folder with {CARD} and its Parquet files"
-        )
-    return Card.load(folder / CARD)
+        Returns:
+          The first part that differs, such as "items"; empty if none does.
+        """
+        if [*self.origins] != [*card.origins]:
+            return "include"
+        pairs = [(self, card), *zip(self.origins.values(), card.origins.values(), strict=True)]
+        parts = ("members", "items", "events", "facts")
+        return next((part for part in parts if any(getattr(a, part) != getattr(b, part) for a, b in pairs)), "")
+
+    def origin_of(self, action: str) -> str:
+        """Looks up which dataset of a union has an action.
+
+        Args:
+          action: a key of `events.actions`.
+
+        Returns:
+          A key of `origins`.
+        """
+        return next(name for name, card in self.origins.items() if action in card.events.actions)
+
+    def side_of(self, action: str) -> Card:
+        """The card from the side of the dataset that has an action, see `origins`."""
+        return self.origins[self.origin_of(action)]

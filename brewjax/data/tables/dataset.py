@@ -7,17 +7,18 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from brewjax.data.tables.card import CARD, Card, load_card
+from brewjax.data.tables.card import CARD, Available, Card
 from brewjax.data.tables.reading import TIME
+from brewjax.data.tables.union import UnitedCard, included_folders, load_card
+from brewjax.data.tables.union_tables import ORIGIN, unite_tables
 from brewjax.data.tables.validate import read_validated
-from brewjax.fingerprint import hash_files
+from brewjax.fingerprint import hash_files, hash_json
 
 PSEUDO_TIME = "brewjax_time"  # column that stands for the times of events without any
 SECOND = 1_000_000  # microseconds
@@ -67,7 +68,7 @@ class Dataset:
         """Reads and validates a dataset folder.
 
         Args:
-          path: a folder with `dataset.yaml`, and three tables in Parquet or CSV.
+          path: a folder with `dataset.yaml`, and three tables in Parquet or CSV; or a union of such folders.
 
         Returns:
           The dataset, its events in order of time.
@@ -78,7 +79,25 @@ class Dataset:
         """
         path = Path(path)
         card = load_card(path)
-        members, items, events = read_validated(path, card)
+        if isinstance(card, UnitedCard):
+            datasets = {name: cls.load(folder) for name, folder in included_folders(path).items()}
+            return cls.of_tables(path, card, *unite_tables(card, datasets))
+        return cls.of_tables(path, card, *read_validated(path, card))
+
+    @classmethod
+    def of_tables(cls, path: Path, card: Card, members: pa.Table, items: pa.Table, events: pa.Table) -> Dataset:
+        """Makes a dataset of tables that fit a card.
+
+        Args:
+          path: the dataset folder, for error messages.
+          card: of the tables.
+          members: one row per member.
+          items: one row per item.
+          events: in any order; those of one member and time stay as they are.
+
+        Returns:
+          The dataset, its events in order of time.
+        """
         if not card.events.time:
             events = events.append_column(PSEUDO_TIME, _pseudo_times(card, members, items, events))
         time = events[card.events.time or PSEUDO_TIME].cast(pa.timestamp("us")).cast(pa.int64()).to_numpy()
@@ -98,6 +117,30 @@ class Dataset:
         """int32 [events]: row of the item."""
         ids = self.items[self.card.items.id].combine_chunks()
         return pc.index_in(self.events[self.card.events.item], ids).to_numpy().astype(np.int32)
+
+    @cached_property
+    def item_origin(self) -> np.ndarray:
+        """int32 [items]: the dataset of a union that each item is of, by its place among the card's `origins`."""
+        if "" in self.card.origins:
+            return np.zeros(len(self.items), np.int32)
+        names = pa.array(self.card.origins, pa.string())
+        return pc.index_in(self.items[ORIGIN].cast(pa.string()), names).to_numpy().astype(np.int32)
+
+    @property
+    def event_origin(self) -> np.ndarray:
+        """int32 [events]: as `item_origin`, of the item of each event."""
+        return self.item_origin[self.event_item]
+
+    def items_of(self, action: str) -> np.ndarray:
+        """Selects the items that events of an action can be on: in a union, those of the same dataset.
+
+        Args:
+          action: a key of the card's `events.actions`.
+
+        Returns:
+          bool [items].
+        """
+        return self.item_origin == list(self.card.origins).index(self.card.origin_of(action))
 
     @cached_property
     def event_action(self) -> np.ndarray:
@@ -190,29 +233,21 @@ class Dataset:
         """Two int64 [items], microseconds since 1970: an item can be asked about from the first time on, and before the
         second. An item whose beginning the card does not state exists just after its first event: only then is it
         known."""
-        stated = self._stated_life("items")
-        return stated[0] if stated[0] is not None else self.first_event_time + 1, stated[1]
+        begins, ends = self.first_event_time + 1, np.full(len(self.items), FOREVER)
+        for index, card in enumerate(self.card.origins.values()):
+            items = self.item_origin == index
+            for times, stated in zip((begins, ends), _stated_life(self.items, card.items.available), strict=True):
+                if stated is not None:
+                    times[items] = stated[items]
+        return begins, ends
 
     @cached_property
     def member_life(self) -> tuple[np.ndarray, np.ndarray]:
         """Two int64 [members], microseconds since 1970: a member can be asked about from the first time on, and before
         the second."""
-        beginning, end = self._stated_life("members")
-        return beginning if beginning is not None else np.full(len(self.members), -FOREVER), end
-
-    def _stated_life(self, name: Literal["members", "items"]) -> tuple[np.ndarray | None, np.ndarray]:
-        """What the card's `available` says of the rows of a table: None for a beginning that it does not state; an
-        unknown beginning is long ago, an unknown end never."""
-        table, available = getattr(self, name), getattr(self.card, name).available
-
-        def times(column: str | None, unknown: int) -> np.ndarray | None:
-            if column is None:
-                return None
-            values = table[column].cast(pa.timestamp("us")).cast(pa.int64())
-            return pc.fill_null(values, unknown).to_numpy()
-
-        end = times(available and available.until, FOREVER)
-        return times(available and available.from_, -FOREVER), np.full(len(table), FOREVER) if end is None else end
+        begins, ends = _stated_life(self.members, self.card.members.available)
+        always = np.full(len(self.members), FOREVER)
+        return -always if begins is None else begins, always if ends is None else ends
 
     @cached_property
     def member_hash(self) -> np.ndarray:
@@ -302,7 +337,8 @@ class Dataset:
         Returns:
           The item's first text attribute, or its id where that is empty.
         """
-        text_columns = (a.column for a in self.card.items.attributes if a.kind == "text")
+        card = [*self.card.origins.values()][self.item_origin[int(row)]]
+        text_columns = (a.column for a in card.items.attributes if a.kind == "text")
         column = next(text_columns, None)
         name = self.items[column][int(row)].as_py() if column else None
         return name if name and name.strip() else self.item_id(row)
@@ -323,6 +359,21 @@ class Dataset:
         if name not in self.events.column_names:
             raise ValueError(f"{self.path}: events have no column '{name}'")
         return self.events[name]
+
+
+def _stated_life(table: pa.Table, available: Available | None) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """What a card says of the rows of a table, two int64 [rows]: None for what it does not state; an unknown beginning
+    is long ago, an unknown end never."""
+
+    def times(column: str | None, unknown: int) -> np.ndarray | None:
+        if column is None:
+            return None
+        values = table[column].cast(pa.timestamp("us")).cast(pa.int64())
+        return pc.fill_null(values, unknown).to_numpy()
+
+    if available is None:
+        return None, None
+    return times(available.from_, -FOREVER), times(available.until, FOREVER)
 
 
 def _pseudo_times(card: Card, members: pa.Table, items: pa.Table, events: pa.Table) -> pa.Array:
@@ -351,9 +402,28 @@ def _hash_ids(ids: pa.ChunkedArray) -> np.ndarray:
 
 
 def hash_dataset(folder: Path) -> str:
-    """SHA-256, in hexadecimal digits, of a dataset folder: its card and tables."""
+    """SHA-256, in hexadecimal digits, of a dataset folder: its card and tables; of a union, those that it includes."""
+    if (folder / CARD).exists() and (included := included_folders(folder)):
+        hashes = {name: hash_dataset(path) for name, path in included.items()}
+        return hash_json([hash_files(folder, [folder / CARD]), hashes])
     tables = (path for pattern in ("*.parquet", "*.csv", "*.csv.gz") for path in folder.rglob(pattern))
     return hash_files(folder, [folder / CARD, *tables])
+
+
+def dataset_names(folder: Path) -> list[tuple[str, str]]:
+    """Names a dataset, and those that it includes if it is a union.
+
+    Args:
+      folder: of the dataset.
+
+    Returns:
+      The name in the card and `hash_dataset` of each, the dataset's own first.
+
+    Raises:
+      ConfigError: a card is missing or wrong.
+    """
+    folders = [folder, *included_folders(folder).values()]
+    return [(load_card(each).name, hash_dataset(each)) for each in folders]
 
 
 def write_tables(path: Path, **tables: pa.Table) -> None:

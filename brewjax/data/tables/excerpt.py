@@ -16,10 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset
 
-from brewjax.data.tables.card import Card, load_card
+from brewjax.data.tables.card import Card
 from brewjax.data.tables.dataset import FOREVER, Dataset, EventSummary
 from brewjax.data.tables.facts import Fact, FactGroup
 from brewjax.data.tables.reading import UnreadableError, open_table, plain
+from brewjax.data.tables.union import UnitedCard, load_card
 
 ROWS = 1 << 22  # of events that are summarised at a time
 FILES = (".parquet", "")  # endings of what can be read in part: a file, or a folder of files
@@ -83,6 +84,8 @@ def with_items(dataset: Dataset, items: np.ndarray) -> Dataset:
 
 
 def _can_be_partial(path: Path, card: Card) -> bool:
+    if isinstance(card, UnitedCard):
+        return False
     files = list((card.events.files or {"": card.events.file}).values())
     if card.events.time is None or any((path / file).suffix not in FILES for file in files):
         return False

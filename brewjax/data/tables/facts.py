@@ -40,7 +40,9 @@ class Fact(Config):
     ALIASES: ClassVar = {"average": "mean", "recency": "days_since", "since": "days_since", "neighbours": "neighbors"}
 
     name: Words
-    """The fact's name in prompts, requests and reports; unique within its group."""
+    """The fact's name in requests, reports and, by default, in prompts; unique within its group."""
+    display_name: str = ""
+    """The fact's name in prompts; by default `name`, capitalised, with spaces for underscores."""
     count: tuple[str, ...] | None = pydantic.Field(default=None, min_length=1)
     """The number of events of these actions, for instance `[applied]`."""
     mean: Words | None = None
@@ -97,6 +99,11 @@ class Fact(Config):
         for kind in ("count", "rate", "days_since", "share", "together"):
             refuse_twice(getattr(self, kind) or (), "action", kind)
         return self
+
+    @property
+    def stated_name(self) -> str:
+        """The fact's name in prompts."""
+        return self.display_name or self.name.replace("_", " ").capitalize()
 
     @property
     def kind(self) -> str:
@@ -165,7 +172,7 @@ class Facts(Config):
         names: Mapping[FactGroup, list[str]] = {
             "members": [attribute.name for attribute in members],
             "items": [attribute.name for attribute in items],
-            "pairs": [attribute.name for attribute in items] + [_display(fact.name) for fact in self.items],
+            "pairs": [attribute.name for attribute in items] + [fact.stated_name for fact in self.items],
             "events": [attribute.name for attribute in events.attributes],
         }
         for group in GROUPS:
@@ -175,7 +182,7 @@ class Facts(Config):
                 if group not in KINDS[fact.kind]:
                     groups = " and ".join(KINDS[fact.kind])
                     raise misplaced(f"only {groups} have a {fact.kind}", *location, fact.kind)
-                if _display(fact.name) in [*names[group], *(_display(earlier.name) for earlier in facts[:index])]:
+                if fact.stated_name in [*names[group], *(earlier.stated_name for earlier in facts[:index])]:
                     raise misplaced(f"the name '{fact.name}' is given twice", *location, "name")
                 if group == "events" and (fact.less is None or fact.days or fact.shrink):
                     raise misplaced("a fact of an event is its own value 'less' a mean, without more", *location)
@@ -199,11 +206,6 @@ class Facts(Config):
                     if action not in events.actions:
                         hint = suggest(action, events.actions)
                         raise misplaced(f"unknown action '{action}'; {hint}", *location, fact.kind, position)
-
-
-def _display(name: str) -> str:
-    """A fact's name as prompts state it; two that read the same could not be told apart."""
-    return name.replace("_", " ").capitalize()
 
 
 def _check_attribute(

@@ -8,8 +8,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from brewjax.data.tables.card import Attribute
-
 
 @dataclasses.dataclass(frozen=True)
 class Ragged:
@@ -26,28 +24,28 @@ class Ragged:
     names: list[str]
 
     @classmethod
-    def read(cls, table: pa.Table, attribute: Attribute) -> Ragged:
+    def read(cls, table: pa.Table, column: str) -> Ragged:
         """Reads the values of a category or list.
 
         Args:
           table: of members or items.
-          attribute: of kind "category" or "list", a column of `table`; an unknown value is none.
+          column: of categories or lists; an unknown value is none.
 
         Returns:
           The values of each row, of a list in its order.
         """
-        column = table[attribute.column].combine_chunks()
-        if attribute.kind == "list":
-            parents, flat = pc.list_parent_indices(column), pc.list_flatten(column)
+        values = table[column].combine_chunks()
+        if pa.types.is_list(values.type):
+            parents, flat = pc.list_parent_indices(values), pc.list_flatten(values)
         else:
-            parents, flat = pa.array(np.arange(len(column))), column
+            parents, flat = pa.array(np.arange(len(values))), values
         known = pc.is_valid(flat)
         parents, flat = parents.filter(known).to_numpy(), flat.filter(known).cast(pa.string()).to_numpy(False)
         names, codes, counts = np.unique(flat.astype(str), return_inverse=True, return_counts=True)
         frequency_order = np.argsort(-counts, kind="stable")
         rank = np.empty(len(names), np.int64)
         rank[frequency_order] = np.arange(len(names))
-        offsets = np.searchsorted(parents, np.arange(len(column) + 1))
+        offsets = np.searchsorted(parents, np.arange(len(values) + 1))
         return cls(offsets, rank[codes], names[frequency_order].tolist())
 
     def expand(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

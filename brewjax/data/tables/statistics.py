@@ -146,8 +146,7 @@ class FactValues:
             index = PointInTimeIndex(np.zeros(len(time), np.int64), time)
             return _KeyedEvents(index, every, lambda m, _: (np.arange(len(m)), np.zeros(len(m), np.int64)))
         by = kind == "by"
-        part, table = (dataset.card.items, dataset.items) if by else (dataset.card.members, dataset.members)
-        ragged = Ragged.read(table, next(a for a in part.attributes if a.column == column))
+        ragged = Ragged.read(dataset.items if by else dataset.members, column)
         size = len(ragged.names)
         event, value = ragged.expand(item if by else member)
         index = PointInTimeIndex((member if by else item)[event] * size + value, time[event])
@@ -286,15 +285,20 @@ class FactValues:
         if kind == "distance":
             return self._numbers("items", rest[0])[self._dataset.event_item]
         name, less = rest
-        values = (
-            self._column(("actions", *name)) if isinstance(name, tuple) else floats(self._dataset.event_column(name))
-        )
+        values = self._rate_values(name) if isinstance(name, tuple) else floats(self._dataset.event_column(name))
         if less:
             dataset = self._dataset
             events = _Pairs(dataset.event_member, dataset.event_item, dataset.event_time)
             mean, _ = self._mean((less, ""), ("mean", name, None), None, events)
             values = values - mean
         return values
+
+    def _rate_values(self, actions: tuple[str, ...]) -> np.ndarray:
+        """float64 [events]: whether an event is of one of the actions, 1 or 0; NaN for those that a rate is not of:
+        events of other datasets of a union than those that have the actions."""
+        card = self._dataset.card
+        alike = {name for action in actions for name in card.side_of(action).events.actions}
+        return np.where(self._dataset.has_action(alike), self._column(("actions", *actions)), np.nan)
 
     def _numbers(self, table: FactGroup, column: str) -> np.ndarray:
         """float64 [rows]: a number of each member or item, or a date in days since 1970."""
@@ -364,13 +368,18 @@ class Percentiles:
             column: pa.ChunkedArray = getattr(dataset, table)[attribute.column]
             values = column.take(rows_by_table[table]).cast(pa.float64()).to_numpy()
             quantiles[f"{table}.{attribute.column}"] = _quantiles(values, attribute.num_buckets or 0)
-        sample = _latest(dataset, events)
-        questions = dataset.event_member[sample], dataset.event_item[sample], dataset.event_time[sample]
-        for group, fact in dataset.card.facts.declared():
-            facts = FactValues.of(dataset)
-            if fact.buckets:
-                known = facts.event_values(fact, sample) if group == "events" else facts.values(group, fact, *questions)
-                quantiles[f"{group}.{fact.name}"] = _quantiles(known, fact.buckets)
+        fact_values, origins = FactValues.of(dataset), list(dataset.card.origins)
+        for origin, facts in dataset.card.facts_by_origin.items():
+            of_origin = events[dataset.event_origin[events] == origins.index(origin)] if origin else events
+            sample = _latest(dataset, of_origin)
+            questions = dataset.event_member[sample], dataset.event_item[sample], dataset.event_time[sample]
+            for group, fact in facts.declared():
+                if fact.buckets:
+                    if group == "events":
+                        known = fact_values.event_values(fact, sample)
+                    else:
+                        known = fact_values.values(group, fact, *questions)
+                    quantiles[f"{group}.{fact.name}"] = _quantiles(known, fact.buckets)
         return quantiles
 
     def bucket(self, key: str, value: float) -> int:

@@ -233,7 +233,7 @@ def _check_duplicates(events: _Table, card: Card) -> None:
     keys = [card.events.member, card.events.item, card.events.action, time]
     if not len(events.table) or any(key not in events.table.column_names for key in keys):
         return
-    columns = [_comparable(column) for column in events.table.columns if not pa.types.is_null(column.type)]
+    columns = [comparable(column) for column in events.table.columns if not pa.types.is_null(column.type)]
     rows = pa.table([*columns, np.arange(len(events.table))], [str(number) for number in range(len(columns) + 1)])
     *keys, row = rows.column_names
     first = rows.group_by(keys, use_threads=False).aggregate([(row, "min")])[f"{row}_min"].to_numpy()
@@ -249,8 +249,15 @@ def _check_duplicates(events: _Table, card: Card) -> None:
         )
 
 
-def _comparable(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The column itself, or as distinct texts if Arrow cannot group by its type."""
+def comparable(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Makes values that Arrow can compare and group.
+
+    Args:
+      column: of any type.
+
+    Returns:
+      The column itself, or as distinct texts if Arrow cannot group by its type.
+    """
     if column.type in (INTEGER, FLOAT, TEXT, DAY, TIME):
         return column
     return pc.binary_join(column, "\x1f") if column.type == TEXTS else pa.chunked_array([[*map(show, column)]], TEXT)

@@ -17,9 +17,8 @@ from brewjax.data.tables.dataset import FOREVER, Dataset
 from brewjax.data.tables.partition import Partition
 from brewjax.data.tables.point_in_time import DAY
 from brewjax.data.tasks.chunks import cut_chunks
-from brewjax.data.tasks.conditions import ITEM, row_matches
 from brewjax.data.tasks.negatives import NegativeSampler
-from brewjax.data.tasks.questions import Questions, split_period, split_questions
+from brewjax.data.tasks.questions import Questions, eligible_items, split_period, split_questions
 from brewjax.data.tasks.task import Split, Task
 
 NO_REQUEST, NO_EVENT = -1, -1
@@ -126,9 +125,10 @@ def example_at(dataset: Dataset, task: Task, member: int, time: int | None = Non
     cutoff_time = dataset.last_event_time + 1 if time is None else time
     every_item = unanswered(dataset, task, member, cutoff_time, np.arange(len(dataset.items), dtype=np.int32))
     begins, ends = dataset.item_life
-    if dataset.card.items.available is None:  # whoever ranks names the items: that they exist is then known
+    if task.side_of(dataset.card).items.available is None:
+        # Whoever ranks names the items: that they exist is then known.
         begins = np.where(dataset.first_event_time >= FOREVER, -FOREVER, begins)
-    eligible = (begins <= cutoff_time) & (cutoff_time < ends) & row_matches(dataset, task.questions.where, ITEM)
+    eligible = (begins <= cutoff_time) & (cutoff_time < ends) & eligible_items(dataset, task)
     if not task.questions.repeats:
         start = dataset.member_offsets[member]
         eligible[dataset.event_item[start : start + every_item.num_past_events]] = False

@@ -7,7 +7,7 @@ import numpy as np
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.point_in_time import PointInTimeIndex
 from brewjax.data.tables.ragged import Ragged
-from brewjax.data.tasks.conditions import ITEM, row_matches
+from brewjax.data.tasks.questions import eligible_items
 from brewjax.data.tasks.task import Task
 
 ROUNDS = 8  # of drawing, before all items are looked at
@@ -25,17 +25,18 @@ class NegativeSampler:
         assert negatives is not None
         self._dataset, self._negatives = dataset, negatives
         begins, self._ends = dataset.item_life
-        eligible = np.flatnonzero(row_matches(dataset, task.questions.where, ITEM))
+        eligible = np.flatnonzero(eligible_items(dataset, task))
         self._items = eligible[np.argsort(begins[eligible], kind="stable")]  # by the beginning of their lives
         self._begins = begins
         if negatives.popularity:
             self._eligible = np.zeros(len(dataset.items), bool)
             self._eligible[eligible] = True
-            self._event_times = dataset.event_time[dataset.time_order]
+            is_alike = dataset.items_of(task.questions.actions[0])[dataset.event_item]
+            self._events = dataset.time_order[is_alike[dataset.time_order]]
+            self._event_times = dataset.event_time[self._events]
             self._index = PointInTimeIndex(dataset.event_item.astype(np.int64), dataset.event_time)
         if negatives.same:
-            attribute = next(a for a in dataset.card.items.attributes if a.column == negatives.same)
-            self._values = Ragged.read(dataset.items.take(self._items), attribute)
+            self._values = Ragged.read(dataset.items.take(self._items), negatives.same)
             self._rows, self._starts = self._values.rows_by_code()
             self._place = np.full(len(dataset.items), -1)
             self._place[self._items] = np.arange(len(self._items))
@@ -111,7 +112,7 @@ class NegativeSampler:
         past = int(np.searchsorted(self._event_times, time))
         if not past:
             return pool[:0]
-        items = self._dataset.event_item[self._dataset.time_order[rng.integers(0, past, count)]].astype(np.int64)
+        items = self._dataset.event_item[self._events[rng.integers(0, past, count)]].astype(np.int64)
         start, end = self._index.window(items, np.full(count, time))
         keep = rng.random(count) < (end - start) ** (self._negatives.popularity - 1.0)
         return items[keep & self._eligible[items]]

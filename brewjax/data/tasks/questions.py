@@ -13,7 +13,7 @@ import numpy as np
 
 from brewjax.data.tables.dataset import FOREVER, Dataset
 from brewjax.data.tables.point_in_time import DAY
-from brewjax.data.tasks.conditions import MEMBER, matches, row_matches
+from brewjax.data.tasks.conditions import ITEM, MEMBER, matches, row_matches
 from brewjax.data.tasks.task import Split, Task
 
 
@@ -73,7 +73,7 @@ def find_questions(dataset: Dataset, task: Task, until: int = FOREVER) -> Questi
     labels = np.where(has_label, by_value[np.minimum(position, len(by_value) - 1)], task.default_label)
     if asks.outcomes:
         known = time[order][heads] + _window(dataset, task)
-        answered = (labels >= 0) & (known <= min(until, dataset.last_event_time))
+        answered = (labels >= 0) & (known <= min(until, _last_event_time(dataset, task)))
     else:
         reaches = belongs & (values[label[order]] >= best[np.maximum(exposure, 0)])  # the first such event answers
         first = np.full(len(rows), FOREVER)
@@ -126,6 +126,27 @@ def match_labels(dataset: Dataset, task: Task, events: np.ndarray) -> np.ndarray
     return labels
 
 
+def eligible_items(dataset: Dataset, task: Task) -> np.ndarray:
+    """Selects the items that a task may ask about, whenever they exist.
+
+    Args:
+      dataset: the tables.
+      task: what is asked of them.
+
+    Returns:
+      bool [items]: whether an item fulfils the conditions and, in a union, is of the dataset that is asked about.
+    """
+    return row_matches(dataset, task.questions.where, ITEM) & dataset.items_of(task.questions.actions[0])
+
+
+def _last_event_time(dataset: Dataset, task: Task) -> int:
+    """Until when it is known what members did; in a union each dataset ends at its own time."""
+    card = task.side_of(dataset.card)
+    if card is dataset.card:
+        return dataset.last_event_time
+    return int(dataset.event_time[dataset.has_action(card.events.actions)].max(initial=-FOREVER))
+
+
 def _window(dataset: Dataset, task: Task) -> int:
     """Microseconds; events without times have no window: each is a question of its own."""
     return int(task.questions.window_days * DAY) if dataset.card.events.time else -1
@@ -174,11 +195,11 @@ def _may_be_asked(dataset: Dataset, task: Task, events: np.ndarray) -> np.ndarra
     time, member, item = dataset.event_time[events], dataset.event_member[events], dataset.event_item[events]
     begins, ends = dataset.member_life
     allowed = (begins[member] <= time) & (time < ends[member])
-    if dataset.card.items.available:
+    if available := task.side_of(dataset.card).items.available:
         begins, ends = dataset.item_life
         # An event proves that its item exists, if the card does not state when it begins.
         allowed &= time < ends[item]
-        if dataset.card.items.available.from_:
+        if available.from_:
             allowed &= begins[item] <= time
     if task.questions.sampled_negatives:
         # An item that no event spoke of before would be known by that: sampled negatives never are such items.

@@ -12,7 +12,7 @@ import numpy as np
 import pydantic
 
 from brewjax.config import Config, Words, misplaced, refuse_twice, suggest
-from brewjax.data.tables.card import CARD
+from brewjax.data.tables.card import CARD, Card
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tasks.conditions import (
     check_column,
@@ -290,6 +290,17 @@ class Task(Config):
         """float64 [labels]: the value of each label in a ranking."""
         return np.array([label.value for label in self.labels])
 
+    def side_of(self, card: Card) -> Card:
+        """The card that the task is asked of: of a union, from the side of the dataset whose items are asked about.
+
+        Args:
+          card: of the dataset.
+
+        Returns:
+          One of the card's `origins`.
+        """
+        return card.side_of(self.questions.actions[0])
+
     def draw_phrasing(self, rng: np.random.Generator) -> Task:
         """Draws the words that a training record asks in, so that a model does not learn one wording by heart.
 
@@ -354,6 +365,12 @@ class Task(Config):
                 if action not in card.events.actions:
                     hint = suggest(action, card.events.actions, listing="it has")
                     raise self.error(f"the dataset has no action '{action}'; {hint}", key, name, index)
+        for name, actions in (("actions", questions.actions), ("outcomes", questions.outcomes)):
+            for index, action in enumerate(actions):
+                if action not in self.side_of(card).events.actions:
+                    message = f"'{action}' is of another dataset than '{questions.actions[0]}'; ask about items of one"
+                    raise self.error(message, "questions", name, index)
+        card = self.side_of(card)
         if questions.outcomes and card.events.time is None:
             raise self.error("events without times have no window for an outcome", "questions", "outcomes")
         if questions.per_request and card.events.request is None:

@@ -124,6 +124,20 @@ def test_every_task_is_clean(surfaces, path):
     assert all(0.02 < summary.label_shares[0] < 0.8 for summary in summaries)
 
 
+def test_the_tasks_of_the_union_are_clean_and_read_one_history(network):
+    union = Dataset.load(network)
+    tasks = load_tasks(sorted((CONFIGS / "tasks" / "network" / "union").glob("*.yaml")), union)
+    assert len(tasks) == len(SURFACES)
+    for task in tasks:
+        summaries = summarize_splits(union, task)
+        assert [line for line in suspicions(union, task, summaries) if "say little" not in line] == []
+        examples = sample_examples(union, task, "test", 50)
+        items = {union.item_id(row).partition(".")[0] for example in examples for row in example.candidates}
+        past = {union.action_name(row).partition(".")[0] for example in examples for row in example.history}
+        assert items == {task.questions.actions[0].partition(".")[0]}
+        assert past == set(SURFACES)
+
+
 @pytest.mark.parametrize("path", TASKS, ids=lambda path: path.stem)
 def test_prompts_are_whole_sentences_of_whole_words(surfaces, path):
     dataset = surfaces[surface_of(path)]

@@ -20,7 +20,7 @@ from brewjax.data.simulate.utility import ACTIONS, NOTES
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.statistics import Percentiles
 from brewjax.data.tasks.examples import sample_examples
-from brewjax.data.tasks.task import load_tasks
+from brewjax.data.tasks.task import TimeSplit, load_tasks
 from brewjax.data.text.tokenizer import Tokenizer
 from brewjax.evaluate.baselines import ORACLE, popularity, predict_baselines
 from brewjax.evaluate.metrics import auc
@@ -101,6 +101,20 @@ def test_the_oracle_of_a_task_is_the_truth_of_its_questions(surfaces):
             assert truth[row, 0] == pytest.approx(expit(by_exposure[key]))
             row += 1
     assert auc_of(truth[:, 0], yes) > 0.8
+
+
+def test_the_oracle_of_the_union_is_that_of_its_surfaces(network, surfaces):
+    split = TimeSplit(validation="2025-06-01", test="2025-07-01")
+    known = []
+    for dataset, file in ((surfaces["jobs"], "applies.yaml"), (Dataset.load(network), "union/applies.yaml")):
+        task = load_tasks([TASKS / file], dataset)[0].model_copy(update={"split": split})
+        examples = sample_examples(dataset, task, "test")
+        events = np.concatenate([example.exposures for example in examples])
+        ids = zip(*(dataset.events[key].take(events).to_pylist() for key in ("request", "item_id")), strict=True)
+        plain = [tuple(int(str(each).removeprefix("jobs.")) for each in pair) for pair in ids]
+        known.append(dict(zip(plain, oracle(dataset, task, examples).tolist(), strict=True)))
+    assert len(known[0]) > 100
+    assert known[0] == known[1]
 
 
 @pytest.mark.parametrize(("surface", "name"), [("jobs", "applies"), ("people", "accepts")])
