@@ -26,6 +26,7 @@ from brewjax.data.tables.statistics import FactValues, Percentiles
 from brewjax.data.tables.union import UnionCard, UnitedCard
 from brewjax.data.tables.union_tables import unite_tables
 from brewjax.data.tasks.examples import RankingExample, build_examples, example_at, unanswered
+from brewjax.data.tasks.questions import find_questions
 from brewjax.data.tasks.task import Split, Task
 from brewjax.data.text.tokenizer import Tokenizer
 from brewjax.serve.catalogue import Catalogue
@@ -78,13 +79,13 @@ instruction: Predict.
 history: {{actions: [{history}], max_events: 12}}
 questions:
   question: Will the member apply
-  actions: [{0}viewed, {0}applied]
+  actions: [{0}viewed, {0}{yes}]
   window_days: 0.5
   span_days: 99
   candidates_per_prompt: 3
   {asks}
 labels:
-  - {{word: "Yes", value: 1, match: {{action: {0}applied}}}}
+  - {{word: "Yes", value: 1, match: {{action: {0}{yes}}}}}
   - {{word: "No", value: 0, {no}}}
 split: {{validation: 2025-01-05, test: 2025-01-07}}
 """
@@ -98,10 +99,10 @@ NEGATIVES = (
 )
 
 
-def make_task(of: str = "", asks: str = "", history: str = "") -> Task:
-    """The task of the jobs, alone or as they are called in the union: `of` "jobs."."""
+def make_task(of: str = "", asks: str = "", history: str = "", yes: str = "applied") -> Task:
+    """A task of the jobs, or of the posts, which are liked; alone, or `of` "jobs." or "posts." of the union."""
     no = "match: null" if "negatives" in asks else f"match: {{action: {of}viewed}}"
-    text = TASK.format(of, asks=asks.format(of), history=history or f"{of}viewed, {of}applied", no=no)
+    text = TASK.format(of, asks=asks.format(of), history=history or f"{of}viewed, {of}{yes}", no=no, yes=yes)
     return Task.parse(text, "applies.yaml")
 
 
@@ -136,8 +137,8 @@ Make = Callable[[list[Event], list[Event]], Network]
 def write_posts(path: Path) -> Path:
     """Posts of some of the jobs' members, and of two whom the jobs do not know."""
     path.mkdir(parents=True, exist_ok=True)
-    members = [f"m{i}" for i in (9, 3, 1, 0, 7, 8)]
-    locations = {"m0": "Berlin", "m1": "Lisbon", "m3": None, "m7": "Lisbon", "m8": "Oslo", "m9": None}
+    members = [f"m{i}" for i in (0, 1, 3, 7, 8, 9)]
+    locations = {"m0": "Berlin", "m1": "Lisbon", "m3": "Berlin", "m7": None, "m8": "Oslo", "m9": None}
     write_tables(
         path,
         members=pa.table(
@@ -235,14 +236,15 @@ def test_a_union_of_one_dataset_is_the_dataset(make, jobs, asks):
     assert renamed == quantiles
 
 
-@hypothesis.given(JOB_EVENTS, POST_EVENTS, st.sampled_from(NEGATIVES))
+@hypothesis.given(JOB_EVENTS, POST_EVENTS, st.sampled_from(NEGATIVES), st.sampled_from(["jobs", "posts"]))
 @hypothesis.settings(max_examples=25, deadline=None)
-def test_another_dataset_changes_no_question_and_is_never_asked_about(make, jobs, posts, asks):
+def test_another_dataset_changes_no_question_and_is_never_asked_about(make, jobs, posts, asks, name):
     network = make(jobs, posts)
-    alone, united = make_task("", asks), make_task("jobs.", asks, history="jobs.applied, posts.liked")
+    dataset, yes = (network.jobs, "applied") if name == "jobs" else (network.posts, "liked")
+    alone, united = make_task("", asks, yes=yes), make_task(f"{name}.", asks, "jobs.applied, posts.liked", yes)
     for split in SPLITS:
         examples = list(build_examples(network.union, united, split))
-        expected = [by_ids(network.jobs, each, "jobs.") for each in build_examples(network.jobs, alone, split)]
+        expected = [by_ids(dataset, each, f"{name}.") for each in build_examples(dataset, alone, split)]
         without_history = [(*each[:4], each[5]) for each in expected]
         assert [(*(ids := by_ids(network.union, each))[:4], ids[5]) for each in examples] == without_history
         for example in examples:
@@ -255,7 +257,21 @@ def test_another_dataset_changes_no_question_and_is_never_asked_about(make, jobs
             candidates = example_at(network.union, united, member, moment(6)).candidates
         except ValueError:
             continue
-        assert all(network.union.item_id(row).startswith("jobs.") for row in candidates)
+        assert all(network.union.item_id(row).startswith(f"{name}.") for row in candidates)
+
+
+def test_an_answer_is_known_until_its_own_dataset_ends(make):
+    """Posts go on after the jobs' last day; whether a member applies within 5 days of the view is not known by that."""
+    network = make(
+        [Event(0, 0, "viewed", 1), Event(0, 1, "viewed", 8)], [Event(0, 0, "liked", 2), Event(0, 0, "liked", 20)]
+    )
+    text = TASK.format("jobs.", history="posts.liked", asks="outcomes: [jobs.applied]", no="match: null", yes="applied")
+    text = text.replace("actions: [jobs.viewed, jobs.applied]", "actions: [jobs.viewed]").replace(
+        "window_days: 0.5", "window_days: 5"
+    )
+    questions = find_questions(network.union, Task.parse(text))
+    assert (network.union.event_time[questions.events] == moment(1)).all()
+    assert len(questions.events) == 1
 
 
 @hypothesis.given(JOB_EVENTS, POST_EVENTS, st.integers(0, LAST_DAY))
@@ -332,7 +348,7 @@ def test_no_prompt_tells_of_what_happens_later(make, jobs, posts, day, member):
 
 LOGS = (
     [Event(0, 0, "viewed", 1, 5.0), Event(0, 1, "applied", 2, 3.0), Event(0, 2, "viewed", 6, 1.0)],
-    [Event(3, 0, "liked", 1, 2.0), Event(3, 3, "viewed", 3, 4.0), Event(3, 1, "liked", 7, 1.0)],  # of m0, too
+    [Event(0, 0, "liked", 1, 2.0), Event(0, 3, "viewed", 3, 4.0), Event(0, 1, "liked", 7, 1.0)],
 )
 
 
@@ -422,9 +438,9 @@ def test_a_request_is_read_as_the_tables_are(make):
 def test_a_union_on_disk(folder, tmp_path):
     union = Dataset.load(folder / "union")
     assert len(union.items) == 40 + POSTS
-    assert union.members["member_id"].to_pylist() == [f"m{i}" for i in (*range(8), 9, 8)]
-    assert union.members["location"].to_pylist()[-1] == "Oslo"
-    assert union.members["premium"].to_pylist()[:4] == ["no", "yes", None, "no"]
+    assert union.members["member_id"].to_pylist() == [f"m{i}" for i in range(10)]
+    assert union.members["location"].to_pylist()[-2:] == ["Oslo", None]
+    assert union.members["premium"].to_pylist()[:4] == ["yes", "no", None, "yes"]
     assert union.item_name(int(union.item_rows(["posts.101"])[0])) == "Post 1"
     assert (np.diff(union.event_member) >= 0).all()
     excerpt = load_excerpt(folder / "union", ["m0"])
@@ -457,7 +473,7 @@ TASK_ERRORS = {
 
 @pytest.mark.parametrize("asks", TASK_ERRORS)
 def test_a_task_is_refused(folder, asks):
-    text = TASK.format("jobs.", asks="", history="posts.liked", no="match: {action: jobs.viewed}")
+    text = TASK.format("jobs.", asks="", history="posts.liked", no="match: {action: jobs.viewed}", yes="applied")
     text = text.replace("actions: [jobs.viewed, jobs.applied]", asks)
     with pytest.raises(ConfigError) as error:
         Task.parse(text, "applies.yaml").check(Dataset.load(folder / "union"))
