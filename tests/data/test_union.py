@@ -516,7 +516,7 @@ def copy(tmp_path) -> Path:
     """The network in files that a test may change."""
     write_dataset(tmp_path / "jobs", card=lambda _: JOBS_CARD)
     write_posts(tmp_path / "posts")
-    for name, text in (("union", UNION), ("one", "name: one\ninclude: {jobs: ../jobs}\n")):
+    for name, text in (("union", UNION), ("one", "{name: one, include: {jobs: ../jobs}}")):
         (tmp_path / name).mkdir()
         (tmp_path / name / CARD).write_text(text)
     return tmp_path

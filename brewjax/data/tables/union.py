@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import pydantic
+import yaml
 from pydantic_core import PydanticCustomError
 
 from brewjax.config import Config, ConfigError, Words, describe, misplaced, read_text, suggest_path
@@ -204,7 +205,12 @@ def _read(folder: Path) -> str:
 
 
 def _is_union(text: str) -> bool:
-    return re.search(r"^include\s*:", text, re.MULTILINE) is not None
+    """Whether a card includes others. One that is no YAML is none: reading it says what is wrong."""
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return False
+    return isinstance(values, dict) and "include" in values
 
 
 def _join_members(union: UnionCard, cards: Mapping[str, Card]) -> Members:
