@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 import gc
 import shutil
 import signal
-import socket
 import subprocess
 import threading
 import weakref
@@ -29,8 +29,10 @@ from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve.catalogue import Catalogue
 from brewjax.serve.changes import read_rows
 from brewjax.serve.config import ServeConfig
+from brewjax.serve.encoding import RequestEncoder
 from brewjax.serve.live import LiveCatalogues
 from brewjax.serve.members import render_member
+from brewjax.serve.refusals import status_of
 from brewjax.serve.requests import request_from_example
 from brewjax.serve.retriever_pb2 import IndexedItem
 from brewjax.serve.server import Server
@@ -185,13 +187,16 @@ def assert_equal(bundle, tasks, catalogue: Catalogue, longer: Dataset) -> None:
 def test_changes_are_read_as_rows_of_the_tables(bundle, dataset, tasks, longer, store):
     live = follow(bundle, dataset, store)
     before = live.get("jobs")
-    shown = render_member(bundle, tasks[0], ask_by_id(dataset, "m7"), before).render()
+    shown = render_member(bundle, tasks[0], ask_by_id(dataset, "m7"), before)
     asyncio.run(live.append(make_change()))
     live.refresh()
     assert_equal(bundle, tasks, live.get("jobs"), longer)
     assert "Diver" in render_member(bundle, tasks[0], ask_by_id(longer, "m7"), live.get("jobs")).render()
     # What a request began with is what it ends with.
-    assert render_member(bundle, tasks[0], ask_by_id(dataset, "m7"), before).render() == shown
+    request = pb.ScoreRequest(member=ask_by_id(dataset, "m7"), truncation="TRUNCATE")
+    encoder = RequestEncoder(bundle, "tiny@1", {}, CONFIG, 600, live)
+    assert encoder.encode(request, 100, before).prompt == bundle.encode(shown)
+    assert encoder.encode(request, 100).prompt != bundle.encode(shown)
 
 
 def test_changes_one_by_one_come_to_the_same(bundle, dataset, tasks, longer, store):
@@ -207,6 +212,15 @@ def test_changes_one_by_one_come_to_the_same(bundle, dataset, tasks, longer, sto
     assert_equal(bundle, tasks, live.get("jobs"), longer)
     assert_equal(bundle, tasks, follow(bundle, dataset, store).get("jobs"), longer)
     assert_equal(bundle, tasks, follow(bundle, longer, store).get("jobs"), longer)
+
+
+def test_what_another_server_added_a_moment_ago_is_known(bundle, dataset, tasks, longer, store):
+    first, second, change = follow(bundle, dataset, store), follow(bundle, dataset, store), make_change()
+    asyncio.run(first.append(pb.Change(items=change.items, members=change.members)))
+    asyncio.run(second.append(pb.Change(events=change.events)))
+    for live in (first, second):
+        live.refresh()
+        assert_equal(bundle, tasks, live.get("jobs"), longer)
 
 
 def test_an_event_of_the_same_request_as_the_first_is_counted_once(bundle, dataset, store):
@@ -492,20 +506,27 @@ def test_a_kill_loses_nothing_that_was_acknowledged(model_folder, dataset, secre
 # --- Redis
 
 
-@pytest.fixture(scope="module")
-def redis_port(tmp_path_factory) -> Iterator[int]:
+@contextlib.contextmanager
+def running_redis(folder: Path, port: int) -> Iterator[subprocess.Popen]:
+    """Redis, with what it acknowledges in the folder."""
     pytest.importorskip("redis", reason="no client of Redis: pip install 'brewjax[redis]'")
     if not shutil.which("redis-server"):
         pytest.skip("no redis-server: apt-get install redis-server")
-    folder, port = tmp_path_factory.mktemp("redis"), free_port()
     command = ["redis-server", "--port", str(port), "--dir", str(folder), "--appendonly", "yes"]
     process = subprocess.Popen([*command, "--appendfsync", "always"], stdout=subprocess.DEVNULL)
     try:
         eventually(lambda: process.poll() is None and answers(port))
-        yield port
+        yield process
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.fixture(scope="module")
+def redis_port(tmp_path_factory) -> Iterator[int]:
+    port = free_port()
+    with running_redis(tmp_path_factory.mktemp("redis"), port):
+        yield port
 
 
 def answers(port: int) -> bool:
@@ -555,8 +576,20 @@ def test_a_redis_is_read_in_order_from_any_position(redis_port, monkeypatch):
     store.close()
 
 
-def test_a_redis_that_is_down_is_unavailable(redis_port, bundle, dataset):
-    with socket.create_server(("localhost", 0)) as listening:
-        gone = listening.getsockname()[1]
-    with pytest.raises(StoreError, match=f"localhost:{gone}/0: .*refused"):
-        open_store(f"redis://:secret@localhost:{gone}/0")
+def test_a_redis_that_is_down_is_unavailable_until_it_is_back(bundle, dataset, tasks, longer, tmp_path):
+    port, change = free_port(), make_change()
+    with running_redis(tmp_path, port):
+        store = open_store(f"redis://localhost:{port}/0")
+        live = follow(bundle, dataset, store)
+        asyncio.run(live.append(change))
+    with pytest.raises(StoreError, match=rf"^localhost:{port}/0: .*refused") as error:
+        asyncio.run(live.append(pb.Change(events=change.events)))
+    assert status_of(error.value) is Code.UNAVAILABLE
+    with pytest.raises(StoreError, match="refused"):
+        live.refresh()
+    with running_redis(tmp_path, port):
+        live.refresh()
+        assert_equal(bundle, tasks, live.get("jobs"), longer)
+        store.close()
+    with pytest.raises(StoreError, match=rf"^localhost:{port}/0: .*refused"):  # without the password
+        open_store(f"redis://:secret@localhost:{port}/0")

@@ -20,6 +20,7 @@ from brewjax.data.tables.statistics import FactSource, Percentiles, Table
 Where = Literal["history", "question"]
 TENTHS = 10  # of styles that name numbers by kind
 TEXTUAL = ("text", "category", "list")  # kinds of attributes that can be truncated
+TAKE = 100  # rows of a column that are read in the time of one `take`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +110,8 @@ class RowRenderer:
         data: pa.Table = getattr(dataset, table)
         attributes = [attribute for stated in self._stated for attribute in stated.attributes]
         self._columns = {a.column: data[a.column] for a in attributes}
+        self._lists: dict[str, list[Any]] = {}  # of columns, where rows were read so often that a list is cheaper
+        self._spent = dict.fromkeys(self._columns, 0)  # on reading rows one by one, in rows of a whole column
 
     def render(
         self,
@@ -164,7 +167,15 @@ class RowRenderer:
 
     def values(self, attribute: Attribute, rows: np.ndarray) -> list[Any]:
         """The value of an attribute of each row (int [rows])."""
-        return _read_values(self._columns[attribute.column].take(pa.array(rows)), attribute.kind)
+        column, name = self._columns[attribute.column], attribute.column
+        if name not in self._lists:
+            # A request reads a few rows of a large table. Whoever reads many is faster with a list.
+            self._spent[name] += len(rows) + TAKE
+            if self._spent[name] < len(column):
+                return _read_values(column.take(pa.array(rows)), attribute.kind)
+            self._lists[name] = _read_values(column, attribute.kind)
+        values = self._lists[name]
+        return [values[row] for row in rows]
 
     def fact_values(self, stated: StatedFact, rows: RowsAsOf) -> list[float]:
         """The number of a fact of each row, NaN where it is unknown."""
