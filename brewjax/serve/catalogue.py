@@ -62,10 +62,10 @@ class Catalogue:
         dataset = self.dataset
         for task in surface.tasks:
             verbalizer = bundle.request_verbalizer(surface, dataset, self.facts)
-            event = int(np.flatnonzero(dataset.has_action(task.questions.actions))[-1])
-            member, item = int(dataset.event_member[event]), dataset.event_item[event : event + 1]
-            example = unanswered(dataset, task, member, dataset.last_event_time + 1, item)
-            verbalizer.prompt(task, example, bundle.prompts.score_style)
+            for event in np.flatnonzero(dataset.has_action(task.questions.actions))[-1:]:
+                member, item = int(dataset.event_member[event]), dataset.event_item[event : event + 1]
+                example = unanswered(dataset, task, member, dataset.last_event_time + 1, item)
+                verbalizer.prompt(task, example, bundle.prompts.score_style)
 
     def extended(self, added: Sequence[ChangedRows]) -> Catalogue:
         """The catalogue with further rows, as if they stood at the end of the tables' files.
