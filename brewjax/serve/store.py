@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -110,7 +111,7 @@ class RedisStore:
             raise StoreError("the client of Redis is missing: pip install 'brewjax[redis]'") from None
         address, _, stream = address.partition("#")
         self._stream, self._error = stream or STREAM, redis.RedisError
-        self._name = address.rpartition("@")[2]  # without a password
+        self._name = re.sub("//.*@", "//", address)  # without a password
         with self._errors():
             self._redis: Redis = redis.Redis.from_url(address, socket_timeout=10, socket_connect_timeout=10)
             self._redis.ping()

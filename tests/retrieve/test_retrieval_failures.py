@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from brewjax.retrieve import index as index_module
 from brewjax.retrieve.index import Index, IndexConfig
-from pallas_kernels.search import BINS
+from pallas_kernels.search import AXIS, BINS
 from tests.retrieve.conftest import D, vectors
 
 ROOT = Path(__file__).parents[2]
@@ -39,9 +40,9 @@ def test_items_in_the_order_of_clusters_lose_nothing(index, monkeypatch, order):
     """As on a TPU: where near items share a bin it drops some, notices, and searches again, with the filter too."""
     fallbacks, search = [], index_module.jitted_top_k
 
-    def as_on_a_tpu(*args, k, implementation="tpu-interpreted"):
-        fallbacks.append(implementation == "xla")
-        return search(*args, k=k, implementation=implementation)
+    def as_on_a_tpu(*args, certain=False, **settings):
+        fallbacks.append(certain)
+        return search(*args, **settings, certain=certain, implementation="tpu-interpreted")
 
     monkeypatch.setattr(index_module, "jitted_top_k", as_on_a_tpu)
     monkeypatch.setattr(index_module, "GATHERED_SHARE", 0.0)
@@ -59,10 +60,13 @@ def test_items_in_the_order_of_clusters_lose_nothing(index, monkeypatch, order):
 
 
 def test_an_update_does_not_copy_the_index():
-    rows = index_module._empty(8 * BINS, 64)
+    mesh = jax.make_mesh((1,), (AXIS,))
+    rows = index_module._empty(64, mesh)
+    while len(rows.vectors) < 8 * BINS:
+        rows = index_module._grow(rows, mesh)
     slots, bits = jnp.arange(4, dtype=jnp.int32), jnp.ones(4, jnp.int32)
     for values in (jnp.ones((4, 64)), None):  # an upsert and a delete
-        compiled = index_module._write_padded.lower(rows, slots, bits, values).compile()
+        compiled = index_module._write_padded.lower(rows, slots, bits, values, mesh).compile()
         memory = compiled.memory_analysis()
         assert memory.alias_size_in_bytes >= rows.vectors.nbytes + rows.attributes.nbytes
         assert memory.temp_size_in_bytes < rows.vectors.nbytes / 100

@@ -582,7 +582,7 @@ def test_a_redis_that_is_down_is_unavailable_until_it_is_back(bundle, dataset, t
         store = open_store(f"redis://localhost:{port}/0")
         live = follow(bundle, dataset, store)
         asyncio.run(live.append(change))
-    with pytest.raises(StoreError, match=rf"^localhost:{port}/0: .*refused") as error:
+    with pytest.raises(StoreError, match=rf"^redis://localhost:{port}/0: .*refused") as error:
         asyncio.run(live.append(pb.Change(events=change.events)))
     assert status_of(error.value) is Code.UNAVAILABLE
     with pytest.raises(StoreError, match="refused"):
@@ -591,5 +591,5 @@ def test_a_redis_that_is_down_is_unavailable_until_it_is_back(bundle, dataset, t
         live.refresh()
         assert_equal(bundle, tasks, live.get("jobs"), longer)
         store.close()
-    with pytest.raises(StoreError, match=rf"^localhost:{port}/0: .*refused"):  # without the password
+    with pytest.raises(StoreError, match=rf"^redis://localhost:{port}/0: .*refused"):  # without the password
         open_store(f"redis://:secret@localhost:{port}/0")
