@@ -14,6 +14,7 @@ from brewjax.schemas import FILES, settings
 
 TITLES = {
     "dataset": "dataset.yaml: what a company's tables are",
+    "union": "dataset.yaml of a union of datasets",
     "task": "A task",
     "model": "A model",
     "suite": "A suite of tasks",
