@@ -134,6 +134,20 @@ def slots_of(rows: np.ndarray, rows_per_device: int, devices: int) -> np.ndarray
     return rows % rows_per_device * devices + rows // rows_per_device
 
 
+def rows_of(slots: np.ndarray, rows_per_device: int, devices: int) -> np.ndarray:
+    """Computes the rows of slots, the inverse of `slots_of`.
+
+    Args:
+      slots: int [slots].
+      rows_per_device: how many rows each device has.
+      devices: how many there are.
+
+    Returns:
+      int [slots].
+    """
+    return slots % devices * rows_per_device + slots // devices
+
+
 def _on_device(
     queries: Array, rows: Rows, filters: Filter, local: Callable[..., _Best], k: int, devices: int, certain: bool
 ) -> _Best:

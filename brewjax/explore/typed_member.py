@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,13 +41,8 @@ def add_member(dataset: Dataset, events: Sequence[str], moment: int) -> Dataset:
     for index, row in enumerate(rows):
         microseconds = pa.scalar(moment - (len(rows) - index) * DAY).cast(pa.timestamp("us"))
         row |= {card.events.member: member, time: microseconds.cast(dataset.events.schema.field(time).type).as_py()}
-    return Dataset(
-        dataset.path,
-        card,
-        _append(dataset.members, [{card.members.id: member}]),
-        dataset.items,
-        _append(dataset.events, rows),
-    )
+    members = _append(dataset.members, [{card.members.id: member}])
+    return dataclasses.replace(dataset, members=members, events=_append(dataset.events, rows))
 
 
 def _append(table: pa.Table, rows: list[dict[str, Any]]) -> pa.Table:

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from brewjax.config import Config
 from brewjax.paths import atomic_folder
 from brewjax.retrieve.log import Change, ChangeLog
-from pallas_kernels.search import ALIVE, AXIS, BINS, BestRows, Filter, Rows, admitted, jitted_top_k, slots_of
+from pallas_kernels.search import ALIVE, AXIS, BINS, BestRows, Filter, Rows, admitted, jitted_top_k, rows_of, slots_of
 
 CONFIG = "index.yaml"
 GATHERED_SHARE = 0.05  # of the rows, under which those that a filter admits are gathered
@@ -72,7 +72,8 @@ class Index:
 
     def __init__(self, folder: Path, device: threading.Lock | None = None):
         self._lock = threading.Lock()
-        self._mesh = jax.make_mesh((jax.local_device_count(),), (AXIS,), devices=jax.local_devices())
+        devices = _devices()
+        self._mesh = jax.make_mesh((len(devices),), (AXIS,), devices=devices)
         self._device = device or threading.Lock()
         self._writing_snapshot = threading.Lock()
         self._snapshot_thread: threading.Thread | None = None
@@ -236,7 +237,7 @@ class Index:
         in two, or in none: then the changes since say where it is."""
         devices = self._mesh.size
         # A power of two, as is the number of rows on a device, so that every chunk is a whole one.
-        rows_each = min(_round_up(SNAPSHOT_ROWS // devices + 1) // 2, len(self._rows.vectors) // devices)
+        rows_each = min(1 << (SNAPSHOT_ROWS // devices).bit_length() - 1, len(self._rows.vectors) // devices)
         for start in range(0, count, rows_each * devices):
             with self._lock:
                 slots = range(start, min(start + rows_each * devices, count))
@@ -258,7 +259,8 @@ class Index:
 
     def _alive(self, rows: Rows, start: int, slots: list[int]) -> Change:
         """What is in some slots, of rows that begin at slot `start`."""
-        chosen = _rows_of(np.array(slots, np.int64) - start, len(rows.vectors), self._mesh.size)
+        devices = self._mesh.size
+        chosen = rows_of(np.array(slots, np.int64) - start, len(rows.vectors) // devices, devices)
         vectors = np.asarray(rows.vectors)[chosen, : self.config.dimensions]
         ids = pa.array([self._ids[slot] for slot in slots], ID_TYPES[self.config.ids])
         return Change(ids, vectors, np.asarray(rows.attributes)[chosen] & ~ALIVE)
@@ -377,12 +379,18 @@ class _Search:
 
     @classmethod
     def start(
-        cls, rows: Rows, queries: np.ndarray, bits: np.ndarray, numbers: np.ndarray, k: int, where: np.ndarray | Mesh
+        cls,
+        rows: Rows,
+        queries: np.ndarray,
+        bits: np.ndarray,
+        numbers: np.ndarray,
+        k: int,
+        slots: np.ndarray | None = None,
+        mesh: Mesh | None = None,
     ) -> _Search:
-        """Starts a search of gathered rows, whose slots are `where`, or of all rows on the devices of a mesh."""
+        """Starts a search of gathered rows, which are in `slots`, or of all rows, on the devices of `mesh`."""
         filters = Filter(*(jnp.asarray(column) for column in bits[numbers].T))
         chosen, k = jnp.asarray(queries[numbers]), min(_round_up(k), len(rows.vectors))
-        slots, mesh = (None, where) if isinstance(where, Mesh) else (where, None)
         return cls(numbers, chosen, filters, k, slots, jitted_top_k(chosen, rows, filters, k=k, mesh=mesh))
 
     def collect(self, again: Callable[[_Search], BestRows]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
@@ -410,10 +418,10 @@ def _dispatch(rows: Rows, queries: np.ndarray, bits: np.ndarray, k: int, mesh: M
                 numbers = np.flatnonzero((bits == (required, banned)).all(1))
                 whole[numbers] = False
                 slots = np.sort(slots_of(admitted, len(attributes) // mesh.size, mesh.size))
-                gathered = _gather(rows, _rows_of(slots, len(attributes), mesh.size))
+                gathered = _gather(rows, rows_of(slots, len(attributes) // mesh.size, mesh.size))
                 searches.append(_Search.start(gathered, queries, np.zeros_like(bits), numbers, k, slots))
     if whole.any():
-        searches.append(_Search.start(rows, queries, bits, np.flatnonzero(whole), k, mesh))
+        searches.append(_Search.start(rows, queries, bits, np.flatnonzero(whole), k, mesh=mesh))
     return searches
 
 
@@ -427,9 +435,10 @@ def _gather(rows: Rows, chosen: np.ndarray) -> Rows:
     return Rows(jnp.asarray(vectors), jnp.asarray(attributes))
 
 
-def _rows_of(slots: np.ndarray, count: int, devices: int) -> np.ndarray:
-    """The rows of slots, of `count` rows on all devices together."""
-    return slots % devices * (count // devices) + slots // devices
+def _devices() -> list[jax.Device]:
+    """The devices of the host that an index is on. Of a CPU one, whatever JAX divides it into: filters read its arrays
+    in place, and would copy those of several devices for each search."""
+    return jax.local_devices()[:1] if jax.default_backend() == "cpu" else jax.local_devices()
 
 
 def _empty(width: int, mesh: Mesh) -> Rows:

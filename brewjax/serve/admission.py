@@ -74,7 +74,10 @@ class Admission:
         if scope["method"] == "HEAD":
             scope = {**scope, "method": "GET"}
         try:
-            self._check_token(scope["path"], headers.get("authorization", ""))
+            caller = self._credentials.find_caller(headers.get("authorization", ""))
+            current_caller.set(caller or UNNAMED)
+            if caller is None and scope["path"] not in self._open_paths:
+                raise Refused(401, "a bearer token is needed: authorization: Bearer ..")
             if "content-length" in headers and "transfer-encoding" in headers:  # a proxy may believe the other one
                 raise Refused(400, "the headers: give content-length or transfer-encoding, not both")
             body = await self._read(headers.get("content-length", ""), receive)
@@ -94,13 +97,6 @@ class Admission:
             return messages.pop() if messages else await receive()
 
         await self._app(scope, replay, answer)
-
-    def _check_token(self, path: str, authorization: str) -> None:
-        """Sets the current caller. Raises Refused for one without the token that the path needs."""
-        caller = self._credentials.find_caller(authorization)
-        if caller is None and path not in self._open_paths:
-            raise Refused(401, "a bearer token is needed: authorization: Bearer ..")
-        current_caller.set(caller or UNNAMED)
 
     async def _read(self, declared: str, receive: Receive) -> bytes | None:
         """The body; None if the caller hangs up. Raises Refused for one that is too large or too slow."""

@@ -14,7 +14,7 @@ from grpc.aio import AbortError, ServerInterceptor, ServicerContext
 
 from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve import ranker_pb2_grpc, retriever_pb2, retriever_pb2_grpc
-from brewjax.serve.callers import UNNAMED, current_caller
+from brewjax.serve.callers import UNNAMED, Caller, current_caller
 from brewjax.serve.config import ServeConfig
 from brewjax.serve.credentials import Credentials
 from brewjax.serve.refusals import REASONS, Refusals, status_of, truncate_message
@@ -140,7 +140,9 @@ class Door(ServerInterceptor):
     ) -> grpc.RpcMethodHandler:
         method = details.method
         authorization = str(dict(details.invocation_metadata or ()).get("authorization", ""))
-        if refusal := self._refusal(method, authorization):
+        caller = self._credentials.find_caller(authorization)
+        current_caller.set(caller or UNNAMED)  # gRPC runs interceptors and handler of a call in one task
+        if refusal := self._refusal(method, authorization, caller):
 
             async def refuse(messages: Any, context: ServicerContext) -> None:
                 self._refusals.record("grpc", REASONS[refusal[0]])
@@ -179,13 +181,11 @@ class Door(ServerInterceptor):
             return grpc.stream_stream_rpc_method_handler(answer_stream, None, handler.response_serializer)
         return grpc.stream_unary_rpc_method_handler(answer, None, handler.response_serializer)
 
-    def _refusal(self, method: str, authorization: str) -> tuple[grpc.StatusCode, str] | None:
-        """Sets the current caller. Code and message for a call that is refused before its message is read, or None."""
+    def _refusal(self, method: str, authorization: str, caller: Caller | None) -> tuple[grpc.StatusCode, str] | None:
+        """Code and message for a call that is refused before its message is read, or None."""
         is_open = method.startswith(OPEN)
-        caller = self._credentials.find_caller(authorization)
         if caller is None and not is_open:
             return Code.UNAUTHENTICATED, "a bearer token is needed: authorization: Bearer .."
-        current_caller.set(caller or UNNAMED)  # gRPC runs interceptors and handler of a call in one task
         if method in ADMIN and not self._credentials.may_reload(authorization):
             name = method.rpartition("/")[2]
             return Code.PERMISSION_DENIED, f"{name} needs a token of its own, that of the server's admin_token_file"

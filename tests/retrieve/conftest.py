@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,6 +14,7 @@ from brewjax.bundle.surface import Surface
 from brewjax.data.prompts.styles import PromptConfig
 from brewjax.model.config import ModelConfig
 from brewjax.model.sharding import MeshConfig
+from brewjax.retrieve import index as index_module
 from brewjax.retrieve.encoder import Encoder, EncoderConfig
 from brewjax.retrieve.index import Index, IndexConfig
 from tests.data.conftest import jobs, jobs_with, tokenizer  # noqa: F401 (fixtures)
@@ -34,6 +36,10 @@ def make_encoder(jobs, tokenizer, task) -> Callable[..., Encoder]:  # noqa: F811
         return Encoder(bundle, EncoderConfig(**{"dimensions": (4, 8), **settings}))
 
     return make
+
+
+if jax.local_device_count() > 1:  # what an index does on accelerators, on several devices of a CPU
+    index_module._devices = jax.local_devices
 
 
 @pytest.fixture

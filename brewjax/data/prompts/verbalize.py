@@ -294,7 +294,7 @@ class Verbalizer:
     def _actions(self, task: Task) -> dict[str, str]:
         """By action of the history, the words for it within each event; none where there is one action."""
         card, names = self.dataset.card, task.history.actions
-        several = len({card.origin_of(name) for name in names}) > 1  # datasets: what was acted on is said, too
+        several = len({card.origin_of(name) for name in names}) > 1  # datasets: it is stated what was acted on
         return {
             name: card.events.actions[name].past + (f" the {card.side_of(name).items.noun}" if several else "")
             for name in (names if len(names) > 1 else ())
@@ -411,8 +411,7 @@ class Verbalizer:
           Whose text it is, its size, and its longest column.
         """
         if table == "items":
-            card = [*self.dataset.card.origins.values()][self.dataset.item_origin[row]]
-            noun = f"{card.items.noun} {self.dataset.item_id(row)}"
+            noun = f"{self.dataset.item_card(row).items.noun} {self.dataset.item_id(row)}"
         else:
             noun = f"the instruction with {self.dataset.card.members.noun} {self.dataset.member_id(row)}"
         return Overlong(row, noun, self._rows[table].longest(row, time, style), self._count(text), room)

@@ -67,7 +67,7 @@ def domain_texts(
         for repeat in range(config.repeats):
             rng = np.random.default_rng([config.seed, repeat, int(is_item), int(hashes[index])])
             if is_item:
-                noun = [*dataset.card.origins.values()][dataset.item_origin[row]].items.noun
+                noun = dataset.item_card(row).items.noun
                 text = _sentences(noun.capitalize(), facts[row], rng)
                 yield text, {"item": dataset.items[dataset.card.items.id][row].as_py(), "repeat": repeat}
             else:

@@ -126,6 +126,17 @@ class Dataset:
         names = pa.array(self.card.origins, pa.string())
         return pc.index_in(self.items[ORIGIN].cast(pa.string()), names).to_numpy().astype(np.int32)
 
+    def item_card(self, row: int) -> Card:
+        """Looks up the card from the side of an item's dataset, see `Card.origins`.
+
+        Args:
+          row: of the item.
+
+        Returns:
+          The card; of a dataset that is no union, its own.
+        """
+        return [*self.card.origins.values()][self.item_origin[int(row)]]
+
     @property
     def event_origin(self) -> np.ndarray:
         """int32 [events]: as `item_origin`, of the item of each event."""
@@ -337,8 +348,7 @@ class Dataset:
         Returns:
           The item's first text attribute, or its id where that is empty.
         """
-        card = [*self.card.origins.values()][self.item_origin[int(row)]]
-        text_columns = (a.column for a in card.items.attributes if a.kind == "text")
+        text_columns = (a.column for a in self.item_card(row).items.attributes if a.kind == "text")
         column = next(text_columns, None)
         name = self.items[column][int(row)].as_py() if column else None
         return name if name and name.strip() else self.item_id(row)
