@@ -9,7 +9,7 @@ import typer
 
 from brewjax.cli_index import ENCODER_KEY
 from brewjax.console import print_line
-from brewjax.devices import device_per_core
+from brewjax.devices import prepare_cpu
 from brewjax.paths import write_table
 
 # Heavy imports are inside the verbs, so that --help answers at once.
@@ -32,7 +32,7 @@ def embed(
     dimensions: Dimensions = None,
 ) -> None:
     """Embed all items, or all members, as of the last event."""
-    device_per_core()
+    prepare_cpu()
     import numpy as np
     import pyarrow as pa
 
@@ -71,7 +71,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Recall over the whole catalogue in the test period, beside popularity, item-kNN, ALS and BM25."""
-    device_per_core()
+    prepare_cpu()
     from brewjax.data.tables.dataset import Dataset
     from brewjax.retrieve.encoder import Encoder
     from brewjax.retrieve.evaluation import evaluate_retrieval, print_recall

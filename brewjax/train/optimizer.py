@@ -69,9 +69,10 @@ class OptimizerConfig(Config):
         )
 
         def update(grads: optax.Updates, state: optax.OptState, params: optax.Params | None = None) -> tuple:
-            return muon.update(_replicate(grads), state, _replicate(params))
+            updates, state = muon.update(_split_layers(grads), state, _split_layers(params))
+            return _as_laid_out(updates, grads), state
 
-        return optax.GradientTransformation(lambda params: muon.init(_replicate(params)), update)
+        return optax.GradientTransformation(lambda params: muon.init(_split_layers(params)), update)
 
 
 def _matrices(params: optax.Params) -> optax.Params:
@@ -93,8 +94,23 @@ def _muon_axes(params: optax.Params) -> optax.Params:
     return jax.tree_util.tree_map_with_path(axes, params)
 
 
-def _replicate(tree: optax.Params) -> optax.Params:
-    """Every array whole on every device of the mesh in context, if there is one: optax orthogonalises no shards."""
+def _as_laid_out(updates: optax.Updates, grads: optax.Updates) -> optax.Updates:
+    """The updates on the devices that `grads` are on."""
     if jax.sharding.get_abstract_mesh().empty:
+        return updates
+    return jax.tree.map(lambda update, grad: jax.sharding.reshard(update, jax.typeof(grad).sharding.spec), updates, grads)
+
+
+def _split_layers(tree: optax.Params) -> optax.Params:
+    """Matrices whole, those of some layers on each device of the mesh in context, if there is one; optax orthogonalises
+    no shards of a matrix. Where the devices do not divide the layers, and for other weights: every array whole on every
+    device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return tree
-    return jax.tree.map(lambda array: jax.sharding.reshard(array, jax.P()), tree)
+
+    def split(path: tuple, leaf: jax.Array) -> jax.Array:
+        layers = path[-1].key in MATRIX_AXES and leaf.shape[0] % mesh.size == 0
+        return jax.sharding.reshard(leaf, jax.P(mesh.axis_names) if layers else jax.P())
+
+    return jax.tree_util.tree_map_with_path(split, tree)
