@@ -105,3 +105,16 @@ def test_a_damaged_compiled_program_is_compiled_again(tmp_path):
         for path in entries:
             path.write_bytes(path.read_bytes()[:50])
     assert printed[0] == printed[1] == "262144.0\n"
+
+
+def test_a_process_starts_again_with_huge_pages_unless_the_environment_has_its_own_settings():
+    code = "import os, sys; from brewjax.devices import prepare_cpu; print('started'); prepare_cpu(); "
+    code += "print(os.environ['GLIBC_TUNABLES'], *sys.argv[1:])"
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    for settings, expected in [
+        ({}, ["started", "started", "glibc.malloc.hugetlb=1 run it's.yaml"]),
+        ({"GLIBC_TUNABLES": "glibc.malloc.check=0"}, ["started", "glibc.malloc.check=0 run it's.yaml"]),
+    ]:
+        command = [sys.executable, "-c", code, "run", "it's.yaml"]
+        result = subprocess.run(command, env=environment | settings, capture_output=True, text=True, check=True)
+        assert result.stdout.splitlines() == expected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -13,6 +14,7 @@ from brewjax.console import plain_console
 from brewjax.paths import write_text
 
 METRICS = "metrics.jsonl"
+SPEED_STEPS = 16  # of a mean: rows come late and two at once where a checkpoint is saved, and at the end
 
 
 class MetricsWriter:
@@ -43,7 +45,9 @@ class MetricsWriter:
         )
         self._bar = self._progress.add_task("train", total=steps, completed=resumed_step, loss=float("nan"), speed=0.0)
         self._steps = steps
-        self._start_time = self._written = time.perf_counter()
+        self._start_time = time.perf_counter()
+        self._tokens = 0.0
+        self._recent = deque([(self._start_time, self._tokens)], SPEED_STEPS)  # when steps were written, tokens until then
 
     def __enter__(self) -> MetricsWriter:
         self._progress.start()
@@ -56,13 +60,15 @@ class MetricsWriter:
 
     def write(self, step: int, row: dict[str, float]) -> None:
         """Records one step: its metrics (`loss` and `tokens` among them), and two that are measured here:
-        `tokens_per_second` since the last step, and `seconds` of training so far, over all restarts."""
+        `tokens_per_second` over the last steps, and `seconds` of training so far, over all restarts."""
         now = time.perf_counter()
+        self._tokens += row["tokens"]
+        then, tokens = self._recent[0]
+        self._recent.append((now, self._tokens))
         row = row | {
-            "tokens_per_second": row["tokens"] / (now - self._written),
+            "tokens_per_second": (self._tokens - tokens) / (now - then),
             "seconds": self._seconds_before + now - self._start_time,
         }
-        self._written = now
         self._file.write(json.dumps({"step": step, **row}) + "\n")
         for name, value in row.items():
             self._board.add_scalar(f"train/{name}", value, step)

@@ -20,8 +20,9 @@ class OptimizerConfig(Config):
     method: Literal["adamw", "muon"] = "adamw"
     """`muon` orthogonalises the momentum of the layers' matrices (Jordan et al. 2024), with updates of the size of
     AdamW's, so that its learning rates fit (Liu et al. 2025, arXiv 2502.16982); all other weights, adapters among them,
-    get AdamW with Nesterov momentum. It learns more from a step. Each device holds the whole state and computes all of
-    it, so it is for models that fit a device."""
+    get AdamW with Nesterov momentum. It learns more from a step. Devices share the layers where their number divides
+    that of the layers; otherwise, and of all other weights, each device holds the whole state and computes all of it,
+    so it is for models that fit a device."""
     learning_rate: float = pydantic.Field(default=1e-3, gt=0, le=1)
     """Learning rate after the warm-up: about how far a step moves each weight."""
     warmup: int = pydantic.Field(default=100, ge=0)

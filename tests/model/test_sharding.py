@@ -152,7 +152,8 @@ def test_loss_and_gradients_are_those_of_one_device(name, sharded):
 def test_muon_is_the_same_on_any_mesh(sharded):
     for path, values in muon_update(one_device()).items():
         assert values.any()
-        np.testing.assert_allclose(sharded[f"muon_update/{path}"], values, rtol=1e-3, atol=1e-5, err_msg=path)
+        for name in ("muon_update", "muon_update, layers split"):
+            np.testing.assert_allclose(sharded[f"{name}/{path}"], values, rtol=1e-3, atol=1e-5, err_msg=path)
 
 
 def read_golden(mesh: Mesh) -> dict[str, np.ndarray]:
@@ -253,6 +254,7 @@ def main(out: str) -> None:
     mesh = EXPERT_MESHES["experts, fsdp=2 expert=2 tensor=2"].build()
     actual |= {made.__name__: made(mesh) for made in (read_golden, upcycled)}
     actual["muon_update"] = muon_update(MeshConfig(fsdp=2, tensor=2).build())
+    actual["muon_update, layers split"] = muon_update(MeshConfig(fsdp=2).build(jax.devices()[: MODEL.layers]))
     np.savez(out, **{f"{name}/{path}": values for name, leaves in actual.items() for path, values in leaves.items()})
 
 

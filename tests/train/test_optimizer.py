@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 from brewjax.config import ConfigError
+from brewjax.model.sharding import MESH_AXES
 from brewjax.model.weights import MATRIX_AXES
 from brewjax.train.optimizer import UPDATE_RMS, OptimizerConfig
 from tests.tiny import MODEL, params
@@ -53,6 +55,16 @@ def test_muon_makes_the_updates_of_matrices_orthogonal():
             assert singular_values.min() > 0.5 * singular_values.max()
             np.testing.assert_allclose(np.sqrt((matrix**2).mean()), UPDATE_RMS * 0.1, rtol=0.2)
     np.testing.assert_allclose(updates["embedding"], nadamw["embedding"], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("devices", "whole"), [(2, False), (3, True)])
+def test_devices_share_the_layers_of_muon_where_they_divide_them(devices, whole):
+    mesh = AbstractMesh((devices, *[1] * (len(MESH_AXES) - 1)), MESH_AXES, (AxisType.Explicit,) * len(MESH_AXES))
+    weights = params(MODEL)
+    with jax.sharding.use_abstract_mesh(mesh):
+        state = jax.eval_shape(OptimizerConfig(method="muon").build(10).init, weights)
+    momentum = optax.tree.get(state, "MuonState").mu["layers"]["query"]
+    assert momentum.sharding.spec[0] == (None if whole else MESH_AXES)
 
 
 @pytest.mark.parametrize(
