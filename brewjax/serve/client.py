@@ -377,16 +377,18 @@ def raw(
     items: Sequence[str | Sequence[int]],
     labels: Sequence[str | int],
     events: Sequence[str | Sequence[int]] = (),
+    joint: bool = False,
 ) -> pb.Raw:
     """A prompt of the caller's own text or tokens.
 
-    Each text is tokenised by itself, so it matters where a text is split.
+    Each text is tokenised by itself, so it matters where a text is split, unless `joint`.
 
     Args:
       prefix: instruction and profile, or everything that the items share.
       items: the candidates; each is read after the prefix and the events, and scored at its last token.
       labels: words of one token each, or token ids; the probability of the first one orders the items.
       events: the history, oldest first; the oldest are the first to be truncated.
+      joint: the tokenizer reads the prefix and each item as one text; for texts, without events.
 
     Returns:
       What `Client.score` and `Client.stream` take.
@@ -397,6 +399,7 @@ def raw(
         items=map(_text, items),
         labels=[label for label in labels if isinstance(label, str)],
         label_tokens=[label for label in labels if not isinstance(label, str)],
+        joint=joint,
     )
 
 

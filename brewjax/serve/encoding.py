@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -26,6 +27,7 @@ from brewjax.serve.refusals import MAX_ID
 from brewjax.serve.texts import Texts
 
 SLICE = 1_000  # items that are encoded at a time
+MAX_JOINT = 4_000_000  # characters of a request whose prefix is read anew with each item: a second or two
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +200,7 @@ class RequestEncoder:
 
     def _encode_raw(self, request: pb.ScoreRequest) -> EncodedRequest:
         raw, truncate = request.raw, request.truncation == pb.ScoreRequest.TRUNCATE
-        prefix = self._encode_prefix(raw.prefix, truncate)
+        prefix, items = self._encode_jointly(raw) if raw.joint else (self._encode_prefix(raw.prefix, truncate), None)
         events = self._encode_events(raw.events, self.max_prefix_tokens - len(prefix), truncate)
         length = len(prefix) + sum(map(len, events))
         if length > self.max_prefix_tokens and not truncate:
@@ -211,7 +213,8 @@ class RequestEncoder:
         bos = self.bundle.tokenizer.bos  # stays in front of a truncated prefix
         start = len(bos) if prefix[: len(bos)] == bos else 0
         prefix = prefix[:start] + prefix[start + excess :]
-        items = self._encode_items(raw.items)
+        if items is None:
+            items = self._encode_items(raw.items)
         if [] in items:  # is scored at the last token before it, with which every item then begins
             if raw.events or not prefix:
                 raise ValueError(f"raw.items[{items.index([])}]: empty")
@@ -223,6 +226,25 @@ class RequestEncoder:
         values = np.eye(len(labels))[0]  # the first label's probability orders the items
         num_truncated = len(raw.events) - len(events)
         return EncodedRequest(prompt, words, values, [""] * len(items), self.model, num_truncated, excess)
+
+    def _encode_jointly(self, raw: pb.Raw) -> tuple[list[int], list[list[int]]]:
+        """What the tokens of the prefix and of "prefix + item" have in common, and what follows in each of the latter."""
+        texts = [raw.prefix, *raw.items]
+        if raw.events or any(text.WhichOneof("kind") == "tokens" for text in texts):
+            raise ValueError("raw.joint: only for texts, without events")
+        joined = [raw.prefix.text + item.text for item in raw.items]
+        if (size := sum(map(len, joined))) > MAX_JOINT:
+            raise ValueError(
+                f"raw.joint: the prefix is read again with each item, {size:,} characters in all; at most {MAX_JOINT:,} "
+                "are read, or set joint to false"
+            )
+        (prefix,) = self._texts.read([raw.prefix.text], self.max_prefix_tokens, ["raw.prefix"], begins=True)
+        fields = [f"raw.items[{index}]" for index in range(len(joined))]
+        limit = self.max_prefix_tokens + self.config.max_candidate_tokens
+        with_bos = self.bundle.tokenizer.with_bos
+        tokens = [with_bos(ids) for ids in self._texts.read(joined, limit, fields, begins=True)]
+        shared = len(os.path.commonprefix([with_bos(prefix), *tokens]))
+        return tokens[0][:shared], [ids[shared:] for ids in tokens]
 
     def _encode_prefix(self, text: pb.Text, truncate: bool) -> list[int]:
         """Tokens of a prefix; if it is a text to truncate, of an end of it that is long enough."""

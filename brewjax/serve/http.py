@@ -31,6 +31,7 @@ OPEN_PATHS = ("/livez", "/readyz", "/startupz", "/health", "/docs", "/openapi.js
 
 FIELDS = {  # names of fields in gRPC's errors, and their names here
     r"^raw\.items": "items",
+    r"^raw\.joint": "joint",
     r"^raw\.label(s|_tokens)": "label_token_ids",
     r"^raw(\.prefix)?:": "query:",
 }
@@ -67,6 +68,9 @@ class ScoreRequest(pydantic.BaseModel):
         1.0, gt=0, allow_inf_nan=False, description="Divides the labels' logits; needs apply_softmax."
     )
     item_first: bool = pydantic.Field(False, description="Items are read before the query, so they share no prefix.")
+    joint: bool = pydantic.Field(
+        True, description="The tokenizer reads query and item as one text, as SGLang does; false: each by itself, faster."
+    )
     return_pooled_hidden_states: Literal[False] = pydantic.Field(False, description="Not available.")
     return_token_logprobs: Literal[False] = pydantic.Field(False, description="Not available.")
     model: str = pydantic.Field("", description="Ignored: one model is served.")
@@ -99,7 +103,8 @@ class ScoreRequest(pydantic.BaseModel):
         labels = self._labels
         parts = [labels[start : start + LABELS_IN_PASS] for start in range(0, len(labels), LABELS_IN_PASS)]
         over = pb.ScoreRequest.LABELS if self.apply_softmax and len(parts) == 1 else pb.ScoreRequest.VOCABULARY
-        return [pb.ScoreRequest(raw=raw(prefix, items, part), normalize_over=over) for part in parts]
+        joint = self.joint and all(isinstance(text, str) for text in (prefix, *items))
+        return [pb.ScoreRequest(raw=raw(prefix, items, part, joint=joint), normalize_over=over) for part in parts]
 
     def scores(self, responses: Sequence[pb.ScoreResponse]) -> list[list[float]]:
         """Probabilities [items, labels], in the order of the request, from the responses to `to_rpc`."""

@@ -140,18 +140,20 @@ class Texts(_message.Message):
     def __init__(self, values: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Raw(_message.Message):
-    __slots__ = ("prefix", "events", "items", "labels", "label_tokens")
+    __slots__ = ("prefix", "events", "items", "labels", "label_tokens", "joint")
     PREFIX_FIELD_NUMBER: _ClassVar[int]
     EVENTS_FIELD_NUMBER: _ClassVar[int]
     ITEMS_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
     LABEL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    JOINT_FIELD_NUMBER: _ClassVar[int]
     prefix: Text
     events: _containers.RepeatedCompositeFieldContainer[Text]
     items: _containers.RepeatedCompositeFieldContainer[Text]
     labels: _containers.RepeatedScalarFieldContainer[str]
     label_tokens: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, prefix: _Optional[_Union[Text, _Mapping]] = ..., events: _Optional[_Iterable[_Union[Text, _Mapping]]] = ..., items: _Optional[_Iterable[_Union[Text, _Mapping]]] = ..., labels: _Optional[_Iterable[str]] = ..., label_tokens: _Optional[_Iterable[int]] = ...) -> None: ...
+    joint: bool
+    def __init__(self, prefix: _Optional[_Union[Text, _Mapping]] = ..., events: _Optional[_Iterable[_Union[Text, _Mapping]]] = ..., items: _Optional[_Iterable[_Union[Text, _Mapping]]] = ..., labels: _Optional[_Iterable[str]] = ..., label_tokens: _Optional[_Iterable[int]] = ..., joint: _Optional[bool] = ...) -> None: ...
 
 class Text(_message.Message):
     __slots__ = ("text", "tokens")

@@ -168,6 +168,31 @@ def test_over_http_as_sglang_does(client, http):
     np.testing.assert_allclose(softmax, np.sqrt(many) / np.sqrt(many).sum(axis=1, keepdims=True), rtol=1e-4)
 
 
+def test_query_and_items_are_one_text_to_the_tokenizer_as_sglang_has_them(client, http, bundle):
+    query, items = "for a nurse in Ber", ["lin", "", "gamo, Italy", "\n"]
+    tokenizer = bundle.tokenizer
+    alone, *joined = map(tokenizer.with_bos, tokenizer.encode([query, *(query + item for item in items)], begins=True))
+    assert joined[0][: len(alone)] != alone  # the tokens of "Berlin" are not those of "Ber" and "lin"
+    expected = [
+        probabilities(client.score(raw(ids[:-1], [ids[-1:]], LABELS), normalize_over="VOCABULARY"))[0] for ids in joined
+    ]
+    body = {"query": query, "items": items, "label_token_ids": LABELS}
+    together, apart = (
+        http.post("/v1/score", json=body | {"joint": joint}).raise_for_status().json()["scores"]
+        for joint in (True, False)
+    )
+    np.testing.assert_allclose(together, expected, atol=1e-6)
+    assert http.post("/v1/score", json=body).json()["scores"] == together
+    assert abs(np.subtract(apart, expected)).max() > 1e-4
+    for question, message in (
+        (raw([7], ["a"], LABELS, joint=True), "raw.joint: only for texts"),
+        (raw("a", ["a"], LABELS, ["b"], joint=True), "raw.joint: only for texts, without events"),
+        (raw("a" * 8_000, ["a"] * 501, LABELS, joint=True), "raw.joint: the prefix is read again with each item"),
+    ):
+        with pytest.raises(grpc.RpcError, match=message):
+            client.score(question)
+
+
 def test_over_http_members_are_ranked_as_over_grpc(client, http, dataset, tasks):
     member = request_from_example(dataset, tasks[0], example_at(dataset, tasks[0], 7))
     body = MessageToDict(pb.ScoreRequest(member=member, top_k=3, request_id="r1"), preserving_proto_field_name=True)
