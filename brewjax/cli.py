@@ -17,7 +17,7 @@ from brewjax.cli_errors import run_app
 from brewjax.cli_models import ModelFolder, SurfaceName
 from brewjax.config import decode, read_text, suggest
 from brewjax.console import plain_console, print_line, print_ranking
-from brewjax.devices import cache_compilations, prepare_cpu, hide_useless_libtpu
+from brewjax.devices import cache_compilations, hide_useless_libtpu, prepare_cpu
 from brewjax.paths import write_table
 
 if TYPE_CHECKING:

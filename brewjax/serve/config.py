@@ -108,6 +108,9 @@ class ServeConfig(Config):
     """Folder of the index that the encoder's vectors are in; made if there is none."""
     max_retrieved: int = pydantic.Field(default=10_000, gt=0)
     """Maximum items of a Retrieve."""
+    item_delimiter: int | None = pydantic.Field(default=None, ge=0)
+    """Token id between the query and each item of /v1/score, which are then tokenised apart: SGLang's multi-item mode,
+    for a model that was trained to read it."""
     rerank: RerankConfig | None = None
     """Serve /rerank and /score, in the forms of Cohere, Jina and vLLM, with these prompts."""
     tasks: tuple[str, ...] | dict[str, tuple[str, ...]] = ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -69,7 +69,8 @@ class RequestEncoder:
       catalogues: of the members that requests name by `id`.
 
     Raises:
-      ConfigError: for a task with a label word that is not one token, with too many labels, or of no surface.
+      ConfigError: for a task with a label word that is not one token, with too many labels, or of no surface; for a
+        delimiter that is no token of the model.
     """
 
     def __init__(
@@ -92,6 +93,8 @@ class RequestEncoder:
         self.config, self.max_prefix_tokens = config, max_prefix_tokens
         self.catalogues = catalogues or LiveCatalogues(bundle, {})
         self._texts = Texts(bundle.tokenizer, config.special_tokens)
+        if config.item_delimiter is not None and config.item_delimiter >= bundle.model.vocab_size:
+            raise config.error(f"the model's tokens are below {bundle.model.vocab_size:,}", "item_delimiter")
         for index, word in enumerate(config.rerank.labels if config.rerank else ()):
             try:
                 bundle.tokenizer.label_token_id(word)
@@ -228,22 +231,23 @@ class RequestEncoder:
         return EncodedRequest(prompt, words, values, [""] * len(items), self.model, num_truncated, excess)
 
     def _encode_jointly(self, raw: pb.Raw) -> tuple[list[int], list[list[int]]]:
-        """What the tokens of the prefix and of "prefix + item" have in common, and what follows in each of the latter."""
+        """The first tokens that the prefix and each "prefix + item" have in common, and what follows in the latter."""
         texts = [raw.prefix, *raw.items]
         if raw.events or any(text.WhichOneof("kind") == "tokens" for text in texts):
             raise ValueError("raw.joint: only for texts, without events")
         joined = [raw.prefix.text + item.text for item in raw.items]
         if (size := sum(map(len, joined))) > MAX_JOINT:
             raise ValueError(
-                f"raw.joint: the prefix is read again with each item, {size:,} characters in all; at most {MAX_JOINT:,} "
-                "are read, or set joint to false"
+                f"raw.joint: the prefix is read again with each item, {size:,} characters in all; give at most "
+                f"{MAX_JOINT:,}, or set joint to false"
             )
         (prefix,) = self._texts.read([raw.prefix.text], self.max_prefix_tokens, ["raw.prefix"], begins=True)
         fields = [f"raw.items[{index}]" for index in range(len(joined))]
         limit = self.max_prefix_tokens + self.config.max_candidate_tokens
         with_bos = self.bundle.tokenizer.with_bos
         tokens = [with_bos(ids) for ids in self._texts.read(joined, limit, fields, begins=True)]
-        shared = len(os.path.commonprefix([with_bos(prefix), *tokens]))
+        columns = zip(with_bos(prefix), *tokens, strict=False)
+        shared = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
         return tokens[0][:shared], [ids[shared:] for ids in tokens]
 
     def _encode_prefix(self, text: pb.Text, truncate: bool) -> list[int]:

@@ -69,7 +69,8 @@ class ScoreRequest(pydantic.BaseModel):
     )
     item_first: bool = pydantic.Field(False, description="Items are read before the query, so they share no prefix.")
     joint: bool = pydantic.Field(
-        True, description="The tokenizer reads query and item as one text, as SGLang does; false: each by itself, faster."
+        True,
+        description="The tokenizer reads query and item as one text; false: each by itself.",
     )
     return_pooled_hidden_states: Literal[False] = pydantic.Field(False, description="Not available.")
     return_token_logprobs: Literal[False] = pydantic.Field(False, description="Not available.")
@@ -88,8 +89,9 @@ class ScoreRequest(pydantic.BaseModel):
     def _labels(self) -> list[int]:
         return list(dict.fromkeys(self.label_token_ids))  # each once
 
-    def to_rpc(self) -> list[pb.ScoreRequest]:
-        """The same request for gRPC: one for every LABELS_IN_PASS labels.
+    def to_rpc(self, delimiter: int | None = None) -> list[pb.ScoreRequest]:
+        """The same request for gRPC: one for every LABELS_IN_PASS labels; with a `delimiter`, a token id, between the
+        query and each item.
 
         Raises:
           HTTPException: item_first would join texts with tokens.
@@ -103,8 +105,9 @@ class ScoreRequest(pydantic.BaseModel):
         labels = self._labels
         parts = [labels[start : start + LABELS_IN_PASS] for start in range(0, len(labels), LABELS_IN_PASS)]
         over = pb.ScoreRequest.LABELS if self.apply_softmax and len(parts) == 1 else pb.ScoreRequest.VOCABULARY
-        joint = self.joint and all(isinstance(text, str) for text in (prefix, *items))
-        return [pb.ScoreRequest(raw=raw(prefix, items, part, joint=joint), normalize_over=over) for part in parts]
+        between = [] if delimiter is None else [[delimiter]]
+        joint = self.joint and not between and all(isinstance(text, str) for text in (prefix, *items))
+        return [pb.ScoreRequest(raw=raw(prefix, items, part, between, joint), normalize_over=over) for part in parts]
 
     def scores(self, responses: Sequence[pb.ScoreResponse]) -> list[list[float]]:
         """Probabilities [items, labels], in the order of the request, from the responses to `to_rpc`."""
@@ -162,11 +165,15 @@ def make_app(
     async def format_error(request: Request, error: starlette.exceptions.HTTPException) -> JSONResponse:
         return error_response(error.status_code, error.detail, dict(error.headers or {}))
 
+    def parse_score(body: bytes) -> tuple[ScoreRequest, list[pb.ScoreRequest]]:
+        request = ScoreRequest.model_validate_json(body)
+        return request, request.to_rpc(service.config.item_delimiter)
+
     @app.post("/v1/score")
     async def score(request: Request, response: Response) -> ScoreResponse:
         """Scores items behind a query, in one pass if they fit."""
         with refusing(request, FIELDS):
-            body, rpc_requests = await parse_body(request, _parse_score)
+            body, rpc_requests = await parse_body(request, parse_score)
             request_id = request.headers.get("x-request-id") or body.rid or ""
             answers: list[pb.ScoreResponse] = []
             if body.items != []:
@@ -231,8 +238,3 @@ def make_app(
 
     describe(app, ScoreRequest, credentials.needs_token, OPEN_PATHS)
     return app
-
-
-def _parse_score(body: bytes) -> tuple[ScoreRequest, list[pb.ScoreRequest]]:
-    request = ScoreRequest.model_validate_json(body)
-    return request, request.to_rpc()

@@ -47,7 +47,7 @@ class MetricsWriter:
         self._steps = steps
         self._start_time = time.perf_counter()
         self._tokens = 0.0
-        self._recent = deque([(self._start_time, self._tokens)], SPEED_STEPS)  # when steps were written, tokens until then
+        self._recent = deque([(self._start_time, 0.0)], SPEED_STEPS)  # when steps were written, and tokens until then
 
     def __enter__(self) -> MetricsWriter:
         self._progress.start()

@@ -99,7 +99,9 @@ def _as_laid_out(updates: optax.Updates, grads: optax.Updates) -> optax.Updates:
     """The updates on the devices that `grads` are on."""
     if jax.sharding.get_abstract_mesh().empty:
         return updates
-    return jax.tree.map(lambda update, grad: jax.sharding.reshard(update, jax.typeof(grad).sharding.spec), updates, grads)
+    return jax.tree.map(
+        lambda update, grad: jax.sharding.reshard(update, jax.typeof(grad).sharding.spec), updates, grads
+    )
 
 
 def _split_layers(tree: optax.Params) -> optax.Params:

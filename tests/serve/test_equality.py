@@ -193,6 +193,20 @@ def test_query_and_items_are_one_text_to_the_tokenizer_as_sglang_has_them(client
             client.score(question)
 
 
+def test_a_delimiter_lies_between_the_query_and_each_item_as_in_sglangs_multi_item_mode(
+    server, client, http, bundle, monkeypatch
+):
+    delimiter, query, items = 9, "for a nurse in Ber", ["lin", "gamo"]
+    setting = server.service.config.model_copy(update={"item_delimiter": delimiter})
+    monkeypatch.setattr(server.service, "config", setting)
+    body = {"query": query, "items": items, "label_token_ids": LABELS}
+    (prefix,) = bundle.tokenizer.encode([query], begins=True)
+    prefix = [*bundle.tokenizer.with_bos(prefix), delimiter]
+    expected = client.score(raw(prefix, items, LABELS), normalize_over="VOCABULARY")
+    scores = http.post("/v1/score", json=body).raise_for_status().json()["scores"]
+    np.testing.assert_allclose(scores, probabilities(expected), atol=1e-6)
+
+
 def test_over_http_members_are_ranked_as_over_grpc(client, http, dataset, tasks):
     member = request_from_example(dataset, tasks[0], example_at(dataset, tasks[0], 7))
     body = MessageToDict(pb.ScoreRequest(member=member, top_k=3, request_id="r1"), preserving_proto_field_name=True)

@@ -19,9 +19,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from brewjax import cli
+from brewjax.config import ConfigError
 from brewjax.data.tasks.task import Task
 from brewjax.serve import Client
 from brewjax.serve import ranker_pb2 as pb
+from brewjax.serve.config import ServeConfig
 from brewjax.serve.encoding import RequestEncoder
 from tests.serve.serving import CONFIG, TOKEN, ask, eventually, expected, probabilities, refusal
 from tests.tiny import params
@@ -297,3 +299,12 @@ def test_a_task_that_cannot_be_asked_is_refused_at_the_start(bundle, tasks, tmp_
     assert "several_words" in path.read_text()
     with pytest.raises(ValueError, match=r"odd.yaml:\d+: labels.0.word: label word 'several_words' is"):
         RequestEncoder(bundle, "tiny@1", {"jobs": [Task.load(path)]}, CONFIG, 600)
+
+
+def test_settings_that_are_not_tokens_of_the_model_are_named(bundle):
+    for settings, message in (
+        ("item_delimiter: 99999", r"serve.yaml:1: item_delimiter: the model's tokens are below"),
+        ("rerank: {labels: ['Yes', several words]}", r"serve.yaml:1: rerank.labels.1: label word 'several words' is"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            RequestEncoder(bundle, "tiny@1", {}, ServeConfig.parse(settings, "serve.yaml"), 600)
