@@ -71,7 +71,9 @@ def torch(model: str, dtype: str) -> Play:
     from transformers.cache_utils import DynamicCache
 
     torch.set_num_threads(CORES)
-    decoder = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), attn_implementation="sdpa").eval()
+    decoder = AutoModelForCausalLM.from_pretrained(
+        model, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+    ).eval()
     cache = DynamicCache(config=decoder.config)
 
     def play(prefix: list[int], items: list[list[int]], hot: bool) -> list[list[float]]:
@@ -220,7 +222,9 @@ def main() -> None:
         player.stdin.close()
         player.wait()
 
-    table = Table(title=f"prefix {PREFIX} + {ITEMS} items of {LENGTH}, {arguments.dtype}, {CORES} cores: median of turns")
+    table = Table(
+        title=f"prefix {PREFIX} + {ITEMS} items of {LENGTH}, {arguments.dtype}, {CORES} cores: median of turns"
+    )
     for column in ("", "cold, s", "items/s", "hot, s", "items/s", "cold, x ours", "hot, x ours", "off from torch"):
         table.add_column(column, justify="right")
     for name in players:
