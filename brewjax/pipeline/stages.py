@@ -260,7 +260,7 @@ def steps(run: Run, write_units: WriteUnits = write_on_this_host) -> list[Step]:
             settings["surface_weights"] = weights
             if own_data.get("general_text"):
                 own_data["general_text"] = hash_folder(Path(own_data["general_text"]))
-            makers, code_of_data = ["prepare"], DATA
+            makers, code_of_data = ["prepare"], [*DATA]
             for of_model, key, code_of_model in (
                 (own_data.get("mined_negatives"), "encoder", RETRIEVE),
                 (own_data, "ranker", SCORE),
@@ -276,7 +276,9 @@ def steps(run: Run, write_units: WriteUnits = write_on_this_host) -> list[Step]:
                 data[data_key] = f"data-{name}"
                 work = functools.partial(write_data, run, stage.data, stage.train.seq_len, write_units)
                 plan.append(
-                    Step(data[data_key], work, (*makers,), data_key, code_of_data, resumable=True, all_processes=True)
+                    Step(
+                        data[data_key], work, (*makers,), data_key, (*code_of_data,), resumable=True, all_processes=True
+                    )
                 )
             work = functools.partial(train_stage, run, stage, run.folder / data[data_key])
             work = functools.partial(make_model, run, name, work)

@@ -128,7 +128,8 @@ class Contrastive(Config):
         loss = sum(sums.info_nce for sums in by_size) / len(sizes) + jnp.mean(embedded.balance) * weight
         metrics = {"accuracy": WeightedSum(best, weight), "temperature": WeightedSum(weight / scale, weight)}
         if labels.log_odds is not None:
-            divergence = WeightedSum(sum(sums.divergence for sums in by_size) / len(sizes), by_size[-1].ranked)
+            total = jnp.sum(jnp.stack([sums.divergence for sums in by_size])) / len(sizes)
+            divergence = WeightedSum(total, by_size[-1].ranked)
             loss += self.ranker_weight * weight * divergence.total / jnp.maximum(divergence.weight, 1)
             metrics["divergence"] = divergence
         return loss, {"loss": WeightedSum(loss, weight), **metrics}
@@ -150,23 +151,25 @@ class Contrastive(Config):
         is_positive = labels.role == POSITIVE
         losses = jnp.logaddexp(positive, jax.nn.logsumexp(negatives, -1)) - positive
         best = positive >= jnp.max(negatives, -1)
-        sums = (
+        nothing = jnp.zeros(())
+        ranked = (nothing, nothing) if labels.log_odds is None else _diverge(score, labels.log_odds, same_record)
+        return _Sums(
             jnp.sum(jnp.where(is_positive, losses, 0)),
             jnp.sum(1.0 * is_positive),
             jnp.sum(1.0 * (is_positive & best)),
+            *ranked,
         )
-        return _Sums(*sums) if labels.log_odds is None else _Sums(*sums, *_diverge(score, labels.log_odds, same_record))
 
 
 class _Sums(NamedTuple):
     """Of a batch: the loss of its positives, how many they are, and of how many no other item has a higher score; the
-    divergence of its records from a ranker, and how many have a ranker's scores."""
+    divergence of its records from a ranker, and how many have its scores: 0 without a ranker."""
 
     info_nce: Array
     positives: Array
     best: Array
-    divergence: Array | None = None
-    ranked: Array | None = None
+    divergence: Array
+    ranked: Array
 
 
 def _diverge(

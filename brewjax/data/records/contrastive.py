@@ -215,7 +215,7 @@ class ItemTableWriter:
         `log_odds`, float32 [texts], where a ranker gave any."""
         record, role, item, member = np.array(self._rows, np.int32).reshape(-1, 4).T
         shortest, records = np.int64(self._shortest), np.int64(self._records)
-        columns = {"record": record, "role": role, "item": item, "member": member}
+        columns: dict[str, Any] = {"record": record, "role": role, "item": item, "member": member}
         if self._log_odds:
             columns["log_odds"] = np.array(self._log_odds, np.float32)
         np.savez(path, **columns, shortest=shortest, records=records)
