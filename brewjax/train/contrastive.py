@@ -134,6 +134,20 @@ class Contrastive(Config):
             metrics["divergence"] = divergence
         return loss, {"loss": WeightedSum(loss, weight), **metrics}
 
+    def loss_of_positives(
+        self, positive: Float[Array, "A B N"], negatives: Float[Array, "A B N S"]
+    ) -> Float[Array, "A B N"]:
+        """Computes InfoNCE.
+
+        Args:
+          positive: the logit of each item for the member of its record.
+          negatives: those of all texts for that member; `MASKED` where a text is none of its negatives.
+
+        Returns:
+          The loss of each item, as a positive.
+        """
+        return jnp.logaddexp(positive, jax.nn.logsumexp(negatives, -1)) - positive
+
     def _compare(self, vectors: Float[Array, "A B N D"], labels: TextLabels, scale: Array) -> _Sums:
         is_member = (labels.role == MEMBER).astype(jnp.float32)
         same_record = labels.record[..., :, None] == labels.record[..., None, :]
@@ -149,7 +163,7 @@ class Contrastive(Config):
         also_positive = (labels.member[..., None] == of_item.member) & (of_item.role == POSITIVE)
         negatives = jnp.where(is_item & ~same_item & ~also_positive, logits, MASKED)
         is_positive = labels.role == POSITIVE
-        losses = jnp.logaddexp(positive, jax.nn.logsumexp(negatives, -1)) - positive
+        losses = self.loss_of_positives(positive, negatives)
         best = positive >= jnp.max(negatives, -1)
         nothing = jnp.zeros(())
         ranked = (nothing, nothing) if labels.log_odds is None else _diverge(score, labels.log_odds, same_record)
