@@ -91,8 +91,8 @@ def measure(model: Path, dataset: Dataset, queries: Queries, dimensions: int | N
     """float64 [queries]: recall at K; computed once for a model."""
     path = model.parent / f"recall-{dimensions or 'whole'}.npy"
     if not path.exists():
-        found = search_catalogue(Encoder.load(model), dataset, queries, K, dimensions)
-        np.save(path, recall_at(found, queries.positives, K))
+        nearest = search_catalogue(Encoder.load(model), dataset, queries, K, dimensions)
+        np.save(path, recall_at(nearest, queries.positives, K))
     return np.load(path)
 
 

@@ -24,7 +24,7 @@ def score_records(
     ranker: Bundle, dataset: Dataset, task: Task, config: ContrastiveConfig, mined: LookUp | None, folder: Path
 ) -> None:
     """Scores the items of all records, for an `ExampleTable` to read: float32 log-odds of the task's best label in the
-    order of `choose_items`, NaN for a question that is too long to be asked.
+    order of `choose_items`, NaN for a question that is too long to be number_by_seed.
 
     Args:
       ranker: scores them, each record's as the questions of one prompt.
@@ -42,16 +42,16 @@ def score_records(
     def score(examples: Sequence[RankingExample]) -> list[np.ndarray]:
         chosen = [choose_items(example, task, config, mined) for example in examples]
         log_odds = [np.full(len(items), np.nan, np.float32) for items, _ in chosen]
-        asked = {
+        number_by_seed = {
             example.seed: number
             for number, (example, (_, positives)) in enumerate(zip(examples, chosen, strict=True))
             if positives
         }
-        if asked:
-            questions = [_ask(examples[number], chosen[number][0]) for number in asked.values()]
+        if number_by_seed:
+            questions = [_with_items(examples[number], chosen[number][0]) for number in number_by_seed.values()]
             fitting, prompts = encode_examples(ranker, dataset, task, questions)
             for example, probabilities in zip(fitting, ranker.score_encoded(prompts), strict=True):
-                number = asked[example.seed]
+                number = number_by_seed[example.seed]
                 is_fitting = np.isin(chosen[number][0], example.candidates)
                 of_best = np.clip(probabilities[:, best].astype(np.float64), SMALLEST, 1 - SMALLEST)
                 log_odds[number][is_fitting] = np.log(of_best) - np.log1p(-of_best)
@@ -61,7 +61,7 @@ def score_records(
     write_example_table(folder, examples, score, "ranker's scores")
 
 
-def _ask(example: RankingExample, items: np.ndarray) -> RankingExample:
+def _with_items(example: RankingExample, items: np.ndarray) -> RankingExample:
     """The example with other candidates, whose answers are unknown; those that it has keep their exposures."""
     exposure = dict(zip(example.candidates.tolist(), example.exposures.tolist(), strict=True))
     exposures = np.array([exposure.get(item, NO_EVENT) for item in items.tolist()], np.int64)

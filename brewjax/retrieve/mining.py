@@ -58,12 +58,12 @@ def mine_negatives(
         rows = np.flatnonzero(eligible_items(dataset, task))
         index.upsert(rows.tolist(), vectors[rows])
         examples = training_examples(dataset, task, config, WHOLE, config.repeats)
-        mine = lambda part: _mine(encoder, dataset, task, mined, index, vectors, part, until)  # noqa: E731
-        write_example_table(folder, examples, mine, "mined negatives")
+        search = lambda part: _mine_negatives_of(encoder, dataset, task, mined, index, vectors, part, until)  # noqa: E731
+        write_example_table(folder, examples, search, "mined negatives")
         index.close()
 
 
-def _mine(
+def _mine_negatives_of(
     encoder: Encoder,
     dataset: Dataset,
     task: Task,

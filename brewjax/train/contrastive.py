@@ -148,7 +148,7 @@ class Contrastive(Config):
         """
         return jnp.logaddexp(positive, jax.nn.logsumexp(negatives, -1)) - positive
 
-    def _compare(self, vectors: Float[Array, "A B N D"], labels: TextLabels, scale: Array) -> _Sums:
+    def _compare(self, vectors: Float[Array, "A B N D"], labels: TextLabels, scale: Array) -> _BatchSums:
         is_member = (labels.role == MEMBER).astype(jnp.float32)
         same_record = labels.record[..., :, None] == labels.record[..., None, :]
         members = _product("abnm,abmd->abnd", same_record * is_member[..., None, :], vectors)
@@ -167,7 +167,7 @@ class Contrastive(Config):
         best = positive >= jnp.max(negatives, -1)
         nothing = jnp.zeros(())
         ranked = (nothing, nothing) if labels.log_odds is None else _diverge(score, labels.log_odds, same_record)
-        return _Sums(
+        return _BatchSums(
             jnp.sum(jnp.where(is_positive, losses, 0)),
             jnp.sum(1.0 * is_positive),
             jnp.sum(1.0 * (is_positive & best)),
@@ -175,7 +175,7 @@ class Contrastive(Config):
         )
 
 
-class _Sums(NamedTuple):
+class _BatchSums(NamedTuple):
     """Of a batch: the loss of its positives, how many they are, and of how many no other item has a higher score; the
     divergence of its records from a ranker, and how many have its scores: 0 without a ranker."""
 

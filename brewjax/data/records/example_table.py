@@ -60,6 +60,13 @@ class ExampleTable:
         self._seeds, self._starts, self._ends = seeds[order], (ends - counts)[order], ends[order]
 
     def look_up(self, example: RankingExample) -> np.ndarray:
-        """The array of an `example`."""
+        """Looks up the array of an example.
+
+        Args:
+          example: one of those that the table was written for.
+
+        Returns:
+          int32 or float32 [n], as it was written.
+        """
         at = int(np.searchsorted(self._seeds, np.uint64(example.seed)))
         return self._values[self._starts[at] : self._ends[at]]

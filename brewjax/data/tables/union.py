@@ -253,6 +253,8 @@ def _with_name(name: str, card: Card) -> Card:
         return plain.model_copy(update={"column": full(plain.column), "display_name": plain.name})
 
     def fact(group: FactGroup, plain: Fact) -> Fact:
+        if plain.similarity:
+            raise ConfigError(f"{name}: its fact '{plain.name}' is a similarity, which a union cannot have yet")
         columns = ["mean", "neighbors", "by", "distance", *(["age"] if group == "items" else [])]
         update: dict[str, Any] = {key: full(getattr(plain, key)) for key in columns}
         for key in ("count", "rate", "days_since", "share", "together"):
