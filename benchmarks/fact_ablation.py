@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
 from brewjax.data.tables.card import Card
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.statistics import Percentiles
-from brewjax.data.tasks.examples import sample_examples
-from brewjax.data.tasks.task import load_tasks
+from brewjax.data.tasks.examples import RankingExample, sample_examples
+from brewjax.data.tasks.task import Task, load_tasks
 from brewjax.evaluate.baselines import LightGBM
 from brewjax.evaluate.predictions import from_examples
 from brewjax.evaluate.regression import FactRegression
 from brewjax.evaluate.results import OVERALL, evaluate
+
+Examples = Sequence[RankingExample]
 
 
 def without(card: Card, names: Collection[str]) -> Card:
@@ -46,20 +48,22 @@ def main() -> None:
     counts = {"train": arguments.max_examples, "validation": arguments.max_examples // 3, "test": None}
     train, validation, test = (sample_examples(whole, task, split, count) for split, count in counts.items())
     print("| ranker | metric | without | with | gain |\n|---|---|---|---|---|")
-    results = []
-    for dataset in (bare, whole):
-        percentiles = Percentiles.fit(dataset, task.boundaries(dataset)[0])
-        regression = FactRegression.fit(dataset, task, train, percentiles).predict(dataset, task, test)
-        trees = LightGBM.fit(dataset, task, train, validation, 1).predict(dataset, task, test)
-        predicted = {"fact regression": np.asarray(regression), "LightGBM": np.asarray(trees)}
-        results.append(
-            {name: evaluate(from_examples(test, table), task)[OVERALL].metrics for name, table in predicted.items()}
-        )
-    for name in results[0]:
-        for metric, before in results[0][name].items():
-            after = results[1][name][metric]
-            gain, shown = after - before, [f"{each.value:.4f} ±{each.error:.4f}" for each in (before, after)]
-            print(f"| {name} | {metric} | {' | '.join(shown)} | {gain.value:+.4f} ±{gain.error:.4f} |")
+    for name, predict in {"fact regression": predict_by_regression, "LightGBM": predict_by_trees}.items():
+        predicted = [predict(dataset, task, train, validation, test) for dataset in (bare, whole)]
+        metrics = [evaluate(from_examples(test, each), task)[OVERALL].metrics for each in predicted]
+        for metric, before in metrics[0].items():
+            gain = metrics[1][metric] - before
+            cells = [f"{each.value:.4f} ±{each.error:.4f}" for each in (before, metrics[1][metric])]
+            print(f"| {name} | {metric} | {' | '.join(cells)} | {gain.value:+.4f} ±{gain.error:.4f} |", flush=True)
+
+
+def predict_by_regression(dataset: Dataset, task: Task, train: Examples, _: Examples, test: Examples) -> np.ndarray:
+    percentiles = Percentiles.fit(dataset, task.boundaries(dataset)[0])
+    return FactRegression.fit(dataset, task, train, percentiles).predict(dataset, task, test)
+
+
+def predict_by_trees(dataset: Dataset, task: Task, train: Examples, validation: Examples, test: Examples) -> np.ndarray:
+    return LightGBM.fit(dataset, task, train, validation, 1).predict(dataset, task, test)
 
 
 if __name__ == "__main__":
