@@ -27,7 +27,6 @@ from brewjax.train.contrastive import MASKED, Contrastive
 
 AS_IT_IS, BCE, NO_FACTS = "as-it-is", "bce", "no-facts"
 K, BOOTSTRAP = 100, 200
-MAX_RANKED = 2500  # records that a ranker scores: what 100 steps read
 
 
 class BinaryCrossEntropy(Contrastive):
@@ -43,7 +42,7 @@ class BinaryCrossEntropy(Contrastive):
         return jax.nn.softplus(-(positive + bias)) + jnp.sum(of_negatives, -1)
 
 
-def variants(name: str, out: Path, ranker: Path | None) -> dict[str, list[str]]:
+def variants(name: str, out: Path, ranker: Path | None, max_ranked: int) -> dict[str, list[str]]:
     """What is set in the recipe for each variant, whose encoder is the stage `name`."""
     stage = f"stages.{name}"
     settings = {
@@ -58,7 +57,7 @@ def variants(name: str, out: Path, ranker: Path | None) -> dict[str, list[str]]:
         "no-matryoshka": [f"{stage}.loss.dimensions=[]"],
     }
     if ranker:
-        data = {"ranker": ranker, "hard_negatives": 8, "max_examples": MAX_RANKED}
+        data = {"ranker": ranker, "hard_negatives": 8, "max_examples": max_ranked}
         records = [f"{stage}.data.{key}={value}" for key, value in data.items()]
         settings |= {"ranker-unread": [*records, f"{stage}.loss.ranker_weight=0"], "distilled": records}
     return settings
@@ -102,11 +101,12 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("names", nargs="*", help="of the variants; by default all")
     parser.add_argument("--ranker", type=Path, help="a ranker's folder")
+    parser.add_argument("--max-ranked", type=int, default=2500, help="records that it scores; 100 steps read so many")
     arguments = parser.parse_args()
     recipe = Recipe.load(arguments.recipe)
     (name,), folder = recipe.stages, Path(str(recipe.dataset))
     write_without_facts(folder, arguments.out / "dataset")
-    settings = variants(name, arguments.out, arguments.ranker)
+    settings = variants(name, arguments.out, arguments.ranker, arguments.max_ranked)
     rows: dict[str, np.ndarray] = {}
     queries: Queries | None = None
     for variant in dict.fromkeys([AS_IT_IS, *(arguments.names or settings)]):

@@ -48,8 +48,8 @@ class Contrastive(Config):
     batches. Left out of the sum are other copies of item i, and other items that the same member went on to.
 
     Where records have the scores of a ranker, the encoder learns its distribution p over the items of a record as well,
-    by KL(p || softmax(s)) with s(i) = cos(u, i) / temperature. Each p(i) is in proportion to the ranker's odds of i:
-    one of them is taken (as a dual encoder learns from a cross-encoder in Ren et al. 2021, arXiv 2110.07367).
+    by KL(p || softmax(s)) with s(i) = cos(u, i) / temperature. Each p(i) is in proportion to the ranker's odds of i, as
+    if one of them is taken. (A dual encoder learns from a cross-encoder: Ren et al. 2021, arXiv 2110.07367.)
 
     It is no sum over micro-batches, for every item is a negative of every member: see `cached_grads`.
     """
