@@ -107,9 +107,9 @@ def test_it_has_buckets_like_any_number(dataset):
 def test_encoders_that_cannot_state_it_are_refused(dataset, encoders, make_encoder, jobs):
     with pytest.raises(ConfigError, match="e: does not say until when it was trained on 'jobs'"):
         write_vectors(jobs, {"e": make_encoder()})
-    other = dataclasses.replace(jobs, card=jobs.card.model_copy(update={"facts": type(jobs.card.facts)()}))
+    without_facts = dataclasses.replace(jobs, card=jobs.card.model_copy(update={"facts": type(jobs.card.facts)()}))
     with pytest.raises(ConfigError, match="e: the encoder was trained on tables with other 'facts' in their card"):
-        write_vectors(other, {"e": encoders["encoder0"]})
+        write_vectors(without_facts, {"e": encoders["encoder0"]})
 
 
 def test_by_the_command_line(dataset, encoders, tmp_path):
