@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("task")
     parser.add_argument("facts", nargs="+")
     parser.add_argument("--max-examples", type=int, default=3000, help="of the training period")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     whole = Dataset.load(arguments.folder)
     (task,) = load_tasks([arguments.task], whole)
     task = task.model_copy(update={"metrics": ("gauc", "ndcg@10", "log_loss")})

@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="of the variants; by default all")
     parser.add_argument("--ranker", type=Path, help="a ranker's folder")
     parser.add_argument("--max-ranked", type=int, default=2500, help="records that it scores; 100 steps read so many")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     recipe = Recipe.load(arguments.recipe)
     (name,), folder = recipe.stages, Path(str(recipe.dataset))
     write_without_facts(folder, arguments.out / "dataset")
