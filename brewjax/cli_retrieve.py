@@ -57,6 +57,22 @@ def embed(
 
 
 @app.command()
+def vectors(
+    dataset: DatasetFolder,
+    models: Annotated[list[Path], typer.Argument(help="Encoders' folders, each trained until another time.")],
+) -> None:
+    """Write vectors.parquet into the dataset's folder, for a fact `similarity` of its card."""
+    device_per_core()
+    from brewjax.data.tables.dataset import Dataset
+    from brewjax.data.tables.vectors import VECTORS
+    from brewjax.retrieve.encoder import Encoder
+    from brewjax.retrieve.similarity import write_vectors
+
+    count = write_vectors(Dataset.load(dataset), {Encoder.version(model): Encoder.load(model) for model in models})
+    print_line(f"{dataset / VECTORS}: {count:,} vectors")
+
+
+@app.command()
 def evaluate(
     model: EncoderFolder,
     dataset: DatasetFolder,

@@ -15,6 +15,7 @@ from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.facts import GROUPS, Fact, FactGroup, Facts
 from brewjax.data.tables.statistics import FactValues
 from brewjax.data.tables.union import parse_card
+from brewjax.data.tables.vectors import VECTORS
 from brewjax.data.tasks.examples import RankingExample, sample_examples
 from brewjax.data.tasks.task import Task
 from brewjax.evaluate.features import CandidateRows
@@ -65,6 +66,8 @@ def propose_facts(dataset: Dataset, task: Task, max_facts: int = 12) -> list[Gai
     score = _Judge(dataset, task, train, validation)
     base = score(())
     candidates = list(candidate_facts(task.side_of(dataset.card)))
+    if (dataset.path / VECTORS).is_file():
+        candidates.append(("pairs", Fact(name="similarity", similarity=VECTORS)))
     alone = [(base[2] - score((candidate,))[2], candidate) for candidate in track(candidates, "facts")]
     promising = [candidate for gain, candidate in sorted(alone, key=lambda pair: -pair[0]) if gain > MIN_GAIN]
     chosen: list[Gain] = []

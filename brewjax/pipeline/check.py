@@ -149,7 +149,8 @@ def _check_data(run: Run, data: SftConfig | AlignConfig | PretrainConfig | Contr
                 raise data.error(f"no task '{name}'; tasks: {', '.join(names)}", "tasks", index)
     elif isinstance(data, ContrastiveConfig):
         data.choose(run.tasks)
-        if data.mined_negatives and distributed.process_index_and_count()[1] > 1:
-            raise data.error("they are mined by one process, and this run has several", "mined_negatives")
+        for key in ("mined_negatives", "ranker"):
+            if getattr(data, key) and distributed.process_index_and_count()[1] > 1:
+                raise data.error("made by one process before training, and this run has several", key)
     elif data.general_text and not general_files(Path(data.general_text)):
         raise data.error(f"{data.general_text}: no .txt or .jsonl files there", "general_text")

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from brewjax import distributed
+from brewjax.bundle.bundle import Bundle
 from brewjax.console import plain_console
-from brewjax.data.records.contrastive import ContrastiveConfig, ItemTableWriter, contrastive_records
+from brewjax.data.records.contrastive import ContrastiveConfig, ItemTableWriter, LookUp, contrastive_records
+from brewjax.data.records.example_table import ExampleTable
 from brewjax.data.records.preferences import AlignConfig, align_records
 from brewjax.data.records.pretrain import PretrainConfig, domain_texts, general_files, general_texts, pretrain_records
 from brewjax.data.records.provenance import Provenance
@@ -24,10 +26,11 @@ from brewjax.data.records.soft_labels import SoftLabelWriter
 from brewjax.data.tables.partition import Partition
 from brewjax.data.tasks.examples import SplitExamples, sample_examples
 from brewjax.evaluate.out_of_fold import LIGHTGBM, OutOfFoldTable, PredictionTable
+from brewjax.evaluate.ranker_scores import score_records
 from brewjax.pipeline.context import Run, RunSurface, RunTask
 from brewjax.pipeline.recipe import Recipe
 from brewjax.retrieve.encoder import Encoder
-from brewjax.retrieve.mining import MinedTable, mine_negatives
+from brewjax.retrieve.mining import mine_negatives
 
 DataConfig = SftConfig | AlignConfig | PretrainConfig | ContrastiveConfig
 GENERAL = "general"  # the source with general text
@@ -80,9 +83,15 @@ class Preparation:
         prompts, config = run.recipe.prompts, self.config
         if isinstance(config, ContrastiveConfig):
             task = config.choose(run.tasks)
-            mined = MinedTable(self._mined(task.name)).look_up if config.mined_negatives else None
+            ranked = ExampleTable(self._ranked(task.name)).look_up if config.ranker else None
             make = functools.partial(
-                contrastive_records, task.surface.verbalizer, task.task, prompts, config, mined=mined
+                contrastive_records,
+                task.surface.verbalizer,
+                task.task,
+                prompts,
+                config,
+                mined=self._mined_items(config, task),
+                ranked=ranked,
             )
             return {task.name: Source(_size(config, task, config.repeats), make, ItemTableWriter)}
         if isinstance(config, SftConfig):
@@ -137,8 +146,21 @@ class Preparation:
             encoder = Encoder.load(run.model(mined.encoder))
             mine_negatives(encoder, task.surface.dataset, task.task, self.config, mined, self._mined(task.name))
 
+    def score_records(self, run: Run) -> None:
+        """Scores the records' items with a ranker, where the data asks for it."""
+        if isinstance(self.config, ContrastiveConfig) and self.config.ranker:
+            task = self.config.choose(run.tasks)
+            ranker, mined = Bundle.load(run.model(self.config.ranker)), self._mined_items(self.config, task)
+            score_records(ranker, task.surface.dataset, task.task, self.config, mined, self._ranked(task.name))
+
+    def _mined_items(self, config: ContrastiveConfig, task: RunTask) -> LookUp | None:
+        return ExampleTable(self._mined(task.name)).look_up if config.mined_negatives else None
+
     def _mined(self, name: str) -> Path:
         return self.folder / f"{name}.mined"
+
+    def _ranked(self, name: str) -> Path:
+        return self.folder / f"{name}.ranked"
 
     def _predictions(self, name: str) -> Path:
         return self.folder / f"{name}.lightgbm.npz"
@@ -207,5 +229,6 @@ def write_data(run: Run, config: DataConfig, seq_len: int, write_units: WriteUni
     preparation = Preparation(run.recipe, run.folder, config, seq_len, folder)
     distributed.run_on_process_zero(lambda: preparation.predict_soft_labels(run))
     distributed.run_on_process_zero(lambda: preparation.mine_negatives(run))
+    distributed.run_on_process_zero(lambda: preparation.score_records(run))
     num_shards, *_ = distributed.run_on_every_process(lambda: write_units(preparation, run))
     distributed.run_on_process_zero(lambda: preparation.finish(num_shards))

@@ -350,10 +350,8 @@ class Recipe(Config):
                 if source is not None and source not in earlier and not (Path(source) / MODEL).is_file():
                     near = f"; before it there are: {', '.join(earlier)}" if earlier else ""
                     raise misplaced(f"no stage '{source}' before it, and no model there{near}", "stages", name, key)
-            mined = stage.data.mined_negatives if isinstance(stage, ContrastiveStage) else None
-            if mined and not self._is_encoder(mined.encoder, earlier):
-                message = f"no contrastive stage '{mined.encoder}' before it, and no encoder there"
-                raise misplaced(message, "stages", name, "data", "mined_negatives", "encoder")
+            if isinstance(stage, ContrastiveStage):
+                self._check_models_of_data(name, stage.data, earlier)
             if stage.init_from is None and isinstance(stage, (AlignStage, PruneStage, QuantizeStage)):
                 message = "there is no model to go on from; put it after another, or give 'init_from'"
                 raise misplaced(message, "stages", name)
@@ -364,6 +362,17 @@ class Recipe(Config):
                 self._check_training(name, stage)
             earlier.append(name)
         return self
+
+    def _check_models_of_data(self, name: str, data: ContrastiveConfig, earlier: Sequence[str]) -> None:
+        if (mined := data.mined_negatives) and not self._is_encoder(mined.encoder, earlier):
+            message = f"no contrastive stage '{mined.encoder}' before it, and no encoder there"
+            raise misplaced(message, "stages", name, "data", "mined_negatives", "encoder")
+        if data.ranker and (
+            not (data.ranker in earlier or (Path(data.ranker) / MODEL).is_file())
+            or self._is_encoder(data.ranker, earlier)
+        ):
+            message = f"no stage '{data.ranker}' before it whose model ranks, and no such model there"
+            raise misplaced(message, "stages", name, "data", "ranker")
 
     def _check_training(self, name: str, stage: TrainedStage) -> None:
         train = stage.train

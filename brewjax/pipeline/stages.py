@@ -260,19 +260,25 @@ def steps(run: Run, write_units: WriteUnits = write_on_this_host) -> list[Step]:
             settings["surface_weights"] = weights
             if own_data.get("general_text"):
                 own_data["general_text"] = hash_folder(Path(own_data["general_text"]))
-            makers = ["prepare"]
-            if mined := own_data.get("mined_negatives"):
-                if mined["encoder"] in recipe.stages:
-                    makers.append(mined["encoder"])
-                else:
-                    mined["encoder"] = hash_folder(Path(mined["encoder"]))
+            makers, code_of_data = ["prepare"], [*DATA]
+            for of_model, key, code_of_model in (
+                (own_data.get("mined_negatives"), "encoder", RETRIEVE),
+                (own_data, "ranker", SCORE),
+            ):
+                if of_model and (source := of_model.get(key)):
+                    code_of_data += code_of_model
+                    if source in recipe.stages:
+                        makers.append(source)
+                    else:
+                        of_model[key] = hash_folder(Path(source))
             data_key = json.dumps([type(stage.data).__name__, own_data, stage.train.seq_len])
             if data_key not in data:
-                code_of_data = DATA + RETRIEVE if mined else DATA
                 data[data_key] = f"data-{name}"
                 work = functools.partial(write_data, run, stage.data, stage.train.seq_len, write_units)
                 plan.append(
-                    Step(data[data_key], work, (*makers,), data_key, code_of_data, resumable=True, all_processes=True)
+                    Step(
+                        data[data_key], work, (*makers,), data_key, (*code_of_data,), resumable=True, all_processes=True
+                    )
                 )
             work = functools.partial(train_stage, run, stage, run.folder / data[data_key])
             work = functools.partial(make_model, run, name, work)

@@ -10,33 +10,29 @@ Axis letters: I items of the catalogue, D dimensions.
 
 from __future__ import annotations
 
-import itertools
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from brewjax.config import ConfigError
-from brewjax.console import track
 from brewjax.data.records.contrastive import ContrastiveConfig, MinedNegatives
+from brewjax.data.records.example_table import write_example_table
 from brewjax.data.records.provenance import training_examples
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.partition import WHOLE
 from brewjax.data.tasks.examples import RankingExample
 from brewjax.data.tasks.questions import eligible_items
 from brewjax.data.tasks.task import Task
-from brewjax.paths import atomic_file
 from brewjax.retrieve.encoder import Encoder
 from brewjax.retrieve.index import Index, IndexConfig
-
-PART = 4096  # examples that are mined at a time, into a file
 
 
 def mine_negatives(
     encoder: Encoder, dataset: Dataset, task: Task, config: ContrastiveConfig, mined: MinedNegatives, folder: Path
 ) -> None:
-    """Mines the negatives of all training examples, for a `MinedTable` to read.
+    """Mines the negatives of all training examples, for an `ExampleTable` to read: int32 rows of items, the nearest
+    first.
 
     Items are described as of the end of the training period, members as of each example's cutoff time.
 
@@ -46,7 +42,7 @@ def mine_negatives(
       task: whose examples are trained on.
       config: chooses the examples.
       mined: how many are looked at, and the margin.
-      folder: where a file for every `PART` examples goes; those that are there are not made again.
+      folder: where the table goes; what is there is not made again.
 
     Raises:
       ConfigError: the encoder is of another task, or of other tables.
@@ -55,7 +51,6 @@ def mine_negatives(
         raise mined.error(f"the encoder is of task '{encoder.task.name}', not '{task.name}'", "encoder")
     if key := encoder.surface.card.differing_part(dataset.card):
         raise mined.error(f"the encoder was trained on tables with other '{key}' in their card", "encoder")
-    folder.mkdir(parents=True, exist_ok=True)
     until = task.boundaries(dataset)[0]
     vectors = encoder.embed_items(dataset, np.arange(len(dataset.items)), until)
     with tempfile.TemporaryDirectory() as temporary:
@@ -63,18 +58,12 @@ def mine_negatives(
         rows = np.flatnonzero(eligible_items(dataset, task))
         index.upsert(rows.tolist(), vectors[rows])
         examples = training_examples(dataset, task, config, WHOLE, config.repeats)
-        parts = iter(lambda: list(itertools.islice(examples, PART)), [])
-        for number, part in enumerate(track(parts, "mined negatives")):
-            if not (path := folder / f"part-{number:06d}.npz").exists():
-                items = _mine_part(encoder, dataset, task, mined, index, vectors, part, until)
-                with atomic_file(path) as temporary_path, open(temporary_path, "wb") as file:
-                    seeds = np.array([example.seed for example in part], np.uint64)
-                    counts = np.array([len(of_example) for of_example in items])
-                    np.savez(file, seeds=seeds, counts=counts, items=np.concatenate(items).astype(np.int32))
+        search = lambda part: _mine_negatives_of(encoder, dataset, task, mined, index, vectors, part, until)  # noqa: E731
+        write_example_table(folder, examples, search, "mined negatives")
         index.close()
 
 
-def _mine_part(
+def _mine_negatives_of(
     encoder: Encoder,
     dataset: Dataset,
     task: Task,
@@ -97,12 +86,12 @@ def _mine_part(
         nearest, scores = np.array(hits[moment].ids, np.int64), hits[moment].scores
         positives = example.candidates[example.labels == best]
         if not len(positives):
-            items.append(nearest[:0])
+            items.append(np.zeros(0, np.int32))
             continue
         similarity = float(np.mean(vectors[positives] @ members[moment]))
         is_clear = scores <= similarity - (1 - mined.margin) * abs(similarity)
         is_there = (begins[nearest] <= example.cutoff_time) & (example.cutoff_time < ends[nearest])
-        items.append(nearest[is_clear & is_there])
+        items.append(nearest[is_clear & is_there].astype(np.int32))
     return items
 
 
@@ -111,27 +100,3 @@ def _known_items(dataset: Dataset, member: int, until: int) -> np.ndarray:
     start, end = dataset.member_offsets[member : member + 2]
     end = start + np.searchsorted(dataset.event_time[start:end], until)
     return np.unique(dataset.event_item[start:end])
-
-
-class MinedTable:
-    """The negatives that `mine_negatives` left.
-
-    Args:
-      folder: where.
-
-    Raises:
-      ConfigError: there are none.
-    """
-
-    def __init__(self, folder: Path):
-        parts = [dict(np.load(path)) for path in sorted(folder.glob("part-*.npz"))]
-        if not parts:
-            raise ConfigError(f"{folder}: no mined negatives there")
-        seeds, counts, self._items = (np.concatenate([part[name] for part in parts]) for name in parts[0])
-        ends, order = np.cumsum(counts), np.argsort(seeds, kind="stable")
-        self._seeds, self._starts, self._ends = seeds[order], (ends - counts)[order], ends[order]
-
-    def look_up(self, example: RankingExample) -> np.ndarray:
-        """int32 [items]: the rows of the items mined for an `example`, the nearest first."""
-        at = int(np.searchsorted(self._seeds, np.uint64(example.seed)))
-        return self._items[self._starts[at] : self._ends[at]]

@@ -47,6 +47,10 @@ class Contrastive(Config):
     "Sampling-bias-corrected neural modeling", eq. 3): without it, popular items are pushed away for being in more
     batches. Left out of the sum are other copies of item i, and other items that the same member went on to.
 
+    Where records have the scores of a ranker, the encoder learns its distribution p over the items of a record as well,
+    by KL(p || softmax(s)) with s(i) = cos(u, i) / temperature. Each p(i) is in proportion to the ranker's odds of i, as
+    if one of them is taken. (A dual encoder learns from a cross-encoder: Ren et al. 2021, arXiv 2110.07367.)
+
     It is no sum over micro-batches, for every item is a negative of every member: see `cached_grads`.
     """
 
@@ -58,6 +62,9 @@ class Contrastive(Config):
     """The temperature at the first step; it is learnt, and stays above 0.01."""
     logq_correction: bool = True
     """Subtracts the log of how often records have an item from its logit."""
+    ranker_weight: float = pydantic.Field(default=1.0, ge=0)
+    """Weight of the divergence from `data.ranker`, if there is one, as a mean over records; that of InfoNCE, as a mean
+    over positives, is 1."""
 
     def init(self) -> Params:
         """Makes the parameters that are the loss's own.
@@ -116,37 +123,84 @@ class Contrastive(Config):
         """
         scale = jnp.minimum(jnp.exp(params["logit_scale"]), MAX_SCALE)
         sizes = [*self.dimensions, embedded.vectors.shape[-1]]
-        sums = [self._info_nce(unit(embedded.vectors, size), labels, scale) for size in sizes]
-        loss, weight = sum(total for total, _, _ in sums) / len(sizes), sums[-1][1]
-        loss += jnp.mean(embedded.balance) * weight
-        return loss, {
-            "loss": WeightedSum(loss, weight),
-            "accuracy": WeightedSum(sums[-1][2], weight),
-            "temperature": WeightedSum(weight / scale, weight),
-        }
+        by_size = [self._compare(unit(embedded.vectors, size), labels, scale) for size in sizes]
+        weight, best = by_size[-1].positives, by_size[-1].best
+        loss = sum(sums.info_nce for sums in by_size) / len(sizes) + jnp.mean(embedded.balance) * weight
+        metrics = {"accuracy": WeightedSum(best, weight), "temperature": WeightedSum(weight / scale, weight)}
+        if labels.log_odds is not None:
+            total = jnp.sum(jnp.stack([sums.divergence for sums in by_size])) / len(sizes)
+            divergence = WeightedSum(total, by_size[-1].ranked)
+            loss += self.ranker_weight * weight * divergence.total / jnp.maximum(divergence.weight, 1)
+            metrics["divergence"] = divergence
+        return loss, {"loss": WeightedSum(loss, weight), **metrics}
 
-    def _info_nce(self, vectors: Float[Array, "A B N D"], labels: TextLabels, scale: Array) -> tuple[Array, ...]:
-        """The summed loss of the positives, how many they are, and of how many no other item has a higher score."""
+    def loss_of_positives(
+        self, positive: Float[Array, "A B N"], negatives: Float[Array, "A B N S"]
+    ) -> Float[Array, "A B N"]:
+        """Computes InfoNCE.
+
+        Args:
+          positive: the logit of each item for the member of its record.
+          negatives: those of all texts for that member; `MASKED` where a text is none of its negatives.
+
+        Returns:
+          The loss of each item, as a positive.
+        """
+        return jnp.logaddexp(positive, jax.nn.logsumexp(negatives, -1)) - positive
+
+    def _compare(self, vectors: Float[Array, "A B N D"], labels: TextLabels, scale: Array) -> _BatchSums:
         is_member = (labels.role == MEMBER).astype(jnp.float32)
         same_record = labels.record[..., :, None] == labels.record[..., None, :]
         members = _product("abnm,abmd->abnd", same_record * is_member[..., None, :], vectors)
         items = _everywhere(vectors).reshape(-1, vectors.shape[-1])
-        of_item = TextLabels(*(_everywhere(x).reshape(-1) for x in labels))
+        of_item = jax.tree.map(lambda x: _everywhere(x).reshape(-1), labels)
         correction = labels.log_share if self.logq_correction else jnp.zeros_like(labels.log_share)
         logits = _product("abnd,sd->abns", members, items) * scale - _everywhere(correction).reshape(-1)
-        positive = jnp.sum(members * vectors, -1) * scale - correction
+        score = jnp.sum(members * vectors, -1) * scale  # of each item for the member of its own record
+        positive = score - correction
         is_item = (of_item.role != MEMBER) & (of_item.role != MISSING)
         same_item = labels.item[..., None] == of_item.item
         also_positive = (labels.member[..., None] == of_item.member) & (of_item.role == POSITIVE)
         negatives = jnp.where(is_item & ~same_item & ~also_positive, logits, MASKED)
         is_positive = labels.role == POSITIVE
-        losses = jnp.logaddexp(positive, jax.nn.logsumexp(negatives, -1)) - positive
+        losses = self.loss_of_positives(positive, negatives)
         best = positive >= jnp.max(negatives, -1)
-        return (
+        nothing = jnp.zeros(())
+        ranked = (nothing, nothing) if labels.log_odds is None else _diverge(score, labels.log_odds, same_record)
+        return _BatchSums(
             jnp.sum(jnp.where(is_positive, losses, 0)),
             jnp.sum(1.0 * is_positive),
             jnp.sum(1.0 * (is_positive & best)),
+            *ranked,
         )
+
+
+class _BatchSums(NamedTuple):
+    """Of a batch: the loss of its positives, how many they are, and of how many no other item has a higher score; the
+    divergence of its records from a ranker, and how many have its scores: 0 without a ranker."""
+
+    info_nce: Array
+    positives: Array
+    best: Array
+    divergence: Array
+    ranked: Array
+
+
+def _diverge(
+    scores: Float[Array, "A B N"], log_odds: Float[Array, "A B N"], same_record: Float[Array, "A B N N"]
+) -> tuple[Array, Array]:
+    """The summed divergence of the softmax of `scores` over each record's items from that of `log_odds`, and the number
+    of records; items whose log-odds are NaN are left out."""
+    known = ~jnp.isnan(log_odds)
+    among = same_record & known[..., None, :]
+
+    def log_shares(logits: Array) -> Array:
+        total = jax.nn.logsumexp(jnp.where(among, logits[..., None, :], MASKED), -1)
+        return jnp.where(known, logits - total, MASKED)
+
+    target, predicted = log_shares(jnp.where(known, log_odds, 0)), log_shares(scores)
+    share = jnp.exp(target)
+    return jnp.sum(share * (target - predicted)), jnp.sum(share)
 
 
 def _product(axes: str, x: Array, y: Array) -> Array:

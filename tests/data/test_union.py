@@ -507,6 +507,11 @@ CARD_ERRORS: dict[str, tuple[str, str, str]] = {  # what is changed in the union
         "items: [{name: odd, mean: slot,",
         "facts.items.0.mean: events have no column 'slot'; did you mean 'posts.slot'?",
     ),
+    "a similarity": (
+        "pairs: [{name: company liked, share: [jobs.viewed, posts.liked], by: company,",
+        "pairs: [{name: alike, similarity: vectors.parquet,",
+        "its fact 'alike' is a similarity, and a union has no file of vectors",
+    ),
     "an age": ("everything, count: [jobs.applied, posts.liked]", "old, age: born", "facts.members.0.age: no attribute"),
 }
 

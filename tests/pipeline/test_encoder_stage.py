@@ -12,6 +12,7 @@ from brewjax.pipeline.context import Run
 from brewjax.pipeline.recipe import Recipe
 from brewjax.pipeline.stages import run_recipe
 from brewjax.retrieve.encoder import Encoder
+from brewjax.train.metrics_writer import METRICS, read_metrics
 from tests.pipeline.test_run import BASE, MODEL, TASK
 from tests.tables import write_dataset
 
@@ -54,12 +55,40 @@ def test_an_encoder_trains_on_what_an_earlier_one_found(make_recipe, tmp_path, c
     assert "data-mined: done before" in capsys.readouterr().out
 
 
+@pytest.mark.long
+def test_an_encoder_learns_from_a_ranker(make_recipe, tmp_path, capsys):
+    """The data's step waits for the ranker, whose scores of mined negatives are in the records too."""
+    stages = (
+        "data: {positives: 4}}\n  big: {do: sft, from_scratch: true}\n  distilled: {do: contrastive, "
+        "init_from: encoder, loss: {ranker_weight: 0.5}, "
+        "data: {positives: 4, mined_negatives: {encoder: encoder}, ranker: big}"
+    )
+    run_recipe(make_recipe(stages), tmp_path / "run")
+    rows = read_metrics(tmp_path / "run" / "distilled" / METRICS)
+    assert all(row["divergence"] > 0 for row in rows)
+    assert not any("divergence" in row for row in read_metrics(tmp_path / "run" / "encoder" / METRICS))
+    steps = [path.parent.name for path in sorted(tmp_path.glob("run/*/stage.json"), key=lambda x: x.stat().st_mtime)]
+    assert steps.index("big") < steps.index("data-distilled") < steps.index("distilled")
+    capsys.readouterr()
+    run_recipe(make_recipe(stages), tmp_path / "run")
+    assert "data-distilled: done before" in capsys.readouterr().out
+
+
 STAGES = ("encoder", "mined")
 
 
 def test_only_an_encoder_can_mine(make_recipe):
     with pytest.raises(ConfigError, match=r"no contrastive stage 'nope' before it, and no encoder there"):
         make_recipe("data: {mined_negatives: {encoder: nope}}")
+
+
+def test_only_a_ranker_can_rank(make_recipe):
+    for ranker in ("nope", "first"):
+        message = rf"no stage '{ranker}' before it whose model ranks, and no such model there"
+        with pytest.raises(ConfigError, match=message):
+            make_recipe(
+                f"data: {{}}}}\n  first: {{do: contrastive}}\n  last: {{do: contrastive, data: {{ranker: {ranker}}}"
+            )
 
 
 def test_what_cannot_be_trained_is_refused_before_it_begins(make_recipe, tmp_path):

@@ -7,12 +7,13 @@ import pytest
 
 from brewjax.config import ConfigError
 from brewjax.data.prompts.verbalize import Verbalizer
+from brewjax.data.records import example_table
 from brewjax.data.records.contrastive import ContrastiveConfig, MinedNegatives, contrastive_records
+from brewjax.data.records.example_table import ExampleTable
 from brewjax.data.records.provenance import training_examples
 from brewjax.data.tables.partition import WHOLE
 from brewjax.data.tables.statistics import Percentiles
-from brewjax.retrieve import mining
-from brewjax.retrieve.mining import MinedTable, mine_negatives
+from brewjax.retrieve.mining import mine_negatives
 from tests.data.conftest import moment
 from tests.retrieve.conftest import PROMPTS
 
@@ -34,7 +35,7 @@ def encoder(make_encoder):
 def folder(encoder, jobs, split_task, tmp_path_factory):
     folder = tmp_path_factory.mktemp("mined")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mining, "PART", 8)
+        patch.setattr(example_table, "PART", 8)
         mine_negatives(encoder, jobs, split_task, CONFIG, MINED, folder)
     return folder
 
@@ -45,7 +46,7 @@ def examples(jobs, split_task):
 
 
 def test_they_are_those_of_the_definition(encoder, jobs, split_task, folder, examples):
-    table, until = MinedTable(folder), split_task.boundaries(jobs)[0]
+    table, until = ExampleTable(folder), split_task.boundaries(jobs)[0]
     items = encoder.embed_items(jobs, np.arange(len(jobs.items)), until)
     begins, ends = jobs.item_life
     counts = []
@@ -73,14 +74,14 @@ def test_they_are_those_of_the_definition(encoder, jobs, split_task, folder, exa
 
 def test_a_smaller_margin_leaves_more_out(encoder, jobs, split_task, folder, examples, tmp_path):
     mine_negatives(encoder, jobs, split_task, CONFIG, MINED.model_copy(update={"margin": 0.9}), tmp_path)
-    strict, loose = MinedTable(tmp_path), MinedTable(folder)
+    strict, loose = ExampleTable(tmp_path), ExampleTable(folder)
     pairs = [({*strict.look_up(each).tolist()}, {*loose.look_up(each).tolist()}) for each in examples]
     assert all(few <= many for few, many in pairs)
     assert sum(len(few) for few, _ in pairs) < sum(len(many) for _, many in pairs)
 
 
 def test_mining_goes_on_where_it_was_interrupted_to_the_bit(encoder, jobs, split_task, folder, monkeypatch):
-    monkeypatch.setattr(mining, "PART", 8)
+    monkeypatch.setattr(example_table, "PART", 8)
     parts = sorted(folder.iterdir())
     assert len(parts) > 2
     before, times = [path.read_bytes() for path in parts], [path.stat().st_mtime_ns for path in parts]
@@ -92,7 +93,7 @@ def test_mining_goes_on_where_it_was_interrupted_to_the_bit(encoder, jobs, split
 
 def test_records_have_them_behind_what_was_shown(jobs, tokenizer, split_task, folder):
     verbalizer = Verbalizer(jobs, Percentiles.fit(jobs, moment(200)), tokenizer, PROMPTS.max_tokens)
-    look_up = MinedTable(folder).look_up
+    look_up = ExampleTable(folder).look_up
     arguments = (verbalizer, split_task, PROMPTS, CONFIG, WHOLE)
     without = [record for record, _ in contrastive_records(*arguments)]
     all_mined = set()
@@ -114,5 +115,5 @@ def test_an_encoder_of_something_else_is_refused(make_encoder, encoder, jobs, sp
     view_task = split_task.model_copy(update={"name": "view"})
     with pytest.raises(ConfigError, match="the encoder is of task 'apply', not 'view'"):
         mine_negatives(encoder, jobs, view_task, CONFIG, MINED, tmp_path)
-    with pytest.raises(ConfigError, match="no mined negatives there"):
-        MinedTable(tmp_path)
+    with pytest.raises(ConfigError, match="no tables of examples there"):
+        ExampleTable(tmp_path)

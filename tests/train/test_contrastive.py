@@ -46,7 +46,8 @@ def toy(number: int) -> ContrastiveExample:
     items = [group, group + 5, int(random.integers(10))]
     texts = [[3 + item, *random.integers(20, 60, 2).tolist()] for item in items]
     member = [3 + group, *random.integers(20, 60, random.integers(3, 9)).tolist()]
-    return ContrastiveExample(number % 20, items, 2, [member, *texts])
+    log_odds = [*random.normal(0, 2, 2).tolist(), np.nan] if number % 3 else [np.nan] * 3
+    return ContrastiveExample(number % 20, items, 2, [member, *texts], log_odds)
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +79,18 @@ def random_batch(micro_batches: int, rows: int, texts: int) -> tuple[np.ndarray,
     return random.standard_normal((*shape, 16)).astype(np.float32), labels
 
 
+def with_ranker(labels: TextLabels) -> TextLabels:
+    """Some items have no answer, and some records none at all."""
+    log_odds = np.random.default_rng(5).normal(0, 2, labels.item.shape).astype(np.float32)
+    is_answered = (labels.item >= 0) & (labels.item % 4 > 0) & (labels.record % 4 > 0)
+    return labels._replace(log_odds=np.where(is_answered, log_odds, np.nan))
+
+
 def define(vectors: np.ndarray, labels: TextLabels, scale: float, size: int) -> float:
     """The mean loss, from its definition, in float64."""
     texts = vectors.reshape(-1, vectors.shape[-1])[:, :size].astype(np.float64)
     texts /= np.linalg.norm(texts, axis=1, keepdims=True)
-    record, role, item, member, share = (x.reshape(-1) for x in labels)
+    record, role, item, member, share = (x.reshape(-1) for x in labels[:5])
     losses = []
     for i in np.flatnonzero(role == POSITIVE):
         (u,) = np.flatnonzero((record == record[i]) & (role == MEMBER))
@@ -92,6 +100,21 @@ def define(vectors: np.ndarray, labels: TextLabels, scale: float, size: int) -> 
                 scores.append(scale * texts[u] @ texts[j] - share[j])
         losses.append(np.log(np.sum(np.exp(scores))) - scores[0])
     return float(np.mean(losses))
+
+
+def define_divergence(vectors: np.ndarray, labels: TextLabels, scale: float, size: int) -> float:
+    """The mean divergence of records from the ranker, from its definition, in float64."""
+    texts = vectors.reshape(-1, vectors.shape[-1])[:, :size].astype(np.float64)
+    texts /= np.linalg.norm(texts, axis=1, keepdims=True)
+    record, role, log_odds = (x.reshape(-1) for x in (labels.record, labels.role, labels.log_odds))
+    divergences = []
+    for u in np.flatnonzero(role == MEMBER):
+        items = np.flatnonzero((record == record[u]) & ~np.isnan(log_odds))
+        if len(items):
+            odds, exponentials = np.exp(log_odds[items].astype(np.float64)), np.exp(scale * texts[items] @ texts[u])
+            p, q = odds / odds.sum(), exponentials / exponentials.sum()
+            divergences.append(np.sum(p * np.log(p / q)))
+    return float(np.mean(divergences))
 
 
 @pytest.mark.parametrize("dimensions", [(), (4, 8)])
@@ -104,6 +127,27 @@ def test_the_loss_is_its_definition(dimensions):
     np.testing.assert_allclose(loss / metrics["loss"].weight, expected, rtol=1e-5)
     assert metrics["loss"].weight == np.sum(labels.role == POSITIVE)
     np.testing.assert_allclose(metrics["temperature"].total / metrics["temperature"].weight, 0.1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dimensions", [(), (4, 8)])
+def test_the_ranker_adds_its_divergence(dimensions):
+    vectors, labels = random_batch(2, 3, 13)
+    labels = with_ranker(labels)
+    objective = Contrastive(dimensions=dimensions, temperature=0.1, ranker_weight=0.7)
+    embedded = Embedded(vectors, np.zeros(2, np.float32))
+    loss, metrics = jax.jit(objective.loss)(objective.init(), embedded, labels)
+    sizes = (*dimensions, 16)
+    divergence = np.mean([define_divergence(vectors, labels, 10, size) for size in sizes])
+    info_nce = np.mean([define(vectors, labels, 10, size) for size in sizes])
+    np.testing.assert_allclose(metrics["divergence"].total / metrics["divergence"].weight, divergence, rtol=1e-5)
+    np.testing.assert_allclose(loss / metrics["loss"].weight, info_nce + 0.7 * divergence, rtol=1e-5)
+
+
+def test_a_ranker_without_answers_changes_nothing():
+    vectors, labels = random_batch(1, 2, 8)
+    silent = labels._replace(log_odds=np.full(labels.item.shape, np.nan, np.float32))
+    gradient = jax.jit(jax.grad(lambda x, labels: LOSS.loss(LOSS.init(), Embedded(x, jnp.zeros(1)), labels)[0]))
+    np.testing.assert_allclose(gradient(vectors, silent), gradient(vectors, labels), rtol=1e-6)
 
 
 def test_the_correction_is_subtracted():
@@ -126,8 +170,9 @@ def test_a_copy_of_an_item_is_no_negative():
 
 
 def test_the_gradient_is_that_of_the_definition():
-    vectors, labels = random_batch(1, 2, 8)
-    objective = Contrastive(temperature=0.5)
+    vectors, labels = random_batch(1, 3, 13)
+    labels, objective = with_ranker(labels), Contrastive(temperature=0.5)
+    define_all = lambda *batch: define(*batch) + define_divergence(*batch)  # noqa: E731
 
     def mean(vectors, scale):
         loss, metrics = objective.loss({"logit_scale": scale}, Embedded(vectors, jnp.zeros(1)), labels)
@@ -136,9 +181,9 @@ def test_the_gradient_is_that_of_the_definition():
     scale = objective.init()["logit_scale"]
     of_vectors, of_scale = jax.jit(jax.grad(mean, (0, 1)))(jnp.asarray(vectors), scale)
     random, step = np.random.default_rng(2).standard_normal(vectors.shape), 1e-6
-    ends = [define(vectors.astype(np.float64) + sign * step * random, labels, 2, 16) for sign in (1, -1)]
+    ends = [define_all(vectors.astype(np.float64) + sign * step * random, labels, 2, 16) for sign in (1, -1)]
     np.testing.assert_allclose(np.sum(of_vectors * random), (ends[0] - ends[1]) / (2 * step), rtol=1e-3)
-    ends = [define(vectors, labels, 2 * np.exp(sign * step), 16) for sign in (1, -1)]
+    ends = [define_all(vectors, labels, 2 * np.exp(sign * step), 16) for sign in (1, -1)]
     np.testing.assert_allclose(of_scale, (ends[0] - ends[1]) / (2 * step), rtol=1e-3)
 
 
@@ -169,7 +214,7 @@ def run(shards: Path, folder: Path, objective: Contrastive = LOSS, model=MODEL, 
 
 
 def assert_same(
-    rows: list[dict], expected_rows: list[dict], names=("loss", "grad_norm", "accuracy", "temperature")
+    rows: list[dict], expected_rows: list[dict], names=("loss", "grad_norm", "accuracy", "temperature", "divergence")
 ) -> None:
     for name in names:
         actual, expected = ([row[name] for row in each] for each in (rows, expected_rows))
@@ -222,11 +267,13 @@ def test_the_table_labels_every_text_of_a_batch(shards):
     for row in range(8):
         texts = np.flatnonzero(labels.role[row] != MISSING)
         np.testing.assert_array_equal(texts, np.arange(len(texts)))
-        expected = []
+        expected, log_odds = [], []
         for record in dict.fromkeys(labels.record[row][texts].tolist()):
             assert record in batch.source[row]
             expected += [-1, *toy(record).items]
+            log_odds += [np.nan, *(toy(record).log_odds or [])]
         assert labels.item[row][texts].tolist() == expected
+        np.testing.assert_array_equal(labels.log_odds[row][texts], np.float32(log_odds))
         starts = np.flatnonzero(np.diff(batch.tokens[row] * 0 + batch.positions[row], prepend=1) < 0)
         tokens = batch.tokens[row][starts[: len(texts)]]
         items = labels.item[row][texts]

@@ -7,6 +7,7 @@ table beside each shard, from which a batch is labelled.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -59,6 +60,9 @@ class ContrastiveConfig(SideConfig):
     """The most items of other labels in a record, chosen at random: events of the member, not sampled negatives."""
     mined_negatives: MinedNegatives | None = None
     """More hard negatives, mined from an encoder's index of all items before training; by default none."""
+    ranker: str | None = None
+    """The stage whose model, or the folder of a ranker, whose scores of a record's items are learnt besides
+    (`loss.ranker_weight`). Hard negatives may then be sampled negatives of the task, which the ranker tells apart."""
     seed: Seed = 0
     """Seed of the choices."""
 
@@ -72,12 +76,14 @@ class ContrastiveExample:
       items: rows of the items, those that the member went on to first.
       num_positives: how many of the items these are.
       texts: tokens of the member's text, then of each item's.
+      log_odds: of the best label of each item by a ranker, NaN where it has not answered; None without a ranker.
     """
 
     member: int
     items: list[int]
     num_positives: int
     texts: list[list[int]]
+    log_odds: list[float] | None = None
 
     def __len__(self) -> int:
         return sum(map(len, self.texts))
@@ -96,7 +102,9 @@ class ContrastiveExample:
                 f"row of {capacity} tokens; raise seq_len, or lower prompts.max_tokens"
             )
         items = self.items[: fitting - 1]
-        return [ContrastiveExample(self.member, items, min(self.num_positives, len(items)), self.texts[:fitting])]
+        log_odds = None if self.log_odds is None else self.log_odds[: fitting - 1]
+        num_positives = min(self.num_positives, len(items))
+        return [ContrastiveExample(self.member, items, num_positives, self.texts[:fitting], log_odds)]
 
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
@@ -115,13 +123,43 @@ class ContrastiveExample:
         }
 
 
+LookUp = Callable[[RankingExample], np.ndarray]  # of an example's array, which was computed before
+
+
+def choose_items(
+    example: RankingExample, task: Task, config: ContrastiveConfig, mined: LookUp | None = None
+) -> tuple[np.ndarray, int]:
+    """Chooses the items of an example's record; the example's seed decides.
+
+    Args:
+      example: of the training period.
+      task: whose best label makes an item a positive.
+      config: how many positives and hard negatives a record has.
+      mined: gives the rows of the items that `mined_negatives` are chosen from.
+
+    Returns:
+      int64 [items], rows of the items, each once, the positives first; and how many these are.
+    """
+    rng, best = example_rng(example, task), int(np.argmax(task.values))
+    positives = rng.permutation(np.unique(example.candidates[example.labels == best]))[: config.positives]
+    negatives = np.setdiff1d(example.candidates[example.labels != best], positives)
+    if task.questions.sampled_negatives and not config.ranker:  # those of a batch are as good, and cost nothing
+        negatives = negatives[:0]
+    items = np.concatenate([positives, rng.permutation(negatives)[: config.hard_negatives]]).astype(int)
+    if mined and config.mined_negatives:
+        nearest = rng.permutation(np.setdiff1d(mined(example), items))
+        items = np.concatenate([items, nearest[: config.mined_negatives.count]])
+    return items, len(positives)
+
+
 def contrastive_records(
     verbalizer: Verbalizer,
     task: Task,
     prompts: PromptConfig,
     config: ContrastiveConfig,
     partition: Partition = WHOLE,
-    mined: Callable[[RankingExample], np.ndarray] | None = None,
+    mined: LookUp | None = None,
+    ranked: LookUp | None = None,
 ) -> Iterator[tuple[ContrastiveExample, Provenance]]:
     """Makes the records of a task's training period, for `write_shard` with an `ItemTableWriter`.
 
@@ -135,6 +173,7 @@ def contrastive_records(
       config: how many positives and hard negatives a record has, and the instructions.
       partition: only the records of its members.
       mined: gives the rows of the items that `mined_negatives` are chosen from.
+      ranked: gives the `log_odds` of the items of `choose_items`.
 
     Yields:
       Each record with its provenance.
@@ -143,21 +182,13 @@ def contrastive_records(
       ValueError: a member's profile alone is longer than `prompts.max_tokens`.
     """
     sides, style = Sides(verbalizer, task, prompts, config), prompts.score_style
-    best = int(np.argmax(task.values))
     for example in training_examples(verbalizer.dataset, task, config, partition, config.repeats):
-        rng = example_rng(example, task)
-        positives = rng.permutation(np.unique(example.candidates[example.labels == best]))[: config.positives]
-        negatives = np.setdiff1d(example.candidates[example.labels != best], positives)
-        if task.questions.sampled_negatives:  # those of a batch are as good, and cost nothing
-            negatives = negatives[:0]
-        items = np.concatenate([positives, rng.permutation(negatives)[: config.hard_negatives]]).astype(int)
-        if mined and config.mined_negatives:
-            nearest = rng.permutation(np.setdiff1d(mined(example), items))
-            items = np.concatenate([items, nearest[: config.mined_negatives.count]])
-        if len(positives):
+        items, num_positives = choose_items(example, task, config, mined)
+        if num_positives:
             texts = [sides.member(example), *sides.items(items, example.cutoff_time)]
-            origin = provenance(verbalizer, task, example, style)
-            yield ContrastiveExample(example.member, items.tolist(), len(positives), texts), origin
+            log_odds = ranked(example).tolist() if ranked else None
+            record = ContrastiveExample(example.member, items.tolist(), num_positives, texts, log_odds)
+            yield record, provenance(verbalizer, task, example, style)
 
 
 class ItemTableWriter:
@@ -165,6 +196,7 @@ class ItemTableWriter:
 
     def __init__(self) -> None:
         self._rows: list[tuple[int, int, int, int]] = []  # record, role, item, member of each text
+        self._log_odds: list[float] = []  # of each text, where a ranker gave any
         self._records, self._shortest = 0, np.iinfo(np.int32).max
 
     def add(self, record: Any) -> None:
@@ -173,14 +205,20 @@ class ItemTableWriter:
         for number, item in enumerate(record.items):
             role = POSITIVE if number < record.num_positives else NEGATIVE
             self._rows.append((self._records, role, item, record.member))
+        if record.log_odds is not None:
+            self._log_odds += [math.nan, *record.log_odds]
         self._shortest = min(self._shortest, *map(len, record.texts))
         self._records += 1
 
     def write(self, path: Path) -> None:
-        """Writes the table to `path`, an .npz file: record, role, item and member of each text, int32 [texts]."""
+        """Writes the table to `path`, an .npz file: record, role, item and member of each text, int32 [texts]; and its
+        `log_odds`, float32 [texts], where a ranker gave any."""
         record, role, item, member = np.array(self._rows, np.int32).reshape(-1, 4).T
         shortest, records = np.int64(self._shortest), np.int64(self._records)
-        np.savez(path, record=record, role=role, item=item, member=member, shortest=shortest, records=records)
+        columns: dict[str, Any] = {"record": record, "role": role, "item": item, "member": member}
+        if self._log_odds:
+            columns["log_odds"] = np.array(self._log_odds, np.float32)
+        np.savez(path, **columns, shortest=shortest, records=records)
 
     def counts(self) -> dict[str, int]:
         """Counts the items of the records.
@@ -201,6 +239,7 @@ class TextLabels(NamedTuple):
       item: row of the item; -1 for a member's text.
       member: row of the record's member.
       log_share: log of the item's share of all items in the records: how likely a batch has it.
+      log_odds: of the best label by a ranker; NaN where it has not answered. None where records have no ranker.
     """
 
     record: Int[Array, "B N"]
@@ -208,6 +247,10 @@ class TextLabels(NamedTuple):
     item: Int[Array, "B N"]
     member: Int[Array, "B N"]
     log_share: Float[Array, "B N"]
+    log_odds: Float[Array, "B N"] | None = None
+
+
+MISSING_LABELS = TextLabels(-1, MISSING, -1, -1, 0, math.nan)  # type: ignore[arg-type]  # of a text that is not there
 
 
 class ItemTable:
@@ -218,7 +261,7 @@ class ItemTable:
     """
 
     def __init__(self, shards: Shards):
-        columns: dict[str, list[np.ndarray]] = {name: [] for name in ("record", "role", "item", "member", "log_share")}
+        columns: dict[str, list[np.ndarray]] = {name: [] for name in TextLabels._fields}
         first, self._shortest = 0, np.iinfo(np.int32).max
         for folder in shard_folders(shards):
             tables = [_load_table(path) for path in shard_files(folder, TABLE)]
@@ -230,10 +273,10 @@ class ItemTable:
                 first += int(table["records"])
                 self._shortest = min(self._shortest, int(table["shortest"]))
                 for name, values in columns.items():
-                    values.append(table[name])
+                    values += [table[name]] if name in table else []
         if not first:
             raise ValueError(f"{shards}: no example of the training period has an item of the task's best label")
-        self._columns = {name: np.concatenate(values) for name, values in columns.items()}
+        self._columns = {name: np.concatenate(values) for name, values in columns.items() if values}
         self._starts = np.searchsorted(self._columns["record"], np.arange(first))
 
     def look_up(self, batch: TokenBatch) -> TextLabels:
@@ -253,9 +296,9 @@ class ItemTable:
         text = self._starts[batch.source[row, column]] + piece_id[row, column]
         shape = len(example_id), example_id.shape[1] // self._shortest
         labels = {}
-        for name, missing in zip(TextLabels._fields, (-1, MISSING, -1, -1, 0), strict=True):
-            labels[name] = np.full(shape, missing, self._columns[name].dtype)
-            labels[name][row, number] = self._columns[name][text]
+        for name, column in self._columns.items():
+            labels[name] = np.full(shape, getattr(MISSING_LABELS, name), column.dtype)
+            labels[name][row, number] = column[text]
         return TextLabels(**labels)  # type: ignore[arg-type]  # numpy until it is placed
 
 

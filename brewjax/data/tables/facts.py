@@ -30,12 +30,13 @@ KINDS: dict[str, tuple[FactGroup, ...]] = {
     "distance": ("pairs",),
     "together": ("pairs",),
     "neighbors": ("pairs",),
+    "similarity": ("pairs",),
 }
 
 
 class Fact(Config):
     """A number that changes with the events, or with time. Exactly one of `count`, `mean`, `rate`, `days_since`, `age`,
-    `share`, `distance`, `together` and `neighbors` says which."""
+    `share`, `distance`, `together`, `neighbors` and `similarity` says which."""
 
     ALIASES: ClassVar = {"average": "mean", "recency": "days_since", "since": "days_since", "neighbours": "neighbors"}
 
@@ -64,6 +65,9 @@ class Fact(Config):
     neighbors: Words | None = None
     """Of a pair: the member's mean of an event column over similar items, less the items' means, weighted by how alike
     members rated them (item-based collaborative filtering: Sarwar et al., WWW 2001, adjusted cosine)."""
+    similarity: Words | None = None
+    """Of a pair: the inner product of the vectors of member and item in this file of the dataset's folder, each the
+    latest at the moment, for instance `vectors.parquet`, which `brewjax retrieve vectors` writes."""
     days: float | None = pydantic.Field(default=None, gt=0)
     """Only events of the last so many days count (`count`, `mean`, `rate` and `share`)."""
     less: Literal["items", "members"] | None = None

@@ -15,6 +15,7 @@ from brewjax.data.tables.facts import Fact, FactGroup
 from brewjax.data.tables.neighbors import Neighbors
 from brewjax.data.tables.point_in_time import DAY, PointInTimeIndex, Totals, Window
 from brewjax.data.tables.ragged import Ragged
+from brewjax.data.tables.vectors import Similarities
 
 Table = Literal["members", "items", "events"]
 MIN_FIT_EVENTS, MAX_FIT_EVENTS = 10_000, 500_000  # that the scales of facts are fitted on
@@ -84,6 +85,7 @@ class FactValues:
         self._totals: dict[tuple[Any, ...], Totals] = {}
         self._columns: dict[tuple[Any, ...], np.ndarray] = {}
         self._neighbors: dict[tuple[Any, ...], Neighbors] = {}
+        self._similarities: dict[str, Similarities] = {}
         self._windows: tuple[_Pairs | None, dict[tuple[Any, ...], Any]] = (None, {})  # of the latest pairs
 
     def values(
@@ -94,7 +96,11 @@ class FactValues:
 
     def _values(self, group: FactGroup, fact: Fact, pairs: _Pairs) -> np.ndarray:
         if fact.together or fact.neighbors:
-            return self._similarity(fact, pairs)
+            return self._neighborhood(fact, pairs)
+        if fact.similarity:
+            if fact.similarity not in self._similarities:
+                self._similarities[fact.similarity] = Similarities(self._dataset, fact.similarity)
+            return self._similarities[fact.similarity].products(*pairs)
         if fact.age:
             rows = pairs.items if group == "items" else pairs.members
             return pairs.times / DAY - self._numbers(group, fact.age)[rows]
@@ -254,7 +260,7 @@ class FactValues:
         window = self._window(keyed_by, None, pairs)
         return self._keyed[keyed_by].index.since(window, pairs.times)[1]
 
-    def _similarity(self, fact: Fact, pairs: _Pairs) -> np.ndarray:
+    def _neighborhood(self, fact: Fact, pairs: _Pairs) -> np.ndarray:
         key = (fact.together, fact.neighbors)
         if key not in self._neighbors:
             if fact.together:

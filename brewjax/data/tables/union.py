@@ -77,6 +77,10 @@ class UnitedCard(Card):
         for name, card in cards.items():
             if card.events.time is None:
                 raise union.error("its events have no times, which put the events of a union in order", "include", name)
+            for fact in (*card.facts.pairs, *union.facts.pairs):
+                if fact.similarity:
+                    message = f"its fact '{fact.name}' is a similarity, and a union has no file of vectors"
+                    raise union.error(message, "include", name)
         members = _join_members(union, cards)
         named = {name: _with_name(name, card) for name, card in cards.items()}
         items = [a for card in named.values() for a in card.items.attributes]
