@@ -62,7 +62,7 @@ def vectors(
     models: Annotated[list[Path], typer.Argument(help="Encoders' folders, each trained until another time.")],
 ) -> None:
     """Write vectors.parquet into the dataset's folder, for a fact `similarity` of its card."""
-    device_per_core()
+    prepare_cpu()
     from brewjax.data.tables.dataset import Dataset
     from brewjax.data.tables.vectors import VECTORS
     from brewjax.retrieve.encoder import Encoder
