@@ -1,6 +1,6 @@
 """The heads' kernels beside XLA's loops, by the compiler of a TPU that is not there, in one run.
 
-    python -m benchmarks.heads [v5e v6e tpu7x] [cross-entropy distillation scores]
+    python -m benchmarks.heads [v5e v5p v6e tpu7x] [cross-entropy distillation scores] ["skewed KL" ..]
     python -m benchmarks.heads precision            errors of log-sums and of log-probabilities, on a CPU
 
 Label scores; a cross-entropy, and distillation from another head, with both gradients. Of each: what the matrix unit
@@ -242,7 +242,9 @@ def cross_entropies(chip: Chip) -> Iterator[tuple[str, str, Row]]:
 
 
 def distillations(chip: Chip) -> Iterator[tuple[str, str, Row]]:
-    for (N, D, E), (name, divergence) in itertools.product(DISTILLATIONS, DIVERGENCES.items()):
+    names = [name for name in DIVERGENCES if name in sys.argv[1:]] or list(DIVERGENCES)
+    for (N, D, E), name in itertools.product(DISTILLATIONS, names):
+        divergence = DIVERGENCES[name]
         workload = f"{name} and gradients, {N:,} x {D:,} from {E:,}"
         yield workload, "kernels", distill(chip, N, D, E, divergence, "tpu")
         yield workload, f"XLA, chunk={CHUNKS[-1]}", distill(chip, N, D, E, divergence, "xla", CHUNKS[-1])
