@@ -106,15 +106,15 @@ class Row:
     temporary: int
 
     @property
-    def least(self) -> float:
+    def bound(self) -> float:
         return max(self.floor, self.bundles, self.bytes)
 
     def cells(self) -> list[str]:
-        times = (self.floor, self.bundles, self.bytes, self.least)
+        times = (self.floor, self.bundles, self.bytes, self.bound)
         estimate = f"{self.estimate:.2f}" if self.estimate else ""
         return [
             *(f"{x:.2f}" for x in times),
-            f"{self.least / self.floor:.2f}",
+            f"{self.bound / self.floor:.2f}",
             estimate,
             f"{self.temporary / 1e6:,.0f}",
         ]

@@ -24,12 +24,13 @@ from rich.table import Table
 
 from pallas_kernels.cross_entropy import linear_cross_entropy
 from pallas_kernels.label_scores import label_log_probs
+from pallas_kernels.log_sum_exp_gpu import choose_groups
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 TENSOR_CORES, FLOAT32, BANDWIDTH = 989e12, 67e12, 3.35e12  # an H100's FLOP/s (bfloat16, float32) and bytes/s
 V = 128_256
 SCORES = [(500, 3072, BF16, 1), (500, 3072, F32, 2), (500, 3072, F32, 3), (8192, 4096, F32, 2)]  # N, D, hidden, parts
-N, D = 8192, 4096  # of the cross-entropy
+CROSS_ENTROPY = (8192, 4096)  # tokens, D
 CHUNKS = (512, 2048)
 shape = jax.ShapeDtypeStruct
 
@@ -47,44 +48,48 @@ def step(implementation: str, chunk: int, hidden: Any, head: Any, targets: Any) 
     return jax.value_and_grad(loss, (0, 1))(hidden, head)
 
 
-def add(table: Table, what: str, by: str, products: float, size: float, temporary: int, one_by_one: bool) -> None:
+def add(table: Table, workload: str, by: str, products: float, size: float, temporary: int, serial: bool) -> None:
     memory = size / BANDWIDTH * 1e3
-    least = f"{max(products, memory):.2f}"
-    if one_by_one:
-        least = f"{products:.2f} - {products + memory:.2f}"
-    table.add_row(what, by, f"{products:.2f}", f"{memory:.2f}", least, f"{temporary / 1e6:,.0f}")
+    bound = f"{max(products, memory):.2f}"
+    if serial:
+        bound = f"{products:.2f} - {products + memory:.2f}"
+    table.add_row(workload, by, f"{products:.2f}", f"{memory:.2f}", bound, f"{temporary / 1e6:,.0f}")
 
 
 def count() -> None:
     kernels = Table("hidden states", "parts", "registers", "spills, bytes", "shared, bytes", "products by")
     table = Table("what", "by", "products, ms", "bytes, ms", "least, ms", "temporary, MB", title="H100")
     for N, D, dtype, parts in SCORES:
-        what = f"label scores, {N:,} x {D:,}, {jnp.dtype(dtype).name} x bfloat16"
+        workload = f"label scores, {N:,} x {D:,}, {jnp.dtype(dtype).name} x bfloat16"
         shapes = shape((N, D), dtype), shape((V, D), BF16), shape((8,), jnp.int32)
         function = functools.partial(scores, "gpu", parts)
         head_bytes, logits_bytes, flops = V * D * 2, N * V * 4, 2 * N * D * V
         temporary = compile_for_h100(function, *shapes).memory_analysis().temp_size_in_bytes
-        add(table, what, f"kernel, parts={parts}", parts * flops / TENSOR_CORES * 1e3, head_bytes, temporary, False)
+        groups, _ = choose_groups(N, D, parts)
+        products = parts * flops / TENSOR_CORES * 1e3
+        add(table, workload, f"kernel, parts={parts}", products, groups * head_bytes, temporary, False)
         if parts < 3:
             rate = FLOAT32 if dtype == F32 else TENSOR_CORES
             loop = compile_for_h100(functools.partial(scores, "xla", parts), *shapes)
             temporary = loop.memory_analysis().temp_size_in_bytes
-            add(table, what, "loop", flops / rate * 1e3, 3 * (head_bytes + logits_bytes), temporary, True)
-        if N < 8192:
-            for _, *result in compiled("head_", function, *shapes):
-                kernels.add_row(jnp.dtype(dtype).name, str(parts), *map(str, result))
-    what, shapes = f"cross-entropy and gradients, {N:,} x {D:,}", (shape((N, D), BF16), shape((V, D), BF16))
+            add(table, workload, "loop", flops / rate * 1e3, 3 * (head_bytes + logits_bytes), temporary, True)
+        for _, *result in compiled("head_", function, *shapes):
+            kernels.add_row(f"{N:,} x {D:,} {jnp.dtype(dtype).name}", str(parts), *map(str, result))
+    N, D = CROSS_ENTROPY
+    workload, shapes = f"cross-entropy and gradients, {N:,} x {D:,}", (shape((N, D), BF16), shape((V, D), BF16))
     for implementation in ("xla", "gpu"):
         for chunk in CHUNKS:
             program = compile_for_h100(functools.partial(step, implementation, chunk), *shapes, shape((N,), jnp.int32))
             # The loop, for a chunk: the head copied, read; copied again, and read by two products; its float32 gradient
             # written, read and added to. Logits written, read twice; written again, read and rounded, and that read
-            # twice. With the kernel the first half of both falls away.
+            # twice. The kernel takes the place of the first half of both.
             head, logits = (30, 26) if implementation == "xla" else (24, 14)
             size = N // chunk * head * V * D + logits * N * V
+            if implementation == "gpu":
+                size += choose_groups(N, D, 1)[0] * V * D * 2
             by = f"loop, chunk={chunk}" if implementation == "xla" else f"kernel, then loop, chunk={chunk}"
             temporary = program.memory_analysis().temp_size_in_bytes
-            add(table, what, by, 8 * N * D * V / TENSOR_CORES * 1e3, size, temporary, True)
+            add(table, workload, by, 8 * N * D * V / TENSOR_CORES * 1e3, size, temporary, True)
     console.print(table)
     console.print(kernels)
 
@@ -113,13 +118,14 @@ def time_all() -> None:
     for N, D, dtype, parts in SCORES:
         arrays = jax.random.normal(key, (N, D), dtype), jax.random.normal(key, (V, D), BF16) / 16, jnp.arange(8)
         times = [milliseconds(functools.partial(scores, name, parts), *arrays) for name in ("gpu", "xla")]
-        what = f"label scores, {N:,} x {D:,}, {jnp.dtype(dtype).name}, parts={parts}"
-        table.add_row(what, *(f"{time:.2f}" for time in times), f"{times[0] / times[1]:.2f}")
+        workload = f"label scores, {N:,} x {D:,}, {jnp.dtype(dtype).name}, parts={parts}"
+        table.add_row(workload, *(f"{time:.2f}" for time in times), f"{times[0] / times[1]:.2f}")
+    N, D = CROSS_ENTROPY
     arrays = jax.random.normal(key, (N, D), BF16), jax.random.normal(key, (V, D), BF16) / 16, jnp.arange(N)
     for chunk in CHUNKS:
         times = [milliseconds(functools.partial(step, name, chunk), *arrays) for name in ("gpu", "xla")]
-        what = f"cross-entropy and gradients, chunk={chunk}"
-        table.add_row(what, *(f"{time:.2f}" for time in times), f"{times[0] / times[1]:.2f}")
+        workload = f"cross-entropy and gradients, chunk={chunk}"
+        table.add_row(workload, *(f"{time:.2f}" for time in times), f"{times[0] / times[1]:.2f}")
     console.print(table)
 
 

@@ -33,6 +33,13 @@ SHARES = 128  # of the vocabulary: with them a single block of tokens occupies t
 GROUP_BYTES = 24 << 20  # hidden states that are read at a time: half of an H100's L2 cache, the head streams through
 
 
+def choose_groups(N: int, D: int, P: int) -> tuple[int, int]:
+    """How often the head is read, and the blocks of tokens that read it together."""
+    blocks = pl.cdiv(N, BLOCKS.n)
+    groups = pl.cdiv(blocks, max(1, GROUP_BYTES // (P * BLOCKS.n * D * 2)))
+    return groups, pl.cdiv(blocks, groups)
+
+
 def log_sum_exp(
     hidden: Float[Array, "N D"],
     head: Float[Array, "V D"],
@@ -59,9 +66,8 @@ def log_sum_exp(
     if head.dtype != jnp.bfloat16 or D % DEPTH:
         raise ValueError(f"head {head.dtype}[{V}, {D}]: the kernel takes bfloat16, and D in multiples of {DEPTH}")
     hidden_parts = jnp.stack(split(hidden, parts) if hidden.dtype == jnp.float32 else [hidden])
-    P, blocks, tiles = len(hidden_parts), pl.cdiv(N, n), pl.cdiv(V, v)
-    groups = pl.cdiv(blocks, max(1, GROUP_BYTES // (P * n * D * 2)))
-    group = pl.cdiv(blocks, groups)
+    P, tiles = len(hidden_parts), pl.cdiv(V, v)
+    groups, group = choose_groups(N, D, P)
     share = pl.cdiv(tiles, SHARES)
     shares = pl.cdiv(tiles, share)
     log_sums = pl.pallas_call(
