@@ -4,7 +4,8 @@
 
 Items of a prompt are ranked by the log-probability of the task's best answer, over the vocabulary or over the labels.
 Against the order by float64, from the same float32 hidden states: pairs of a prompt that tie to the bit, pairs that are
-ordered otherwise (of all, and of those that lie closer than `CLOSE` in float64), and the AUC within the list.
+ordered otherwise, those that do either of pairs closer than `CLOSE` in float64, and the AUC within the list. Pairs with
+equal hidden states are left out.
 """
 
 from __future__ import annotations
@@ -87,16 +88,17 @@ def main() -> None:
     labels, best = prompts[0].labels, int(np.argmax(task.values))
     group = np.repeat(np.arange(len(prompts)), [len(prompt.questions) for prompt in prompts])
     values = task.values[[answer for prompt in prompts for answer in prompt.answers]]
-    first, second = (
-        np.concatenate(x) for x in zip(*map(_pairs, np.split(np.arange(len(group)), _ends(group))), strict=True)
-    )
+    pairs = map(_pairs, np.split(np.arange(len(group)), np.flatnonzero(np.diff(group)) + 1))
+    first, second = (np.concatenate(rows) for rows in zip(*pairs, strict=True))
+    differ = (hidden[first] != hidden[second]).any(-1)
+    first, second = first[differ], second[differ]
     for normalize_over in ("vocabulary", "labels"):
         expected = exact(hidden, head, labels, normalize_over)[:, best]
         gap = expected[first] - expected[second]
         close = np.abs(gap) < CLOSE
         area = functools.partial(gauc, values=values, groups=group, weights=np.ones(len(group)))
         table = Table(
-            "", "ties", "ordered otherwise", f"of pairs within {CLOSE}", "AUC less by", "moves by at most, nats",
+            "", "ties", "ordered otherwise", f"either, within {CLOSE}", "AUC less by", "moves by at most, nats",
             title=f"{task.name}, over the {normalize_over}: {len(group):,} questions, {len(gap):,} pairs, "
             f"{close.mean():.1%} within {CLOSE}; AUC by float64 {area(expected):.4f}",
         )  # fmt: skip
@@ -117,10 +119,6 @@ def main() -> None:
                 f"{np.abs(scores - expected).max():.6f}",
             )
         Console(width=160).print(table)
-
-
-def _ends(group: np.ndarray) -> np.ndarray:
-    return np.flatnonzero(np.diff(group)) + 1
 
 
 def _pairs(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
