@@ -83,7 +83,6 @@ def scores(q: Any, k: Any, v: Any, token_labels: TokenLabels) -> Any:
 
 
 def compile_all() -> None:
-    device = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1").devices[0]
     table = Table(
         "case",
         "head",
@@ -100,31 +99,41 @@ def compile_all() -> None:
         for D in (64, 128, 256):
             for dtype in (jnp.bfloat16, jnp.float32):
                 function = gradients if case == "training" else scores
-                for kernel, *result in compiled(function, T, S, D, dtype, device):
+                for kernel, *result in compiled("token_label_attention_", function, *shapes(T, S, D, dtype)):
                     cut = attention_gpu.choose_blocks(kernel, D, dtype)
                     blocks = f"{cut.rows} x {cut.keys}, {cut.warps}"
                     table.add_row(case, str(D), jnp.dtype(dtype).name, kernel, blocks, *map(str, result))
     console.print(table)
 
 
-def compiled(function: Callable, T: int, S: int, D: int, dtype: Any, device: jax.Device) -> Iterator[tuple]:
-    """Of each kernel: name, registers, bytes of spills and of shared memory, wgmma or mma or neither."""
-    shutil.rmtree(DUMP, ignore_errors=True)
-    device_sharding = jax.sharding.SingleDeviceSharding(device)
+def shapes(T: int, S: int, D: int, dtype: Any) -> tuple:
     q, k, label = (
-        jax.ShapeDtypeStruct(shape, dtype, sharding=device_sharding)
+        jax.ShapeDtypeStruct(shape, dtype)
         for shape, dtype in (((1, T, HEADS, D), dtype), ((1, S, KEY_HEADS, D), dtype), ((1, S), jnp.int32))
     )
-    jax.jit(function).lower(q, k, k, TokenLabels(label, label, label)).compile()
+    return q, k, k, TokenLabels(label, label, label)
+
+
+def compile_for_h100(function: Callable, *shapes: Any) -> jax.stages.Compiled:
+    device = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1").devices[0]
+    place = jax.sharding.SingleDeviceSharding(device)
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+    shutil.rmtree(DUMP, ignore_errors=True)
+    return jax.jit(function).lower(*placed).compile()
+
+
+def compiled(prefix: str, function: Callable, *shapes: Any) -> Iterator[tuple]:
+    """Of each kernel: name behind `prefix`, registers, bytes of spills and shared memory, wgmma or mma or neither."""
+    compile_for_h100(function, *shapes)
     (launches,) = (path.read_text() for path in DUMP.glob("*thunk_sequence.txt"))
     for path in sorted(DUMP.glob("*.ptx")):
-        for kernel in re.findall(r"\.entry token_label_attention_(\w+)\(", path.read_text()):
+        for kernel in re.findall(rf"\.entry {prefix}(\w+)\(", path.read_text()):
             assembler = subprocess.run(
                 [ptxas(), "-v", "-arch=sm_90a", path, "-o", os.devnull], capture_output=True, text=True
             )
             registers = re.search(r"Used (\d+) registers", assembler.stderr)
             spills = sum(map(int, re.findall(r"(\d+) bytes spill", assembler.stderr)))
-            shared = re.search(rf"token_label_attention_{kernel} grid.*shared_memory: (\d+)", launches)
+            shared = re.search(rf"{prefix}{kernel} grid.*shared_memory: (\d+)", launches)
             product = next((name for name in ("wgmma", "mma.sync") if name in path.read_text()), "none")
             yield kernel, registers and registers[1], spills, shared and shared[1], product
 

@@ -1,6 +1,6 @@
 """The heads' kernels beside XLA's loops, by the compiler of a TPU that is not there, in one run.
 
-    python -m benchmarks.heads [v5e v6e tpu7x] [cross-entropy distillation scores]
+    python -m benchmarks.heads [v5e v5p v6e tpu7x] [cross-entropy distillation scores] ["skewed KL" ..]
     python -m benchmarks.heads precision            errors of log-sums and of log-probabilities, on a CPU
 
 Label scores; a cross-entropy, and distillation from another head, with both gradients. Of each: what the matrix unit
@@ -31,7 +31,7 @@ from rich.console import Console
 
 from benchmarks.bundles import costs_of, kernel_bundles
 from brewjax.aot.topology import topology
-from pallas_kernels import head_gradients_tpu, log_sum_exp_tpu
+from pallas_kernels import head_gradients_tpu, log_sum_exp_gpu, log_sum_exp_tpu
 from pallas_kernels.cross_entropy import linear_cross_entropy
 from pallas_kernels.distillation import (
     Divergence,
@@ -64,14 +64,18 @@ CHUNKS = (512, 2048)  # tokens of XLA's loop
 
 
 class Chip:
-    """One core of a chip to compile for."""
+    """A device to compile for: a chip, or one of the two cores of tpu7x.
+
+    A device of v5p is both cores. They share XLA's operations, and a kernel's first axis where it is "parallel".
+    """
 
     def __init__(self, name: str):
         result = topology(CHIPS[name])
         self.name, self.clock = name, result.chip.clock
         self.mesh = jax.sharding.Mesh(np.array(result.devices[:1]), ("chip",))
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-            self.info = pltpu.get_tpu_info()
+            self.info = pltpu.get_tpu_info()  # of a core
+        self.cores = self.info.num_cores
 
     def compile(self, function: Callable, *shapes: Any) -> jax.stages.Compiled:
         shutil.rmtree(DUMP, ignore_errors=True)
@@ -82,13 +86,13 @@ class Chip:
             return jax.jit(local).lower(*shapes).compile()
 
     def product_ms(self, macs: float) -> float:
-        return macs * 2 / self.info.bf16_ops_per_second * 1e3
+        return macs * 2 / (self.cores * self.info.bf16_ops_per_second) * 1e3
 
     def bytes_ms(self, size: float) -> float:
-        return size / self.info.mem_bw_bytes_per_second * 1e3
+        return size / (self.cores * self.info.mem_bw_bytes_per_second) * 1e3
 
-    def cycles_ms(self, cycles: float) -> float:
-        return cycles / self.clock * 1e3
+    def cycles_ms(self, cycles: float, cores: int = 1) -> float:
+        return cycles / self.clock / cores * 1e3
 
 
 @dataclasses.dataclass
@@ -101,11 +105,19 @@ class Row:
     estimate: float
     temporary: int
 
+    @property
+    def bound(self) -> float:
+        return max(self.floor, self.bundles, self.bytes)
+
     def cells(self) -> list[str]:
-        bound = max(self.floor, self.bundles, self.bytes)
-        times = (self.floor, self.bundles, self.bytes, bound)
+        times = (self.floor, self.bundles, self.bytes, self.bound)
         estimate = f"{self.estimate:.2f}" if self.estimate else ""
-        return [*(f"{x:.2f}" for x in times), f"{bound / self.floor:.2f}", estimate, f"{self.temporary / 1e6:,.0f}"]
+        return [
+            *(f"{x:.2f}" for x in times),
+            f"{self.bound / self.floor:.2f}",
+            estimate,
+            f"{self.temporary / 1e6:,.0f}",
+        ]
 
 
 def score(chip: Chip, N: int, D: int, hidden: Any, head: Any, parts: int, implementation: str) -> Row:
@@ -119,7 +131,7 @@ def score(chip: Chip, N: int, D: int, hidden: Any, head: Any, parts: int, implem
     rest = costs_of(compiled.as_text())
     row = Row(
         chip.product_ms(len(log_sum_exp_tpu.pairs(hidden_parts, head_parts)) * N * D * V),
-        chip.cycles_ms(rest.bundles),
+        chip.cycles_ms(rest.bundles, chip.cores),
         chip.bytes_ms(V * D * jnp.dtype(head).itemsize) if implementation == "xla" else 0,
         chip.cycles_ms(rest.estimate),
         compiled.memory_analysis().temp_size_in_bytes,
@@ -132,10 +144,11 @@ def score(chip: Chip, N: int, D: int, hidden: Any, head: Any, parts: int, implem
 def add_log_sum(row: Row, chip: Chip, N: int, sizes: Sequence[int], hidden: Any, head: Any, parts: int) -> None:
     """Adds the bundles and bytes of a kernel for each of the model dimensions, which must have the same blocks."""
     vmem = chip.info.vmem_capacity_bytes
-    ((n, v),) = {log_sum_exp_tpu.choose_blocks(N, D, hidden, head, parts, vmem) for D in sizes}
+    ((n, v),) = {log_sum_exp_tpu.choose_blocks(N, D, hidden, head, parts, vmem, chip.cores) for D in sizes}
     depth = kernel_bundles("head_log_sum_exp")
     blocks, numbers = pl.cdiv(N, n), sum(sizes)
-    row.bundles += chip.cycles_ms(blocks * (pl.cdiv(V, v) * depth[1] + n // log_sum_exp_tpu.SPLIT_ROWS * depth[2]))
+    bundles = blocks * (pl.cdiv(V, v) * depth[1] + n // log_sum_exp_tpu.SPLIT_ROWS * depth[2])
+    row.bundles += chip.cycles_ms(bundles, min(chip.cores, blocks))
     row.bytes += chip.bytes_ms(
         blocks * V * numbers * jnp.dtype(head).itemsize + N * numbers * jnp.dtype(hidden).itemsize
     )
@@ -159,7 +172,7 @@ def train(chip: Chip, N: int, D: int, implementation: str, chunk: int = 512) -> 
     loop_bytes = V * D * (turns * (3 * 2 + 2 * 4) + 2 * 4 + 2)
     row = Row(
         chip.product_ms(4 * N * D * V),
-        chip.cycles_ms(rest.bundles),
+        chip.cycles_ms(rest.bundles, chip.cores),
         chip.bytes_ms(loop_bytes if implementation == "xla" else 6 * N * D * 2),  # or what compacts the tokens
         chip.cycles_ms(rest.estimate),
         compiled.memory_analysis().temp_size_in_bytes,
@@ -199,7 +212,7 @@ def distill(chip: Chip, N: int, D: int, E: int, divergence: Divergence, implemen
     loop_bytes = V * (turns * (passes * (D + E) * 2 + D * (2 + 2 * 4)) + D * (2 * 4 + 2))
     row = Row(
         chip.product_ms(N * V * (passes * (D + E) + 2 * D)),
-        chip.cycles_ms(rest.bundles),
+        chip.cycles_ms(rest.bundles, chip.cores),
         chip.bytes_ms(loop_bytes if implementation == "xla" else 4 * N * (D + E) * 2 + 2 * N * D * 2),
         chip.cycles_ms(rest.estimate),
         compiled.memory_analysis().temp_size_in_bytes,
@@ -214,8 +227,9 @@ def distill(chip: Chip, N: int, D: int, E: int, divergence: Divergence, implemen
 
 def add_divergence_sums(row: Row, chip: Chip, N: int, D: int, E: int) -> None:
     """Adds the kernel's bundles and bytes."""
-    n, v = log_sum_exp_tpu.choose_blocks(N, D + E, BF16, BF16, 1, chip.info.vmem_capacity_bytes)
-    row.bundles += chip.cycles_ms(pl.cdiv(N, n) * pl.cdiv(V, v) * kernel_bundles("divergence_sums")[1])
+    n, v = log_sum_exp_tpu.choose_blocks(N, D + E, BF16, BF16, 1, chip.info.vmem_capacity_bytes, chip.cores)
+    bundles = pl.cdiv(N, n) * pl.cdiv(V, v) * kernel_bundles("divergence_sums")[1]
+    row.bundles += chip.cycles_ms(bundles, chip.cores)
     row.bytes += chip.bytes_ms((pl.cdiv(N, n) * V + N) * (D + E) * 2)
 
 
@@ -228,7 +242,9 @@ def cross_entropies(chip: Chip) -> Iterator[tuple[str, str, Row]]:
 
 
 def distillations(chip: Chip) -> Iterator[tuple[str, str, Row]]:
-    for (N, D, E), (name, divergence) in itertools.product(DISTILLATIONS, DIVERGENCES.items()):
+    names = [name for name in DIVERGENCES if name in sys.argv[1:]] or list(DIVERGENCES)
+    for (N, D, E), name in itertools.product(DISTILLATIONS, names):
+        divergence = DIVERGENCES[name]
         workload = f"{name} and gradients, {N:,} x {D:,} from {E:,}"
         yield workload, "kernels", distill(chip, N, D, E, divergence, "tpu")
         yield workload, f"XLA, chunk={CHUNKS[-1]}", distill(chip, N, D, E, divergence, "xla", CHUNKS[-1])
@@ -271,13 +287,17 @@ def on_cpu(N: int = 128, D: int = 3072, words: int = 5000) -> None:
         def show(by: str, parts: int, implementation: str, dtype=dtype, head=head, logits=logits, lse=lse) -> None:
             scores = label_log_probs(hidden, head, labels, "vocabulary", parts=parts, implementation=implementation)
             sums = ""
-            if implementation != "xla":
+            if implementation == "tpu-interpreted":
                 sums = errors(log_sum_exp_tpu.log_sum_exp(hidden, head, parts=parts, interpret=True)[0], lse)
+            elif implementation == "gpu-interpreted":
+                sums = errors(log_sum_exp_gpu.log_sum_exp(hidden, head, parts=parts, interpret=True), lse)
             exact = logits[:, labels] - lse[:, None]
             shown.add_row(jnp.dtype(dtype).name, by, sums, errors(scores, exact))
 
         for parts in (1, 2, 3):
             show(f"exact labels, log-sum of {parts} parts", parts, "tpu-interpreted")
+            if dtype == BF16:
+                show("the same, the GPU's kernel", parts, "gpu-interpreted")
         show("XLA's loop, HIGHEST", 3, "xla")
         rounded = jnp.matmul(hidden.astype(BF16), head.astype(BF16).T, preferred_element_type=F32)
         one_pass = rounded[:, labels] - jax.nn.logsumexp(rounded, -1, keepdims=True)

@@ -67,7 +67,7 @@ def main(chips: list[str], tokens: list[int], kinds: list[str]) -> None:
         cost = costs_of(compiled.as_text())
         itemsize = 1 if KINDS[kind][0] else 2
         floors = chip.product_ms(3 * T * D * F), chip.bytes_ms(3 * D * F * itemsize)
-        times = *floors, chip.cycles_ms(cost.bundles) / LAYERS, chip.cycles_ms(cost.estimate) / LAYERS
+        times = *floors, chip.cycles_ms(cost.bundles, chip.cores) / LAYERS, chip.cycles_ms(cost.estimate) / LAYERS
         row = (chip.name, f"{T:,}", kind, *(f"{time:.3f}" for time in times))
         shown.add_row(*row)
         print(*row, file=sys.stderr, flush=True)  # compiling takes long

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.distillation_tpu import distill
+from pallas_kernels.head_choice import choose_implementation
 from pallas_kernels.linear_loss import (
     MASKED,
     Gather,
@@ -29,7 +30,6 @@ from pallas_kernels.linear_loss import (
     fused_linear_loss,
     over_tokens,
 )
-from pallas_kernels.log_sum_exp_tpu import choose_implementation
 
 
 class Divergence(NamedTuple):
@@ -134,9 +134,8 @@ def linear_distillation(
         raise ValueError(f"the student's head has {len(head)} words, the teacher's {len(teacher_head)}")
     student, teacher = (hidden, head), (teacher_hidden, teacher_head)
     if not implementation:
-        all_bfloat16 = all(x.dtype == jnp.bfloat16 for x in (*student, *teacher))
-        by_kernels = all_bfloat16 and all(choose_implementation(*model) == "tpu" for model in (student, teacher))
-        implementation = "tpu" if by_kernels else "xla"
+        choices = [choose_implementation(*model, gradients=True) for model in (student, teacher)]
+        implementation = "tpu" if choices == ["tpu", "tpu"] else "xla"
     if implementation != "xla":
         total = distill(divergence, temperature, implementation == "tpu-interpreted", student, teacher, weights)
         return total, jnp.sum(weights, dtype=jnp.float32)

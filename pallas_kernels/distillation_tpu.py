@@ -146,8 +146,8 @@ def divergence_sums(
     """
     (hidden, head), (teacher_hidden, _) = models
     (N, D), V, E = hidden.shape, len(head), teacher_hidden.shape[1]
-    vmem = INTERPRETED_VMEM if interpret else tpu_info().vmem_capacity_bytes
-    n, v = choose_blocks(N, D + E, hidden.dtype, head.dtype, 1, vmem)
+    vmem, cores = (INTERPRETED_VMEM, 1) if interpret else (tpu_info().vmem_capacity_bytes, tpu_info().num_cores)
+    n, v = choose_blocks(N, D + E, hidden.dtype, head.dtype, 1, vmem, cores)
     row = pl.BlockSpec((1, n), lambda i, j: (0, i))
     values, slopes = pl.pallas_call(
         functools.partial(_kernel, V, divergence, scale),

@@ -3,8 +3,8 @@
 A float32 product on a TPU is one bfloat16 pass unless the highest precision is requested: scores that differ in the
 ninth bit would become ties, or change order. A task has few labels, so true products of their columns are nearly free.
 The log-sum over the vocabulary is the same for all labels of a token: it may be off by a unit of the last place, which
-moves all of them alike, but not by thousands. On a TPU a kernel sums it, see `log_sum_exp_tpu`; elsewhere a loop of
-XLA's, which is also what the kernel is held to.
+moves all of them alike, but not by thousands. On a TPU and on a GPU a kernel sums it, see `log_sum_exp_tpu` and
+`log_sum_exp_gpu`; elsewhere a loop of XLA's, which is also what the kernels are held to.
 
 Axis letters: B batch dimensions, N tokens, L labels, D model dimension, V vocabulary (docs/glossary.md, "Axis
 letters").
@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import log_sum_exp_tpu
+from pallas_kernels import log_sum_exp_gpu, log_sum_exp_tpu
+from pallas_kernels.head_choice import choose_implementation
 from pallas_kernels.linear_loss import MASKED, over_vocabulary
 
 
@@ -49,8 +50,8 @@ def label_log_probs(
         token joins the devices' results; all get the same bits.
       parts: bfloat16 parts that the kernel splits float32 inputs into, for the log-sum over the vocabulary only: see
         `log_sum_exp_tpu.log_sum_exp`. One is for measuring what it costs.
-      implementation: of the log-sum: "xla", "tpu" or "tpu-interpreted"; by default
-        `log_sum_exp_tpu.choose_implementation`.
+      implementation: of the log-sum: "xla", "tpu" or "gpu", or one of these kernels "-interpreted"; by default
+        `choose_implementation`.
 
     Returns:
       float32, whatever the inputs; -inf where there is no label, NaN for an id outside the vocabulary.
@@ -67,15 +68,17 @@ def label_log_probs(
     logits = jnp.where(held[..., None, :], _product("...nd,...ld->...nl", hidden, columns, logits_dtype), 0)
     if not implementation:
         exact = jnp.dtype(logits_dtype) == jnp.float32
-        implementation = log_sum_exp_tpu.choose_implementation(hidden, head) if exact else "xla"
+        implementation = choose_implementation(hidden, head) if exact else "xla"
     lse = None
     if normalize_over == "vocabulary":
         tokens = hidden.reshape(-1, hidden.shape[-1])  # one matrix: the head is read once for all of them
-        if implementation == "xla":
-            lse = _log_sum_exp(tokens, head, block, logits_dtype)
-        else:
-            interpret = implementation == "tpu-interpreted"
+        kernel, interpret = implementation.removesuffix("-interpreted"), implementation.endswith("-interpreted")
+        if kernel == "tpu":
             lse, _ = log_sum_exp_tpu.log_sum_exp(tokens, head, parts=parts, interpret=interpret)
+        elif kernel == "gpu":
+            lse = log_sum_exp_gpu.log_sum_exp(tokens, head, parts=parts, interpret=interpret)
+        else:
+            lse = _log_sum_exp(tokens, head, block, logits_dtype)
         lse = lse.reshape(hidden.shape[:-1])
     if axes:
         logits, lse = _join_shards(logits, lse, axes)

@@ -61,10 +61,10 @@ class LossPlan(NamedTuple):
 def default_chunk() -> int:
     """Tokens whose logits are in memory at a time, unless the caller says otherwise.
 
-    Each chunk reads and writes the head's float32 gradient. A TPU multiplies 512 tokens faster than that passes through
-    its memory; the slower the products, the more the tokens cost that fill up the last chunk.
+    Each chunk reads and writes the head's float32 gradient. A TPU or a GPU multiplies 512 tokens faster than that
+    passes through its memory; the slower the products, the more the tokens cost that fill up the last chunk.
     """
-    return {"tpu": 2048, "cpu": 128}.get(platform(), 512)
+    return 128 if platform() == "cpu" else 2048
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -124,6 +124,19 @@ def over_vocabulary(V: int, block: int, visit: Callable[[Any, Array, State], Sta
         return visit(start, jnp.where(words >= i * block, words, -2), state)
 
     return jax.lax.fori_loop(0, -(-V // block), step, state)
+
+
+def linear_loss_gradients(
+    plan: LossPlan,
+    student: HiddenAndHead,
+    teachers: Sequence[HiddenAndHead],
+    per_token: Any,
+    weights: Float[Array, " N"],
+) -> HiddenAndHead:
+    """The gradients of `fused_linear_loss` by the student's hidden states and head, in their dtypes."""
+    _, grads = _run(plan, student, teachers, per_token, weights, gradients=True)
+    assert grads is not None
+    return grads[0].astype(student[0].dtype), grads[1].astype(student[1].dtype)
 
 
 def _run(
@@ -269,9 +282,8 @@ def _backward_each(
     plan: LossPlan, inputs: tuple[HiddenAndHead, Sequence[HiddenAndHead], Any, Array], cotangent: Array
 ) -> tuple[HiddenAndHead, None, None, None]:
     student, teachers, per_token, counts = inputs
-    _, grads = _run(plan, student, teachers, per_token, jnp.where(counts, cotangent, 0), gradients=True)
-    assert grads is not None
-    return jax.tree.map(lambda grad, x: grad.astype(x.dtype), grads, student), None, None, None
+    weights = jnp.where(counts, cotangent, 0)
+    return linear_loss_gradients(plan, student, teachers, per_token, weights), None, None, None
 
 
 fused_linear_losses.defvjp(_forward_each, _backward_each)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,10 +28,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.linear_loss import MASKED
-from pallas_kernels.platform import platform, precision, tpu_info
+from pallas_kernels.platform import precision, tpu_info
 
 LANES, SUBLANES = 128, 8
-SMALLEST_VOCABULARY = 4096  # below it one product of XLA's holds all logits
 SPLIT_ROWS = 32  # hidden states that are split in one piece of straight-line code
 INTERPRETED_VMEM = 2 << 20  # bytes; small, for blocks of few tokens and words
 
@@ -43,8 +42,13 @@ class HeadBlocks(NamedTuple):
     v: int
 
 
-def choose_blocks(N: int, D: int, hidden_dtype: DTypeLike, head_dtype: DTypeLike, parts: int, vmem: int) -> HeadBlocks:
-    """As many tokens as VMEM has room for, up to 1,024: the head is read once for each block of them."""
+def choose_blocks(
+    N: int, D: int, hidden_dtype: DTypeLike, head_dtype: DTypeLike, parts: int, vmem: int, cores: int = 1
+) -> HeadBlocks:
+    """As many tokens as VMEM has room for, up to 1,024: the head is read once for each block of them.
+
+    All cores of a device get as many blocks.
+    """
     word_bytes, token_bytes = (D * jnp.dtype(dtype).itemsize for dtype in (head_dtype, hidden_dtype))
     if hidden_dtype == jnp.float32:
         token_bytes += D * parts * 2
@@ -53,21 +57,8 @@ def choose_blocks(N: int, D: int, hidden_dtype: DTypeLike, head_dtype: DTypeLike
         v //= 2
     room = vmem * 3 // 4 - 2 * v * word_bytes
     limit = max(LANES, min(1024, room // (token_bytes + 2 * v * 4)) // LANES * LANES)
-    n = pl.cdiv(N, pl.cdiv(N, limit))  # blocks of about the same size
+    n = pl.cdiv(N, pl.cdiv(pl.cdiv(N, limit), cores) * cores)  # blocks of about the same size
     return HeadBlocks(pl.cdiv(n, LANES) * LANES, v)
-
-
-def choose_implementation(hidden: Float[Array, "*B D"], head: Float[Array, "V D"]) -> Literal["xla", "tpu"]:
-    """The kernels on TPUs that they compile for, if the head is large and lies as they read it; else XLA's loops.
-
-    Where 128 does not divide D, a TPU keeps the head transposed, and each call would copy it.
-    """
-    V, D = head.shape
-    if platform() != "tpu" or pltpu.get_tpu_info().generation < 5:
-        return "xla"
-    dtypes = {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}
-    fits = V >= SMALLEST_VOCABULARY and D % LANES == 0 and {hidden.dtype, head.dtype} <= dtypes
-    return "tpu" if fits else "xla"
 
 
 def log_sum_exp(
@@ -95,8 +86,8 @@ def log_sum_exp(
       float32 [N] each; 0 for a target that is no word.
     """
     (N, D), V = hidden.shape, len(head)
-    vmem = INTERPRETED_VMEM if interpret else tpu_info().vmem_capacity_bytes
-    n, v = choose_blocks(N, D, hidden.dtype, head.dtype, parts, vmem)
+    vmem, cores = (INTERPRETED_VMEM, 1) if interpret else (tpu_info().vmem_capacity_bytes, tpu_info().num_cores)
+    n, v = choose_blocks(N, D, hidden.dtype, head.dtype, parts, vmem, cores)
     hidden_parts, head_parts = (parts if x.dtype == jnp.float32 else 1 for x in (hidden, head))
     blocks = pl.cdiv(N, n)
     row = pl.BlockSpec((1, n), lambda i, j: (0, i))

@@ -155,6 +155,7 @@ def test_loops_are_multiplied_in_and_what_runs_beside_others_is_counted_once():
         ("all-reduce between slices", "f32[8]", 4): 1,
     }
     assert program.cycles.total() == 80
+    assert hlo.read(HLO, turns=3).cycles.total() == 100
     assert program.kernels == {"kernel": 8}
     assert sum(program.unknown_loops.values()) == 1
     sizes = {collective.kind: (collective.size, collective.sent) for collective in program.collectives}

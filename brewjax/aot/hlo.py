@@ -51,13 +51,15 @@ class Program:
       collectives: runs of each.
       cycles: the compiler's estimates for its own operations, by source; it has none for kernels and collectives.
       kernels: runs of each kernel.
-      unknown_loops: runs of loops whose length is only known at run time; their bodies are counted once.
+      unknown_loops: runs of loops whose length is only known at run time; their bodies are counted `turns` times.
+      turns: of such a loop.
     """
 
     collectives: Counter[Collective] = dataclasses.field(default_factory=Counter)
     cycles: Counter[str] = dataclasses.field(default_factory=Counter)
     kernels: Counter[str] = dataclasses.field(default_factory=Counter)
     unknown_loops: Counter[str] = dataclasses.field(default_factory=Counter)
+    turns: int = 1
 
 
 class _Instruction(NamedTuple):
@@ -67,8 +69,8 @@ class _Instruction(NamedTuple):
     rest: str
 
 
-def read(text: str) -> Program:
-    """Reads the text of `compiled.as_text()`."""
+def read(text: str, turns: int = 1) -> Program:
+    """Reads the text of `compiled.as_text()`; `turns` are those of a loop whose length is only known at run time."""
     computations: dict[str, list[_Instruction]] = {}
     entry = ""
     for line in text.splitlines():
@@ -77,7 +79,7 @@ def read(text: str) -> Program:
             entry = header[2] if header[1] else entry
         elif match := re.match(r"\s+(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)", line):
             current.append(_Instruction(*match.groups()))
-    program = Program()
+    program = Program(turns=turns)
     _walk(program, computations, entry, 1, fused=False)
     return program
 
@@ -110,7 +112,7 @@ def _walk(program: Program, computations: dict[str, list[_Instruction]], name: s
             trips = _trips(computations[condition])
             if trips is None:
                 program.unknown_loops[_source(instruction.rest)] += times
-            _walk(program, computations, body, times * (1 if trips is None else trips), fused)
+            _walk(program, computations, body, times * (program.turns if trips is None else trips), fused)
         elif instruction.op in ("fusion", "async-start"):
             for called in _called("calls", instruction.rest):
                 _walk(program, computations, called, times, fused=True)

@@ -52,8 +52,8 @@ class HeadPrecision(Config):
     logits: Dtype = "float32"
     """Format that logits are rounded to before a float32 softmax."""
     parts: Literal[1, 2, 3] = 2
-    """On a TPU, bfloat16 parts of each float32 number in the log-sum over the vocabulary: two are off by a unit of the
-    last place or two, three by less, one by thousands. Labels' own logits are exact whatever it says."""
+    """On a TPU and a GPU, bfloat16 parts of each float32 number in the log-sum over the vocabulary: two are off by a
+    unit of the last place or two, three by less, one by thousands. Labels' own logits are exact whatever it says."""
 
 
 class ModelConfig(Config):

@@ -28,7 +28,7 @@ from brewjax.model.params import Params, abstract_params, bind, model_size, num_
 from brewjax.model.sharding import BATCH_AXES, MeshConfig
 from brewjax.scoring.passes import Bucket
 from brewjax.scoring.scorer import Scorer, normalize_over_labels, score_labels
-from pallas_kernels import log_sum_exp_tpu
+from pallas_kernels import label_scores
 from tests.processes import ROOT, finish, start
 from tests.tiny import MODEL, params
 
@@ -269,7 +269,7 @@ def test_heads_of_less_than_float32_move_scores_and_make_ties(tokenizer):
 
 @pytest.mark.parametrize(("parts", "passes"), [(1, 1), (2, 3), (3, 6)])
 def test_parts_of_the_head_decide_the_passes_of_the_log_sum(monkeypatch, parts, passes):
-    monkeypatch.setattr(log_sum_exp_tpu, "choose_implementation", lambda hidden, head: "tpu-interpreted")
+    monkeypatch.setattr(label_scores, "choose_implementation", lambda hidden, head: "tpu-interpreted")
     model = DENSE.model_copy(update={"head": HeadPrecision(parts=parts)})
     mesh = MeshConfig().build(jax.devices()[:1])
     hidden, labels = (

@@ -183,7 +183,7 @@ def test_a_small_step_compiles(chip, name):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "tpu7x"])
+@pytest.mark.parametrize("chip", ["v5e", "v6e", "tpu7x"])
 @pytest.mark.parametrize(
     ("name", "N", "D", "E", "V"),
     [

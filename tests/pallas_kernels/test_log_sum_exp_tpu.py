@@ -9,31 +9,12 @@ import numpy as np
 import pytest
 
 from pallas_kernels.label_scores import label_log_probs
-from pallas_kernels.log_sum_exp_tpu import choose_implementation, log_sum_exp, split
+from pallas_kernels.log_sum_exp_tpu import log_sum_exp, split
+from tests.pallas_kernels.head_inputs import D, draw, exact, ulps
 from tests.pallas_kernels.tpu import compile_for, devices
 
-D = 64
 interpreted = jax.jit(functools.partial(log_sum_exp, interpret=True), static_argnames="parts")
 BFLOAT16_OR_FLOAT32 = [(jnp.bfloat16, jnp.bfloat16), (jnp.float32, jnp.bfloat16), (jnp.float32, jnp.float32)]
-
-
-def draw(N: int, V: int, hidden_dtype=jnp.float32, head_dtype=jnp.bfloat16, size: float = 3.0):
-    """Logits are about as large as `size`."""
-    random = np.random.default_rng(0)
-    hidden, head = random.standard_normal((N, D)), random.standard_normal((V, D)) * size * D**-0.5
-    return np.asarray(hidden, hidden_dtype), np.asarray(head, head_dtype)
-
-
-def exact(hidden, head) -> tuple[np.ndarray, np.ndarray]:
-    """float64 logits, and log-sums."""
-    logits = np.float64(hidden) @ np.float64(head).T
-    top = logits.max(-1)
-    return logits, top + np.log(np.exp(logits - top[:, None]).sum(-1))
-
-
-def ulps(actual, expected) -> np.ndarray:
-    """Errors in units of the last place of float32."""
-    return np.abs(np.float64(actual) - expected) / np.spacing(np.abs(expected).astype(np.float32))
 
 
 @pytest.mark.parametrize("dtypes", BFLOAT16_OR_FLOAT32, ids=str)
@@ -133,20 +114,6 @@ def test_a_head_in_shards_gives_what_a_whole_one_gives(normalize_over):
     shards = jax.jit(in_shards)(hidden, head.reshape(4, 300, D), labels)
     np.testing.assert_array_equal(shards[1:], shards[:-1])
     np.testing.assert_allclose(shards[0], score(hidden, head, labels), rtol=1e-6)
-
-
-def test_the_choice_by_platform_and_shape():
-    def choices(chip, *heads):
-        mesh = jax.make_mesh((1,), ("device",), devices=devices(chip)[:1])
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return [choose_implementation(jax.ShapeDtypeStruct((8, D), jnp.float32), head) for head in heads]
-
-    shape = jax.ShapeDtypeStruct
-    large, small = shape((8192, 256), jnp.bfloat16), shape((512, 256), jnp.bfloat16)
-    narrow, coded = shape((8192, 576), jnp.bfloat16), shape((8192, 256), jnp.int8)
-    assert choices("v6e", large, small, narrow, coded) == ["tpu", "xla", "xla", "xla"]
-    assert choices("v4", large) == ["xla"]
-    assert choose_implementation(large, large) == "xla"  # on a CPU
 
 
 # --- what the TPU's compiler makes of it
