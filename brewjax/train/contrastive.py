@@ -151,7 +151,9 @@ class Contrastive(Config):
     def _compare(self, vectors: Float[Array, "A B N D"], labels: TextLabels, scale: Array) -> _BatchSums:
         is_member = (labels.role == MEMBER).astype(jnp.float32)
         same_record = labels.record[..., :, None] == labels.record[..., None, :]
-        members = _product("abnm,abmd->abnd", same_record * is_member[..., None, :], vectors)
+        own_member = same_record * is_member[..., None, :]
+        own_member /= jnp.maximum(jnp.sum(own_member, -1, keepdims=True), 1)  # a row may have a record twice
+        members = _product("abnm,abmd->abnd", own_member, vectors)
         items = _everywhere(vectors).reshape(-1, vectors.shape[-1])
         of_item = jax.tree.map(lambda x: _everywhere(x).reshape(-1), labels)
         correction = labels.log_share if self.logq_correction else jnp.zeros_like(labels.log_share)

@@ -150,6 +150,15 @@ def test_a_ranker_without_answers_changes_nothing():
     np.testing.assert_allclose(gradient(vectors, silent), gradient(vectors, labels), rtol=1e-6)
 
 
+def test_a_record_that_a_row_has_twice_is_as_one_that_two_rows_have():
+    vectors, labels = random_batch(1, 1, 9)
+    losses = []
+    for axis in (1, 2):  # rows, and texts of a row
+        twice = jax.tree.map(lambda x, axis=axis: np.concatenate([x, x], axis), (vectors, labels))
+        losses.append(LOSS.loss(LOSS.init(), Embedded(twice[0], jnp.zeros(1)), twice[1])[0])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
+
+
 def test_the_correction_is_subtracted():
     """A popular item's logit is lowered, not raised (tensorflow/recommenders 219)."""
     vectors, labels = random_batch(1, 2, 8)
