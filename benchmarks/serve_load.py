@@ -174,7 +174,7 @@ def main() -> None:
     console = Console(width=150)
     requests = make_requests(arguments.model, arguments.dataset, arguments.task)
     settings = [f"port={PORT}", f"http_port={HTTP_PORT}", f"tasks=[{arguments.task}]", *arguments.settings]
-    command = [sys.executable, "-m", "brewjax.cli", "serve", str(arguments.model)]
+    command = [sys.executable, "-m", "brewjax", "serve", str(arguments.model)]
     start_time = time.monotonic()
     with open(os.devnull, "w") as devnull:
         server = subprocess.Popen([*command, *(f"--set={setting}" for setting in settings)], stderr=devnull)

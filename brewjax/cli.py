@@ -17,7 +17,7 @@ from brewjax.cli_errors import run_app
 from brewjax.cli_models import ModelFolder, SurfaceName
 from brewjax.config import decode, read_text, suggest
 from brewjax.console import plain_console, print_line, print_ranking
-from brewjax.devices import cache_compilations, hide_useless_libtpu, prepare_cpu
+from brewjax.devices import cache_compilations, device_per_core, hide_useless_libtpu
 from brewjax.paths import write_table
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def run(
     On several hosts a launcher starts the same command on each (see launch/README.md). SIGTERM saves a checkpoint and
     exits with 75: start it again to go on.
     """
-    prepare_cpu()
+    device_per_core()
     from brewjax import distributed
     from brewjax.pipeline.check import check_run
     from brewjax.pipeline.context import Run
@@ -108,7 +108,7 @@ def _stage_verb(kind: str, does: str) -> None:
         tasks: Annotated[list[str], typer.Option("--task", help="A task file, or a pattern of several.")],
         overrides: Annotated[Optional[list[str]], typer.Option("--set", help="KEY=VALUE, as in a recipe.")] = None,
     ) -> None:
-        prepare_cpu()
+        device_per_core()
         from brewjax import distributed
         from brewjax.pipeline.context import Run
         from brewjax.pipeline.recipe import Recipe
@@ -154,7 +154,7 @@ def evaluate(
     out: Annotated[Optional[Path], typer.Option(help="Folder for the predictions, a Parquet file per task.")] = None,
 ) -> None:
     """Evaluate a model on tasks, trained on or not: a task is a YAML file, no training and no code."""
-    prepare_cpu()
+    device_per_core()
     from brewjax.bundle.bundle import Bundle
     from brewjax.data.tables.dataset import Dataset
     from brewjax.data.tasks.examples import sample_examples
@@ -382,7 +382,7 @@ def serve(
 
     SIGTERM sends callers elsewhere, finishes what runs and stops; SIGHUP takes up new weights, certificate and tokens.
     """
-    prepare_cpu()
+    device_per_core()
     import asyncio
 
     from brewjax.serve.server import log_as_json
@@ -410,7 +410,7 @@ def warm(
     For the build of an image: programs are kept in the user's cache folder, and are valid on machines with the same
     kind of processor and accelerator.
     """
-    prepare_cpu()
+    device_per_core()
     import time
 
     from brewjax.serve.server import Server
@@ -420,7 +420,3 @@ def warm(
     Server(model, settings)
     folder = os.environ["JAX_COMPILATION_CACHE_DIR"]
     print_line(f"{model}: ready to serve; its programs are in {folder} ({time.perf_counter() - start_time:.0f} s)")
-
-
-if __name__ == "__main__":
-    main()

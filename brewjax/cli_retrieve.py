@@ -9,7 +9,7 @@ import typer
 
 from brewjax.cli_index import ENCODER_KEY
 from brewjax.console import print_line
-from brewjax.devices import prepare_cpu
+from brewjax.devices import device_per_core
 from brewjax.paths import write_table
 
 # Heavy imports are inside the verbs, so that --help answers at once.
@@ -32,7 +32,7 @@ def embed(
     dimensions: Dimensions = None,
 ) -> None:
     """Embed all items, or all members, as of the last event."""
-    prepare_cpu()
+    device_per_core()
     import numpy as np
     import pyarrow as pa
 
@@ -62,7 +62,7 @@ def vectors(
     models: Annotated[list[Path], typer.Argument(help="Encoders' folders, each trained until another time.")],
 ) -> None:
     """Write vectors.parquet into the dataset's folder, for a fact `similarity` of its card."""
-    prepare_cpu()
+    device_per_core()
     from brewjax.data.tables.dataset import Dataset
     from brewjax.data.tables.vectors import VECTORS
     from brewjax.retrieve.encoder import Encoder
@@ -87,7 +87,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Recall over the whole catalogue in the test period, beside popularity, item-kNN, ALS and BM25."""
-    prepare_cpu()
+    device_per_core()
     from brewjax.data.tables.dataset import Dataset
     from brewjax.retrieve.encoder import Encoder
     from brewjax.retrieve.evaluation import evaluate_retrieval, print_recall

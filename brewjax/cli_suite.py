@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from brewjax.console import plain_console, print_line
-from brewjax.devices import prepare_cpu
+from brewjax.devices import device_per_core
 
 # Heavy imports are inside the verbs, so that --help answers at once.
 
@@ -53,7 +53,7 @@ def run(
     workers: Annotated[int, typer.Option(help="Processes, each with a surface at a time.", min=1)] = 1,
 ) -> None:
     """Score a model on a suite, or the baselines; what was scored before is kept, and a killed run goes on."""
-    prepare_cpu()
+    device_per_core()
     from brewjax.config import suggest
     from brewjax.paths import locked
     from brewjax.suite.board import make_board

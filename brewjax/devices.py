@@ -16,13 +16,7 @@ DISK, NETWORK = "0x01", "0x02"  # classes of PCI devices
 MAX_CACHE_BYTES = 4 << 30  # of compiled programs; the least recently used go first
 
 
-def prepare_cpu() -> None:
-    """Settles how a CPU computes: each core is a device, and large memory comes in huge pages."""
-    _use_huge_pages()
-    _device_per_core()
-
-
-def _use_huge_pages() -> None:
+def use_huge_pages() -> None:
     """Starts this process again, once, with a malloc of glibc that takes large memory in huge pages.
 
     XLA on a CPU takes the memory of each step anew. In pages of 4 KiB a training step of the demo's model waits for
@@ -37,9 +31,9 @@ def _use_huge_pages() -> None:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def _device_per_core() -> None:
-    """The rows of a batch or the tokens of a row are then computed side by side, where one device would run the many
-    small operations of blockwise attention on a single core."""
+def device_per_core() -> None:
+    """On a CPU, the rows of a batch or the tokens of a row are then computed side by side, where one device would run
+    the many small operations of blockwise attention on a single core."""
     cores = os.cpu_count() or 1
     os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(min(4, 1 << (cores.bit_length() - 1))))
 

@@ -17,7 +17,7 @@ def check_parts(message: str, parts: Iterable[str]) -> None:
 
 def shown(monkeypatch, capsys, *arguments: object) -> str:
     """What a command line that is right prints."""
-    for name in ("prepare_cpu", "cache_compilations", "hide_useless_libtpu"):  # which change the environment
+    for name in ("device_per_core", "cache_compilations", "hide_useless_libtpu"):  # which change the environment
         monkeypatch.setattr(cli, name, lambda: None)
     monkeypatch.setattr(sys, "argv", ["brewjax", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:

@@ -38,7 +38,7 @@ def _same_environment() -> Iterator[None]:
 def refuse(monkeypatch, capsys) -> Callable[..., str]:
     """Runs a command line that must be refused; what it says, on one line."""
     monkeypatch.setenv("COLUMNS", "1000")
-    monkeypatch.setattr(cli, "prepare_cpu", lambda: None)  # of the environment of later tests,
+    monkeypatch.setattr(cli, "device_per_core", lambda: None)  # of the environment of later tests,
     monkeypatch.setattr(cli, "cache_compilations", lambda: None)
     monkeypatch.setattr(cli, "hide_useless_libtpu", lambda: None)  # and of their imports
 

@@ -42,7 +42,7 @@ def plan(tmp_path):
 
 def test_a_training_step_compiles_for_chips_that_are_not_there(plan):
     # In a process of its own: what other tests have traced changes what is counted.
-    command = [sys.executable, "-m", "brewjax.cli", "compile", str(plan), "--topology", "v5e-2x2"]
+    command = [sys.executable, "-m", "brewjax", "compile", str(plan), "--topology", "v5e-2x2"]
     result = subprocess.run(command, env=os.environ | {"COLUMNS": "200"}, capture_output=True, text=True)
     assert not result.returncode, result.stderr
     assert "v5e-2x2: data=2 fsdp=2" in result.stdout
@@ -60,7 +60,7 @@ SLICES = ["--topology", "2xv5e-2x2", "--set", "train.mesh.fsdp=4", "--set", "tra
 @pytest.mark.long
 def test_slices_send_each_other_gradients_and_no_more(plan):
     """In a process of its own: in one that compiled much else before, libtpu was seen to forget the slices."""
-    command = [sys.executable, "-m", "brewjax.cli", "compile", str(plan), *SLICES]
+    command = [sys.executable, "-m", "brewjax", "compile", str(plan), *SLICES]
     result = subprocess.run(command, env=os.environ | {"COLUMNS": "200"}, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "2xv5e-2x2: data=2 fsdp=4" in result.stdout

@@ -108,7 +108,7 @@ def test_a_damaged_compiled_program_is_compiled_again(tmp_path):
 
 
 def test_a_process_starts_again_with_huge_pages_unless_the_environment_has_its_own_settings():
-    code = "import os, sys; from brewjax.devices import prepare_cpu; print('started'); prepare_cpu(); "
+    code = "import os, sys; from brewjax.devices import use_huge_pages; print('started'); use_huge_pages(); "
     code += "print(os.environ['GLIBC_TUNABLES'], *sys.argv[1:])"
     environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
     for settings, expected in [

@@ -43,6 +43,7 @@ FLOORS = (
         "brewjax.cli_suite",
     },
     {"brewjax.cli"},
+    {"brewjax.__main__"},
     {"brewjax"},
 )
 # Words that are no names: a reader from JAX, search or recommender systems would have to guess what they hold.

@@ -275,9 +275,7 @@ def test_a_recipe_on_two_local_processes_survives_the_loss_of_one(tmp_path):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     environment = os.environ | {
-        "PATH": fake(
-            tmp_path, "brewjax", f'echo $$ > "$JAX_PROCESS_ID.pid"; exec {sys.executable} -m brewjax.cli "$@"'
-        ),
+        "PATH": fake(tmp_path, "brewjax", f'echo $$ > "$JAX_PROCESS_ID.pid"; exec {sys.executable} -m brewjax "$@"'),
         "JAX_NUM_CPU_DEVICES": "1",
         "PYTHONPATH": str(LAUNCH.parent),
         "PORT": str(port),

@@ -213,7 +213,9 @@ class Bundle:
     def _surfaces_of_card(self, dataset: Dataset) -> list[Surface]:
         return [surface for surface in self.surfaces.values() if surface.card.name == dataset.card.name]
 
-    def verbalizer(self, dataset: Dataset, task: Task, surface: str = "") -> Verbalizer:
+    def verbalizer(
+        self, dataset: Dataset, task: Task, surface: str = "", scale_of: Dataset | None = None
+    ) -> Verbalizer:
         """Makes a verbalizer that renders examples of a dataset as in training.
 
         Args:
@@ -222,6 +224,8 @@ class Bundle:
           surface: the name of the one whose percentiles are used, whatever the dataset; by default they are those of
             the dataset in training, and on a dataset that was not trained on they are fitted to it, before `task`'s
             validation split.
+          scale_of: the tables that percentiles are chosen for or fitted to; by default `dataset`. Of tables that events
+            were taken out of, what is left would have others.
 
         Returns:
           The verbalizer, with this model's tokenizer and prompt budget.
@@ -231,30 +235,30 @@ class Bundle:
         """
         task.check_words(self.tokenizer)
         if not surface:
-            return self._verbalizer_of_tables(dataset, task)
+            return self._verbalizer_of_tables(dataset, task, scale_of or dataset)
         known = self.surface(surface)
         if missing := Percentiles.keys(dataset) - known.scale.quantiles.keys():
             message = f"{dataset.path}: surface '{surface}' of the model has no percentiles of {min(missing)}"
             raise ConfigError(f"{message}, which the dataset's card has; leave the surface out, or name another")
         return self.request_verbalizer(known, dataset)
 
-    def _verbalizer_of_tables(self, dataset: Dataset, task: Task) -> Verbalizer:
-        """With the percentiles of the surface whose training had these very tables, or those that they were until its
-        training ended; with percentiles of its own for a dataset that was not trained on. Of an excerpt of tables that
-        are not training's to the byte, the tables are read whole."""
-        likely = self._surfaces_of_card(dataset) or self.surfaces.values()
-        if dataset.summary:
-            tables = hash_dataset(dataset.path)
+    def _verbalizer_of_tables(self, dataset: Dataset, task: Task, scale_of: Dataset) -> Verbalizer:
+        """With the percentiles of the surface whose training had the very tables of `scale_of`, or those that they were
+        until its training ended; with percentiles of its own for a dataset that was not trained on. Of an excerpt of
+        tables that are not training's to the byte, the tables are read whole."""
+        likely = self._surfaces_of_card(scale_of) or self.surfaces.values()
+        if scale_of.summary:
+            tables = hash_dataset(scale_of.path)
             for surface in likely:
                 if surface.scale.tables == tables:
                     return self.request_verbalizer(surface, dataset)
-        whole = dataset if dataset.summary is None else Dataset.load(dataset.path)
+        whole = scale_of if scale_of.summary is None else Dataset.load(scale_of.path)
         for surface in likely:
             if surface.scale.fits(whole):
                 return self.request_verbalizer(surface, dataset)
         percentiles = Percentiles.fit(whole, task.boundaries(whole)[0])
         if self.surfaces and percentiles.quantiles:
-            line = f"{dataset.path}: not the dataset that the model was trained on; percentiles are fitted to this one"
+            line = f"{whole.path}: not the dataset that the model was trained on; percentiles are fitted to this one"
             print_line(line, stderr=True)
         return self._verbalizer(dataset, percentiles)
 

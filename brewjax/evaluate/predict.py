@@ -83,7 +83,12 @@ def predict(bundle: Bundle, tasks: Sequence[TaskExamples]) -> list[Predictions]:
 
 
 def encode_examples(
-    bundle: Bundle, dataset: Dataset, task: Task, examples: Sequence[RankingExample], surface: str = ""
+    bundle: Bundle,
+    dataset: Dataset,
+    task: Task,
+    examples: Sequence[RankingExample],
+    surface: str = "",
+    scale_of: Dataset | None = None,
 ) -> tuple[list[RankingExample], list[EncodedPrompt]]:
     """Renders and tokenizes examples as the model reads them, in its style and budget.
 
@@ -93,6 +98,7 @@ def encode_examples(
       task: what is asked of them.
       examples: with candidates.
       surface: see `TaskExamples`.
+      scale_of: see `Bundle.verbalizer`.
 
     Returns:
       The examples that remain, without questions that the task skips as overlong, and their prompts.
@@ -100,7 +106,7 @@ def encode_examples(
     Raises:
       ConfigError: every question was skipped.
     """
-    style, verbalizer = bundle.prompts.score_style, bundle.verbalizer(dataset, task, surface)
+    style, verbalizer = bundle.prompts.score_style, bundle.verbalizer(dataset, task, surface, scale_of)
     fitting = [*verbalizer.all_fitting(task, track(examples, f"{task.name}: render"), style)]
     prompts = [bundle.encode(verbalizer.prompt(task, example, style)) for example in fitting]
     verbalizer.print_overlong()

@@ -24,7 +24,7 @@ def score_records(
     ranker: Bundle, dataset: Dataset, task: Task, config: ContrastiveConfig, mined: LookUp | None, folder: Path
 ) -> None:
     """Scores the items of all records, for an `ExampleTable` to read: float32 log-odds of the task's best label in the
-    order of `choose_items`, NaN for a question that is too long to be number_by_seed.
+    order of `choose_items`, NaN for a question that is too long for the ranker.
 
     Args:
       ranker: scores them, each record's as the questions of one prompt.

@@ -115,7 +115,7 @@ class Model:
         bundle = self.bundle
         assert self._scorer is not None  # by `bundle`
         start_time = time.perf_counter()
-        fitting, prompts = encode_examples(bundle, visible, task, examples)
+        fitting, prompts = encode_examples(bundle, visible, task, examples, scale_of=dataset)
         skipped = sum(map(_size, examples)) - sum(map(_size, fitting))
         if skipped:
             message = f"{skipped} questions are too long for {self.name} and were skipped: a suite asks all or none"

@@ -41,9 +41,11 @@ def bundle(jobs, tokenizer) -> Bundle:  # noqa: F811
     return Bundle(model, params(model), tokenizer, PromptConfig(max_tokens=300), surfaces)
 
 
-def salaries(bundle: Bundle, dataset: Dataset) -> list[str]:
+def salaries(bundle: Bundle, dataset: Dataset, scale_of: Dataset | None = None) -> list[str]:
     """What is said of the salary of each job."""
-    facts = bundle.verbalizer(dataset, TASK).facts("items", np.arange(len(dataset.items)), 0, SECTIONED)
+    facts = bundle.verbalizer(dataset, TASK, scale_of=scale_of).facts(
+        "items", np.arange(len(dataset.items)), 0, SECTIONED
+    )
     return [fact for of_item in facts for fact in of_item if fact.startswith("Salary")]
 
 
@@ -83,6 +85,13 @@ def test_other_data_of_the_same_name_have_percentiles_of_their_own(bundle, tmp_p
     assert salaries(bundle, dataset) == salaries(bundle_of_dataset, dataset)
     line = f"{dataset.path}: not the dataset that the model was trained on; percentiles are fitted to this one\n"
     assert capsys.readouterr().err == line
+
+
+def test_tables_without_some_of_their_events_are_read_on_the_scale_of_all(bundle, jobs, capsys):  # noqa: F811
+    cut = dataclasses.replace(jobs, events=jobs.events.slice(0, 20))
+    assert salaries(bundle, cut, scale_of=jobs) == salaries(bundle, jobs)
+    assert capsys.readouterr().err == ""
+    assert salaries(bundle, cut) != salaries(bundle, jobs)
 
 
 class Undecided:

@@ -13,7 +13,7 @@ from brewjax.data.tasks.task import Task
 from brewjax.evaluate.results import OVERALL, evaluate
 
 ROOT = Path(__file__).parents[2]
-BREWJAX = [sys.executable, "-m", "brewjax.cli"]
+BREWJAX = [sys.executable, "-m", "brewjax"]
 
 
 @pytest.mark.long

@@ -100,7 +100,7 @@ def verb(folder: Path, out: str) -> list[str]:
 
 @pytest.mark.long
 def test_killed_again_and_again_and_on_two_hosts_it_ends_with_the_same_bytes(shop):
-    command = [sys.executable, "-m", "brewjax.cli"]
+    command = [sys.executable, "-m", "brewjax"]
     subprocess.run([*command, *verb(shop, "whole")], cwd=ROOT, check=True)
     assert read_counts(shop / "whole" / "data-big" / "buys")["shards"] == 4
     for shards in (1, 3, 6):
@@ -112,7 +112,7 @@ def test_killed_again_and_again_and_on_two_hosts_it_ends_with_the_same_bytes(sho
         while is_alive(killed.pid):  # its workers end with it
             time.sleep(0.01)
     subprocess.run([*command, *verb(shop, "killed")], cwd=ROOT, check=True)
-    hosts = start("brewjax.cli", *verb(shop, "hosts"), folder=shop / "logs", processes=2)
+    hosts = start("brewjax", *verb(shop, "hosts"), folder=shop / "logs", processes=2)
     finish(shop / "logs", hosts)
     whole = contents(shop / "whole")
     for out in ("killed", "hosts"):

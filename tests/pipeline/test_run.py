@@ -61,7 +61,7 @@ stages:
 
 def brewjax(folder: Path, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"COLUMNS": "200", "JAX_NUM_CPU_DEVICES": "1"}
-    command = [sys.executable, "-m", "brewjax.cli", *arguments]
+    command = [sys.executable, "-m", "brewjax", *arguments]
     return subprocess.run(
         command, cwd=folder, env=environment, input=stdin, capture_output=True, text=True, check=False
     )
@@ -70,7 +70,7 @@ def brewjax(folder: Path, *arguments: str, stdin: str = "") -> subprocess.Comple
 def start(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
     """As `brewjax`, without waiting for the end: a process to be killed."""
     return subprocess.Popen(
-        [sys.executable, "-m", "brewjax.cli", *arguments],
+        [sys.executable, "-m", "brewjax", *arguments],
         cwd=folder,
         env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
         stdout=subprocess.DEVNULL,

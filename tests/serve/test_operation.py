@@ -57,7 +57,7 @@ def command(verb: str, folder: Path, settings: dict[str, object]) -> list[str]:
         "lame_duck_seconds": 0.3,
     } | settings
     overrides = [f"--set={key}={value}" for key, value in settings.items()]
-    return [sys.executable, "-m", "brewjax.cli", verb, str(folder), *overrides]
+    return [sys.executable, "-m", "brewjax", verb, str(folder), *overrides]
 
 
 class Process:
@@ -278,7 +278,7 @@ def test_what_cannot_start_says_why_in_one_message(model_folder, secrets, busy_p
         ("port=0", "http_port=0", "prefix_cache_gb=0.0001"): "prefix_cache_gb: 0.0001 GB hold",
     }
     monkeypatch.setattr("brewjax.serve.server.log_as_json", lambda: None)
-    monkeypatch.setattr(cli, "prepare_cpu", lambda: None)  # of the environment of later tests,
+    monkeypatch.setattr(cli, "device_per_core", lambda: None)  # of the environment of later tests,
     monkeypatch.setattr(cli, "hide_useless_libtpu", lambda: None)  # and of their imports
     for overrides, message in cases.items():
         settings = [word for override in overrides for word in ("--set", override)]
