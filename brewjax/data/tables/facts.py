@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import pydantic
 
-from brewjax.config import Config, Words, misplaced, refuse_twice, suggest
+from brewjax.config import Config, Days, Words, misplaced, refuse_twice, suggest
 
 if TYPE_CHECKING:
     from brewjax.data.tables.card import Attribute, Events
@@ -68,7 +68,7 @@ class Fact(Config):
     similarity: Words | None = None
     """Of a pair: the inner product of the vectors of member and item in this file of the dataset's folder, each the
     latest at the moment, for instance `vectors.parquet`, which `brewjax retrieve vectors` writes."""
-    days: float | None = pydantic.Field(default=None, gt=0)
+    days: Days | None = None
     """Only events of the last so many days count (`count`, `mean`, `rate` and `share`)."""
     less: Literal["items", "members"] | None = None
     """Of a mean or rate: subtracts from each value the mean of its item, or of its member, until then."""

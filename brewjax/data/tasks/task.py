@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 import numpy as np
 import pydantic
 
-from brewjax.config import Config, Words, misplaced, refuse_twice, suggest
+from brewjax.config import Config, Count, Days, Words, misplaced, refuse_twice, suggest
 from brewjax.data.tables.card import CARD, Card
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tasks.conditions import (
@@ -37,9 +37,9 @@ class HistoryConfig(Config):
 
     actions: tuple[str, ...]
     """Events of these actions are in the history."""
-    max_events: int = pydantic.Field(default=100, ge=0)
+    max_events: int = pydantic.Field(default=100, ge=0, lt=1 << 31)
     """Only the newest events are, at most so many."""
-    max_age_days: float | None = pydantic.Field(default=None, gt=0)
+    max_age_days: Days | None = None
     """Only events of at most this age are, in days before the cutoff time; by default events of any age."""
 
     @pydantic.model_validator(mode="after")
@@ -87,7 +87,7 @@ class NegativesConfig(Config):
 
     label: str
     """The label word that is the answer for sampled items."""
-    per_event: int = pydantic.Field(gt=0)
+    per_event: int = pydantic.Field(gt=0, le=10_000)
     """How many items are sampled for each event."""
     popularity: float = pydantic.Field(default=0, ge=0, le=1)
     """Items are drawn in proportion to their number of events until then, to this power: 0 draws all evenly."""
@@ -131,7 +131,7 @@ class QuestionConfig(Config):
     outcomes: tuple[str, ...] = ()
     """Events of these actions answer an earlier event about the same item, for instance the application after a view. A
     question whose window is not over by the end of its split is not asked."""
-    window_days: float = pydantic.Field(default=1, gt=0)
+    window_days: Days = 1
     """What a member does with an item within so many days of the first event in question is one question, and its
     answer is the label with the highest value among all of it."""
     where: dict[str, Any] = {}
@@ -144,9 +144,9 @@ class QuestionConfig(Config):
     repeats: bool | None = None
     """Whether an item that the member had an event with before may be asked about again. By default events may, unless
     there are sampled negatives, which never are repeats; and rankings hold only items new to the member."""
-    span_days: float = pydantic.Field(default=1, gt=0)
+    span_days: Days = 1
     """The events in question of one prompt lie within so many days of its moment; facts are as of its moment."""
-    candidates_per_prompt: int = pydantic.Field(default=16, gt=0)
+    candidates_per_prompt: Count = 16
     """The most candidates that share one history, sampled negatives included."""
     sampled_negatives: NegativesConfig | None = None
     """Adds randomly sampled items as negatives; by default only events are candidates."""
