@@ -213,8 +213,9 @@ def milliseconds(function: Callable, *arguments: Any) -> float:
     return statistics.median(times) * 1e3
 
 
-def main() -> None:
-    compile_all()
+def run(count: Callable[[], None], check: Callable[[], None], time_all: Callable[[], None]) -> None:
+    """What a compiler can say; then, where there is a GPU, whether it is right and how long it takes."""
+    count()
     if jax.devices()[0].platform == "gpu":
         check()
         time_all()
@@ -223,4 +224,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(compile_all, check, time_all)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from benchmarks.attention_h100 import compile_for_h100, compiled, console, milliseconds  # isort: skip  # sets up XLA
+from benchmarks.attention_h100 import compile_for_h100, compiled, console, milliseconds, run  # isort: skip  # sets up XLA
 
 import jax
 import jax.numpy as jnp
@@ -129,14 +129,5 @@ def time_all() -> None:
     console.print(table)
 
 
-def main() -> None:
-    count()
-    if jax.devices()[0].platform == "gpu":
-        check()
-        time_all()
-    else:
-        console.print("No GPU here: nothing was run.")
-
-
 if __name__ == "__main__":
-    main()
+    run(count, check, time_all)

@@ -16,7 +16,7 @@ from brewjax.paths import write_text
 Location = tuple[str | int, ...]
 Words = Annotated[str, pydantic.StringConstraints(min_length=1)]  # a text that must not be empty
 Seed = Annotated[int, pydantic.Field(ge=0, lt=1 << 32)]  # what both NumPy and JAX take
-Count = Annotated[int, pydantic.Field(gt=0, lt=1 << 31)]
+Count = Annotated[int, pydantic.Field(gt=0, lt=1 << 31)]  # fits into the int32 of tables and of JAX
 Days = Annotated[float, pydantic.Field(gt=0, le=1e6)]  # in microseconds, and added to a time, it fits into 64 bits
 SHOWN = 20  # of the names that there are, where none is near
 

@@ -68,10 +68,7 @@ class ScoreRequest(pydantic.BaseModel):
         1.0, gt=0, allow_inf_nan=False, description="Divides the labels' logits; needs apply_softmax."
     )
     item_first: bool = pydantic.Field(False, description="Items are read before the query, so they share no prefix.")
-    joint: bool = pydantic.Field(
-        True,
-        description="The tokenizer reads query and item as one text; false: each by itself.",
-    )
+    joint: bool = pydantic.Field(True, description="Query and item are one text to the tokenizer; false: each its own.")
     return_pooled_hidden_states: Literal[False] = pydantic.Field(False, description="Not available.")
     return_token_logprobs: Literal[False] = pydantic.Field(False, description="Not available.")
     model: str = pydantic.Field("", description="Ignored: one model is served.")

@@ -17,7 +17,7 @@ from jaxtyping import Array
 from orbax.checkpoint import v1 as ocp
 
 from brewjax import distributed
-from brewjax.config import Config, Seed
+from brewjax.config import Config, Count, Seed
 from brewjax.data.records.contrastive import ItemTable, TextLabels
 from brewjax.data.records.loader import NO_TARGET, TokenBatch, describe_sources
 from brewjax.data.records.shards import Shards
@@ -43,7 +43,7 @@ Step = Callable[..., tuple[State, dict[str, Array]]]
 class TrainConfig(Config):
     """One training run."""
 
-    steps: int = pydantic.Field(gt=0, lt=1 << 31)
+    steps: Count
     """Steps of the whole run."""
     batch_size: int = pydantic.Field(gt=0)
     """Packed rows in a step, over all devices and micro-batches."""
