@@ -237,7 +237,7 @@ class Bundle:
         if not surface:
             return self._verbalizer_of_tables(dataset, task, scale_of or dataset)
         known = self.surface(surface)
-        if missing := Percentiles.keys(dataset) - known.scale.quantiles.keys():
+        if missing := Percentiles.keys(dataset) - known.scale.percentiles.fitted_keys:
             message = f"{dataset.path}: surface '{surface}' of the model has no percentiles of {min(missing)}"
             raise ConfigError(f"{message}, which the dataset's card has; leave the surface out, or name another")
         return self.request_verbalizer(known, dataset)
@@ -257,7 +257,7 @@ class Bundle:
             if surface.scale.fits(whole):
                 return self.request_verbalizer(surface, dataset)
         percentiles = Percentiles.fit(whole, task.boundaries(whole)[0])
-        if self.surfaces and percentiles.quantiles:
+        if self.surfaces and percentiles.fitted_keys:
             line = f"{whole.path}: not the dataset that the model was trained on; percentiles are fitted to this one"
             print_line(line, stderr=True)
         return self._verbalizer(dataset, percentiles)
@@ -273,7 +273,7 @@ class Bundle:
         Returns:
           The verbalizer.
         """
-        return self._verbalizer(dataset, Percentiles(surface.scale.quantiles), facts, surface.temperatures)
+        return self._verbalizer(dataset, surface.scale.percentiles, facts, surface.temperatures)
 
     def _verbalizer(
         self,

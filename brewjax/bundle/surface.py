@@ -30,6 +30,8 @@ class PercentileScale(Config):
     """SHA-256 of the dataset's tables; empty where they were not read from a folder."""
     quantiles: dict[str, list[float]]
     """Quantiles of each attribute that is shown as a percentile, in ascending order, by the attribute's name."""
+    vocabularies: dict[str, list[str]] = {}
+    """The ids that have numbers of their own, those with the most events first, by the attribute's name."""
 
     @classmethod
     def fit(cls, dataset: Dataset, until: int, tables: str = "") -> PercentileScale:
@@ -43,15 +45,22 @@ class PercentileScale(Config):
         Returns:
           The scales.
         """
-        return cls(until=until, tables=tables, quantiles=Percentiles.fit(dataset, until).quantiles)
+        fitted = Percentiles.fit(dataset, until)
+        return cls(until=until, tables=tables, quantiles=fitted.quantiles, vocabularies=fitted.vocabularies)
+
+    @property
+    def percentiles(self) -> Percentiles:
+        """The scales themselves."""
+        return Percentiles(self.quantiles, self.vocabularies)
 
     def fits(self, dataset: Dataset) -> bool:
         """Whether `dataset` has the same attributes and, before `until`, the same values; its name does not matter."""
-        if Percentiles.keys(dataset) != self.quantiles.keys():
+        if Percentiles.keys(dataset) != self.percentiles.fitted_keys:
             return False
-        refitted = Percentiles.fit(dataset, self.until).quantiles
-        return all(
-            len(refitted[name]) == len(scale) and np.allclose(refitted[name], scale, rtol=1e-9, atol=0)
+        refitted = Percentiles.fit(dataset, self.until)
+        return refitted.vocabularies == self.vocabularies and all(
+            len(refitted.quantiles[name]) == len(scale)
+            and np.allclose(refitted.quantiles[name], scale, rtol=1e-9, atol=0)
             for name, scale in self.quantiles.items()
         )
 

@@ -228,8 +228,9 @@ def _cohort_features(
 def _attribute(
     table: pa.Table, attribute: Attribute, rows: np.ndarray, cutoff_time: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """The attribute of each row as columns of numbers; none for text."""
-    if attribute.kind == "text":
+    """The attribute of each row as columns of numbers; none for text, nor for ids, of which trees make less than of the
+    item's own means and counts."""
+    if attribute.kind in ("text", "id"):
         return {}
     if attribute.kind == "number":
         return {attribute.name: floats(table[attribute.column])[rows]}

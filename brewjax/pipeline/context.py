@@ -16,7 +16,6 @@ from brewjax.config import ConfigError
 from brewjax.data.prompts.overlong import OverlongLog
 from brewjax.data.prompts.verbalize import Verbalizer
 from brewjax.data.tables.dataset import Dataset, dataset_names, hash_dataset
-from brewjax.data.tables.statistics import Percentiles
 from brewjax.data.tables.union import load_card
 from brewjax.data.tasks.examples import RankingExample, sample_examples
 from brewjax.data.tasks.task import Split, Task, load_tasks
@@ -90,7 +89,7 @@ class RunSurface:
 
     @cached_property
     def verbalizer(self) -> Verbalizer:
-        prompts, percentiles = self.run.recipe.prompts, Percentiles(self.scale.quantiles)
+        prompts, percentiles = self.run.recipe.prompts, self.scale.percentiles
         verbalizer = Verbalizer(self.dataset, percentiles, self.run.tokenizer, prompts.max_tokens, prompts.chat)
         verbalizer.overlong = self.run.overlong.within(self.prefixed(""))
         return verbalizer

@@ -25,7 +25,6 @@ from brewjax.data.records.contrastive import ContrastiveConfig, ItemTable
 from brewjax.data.records.mixture import MixConfig
 from brewjax.data.records.preferences import AlignConfig
 from brewjax.data.records.pretrain import PretrainConfig, domain_texts
-from brewjax.data.tables.statistics import Percentiles
 from brewjax.data.tasks.examples import sample_examples
 from brewjax.data.tasks.task import Task
 from brewjax.data.text.tokenizer import Tokenizer
@@ -99,7 +98,7 @@ def _train_tokenizer(run: Run, vocab_size: int) -> Tokenizer:
     rng = np.random.default_rng(0)
     texts: list[str] = []
     for surface in run.surfaces.values():
-        percentiles = Percentiles(surface.scale.quantiles)
+        percentiles = surface.scale.percentiles
         verbalizer = Verbalizer(surface.dataset, percentiles, Tokenizer.byte_level(), max_tokens=1_000_000)
         first = len(texts)
         for _, task in surface.tasks:

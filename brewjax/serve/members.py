@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from brewjax.serve.catalogue import Catalogue
 
 Attributes = Mapping[str, pb.Value]
+ROW = "row: id"  # the ids of a request's tables; no attribute has a name of this form
 
 
 class MemberTables(NamedTuple):
@@ -158,11 +159,16 @@ def _join(
     the items."""
     if "" not in card.origins:
         items = items.append_column(ORIGIN, pa.array(origins, pa.string()))
+    parts = {
+        "members": card.members.model_copy(update={"id": ROW}),
+        "items": card.items.model_copy(update={"id": ROW}),
+        "events": card.events.model_copy(update={"time": "time", "request": None}),
+    }
     return Dataset(
         Path("request"),
-        card.model_copy(update={"events": card.events.model_copy(update={"time": "time", "request": None})}),
-        members.append_column(card.members.id, pa.array(np.arange(len(members)))),
-        items.append_column(card.items.id, pa.array(np.arange(len(items)))),
+        card.model_copy(update=parts),
+        members.append_column(ROW, pa.array(np.arange(len(members)))),
+        items.append_column(ROW, pa.array(np.arange(len(items)))),
         events.append_column(card.events.member, pa.array(np.zeros(len(events), np.int64)))
         .append_column(card.events.item, pa.array(event_items))
         .append_column(card.events.action, pa.array(actions, pa.string()))
@@ -229,6 +235,7 @@ _TEXTS: tuple[pa.DataType, dict[str, Callable[[Any], Any]]] = (
 _KINDS: dict[str, tuple[pa.DataType, dict[str, Callable[[Any], Any]]]] = {
     "text": _TEXTS,
     "category": _TEXTS,
+    "id": _TEXTS,
     "number": (pa.float64(), {"integer": float, "number": float}),
     "list": (pa.list_(pa.string()), {"list": lambda texts: list(texts.values)}),
     "date": (pa.timestamp("us"), {"date": Timestamp.ToMicroseconds}),

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from brewjax.data.prompts.verbalize import Verbalizer
-from brewjax.data.tables.statistics import Percentiles
 from brewjax.explore.context import Context
 from brewjax.explore.reasons import find_parts, log_odds
 from tests.explore.conftest import ZOOKEEPER
@@ -61,7 +60,7 @@ def test_an_attribute_left_out_is_one_that_the_table_does_not_know(explorer, job
     ignorant = dataclasses.replace(jobs, **{table: put(column, row, None)(getattr(jobs, table))})
     verbalizer = Verbalizer(
         ignorant,
-        Percentiles(explorer.bundle.surface().scale.quantiles),
+        explorer.bundle.surface().scale.percentiles,
         explorer.bundle.tokenizer,
         explorer.bundle.prompts.max_tokens,
     )
@@ -120,5 +119,5 @@ def tight(explorer) -> Context:
     """A context whose oldest events do not fit."""
     context = explorer.context("m7", items=3)
     tokenizer, scale = explorer.bundle.tokenizer, explorer.bundle.surface().scale
-    verbalizer = Verbalizer(explorer.dataset, Percentiles(scale.quantiles), tokenizer, 200)
+    verbalizer = Verbalizer(explorer.dataset, scale.percentiles, tokenizer, 200)
     return dataclasses.replace(context, verbalizer=verbalizer)

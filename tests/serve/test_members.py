@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 
 from brewjax.data.prompts.styles import STYLES
+from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tasks.examples import build_examples, example_at
 from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve.encoding import RequestEncoder
 from brewjax.serve.members import render_member
 from brewjax.serve.requests import request_from_example
+from tests.serve.conftest import make_bundle
 from tests.serve.serving import CONFIG
+from tests.tables import write_dataset
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -27,6 +30,21 @@ def test_a_request_is_said_as_in_training(bundle, dataset, tasks, style):
             for note in ("", "focus on location"):
                 expected = verbalizer.prompt(task, unlabelled, style, note)
                 assert render_member(bundle, task, request_from_example(dataset, task, example, note)) == expected
+
+
+def test_an_item_has_the_number_of_its_id_in_a_request_too(tasks, tmp_path):
+    attributes = "plural: jobs\n  attributes:\n"
+    with_ids = attributes + "    - {column: item_id, kind: id, display_name: Job}\n"
+    dataset = Dataset.load(write_dataset(tmp_path, card=lambda text: text.replace(attributes, with_ids)))
+    bundle = make_bundle(dataset, tasks)
+    surface = bundle.surface()
+    example = example_at(dataset, tasks[0], 7)
+    known = [str(dataset.item_id(row)) for row in example.candidates[::2]]
+    scale = surface.scale.model_copy(update={"vocabularies": {"items.item_id": known}})
+    bundle = dataclasses.replace(bundle, surfaces={surface.name: dataclasses.replace(surface, scale=scale)})
+    prompt = render_member(bundle, tasks[0], request_from_example(dataset, tasks[0], example))
+    assert prompt == bundle.verbalizer(dataset, tasks[0], surface=surface.name).prompt(tasks[0], example, "compact")
+    assert [question.text.split("|")[1] for question in prompt.questions[:4]] == ["job#1", "job#0", "job#2", "job#0"]
 
 
 def test_events_come_in_any_order_and_later_ones_are_not_told(bundle, dataset, tasks):

@@ -151,7 +151,7 @@ class RowRenderer:
         """Appends what is stated of each of `rows` to the texts of `by_row`; for the other arguments see `render`."""
         for attribute in stated.attributes:
             shown = where in attribute.where and (columns is None or attribute.column in columns)
-            if shown and (attribute.num_buckets or not style.buckets_only):
+            if shown and _is_stated(attribute, style):
                 values, kind = self.values(attribute, rows.rows), attribute_kind(self._table)
                 self._render(by_row, f"{self._table}.{attribute.column}", attribute, kind, values, rows, style, longest)
         if columns is None and (where == "question" or self._table == "events"):
@@ -224,6 +224,12 @@ class RowRenderer:
                 tenth = -(-bucket * TENTHS // num_buckets)
                 by_row[row].append(template.format(name=name, bucket=tenth if style.by_kind else bucket))
             return
+        if attribute.kind == "id":
+            for texts, value in zip(by_row, values, strict=True):
+                if value is not None:
+                    number = self._percentiles.number(key, value)
+                    texts.append(style.bucket.format(name=code(attribute.name), bucket=number))
+            return
         for texts, value, time in zip(by_row, values, rows.times.tolist(), strict=True):
             text = self._render_value(key, attribute, value, time, style)
             if attribute.kind in TEXTUAL:
@@ -250,6 +256,12 @@ class RowRenderer:
             return ("," if style.short else ", ").join(text for entry in value if (text := self._clean(str(entry))))
         text = self._clean(str(value))
         return " ".join(text.split(" ")[: attribute.max_words]) if attribute.max_words else text
+
+
+def _is_stated(attribute: Attribute, style: Style) -> bool:
+    if attribute.kind == "id":
+        return style.ids
+    return bool(attribute.num_buckets) or not style.buckets_only
 
 
 def attribute_kind(table: Table) -> str:

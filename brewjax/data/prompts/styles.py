@@ -31,7 +31,8 @@ class Style:
       percentile: the same, of a hundred buckets.
       short: whether ages are short, "2d" and not "2 days".
       history: whether past events are rendered.
-      buckets_only: whether only numbers in buckets are rendered, and no other attribute.
+      buckets_only: whether only numbers in buckets are rendered, ids where `ids`, and no other attribute or age.
+      ids: whether ids are rendered, as numbers in buckets are.
       chat: whether the parts are put into the tokenizer's own chat template.
       by_kind: whether numbers in buckets are called after what they are, "pair_mean_by#7", and not by their own names,
         and are in tenths, however many buckets they have. A model that knows no English can then read a dataset that it
@@ -54,6 +55,7 @@ class Style:
     short: bool = False
     history: bool = True
     buckets_only: bool = False
+    ids: bool = False
     chat: bool = False
     by_kind: bool = False
     turns: bool = False
@@ -88,14 +90,16 @@ COMPACT = Style(
     bucket="{name}#{bucket}",
     percentile="{name}#{bucket}",
     short=True,
+    ids=True,
 )
 STYLES = {
     "sectioned": SECTIONED,
     "chat": CHAT,
     "turns": dataclasses.replace(CHAT, preamble="{profile}\n", turns=True),
     "compact": COMPACT,
-    "numbers": dataclasses.replace(COMPACT, history=False, buckets_only=True),
-    "kinds": dataclasses.replace(COMPACT, history=False, buckets_only=True, by_kind=True),
+    "numbers": dataclasses.replace(COMPACT, history=False, buckets_only=True, ids=False),
+    "ids": dataclasses.replace(COMPACT, event="|{facts}", buckets_only=True),
+    "kinds": dataclasses.replace(COMPACT, history=False, buckets_only=True, ids=False, by_kind=True),
     "key-value": Style(
         preamble="task={instruction}\nmember: {profile}\n",
         fact="{name}={value}",

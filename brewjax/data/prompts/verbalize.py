@@ -199,7 +199,7 @@ class Verbalizer:
             if preamble_tokens > room:
                 preamble = self._truncate_preamble(task, example, style, preamble, render_preamble, room, truncated)
                 preamble_tokens = self._count(preamble)
-        events, offsets = self._history(task, example, style, chat, {} if style.group else self._actions(task))
+        events, offsets = self._history(task, example, style, chat, self._actions(task, style))
         room = budget - preamble_tokens - max(question_tokens, default=0)
         num_truncated = self._num_events_over_budget(room, events, offsets)
         events, rows = events[num_truncated:], example.history[num_truncated:]
@@ -291,14 +291,21 @@ class Verbalizer:
             if name in task.history.actions
         }
 
-    def _actions(self, task: Task) -> dict[str, str]:
-        """By action of the history, the words for it within each event; none where there is one action."""
+    def _actions(self, task: Task, style: Style) -> dict[str, str]:
+        """By action of the history, what each event states of it; nothing where there is one action, or where events
+        are grouped by it."""
         card, names = self.dataset.card, task.history.actions
+        if len(names) == 1 or style.group:
+            return {}
+        if style.buckets_only:
+            places = {name: place for place, name in enumerate(card.events.actions, 1)}
+            return {name: style.bucket.format(name="action", bucket=places[name]) for name in names}
         several = len({card.origin_of(name) for name in names}) > 1  # datasets: it is stated what was acted on
-        return {
+        words = {
             name: card.events.actions[name].past + (f" the {card.side_of(name).items.noun}" if several else "")
-            for name in (names if len(names) > 1 else ())
+            for name in names
         }
+        return {name: style.fact.format(name="Action", value=value) for name, value in words.items()}
 
     def _preamble(
         self, task: Task, example: RankingExample, style: Style, chat: Chat, note: str, longest: int | None
@@ -448,7 +455,7 @@ class Verbalizer:
     def _history(
         self, task: Task, example: RankingExample, style: Style, chat: Chat, actions: Mapping[str, str]
     ) -> tuple[list[str], list[int]]:
-        """The text of each event: its age, its action in the words of `actions`, if there are any, and the facts of the
+        """The text of each event: its age, its action by the texts of `actions`, if there are any, and the facts of the
         event and of its item; and the character at which the answer begins, 0 if it is no turn with an answer."""
         rows, cutoff_time = example.history if style.history else example.history[:0], example.cutoff_time
         times = self.dataset.event_time[rows]
@@ -464,10 +471,10 @@ class Verbalizer:
             rows, times, event_facts, item_facts, labels, strict=True
         ):
             facts = []
-            if self.dataset.card.events.time:
+            if self.dataset.card.events.time and not style.buckets_only:
                 facts.append(style.fact.format(name="Age", value=render_age(cutoff_time - int(time), style)))
             if actions:
-                facts.append(style.fact.format(name="Action", value=actions[self.dataset.action_name(row)]))
+                facts.append(actions[self.dataset.action_name(row)])
             question = answer = ""
             if label >= 0:
                 text = self._question_text(task, task.questions.question, style, style.join.join(row_item_facts))

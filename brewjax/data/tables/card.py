@@ -31,14 +31,18 @@ class Attribute(Config):
 
     column: Words
     """The column of the table."""
-    kind: Literal["text", "category", "list", "number", "date"]
-    """How values are read and rendered: a text, a category, a list of texts, a number or a date."""
+    kind: Literal["text", "category", "list", "number", "date", "id"]
+    """How values are read and rendered: a text, a category, a list of texts, a number, a date, or an id, which is a
+    token of its own, "film#12", in the styles `ids` and `compact`, and nothing in others."""
     display_name: str = ""
     """The attribute's name in prompts; by default the column's name, capitalised, with spaces for underscores."""
     percentile: bool = False
     """Whether a number is rendered as its percentile, 1 to 100, among the training data."""
     buckets: int | None = pydantic.Field(default=None, ge=2, le=1000)
     """Renders a number as one of so many buckets, each with an equal share of the training data."""
+    vocabulary: int | None = pydantic.Field(default=None, ge=1)
+    """How many ids have a number of their own, by default 10,000: those with the most events in training; every other
+    is number 0, new ones as well."""
     unit: str = ""
     """Rendered after a number, for instance "years"."""
     max_words: int | None = pydantic.Field(default=None, gt=0)
@@ -70,6 +74,7 @@ class Attribute(Config):
 OPTION_KINDS = {
     "percentile": ("number",),
     "buckets": ("number",),
+    "vocabulary": ("id",),
     "unit": ("number",),
     "max_words": ("text", "category"),
 }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -19,6 +21,8 @@ from brewjax.data.tables.vectors import Similarities
 
 Table = Literal["members", "items", "events"]
 MIN_FIT_EVENTS, MAX_FIT_EVENTS = 10_000, 500_000  # that the scales of facts are fitted on
+VOCABULARY = 10_000  # ids of an attribute that have a number of their own, by default
+MIN_ID_EVENTS = 10  # of training that an id must have; rarer ones teach the model what it makes of the unknown
 
 
 class FactSource(Protocol):
@@ -326,14 +330,16 @@ def floats(column: pa.ChunkedArray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Percentiles:
-    """Scales of numbers in buckets of equal shares of the training data.
+    """Scales of numbers in buckets of equal shares of the training data, and the ids that training has seen.
 
     Attributes:
       quantiles: by "table.column" or "group.fact", the values that split the training data into equal shares: 99 for
         percentiles, 9 for ten buckets; empty without data.
+      vocabularies: by "table.column", the ids with numbers of their own, those with the most events first.
     """
 
     quantiles: dict[str, list[float]]
+    vocabularies: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def fit(cls, dataset: Dataset, until: int) -> Percentiles:
@@ -352,14 +358,19 @@ class Percentiles:
         """
         fitted = dataset.__dict__.setdefault("_percentiles", {})
         if until not in fitted:
-            fitted[until] = cls(cls._fit(dataset, until))
+            fitted[until] = cls(cls._fit(dataset, until), cls._fit_vocabularies(dataset, until))
         return fitted[until]
 
     @staticmethod
     def keys(dataset: Dataset) -> set[str]:
-        """The keys of the scales that a dataset's prompts need."""
-        attributes = {f"{table}.{attribute.column}" for table, attribute in bucket_attributes(dataset)}
+        """The keys of the scales and vocabularies that a dataset's prompts need."""
+        attributes = {f"{table}.{a.column}" for table, a in _attributes(dataset) if a.num_buckets or a.kind == "id"}
         return attributes | {f"{group}.{fact.name}" for group, fact in dataset.card.facts.declared() if fact.buckets}
+
+    @property
+    def fitted_keys(self) -> set[str]:
+        """The keys of the scales and vocabularies that there are."""
+        return {*self.quantiles, *self.vocabularies}
 
     @staticmethod
     def _fit(dataset: Dataset, until: int) -> dict[str, list[float]]:
@@ -370,7 +381,9 @@ class Percentiles:
             "events": events,
         }
         quantiles = {}
-        for table, attribute in bucket_attributes(dataset):
+        for table, attribute in _attributes(dataset):
+            if not attribute.num_buckets:
+                continue
             column: pa.ChunkedArray = getattr(dataset, table)[attribute.column]
             values = column.take(rows_by_table[table]).cast(pa.float64()).to_numpy()
             quantiles[f"{table}.{attribute.column}"] = _quantiles(values, attribute.num_buckets or 0)
@@ -387,6 +400,29 @@ class Percentiles:
                         known = fact_values.values(group, fact, *questions)
                     quantiles[f"{group}.{fact.name}"] = _quantiles(known, fact.buckets)
         return quantiles
+
+    @staticmethod
+    def _fit_vocabularies(dataset: Dataset, until: int) -> dict[str, list[str]]:
+        events = np.flatnonzero(dataset.event_time < until)
+        rows_by_table = {"members": dataset.event_member[events], "items": dataset.event_item[events], "events": events}
+        vocabularies = {}
+        for table, attribute in _attributes(dataset):
+            if attribute.kind == "id":
+                column: pa.ChunkedArray = getattr(dataset, table)[attribute.column]
+                counted = Counter(column.take(pa.array(rows_by_table[table])).drop_null().to_pylist())
+                frequent = sorted((-count, str(id_)) for id_, count in counted.items() if count >= MIN_ID_EVENTS)
+                size = attribute.vocabulary or VOCABULARY
+                vocabularies[f"{table}.{attribute.column}"] = [id_ for _, id_ in frequent[:size]]
+        return vocabularies
+
+    @cached_property
+    def _numbers(self) -> dict[str, dict[str, int]]:
+        return {key: {id_: n for n, id_ in enumerate(ids, 1)} for key, ids in self.vocabularies.items()}
+
+    def number(self, key: str, id_: Any) -> int:
+        """The number of an id in the vocabulary of `key`, a "table.column": 0 for one that training has hardly seen.
+        `id_` is a text or a whole number, which counts as its text."""
+        return self._numbers[key].get(str(id_), 0)
 
     def bucket(self, key: str, value: float) -> int:
         """The bucket that a value of `key`, a "table.column" or "group.fact", falls in: 1 is the lowest."""
@@ -412,10 +448,9 @@ def _quantiles(values: np.ndarray, buckets: int) -> list[float]:
     return np.quantile(values, np.arange(1, buckets) / buckets).tolist() if len(values) else []
 
 
-def bucket_attributes(dataset: Dataset) -> Iterator[tuple[Table, Attribute]]:
-    """Yields (table, attribute) for every attribute that is rendered as a bucket or percentile."""
+def _attributes(dataset: Dataset) -> Iterator[tuple[Table, Attribute]]:
+    """Yields (table, attribute) for every attribute of the card."""
     tables: tuple[Table, ...] = ("members", "items", "events")
     for table in tables:
         for attribute in getattr(dataset.card, table).attributes:
-            if attribute.num_buckets:
-                yield table, attribute
+            yield table, attribute

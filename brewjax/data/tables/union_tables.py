@@ -132,7 +132,7 @@ def _further(name: str, table: pa.Table, known: Sequence[str | None]) -> dict[st
 
 def _coalesce(card: UnitedCard, items: pa.Table, attribute: Attribute) -> pa.ChunkedArray:
     """An attribute that several datasets have: of each item its own dataset's."""
-    common = {"category": TEXT, "number": FLOAT, "date": TIME}.get(attribute.kind, TEXTS)
+    common = {"category": TEXT, "id": TEXT, "number": FLOAT, "date": TIME}.get(attribute.kind, TEXTS)
     columns = [
         items[each.column].cast(common)
         for name, origin in card.origins.items()

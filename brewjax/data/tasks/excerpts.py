@@ -50,7 +50,7 @@ def training_percentiles(dataset: Dataset, task: Task) -> Percentiles:
         return Percentiles.fit(dataset, task.boundaries(dataset)[0])
     path = _path(dataset, task)
     if path.is_file():
-        return Percentiles(json.loads(path.read_text()))
+        return Percentiles(**json.loads(path.read_text()))
     return store_percentiles(Dataset.load(dataset.path), task)
 
 
@@ -67,7 +67,7 @@ def store_percentiles(dataset: Dataset, task: Task) -> Percentiles:
     percentiles = Percentiles.fit(dataset, task.boundaries(dataset)[0])
     path = _path(dataset, task)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(percentiles.quantiles))
+    write_text(path, json.dumps(dataclasses.asdict(percentiles)))
     return percentiles
 
 
