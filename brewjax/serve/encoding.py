@@ -27,6 +27,7 @@ from brewjax.serve.refusals import MAX_ID
 from brewjax.serve.texts import Texts
 
 SLICE = 1_000  # items that are encoded at a time
+MAX_LABELS = 8 * LABELS_IN_PASS  # of a raw request
 MAX_JOINT = 4_000_000  # characters of a request whose prefix is read anew with each item: a second or two
 
 
@@ -285,8 +286,8 @@ class RequestEncoder:
         return items
 
     def _encode_labels(self, raw: pb.Raw) -> list[int]:
-        if not 0 < (count := len(raw.labels) + len(raw.label_tokens)) <= LABELS_IN_PASS:
-            raise ValueError(f"raw.labels: {count:,} of them; give 1 to {LABELS_IN_PASS}")
+        if not 0 < (count := len(raw.labels) + len(raw.label_tokens)) <= MAX_LABELS:
+            raise ValueError(f"raw.labels: {count:,} of them; give 1 to {MAX_LABELS}")
         labels = [self._texts.label_token_id(word, f"raw.labels[{index}]") for index, word in enumerate(raw.labels)]
         labels += self._check_tokens(raw.label_tokens, "raw.label_tokens")
         if len(set(labels)) < len(labels):

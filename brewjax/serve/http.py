@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -13,11 +13,11 @@ from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from brewjax.scoring.passes import LABELS_IN_PASS
 from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve.admission import Admission, error_response
 from brewjax.serve.client import raw
 from brewjax.serve.credentials import Credentials
+from brewjax.serve.encoding import MAX_LABELS
 from brewjax.serve.http_messages import add_call
 from brewjax.serve.http_requests import parse_body, refusing, until_disconnect
 from brewjax.serve.http_rerank import add_rerank
@@ -41,7 +41,6 @@ CHANGES = {
     "/v1/upsert_members": pb.UpsertMembersRequest,
     "/v1/record_events": pb.RecordEventsRequest,
 }
-MAX_LABELS = 8 * LABELS_IN_PASS
 
 TokenId = Annotated[int, pydantic.Field(ge=0, lt=2**32)]
 _FIRST = pydantic.Field(fail_fast=True)  # a list of a million mistakes is reported as one
@@ -86,9 +85,8 @@ class ScoreRequest(pydantic.BaseModel):
     def _labels(self) -> list[int]:
         return list(dict.fromkeys(self.label_token_ids))  # each once
 
-    def to_rpc(self, delimiter: int | None = None) -> list[pb.ScoreRequest]:
-        """The same request for gRPC: one for every LABELS_IN_PASS labels; with a `delimiter`, a token id, between the
-        query and each item.
+    def to_rpc(self, delimiter: int | None = None) -> pb.ScoreRequest:
+        """The same request for gRPC; with a `delimiter`, a token id, between the query and each item.
 
         Raises:
           HTTPException: item_first would join texts with tokens.
@@ -99,20 +97,15 @@ class ScoreRequest(pydantic.BaseModel):
             if any(isinstance(item, str) != isinstance(prefix, str) for item in items):
                 raise HTTPException(400, "items: with item_first, give texts with a text, tokens with tokens")
             items, prefix = [item + prefix for item in items], prefix[:0]
-        labels = self._labels
-        parts = [labels[start : start + LABELS_IN_PASS] for start in range(0, len(labels), LABELS_IN_PASS)]
-        over = pb.ScoreRequest.LABELS if self.apply_softmax and len(parts) == 1 else pb.ScoreRequest.VOCABULARY
+        over = pb.ScoreRequest.LABELS if self.apply_softmax else pb.ScoreRequest.VOCABULARY
         between = [] if delimiter is None else [[delimiter]]
         joint = self.joint and not between and all(isinstance(text, str) for text in (prefix, *items))
-        return [pb.ScoreRequest(raw=raw(prefix, items, part, between, joint), normalize_over=over) for part in parts]
+        return pb.ScoreRequest(raw=raw(prefix, items, self._labels, between, joint), normalize_over=over)
 
-    def scores(self, responses: Sequence[pb.ScoreResponse]) -> list[list[float]]:
-        """Probabilities [items, labels], in the order of the request, from the responses to `to_rpc`."""
-        by_item = [
-            [score.probabilities for score in sorted(response.scores, key=lambda score: score.index)]
-            for response in responses
-        ]
-        probabilities = np.concatenate([np.array(part, np.float64) for part in by_item], axis=1)
+    def scores(self, response: pb.ScoreResponse) -> list[list[float]]:
+        """Probabilities [items, labels], in the order of the request, from the response to `to_rpc`."""
+        by_item = sorted(response.scores, key=lambda score: score.index)
+        probabilities = np.array([score.probabilities for score in by_item], np.float64)
         if self.apply_softmax:
             with np.errstate(divide="ignore"):
                 powers = np.log(probabilities) / self.temperature
@@ -162,7 +155,7 @@ def make_app(
     async def format_error(request: Request, error: starlette.exceptions.HTTPException) -> JSONResponse:
         return error_response(error.status_code, error.detail, dict(error.headers or {}))
 
-    def parse_score(body: bytes) -> tuple[ScoreRequest, list[pb.ScoreRequest]]:
+    def parse_score(body: bytes) -> tuple[ScoreRequest, pb.ScoreRequest]:
         request = ScoreRequest.model_validate_json(body)
         return request, request.to_rpc(service.config.item_delimiter)
 
@@ -170,24 +163,17 @@ def make_app(
     async def score(request: Request, response: Response) -> ScoreResponse:
         """Scores items behind a query, in one pass if they fit."""
         with refusing(request, FIELDS):
-            body, rpc_requests = await parse_body(request, parse_score)
-            request_id = request.headers.get("x-request-id") or body.rid or ""
-            answers: list[pb.ScoreResponse] = []
+            body, rpc_request = await parse_body(request, parse_score)
+            rpc_request.request_id = request.headers.get("x-request-id") or body.rid or ""
+            answer = pb.ScoreResponse(request_id=rpc_request.request_id, model=service.model)
             if body.items != []:
-                for rpc_request in rpc_requests:
-                    rpc_request.request_id = request_id
-                    answers.append(await until_disconnect(request, service.score(rpc_request)))
-        usages = [answer.usage for answer in answers]
-        response.headers["x-request-id"] = answers[0].request_id if answers else request_id
-        num_tokens = usages[0].prefix_tokens + usages[0].item_tokens if usages else 0
+                answer = await until_disconnect(request, service.score(rpc_request))
+        response.headers["x-request-id"] = answer.request_id
+        num_tokens = answer.usage.prefix_tokens + answer.usage.item_tokens
         return ScoreResponse(
-            scores=body.scores(answers) if answers else [],
-            model=service.model,
-            usage=Usage(
-                prompt_tokens=num_tokens,
-                cached_tokens=usages[0].cached_tokens if usages else 0,
-                total_tokens=num_tokens,
-            ),
+            scores=body.scores(answer) if answer.scores else [],
+            model=answer.model,
+            usage=Usage(prompt_tokens=num_tokens, cached_tokens=answer.usage.cached_tokens, total_tokens=num_tokens),
             created=int(time.time()),
         )
 

@@ -169,29 +169,31 @@ class ScoringLoop:
         self._scheduler.check(prompt)
         return Request(prompt, normalize_over, deadline, caller)
 
-    def enqueue(self, request: Request) -> None:
-        """Queues a request that `prepare` made.
+    def enqueue(self, *requests: Request) -> None:
+        """Queues requests of one caller that `prepare` made: all of them or, with an error, none.
 
         Args:
-          request: a future, which gets the scores.
+          requests: futures, which get the scores.
 
         Raises:
-          QueueFullError: too many tokens are queued, of the request's caller or of all.
+          QueueFullError: too many tokens are queued, of the caller or of all.
           ClosedError: the loop is stopping.
         """
         with self._changed:
             if self._stopping:
                 raise ClosedError
-            caller, queued = request.caller, self._queued_tokens.total()
+            caller, queued = requests[0].caller, self._queued_tokens.total()
+            num_tokens = sum(request.num_tokens for request in requests)
             of_caller, retry_after = self._queued_tokens[caller.name], max(0.05, queued / self._tokens_per_second / 2)
-            if queued and queued + request.num_tokens > self._max_queued_tokens:
+            if queued and queued + num_tokens > self._max_queued_tokens:
                 raise QueueFullError(retry_after)
-            if of_caller and of_caller + request.num_tokens > caller.share * self._max_queued_tokens:
+            if of_caller and of_caller + num_tokens > caller.share * self._max_queued_tokens:
                 raise QueueFullError(retry_after, f"caller '{caller.name}' has its share of the queue")
-            self._queued_tokens[caller.name] += request.num_tokens
-            self._metrics.waiting.set(queued + request.num_tokens)
-            request.add_done_callback(self._on_done)
-            self._inbox.append(request)
+            self._queued_tokens[caller.name] += num_tokens
+            self._metrics.waiting.set(queued + num_tokens)
+            for request in requests:
+                request.add_done_callback(self._on_done)
+            self._inbox.extend(requests)
             self._changed.notify()
 
     def reload(self, params: Params) -> Future:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import functools
 import logging
 import math
 import os
@@ -30,7 +32,7 @@ from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve.callers import current_caller
 from brewjax.serve.catalogue import Catalogue
 from brewjax.serve.config import ServeConfig
-from brewjax.serve.encoding import EncodedRequest, RequestEncoder
+from brewjax.serve.encoding import MAX_LABELS, EncodedRequest, RequestEncoder
 from brewjax.serve.live import LiveCatalogues
 from brewjax.serve.refusals import MAX_ID, status_of
 from brewjax.serve.scoring_loop import QueueFullError, ScoringLoop
@@ -167,16 +169,19 @@ class Service:
         request_id = request.request_id or uuid.uuid4().hex
         with self.request_scope("Score", request_id):
             async with self._deadline(seconds) as deadline:
-                encoded, queued = await self._encode(request, self.config.max_candidates, deadline, catalogue)
+                encoded, parts = await self._encode(request, self.config.max_candidates, deadline, catalogue)
                 probabilities = np.empty((len(encoded.prompt.questions), len(encoded.prompt.labels)), np.float32)
 
-                def store(first: int, chunk: np.ndarray) -> None:
-                    probabilities[first : first + len(chunk)] = chunk
+                def store(columns: np.ndarray, first: int, chunk: np.ndarray) -> None:
+                    columns[first : first + len(chunk)] = chunk
 
-                queued.on_scores = store
-                self.scoring_loop.enqueue(queued)
-                with tracer.start_as_current_span("queue and pass"):
-                    num_cached = await asyncio.wrap_future(queued)  # cancelling it takes the request out of the queue
+                for start, part in zip(range(0, probabilities.shape[1], LABELS_IN_PASS), parts, strict=True):
+                    part.on_scores = functools.partial(store, probabilities[:, start : start + LABELS_IN_PASS])
+                self.scoring_loop.enqueue(*parts)
+                with tracer.start_as_current_span("queue and pass"):  # cancelling the parts takes them out of the queue
+                    num_cached, *_ = await asyncio.gather(*map(asyncio.wrap_future, parts))
+            if len(parts) > 1 and request.normalize_over == pb.ScoreRequest.LABELS:
+                probabilities /= probabilities.sum(axis=1, keepdims=True)
             return _response(request_id, encoded, 0, probabilities, num_cached, request.top_k)
 
     async def stream(
@@ -190,19 +195,21 @@ class Service:
         The deadline is that of the last response, so a caller who reads slowly does not hold its place for ever.
 
         Args:
-          request: without `top_k`.
+          request: without `top_k`, and with at most `LABELS_IN_PASS` labels.
           send: takes each response when it is computed.
           seconds: until the caller's deadline; None without one.
 
         Raises:
-          ValueError: as `score`; or `top_k` is given.
+          ValueError: as `score`; or `top_k` is given, or more labels.
         """
         request_id = request.request_id or uuid.uuid4().hex
         with self.request_scope("ScoreStream", request_id):
             if request.top_k:
                 raise ValueError("top_k: not for ScoreStream, whose responses hold every item once")
+            if (count := len(request.raw.labels) + len(request.raw.label_tokens)) > LABELS_IN_PASS:
+                raise ValueError(f"raw.labels: {count:,} of them; give at most {LABELS_IN_PASS} to ScoreStream")
             async with self._deadline(seconds) as deadline:
-                encoded, queued = await self._encode(request, self.config.max_stream_candidates, deadline)
+                encoded, (queued,) = await self._encode(request, self.config.max_stream_candidates, deadline)
                 loop = asyncio.get_running_loop()
                 chunks: asyncio.Queue[tuple[int, np.ndarray] | None] = asyncio.Queue()
 
@@ -285,7 +292,7 @@ class Service:
                 max_stream_candidates=config.max_stream_candidates,
                 max_prefix_tokens=self._max_prefix_tokens,
                 max_candidate_tokens=config.max_candidate_tokens,
-                max_labels=LABELS_IN_PASS,
+                max_labels=MAX_LABELS,
                 max_request_bytes=config.max_request_bytes,
                 max_queued_tokens=config.max_queued_tokens,
                 max_concurrent_requests=config.max_concurrent_requests,
@@ -339,18 +346,23 @@ class Service:
 
     async def _encode(
         self, request: pb.ScoreRequest, max_items: int, deadline: float, catalogue: Catalogue | None = None
-    ) -> tuple[EncodedRequest, QueuedRequest]:
-        """Encodes a request with the encoder that is in use when it is done.
+    ) -> tuple[EncodedRequest, list[QueuedRequest]]:
+        """Encodes a request with the encoder that is in use when it is done; its parts have `LABELS_IN_PASS` labels.
 
-        The caller enqueues the result without an `await` in between, so that it is scored with the encoder's weights.
+        The caller enqueues them without an `await` in between, so that they are scored with the encoder's weights.
         """
         loop = asyncio.get_running_loop()
         caller = current_caller.get()
         threads = self._threads if request.ByteSize() <= LONG else self._long_request_threads
 
-        def encode(encoder: RequestEncoder) -> tuple[EncodedRequest, QueuedRequest]:
+        def encode(encoder: RequestEncoder) -> tuple[EncodedRequest, list[QueuedRequest]]:
             encoded = encoder.encode(request, max_items, catalogue)
-            return encoded, self.scoring_loop.prepare(encoded.prompt, _normalize_over(request), deadline, caller)
+            labels = encoded.prompt.labels
+            parts = [labels[start : start + LABELS_IN_PASS] for start in range(0, len(labels), LABELS_IN_PASS)]
+            prompts = [dataclasses.replace(encoded.prompt, labels=part) for part in parts]
+            over_vocabulary = len(parts) > 1 or request.normalize_over == pb.ScoreRequest.VOCABULARY
+            over: NormalizeOver = "vocabulary" if over_vocabulary else "labels"
+            return encoded, [self.scoring_loop.prepare(prompt, over, deadline, caller) for prompt in prompts]
 
         with tracer.start_as_current_span("encode"):
             while True:
@@ -372,10 +384,6 @@ def check_finite(bundle: Bundle) -> None:
     finite = jax.tree.map(lambda leaf: bool(jnp.isfinite(leaf).all()), bundle.params)
     if not all(jax.tree.leaves(finite)):
         raise ValueError("the checkpoint has weights that are not finite")
-
-
-def _normalize_over(request: pb.ScoreRequest) -> NormalizeOver:
-    return "vocabulary" if request.normalize_over == pb.ScoreRequest.VOCABULARY else "labels"
 
 
 def _response(

@@ -166,6 +166,10 @@ def test_over_http_as_sglang_does(client, http):
     np.testing.assert_allclose(many[:, [0, 46]], scores(label_token_ids=[3, 49]), atol=1e-6)
     softmax = scores(label_token_ids=labels, apply_softmax=True, temperature=2, return_pooled_hidden_states=False)
     np.testing.assert_allclose(softmax, np.sqrt(many) / np.sqrt(many).sum(axis=1, keepdims=True), rtol=1e-4)
+    over_labels = probabilities(client.score(raw(query, items, labels)))
+    np.testing.assert_allclose(over_labels, many / many.sum(axis=1, keepdims=True), rtol=1e-4)
+    with pytest.raises(grpc.RpcError, match=r"raw\.labels: 47 of them; give at most 32 to ScoreStream"):
+        list(client.stream(raw(query, items, labels)))
 
 
 def test_query_and_items_are_one_text_to_the_tokenizer_as_sglang_has_them(client, http, bundle):

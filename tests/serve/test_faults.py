@@ -109,8 +109,8 @@ WRONG_RAW = {
     "raw.prefix: no token 60000": raw([60_000], [[8]], LABELS),
     "raw.events[1]: no token 60000": raw([7], [[8]], LABELS, [[7], [60_000]]),
     "raw.label_tokens: no token 60000": raw([7], [[8]], [5, 60_000]),
-    "raw.labels: 0 of them; give 1 to 32": raw([7], [[8]], []),
-    "raw.labels: 33 of them": raw([7], [[8]], range(10, 43)),
+    "raw.labels: 0 of them; give 1 to 256": raw([7], [[8]], []),
+    "raw.labels: 257 of them": raw([7], [[8]], range(10, 267)),
     "raw.labels: one is given twice": raw([7], [[8]], [5, 9, 5]),
     "raw.labels[1]: label word 'Certainly not' is": raw([7], [[8]], ["Yes", "Certainly not"]),
     "raw.labels[0]: label word '' is 0 tokens": raw([7], [[8]], [""]),
@@ -217,6 +217,27 @@ def test_a_full_queue_tells_when_to_come_back_and_the_client_does(server, client
         assert len(first.result().scores) == 300
 
 
+def test_a_request_is_queued_with_all_of_its_labels_or_not_at_all(client, bare, scoring_loop):
+    question = raw([7] * 64, [[8]], range(3, 35))
+    more_labels = raw([7] * 64, [[8]], range(3, 36))  # is scored as two
+    with held(scoring_loop) as gate:
+        first = bare.Score.future(request(ask(1, 3)))
+        eventually(lambda: gate.passes)
+        before = waiting(scoring_loop)
+        second = bare.Score.future(request(question))
+        eventually(lambda: waiting(scoring_loop) > before)
+        queued = waiting(scoring_loop)
+        room_for_one = queued + (queued - before)
+        with mock.patch.object(scoring_loop, "_max_queued_tokens", room_for_one):
+            assert refusal(bare.Score, request(more_labels))[0] is Code.RESOURCE_EXHAUSTED
+            assert waiting(scoring_loop) == queued
+            third = bare.Score.future(request(question))
+            eventually(lambda: waiting(scoring_loop) == room_for_one)
+        gate.open()
+        assert all(call.result() for call in (first, second, third))
+    assert client.score(more_labels)
+
+
 def test_a_large_request_is_tried_again_too(server, client, scoring_loop, member):
     for item in member.items:
         item.id = "x" * 100_000
@@ -249,7 +270,7 @@ def test_only_so_many_are_answered_at_a_time(server, client, bare, scoring_loop)
 def test_the_limits_are_told(client):
     limits = client.describe().limits
     assert (limits.max_candidates, limits.max_stream_candidates, limits.max_events) == (1_000, 50_000, 10_000)
-    assert (limits.max_prefix_tokens, limits.max_candidate_tokens, limits.max_labels) == (1_024, 1_024, 32)
+    assert (limits.max_prefix_tokens, limits.max_candidate_tokens, limits.max_labels) == (1_024, 1_024, 256)
     assert (limits.max_request_bytes, limits.max_queued_tokens) == (8_000_000, 200_000)
     assert limits.max_concurrent_requests == 256
 

@@ -118,6 +118,21 @@ def test_events_that_do_not_fit_are_not_read(bundle, counting):
     assert counting.characters < 10_000
 
 
+def test_query_and_items_are_read_once_for_all_labels(server, http, counting, monkeypatch):
+    monkeypatch.setattr(server.service._encoder, "_texts", Texts(counting, special_tokens=False))
+
+    def scores(labels: range) -> tuple[np.ndarray, int]:
+        type(counting).characters = 0
+        body = {"query": "for a nurse in Ber", "items": ["lin", "gamo"], "label_token_ids": list(labels)}
+        scores = http.post("/v1/score", json=body).raise_for_status().json()["scores"]
+        return np.array(scores), counting.characters
+
+    few, characters = scores(range(3, 35))
+    many, characters_for_many = scores(range(3, 259))
+    assert characters_for_many == characters > 0
+    np.testing.assert_allclose(many[:, :32], few, atol=1e-6)
+
+
 # --- special tokens
 
 
