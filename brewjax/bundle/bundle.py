@@ -224,8 +224,9 @@ class Bundle:
           surface: the name of the one whose percentiles are used, whatever the dataset; by default they are those of
             the dataset in training, and on a dataset that was not trained on they are fitted to it, before `task`'s
             validation split.
-          scale_of: the tables that percentiles are chosen for or fitted to; by default `dataset`. Of tables that events
-            were taken out of, what is left would have others.
+          scale_of: the tables that percentiles are chosen for or fitted to, silently; by default `dataset`, and a line
+            says where they are not those of training. Of tables that events were taken out of, what is left would have
+            others.
 
         Returns:
           The verbalizer, with this model's tokenizer and prompt budget.
@@ -235,29 +236,30 @@ class Bundle:
         """
         task.check_words(self.tokenizer)
         if not surface:
-            return self._verbalizer_of_tables(dataset, task, scale_of or dataset)
+            return self._verbalizer_of_tables(dataset, task, scale_of)
         known = self.surface(surface)
         if missing := Percentiles.keys(dataset) - known.scale.percentiles.fitted_keys:
             message = f"{dataset.path}: surface '{surface}' of the model has no percentiles of {min(missing)}"
             raise ConfigError(f"{message}, which the dataset's card has; leave the surface out, or name another")
         return self.request_verbalizer(known, dataset)
 
-    def _verbalizer_of_tables(self, dataset: Dataset, task: Task, scale_of: Dataset) -> Verbalizer:
+    def _verbalizer_of_tables(self, dataset: Dataset, task: Task, scale_of: Dataset | None) -> Verbalizer:
         """With the percentiles of the surface whose training had the very tables of `scale_of`, or those that they were
         until its training ended; with percentiles of its own for a dataset that was not trained on. Of an excerpt of
         tables that are not training's to the byte, the tables are read whole."""
-        likely = self._surfaces_of_card(scale_of) or self.surfaces.values()
-        if scale_of.summary:
-            tables = hash_dataset(scale_of.path)
+        tables = scale_of or dataset
+        likely = self._surfaces_of_card(tables) or self.surfaces.values()
+        if tables.summary:
+            digest = hash_dataset(tables.path)
             for surface in likely:
-                if surface.scale.tables == tables:
+                if surface.scale.tables == digest:
                     return self.request_verbalizer(surface, dataset)
-        whole = scale_of if scale_of.summary is None else Dataset.load(scale_of.path)
+        whole = tables if tables.summary is None else Dataset.load(tables.path)
         for surface in likely:
             if surface.scale.fits(whole):
                 return self.request_verbalizer(surface, dataset)
         percentiles = Percentiles.fit(whole, task.boundaries(whole)[0])
-        if self.surfaces and percentiles.fitted_keys:
+        if self.surfaces and percentiles.fitted_keys and scale_of is None:
             line = f"{whole.path}: not the dataset that the model was trained on; percentiles are fitted to this one"
             print_line(line, stderr=True)
         return self._verbalizer(dataset, percentiles)

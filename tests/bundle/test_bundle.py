@@ -85,6 +85,8 @@ def test_other_data_of_the_same_name_have_percentiles_of_their_own(bundle, tmp_p
     assert salaries(bundle, dataset) == salaries(bundle_of_dataset, dataset)
     line = f"{dataset.path}: not the dataset that the model was trained on; percentiles are fitted to this one\n"
     assert capsys.readouterr().err == line
+    salaries(bundle, dataset, scale_of=dataset)
+    assert capsys.readouterr().err == "", "nobody asked for the scale of training"
 
 
 def test_tables_without_some_of_their_events_are_read_on_the_scale_of_all(bundle, jobs, capsys):  # noqa: F811
