@@ -72,7 +72,15 @@ def probabilities(predictions: pa.Table, task: Task) -> np.ndarray:
 
 
 def scores(predictions: pa.Table, task: Task) -> np.ndarray:
-    """float64 [rows]: the expected value of the answer, by which items are ranked."""
+    """The scores by which items are ranked.
+
+    Args:
+      predictions: as `from_examples` makes them.
+      task: whose labels have values.
+
+    Returns:
+      float64 [rows]: the expected value of the answer.
+    """
     # Not `@`: BLAS may round equal rows differently by their position, and that would break ties.
     return (probabilities(predictions, task) * task.values).sum(axis=1)
 

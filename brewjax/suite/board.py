@@ -14,8 +14,10 @@ import scipy.stats
 from brewjax.data.tasks.task import MetricName, Task
 from brewjax.evaluate.predictions import QUESTION
 from brewjax.evaluate.results import Estimate, estimates
+from brewjax.suite.predictors import POPULARITY
 from brewjax.suite.questions import first_moments, questions_path, read_frozen
-from brewjax.suite.runs import Entry, read_entries, read_predictions
+from brewjax.suite.runs import PLAIN, Entry, read_entries, read_predictions
+from brewjax.suite.slices import COLD, note_followed, read_slices, slice_masks
 from brewjax.suite.suite import Size, Suite, SurfaceTask
 
 HEADLINE: MetricName = "gauc"
@@ -38,6 +40,7 @@ class BoardTask:
       member_hash: the hash of each member by row.
       first_moments: the examples that cold starts are asked about.
       questions: their number.
+      slices: what `read_slices` knows of them.
     """
 
     surface_task: SurfaceTask
@@ -47,6 +50,7 @@ class BoardTask:
     member_hash: Mapping[int, int]
     first_moments: list[int]
     questions: int
+    slices: pa.Table | None
 
     @property
     def name(self) -> str:
@@ -69,7 +73,8 @@ class Row:
       domains, tiers: means of each domain's tasks, and of each tier over domains; where complete.
       mean: the unweighted mean over domains; empty where a task is missing, and the row is then not ranked.
       missing: tasks that it has not answered, or in an earlier version.
-      cold: by task and number of past events (None: all of them), the headline of the same questions.
+      slices: the headline by kind of slice, task and slice; those of cold starts are of the same questions.
+      notes: by task, whether its note was followed, see `note_followed`.
       seconds, tokens: that scoring took.
     """
 
@@ -79,7 +84,8 @@ class Row:
     tiers: dict[str, Estimates]
     mean: Estimates
     missing: list[str]
-    cold: dict[tuple[str, int | None], Estimate]
+    slices: dict[tuple[str, str, str], Estimate]
+    notes: dict[str, Estimate]
     seconds: float
     tokens: float
 
@@ -121,6 +127,16 @@ class Board:
     tasks: list[BoardTask]
     rows: list[Row]
     groups: list[int]
+
+    def counts(self, row: Row, tier: str) -> tuple[int, int, int]:
+        """How many tasks of a tier a row has answered; on how many of them its headline is above popularity's; and on
+        how many it is above chance by more than its interval."""
+        popularity = self.row(POPULARITY)
+        answered = [task.name for task in self.tasks if task.tier == tier and task.name in row.tasks]
+        values = {name: row.tasks[name][HEADLINE] for name in answered}
+        popular = {name: metrics[HEADLINE].value for name, metrics in (popularity.tasks if popularity else {}).items()}
+        above_popular = sum(values[name].value > popular.get(name, np.inf) for name in answered)
+        return len(answered), above_popular, sum(each.value - each.error > CHANCE for each in values.values())
 
     @property
     def domains(self) -> list[str]:
@@ -179,7 +195,8 @@ def _board_tasks(suite: Suite, size: Size) -> Iterable[BoardTask]:
                 moments = first_moments([(row["member"], row["cutoff_time"]) for row in rows])
                 questions = sum(len(row["candidates"]) for row in rows)
                 task = Task.of(frozen["task"], str(path))
-                yield BoardTask(surface_task, surface.domain, task, digest, member_hash, moments, questions)
+                slices = read_slices(suite, size, digest)
+                yield BoardTask(surface_task, surface.domain, task, digest, member_hash, moments, questions, slices)
 
 
 def make_row(
@@ -192,7 +209,8 @@ def make_row(
       expected: all of the suite.
     """
     results: dict[str, Estimates] = {}
-    cold: dict[tuple[str, int | None], Estimate] = {}
+    slices: dict[tuple[str, str, str], Estimate] = {}
+    notes: dict[str, Estimate] = {}
     seconds = tokens = 0.0
     for task in tasks:
         table, cost = _answers(suite, size, entry, task, task.name)
@@ -203,9 +221,17 @@ def make_row(
         for past_events in task.surface_task.entry.past_events:
             cut, _ = _answers(suite, size, entry, task, f"{task.name}@{past_events}")
             if cut is not None:
-                cold[task.name, past_events] = task_estimates(suite, task, cut)[HEADLINE]
-                same = np.isin(table["example"].to_numpy(), task.first_moments)
-                cold[task.name, None] = task_estimates(suite, task, table.filter(pa.array(same)))[HEADLINE]
+                slices[COLD, task.name, f"{past_events} past events"] = _headline(suite, task, cut)
+        if task.surface_task.entry.past_events:
+            same = np.isin(table["example"].to_numpy(), task.first_moments)
+            slices[COLD, task.name, "all past events"] = _headline(suite, task, table.filter(pa.array(same)))
+        if task.slices is not None:
+            for (kind, name), mask in slice_masks(task.slices).items():
+                slices[kind, task.name, name] = _headline(suite, task, table.filter(pa.array(mask)))
+            plain, _ = _answers(suite, size, entry, task, task.name + PLAIN)
+            if plain is not None:
+                weights = _table_weights(suite, task, table)
+                notes[task.name] = note_followed(task.task, task.slices, table, plain, *weights)
     missing = [each.name for each in expected if each.name not in results]
     domains = _domain_means(suite, expected, results)
     of_tiers: dict[str, Estimates] = {}
@@ -214,21 +240,32 @@ def make_row(
         if within and all(each.name in results for each in within):
             of_tiers[tier] = _mean(_domain_means(suite, within, results).values())
     mean = {} if missing else _mean(domains.values())
-    return Row(entry, results, domains, of_tiers, mean, missing, cold, seconds, tokens)
+    return Row(entry, results, domains, of_tiers, mean, missing, slices, notes, seconds, tokens)
 
 
-def task_estimates(suite: Suite, task: BoardTask, table: pa.Table) -> Estimates:
+def task_estimates(
+    suite: Suite, task: BoardTask, table: pa.Table, metrics: tuple[MetricName, ...] = BOARD_METRICS
+) -> Estimates:
     """The metrics of a task with their resamples: a bootstrap over members (Poisson: Chamandy et al., 2012).
 
     The weight of a member in a resample depends on suite, domain and member alone: it is the same for all tasks of a
     domain and for all models, so that means and differences have the error of the very thing that they are.
     """
+    judged = task.task.model_copy(update={"metrics": metrics})
+    return estimates(table, judged, *_table_weights(suite, task, table))
+
+
+def _headline(suite: Suite, task: BoardTask, table: pa.Table) -> Estimate:
+    return task_estimates(suite, task, table, (HEADLINE,))[HEADLINE]
+
+
+def _table_weights(suite: Suite, task: BoardTask, table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Weights of members, float64 [1 + resamples, members], of which the first are ones; the member of each row."""
     row_hashes = np.array([task.member_hash[member] for member in table["member"].to_pylist()], np.uint64)
     hashes, member = np.unique(row_hashes, return_inverse=True)
     weights = np.ones((1 + suite.bootstrap, len(hashes)))
     weights[1:] = member_weights(hashes, task.domain, suite.seed, suite.bootstrap)
-    judged = task.task.model_copy(update={"metrics": BOARD_METRICS})
-    return estimates(table, judged, weights, member)
+    return weights, member
 
 
 def member_weights(member_hash: np.ndarray, domain: str, seed: int, resamples: int) -> np.ndarray:

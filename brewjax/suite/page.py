@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from brewjax.paths import write_text
 from brewjax.suite.board import BOARD_METRICS, HEADLINE, Board, Row, most_different
 from brewjax.suite.gate import domains_down, history
 from brewjax.suite.predictors import FLOOR
+from brewjax.suite.slices import COLD, MONTHS, NEW
 
 UNDEFINED = "\N{EN DASH}"
 HOW_TO_READ = (
@@ -27,13 +29,18 @@ HOW_TO_READ = (
     "A row that has not answered every question as it is frozen now has no mean and no place.",
     f"'{FLOOR}' is the floor: a regression on the numbers that prompts state. Baselines are trained on each surface.",
     "Share of the oracle, where tables were simulated and the truth is known: (AUC - .5) / (the oracle's AUC - .5).",
+    "Number of tasks: above popularity, and above chance, which is above .5 by more than the interval.",
+    "Notes followed: of the pairs of a list that the note truly turns around, those that the model turns with it, less "
+    "those that it turns against it; .5 is a model that reads no notes, 1 the truth.",
+    "New items are those that nobody had an event with before training ended. Months have 30 days, from that moment.",
     "Cold start: the same questions to the same members, asked as if they had only had so many events before.",
 )
 
 
 def print_board(board: Board, console: Console) -> None:
     """Prints the leaderboard by tier, and by domain, a column for each row of the board, on `console`."""
-    for table in (_overview(board), _by_domain(board), _of_oracle(board), _cold(board)):
+    tables = (_overview(board), _counts(board, board.rows), _by_domain(board), _of_oracle(board), _notes(board))
+    for table in (*tables, _slices(board, COLD)):
         if table is not None:
             console.print(_rich(table))
 
@@ -43,8 +50,9 @@ def write_page(board: Board) -> Path:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("brewjax.suite", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    described = (_overview(board), _by_domain(board), _of_oracle(board), _by_task(board), _cold(board))
-    tables = [table for table in described if table]
+    described = (_overview(board), _counts(board, board.rows), _by_domain(board), _of_oracle(board), _notes(board))
+    slices = (_slices(board, kind) for kind in (COLD, NEW, MONTHS))
+    tables = [table for table in (*described, _by_task(board), *slices) if table]
     accepted = [
         {"date": each["date"], "name": each["entry"]["name"], "mean": f"{each['mean']:.4f} ±{each['error']:.4f}"}
         for each in history(board.suite, board.size)
@@ -82,6 +90,7 @@ def print_difference(board: Board, first: Row, second: Row, prompts: int, consol
     means = [_number(row.mean[HEADLINE].value) for row in (first, second)]
     table.add_row(*(bold(text) for text in ("mean", *means, _signed(first.minus(second)))), "")
     console.print(table)
+    console.print(_rich(_counts(board, (first, second))))
     for row in most_different(board.suite, board.size, board.tasks, first, second, prompts):
         scores = " and ".join(f"{score:.3f}" for score in row["scores"])
         console.print(
@@ -107,6 +116,17 @@ def _overview(board: Board) -> dict[str, Any]:
         cells += [_cell(row.tiers.get(name, {}).get(HEADLINE)) for name in tiers]
         rows.append([group, row.name + missing, *cells, f"{row.seconds:,.0f}"])
     return {"title": f"{board.suite.name}, {board.size}: AUC in list", "columns": columns, "rows": rows}
+
+
+def _counts(board: Board, rows: Sequence[Row]) -> dict[str, Any]:
+    """On how many tasks of each tier each row is above popularity, and above chance."""
+    cells = []
+    for tier in dict.fromkeys(task.tier for task in board.tasks):
+        counts = [board.counts(row, tier) for row in rows]
+        title = f"{tier} {board.suite.tiers[tier].title}"
+        for index, column in ((1, "above popularity"), (2, "above chance")):
+            cells.append([title, column, *(f"{each[index]} of {each[0]}" if each[0] else UNDEFINED for each in counts)])
+    return {"title": "number of tasks", "columns": ["tier", "", *(row.name for row in rows)], "rows": cells}
 
 
 def _by_domain(board: Board) -> dict[str, Any]:
@@ -140,15 +160,20 @@ def _by_task(board: Board) -> dict[str, Any]:
     return {"title": "by task", "columns": ["task", "metric", *(row.name for row in board.rows)], "rows": rows}
 
 
-def _cold(board: Board) -> dict[str, Any] | None:
-    keys = list(dict.fromkeys(key for row in board.rows for key in row.cold))
-    keys.sort(key=lambda key: (key[0], np.inf if key[1] is None else key[1]))
-    rows = [
-        [task, "all" if past is None else str(past), *(_cell(row.cold.get((task, past))) for row in board.rows)]
-        for task, past in keys
-    ]
-    columns = ["task", "past events", *(row.name for row in board.rows)]
-    return {"title": "cold start", "columns": columns, "rows": rows} if rows else None
+def _notes(board: Board) -> dict[str, Any] | None:
+    tasks = [task.name for task in board.tasks if any(task.name in row.notes for row in board.rows)]
+    rows = [[task, *(_cell(row.notes.get(task)) for row in board.rows)] for task in tasks]
+    columns = ["task", *(row.name for row in board.rows)]
+    return {"title": "notes followed", "columns": columns, "rows": rows} if rows else None
+
+
+def _slices(board: Board, kind: str) -> dict[str, Any] | None:
+    """The slices of a kind, task by task in the suite's order."""
+    keys = dict.fromkeys(
+        key for task in board.tasks for row in board.rows for key in row.slices if key[:2] == (kind, task.name)
+    )
+    rows = [[task, name, *(_cell(row.slices.get((kind, task, name))) for row in board.rows)] for _, task, name in keys]
+    return {"title": kind, "columns": ["task", "", *(row.name for row in board.rows)], "rows": rows} if rows else None
 
 
 def _rich(described: dict[str, Any]) -> Table:

@@ -205,9 +205,10 @@ def _learn_trees(
     return LightGBM.fit(dataset, task, train, validation, settings=1).predict
 
 
+POPULARITY = "popularity"
 FLOOR = "fact regression"  # a model below it cannot read its prompt
 LEARNERS: dict[str, Learn] = {
-    "popularity": _learn_popularity,
+    POPULARITY: _learn_popularity,
     "own past": _learn_own_past,
     FLOOR: _learn_regression,
     "LightGBM": _learn_trees,

@@ -15,15 +15,18 @@ import pyarrow.parquet as pq
 
 from brewjax.config import Config
 from brewjax.console import plain_console
+from brewjax.data.simulate.truth import note_of
 from brewjax.evaluate.predictions import from_examples
 from brewjax.fingerprint import hash_json
 from brewjax.paths import write_table, write_text
 from brewjax.suite.contamination import check_model
 from brewjax.suite.predictors import Predictor, twin_gap
 from brewjax.suite.questions import FrozenQuestions, cut_history, frozen_questions
+from brewjax.suite.slices import write_slices
 from brewjax.suite.suite import Size, Suite
 
 KEY, COST = b"key", b"cost"  # metadata of a file of predictions: what they depend on; seconds and tokens
+PLAIN = "@no note"  # behind the name of a task whose questions are asked without its note
 TWINS = 2  # prompts of each surface in which a question is asked twice
 
 
@@ -37,7 +40,7 @@ class Entry(Config):
     fingerprint: str
     """SHA-256 of what it is."""
     predictions: dict[str, str]
-    """By task, the file of predictions; cold starts are "films/liked@5"."""
+    """By task, the file of predictions; cold starts are "films/liked@5", questions without their note "..@no note"."""
     twin_gap: float = 0.0
     """The largest difference between the scores of a question that was asked twice in one prompt."""
 
@@ -55,21 +58,30 @@ class Answers(NamedTuple):
 
 
 def score(
-    suite: Suite, size: Size, predictor: Predictor, questions: FrozenQuestions, past_events: int | None = None
+    suite: Suite,
+    size: Size,
+    predictor: Predictor,
+    questions: FrozenQuestions,
+    past_events: int | None = None,
+    noted: bool = True,
 ) -> str:
     """Predicts the questions, unless the same predictor has before.
 
     Args:
       past_events: asks as if the members had only had so many events.
+      noted: False leaves the task's steering note out.
 
     Returns:
       The name of the file in the suite's folder of predictions.
     """
     key = {"questions": questions.digest, "past_events": past_events, **predictor.identity}
+    task = questions.task
+    if not noted:
+        key["noted"], task = False, task.model_copy(update={"steering_note": ""})
     path = predictions_folder(suite, size) / f"{hash_json(key)[:32]}.parquet"
     if not path.exists():
         cut = questions if past_events is None else cut_history(questions, past_events)
-        probabilities, cost = predictor.predict(questions.dataset, questions.task, cut.examples, cut.dataset)
+        probabilities, cost = predictor.predict(questions.dataset, task, cut.examples, cut.dataset)
         table = from_examples(cut.examples, probabilities)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_table(path, table.replace_schema_metadata({KEY: json.dumps(key), COST: json.dumps(cost)}))
@@ -101,6 +113,11 @@ def run_surface(suite: Suite, size: Size, predictors: Sequence[Predictor], surfa
                 if not predictor.can_answer(dataset, surface_task.task):
                     continue
                 own_files[name] = score(suite, size, predictor, questions, past_events)
+        write_slices(suite, size, questions)
+        if note_of(dataset, surface_task.task):
+            for predictor, own_files in zip(predictors, files, strict=True):
+                if predictor.folder:  # no baseline reads notes
+                    own_files[questions.name + PLAIN] = score(suite, size, predictor, questions, noted=False)
     return [
         Answers(own_files, _twin_gap(suite, size, predictor, frozen[0]) if predictor.folder else 0.0)
         for predictor, own_files in zip(predictors, files, strict=True)

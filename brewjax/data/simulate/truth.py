@@ -67,6 +67,23 @@ def action_column(dataset: Dataset, task: Task) -> str | None:
     return action if simulated and action in schema.names else None
 
 
+def note_of(dataset: Dataset, task: Task) -> str | None:
+    """The note that a task states, if the truth of its questions is known with it and without.
+
+    Args:
+      dataset: the tables.
+      task: of requests that stood under one note.
+
+    Returns:
+      "location" or another of `utility.NOTES`, but "none"; None if there is no note, or no such truth.
+    """
+    action, note = action_column(dataset, task), task.questions.where.get("note")
+    if action is None or not task.steering_note or note == "none":
+        return None
+    folder, _ = _origin(dataset, task)
+    return note if NOTED.format(action=action, note=note) in pq.read_schema(folder / TRUTH).names else None
+
+
 def oracle(
     dataset: Dataset, task: Task, examples: Sequence[RankingExample], note: str | None = None
 ) -> np.ndarray | None:
