@@ -259,6 +259,8 @@ class Bundle:
             if surface.scale.fits(whole):
                 return self.request_verbalizer(surface, dataset)
         percentiles = Percentiles.fit(whole, task.boundaries(whole)[0])
+        # A token of an id means nothing in tables that the model was not trained on.
+        percentiles = Percentiles(percentiles.quantiles, {key: [] for key in percentiles.vocabularies})
         if self.surfaces and percentiles.fitted_keys and scale_of is None:
             line = f"{whole.path}: not the dataset that the model was trained on; percentiles are fitted to this one"
             print_line(line, stderr=True)

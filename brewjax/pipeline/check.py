@@ -11,6 +11,7 @@ import jax
 from brewjax import distributed
 from brewjax.bundle.bundle import TOKENIZER
 from brewjax.config import Config, ConfigError
+from brewjax.data.prompts.styles import code
 from brewjax.data.records.contrastive import ContrastiveConfig
 from brewjax.data.records.preferences import AlignConfig
 from brewjax.data.records.pretrain import PretrainConfig, general_files
@@ -42,6 +43,8 @@ def check_run(run: Run) -> None:
             _ = surface.tasks  # which reads the dataset
     if not problems:
         with _collect(problems):
+            _check_ids(run)
+        with _collect(problems):
             _check_tokens(run)
         for name, stage in run.recipe.stages.items():
             with _collect(problems):
@@ -63,6 +66,20 @@ def _collect(problems: list[str]) -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         problems.append(str(error))
+
+
+def _check_ids(run: Run) -> None:
+    """Ids of two tables must not be called alike: one token would stand for two things."""
+    owners: dict[str, str] = {}
+    for surface in run.surfaces.values():
+        card = surface.dataset.card
+        for table, described in (("members", card.members), ("items", card.items), ("events", card.events)):
+            for name in (code(attribute.name) for attribute in described.attributes if attribute.kind == "id"):
+                owner = f"{table} of surface '{surface.name}'"
+                if name in owners:
+                    message = f"ids of {owners[name]} and of {owner} are both called '{name}', and would be the same"
+                    raise card.error(f"{message} tokens; give one of them another display_name", table)
+                owners[name] = owner
 
 
 def _check_tokens(run: Run) -> None:

@@ -12,7 +12,7 @@ import yaml
 from brewjax.bundle.bundle import Bundle
 from brewjax.bundle.surface import Surface
 from brewjax.config import ConfigError
-from brewjax.data.prompts.styles import SECTIONED, PromptConfig
+from brewjax.data.prompts.styles import SECTIONED, STYLES, PromptConfig
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tasks.examples import build_examples
 from brewjax.data.tasks.task import Task
@@ -87,6 +87,24 @@ def test_other_data_of_the_same_name_have_percentiles_of_their_own(bundle, tmp_p
     assert capsys.readouterr().err == line
     salaries(bundle, dataset, scale_of=dataset)
     assert capsys.readouterr().err == "", "nobody asked for the scale of training"
+
+
+def test_ids_of_tables_that_were_not_trained_on_are_unknown(bundle, tmp_path):
+    attributes = "plural: jobs\n  attributes:\n"
+    with_ids = attributes + "    - {column: item_id, kind: id, display_name: Job}\n"
+    seconds = with_column("seconds", pa.array(np.arange(800.0)))  # no event is twice the same
+    events = lambda table: seconds(pa.concat_tables([table] * 10))  # noqa: E731
+    dataset = Dataset.load(
+        write_dataset(tmp_path / "jobs", card=lambda text: text.replace(attributes, with_ids), events=events)
+    )
+    surface = Surface.fit("jobs", dataset, [TASK])
+    trained = dataclasses.replace(bundle, surfaces={"jobs": surface})
+    numbers = [
+        {facts[0] for facts in each.verbalizer(dataset, TASK).facts("items", np.arange(40), 0, STYLES["ids"])}
+        for each in (trained, bundle)
+    ]
+    assert numbers[0] > {"job#0", "job#1", "job#2"}
+    assert numbers[1] == {"job#0"}
 
 
 def test_tables_without_some_of_their_events_are_read_on_the_scale_of_all(bundle, jobs, capsys):  # noqa: F811

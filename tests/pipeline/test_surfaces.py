@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -227,6 +228,21 @@ def test_mistakes_are_named(workdir, changed, message):
     with pytest.raises(ConfigError, match=message):
         check_run(load(workdir, "refused", **changed))
     assert not (workdir / "refused").exists()
+
+
+def test_one_token_cannot_be_the_id_of_two_things(workdir):
+    shutil.copytree("network", "ids", dirs_exist_ok=True)
+    surfaces = yaml.safe_load(RECIPE)["surfaces"]
+    for name, surface in surfaces.items():
+        file = Path("ids", name, "dataset.yaml")
+        card = yaml.safe_load(file.read_text())
+        column = card["items"].get("id", "item_id")
+        card["items"]["attributes"].append({"column": column, "kind": "id", "display_name": "Item"})
+        file.write_text(yaml.safe_dump(card, sort_keys=False))
+        surface["dataset"] = f"ids/{name}"
+    message = "items of surface 'jobs' and of items of surface 'people' are both called 'item', and would be the same"
+    with pytest.raises(ConfigError, match=message):
+        check_run(load(workdir, "ids", surfaces=surfaces))
 
 
 def test_surfaces_split_time_each_in_its_own_way(workdir):
