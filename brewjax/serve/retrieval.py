@@ -7,9 +7,9 @@ import contextlib
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from brewjax.serve.service import Service, check_finite
 from brewjax.serve.texts import Texts
 
 BATCH = 256  # texts that are embedded, or queries that are searched for, at once
+T = TypeVar("T")
 
 
 class Query(NamedTuple):
@@ -205,11 +206,7 @@ class Retrieval:
 
     async def upsert(self, request: pb.UpsertRequest) -> pb.UpsertResponse:
         """Adds or replaces items: all of the request's, or none. Raises ValueError naming the field that is wrong."""
-        if not self.successor:
-            response = await self._upsert(request)
-            if not self.successor:
-                return response
-        return await self.successor.upsert(request)
+        return await self._change(Retrieval._upsert, request)
 
     async def _upsert(self, request: pb.UpsertRequest) -> pb.UpsertResponse:
         arrival_time = time.monotonic()
@@ -229,11 +226,7 @@ class Retrieval:
 
     async def delete(self, request: pb.DeleteRequest) -> pb.DeleteResponse:
         """Takes items out."""
-        if not self.successor:
-            response = await self._delete(request)
-            if not self.successor:
-                return response
-        return await self.successor.delete(request)
+        return await self._change(Retrieval._delete, request)
 
     async def _delete(self, request: pb.DeleteRequest) -> pb.DeleteResponse:
         async with self._request_scope("Delete", request.request_id) as request_id:
@@ -241,6 +234,14 @@ class Retrieval:
             self._check_count(len(request.ids), "ids")
             ids = [self._read_id(id_, f"ids[{n}]") for n, id_ in enumerate(request.ids)]
             return pb.DeleteResponse(request_id=request_id, deleted=await asyncio.to_thread(index.delete, ids))
+
+    async def _change(self, change: Callable[[Retrieval, Any], Awaitable[T]], request: Any) -> T:
+        """Makes a change here, unless there is a successor; and there, if there is one by the time that it is made."""
+        if not self.successor:
+            response = await change(self, request)
+            if not self.successor:
+                return response
+        return await self.successor._change(change, request)
 
     async def retire(self) -> None:
         """Waits until the requests are answered that began before there was a `successor`, and closes."""
