@@ -1,19 +1,23 @@
 """What bfloat16 products buy on this CPU: a training step and a scoring pass, in float32 and with bfloat16 inputs.
 
-    python -m benchmarks.products [--models tiny laptop-xl ..] [--rounds N]
+    python -m benchmarks.products [--models tiny laptop-xl ..] [--rounds N] [--masks]
 
 Both run in one process and take turns, so that what else the machine does falls on both; ratios are medians over turns.
 A step trains two rows of random tokens, each half a prefix and half questions of 20 tokens, with the recipes' Muon; a
-pass scores a prefix of 512 tokens and 32 items of 32. Weights are random: times do not depend on them.
+pass scores a prefix of 512 tokens and 32 items of 32. Weights are random: times do not depend on them. With `--masks`,
+what attention's masks cost instead: float32, and float32 in which every block is computed as one without a mask.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(min(4, os.cpu_count() or 1)))
@@ -37,11 +41,14 @@ from brewjax.train.batches import BATCH_SPEC
 from brewjax.train.loop import TrainConfig, make_step
 from brewjax.train.objectives import supervised
 from brewjax.train.optimizer import OptimizerConfig
+from pallas_kernels import attention_xla
 from pallas_kernels.platform import has_bfloat16_products
 from pallas_kernels.token_labels import TokenLabels
+from pallas_kernels.worklist import BlockVisibility, block_visibility
 
 MODELS = ("tiny", "laptop-xl", "smollm2-135m")
 PRECISIONS = ("float32", "bfloat16")
+UNMASKED = "unmasked"
 ROWS, LENGTH, QUESTION = 2, 1280, 20  # of a step
 PREFIX, ITEMS, ITEM = 512, 32, 32  # of a pass
 VOCABULARY = 4096  # of models without one
@@ -94,15 +101,31 @@ def scoring_pass(model: ModelConfig) -> Turn:
 WORK = (("tokens/s, training", ROWS * LENGTH, training_step), ("items/s, scoring", ITEMS, scoring_pass))
 
 
-def race(make: Callable[[ModelConfig], Turn], model: ModelConfig, rounds: int) -> np.ndarray:
-    """Seconds, and seconds summed over all cores: [2, rounds, precisions]."""
+@contextlib.contextmanager
+def computed_in(kind: str) -> Iterator[None]:
+    """A precision of products, or float32 without masks; programs are those that are traced within."""
+
+    def all_full(*args: Any) -> BlockVisibility:
+        active = block_visibility(*args).any
+        return BlockVisibility(active, active)
+
+    visibility = all_full if kind == UNMASKED else block_visibility
+    with (
+        mock.patch.object(attention_xla, "block_visibility", visibility),
+        jax.default_matmul_precision("float32" if kind == UNMASKED else kind),
+    ):
+        yield
+
+
+def race(make: Callable[[ModelConfig], Turn], model: ModelConfig, rounds: int, kinds: Sequence[str]) -> np.ndarray:
+    """Seconds, and seconds summed over all cores: [2, rounds, kinds]."""
     turns = []
-    for precision in PRECISIONS:
-        with jax.default_matmul_precision(precision):
+    for kind in kinds:
+        with computed_in(kind):
             turns.append(make(model))
-    seconds = np.zeros((2, rounds + WARM, len(PRECISIONS)))
+    seconds = np.zeros((2, rounds + WARM, len(kinds)))
     for round_, index in np.ndindex(seconds.shape[1:]):
-        with jax.default_matmul_precision(PRECISIONS[index]):
+        with computed_in(kinds[index]):
             start_time = np.array([time.perf_counter(), time.process_time()])
             turns[index]()
             seconds[:, round_, index] = np.array([time.perf_counter(), time.process_time()]) - start_time
@@ -113,15 +136,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS, help="names in configs/models")
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--masks", action="store_true", help="what masks cost, in place of what bfloat16 buys")
     arguments = parser.parse_args()
+    kinds = (PRECISIONS[0], UNMASKED) if arguments.masks else PRECISIONS
+    ratios_of = " / ".join(kinds)
     table = Table(title=f"bfloat16 instructions: {'yes' if has_bfloat16_products() else 'no'}", title_justify="left")
-    for column in ("model", "", *PRECISIONS, "float32 / bfloat16, time", "float32 / bfloat16, cores"):
+    for column in ("model", "", *kinds, f"{ratios_of}, time", f"{ratios_of}, cores"):
         table.add_column(column, justify="left" if column in ("model", "") else "right")
     for name in arguments.models:
         model = ModelConfig.load(Path(__file__).parents[1] / "configs" / "models" / f"{name}.yaml")
         model = model if model.vocab_size else model.model_copy(update={"vocab_size": VOCABULARY})
         for unit, amount, make in WORK:
-            seconds = race(make, model, arguments.rounds)
+            seconds = race(make, model, arguments.rounds, kinds)
             paces = [f"{amount / pace:,.0f}" for pace in np.median(seconds[0], 0)]
             ratios = [f"{np.median(measured[:, 0] / measured[:, 1]):.2f}" for measured in seconds]
             table.add_row(name, unit, *paces, *ratios)
