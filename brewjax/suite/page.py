@@ -30,8 +30,8 @@ HOW_TO_READ = (
     f"'{FLOOR}' is the floor: a regression on the numbers that prompts state. Baselines are trained on each surface.",
     "Share of the oracle, where tables were simulated and the truth is known: (AUC - .5) / (the oracle's AUC - .5).",
     "Number of tasks: above popularity, and above chance, which is above .5 by more than the interval.",
-    "Notes followed: of the pairs of a list that the note truly turns around, those that the model turns with it, less "
-    "those that it turns against it; .5 is a model that reads no notes, 1 the truth.",
+    "Notes followed: .5 + (with - against) / 2. Of the pairs of a list that the note truly turns around, the model "
+    "turns these shares with the note and against it. .5 is a model that reads no notes, 1 the truth.",
     "New items are those that nobody had an event with before training ended. Months have 30 days, from that moment.",
     "Cold start: the same questions to the same members, asked as if they had only had so many events before.",
 )

@@ -66,9 +66,10 @@ def slice_masks(slices: pa.Table) -> dict[tuple[str, str], np.ndarray]:
 def note_followed(
     task: Task, slices: pa.Table, noted: pa.Table, plain: pa.Table, weights: np.ndarray, member: np.ndarray
 ) -> Estimate:
-    """Whether a predictor's order turns with a note where the true order does: of pairs of a list that the note truly
-    turns, those that the predictor turns with it, less those that it turns against it, from 0 to 1; .5 is chance, and
-    what is reached by who does not read notes.
+    """Whether a predictor's order turns with a note where the true order does: .5 + (with - against) / 2.
+
+    Of the pairs of a list that the note truly turns around, the predictor turns these shares with it and against it.
+    One that does not read notes has exactly .5, the truth has 1.
 
     Args:
       task: with the note.
