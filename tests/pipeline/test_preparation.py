@@ -42,13 +42,15 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-@pytest.fixture
-def run(tmp_path) -> Run:
-    write_dataset(tmp_path / "jobs")
-    (tmp_path / "task.yaml").write_text(TASK)
-    (tmp_path / "model.yaml").write_text(MODEL)
-    (tmp_path / "recipe.yaml").write_text(RECIPE.format(folder=tmp_path))
-    run = Run(Recipe.load(tmp_path / "recipe.yaml"), tmp_path / "run")
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Run:
+    """A run with a tokenizer; each test prepares data in folders of its own."""
+    folder = tmp_path_factory.mktemp("user")
+    write_dataset(folder / "jobs")
+    (folder / "task.yaml").write_text(TASK)
+    (folder / "model.yaml").write_text(MODEL)
+    (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder))
+    run = Run(Recipe.load(folder / "recipe.yaml"), folder / "run")
     (run.folder / "prepare").mkdir(parents=True)
     prepare(run, run.folder / "prepare")
     return run
@@ -56,7 +58,7 @@ def run(tmp_path) -> Run:
 
 def preparation(run: Run, stage: str, folder: str) -> Preparation:
     config = run.recipe.stages[stage].data
-    return Preparation(run.recipe, run.folder, config, 1024, run.folder / folder, records_per_shard=9)
+    return Preparation(run.recipe, run.folder, config, 1024, run.folder / f"{stage}-{folder}", records_per_shard=9)
 
 
 def test_all_cores_write_the_bytes_of_one(run):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -78,18 +79,19 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
     )
 
 
-def in_process(folder: Path, *arguments: str) -> Result:
-    """As `brewjax`, without starting Python and JAX again: for what ends at once. The error is not yet a message."""
+def in_process(folder: Path, *arguments: str, stdin: str = "") -> Result:
+    """As `brewjax`, without starting Python and JAX again. An error is not yet a message."""
+    os.environ |= {"COLUMNS": "200", "JAX_NUM_CPU_DEVICES": "1"}
     with contextlib.chdir(folder):
-        return CliRunner().invoke(app, arguments)
+        return CliRunner().invoke(app, arguments, input=stdin)
 
 
-def distill(folder: Path, model: str, out: str, teacher: str) -> subprocess.CompletedProcess[str]:
+def distill(model: str, out: str, teacher: str) -> list[str]:
     """The verb, for a step."""
-    return brewjax(
-        folder, "distill", model, out, "--dataset", "jobs", "--task", "apply.yaml",
+    return [
+        "distill", model, out, "--dataset", "jobs", "--task", "apply.yaml",
         "--set", f"teacher={teacher}", "--set", "train={steps: 1, batch_size: 1, seq_len: 512}",
-    )  # fmt: skip
+    ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +104,13 @@ def folder(tmp_path_factory) -> Path:
     (folder / "maybe.yaml").write_text(TASK.replace('"Yes"', "Perhaps"))
     first = brewjax(folder, "run", "recipe.yaml")
     assert first.returncode == 0, first.stdout + first.stderr
+    return folder
+
+
+@pytest.fixture
+def here(folder, monkeypatch) -> Path:
+    """The folder, as the current one."""
+    monkeypatch.chdir(folder)
     return folder
 
 
@@ -127,8 +136,8 @@ def test_the_ladder_goes_down_to_the_sizes_asked(folder):
 
 
 def test_a_plan_is_printed_and_nothing_is_done(folder):
-    printed = brewjax(folder, "run", "recipe.yaml", "--out", "runs/other", "--dry-run")
-    assert printed.returncode == 0, printed.stderr
+    printed = in_process(folder, "run", "recipe.yaml", "--out", "runs/other", "--dry-run")
+    assert printed.exit_code == 0, printed.output
     for name in ("text", "quarter-pruned", "turbo"):
         assert name in printed.stdout
     assert not (folder / "runs" / "other").exists()
@@ -207,55 +216,41 @@ def test_killed_in_the_middle_of_every_stage_it_ends_as_if_nothing_had_happened(
         assert tables[0].equals(tables[1])
 
 
-def test_a_stage_is_a_verb_too(folder):
-    smaller = brewjax(
-        folder, "prune", "runs/jobs/big/model", "runs/verb", "--dataset", "jobs", "--task", "apply.yaml",
+def test_a_stage_is_a_verb_too(here, refuse):
+    smaller = in_process(
+        here, "prune", "runs/jobs/big/model", "runs/verb", "--dataset", "jobs", "--task", "apply.yaml",
         "--set", "layers=1", "--set", "examples=20",
     )  # fmt: skip
-    assert smaller.returncode == 0, smaller.stderr
-    assert ModelConfig.load(folder / "runs/verb/prune/model/model.yaml").layers == 1
-    quantised = brewjax(folder, "quantize", "runs/verb/prune/model", "runs/verb/turbo")
-    assert quantised.returncode == 0, quantised.stderr
-    refused = distill(folder, "runs/verb/prune/model", "runs/verb2", teacher="big")
-    assert refused.returncode == 2
-    assert "stages.distill.teacher: no stage 'big' before it, and no model there" in refused.stderr
+    assert smaller.exit_code == 0, smaller.output
+    assert ModelConfig.load(here / "runs/verb/prune/model/model.yaml").layers == 1
+    quantised = in_process(here, "quantize", "runs/verb/prune/model", "runs/verb/turbo")
+    assert quantised.exit_code == 0, quantised.output
+    refused = refuse(*distill("runs/verb/prune/model", "runs/verb2", teacher="big"))
+    assert "stages.distill.teacher: no stage 'big' before it, and no model there" in refused
 
 
 @pytest.mark.long
-def test_a_teacher_with_another_tokenizer_is_refused(folder):
-    shutil.copytree(folder / "runs/jobs/big/model", folder / "foreign")
-    Tokenizer.byte_level().save(folder / "foreign" / "tokenizer")
-    refused = distill(folder, "runs/jobs/half/model", "runs/verb3", teacher="foreign")
-    assert refused.returncode == 2
-    assert "stages.distill.teacher: the tokenizer of foreign is not this recipe's" in refused.stderr
+def test_a_teacher_with_another_tokenizer_is_refused(here, refuse):
+    shutil.copytree(here / "runs/jobs/big/model", here / "foreign")
+    Tokenizer.byte_level().save(here / "foreign" / "tokenizer")
+    foreign = distill("runs/jobs/half/model", "runs/verb3", teacher="foreign")
+    message = "stages.distill.teacher: the tokenizer of foreign is not this recipe's"
+    assert message in refuse(*foreign)
     # Nor where all that comes before was done with another.
-    done = distill(folder, "runs/jobs/half/model", "runs/verb3", teacher="runs/jobs/big/model")
+    done = brewjax(here, *distill("runs/jobs/half/model", "runs/verb3", teacher="runs/jobs/big/model"))
     assert done.returncode == 0, done.stderr
-    shutil.rmtree(folder / "runs/verb3/distill")
-    refused = distill(folder, "runs/jobs/half/model", "runs/verb3", teacher="foreign")
-    assert refused.returncode == 2
-    assert "stages.distill.teacher: the tokenizer of foreign is not this recipe's" in refused.stderr
+    shutil.rmtree(here / "runs/verb3/distill")
+    assert message in refuse(*foreign)
 
 
 def test_a_member_is_ranked_and_a_prompt_answered(folder):
-    ranked = brewjax(
-        folder,
-        "score",
-        "runs/jobs/turbo/model",
-        "--dataset",
-        "jobs",
-        "--task",
-        "apply.yaml",
-        "--member",
-        "m7",
-        "--top",
-        "3",
-    )
-    assert ranked.returncode == 0, ranked.stderr
+    arguments = ["--dataset", "jobs", "--task", "apply.yaml", "--member", "m7", "--top", "3"]
+    ranked = in_process(folder, "score", "runs/jobs/turbo/model", *arguments)
+    assert ranked.exit_code == 0, ranked.output
     assert "P(Yes)" in ranked.stdout
     prompt = {"preamble": "A nurse.\n", "events": [], "questions": ["Nurse\n", "Cook\n"], "labels": ["Yes", "No"]}
-    answered = brewjax(folder, "score", "runs/jobs/turbo/model", "--prompt", "-", stdin=json.dumps(prompt))
-    assert answered.returncode == 0, answered.stderr
+    answered = in_process(folder, "score", "runs/jobs/turbo/model", "--prompt", "-", stdin=json.dumps(prompt))
+    assert answered.exit_code == 0, answered.output
     assert "Nurse" in answered.stdout
     assert "Cook" in answered.stdout
 
@@ -266,8 +261,8 @@ def test_a_new_task_needs_a_file_and_nothing_else(folder):
         .replace("action: applied}", "seconds: [0]}", 1)
         .replace("match: {seconds: [0]}", "match: {action: applied}")
     )
-    judged = brewjax(folder, "evaluate", "runs/jobs/turbo/model", "jobs", "long_look.yaml")
-    assert judged.returncode == 0, judged.stderr
+    judged = in_process(folder, "evaluate", "runs/jobs/turbo/model", "jobs", "long_look.yaml")
+    assert judged.exit_code == 0, judged.output
     assert "long_look" in judged.stdout
 
 
@@ -288,8 +283,6 @@ def test_a_new_task_needs_a_file_and_nothing_else(folder):
         (["prompt", "jobs", "apply.yaml", "--member", "nobody"], "no member 'nobody'; ids look like 'm0', 'm1'"),
     ],
 )
-def test_what_a_user_can_mend_is_said_without_a_traceback(folder, arguments, message):
-    refused = brewjax(folder, *arguments, stdin="{")
-    assert refused.returncode == 2
-    assert message in refused.stderr
-    assert "Traceback" not in refused.stderr
+def test_what_a_user_can_mend_is_said_without_a_traceback(here, refuse, monkeypatch, arguments, message):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"{")))
+    assert message in refuse(*arguments)

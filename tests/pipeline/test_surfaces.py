@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import signal
@@ -29,7 +30,7 @@ from brewjax.pipeline.stages import prepare, run_recipe, shares
 from brewjax.pipeline.workers import write_here, write_on_all_cores, write_on_this_host
 from brewjax.retrieve.encoder import Encoder
 from tests.pipeline.test_preparation import contents
-from tests.pipeline.test_run import MODEL, brewjax, start
+from tests.pipeline.test_run import MODEL, brewjax, in_process, start
 
 TASKS = {"jobs": "applies", "people": "connects", "posts": "clicks_post"}
 RECIPE = """\
@@ -96,21 +97,20 @@ def test_a_models_folder_knows_both_surfaces(folder, trained):
     assert bundle.surface_of(Dataset.load(folder / "network" / "posts")) is None
 
 
-def test_verbs_find_the_surface_or_are_told(folder, trained):
+def test_verbs_find_the_surface_or_are_told(workdir, trained, refuse):
     model = "runs/network/turbo/model"
     for surface in TASKS:  # posts were never trained on
-        judged = brewjax(folder, "evaluate", model, f"network/{surface}", f"{surface}.yaml", "--max-examples", "2")
-        assert judged.returncode == 0, judged.stderr
+        arguments = ("evaluate", model, f"network/{surface}", f"{surface}.yaml", "--max-examples", "2")
+        judged = in_process(workdir, *arguments)
+        assert judged.exit_code == 0, judged.output
         assert ("percentiles are fitted to this one" in judged.stderr) == (surface == "posts")
-    refused = brewjax(folder, "evaluate", model, "network/jobs", "jobs.yaml", "--surface", "films")
-    assert refused.returncode == 2
-    assert "no surface 'films'; there are: jobs, people" in refused.stderr
-    refused = brewjax(folder, "evaluate", model, "network/jobs", "jobs.yaml", "--surface", "people")
-    assert "network/jobs: surface 'people' of the model has no percentiles of" in refused.stderr
-    ranked = brewjax(
-        folder, "score", model, "--dataset", "network/people", "--task", "people.yaml", "--member", "7", "--items", "5"
-    )
-    assert ranked.returncode == 0, ranked.stderr
+    refused = refuse("evaluate", model, "network/jobs", "jobs.yaml", "--surface", "films")
+    assert "no surface 'films'; there are: jobs, people" in refused
+    refused = refuse("evaluate", model, "network/jobs", "jobs.yaml", "--surface", "people")
+    assert "network/jobs: surface 'people' of the model has no percentiles of" in refused
+    arguments = ("--dataset", "network/people", "--task", "people.yaml", "--member", "7", "--items", "5")
+    ranked = in_process(workdir, "score", model, *arguments)
+    assert ranked.exit_code == 0, ranked.output
 
 
 @pytest.mark.long
@@ -159,13 +159,21 @@ def workdir(folder, monkeypatch) -> Path:
     return folder
 
 
-def test_records_of_a_surface_do_not_depend_on_the_others(workdir):
-    both = prepared(workdir, "both")
-    tokenizer = {"path": "both/prepare/tokenizer"}
+@pytest.fixture(scope="module")
+def both(folder) -> Run:
+    """The recipe's run, prepared."""
+    with contextlib.chdir(folder):
+        return prepared(folder, "both")
+
+
+TOKENIZER = {"path": "both/prepare/tokenizer"}  # what has one need not train one
+
+
+def test_records_of_a_surface_do_not_depend_on_the_others(workdir, both):
     surfaces = yaml.safe_load(RECIPE)["surfaces"]
-    alone = prepared(workdir, "alone", surfaces={"jobs": surfaces["jobs"]}, tokenizer=tokenizer)
+    alone = prepared(workdir, "alone", surfaces={"jobs": surfaces["jobs"]}, tokenizer=TOKENIZER)
     short = prepared(
-        workdir, "short", surfaces={}, **{k: surfaces["jobs"][k] for k in ("dataset", "tasks")}, tokenizer=tokenizer
+        workdir, "short", surfaces={}, **{k: surfaces["jobs"][k] for k in ("dataset", "tasks")}, tokenizer=TOKENIZER
     )
     config = both.recipe.stages["big"].data
     written = {}
@@ -191,8 +199,8 @@ def test_shares_are_as_weights_and_temperature_say(workdir):
     assert actual == pytest.approx(expected)
 
 
-def test_prose_is_of_every_surface_by_weight(workdir):
-    run = prepared(workdir, "prose", stages={"text": {"do": "pretrain"}})
+def test_prose_is_of_every_surface_by_weight(workdir, both):
+    run = prepared(workdir, "prose", stages={"text": {"do": "pretrain"}}, tokenizer=TOKENIZER)
     write_data(run, PretrainConfig(), 640, write_on_this_host, workdir / "prose" / "data")
     tokens = {name: read_counts(workdir / "prose" / "data" / name / "domain")["tokens"] for name in ("jobs", "people")}
     actual = shares(run, PretrainConfig(), workdir / "prose" / "data")
@@ -201,13 +209,12 @@ def test_prose_is_of_every_surface_by_weight(workdir):
     assert sum(actual.values()) == pytest.approx(1)
 
 
-def test_the_tokenizer_has_read_every_surface(workdir):
-    run = prepared(workdir, "words")
+def test_the_tokenizer_has_read_every_surface(workdir, both):
     jobs = prepared(workdir, "words-of-jobs", surfaces={"jobs": yaml.safe_load(RECIPE)["surfaces"]["jobs"]})
-    acts = run.tasks["people/acts"]
+    acts = both.tasks["people/acts"]
     (example,) = acts.sample("train", 1)
     text = acts.surface.verbalizer.prompt(acts.task, example, "sectioned").render()
-    assert len(run.tokenizer.encode([text])[0]) < 0.95 * len(jobs.tokenizer.encode([text])[0])
+    assert len(both.tokenizer.encode([text])[0]) < 0.95 * len(jobs.tokenizer.encode([text])[0])
 
 
 @pytest.mark.parametrize(
