@@ -108,7 +108,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def here(folder, monkeypatch) -> Path:
+def workdir(folder, monkeypatch) -> Path:
     """The folder, as the current one."""
     monkeypatch.chdir(folder)
     return folder
@@ -216,30 +216,30 @@ def test_killed_in_the_middle_of_every_stage_it_ends_as_if_nothing_had_happened(
         assert tables[0].equals(tables[1])
 
 
-def test_a_stage_is_a_verb_too(here, refuse):
+def test_a_stage_is_a_verb_too(workdir, refuse):
     smaller = in_process(
-        here, "prune", "runs/jobs/big/model", "runs/verb", "--dataset", "jobs", "--task", "apply.yaml",
+        workdir, "prune", "runs/jobs/big/model", "runs/verb", "--dataset", "jobs", "--task", "apply.yaml",
         "--set", "layers=1", "--set", "examples=20",
     )  # fmt: skip
     assert smaller.exit_code == 0, smaller.output
-    assert ModelConfig.load(here / "runs/verb/prune/model/model.yaml").layers == 1
-    quantised = in_process(here, "quantize", "runs/verb/prune/model", "runs/verb/turbo")
+    assert ModelConfig.load(workdir / "runs/verb/prune/model/model.yaml").layers == 1
+    quantised = in_process(workdir, "quantize", "runs/verb/prune/model", "runs/verb/turbo")
     assert quantised.exit_code == 0, quantised.output
     refused = refuse(*distill("runs/verb/prune/model", "runs/verb2", teacher="big"))
     assert "stages.distill.teacher: no stage 'big' before it, and no model there" in refused
 
 
 @pytest.mark.long
-def test_a_teacher_with_another_tokenizer_is_refused(here, refuse):
-    shutil.copytree(here / "runs/jobs/big/model", here / "foreign")
-    Tokenizer.byte_level().save(here / "foreign" / "tokenizer")
+def test_a_teacher_with_another_tokenizer_is_refused(workdir, refuse):
+    shutil.copytree(workdir / "runs/jobs/big/model", workdir / "foreign")
+    Tokenizer.byte_level().save(workdir / "foreign" / "tokenizer")
     foreign = distill("runs/jobs/half/model", "runs/verb3", teacher="foreign")
     message = "stages.distill.teacher: the tokenizer of foreign is not this recipe's"
     assert message in refuse(*foreign)
     # Nor where all that comes before was done with another.
-    done = brewjax(here, *distill("runs/jobs/half/model", "runs/verb3", teacher="runs/jobs/big/model"))
+    done = brewjax(workdir, *distill("runs/jobs/half/model", "runs/verb3", teacher="runs/jobs/big/model"))
     assert done.returncode == 0, done.stderr
-    shutil.rmtree(here / "runs/verb3/distill")
+    shutil.rmtree(workdir / "runs/verb3/distill")
     assert message in refuse(*foreign)
 
 
@@ -283,6 +283,6 @@ def test_a_new_task_needs_a_file_and_nothing_else(folder):
         (["prompt", "jobs", "apply.yaml", "--member", "nobody"], "no member 'nobody'; ids look like 'm0', 'm1'"),
     ],
 )
-def test_what_a_user_can_mend_is_said_without_a_traceback(here, refuse, monkeypatch, arguments, message):
+def test_what_a_user_can_mend_is_said_without_a_traceback(workdir, refuse, monkeypatch, arguments, message):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"{")))
     assert message in refuse(*arguments)
