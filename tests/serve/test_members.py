@@ -37,13 +37,14 @@ def test_an_item_has_the_number_of_its_id_in_a_request_too(tasks, tmp_path):
     with_ids = attributes + "    - {column: item_id, kind: id, display_name: Job}\n"
     dataset = Dataset.load(write_dataset(tmp_path, card=lambda text: text.replace(attributes, with_ids)))
     bundle = make_bundle(dataset, tasks)
+    bundle = dataclasses.replace(bundle, prompts=bundle.prompts.model_copy(update={"score_style": "ids"}))
     surface = bundle.surface()
     example = example_at(dataset, tasks[0], 7)
     known = [str(dataset.item_id(row)) for row in example.candidates[::2]]
     scale = surface.scale.model_copy(update={"vocabularies": {"items.item_id": known}})
     bundle = dataclasses.replace(bundle, surfaces={surface.name: dataclasses.replace(surface, scale=scale)})
     prompt = render_member(bundle, tasks[0], request_from_example(dataset, tasks[0], example))
-    assert prompt == bundle.verbalizer(dataset, tasks[0], surface=surface.name).prompt(tasks[0], example, "compact")
+    assert prompt == bundle.verbalizer(dataset, tasks[0], surface=surface.name).prompt(tasks[0], example, "ids")
     assert [question.text.split("|")[1] for question in prompt.questions[:4]] == ["job#1", "job#0", "job#2", "job#0"]
 
 

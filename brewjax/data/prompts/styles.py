@@ -90,16 +90,15 @@ COMPACT = Style(
     bucket="{name}#{bucket}",
     percentile="{name}#{bucket}",
     short=True,
-    ids=True,
 )
 STYLES = {
     "sectioned": SECTIONED,
     "chat": CHAT,
     "turns": dataclasses.replace(CHAT, preamble="{profile}\n", turns=True),
     "compact": COMPACT,
-    "numbers": dataclasses.replace(COMPACT, history=False, buckets_only=True, ids=False),
-    "ids": dataclasses.replace(COMPACT, event="|{facts}", buckets_only=True),
-    "kinds": dataclasses.replace(COMPACT, history=False, buckets_only=True, ids=False, by_kind=True),
+    "numbers": dataclasses.replace(COMPACT, history=False, buckets_only=True),
+    "ids": dataclasses.replace(COMPACT, event="|{facts}", buckets_only=True, ids=True),
+    "kinds": dataclasses.replace(COMPACT, history=False, buckets_only=True, by_kind=True),
     "key-value": Style(
         preamble="task={instruction}\nmember: {profile}\n",
         fact="{name}={value}",

@@ -33,7 +33,7 @@ class Attribute(Config):
     """The column of the table."""
     kind: Literal["text", "category", "list", "number", "date", "id"]
     """How values are read and rendered: a text, a category, a list of texts, a number, a date, or an id, which is a
-    token of its own, "film#12", in the styles `ids` and `compact`, and nothing in others."""
+    token of its own, "film#12", in the style `ids`, and nothing in others."""
     display_name: str = ""
     """The attribute's name in prompts; by default the column's name, capitalised, with spaces for underscores."""
     percentile: bool = False
