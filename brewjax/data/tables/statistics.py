@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol
@@ -408,11 +407,14 @@ class Percentiles:
         vocabularies = {}
         for table, attribute in _attributes(dataset):
             if attribute.kind == "id":
-                column: pa.ChunkedArray = getattr(dataset, table)[attribute.column]
-                counted = Counter(column.take(pa.array(rows_by_table[table])).drop_null().to_pylist())
-                frequent = sorted((-count, str(id_)) for id_, count in counted.items() if count >= MIN_ID_EVENTS)
-                size = attribute.vocabulary or VOCABULARY
-                vocabularies[f"{table}.{attribute.column}"] = [id_ for _, id_ in frequent[:size]]
+                ids = getattr(dataset, table)[attribute.column].cast(pa.string()).combine_chunks().dictionary_encode()
+                known = np.flatnonzero(ids.is_valid())
+                events_of_rows = np.bincount(rows_by_table[table], minlength=len(ids))[known]
+                counts = np.bincount(ids.indices.drop_null().to_numpy(), events_of_rows, len(ids.dictionary))
+                frequent = np.flatnonzero(counts >= MIN_ID_EVENTS)
+                names = ids.dictionary.to_numpy(zero_copy_only=False)[frequent].astype(str)
+                order = np.lexsort((names, -counts[frequent]))[: attribute.vocabulary or VOCABULARY]
+                vocabularies[f"{table}.{attribute.column}"] = names[order].tolist()
         return vocabularies
 
     @cached_property

@@ -73,4 +73,4 @@ def store_percentiles(dataset: Dataset, task: Task) -> Percentiles:
 
 def _path(dataset: Dataset, task: Task) -> Path:
     key = hash_json([hash_dataset(dataset.path), task.split.model_dump(mode="json")])
-    return user_cache() / "percentiles" / f"{key}.json"
+    return user_cache() / "scales" / f"{key}.json"
