@@ -17,7 +17,7 @@ from brewjax.evaluate.results import METRICS, Estimate
 from brewjax.paths import write_text
 from brewjax.suite.board import BOARD_METRICS, HEADLINE, Board, Row, most_different
 from brewjax.suite.gate import domains_down, history
-from brewjax.suite.predictors import FLOOR
+from brewjax.suite.predictors import FLOOR, POPULARITY
 from brewjax.suite.slices import COLD, MONTHS, NEW
 
 UNDEFINED = "\N{EN DASH}"
@@ -124,7 +124,8 @@ def _counts(board: Board, rows: Sequence[Row]) -> dict[str, Any]:
     for tier in dict.fromkeys(task.tier for task in board.tasks):
         counts = [board.counts(row, tier) for row in rows]
         title = f"{tier} {board.suite.tiers[tier].title}"
-        for index, column in ((1, "above popularity"), (2, "above chance")):
+        columns = ((1, "above popularity"), (2, "above chance")) if board.row(POPULARITY) else ((2, "above chance"),)
+        for index, column in columns:
             cells.append([title, column, *(f"{each[index]} of {each[0]}" if each[0] else UNDEFINED for each in counts)])
     return {"title": "number of tasks", "columns": ["tier", "", *(row.name for row in rows)], "rows": cells}
 
