@@ -23,7 +23,7 @@ from brewjax.data.prompts.verbalize import Verbalizer
 from brewjax.data.tables.card import CARD
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.excerpt import load_excerpt
-from brewjax.data.tables.statistics import Percentiles
+from brewjax.data.tables.scales import Scales
 from brewjax.data.tasks.examples import example_at, sample_examples
 from brewjax.data.tasks.excerpts import read_candidates
 from brewjax.data.tasks.task import Task
@@ -118,7 +118,7 @@ def load(dataset: Dataset) -> None:
 
 def fit_scales(dataset: Dataset) -> None:
     """Fits the scales of attributes and facts on the training period."""
-    Percentiles.fit(dataset, SHOWN.boundaries(dataset)[0])
+    Scales.fit(dataset, SHOWN.boundaries(dataset)[0])
 
 
 def sample_shown(dataset: Dataset) -> None:
@@ -133,7 +133,7 @@ def sample_negatives(dataset: Dataset) -> None:
 
 def render(dataset: Dataset) -> None:
     """Renders 1,000 prompts with facts."""
-    scales = Percentiles.fit(dataset, SHOWN.boundaries(dataset)[0])
+    scales = Scales.fit(dataset, SHOWN.boundaries(dataset)[0])
     verbalizer = Verbalizer(dataset, scales, Tokenizer.byte_level(), 2000)
     for example in sample_examples(dataset, SHOWN, "test", 1000):
         verbalizer.prompt(SHOWN, example, "compact")

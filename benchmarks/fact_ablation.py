@@ -14,7 +14,7 @@ import numpy as np
 
 from brewjax.data.tables.card import Card
 from brewjax.data.tables.dataset import Dataset
-from brewjax.data.tables.statistics import Percentiles
+from brewjax.data.tables.scales import Scales
 from brewjax.data.tasks.examples import RankingExample, sample_examples
 from brewjax.data.tasks.task import Task, load_tasks
 from brewjax.evaluate.baselines import LightGBM
@@ -58,8 +58,8 @@ def main() -> None:
 
 
 def predict_by_regression(dataset: Dataset, task: Task, train: Examples, _: Examples, test: Examples) -> np.ndarray:
-    percentiles = Percentiles.fit(dataset, task.boundaries(dataset)[0])
-    return FactRegression.fit(dataset, task, train, percentiles).predict(dataset, task, test)
+    scales = Scales.fit(dataset, task.boundaries(dataset)[0])
+    return FactRegression.fit(dataset, task, train, scales).predict(dataset, task, test)
 
 
 def predict_by_trees(dataset: Dataset, task: Task, train: Examples, validation: Examples, test: Examples) -> np.ndarray:

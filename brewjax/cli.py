@@ -206,7 +206,7 @@ def prompt(
     from brewjax.data.tables.dataset import Dataset
     from brewjax.data.tables.excerpt import load_excerpt
     from brewjax.data.tasks.examples import build_examples, example_at
-    from brewjax.data.tasks.excerpts import read_candidates, training_percentiles
+    from brewjax.data.tasks.excerpts import read_candidates, training_scales
     from brewjax.data.tasks.task import load_tasks
     from brewjax.data.text.tokenizer import Tokenizer
 
@@ -230,7 +230,7 @@ def prompt(
         assert row is not None  # there is no split, so there is a member
         printed = [example_at(tables, checked, row, _microseconds(at)).select(slice(questions or 3))]
         tables, printed = read_candidates(tables, checked, printed)
-    verbalizer = Verbalizer(tables, training_percentiles(tables, checked), Tokenizer.byte_level(), max_tokens)
+    verbalizer = Verbalizer(tables, training_scales(tables, checked), Tokenizer.byte_level(), max_tokens)
     for example in printed:
         if split:
             moment = datetime.datetime.fromtimestamp(example.cutoff_time / MICROSECONDS, datetime.UTC)

@@ -73,7 +73,7 @@ def check(
 ) -> None:
     """Check a dataset folder: every problem is listed, with file, column and row."""
     from brewjax.data.tables.dataset import Dataset
-    from brewjax.data.tasks.excerpts import store_percentiles
+    from brewjax.data.tasks.excerpts import store_scales
     from brewjax.data.tasks.task import load_tasks
     from brewjax.evaluate.task_check import summarize_splits, suspicions
 
@@ -98,7 +98,7 @@ def check(
         console.print(table)
         for line in suspicions(dataset, task, summaries):
             console.print(f"suspicious: {line}")
-        store_percentiles(dataset, task)
+        store_scales(dataset, task)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

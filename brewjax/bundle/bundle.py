@@ -20,7 +20,8 @@ from brewjax.data.prompts.styles import STYLES, PromptConfig
 from brewjax.data.prompts.verbalize import Verbalizer
 from brewjax.data.tables.card import CARD
 from brewjax.data.tables.dataset import Dataset, hash_dataset
-from brewjax.data.tables.statistics import FactSource, Percentiles
+from brewjax.data.tables.scales import Scales
+from brewjax.data.tables.statistics import FactSource
 from brewjax.data.tasks.task import Task
 from brewjax.data.text.encode import EncodedPrompt, encode
 from brewjax.data.text.prompt import Prompt
@@ -78,7 +79,7 @@ class Bundle:
       params: its parameters.
       tokenizer: encodes prompts.
       prompts: styles, token budget and layout of prompts in training.
-      surfaces: what it was trained on, by name: the card, percentiles and tasks of each; none of an imported model.
+      surfaces: what it was trained on, by name: the card, scales and tasks of each; none of an imported model.
       training: what it was trained on; None where nobody wrote it down.
       mesh: the devices that hold the parameters.
     """
@@ -151,7 +152,7 @@ class Bundle:
         Args:
           model: the shape of the decoder.
           params: its parameters, on `mesh`.
-          folder: a model folder, from which tokenizer, prompts, percentiles, card and tasks are read.
+          folder: a model folder, from which tokenizer, prompts, scales, card and tasks are read.
           mesh: the devices that the parameters are on.
 
         Returns:
@@ -214,17 +215,17 @@ class Bundle:
         return [surface for surface in self.surfaces.values() if surface.card.name == dataset.card.name]
 
     def verbalizer(
-        self, dataset: Dataset, task: Task, surface: str = "", scale_of: Dataset | None = None
+        self, dataset: Dataset, task: Task, surface: str = "", scales_of: Dataset | None = None
     ) -> Verbalizer:
         """Makes a verbalizer that renders examples of a dataset as in training.
 
         Args:
           dataset: the tables.
           task: whose label words the tokenizer must have as single tokens.
-          surface: the name of the one whose percentiles are used, whatever the dataset; by default they are those of
+          surface: the name of the one whose scales are used, whatever the dataset; by default they are those of
             the dataset in training, and on a dataset that was not trained on they are fitted to it, before `task`'s
             validation split.
-          scale_of: the tables that percentiles are chosen for or fitted to, silently; by default `dataset`, and a line
+          scales_of: the tables that scales are chosen for or fitted to, silently; by default `dataset`, and a line
             says where they are not those of training. Of tables that events were taken out of, what is left would have
             others.
 
@@ -236,38 +237,39 @@ class Bundle:
         """
         task.check_words(self.tokenizer)
         if not surface:
-            return self._verbalizer_of_tables(dataset, task, scale_of)
+            return self._verbalizer_of_tables(dataset, task, scales_of)
         known = self.surface(surface)
-        if missing := Percentiles.keys(dataset) - known.scale.percentiles.fitted_keys:
-            message = f"{dataset.path}: surface '{surface}' of the model has no percentiles of {min(missing)}"
+        if missing := Scales.keys_of(dataset) - known.scales.fitted_keys:
+            message = f"{dataset.path}: surface '{surface}' of the model has no scales of {min(missing)}"
             raise ConfigError(f"{message}, which the dataset's card has; leave the surface out, or name another")
         return self.request_verbalizer(known, dataset)
 
-    def _verbalizer_of_tables(self, dataset: Dataset, task: Task, scale_of: Dataset | None) -> Verbalizer:
-        """With the percentiles of the surface whose training had the very tables of `scale_of`, or those that they were
-        until its training ended; with percentiles of its own for a dataset that was not trained on. Of an excerpt of
+    def _verbalizer_of_tables(self, dataset: Dataset, task: Task, scales_of: Dataset | None) -> Verbalizer:
+        """With the scales of the surface whose training had the very tables of `scales_of`, or those that they were
+        until its training ended; with scales of its own for a dataset that was not trained on. Of an excerpt of
         tables that are not training's to the byte, the tables are read whole."""
-        tables = scale_of or dataset
+        tables = scales_of or dataset
         likely = self._surfaces_of_card(tables) or self.surfaces.values()
         if tables.summary:
             digest = hash_dataset(tables.path)
             for surface in likely:
-                if surface.scale.tables == digest:
+                if surface.scales.tables == digest:
                     return self.request_verbalizer(surface, dataset)
         whole = tables if tables.summary is None else Dataset.load(tables.path)
         for surface in likely:
-            if surface.scale.fits(whole):
+            if surface.scales.fits(whole):
                 return self.request_verbalizer(surface, dataset)
-        percentiles = Percentiles.fit(whole, task.boundaries(whole)[0])
+        fitted = Scales.fit(whole, task.boundaries(whole)[0])
         # A token of an id means nothing in tables that the model was not trained on.
-        percentiles = Percentiles(percentiles.quantiles, {key: [] for key in percentiles.vocabularies})
-        if self.surfaces and percentiles.fitted_keys and scale_of is None:
-            line = f"{whole.path}: not the dataset that the model was trained on; percentiles are fitted to this one"
+        unknown: dict[str, list[str]] = {key: [] for key in fitted.vocabularies}
+        scales = Scales(until=fitted.until, quantiles=fitted.quantiles, vocabularies=unknown)
+        if self.surfaces and scales.fitted_keys and scales_of is None:
+            line = f"{whole.path}: not the dataset that the model was trained on; scales are fitted to this one"
             print_line(line, stderr=True)
-        return self._verbalizer(dataset, percentiles)
+        return self._verbalizer(dataset, scales)
 
     def request_verbalizer(self, surface: Surface, dataset: Dataset, facts: FactSource | None = None) -> Verbalizer:
-        """Makes a verbalizer for a request, with the percentiles of training and the surface's temperatures.
+        """Makes a verbalizer for a request, with the scales of training and the surface's temperatures.
 
         Args:
           surface: one of the model's.
@@ -277,17 +279,17 @@ class Bundle:
         Returns:
           The verbalizer.
         """
-        return self._verbalizer(dataset, surface.scale.percentiles, facts, surface.temperatures)
+        return self._verbalizer(dataset, surface.scales, facts, surface.temperatures)
 
     def _verbalizer(
         self,
         dataset: Dataset,
-        percentiles: Percentiles,
+        scales: Scales,
         facts: FactSource | None = None,
         temperatures: Mapping[str, float] | None = None,
     ) -> Verbalizer:
         prompts, budget = self.prompts, self.prompts.max_tokens
-        return Verbalizer(dataset, percentiles, self.tokenizer, budget, prompts.chat, facts, temperatures, self._kinds)
+        return Verbalizer(dataset, scales, self.tokenizer, budget, prompts.chat, facts, temperatures, self._kinds)
 
     @cached_property
     def _kinds(self) -> set[str] | None:

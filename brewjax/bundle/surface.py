@@ -7,62 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import pydantic
 
 from brewjax.config import Config, suggest
 from brewjax.data.tables.card import CARD, Card
 from brewjax.data.tables.dataset import Dataset
-from brewjax.data.tables.statistics import Percentiles
+from brewjax.data.tables.scales import Scales
 from brewjax.data.tables.union import load_card
 from brewjax.data.tasks.task import Task
 
 # Of a model's folder, and of each surface's.
-SURFACES, PERCENTILES, TASKS, TEMPERATURES = "surfaces", "percentiles.yaml", "tasks", "temperatures.yaml"
-
-
-class PercentileScale(Config):
-    """`Percentiles` of the dataset that a model was trained on, and the time before which they were fitted."""
-
-    until: int
-    """Microseconds since 1970; the percentiles were fitted to values from before this time."""
-    tables: str = ""
-    """SHA-256 of the dataset's tables; empty where they were not read from a folder."""
-    quantiles: dict[str, list[float]]
-    """Quantiles of each attribute that is shown as a percentile, in ascending order, by the attribute's name."""
-    vocabularies: dict[str, list[str]] = {}
-    """The ids that have numbers of their own, those with the most events first, by the attribute's name."""
-
-    @classmethod
-    def fit(cls, dataset: Dataset, until: int, tables: str = "") -> PercentileScale:
-        """Fits the scales of a dataset, see `Percentiles.fit`.
-
-        Args:
-          dataset: whose numbers are in buckets.
-          until: microseconds since 1970; only events before it count.
-          tables: SHA-256 of the dataset's tables, if they are of a folder.
-
-        Returns:
-          The scales.
-        """
-        fitted = Percentiles.fit(dataset, until)
-        return cls(until=until, tables=tables, quantiles=fitted.quantiles, vocabularies=fitted.vocabularies)
-
-    @property
-    def percentiles(self) -> Percentiles:
-        """The scales themselves."""
-        return Percentiles(self.quantiles, self.vocabularies)
-
-    def fits(self, dataset: Dataset) -> bool:
-        """Whether `dataset` has the same attributes and, before `until`, the same values; its name does not matter."""
-        if Percentiles.keys(dataset) != self.percentiles.fitted_keys:
-            return False
-        refitted = Percentiles.fit(dataset, self.until)
-        return refitted.vocabularies == self.vocabularies and all(
-            len(refitted.quantiles[name]) == len(scale)
-            and np.allclose(refitted.quantiles[name], scale, rtol=1e-9, atol=0)
-            for name, scale in self.quantiles.items()
-        )
+SURFACES, SCALES, TASKS, TEMPERATURES = "surfaces", "scales.yaml", "tasks", "temperatures.yaml"
 
 
 class Temperatures(Config):
@@ -79,20 +34,20 @@ class Surface:
     Attributes:
       name: among the surfaces of the model.
       card: the card of the dataset.
-      scale: percentiles of the dataset in training.
+      scales: of its numbers and ids in training.
       tasks: what the model was trained to answer about it.
       temperatures: what the logits of each task's labels are divided by, by its name; 1 where it is missing.
     """
 
     name: str
     card: Card
-    scale: PercentileScale
+    scales: Scales
     tasks: tuple[Task, ...]
     temperatures: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def fit(cls, name: str, dataset: Dataset, tasks: Sequence[Task]) -> Surface:
-        """The surface of a dataset, with percentiles as of the end of the training period of the first task.
+        """The surface of a dataset, with scales as of the end of the training period of the first task.
 
         Args:
           name: among the surfaces of the model.
@@ -105,7 +60,7 @@ class Surface:
         Raises:
           ConfigError: the first task's split does not fit the dataset.
         """
-        return cls(name, dataset.card, PercentileScale.fit(dataset, tasks[0].boundaries(dataset)[0]), tuple(tasks))
+        return cls(name, dataset.card, Scales.fit(dataset, tasks[0].boundaries(dataset)[0]), tuple(tasks))
 
     def task(self, name: str) -> Task:
         """Looks up a task.
@@ -128,7 +83,7 @@ class Surface:
         """Writes what `load` reads into `folder`, which is made if need be."""
         (folder / TASKS).mkdir(parents=True, exist_ok=True)
         self.card.save(folder / CARD)
-        self.scale.save(folder / PERCENTILES)
+        self.scales.save(folder / SCALES)
         for task in self.tasks:
             task.save(folder / TASKS / f"{task.name}.yaml")
         if self.temperatures:
@@ -150,5 +105,5 @@ class Surface:
         tasks = tuple(Task.load(path) for path in sorted((folder / TASKS).glob("*.yaml")))
         file = folder / TEMPERATURES
         temperatures = Temperatures.load(file).tasks if file.exists() else {}
-        scale = PercentileScale.load(folder / PERCENTILES)
-        return cls(folder.name, load_card(folder), scale, tasks, temperatures)
+        scales = Scales.load(folder / SCALES)
+        return cls(folder.name, load_card(folder), scales, tasks, temperatures)

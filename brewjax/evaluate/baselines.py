@@ -18,7 +18,7 @@ from brewjax.console import plain_console
 from brewjax.data.simulate.truth import oracle
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.point_in_time import PointInTimeIndex
-from brewjax.data.tables.statistics import Percentiles
+from brewjax.data.tables.scales import Scales
 from brewjax.data.tasks.examples import RankingExample, build_examples
 from brewjax.data.tasks.questions import find_questions, match_labels
 from brewjax.data.tasks.task import Task
@@ -66,12 +66,12 @@ def predict_baselines(
       ValueError: the training or the validation period has no question.
     """
     train, validation = (list(build_examples(dataset, task, split)) for split in ("train", "validation"))
-    percentiles = Percentiles.fit(dataset, task.boundaries(dataset)[0])
+    scales = Scales.fit(dataset, task.boundaries(dataset)[0])
     trees = LightGBM.fit(dataset, task, train, validation, settings)
     plain_console().print(f"{task.name}: LightGBM chose {trees.settings}, {trees.rounds} rounds")
     predicted = (
         popularity(dataset, task, train, examples),
-        FactRegression.fit(dataset, task, train, percentiles).predict(dataset, task, examples),
+        FactRegression.fit(dataset, task, train, scales).predict(dataset, task, examples),
         trees.predict(dataset, task, examples),
     )
     tables = {name: from_examples(examples, values) for name, values in zip(BASELINES, predicted, strict=True)}

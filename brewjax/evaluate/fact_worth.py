@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from brewjax.data.tables.dataset import Dataset
-from brewjax.data.tables.statistics import Percentiles
+from brewjax.data.tables.scales import Scales
 from brewjax.data.tasks.examples import RankingExample, sample_examples
 from brewjax.data.tasks.task import Task
 from brewjax.evaluate.features import CandidateRows
@@ -54,7 +54,7 @@ def measure_facts(dataset: Dataset, task: Task, test: Sequence[RankingExample], 
     numbers = stated_numbers(dataset, task, test) if train and test else {}
     if not numbers:
         return []
-    regression = FactRegression.fit(dataset, task, train, Percentiles.fit(dataset, task.boundaries(dataset)[0]))
+    regression = FactRegression.fit(dataset, task, train, Scales.fit(dataset, task.boundaries(dataset)[0]))
     labels = CandidateRows.from_examples(test).label
     weights, best = np.ones(len(labels)), int(np.argmax(task.values))
     lists = from_examples(test, np.full((len(labels), len(task.words)), 1 / len(task.words)))["list"].to_numpy()

@@ -88,7 +88,7 @@ def encode_examples(
     task: Task,
     examples: Sequence[RankingExample],
     surface: str = "",
-    scale_of: Dataset | None = None,
+    scales_of: Dataset | None = None,
 ) -> tuple[list[RankingExample], list[EncodedPrompt]]:
     """Renders and tokenizes examples as the model reads them, in its style and budget.
 
@@ -98,7 +98,7 @@ def encode_examples(
       task: what is asked of them.
       examples: with candidates.
       surface: see `TaskExamples`.
-      scale_of: see `Bundle.verbalizer`.
+      scales_of: see `Bundle.verbalizer`.
 
     Returns:
       The examples that remain, without questions that the task skips as overlong, and their prompts.
@@ -106,7 +106,7 @@ def encode_examples(
     Raises:
       ConfigError: every question was skipped.
     """
-    style, verbalizer = bundle.prompts.score_style, bundle.verbalizer(dataset, task, surface, scale_of)
+    style, verbalizer = bundle.prompts.score_style, bundle.verbalizer(dataset, task, surface, scales_of)
     fitting = [*verbalizer.all_fitting(task, track(examples, f"{task.name}: render"), style)]
     prompts = [bundle.encode(verbalizer.prompt(task, example, style)) for example in fitting]
     verbalizer.print_overlong()

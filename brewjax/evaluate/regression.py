@@ -11,7 +11,8 @@ import scipy.sparse
 from scipy.special import log_softmax, softmax
 
 from brewjax.data.tables.dataset import Dataset
-from brewjax.data.tables.statistics import FactValues, Percentiles, floats
+from brewjax.data.tables.scales import Scales
+from brewjax.data.tables.statistics import FactValues, floats
 from brewjax.data.tasks.examples import RankingExample
 from brewjax.data.tasks.task import Task
 from brewjax.evaluate.features import CandidateRows
@@ -34,16 +35,14 @@ class FactRegression:
     weights: np.ndarray
 
     @classmethod
-    def fit(
-        cls, dataset: Dataset, task: Task, train: Sequence[RankingExample], percentiles: Percentiles
-    ) -> FactRegression:
+    def fit(cls, dataset: Dataset, task: Task, train: Sequence[RankingExample], scales: Scales) -> FactRegression:
         """Fits the regression.
 
         Args:
           dataset: the tables.
           task: whose labels are predicted.
           train: examples of the training period.
-          percentiles: the scales of the dataset's numbers in buckets.
+          scales: the scales of the dataset's numbers in buckets.
 
         Returns:
           The regression.
@@ -54,7 +53,7 @@ class FactRegression:
         if not train:
             raise ValueError(f"task {task.name}: no question in the train split, the regression cannot be trained")
         labels = CandidateRows.from_examples(train).label
-        return cls.fit_numbers(stated_numbers(dataset, task, train), labels, len(task.words), percentiles.quantiles)
+        return cls.fit_numbers(stated_numbers(dataset, task, train), labels, len(task.words), scales.quantiles)
 
     @classmethod
     def fit_numbers(

@@ -309,7 +309,7 @@ class Explorer:
         raise ValueError(f"no task '{task}'; {suggest(str(task), self.tasks, listing='tasks')}, or give a task's file")
 
     def _verbalizer(self, task: Task) -> Verbalizer:
-        """Kept by the task's name: percentiles and statistics of large tables take seconds."""
+        """Kept by the task's name: scales and statistics of large tables take seconds."""
         if task.name not in self._verbalizers:
             self._verbalizers[task.name] = self.bundle.verbalizer(self.tables(), task, self._surface)
         return self._verbalizers[task.name]

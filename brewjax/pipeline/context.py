@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from brewjax.bundle.bundle import TOKENIZER, Bundle
-from brewjax.bundle.surface import PERCENTILES, SURFACES, PercentileScale, Surface
+from brewjax.bundle.surface import SCALES, SURFACES, Surface
 from brewjax.bundle.training import TrainedOn, Training
 from brewjax.config import ConfigError
 from brewjax.data.prompts.overlong import OverlongLog
 from brewjax.data.prompts.verbalize import Verbalizer
 from brewjax.data.tables.dataset import Dataset, dataset_names, hash_dataset
+from brewjax.data.tables.scales import Scales
 from brewjax.data.tables.union import load_card
 from brewjax.data.tasks.examples import RankingExample, sample_examples
 from brewjax.data.tasks.task import Split, Task, load_tasks
@@ -79,24 +80,24 @@ class RunSurface:
         return self.tasks[0].task.boundaries(self.dataset)[0]
 
     @property
-    def scale_file(self) -> Path:
-        """Where the step `prepare` leaves the percentiles."""
-        return self.run.folder / "prepare" / SURFACES / self.name / PERCENTILES
+    def scales_file(self) -> Path:
+        """Where the step `prepare` leaves the scales."""
+        return self.run.folder / "prepare" / SURFACES / self.name / SCALES
 
     @cached_property
-    def scale(self) -> PercentileScale:
-        return PercentileScale.load(self.scale_file)
+    def scales(self) -> Scales:
+        return Scales.load(self.scales_file)
 
     @cached_property
     def verbalizer(self) -> Verbalizer:
-        prompts, percentiles = self.run.recipe.prompts, self.scale.percentiles
-        verbalizer = Verbalizer(self.dataset, percentiles, self.run.tokenizer, prompts.max_tokens, prompts.chat)
+        prompts = self.run.recipe.prompts
+        verbalizer = Verbalizer(self.dataset, self.scales, self.run.tokenizer, prompts.max_tokens, prompts.chat)
         verbalizer.overlong = self.run.overlong.within(self.prefixed(""))
         return verbalizer
 
     def trained(self) -> Surface:
         """What a model knows of it."""
-        return Surface(self.name, self.dataset.card, self.scale, tuple(each.task for each in self.tasks))
+        return Surface(self.name, self.dataset.card, self.scales, tuple(each.task for each in self.tasks))
 
 
 class RunTask(NamedTuple):

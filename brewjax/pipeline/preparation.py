@@ -64,7 +64,7 @@ class Preparation:
 
     Attributes:
       recipe: the run's.
-      run_folder: the run's, where tokenizer and percentiles are.
+      run_folder: the run's, where tokenizer and scales are.
       config: the stage's data.
       seq_len: tokens of a record at most.
       folder: where the folders of shards go.

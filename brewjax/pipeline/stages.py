@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from brewjax import distributed
 from brewjax.bundle.bundle import TOKENIZER, Bundle
-from brewjax.bundle.surface import SURFACES, PercentileScale
+from brewjax.bundle.surface import SURFACES
 from brewjax.compress.prune import LayerReport, prune
 from brewjax.compress.quantize import quantize
 from brewjax.console import plain_console
@@ -25,6 +25,7 @@ from brewjax.data.records.contrastive import ContrastiveConfig, ItemTable
 from brewjax.data.records.mixture import MixConfig
 from brewjax.data.records.preferences import AlignConfig
 from brewjax.data.records.pretrain import PretrainConfig, domain_texts
+from brewjax.data.tables.scales import Scales
 from brewjax.data.tasks.examples import sample_examples
 from brewjax.data.tasks.task import Task
 from brewjax.data.text.tokenizer import Tokenizer
@@ -73,12 +74,12 @@ TOKENIZER_EXAMPLES = 400  # prompts of each task that a tokenizer is trained on
 
 
 def prepare(run: Run, folder: Path) -> None:
-    """Writes the tokenizer of all surfaces, and the percentiles of each."""
+    """Writes the tokenizer of all surfaces, and the scales of each."""
     if run.base:
         Tokenizer.load(run.base / TOKENIZER).save(folder / TOKENIZER)
     for surface in run.surfaces.values():
-        surface.scale_file.parent.mkdir(parents=True, exist_ok=True)
-        PercentileScale.fit(surface.dataset, surface.until, surface.tables).save(surface.scale_file)
+        surface.scales_file.parent.mkdir(parents=True, exist_ok=True)
+        Scales.fit(surface.dataset, surface.until, surface.tables).save(surface.scales_file)
     config = run.recipe.tokenizer
     if config and config.path:
         Tokenizer.load(config.path).save(folder / TOKENIZER)
@@ -98,8 +99,7 @@ def _train_tokenizer(run: Run, vocab_size: int) -> Tokenizer:
     rng = np.random.default_rng(0)
     texts: list[str] = []
     for surface in run.surfaces.values():
-        percentiles = surface.scale.percentiles
-        verbalizer = Verbalizer(surface.dataset, percentiles, Tokenizer.byte_level(), max_tokens=1_000_000)
+        verbalizer = Verbalizer(surface.dataset, surface.scales, Tokenizer.byte_level(), max_tokens=1_000_000)
         first = len(texts)
         for _, task in surface.tasks:
             for example in sample_examples(surface.dataset, task, "train", TOKENIZER_EXAMPLES):
@@ -320,7 +320,7 @@ def run_recipe(recipe: Recipe, folder: Path, allow_code_mismatch: bool = False, 
 
 
 def prepare_recipe(recipe: Recipe, folder: Path, write_units: WriteUnits = write_on_this_host) -> None:
-    """Writes the tokenizer, the percentiles and all training data of a recipe, which `run_recipe` then finds.
+    """Writes the tokenizer, the scales and all training data of a recipe, which `run_recipe` then finds.
 
     Args:
       recipe: whose data is written.

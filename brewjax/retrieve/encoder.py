@@ -113,7 +113,7 @@ class Encoder:
         return self.config.choose({task.name: task for task in self.surface.tasks})
 
     def sides(self, dataset: Dataset, facts: FactSource | None = None) -> Sides:
-        """Makes a writer of the texts of members and items as in training, with the percentiles of training.
+        """Makes a writer of the texts of members and items as in training, with the scales of training.
 
         Args:
           dataset: the tables.

@@ -15,7 +15,7 @@ from brewjax.bundle.bundle import Bundle, check_folder
 from brewjax.bundle.training import Training
 from brewjax.data.simulate.truth import action_column, oracle
 from brewjax.data.tables.dataset import Dataset
-from brewjax.data.tables.statistics import Percentiles
+from brewjax.data.tables.scales import Scales
 from brewjax.data.tasks.examples import RankingExample, sample_examples
 from brewjax.data.tasks.task import Task
 from brewjax.evaluate.baselines import ORACLE, LightGBM, own_past, popularity
@@ -115,7 +115,7 @@ class Model:
         bundle = self.bundle
         assert self._scorer is not None  # by `bundle`
         start_time = time.perf_counter()
-        fitting, prompts = encode_examples(bundle, visible, task, examples, scale_of=dataset)
+        fitting, prompts = encode_examples(bundle, visible, task, examples, scales_of=dataset)
         skipped = sum(map(_size, examples)) - sum(map(_size, fitting))
         if skipped:
             message = f"{skipped} questions are too long for {self.name} and were skipped: a suite asks all or none"
@@ -196,7 +196,7 @@ def _learn_own_past(
 def _learn_regression(
     dataset: Dataset, task: Task, train: Sequence[RankingExample], validation: Sequence[RankingExample]
 ) -> Callable[..., np.ndarray]:
-    return FactRegression.fit(dataset, task, train, Percentiles.fit(dataset, task.boundaries(dataset)[0])).predict
+    return FactRegression.fit(dataset, task, train, Scales.fit(dataset, task.boundaries(dataset)[0])).predict
 
 
 def _learn_trees(

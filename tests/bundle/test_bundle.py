@@ -41,9 +41,9 @@ def bundle(jobs, tokenizer) -> Bundle:  # noqa: F811
     return Bundle(model, params(model), tokenizer, PromptConfig(max_tokens=300), surfaces)
 
 
-def salaries(bundle: Bundle, dataset: Dataset, scale_of: Dataset | None = None) -> list[str]:
+def salaries(bundle: Bundle, dataset: Dataset, scales_of: Dataset | None = None) -> list[str]:
     """What is said of the salary of each job."""
-    facts = bundle.verbalizer(dataset, TASK, scale_of=scale_of).facts(
+    facts = bundle.verbalizer(dataset, TASK, scales_of=scales_of).facts(
         "items", np.arange(len(dataset.items)), 0, SECTIONED
     )
     return [fact for of_item in facts for fact in of_item if fact.startswith("Salary")]
@@ -80,12 +80,12 @@ def test_other_data_of_the_same_name_have_percentiles_of_their_own(bundle, tmp_p
     dataset = Dataset.load(write_dataset(tmp_path / "jobs", card=card, items=items))
     surface = Surface.fit("jobs", dataset, [TASK])
     bundle_of_dataset = dataclasses.replace(bundle, surfaces={"jobs": surface})
-    assert not bundle.surface().scale.fits(dataset)
-    assert surface.scale.fits(dataset)
+    assert not bundle.surface().scales.fits(dataset)
+    assert surface.scales.fits(dataset)
     assert salaries(bundle, dataset) == salaries(bundle_of_dataset, dataset)
-    line = f"{dataset.path}: not the dataset that the model was trained on; percentiles are fitted to this one\n"
+    line = f"{dataset.path}: not the dataset that the model was trained on; scales are fitted to this one\n"
     assert capsys.readouterr().err == line
-    salaries(bundle, dataset, scale_of=dataset)
+    salaries(bundle, dataset, scales_of=dataset)
     assert capsys.readouterr().err == "", "nobody asked for the scale of training"
 
 
@@ -107,9 +107,9 @@ def test_ids_of_tables_that_were_not_trained_on_are_unknown(bundle, tmp_path):
     assert numbers[1] == {"job#0"}
 
 
-def test_tables_without_some_of_their_events_are_read_on_the_scale_of_all(bundle, jobs, capsys):  # noqa: F811
+def test_tables_without_some_of_their_events_are_read_on_the_scales_of_all(bundle, jobs, capsys):  # noqa: F811
     cut = dataclasses.replace(jobs, events=jobs.events.slice(0, 20))
-    assert salaries(bundle, cut, scale_of=jobs) == salaries(bundle, jobs)
+    assert salaries(bundle, cut, scales_of=jobs) == salaries(bundle, jobs)
     assert capsys.readouterr().err == ""
     assert salaries(bundle, cut) != salaries(bundle, jobs)
 
@@ -195,7 +195,7 @@ def test_what_surface_is_meant_must_be_clear(two, jobs, tmp_path):  # noqa: F811
             card=lambda text: text.replace("experience, kind: number", "experience, kind: number, percentile: true"),
         )
     )
-    with pytest.raises(ConfigError, match=r"surface 'posts' of the model has no percentiles of members.experience"):
+    with pytest.raises(ConfigError, match=r"surface 'posts' of the model has no scales of members.experience"):
         two.verbalizer(numbers, TASK, "posts")
     with pytest.raises(ConfigError, match="this model was imported"):
         dataclasses.replace(two, surfaces={}).surface()

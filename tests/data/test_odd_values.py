@@ -16,7 +16,7 @@ from brewjax.config import ConfigError
 from brewjax.data.prompts.verbalize import Verbalizer
 from brewjax.data.tables.card import CARD
 from brewjax.data.tables.dataset import Dataset
-from brewjax.data.tables.statistics import Percentiles
+from brewjax.data.tables.scales import Scales
 from brewjax.data.tables.validate import DatasetError
 from brewjax.data.tasks.examples import build_examples, example_at
 from brewjax.data.tasks.task import load_tasks
@@ -71,8 +71,8 @@ def use(folder: Path, task: Path) -> None:
     dataset = Dataset.load(folder)
     (checked,) = load_tasks([task], dataset)
     assert all(len(example.candidates) for example in build_examples(dataset, checked, "train"))
-    percentiles = Percentiles.fit(dataset, checked.boundaries(dataset)[0])
-    verbalizer = Verbalizer(dataset, percentiles, BYTES, 20_000)
+    scales = Scales.fit(dataset, checked.boundaries(dataset)[0])
+    verbalizer = Verbalizer(dataset, scales, BYTES, 20_000)
     verbalizer.prompt(checked, example_at(dataset, checked, 7).select(slice(2)), "sectioned")
 
 

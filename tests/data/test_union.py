@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import strategies as st
 
-from brewjax.bundle.surface import PercentileScale, Surface
+from brewjax.bundle.surface import Surface
 from brewjax.config import ConfigError
 from brewjax.data.prompts.styles import STYLES
 from brewjax.data.prompts.verbalize import Verbalizer
@@ -22,7 +22,8 @@ from brewjax.data.tables.card import CARD, Card
 from brewjax.data.tables.dataset import Dataset, dataset_names, hash_dataset, write_tables
 from brewjax.data.tables.excerpt import load_excerpt
 from brewjax.data.tables.facts import Fact, FactGroup
-from brewjax.data.tables.statistics import FactValues, Percentiles
+from brewjax.data.tables.scales import Scales
+from brewjax.data.tables.statistics import FactValues
 from brewjax.data.tables.union import UnionCard, UnitedCard
 from brewjax.data.tables.union_tables import unite_tables
 from brewjax.data.tasks.examples import RankingExample, build_examples, example_at, unanswered
@@ -231,8 +232,8 @@ def test_a_union_of_one_dataset_is_the_dataset(make, jobs, asks):
             assert all(np.array_equal(getattr(first, name), getattr(second, name)) for name in vars(first))
             assert by_ids(network.jobs, first, "jobs.") == by_ids(network.of_one, second)
     until = moment(5)
-    quantiles = Percentiles.fit(network.jobs, until).quantiles
-    renamed = {plain_name(key): scale for key, scale in Percentiles.fit(network.of_one, until).quantiles.items()}
+    quantiles = Scales.fit(network.jobs, until).quantiles
+    renamed = {plain_name(key): scale for key, scale in Scales.fit(network.of_one, until).quantiles.items()}
     assert renamed == quantiles
 
 
@@ -298,9 +299,9 @@ def test_facts_of_each_dataset_are_what_they_are_alone(make, jobs, posts, day):
                 np.testing.assert_allclose(values, expected, rtol=1e-9, atol=1e-12)
             else:
                 np.testing.assert_array_equal(values, expected, err_msg=united.name)
-    fitted = Percentiles.fit(network.union, moment(day)).quantiles
+    fitted = Scales.fit(network.union, moment(day)).quantiles
     for name, alone in (("jobs", network.jobs), ("posts", network.posts)):
-        for key, scale in Percentiles.fit(alone, moment(day)).quantiles.items():
+        for key, scale in Scales.fit(alone, moment(day)).quantiles.items():
             table, _, column = key.partition(".")
             if table != "members" or column not in ("experience",):
                 assert fitted[f"{table}.{name}.{column}"] == scale
@@ -311,7 +312,7 @@ def own_facts(dataset: Dataset, origin: str) -> list[tuple[FactGroup, Fact]]:
 
 
 def plain_name(key: str) -> str:
-    """A key of percentiles, without the dataset's name."""
+    """A key of scales, without the dataset's name."""
     table, _, column = key.partition(".")
     return f"{table}.{column.removeprefix('jobs.')}"
 
@@ -334,12 +335,12 @@ def test_no_prompt_tells_of_what_happens_later(make, jobs, posts, day, member):
     full = make(jobs, posts)
     before = make(*([event for event in listed if event.day < day] for listed in (jobs, posts)))
     task = make_task("jobs.", history="jobs.viewed, jobs.applied, posts.viewed, posts.liked")
-    percentiles, tokenizer = Percentiles.fit(full.union, moment(5)), Tokenizer.byte_level()
+    scales, tokenizer = Scales.fit(full.union, moment(5)), Tokenizer.byte_level()
     texts = []
     for network in (full, before):
         # Similarities are of periods whose bounds are shares of all events; what they are fitted on is before them.
         facts = Without(network.union, "jobs.along", "jobs.near")
-        verbalizer = Verbalizer(network.union, percentiles, tokenizer, 10_000, facts=facts)
+        verbalizer = Verbalizer(network.union, scales, tokenizer, 10_000, facts=facts)
         candidates = np.flatnonzero(network.union.items_of("jobs.viewed")).astype(np.int32)
         example = unanswered(network.union, task, member, moment(day), candidates)
         texts.append([verbalizer.prompt(task, example, style) for style in STYLES])
@@ -360,7 +361,7 @@ def test_an_item_is_described_as_in_its_own_dataset(make):
         prompts = []
         for dataset, task in ((network.jobs, alone), (network.union, united)):
             facts = Without(dataset, "company liked")
-            verbalizer = Verbalizer(dataset, Percentiles.fit(dataset, moment(5)), tokenizer, 10_000, facts=facts)
+            verbalizer = Verbalizer(dataset, Scales.fit(dataset, moment(5)), tokenizer, 10_000, facts=facts)
             example = next(build_examples(dataset, task, "train")).select(slice(0, 3))
             example = unanswered(dataset, task, example.member, moment(8), example.candidates)
             prompts.append(verbalizer.prompt(task, example, style))
@@ -373,7 +374,7 @@ def test_an_item_is_described_as_in_its_own_dataset(make):
 def test_a_prompt_reads_as_one_history(make):
     network, tokenizer = make(*LOGS), Tokenizer.byte_level()
     task = make_task("jobs.", history="jobs.viewed, jobs.applied, posts.liked")
-    verbalizer = Verbalizer(network.union, Percentiles.fit(network.union, moment(5)), tokenizer, 10_000)
+    verbalizer = Verbalizer(network.union, Scales.fit(network.union, moment(5)), tokenizer, 10_000)
     example = unanswered(network.union, task, 0, moment(9), np.array([3], np.int32))
     chat = verbalizer.prompt(task, example, "key-value").events
     assert [text.partition("Title")[0] for text in chat] == [
@@ -412,13 +413,13 @@ def test_a_fact_of_the_union_counts_in_all_datasets(make):
 def test_a_request_is_read_as_the_tables_are(make):
     network = make(*LOGS)
     task = make_task("jobs.", history="jobs.viewed, jobs.applied, posts.liked")
-    percentiles, tokenizer = Percentiles.fit(network.union, moment(5)), Tokenizer.byte_level()
+    scales, tokenizer = Scales.fit(network.union, moment(5)), Tokenizer.byte_level()
     example = unanswered(network.union, task, 0, moment(9), np.array([3, 4], np.int32))
     request = request_from_example(network.union, task, example)
     tables = read_member(network.union.card, task, request)
     for style in STYLES:
-        expected = Verbalizer(network.union, percentiles, tokenizer, 10_000).prompt(task, example, style)
-        read = Verbalizer(tables.dataset, percentiles, tokenizer, 10_000, facts=tables.facts)
+        expected = Verbalizer(network.union, scales, tokenizer, 10_000).prompt(task, example, style)
+        read = Verbalizer(tables.dataset, scales, tokenizer, 10_000, facts=tables.facts)
         assert read.prompt(task, tables.example, style) == expected
     request.items[0].attributes["posts.length"].number = 3
     with pytest.raises(
@@ -446,12 +447,12 @@ def test_a_union_on_disk(folder, tmp_path):
     excerpt = load_excerpt(folder / "union", ["m0"])
     assert excerpt.events.equals(union.events)  # a union is read whole
 
-    scale = PercentileScale.fit(union, moment(100))
-    Surface("network", union.card, scale, (make_task("jobs."),)).save(tmp_path / "network")
+    scales = Scales.fit(union, moment(100))
+    Surface("network", union.card, scales, (make_task("jobs."),)).save(tmp_path / "network")
     loaded = Surface.load(tmp_path / "network")
     assert loaded.card == union.card
     assert loaded.card.origins == union.card.origins
-    assert scale.fits(dataclasses.replace(union, card=loaded.card))
+    assert scales.fits(dataclasses.replace(union, card=loaded.card))
 
     names = dataset_names(folder / "union")
     assert [name for name, _ in names] == ["network", "jobs", "posts"]

@@ -8,7 +8,7 @@ import pytest
 
 from brewjax.data.prompts.verbalize import Verbalizer
 from brewjax.data.tables.dataset import Dataset
-from brewjax.data.tables.statistics import Percentiles
+from brewjax.data.tables.scales import Scales
 from brewjax.data.tasks.examples import build_examples
 from brewjax.evaluate.fact_worth import measure_facts
 from brewjax.evaluate.mistakes import find_mistakes
@@ -37,7 +37,7 @@ def comparison(task, examples):
 
 
 def test_the_least_probable_answer_comes_first_and_members_differ(comparison, jobs, task, examples, tokenizer):  # noqa: F811
-    verbalizer = Verbalizer(jobs, Percentiles.fit(jobs, jobs.last_event_time), tokenizer, 1000)
+    verbalizer = Verbalizer(jobs, Scales.fit(jobs, jobs.last_event_time), tokenizer, 1000)
     mistakes = find_mistakes(comparison, ["noise", "knows"], verbalizer, examples, "compact", count=3)
     table = comparison.predictions["model"]
     of_answer = np.stack(table["probabilities"].to_numpy())[np.arange(len(table)), table["label"].to_numpy()]
@@ -55,7 +55,7 @@ def test_the_least_probable_answer_comes_first_and_members_differ(comparison, jo
 
 
 def test_without_baselines_there_is_none(comparison, jobs, examples, tokenizer):  # noqa: F811
-    verbalizer = Verbalizer(jobs, Percentiles.fit(jobs, jobs.last_event_time), tokenizer, 1000)
+    verbalizer = Verbalizer(jobs, Scales.fit(jobs, jobs.last_event_time), tokenizer, 1000)
     (mistake,) = find_mistakes(comparison, [], verbalizer, examples, "compact", count=1)
     assert mistake.baseline == ""
     assert np.isnan(mistake.baseline_probability)

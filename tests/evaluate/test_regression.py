@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from brewjax.data.tables.statistics import Percentiles
+from brewjax.data.tables.scales import Scales
 from brewjax.data.tasks.examples import build_examples
 from brewjax.evaluate.regression import FactRegression
 from tests.data.conftest import Event
@@ -24,8 +24,8 @@ def test_it_finds_what_a_stated_number_says(jobs_with, task):
             events.append(Event(member, item, "applied" if applies else "viewed", day + member / 10))
     dataset = jobs_with(events)
     train, test = (list(build_examples(dataset, task, split)) for split in ("train", "test"))
-    percentiles = Percentiles.fit(dataset, task.boundaries(dataset)[0])
-    predicted = FactRegression.fit(dataset, task, train, percentiles).predict(dataset, task, test)
+    scales = Scales.fit(dataset, task.boundaries(dataset)[0])
+    predicted = FactRegression.fit(dataset, task, train, scales).predict(dataset, task, test)
     np.testing.assert_allclose(predicted.sum(axis=1), 1)
     items = np.concatenate([example.candidates for example in test])
     known = items % 7 != 5
@@ -36,4 +36,4 @@ def test_it_finds_what_a_stated_number_says(jobs_with, task):
 
 def test_without_questions_it_says_so(jobs, task):
     with pytest.raises(ValueError, match="no question in the train split"):
-        FactRegression.fit(jobs, task, [], Percentiles({}))
+        FactRegression.fit(jobs, task, [], Scales(until=0, quantiles={}))

@@ -60,7 +60,7 @@ def test_an_attribute_left_out_is_one_that_the_table_does_not_know(explorer, job
     ignorant = dataclasses.replace(jobs, **{table: put(column, row, None)(getattr(jobs, table))})
     verbalizer = Verbalizer(
         ignorant,
-        explorer.bundle.surface().scale.percentiles,
+        explorer.bundle.surface().scales,
         explorer.bundle.tokenizer,
         explorer.bundle.prompts.max_tokens,
     )
@@ -118,6 +118,6 @@ def test_what_is_shown_has_the_numbers(explorer):
 def tight(explorer) -> Context:
     """A context whose oldest events do not fit."""
     context = explorer.context("m7", items=3)
-    tokenizer, scale = explorer.bundle.tokenizer, explorer.bundle.surface().scale
-    verbalizer = Verbalizer(explorer.dataset, scale.percentiles, tokenizer, 200)
+    tokenizer, scales = explorer.bundle.tokenizer, explorer.bundle.surface().scales
+    verbalizer = Verbalizer(explorer.dataset, scales, tokenizer, 200)
     return dataclasses.replace(context, verbalizer=verbalizer)

@@ -92,7 +92,7 @@ def test_a_models_folder_knows_both_surfaces(folder, trained):
         surface = bundle.surface_of(dataset)
         assert surface is bundle.surface(name)
         assert surface.card == dataset.card
-        assert surface.scale.fits(dataset)
+        assert surface.scales.fits(dataset)
     assert [data.dataset for data in bundle.training.data] == [bundle.surface(n).card.name for n in ("jobs", "people")]
     assert bundle.surface_of(Dataset.load(folder / "network" / "posts")) is None
 
@@ -103,11 +103,11 @@ def test_verbs_find_the_surface_or_are_told(workdir, trained, refuse):
         arguments = ("evaluate", model, f"network/{surface}", f"{surface}.yaml", "--max-examples", "2")
         judged = in_process(workdir, *arguments)
         assert judged.exit_code == 0, judged.output
-        assert ("percentiles are fitted to this one" in judged.stderr) == (surface == "posts")
+        assert ("scales are fitted to this one" in judged.stderr) == (surface == "posts")
     refused = refuse("evaluate", model, "network/jobs", "jobs.yaml", "--surface", "films")
     assert "no surface 'films'; there are: jobs, people" in refused
     refused = refuse("evaluate", model, "network/jobs", "jobs.yaml", "--surface", "people")
-    assert "network/jobs: surface 'people' of the model has no percentiles of" in refused
+    assert "network/jobs: surface 'people' of the model has no scales of" in refused
     arguments = ("--dataset", "network/people", "--task", "people.yaml", "--member", "7", "--items", "5")
     ranked = in_process(workdir, "score", model, *arguments)
     assert ranked.exit_code == 0, ranked.output

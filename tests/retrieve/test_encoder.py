@@ -9,7 +9,7 @@ import pytest
 from brewjax.config import ConfigError
 from brewjax.data.prompts.sides import SideConfig, Sides
 from brewjax.data.prompts.verbalize import Verbalizer
-from brewjax.data.tables.statistics import Percentiles
+from brewjax.data.tables.scales import Scales
 from brewjax.data.tasks.examples import example_at
 from brewjax.model.config import ExpertsConfig
 from brewjax.model.params import bind
@@ -90,8 +90,8 @@ def test_an_encoder_goes_through_a_folder(make_encoder, jobs, tmp_path):
 
 
 def make_sides(jobs, tokenizer, task, **settings) -> Sides:
-    percentiles = Percentiles.fit(jobs, moment(200))
-    return Sides(Verbalizer(jobs, percentiles, tokenizer, PROMPTS.max_tokens), task, PROMPTS, SideConfig(**settings))
+    scales = Scales.fit(jobs, moment(200))
+    return Sides(Verbalizer(jobs, scales, tokenizer, PROMPTS.max_tokens), task, PROMPTS, SideConfig(**settings))
 
 
 def read(tokenizer, tokens: list[int]) -> str:

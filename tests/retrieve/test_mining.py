@@ -12,7 +12,7 @@ from brewjax.data.records.contrastive import ContrastiveConfig, MinedNegatives, 
 from brewjax.data.records.example_table import ExampleTable
 from brewjax.data.records.provenance import training_examples
 from brewjax.data.tables.partition import WHOLE
-from brewjax.data.tables.statistics import Percentiles
+from brewjax.data.tables.scales import Scales
 from brewjax.retrieve.mining import mine_negatives
 from tests.data.conftest import moment
 from tests.retrieve.conftest import PROMPTS
@@ -92,7 +92,7 @@ def test_mining_goes_on_where_it_was_interrupted_to_the_bit(encoder, jobs, split
 
 
 def test_records_have_them_behind_what_was_shown(jobs, tokenizer, split_task, folder):
-    verbalizer = Verbalizer(jobs, Percentiles.fit(jobs, moment(200)), tokenizer, PROMPTS.max_tokens)
+    verbalizer = Verbalizer(jobs, Scales.fit(jobs, moment(200)), tokenizer, PROMPTS.max_tokens)
     look_up = ExampleTable(folder).look_up
     arguments = (verbalizer, split_task, PROMPTS, CONFIG, WHOLE)
     without = [record for record, _ in contrastive_records(*arguments)]

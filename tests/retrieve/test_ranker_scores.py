@@ -13,7 +13,7 @@ from brewjax.data.records.contrastive import ContrastiveConfig, MinedNegatives, 
 from brewjax.data.records.example_table import ExampleTable
 from brewjax.data.records.provenance import training_examples
 from brewjax.data.tables.partition import WHOLE
-from brewjax.data.tables.statistics import Percentiles
+from brewjax.data.tables.scales import Scales
 from brewjax.data.tasks.task import NegativesConfig
 from brewjax.evaluate.ranker_scores import score_records
 from brewjax.evaluate.ranking import rank
@@ -66,7 +66,7 @@ def test_they_are_those_that_the_ranker_gives(ranker, jobs, split_task, folder):
 
 
 def test_records_have_them_in_the_order_of_their_items(jobs, tokenizer, split_task, folder):
-    verbalizer = Verbalizer(jobs, Percentiles.fit(jobs, moment(200)), tokenizer, PROMPTS.max_tokens)
+    verbalizer = Verbalizer(jobs, Scales.fit(jobs, moment(200)), tokenizer, PROMPTS.max_tokens)
     table = ExampleTable(folder)
     scores = {(e.member, e.cutoff_time): table.look_up(e) for e in training_examples(jobs, split_task, CONFIG, WHOLE)}
     records = list(contrastive_records(verbalizer, split_task, PROMPTS, CONFIG, WHOLE, mined, table.look_up))

@@ -16,7 +16,8 @@ from brewjax.config import ConfigError
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.excerpt import load_excerpt, with_items
 from brewjax.data.tables.facts import Fact
-from brewjax.data.tables.statistics import FactValues, Percentiles
+from brewjax.data.tables.scales import Scales
+from brewjax.data.tables.statistics import FactValues
 from brewjax.data.tasks.examples import build_examples
 from brewjax.retrieve.encoder import Encoder
 from brewjax.retrieve.similarity import write_vectors
@@ -99,7 +100,7 @@ def test_an_excerpt_states_the_same(dataset):
 
 
 def test_it_has_buckets_like_any_number(dataset):
-    scale = Percentiles.fit(dataset, dataset.last_event_time).quantiles["pairs.similarity"]
+    scale = Scales.fit(dataset, dataset.last_event_time).quantiles["pairs.similarity"]
     assert len(scale) == 9
     assert np.all(np.diff(scale) >= 0)
 

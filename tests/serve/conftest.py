@@ -60,7 +60,7 @@ def bundle(dataset, tasks) -> Bundle:
 
 def make_bundle(dataset: Dataset, tasks: tuple[Task, ...], seed: int = 0, max_tokens: int = 600) -> Bundle:
     surface = Surface.fit("jobs", dataset, tasks)
-    by_bytes = Verbalizer(dataset, surface.scale.percentiles, Tokenizer.byte_level(), 1_000_000)
+    by_bytes = Verbalizer(dataset, surface.scales, Tokenizer.byte_level(), 1_000_000)
     texts = [by_bytes.prompt(tasks[0], example_at(dataset, tasks[0], row), "compact").render() for row in range(8)]
     tokenizer = Tokenizer.train(texts, ["Yes", "No"], vocab_size=600)
     model = MODEL.model_copy(update={"vocab_size": tokenizer.vocab_size})

@@ -7,6 +7,7 @@ import pytest
 
 from brewjax.data.prompts.styles import STYLES
 from brewjax.data.tables.dataset import Dataset
+from brewjax.data.tables.scales import Scales
 from brewjax.data.tasks.examples import build_examples, example_at
 from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve.encoding import RequestEncoder
@@ -41,8 +42,8 @@ def test_an_item_has_the_number_of_its_id_in_a_request_too(tasks, tmp_path):
     surface = bundle.surface()
     example = example_at(dataset, tasks[0], 7)
     known = [str(dataset.item_id(row)) for row in example.candidates[::2]]
-    scale = surface.scale.model_copy(update={"vocabularies": {"items.item_id": known}})
-    bundle = dataclasses.replace(bundle, surfaces={surface.name: dataclasses.replace(surface, scale=scale)})
+    scales = Scales(until=0, quantiles=surface.scales.quantiles, vocabularies={"items.item_id": known})
+    bundle = dataclasses.replace(bundle, surfaces={surface.name: dataclasses.replace(surface, scales=scales)})
     prompt = render_member(bundle, tasks[0], request_from_example(dataset, tasks[0], example))
     assert prompt == bundle.verbalizer(dataset, tasks[0], surface=surface.name).prompt(tasks[0], example, "ids")
     assert [question.text.split("|")[1] for question in prompt.questions[:4]] == ["job#1", "job#0", "job#2", "job#0"]

@@ -15,7 +15,8 @@ from brewjax.data.prompts.styles import Style, code
 from brewjax.data.tables.card import Attribute, Card
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.facts import Fact, FactGroup
-from brewjax.data.tables.statistics import FactSource, Percentiles, Table
+from brewjax.data.tables.scales import Scales
+from brewjax.data.tables.statistics import FactSource, Table
 
 Where = Literal["history", "question"]
 TENTHS = 10  # of styles that name numbers by kind
@@ -75,7 +76,7 @@ class RowRenderer:
     Args:
       dataset: the tables.
       table: which of them.
-      percentiles: scales fitted on training data.
+      scales: fitted to training data.
       source: where facts come from.
       clean: makes a text of a table safe in a prompt.
       kinds: the kinds of numbers that are stated in styles that name them by kind; by default all.
@@ -85,12 +86,12 @@ class RowRenderer:
         self,
         dataset: Dataset,
         table: Table,
-        percentiles: Percentiles,
+        scales: Scales,
         source: FactSource,
         clean: Callable[[str], str],
         kinds: Collection[str] | None = None,
     ):
-        self._table, self._percentiles, self._source, self._clean = table, percentiles, source, clean
+        self._table, self._scales, self._source, self._clean = table, scales, source, clean
         self._kinds = kinds
         self._has_times = dataset.card.events.time is not None
         groups: dict[Table, tuple[FactGroup, ...]] = {
@@ -218,16 +219,14 @@ class RowRenderer:
             name = kind if style.by_kind else attribute.name if named else code(attribute.name)
             numbers = np.array([np.nan if value is None else value for value in values], np.float64)
             known = np.flatnonzero(~np.isnan(numbers))
-            for row, bucket in zip(
-                known.tolist(), self._percentiles.buckets(key, numbers[known]).tolist(), strict=True
-            ):
+            for row, bucket in zip(known.tolist(), self._scales.buckets(key, numbers[known]).tolist(), strict=True):
                 tenth = -(-bucket * TENTHS // num_buckets)
                 by_row[row].append(template.format(name=name, bucket=tenth if style.by_kind else bucket))
             return
         if attribute.kind == "id":
             for texts, value in zip(by_row, values, strict=True):
                 if value is not None:
-                    number = self._percentiles.number(key, value)
+                    number = self._scales.number(key, value)
                     texts.append(style.bucket.format(name=code(attribute.name), bucket=number))
             return
         for texts, value, time in zip(by_row, values, rows.times.tolist(), strict=True):
@@ -242,7 +241,7 @@ class RowRenderer:
             return ""
         if attribute.kind == "number":
             if attribute.num_buckets:
-                return str(self._percentiles.bucket(key, value))
+                return str(self._scales.bucket(key, value))
             number = format_number(value)
             return f"{number} {attribute.unit}".strip() if not style.short else number
         if attribute.kind == "date":

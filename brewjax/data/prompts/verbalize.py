@@ -15,7 +15,8 @@ from brewjax.data.prompts.overlong import Overlong, OverlongLog, truncate_to_fit
 from brewjax.data.prompts.styles import STYLES, Style
 from brewjax.data.tables.card import Attribute
 from brewjax.data.tables.dataset import Dataset
-from brewjax.data.tables.statistics import FactSource, FactValues, Percentiles, Table
+from brewjax.data.tables.scales import Scales
+from brewjax.data.tables.statistics import FactSource, FactValues, Table
 from brewjax.data.tasks.examples import Choice, RankingExample
 from brewjax.data.tasks.questions import Questions, find_questions
 from brewjax.data.tasks.task import Task
@@ -30,8 +31,8 @@ class Verbalizer:
     """Renders the examples of one dataset as prompts.
 
     Usage:
-      >>> percentiles = Percentiles.fit(dataset, until=task.boundaries(dataset)[0])
-      >>> verbalizer = Verbalizer(dataset, percentiles, tokenizer, max_tokens=1024)
+      >>> scales = Scales.fit(dataset, until=task.boundaries(dataset)[0])
+      >>> verbalizer = Verbalizer(dataset, scales, tokenizer, max_tokens=1024)
       >>> example = next(build_examples(dataset, task, "test"))
       >>> print(verbalizer.prompt(task, example, "sectioned").render())  # doctest: +ELLIPSIS
       ## Instruction
@@ -39,7 +40,7 @@ class Verbalizer:
 
     Args:
       dataset: the tables.
-      percentiles: scales fitted on training data.
+      scales: fitted to training data.
       tokenizer: counts the tokens of the budget, and has the chat template.
       max_tokens: budget for preamble, history and the longest question; the oldest events are left out to fit.
       template: variables of the chat template, for the styles that use it.
@@ -54,7 +55,7 @@ class Verbalizer:
     def __init__(
         self,
         dataset: Dataset,
-        percentiles: Percentiles,
+        scales: Scales,
         tokenizer: Tokenizer,
         max_tokens: int,
         template: ChatTemplate = AS_IT_COMES,
@@ -66,10 +67,10 @@ class Verbalizer:
         self._temperatures = temperatures or {}
         self.overlong = OverlongLog()
         self._known_questions: dict[str, Questions] = {}  # of each task, by name
-        self._percentiles, self._facts = percentiles, facts or FactValues.of(dataset)
+        self._scales, self._facts = scales, facts or FactValues.of(dataset)
         tables: tuple[Table, ...] = ("members", "items", "events")
         clean, self._kinds = tokenizer.clean, kinds
-        self._rows = {table: RowRenderer(dataset, table, percentiles, self._facts, clean, kinds) for table in tables}
+        self._rows = {table: RowRenderer(dataset, table, scales, self._facts, clean, kinds) for table in tables}
 
     def with_members(self, members: pa.Table) -> Verbalizer:
         """Makes the verbalizer of other members, such as an edited profile.
@@ -82,7 +83,7 @@ class Verbalizer:
         """
         dataset = dataclasses.replace(self.dataset, members=members)
         settings = (self._max_tokens, self._template, self._facts, self._temperatures, self._kinds)
-        return Verbalizer(dataset, self._percentiles, self.tokenizer, *settings)
+        return Verbalizer(dataset, self._scales, self.tokenizer, *settings)
 
     @cached_property
     def _chat(self) -> Chat:

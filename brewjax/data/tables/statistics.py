@@ -1,16 +1,14 @@
-"""Numbers that depend on time or on the training data: facts as of a moment, and the scales that numbers are put on."""
+"""`FactValues`: the facts of members, items, pairs and events as of a moment."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from functools import cached_property
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
 
-from brewjax.data.tables.card import Attribute
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.facts import Fact, FactGroup
 from brewjax.data.tables.neighbors import Neighbors
@@ -19,9 +17,6 @@ from brewjax.data.tables.ragged import Ragged
 from brewjax.data.tables.vectors import Similarities
 
 Table = Literal["members", "items", "events"]
-MIN_FIT_EVENTS, MAX_FIT_EVENTS = 10_000, 500_000  # that the scales of facts are fitted on
-VOCABULARY = 10_000  # ids of an attribute that have a number of their own, by default
-MIN_ID_EVENTS = 10  # of training that an id must have; rarer ones teach the model what it makes of the unknown
 
 
 class FactSource(Protocol):
@@ -325,134 +320,3 @@ def floats(column: pa.ChunkedArray) -> np.ndarray:
     after it."""
     values = column.cast(pa.float64()).to_numpy()
     return np.where(np.isfinite(values), values, np.nan)
-
-
-@dataclasses.dataclass(frozen=True)
-class Percentiles:
-    """Scales of numbers in buckets of equal shares of the training data, and the ids that training has seen.
-
-    Attributes:
-      quantiles: by "table.column" or "group.fact", the values that split the training data into equal shares: 99 for
-        percentiles, 9 for ten buckets; empty without data.
-      vocabularies: by "table.column", the ids with numbers of their own, those with the most events first.
-    """
-
-    quantiles: dict[str, list[float]]
-    vocabularies: dict[str, list[str]] = dataclasses.field(default_factory=dict)
-
-    @classmethod
-    def fit(cls, dataset: Dataset, until: int) -> Percentiles:
-        """Fits the scale of every attribute and fact in buckets on the past, and on the members and items that occur in
-        it.
-
-        Counts grow with time, and a model is asked about what comes next: the scales of facts are of the latest quarter
-        of the past events, each as of its own time. A dataset's scales are fitted once.
-
-        Args:
-          dataset: whose card says what is in buckets.
-          until: microseconds since 1970; only events before it count.
-
-        Returns:
-          The scales of all that `keys` names.
-        """
-        fitted = dataset.__dict__.setdefault("_percentiles", {})
-        if until not in fitted:
-            fitted[until] = cls(cls._fit(dataset, until), cls._fit_vocabularies(dataset, until))
-        return fitted[until]
-
-    @staticmethod
-    def keys(dataset: Dataset) -> set[str]:
-        """The keys of the scales and vocabularies that a dataset's prompts need."""
-        attributes = {f"{table}.{a.column}" for table, a in _attributes(dataset) if a.num_buckets or a.kind == "id"}
-        return attributes | {f"{group}.{fact.name}" for group, fact in dataset.card.facts.declared() if fact.buckets}
-
-    @property
-    def fitted_keys(self) -> set[str]:
-        """The keys of the scales and vocabularies that there are."""
-        return {*self.quantiles, *self.vocabularies}
-
-    @staticmethod
-    def _fit(dataset: Dataset, until: int) -> dict[str, list[float]]:
-        events = np.flatnonzero(dataset.event_time < until)
-        rows_by_table = {
-            "members": np.unique(dataset.event_member[events]),
-            "items": np.unique(dataset.event_item[events]),
-            "events": events,
-        }
-        quantiles = {}
-        for table, attribute in _attributes(dataset):
-            if not attribute.num_buckets:
-                continue
-            column: pa.ChunkedArray = getattr(dataset, table)[attribute.column]
-            values = column.take(rows_by_table[table]).cast(pa.float64()).to_numpy()
-            quantiles[f"{table}.{attribute.column}"] = _quantiles(values, attribute.num_buckets or 0)
-        fact_values, origins = FactValues.of(dataset), list(dataset.card.origins)
-        for origin, facts in dataset.card.facts_by_origin.items():
-            of_origin = events[dataset.event_origin[events] == origins.index(origin)] if origin else events
-            sample = _latest(dataset, of_origin)
-            questions = dataset.event_member[sample], dataset.event_item[sample], dataset.event_time[sample]
-            for group, fact in facts.declared():
-                if fact.buckets:
-                    if group == "events":
-                        known = fact_values.event_values(fact, sample)
-                    else:
-                        known = fact_values.values(group, fact, *questions)
-                    quantiles[f"{group}.{fact.name}"] = _quantiles(known, fact.buckets)
-        return quantiles
-
-    @staticmethod
-    def _fit_vocabularies(dataset: Dataset, until: int) -> dict[str, list[str]]:
-        events = np.flatnonzero(dataset.event_time < until)
-        rows_by_table = {"members": dataset.event_member[events], "items": dataset.event_item[events], "events": events}
-        vocabularies = {}
-        for table, attribute in _attributes(dataset):
-            if attribute.kind == "id":
-                ids = getattr(dataset, table)[attribute.column].cast(pa.string()).combine_chunks().dictionary_encode()
-                known = np.flatnonzero(ids.is_valid())
-                events_of_rows = np.bincount(rows_by_table[table], minlength=len(ids))[known]
-                counts = np.bincount(ids.indices.drop_null().to_numpy(), events_of_rows, len(ids.dictionary))
-                frequent = np.flatnonzero(counts >= MIN_ID_EVENTS)
-                names = ids.dictionary.to_numpy(zero_copy_only=False)[frequent].astype(str)
-                order = np.lexsort((names, -counts[frequent]))[: attribute.vocabulary or VOCABULARY]
-                vocabularies[f"{table}.{attribute.column}"] = names[order].tolist()
-        return vocabularies
-
-    @cached_property
-    def _numbers(self) -> dict[str, dict[str, int]]:
-        return {key: {id_: n for n, id_ in enumerate(ids, 1)} for key, ids in self.vocabularies.items()}
-
-    def number(self, key: str, id_: Any) -> int:
-        """The number of an id in the vocabulary of `key`, a "table.column": 0 for one that training has hardly seen.
-        `id_` is a text or a whole number, which counts as its text."""
-        return self._numbers[key].get(str(id_), 0)
-
-    def bucket(self, key: str, value: float) -> int:
-        """The bucket that a value of `key`, a "table.column" or "group.fact", falls in: 1 is the lowest."""
-        return int(self.buckets(key, np.array([value]))[0])
-
-    def buckets(self, key: str, values: np.ndarray) -> np.ndarray:
-        """int64 [values]: the bucket that each of `values` falls in, 1 for the lowest; none may be NaN. `key` is as
-        of `bucket`."""
-        return np.searchsorted(np.array(self.quantiles[key]), values, side="left") + 1
-
-
-def _latest(dataset: Dataset, events: np.ndarray) -> np.ndarray:
-    """The latest quarter of some events, but at least MIN_FIT_EVENTS of them, evenly thinned to MAX_FIT_EVENTS."""
-    times = dataset.event_time[events]
-    count = min(len(events), max(len(events) // 4, MIN_FIT_EVENTS))
-    if count:
-        events = events[times >= np.partition(times, len(times) - count)[len(times) - count]]
-    return events[:: -(-len(events) // MAX_FIT_EVENTS) or 1]
-
-
-def _quantiles(values: np.ndarray, buckets: int) -> list[float]:
-    values = values[np.isfinite(values)]
-    return np.quantile(values, np.arange(1, buckets) / buckets).tolist() if len(values) else []
-
-
-def _attributes(dataset: Dataset) -> Iterator[tuple[Table, Attribute]]:
-    """Yields (table, attribute) for every attribute of the card."""
-    tables: tuple[Table, ...] = ("members", "items", "events")
-    for table in tables:
-        for attribute in getattr(dataset.card, table).attributes:
-            yield table, attribute

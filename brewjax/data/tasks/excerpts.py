@@ -11,7 +11,7 @@ import numpy as np
 
 from brewjax.data.tables.dataset import Dataset, hash_dataset
 from brewjax.data.tables.excerpt import with_items
-from brewjax.data.tables.statistics import Percentiles
+from brewjax.data.tables.scales import Scales
 from brewjax.data.tasks.examples import RankingExample, history_before
 from brewjax.data.tasks.task import Task
 from brewjax.fingerprint import hash_json
@@ -40,21 +40,21 @@ def read_candidates(
     ]
 
 
-def training_percentiles(dataset: Dataset, task: Task) -> Percentiles:
-    """`Percentiles.fit` before the task's validation period, on all events of the tables.
+def training_scales(dataset: Dataset, task: Task) -> Scales:
+    """`Scales.fit` before the task's validation period, on all events of the tables.
 
-    Of an excerpt, they are those that `store_percentiles` stored; if there are none for these tables, they are read
+    Of an excerpt, they are those that `store_scales` stored; if there are none for these tables, they are read
     whole and stored.
     """
     if dataset.summary is None:
-        return Percentiles.fit(dataset, task.boundaries(dataset)[0])
+        return Scales.fit(dataset, task.boundaries(dataset)[0])
     path = _path(dataset, task)
     if path.is_file():
-        return Percentiles(**json.loads(path.read_text()))
-    return store_percentiles(Dataset.load(dataset.path), task)
+        return Scales(**json.loads(path.read_text()))
+    return store_scales(Dataset.load(dataset.path), task)
 
 
-def store_percentiles(dataset: Dataset, task: Task) -> Percentiles:
+def store_scales(dataset: Dataset, task: Task) -> Scales:
     """Fits the scales of tables before a task's validation period, and stores them in the user's cache.
 
     Args:
@@ -62,15 +62,16 @@ def store_percentiles(dataset: Dataset, task: Task) -> Percentiles:
       task: says when validation begins.
 
     Returns:
-      What `training_percentiles` then finds for an excerpt of these tables.
+      What `training_scales` then finds for an excerpt of these tables.
     """
-    percentiles = Percentiles.fit(dataset, task.boundaries(dataset)[0])
+    scales = Scales.fit(dataset, task.boundaries(dataset)[0])
     path = _path(dataset, task)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(dataclasses.asdict(percentiles)))
-    return percentiles
+    write_text(path, scales.model_dump_json())
+    return scales
 
 
 def _path(dataset: Dataset, task: Task) -> Path:
-    key = hash_json([hash_dataset(dataset.path), task.split.model_dump(mode="json")])
+    fields = list(Scales.model_fields)  # other versions of brewjax stored others
+    key = hash_json([hash_dataset(dataset.path), task.split.model_dump(mode="json"), fields])
     return user_cache() / "scales" / f"{key}.json"

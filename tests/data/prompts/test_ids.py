@@ -8,7 +8,7 @@ import pytest
 from brewjax.data.prompts.styles import STYLES
 from brewjax.data.prompts.verbalize import Verbalizer
 from brewjax.data.tables.card import Attribute
-from brewjax.data.tables.statistics import MIN_ID_EVENTS, Percentiles
+from brewjax.data.tables.scales import MIN_ID_EVENTS, Scales
 from tests.data.conftest import Event, moment
 from tests.data.prompts.test_verbalize import PLENTY, TASK, ask
 
@@ -27,18 +27,18 @@ def with_ids(dataset, vocabulary=None):
 
 
 def test_an_id_has_the_number_of_its_place_in_training(jobs_with):
-    scale = Percentiles.fit(with_ids(jobs_with(EVENTS)), SPLIT)
+    scale = Scales.fit(with_ids(jobs_with(EVENTS)), SPLIT)
     assert scale.vocabularies == {"items.item_id": ["103", "107"]}
     assert [scale.number("items.item_id", id_) for id_ in (103, "107", 105, 109, None)] == [1, 2, 0, 0, 0]
 
 
 def test_a_vocabulary_holds_no_more_ids_than_it_may(jobs_with):
-    assert Percentiles.fit(with_ids(jobs_with(EVENTS), 1), SPLIT).vocabularies == {"items.item_id": ["103"]}
+    assert Scales.fit(with_ids(jobs_with(EVENTS), 1), SPLIT).vocabularies == {"items.item_id": ["103"]}
 
 
 def test_history_and_questions_name_items_by_number(jobs_with, tokenizer):
     dataset = with_ids(jobs_with(EVENTS))
-    verbalizer = Verbalizer(dataset, Percentiles.fit(dataset, SPLIT), tokenizer, PLENTY)
+    verbalizer = Verbalizer(dataset, Scales.fit(dataset, SPLIT), tokenizer, PLENTY)
     prompt = verbalizer.prompt(TASK, ask(dataset, 0, 5, (9, 7), (0, 1)), "ids")
     salaries = [verbalizer.facts("items", np.array([item]), SPLIT, STYLES["numbers"])[0][0] for item in (3, 7)]
     assert prompt.events[0] == f"|action#1|job#1|{salaries[0]}"
@@ -50,7 +50,7 @@ def test_history_and_questions_name_items_by_number(jobs_with, tokenizer):
 def test_other_styles_do_not_state_ids(jobs_with, tokenizer, style):
     plain = jobs_with(EVENTS)
     texts = [
-        Verbalizer(dataset, Percentiles.fit(dataset, SPLIT), tokenizer, PLENTY).prompt(
+        Verbalizer(dataset, Scales.fit(dataset, SPLIT), tokenizer, PLENTY).prompt(
             TASK, ask(dataset, 0, 20, (9, 7)), style
         )
         for dataset in (plain, with_ids(plain))

@@ -15,7 +15,7 @@ from brewjax.data.prompts.verbalize import Verbalizer
 from brewjax.data.tables.card import Attribute
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.facts import Fact, Facts
-from brewjax.data.tables.statistics import Percentiles
+from brewjax.data.tables.scales import Scales
 from brewjax.data.tasks.examples import RankingExample, build_examples, history_before
 from brewjax.data.tasks.task import Task
 from brewjax.data.text.encode import encode
@@ -39,8 +39,12 @@ split: {validation: 2025-08-01, test: 2025-10-01}
 """)
 STRICT = TASK.model_copy(update={"questions": TASK.questions.model_copy(update={"overlong": "error"})})
 # Salaries from 30,400 to 69,600 in hundredths; an item that n members applied to is more popular than n hundredths.
-SCALE = Percentiles(
-    {"items.salary": [30_400.0 + 400 * n for n in range(99)], "items.popularity": [1.0 + n for n in range(99)]}
+SCALES = Scales(
+    until=0,
+    quantiles={
+        "items.salary": [30_400.0 + 400 * n for n in range(99)],
+        "items.popularity": [1.0 + n for n in range(99)],
+    },
 )
 # Member 4 is asked on day 60, of items 31 and 20: what happens then and later must not show.
 STORY = [
@@ -83,7 +87,7 @@ def ask(dataset: Dataset, member: int, day: float, items=(31, 20), labels=(0, 1)
 def say(
     dataset: Dataset, tokenizer: Tokenizer, example: RankingExample, style: str, budget=PLENTY, task=TASK
 ) -> Prompt:
-    return Verbalizer(dataset, SCALE, tokenizer, budget).prompt(task, example, style)
+    return Verbalizer(dataset, SCALES, tokenizer, budget).prompt(task, example, style)
 
 
 def with_value(dataset: Dataset, table: str, column: str, row: int, value: object) -> Dataset:
@@ -301,7 +305,7 @@ def with_long_texts(jobs, tokenizer, budget: int, overlong: str) -> tuple[Verbal
     jobs = with_value(jobs, "items", "title", 1, "Nurse of " + "many words " * 500)
     jobs = with_value(jobs, "items", "skills", 2, ["Care"] * 900)
     questions = TASK.questions.model_copy(update={"overlong": overlong})
-    return Verbalizer(jobs, SCALE, tokenizer, budget), TASK.model_copy(update={"questions": questions})
+    return Verbalizer(jobs, SCALES, tokenizer, budget), TASK.model_copy(update={"questions": questions})
 
 
 @each_full_style
@@ -341,7 +345,7 @@ def test_an_overlong_item_is_skipped_or_refused_by_its_name(jobs, tokenizer, sty
 def test_an_overlong_profile_leaves_room_for_questions(jobs, tokenizer, style):
     dataset = with_value(jobs, "members", "position", 7, "chief " * 2_000)
     dataset = with_value(dataset, "items", "title", 1, "nurse " * 2_000)
-    prompt = Verbalizer(dataset, SCALE, tokenizer, 700).prompt(TASK, ask(dataset, 7, 330, items=(0, 1)), style)
+    prompt = Verbalizer(dataset, SCALES, tokenizer, 700).prompt(TASK, ask(dataset, 7, 330, items=(0, 1)), style)
     assert tokens_needed(prompt, tokenizer) <= 700
     assert "chief chief" in prompt.preamble
     assert "nurse nurse" in prompt.questions[1].text
@@ -393,18 +397,18 @@ def test_what_is_not_known_is_left_out(jobs_with, tokenizer, style):
 @hypothesis.settings(max_examples=25, deadline=None)
 def test_nothing_at_or_after_the_cutoff_changes_a_character(jobs_with, tokenizer, style, events, later_events, data):
     """The leak property, over all splits: all that happens from the cutoff on is replaced, and no prompt changes."""
-    boundary = 4  # days, where validation begins and percentiles are fitted
+    boundary = 4  # days, where validation begins and scales are fitted
     split = TASK.split.model_copy(update={"validation": "2025-01-05", "test": "2025-01-09"})
     task = TASK.model_copy(update={"split": split})
     dataset = jobs_with(events)
-    scale = Percentiles.fit(dataset, moment(boundary))
+    scale = Scales.fit(dataset, moment(boundary))
     examples = [e for name in ("train", "validation", "test") for e in build_examples(dataset, task, name)]
     example = data.draw(st.sampled_from(examples))
     day = (example.cutoff_time - moment(0)) / 86_400_000_000
     changed = [event for event in events if event.day < day] + [event for event in later_events if event.day >= day]
     hypothesis.assume(changed)
     changed_jobs = jobs_with(changed)
-    changed_scale = Percentiles.fit(changed_jobs, moment(boundary)) if day >= boundary else scale
+    changed_scale = Scales.fit(changed_jobs, moment(boundary)) if day >= boundary else scale
     history, past = history_before(changed_jobs, task, example.member, example.cutoff_time)
     changed_example = dataclasses.replace(example, history=history, num_past_events=past)
     assert Verbalizer(dataset, scale, tokenizer, PLENTY).prompt(task, example, style) == Verbalizer(
@@ -413,7 +417,7 @@ def test_nothing_at_or_after_the_cutoff_changes_a_character(jobs_with, tokenizer
 
 
 def test_the_compact_style_spends_the_fewest_tokens(jobs, tokenizer):
-    verbalizer = Verbalizer(jobs, SCALE, tokenizer, PLENTY)
+    verbalizer = Verbalizer(jobs, SCALES, tokenizer, PLENTY)
     for split in ("train", "validation", "test"):
         for example in build_examples(jobs, TASK, split):
             lengths = {s: len(encode(verbalizer.prompt(TASK, example, s), tokenizer, "dense")) for s in STYLES}
@@ -439,7 +443,7 @@ def test_a_fact_is_of_the_same_kind_in_any_dataset_whatever_it_is_called(jobs, t
     texts = []
     for prefix in ("views", "clicks"):
         dataset = with_names(prefix)
-        verbalizer = Verbalizer(dataset, Percentiles.fit(dataset, moment(200)), tokenizer, PLENTY)
+        verbalizer = Verbalizer(dataset, Scales.fit(dataset, moment(200)), tokenizer, PLENTY)
         texts.append(verbalizer.prompt(TASK, ask(dataset, 7, 330), "kinds").render())
     assert texts[0] == texts[1]
     names = dict(re.findall(r"(\w+)#(\d+)", texts[0]))
@@ -455,7 +459,7 @@ def test_a_kind_of_number_that_training_never_stated_is_left_out(jobs, tokenizer
     assert kinds == {"item_number", "item_count"}
     facts = Facts(items=(*known.items, Fact(name="applicants", count=("applied",)), Fact(name="days", age="posted")))
     dataset = dataclasses.replace(jobs, card=card.model_copy(update={"facts": facts}))
-    verbalizer = Verbalizer(dataset, Percentiles.fit(dataset, moment(200)), tokenizer, PLENTY, kinds=kinds)
+    verbalizer = Verbalizer(dataset, Scales.fit(dataset, moment(200)), tokenizer, PLENTY, kinds=kinds)
     text = verbalizer.prompt(TASK, ask(dataset, 7, 330), "kinds").render()
     assert {name for name, _ in re.findall(r"(\w+)#(\d+)", text)} == kinds
     assert "Applicants: " in verbalizer.prompt(TASK, ask(dataset, 7, 330), "sectioned").render()

@@ -17,7 +17,7 @@ from brewjax.data.records.preferences import AlignConfig, align_records
 from brewjax.data.records.pretrain import PretrainConfig, domain_texts, pretrain_records
 from brewjax.data.records.sft import SftConfig, sft_records
 from brewjax.data.tables.partition import WHOLE, Partition
-from brewjax.data.tables.statistics import Percentiles
+from brewjax.data.tables.scales import Scales
 from brewjax.data.text.encode import EncodedPrompt, Text
 from tests.data.conftest import Event, moment
 from tests.data.records.test_sft import ALL_STYLES, BOUNDARY, EVENTS, MANY, SAMPLED, TASK, make_verbalizer
@@ -104,8 +104,8 @@ def test_an_overlong_item_stops_no_training_unless_it_is_to(jobs_with, tokenizer
     dataset = dataclasses.replace(dataset, items=put("title", 1, "many words " * 3_000)(dataset.items))
     questions = TASK.questions.model_copy(update={"overlong": overlong})
     task = TASK.model_copy(update={"questions": questions})
-    percentiles = Percentiles.fit(dataset, task.boundaries(dataset)[0])
-    verbalizer, prompts = Verbalizer(dataset, percentiles, tokenizer, 1_000), PromptConfig(max_tokens=1_000)
+    scales = Scales.fit(dataset, task.boundaries(dataset)[0])
+    verbalizer, prompts = Verbalizer(dataset, scales, tokenizer, 1_000), PromptConfig(max_tokens=1_000)
     records = {
         "sft": lambda: sft_records(verbalizer, task, prompts, SftConfig()),
         "align": lambda: align_records(

@@ -9,14 +9,18 @@ import pytest
 from brewjax.data.prompts.verbalize import Verbalizer
 from brewjax.data.records.pretrain import PretrainConfig, domain_texts, general_texts, pretrain_records
 from brewjax.data.tables.dataset import Dataset
-from brewjax.data.tables.statistics import Percentiles
+from brewjax.data.tables.scales import Scales
 from brewjax.data.text.encode import Text, encode_text
 from brewjax.data.text.tokenizer import Tokenizer
 from pallas_kernels.token_labels import ALL
 from tests.data.conftest import Event, moment
 
-SCALE = Percentiles(
-    {"items.salary": [30_400.0 + 400 * n for n in range(99)], "items.popularity": [1.0 + n for n in range(99)]}
+SCALES = Scales(
+    until=0,
+    quantiles={
+        "items.salary": [30_400.0 + 400 * n for n in range(99)],
+        "items.popularity": [1.0 + n for n in range(99)],
+    },
 )
 STORY = [
     Event(4, 21, "viewed", 10, 13.5),
@@ -31,7 +35,7 @@ STORY = [
 
 def texts(dataset: Dataset, tokenizer: Tokenizer, day: float = 60, **config) -> dict[str, str]:
     """What is told as of a day, by what it is about."""
-    verbalizer = Verbalizer(dataset, SCALE, tokenizer, 1000)
+    verbalizer = Verbalizer(dataset, SCALES, tokenizer, 1000)
     records = domain_texts(verbalizer, moment(day), PretrainConfig(**config))
     return {"/".join(map(str, note.values())): text for text, note in records}
 

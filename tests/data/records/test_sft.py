@@ -12,7 +12,7 @@ from brewjax.data.prompts.styles import PromptConfig
 from brewjax.data.prompts.verbalize import CHOICES, Verbalizer
 from brewjax.data.records.sft import SftConfig, draw_choices, sft_records
 from brewjax.data.tables.dataset import Dataset
-from brewjax.data.tables.statistics import Percentiles
+from brewjax.data.tables.scales import Scales
 from brewjax.data.tasks.examples import build_examples, example_at
 from brewjax.data.tasks.task import Task
 from brewjax.data.text.encode import NO_TARGET, EncodedPrompt, encode
@@ -57,11 +57,11 @@ ALL_STYLES = PromptConfig(
 
 
 def make_verbalizer(dataset: Dataset, tokenizer: Tokenizer, task: Task = TASK) -> Verbalizer:
-    return Verbalizer(dataset, Percentiles.fit(dataset, task.boundaries(dataset)[0]), tokenizer, ALL_STYLES.max_tokens)
+    return Verbalizer(dataset, Scales.fit(dataset, task.boundaries(dataset)[0]), tokenizer, ALL_STYLES.max_tokens)
 
 
 REPEATS = TASK.questions.model_copy(update={"repeats": True})
-SCALE = Percentiles({"items.salary": [], "items.popularity": []})
+SCALES = Scales(until=0, quantiles={"items.salary": [], "items.popularity": []})
 
 
 def learnt(record: EncodedPrompt, tokenizer: Tokenizer) -> list[tuple[str, str]]:
@@ -127,7 +127,7 @@ def test_a_turn_does_not_hold_a_fact_that_its_own_event_is_part_of(jobs_with, to
         labels=np.array([0]),
         exposures=np.array([-1]),
     )
-    verbalizer = Verbalizer(dataset, SCALE, tokenizer, ALL_STYLES.max_tokens)
+    verbalizer = Verbalizer(dataset, SCALES, tokenizer, ALL_STYLES.max_tokens)
     for style in ("chat", "turns"):
         prompt = verbalizer.prompt(TASK, example, style)
         assert "Attention" not in prompt.events[0]

@@ -15,7 +15,7 @@ from brewjax.data.simulate.network import SURFACES, simulate_network
 from brewjax.data.simulate.utility import ACTIONS, NOTE_SHARE, NOTES
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.point_in_time import DAY
-from brewjax.data.tables.statistics import Percentiles
+from brewjax.data.tables.scales import Scales
 from brewjax.data.tasks.examples import build_examples, sample_examples
 from brewjax.data.tasks.questions import find_questions
 from brewjax.data.tasks.task import Task, load_tasks
@@ -143,7 +143,7 @@ def test_prompts_are_whole_sentences_of_whole_words(surfaces, path):
     dataset = surfaces[surface_of(path)]
     (task,) = load_tasks([path], dataset)
     tokenizer = Tokenizer.train(["a"], words=["Yes", "No"], vocab_size=300)
-    verbalizer = Verbalizer(dataset, Percentiles.fit(dataset, task.boundaries(dataset)[0]), tokenizer, 30_000)
+    verbalizer = Verbalizer(dataset, Scales.fit(dataset, task.boundaries(dataset)[0]), tokenizer, 30_000)
     for example in sample_examples(dataset, task, "test", 5):
         text = verbalizer.prompt(task, example, "sectioned").render()
         assert "## Member Profile\nCurrent position: " in text

@@ -18,7 +18,7 @@ from brewjax.data.simulate.truth import load_world, oracle
 from brewjax.data.simulate.twins import SAME, twin_examples
 from brewjax.data.simulate.utility import ACTIONS, NOTES
 from brewjax.data.tables.dataset import Dataset
-from brewjax.data.tables.statistics import Percentiles
+from brewjax.data.tables.scales import Scales
 from brewjax.data.tasks.examples import sample_examples
 from brewjax.data.tasks.task import TimeSplit, load_tasks
 from brewjax.data.text.tokenizer import Tokenizer
@@ -122,8 +122,8 @@ def test_no_baseline_beats_the_oracle_and_facts_beat_popularity(surfaces, surfac
     dataset = surfaces[surface]
     task, train, _ = questions(dataset, name, "train", 2_000)
     _, test, yes = questions(dataset, name, "test")
-    percentiles = Percentiles.fit(dataset, task.boundaries(dataset)[0])
-    regression = FactRegression.fit(dataset, task, train, percentiles).predict(dataset, task, test)
+    scales = Scales.fit(dataset, task.boundaries(dataset)[0])
+    regression = FactRegression.fit(dataset, task, train, scales).predict(dataset, task, test)
     scores = [popularity(dataset, task, train, test), regression, oracle(dataset, task, test)]
     losses_in_order = [losses(score[:, 0], yes).mean() for score in scores]
     aucs = [auc_of(score[:, 0], yes) for score in scores]
@@ -190,7 +190,7 @@ def test_twins_are_alike_but_for_one_attribute_and_ordered_by_utility(surfaces):
     (task,) = load_tasks([TASKS / "applies.yaml"], dataset)
     extended, examples, twins = twin_examples(dataset, task, range(40))
     tokenizer = Tokenizer.train(["a"], words=["Yes", "No"], vocab_size=300)
-    verbalizer = Verbalizer(extended, Percentiles.fit(dataset, task.boundaries(dataset)[0]), tokenizer, 60_000)
+    verbalizer = Verbalizer(extended, Scales.fit(dataset, task.boundaries(dataset)[0]), tokenizer, 60_000)
     questions = [verbalizer.prompt(task, example, "sectioned").questions for example in examples]
     differing = {"location": {"Location", "Country"}, "level": {"Seniority", "Salary"}, "field": {"Title", "Field"},
                  "skills": {"Description"}, "pay": {"Salary"}, SAME: set()}  # fmt: skip

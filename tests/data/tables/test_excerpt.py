@@ -14,10 +14,10 @@ from brewjax.data.prompts.verbalize import Verbalizer
 from brewjax.data.tables.card import CARD
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.excerpt import load_excerpt, with_items
-from brewjax.data.tables.statistics import Percentiles
+from brewjax.data.tables.scales import Scales
 from brewjax.data.tasks import excerpts
 from brewjax.data.tasks.examples import example_at
-from brewjax.data.tasks.excerpts import read_candidates, training_percentiles
+from brewjax.data.tasks.excerpts import read_candidates, training_scales
 from brewjax.data.tasks.task import Task
 from brewjax.data.text.tokenizer import Tokenizer
 from tests.data.conftest import moment
@@ -79,8 +79,8 @@ def folder(request, tmp_path) -> Path:
 def prompts(dataset: Dataset, whole: Dataset, task: Task, member: str, time: int | None) -> list[str]:
     example = example_at(dataset, task, dataset.member_row(member), time)
     dataset, [example] = read_candidates(dataset, task, [example])
-    percentiles = Percentiles.fit(whole, task.boundaries(whole)[0])
-    verbalizer = Verbalizer(dataset, percentiles, Tokenizer.byte_level(), 30_000)
+    scales = Scales.fit(whole, task.boundaries(whole)[0])
+    verbalizer = Verbalizer(dataset, scales, Tokenizer.byte_level(), 30_000)
     return [verbalizer.prompt(task, example, style).render() for style in ("sectioned", "compact", "turns")]
 
 
@@ -111,11 +111,11 @@ def test_percentiles_are_stored_for_the_tables_as_they_are(tmp_path, monkeypatch
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = write_dataset(tmp_path / "jobs")
     whole = Dataset.load(folder)
-    expected = Percentiles.fit(whole, TASK.boundaries(whole)[0])
-    assert training_percentiles(load_excerpt(folder, ["m1"]), TASK) == expected
+    expected = Scales.fit(whole, TASK.boundaries(whole)[0])
+    assert training_scales(load_excerpt(folder, ["m1"]), TASK) == expected
     with monkeypatch.context() as patched:
         patched.setattr(excerpts.Dataset, "load", None)  # is not called again
-        assert training_percentiles(load_excerpt(folder, ["m2"]), TASK) == expected
+        assert training_scales(load_excerpt(folder, ["m2"]), TASK) == expected
     doubled = dataclasses.replace(whole, items=whole.items.set_column(5, "salary", pa.array(np.arange(40.0))))
     pq.write_table(doubled.items, folder / "items.parquet")
-    assert training_percentiles(load_excerpt(folder, ["m1"]), TASK) != expected
+    assert training_scales(load_excerpt(folder, ["m1"]), TASK) != expected

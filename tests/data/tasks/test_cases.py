@@ -12,7 +12,7 @@ import pytest
 from brewjax.data.prompts.verbalize import Verbalizer
 from brewjax.data.tables.card import CARD
 from brewjax.data.tables.dataset import Dataset, write_tables
-from brewjax.data.tables.statistics import Percentiles
+from brewjax.data.tables.scales import Scales
 from brewjax.data.tasks.examples import RankingExample, build_examples, example_at
 from brewjax.data.tasks.task import Split, Task
 from brewjax.data.text.tokenizer import Tokenizer
@@ -78,8 +78,8 @@ def load(folder: Path, posted: list[datetime.datetime], events: list[tuple[int, 
 
 
 def rendered(dataset: Dataset, task: Task, examples: list[RankingExample]) -> str:
-    percentiles = Percentiles.fit(dataset, task.boundaries(dataset)[0])
-    verbalizer = Verbalizer(dataset, percentiles, Tokenizer.byte_level(), 50_000)
+    scales = Scales.fit(dataset, task.boundaries(dataset)[0])
+    verbalizer = Verbalizer(dataset, scales, Tokenizer.byte_level(), 50_000)
     return "".join(verbalizer.prompt(task, example, "sectioned").render() for example in examples)
 
 
