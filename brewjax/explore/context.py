@@ -106,7 +106,7 @@ class Context:
             _check_rows(history, self.example.history)
             example = dataclasses.replace(example, history=np.array(history, np.int64))
         if items is not None:
-            rows = find_items(self.dataset, items)
+            rows = find_items(self.dataset, task, items)
             unknown = np.full(len(rows), -1, np.int32)
             exposures = unknown.astype(np.int64)
             example = dataclasses.replace(example, candidates=rows, labels=unknown, exposures=exposures)
@@ -261,24 +261,27 @@ def check_style(name: str) -> str:
     return name
 
 
-def find_items(dataset: Dataset, ids: Sequence[str]) -> np.ndarray:
+def find_items(dataset: Dataset, task: Task, ids: Sequence[str]) -> np.ndarray:
     """Finds items by their ids.
 
     Args:
       dataset: the tables.
+      task: which asks about them; in a union, about those of one dataset.
       ids: written as text; at least one.
 
     Returns:
       int32 [items]: their rows.
 
     Raises:
-      ValueError: an id is unknown, or there is none.
+      ValueError: an id is unknown or of another dataset of the union, or there is none.
     """
-    known = {str(item_id): row for row, item_id in enumerate(dataset.items[dataset.card.items.id].to_pylist())}
+    is_asked, every_id = dataset.items_of(task.questions.actions[0]), dataset.items[dataset.card.items.id].to_pylist()
+    known = {str(item_id): row for row, item_id in enumerate(every_id) if is_asked[row]}
     for item_id in ids:
         if str(item_id) not in known:
             example = ", ".join(f"'{known_id}'" for known_id in [*known][:3])
-            raise ValueError(f"{dataset.path}: no {dataset.card.items.noun} '{item_id}'; ids look like {example}")
+            noun = task.side_of(dataset.card).items.noun
+            raise ValueError(f"{dataset.path}: no {noun} '{item_id}'; ids look like {example}")
     if not len(ids):
         raise ValueError("no candidates; give at least one item")
     return np.array([known[str(item_id)] for item_id in ids], np.int32)

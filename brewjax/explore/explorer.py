@@ -247,7 +247,7 @@ class Explorer:
             examples = [example_at(tables, encoder.task, row, time) for row in rows.tolist()]
             names, vectors = chosen, encoder.embed_members(tables, examples, dimensions)
         else:
-            rows = find_items(tables, chosen)
+            rows = find_items(tables, encoder.task, chosen)
             names = [self.bundle.tokenizer.clean(tables.item_name(row)) for row in rows]
             vectors = encoder.embed_items(tables, rows, time, dimensions)
         return Embeddings(tuple(chosen), tuple(names), vectors, table.take(pa.array(rows)))

@@ -27,7 +27,7 @@ def add_member(dataset: Dataset, events: Sequence[str], moment: int) -> Dataset:
       dataset: the tables.
       events: a line each, the oldest first: an action, an item by its id or name, and attributes of the event, as
         "rated: Alien (1979) | stars=5". Where the tables know one action it may be left out. A part of a name is enough
-        if no other name has it. Blank lines are skipped.
+        if no other name has it; in a union, no other of the action's dataset. Blank lines are skipped.
       moment: microseconds since 1970; the last event is a day before it, each other one a day before the next.
 
     Raises:
@@ -77,7 +77,7 @@ def _parse_line(dataset: Dataset, names: pa.Array, line: str, where: str) -> dic
         (action,) = events.actions
     else:
         raise ValueError(f"{where}: '{line}' begins with no action; {', '.join(f'{name}:' for name in events.actions)}")
-    row = _find_item(dataset, names, event, where)
+    row = _find_item(dataset, names, action, event, where)
     values = {events.item: dataset.items[dataset.card.items.id][row].as_py(), events.action: action}
     kinds = {attribute.column: attribute.kind for attribute in events.attributes}
     for setting in settings:
@@ -94,19 +94,15 @@ def _parse_line(dataset: Dataset, names: pa.Array, line: str, where: str) -> dic
     return values
 
 
-def _find_item(dataset: Dataset, names: pa.Array, item: str, where: str) -> int:
-    """The row of the item with an id, with a name, or with a part of a name that no other has."""
-    noun = dataset.card.items.noun
-    by_id = pc.index(dataset.items[dataset.card.items.id].cast(pa.string()), item).as_py()
-    if by_id >= 0:
-        return by_id
-    for mask in (pc.equal(names, item.lower()), pc.match_substring(names, item.lower())):
-        matches = np.flatnonzero(mask.to_numpy(zero_copy_only=False))
+def _find_item(dataset: Dataset, names: pa.Array, action: str, item: str, where: str) -> int:
+    """The row of the item with an id, with a name, or with a part of a name, that no other item of the action has."""
+    items, is_of_action = dataset.card.side_of(action).items, dataset.items_of(action)
+    ids = dataset.items[dataset.card.items.id].cast(pa.string()).combine_chunks()
+    for mask in (pc.equal(ids, item), pc.equal(names, item.lower()), pc.match_substring(names, item.lower())):
+        matches = np.flatnonzero(mask.to_numpy(zero_copy_only=False) & is_of_action)
         if len(matches) == 1:
             return int(matches[0])
         if len(matches) > 1:
             some = ", ".join(f"{dataset.item_id(row)} {dataset.item_name(row)}" for row in matches[:SHOWN])
-            raise ValueError(
-                f"{where}: {len(matches)} {dataset.card.items.plural} are '{item}': {some} ..; give the id"
-            )
-    raise ValueError(f"{where}: no {noun} has the id or name '{item}'")
+            raise ValueError(f"{where}: {len(matches)} {items.plural} are '{item}': {some} ..; give the id")
+    raise ValueError(f"{where}: no {items.noun} has the id or name '{item}'")

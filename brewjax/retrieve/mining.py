@@ -52,7 +52,10 @@ def mine_negatives(
     if key := encoder.surface.card.differing_part(dataset.card):
         raise mined.error(f"the encoder was trained on tables with other '{key}' in their card", "encoder")
     until = task.boundaries(dataset)[0]
-    vectors = encoder.embed_items(dataset, np.arange(len(dataset.items)), until)
+    of_task = np.flatnonzero(dataset.items_of(task.questions.actions[0]))
+    embedded = encoder.embed_items(dataset, of_task, until)
+    vectors = np.zeros((len(dataset.items), embedded.shape[1]), np.float32)
+    vectors[of_task] = embedded
     with tempfile.TemporaryDirectory() as temporary:
         index = Index.create(Path(temporary) / "items", IndexConfig(dimensions=vectors.shape[1]))
         rows = np.flatnonzero(eligible_items(dataset, task))
@@ -73,7 +76,7 @@ def _mine_negatives_of(
     examples: Sequence[RankingExample],
     until: int,
 ) -> list[np.ndarray]:
-    """The rows of the mined items of each example, the nearest first; `vectors` [I, D] are those of all items."""
+    """The rows of the mined items of each example, the nearest first; `vectors` [I, D] are of the task's items."""
     moments = {(example.member, example.cutoff_time): example for example in examples}  # repeats share them
     members = dict(zip(moments, encoder.embed_members(dataset, [*moments.values()]), strict=True))
     known = {member: _known_items(dataset, member, until) for member, _ in moments}

@@ -172,15 +172,19 @@ def events_table(listed: list[Event], members: list[str], column: str) -> pa.Tab
     )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("network")
+def write_network(path: Path) -> Path:
+    """Jobs and posts, and as "union" and "one" their union and that of the jobs alone."""
     write_dataset(path / "jobs", card=lambda _: JOBS_CARD)
     write_posts(path / "posts")
     for name, text in (("union", UNION), ("one", "name: one\ninclude: {jobs: ../jobs}\n")):
         (path / name).mkdir()
         (path / name / CARD).write_text(text)
     return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return write_network(tmp_path_factory.mktemp("network"))
 
 
 @pytest.fixture(scope="module")
@@ -520,12 +524,7 @@ CARD_ERRORS: dict[str, tuple[str, str, str]] = {  # what is changed in the union
 @pytest.fixture
 def copy(tmp_path) -> Path:
     """The network in files that a test may change."""
-    write_dataset(tmp_path / "jobs", card=lambda _: JOBS_CARD)
-    write_posts(tmp_path / "posts")
-    for name, text in (("union", UNION), ("one", "{name: one, include: {jobs: ../jobs}}")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / CARD).write_text(text)
-    return tmp_path
+    return write_network(tmp_path)
 
 
 @pytest.mark.parametrize("name", CARD_ERRORS)
