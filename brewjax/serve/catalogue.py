@@ -72,7 +72,8 @@ class Catalogue:
 
         Args:
           added: in their order. A member or item that is there already is replaced where it stands. An event that is
-            there already, by its member, item, action and time, is left out.
+            there already, by its member, item, action and time, is left out. In a union items and events stand at the
+            end of their dataset's, and new members behind those of all.
         """
         dataset = self.dataset
         card = dataset.card
@@ -81,6 +82,9 @@ class Catalogue:
         items, item_rows = _upsert(dataset.items, tables[1], card.items.id, self.item_rows)
         events = _add_events(dataset, tables[2], member_rows, item_rows) if len(tables[2]) else dataset.events
         longer = dataclasses.replace(dataset, members=members, items=items, events=events)
+        if (np.diff(longer.item_origin) < 0).any():  # the items of each dataset of a union stand together
+            items = items.take(pa.array(np.argsort(longer.item_origin, kind="stable")))
+            longer, item_rows = dataclasses.replace(longer, items=items), _rows_by_id(items[card.items.id])
         return Catalogue(longer, member_rows, item_rows)
 
     def example(self, task: Task, member: pb.Member) -> RankingExample:
@@ -144,7 +148,7 @@ def _upsert(table: pa.Table, added: pa.Table, id_column: str, rows: dict[str, in
 
 def _add_events(dataset: Dataset, added: pa.Table, member_rows: dict[str, int], item_rows: dict[str, int]) -> pa.Table:
     """The dataset's events with further ones, in the order of a dataset."""
-    events, count = dataset.card.events, len(dataset.events)
+    events, count, origins = dataset.card.events, len(dataset.events), [*dataset.card.origins]
     actions = pc.index_in(added[events.action], pa.array(events.actions, pa.string()))
     member, item, action, time = (
         np.concatenate(parts)
@@ -163,5 +167,6 @@ def _add_events(dataset: Dataset, added: pa.Table, member_rows: dict[str, int], 
     keep = np.ones(len(member), bool)
     keep[rows[order[repeated]]] = False
     keep[:count] = True  # tables may hold several, which differ in an attribute
-    order = np.lexsort((time, member))
+    action_origin = np.array([origins.index(dataset.card.origin_of(name)) for name in events.actions])
+    order = np.lexsort((action_origin[action], time, member))
     return pa.concat_tables([dataset.events, added]).take(pa.array(order[keep[order]]))

@@ -12,6 +12,8 @@ from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.facts import GROUPS
 from brewjax.data.tables.reading import TIME, show
 from brewjax.data.tables.statistics import Table
+from brewjax.data.tables.union import UnitedCard
+from brewjax.data.tables.union_tables import ORIGIN, coalesce
 from brewjax.data.tables.validate import LATEST
 from brewjax.serve import ranker_pb2 as pb
 from brewjax.serve.members import attribute_table, microseconds
@@ -44,6 +46,7 @@ def read_rows(
     """
     card = dataset.card
     members, items = ({row.id for row in rows} for rows in (change.members, change.items))
+    item_origins = [_origin(card, row.id, f"items[{index}].id") for index, row in enumerate(change.items)]
     for index, event in enumerate(change.events):
         field = f"events[{index}]"
         for noun, id_, added, is_known in (
@@ -54,22 +57,49 @@ def read_rows(
                 raise ValueError(f"{field}.{noun}: no {noun} '{id_}' in the catalogue; Upsert{noun.title()}s adds it")
         if event.action not in card.events.actions:
             raise ValueError(f"{field}.action: no action '{event.action}'; actions: {', '.join(card.events.actions)}")
+        if _origin(card, event.item, f"{field}.item") != (origin := card.origin_of(event.action)):
+            raise ValueError(f"{field}.action: '{event.action}', but item '{event.item}' is none of {origin}")
         if not event.HasField("time"):
             raise ValueError(f"{field}.time: missing")
         if microseconds(event.time, f"{field}.time") > LATEST:
             raise ValueError(f"{field}.time: after the year 2199")
-    events = change.events
+    events, event_origins = change.events, [card.origin_of(event.action) for event in change.events]
     event_keys = {
         card.events.member: _texts(event.member for event in events),
         card.events.item: _texts(event.item for event in events),
         card.events.action: _texts(event.action for event in events),
         card.events.time or "": pa.array([event.time.ToMicroseconds() for event in events], TIME),
     }
+    member_keys = {card.members.id: _read_ids(change.members, "members")}
     return ChangedRows(
-        _read(dataset, "members", change.members, {card.members.id: _read_ids(change.members, "members")}),
-        _read(dataset, "items", change.items, {card.items.id: _read_ids(change.items, "items")}),
-        _read(dataset, "events", events, event_keys),
+        _read(dataset, "members", change.members, member_keys, [""] * len(change.members)),
+        _read_items(dataset, change.items, item_origins),
+        _read(dataset, "events", events, event_keys, event_origins),
     )
+
+
+def _origin(card: Card, item: str, field: str) -> str:
+    """The dataset of a union that an item is of, by its id; "" where the card is no union's."""
+    if "" in card.origins:
+        return ""
+    name, _, id_ = item.partition(".")
+    if name not in card.origins or not id_.strip():
+        expected = " or ".join(f"{origin}.ID" for origin in card.origins)
+        raise ValueError(f"{field}: '{item}'; expected {expected}")
+    return name
+
+
+def _read_items(dataset: Dataset, rows: Sequence[pb.Row], origins: Sequence[str]) -> pa.Table:
+    """As `_read`, with the columns that only the items of a union have."""
+    card, keys = dataset.card, {dataset.card.items.id: _read_ids(rows, "items")}
+    if not isinstance(card, UnitedCard):
+        return _read(dataset, "items", rows, keys, origins)
+    items = _read(dataset, "items", rows, {**keys, ORIGIN: _texts(origins).dictionary_encode()}, origins)
+    for attribute in card.shared:
+        field = items.schema.field(attribute.column)
+        values = coalesce(card, items, attribute).cast(field.type)
+        items = items.set_column(items.column_names.index(field.name), field, values)
+    return items
 
 
 def _read_ids(rows: Sequence[pb.Row], field: str) -> pa.Array:
@@ -84,12 +114,19 @@ def _texts(values: Iterable[str]) -> pa.Array:
 
 
 def _read(
-    dataset: Dataset, table: Table, rows: Sequence[pb.Row | pb.RecordedEvent], keys: dict[str, pa.Array]
+    dataset: Dataset,
+    table: Table,
+    rows: Sequence[pb.Row | pb.RecordedEvent],
+    keys: dict[str, pa.Array],
+    origins: Sequence[str],
 ) -> pa.Table:
-    """ChangedRows as a part of a table, given its columns of ids, actions and times."""
+    """ChangedRows as a part of a table, given its columns of ids, actions and times, and the dataset of a union that
+    each row is of, which alone it has columns of; "" where it may have all."""
     by_field = {f"{table}[{index}].attributes": row.attributes for index, row in enumerate(rows)}
-    for field, values in by_field.items():
+    for (field, values), origin in zip(by_field.items(), origins, strict=True):
         for column, value in values.items():
+            if origin and column != dataset.card.events.request and not column.startswith(f"{origin}."):
+                raise ValueError(f"{field}: '{column}' is none of {origin}, of which the row is")
             if any(not text.strip() for text in value.list.values):
                 raise ValueError(f"{field}['{column}']: an empty text within the list; leave it out of the list")
     attributes = [attribute for attribute in _columns(dataset.card, table) if attribute.column not in keys]
@@ -112,8 +149,10 @@ def _columns(card: Card, table: Table) -> Iterator[Attribute]:
     if table == "events":
         kinds = {fact.column: "number" for group in GROUPS for fact in getattr(card.facts, group)}
         kinds |= {card.events.request: "category"}
-    elif available := getattr(card, table).available:
-        kinds = {available.from_: "date", available.until: "date"}
+    else:
+        for origin in card.origins.values():
+            if available := getattr(origin, table).available:
+                kinds |= {available.from_: "date", available.until: "date"}
     yield from described.values()
     for column, kind in kinds.items():
         if column and column not in described:

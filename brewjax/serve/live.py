@@ -40,7 +40,7 @@ class LiveCatalogues:
 
     Raises:
       StoreError: the store cannot be read.
-      ConfigError: there is a store, and the events of a catalogue have no times, or it is a union.
+      ConfigError: there is a store, and the events of a catalogue have no times.
     """
 
     def __init__(
@@ -63,8 +63,6 @@ class LiveCatalogues:
         for surface, catalogue in catalogues.items():
             if store and not catalogue.dataset.card.events.time:
                 raise ConfigError(f"changes: the events of surface '{surface}' have no times, which others would need")
-            if store and "" not in catalogue.dataset.card.origins:
-                raise ConfigError(f"changes: the catalogue of surface '{surface}' is a union, which takes none")
         self.refresh()
         for surface, catalogue in catalogues.items():
             if self._current[surface] is catalogue:

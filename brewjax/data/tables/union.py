@@ -120,7 +120,15 @@ class UnitedCard(Card):
         return self._shared
 
     def error(self, message: str, *location: str | int) -> ConfigError:
-        """See `Config.error`: of the union's own card."""
+        """As `Config.error`, of the union's own card.
+
+        Args:
+          message: what is wrong.
+          location: the keys that lead to it.
+
+        Returns:
+          The error, which names file, line and key.
+        """
         return self._union.error(message, *location)
 
     @property
@@ -129,7 +137,11 @@ class UnitedCard(Card):
         return self._facts
 
     def save(self, path: Path) -> None:
-        """Writes what `load_card` reads: the union's own card, and those that it includes in folders beside it."""
+        """Writes what `load_card` reads: the union's own card, and those that it includes in folders beside it.
+
+        Args:
+          path: of the union's own card.
+        """
         include = {name: name for name in self._cards}
         self._union.model_copy(update={"include": include}).save(path)
         for name, card in self._cards.items():

@@ -37,7 +37,7 @@ def unite_tables(card: UnitedCard, datasets: Mapping[str, Dataset]) -> tuple[pa.
     members = _join_members(card, datasets)
     items = pa.concat_tables([_items(card, *each) for each in datasets.items()], promote_options="default")
     for attribute in card.shared:
-        items = items.append_column(attribute.column, _coalesce(card, items, attribute))
+        items = items.append_column(attribute.column, coalesce(card, items, attribute))
     events = pa.concat_tables([_events(card, *each) for each in datasets.items()], promote_options="default")
     _check_facts(card, events)
     return members, items, events
@@ -130,8 +130,17 @@ def _further(name: str, table: pa.Table, known: Sequence[str | None]) -> dict[st
     return {f"{name}.{column}": table[column] for column in table.column_names if column not in known}
 
 
-def _coalesce(card: UnitedCard, items: pa.Table, attribute: Attribute) -> pa.ChunkedArray:
-    """An attribute that several datasets have: of each item its own dataset's."""
+def coalesce(card: UnitedCard, items: pa.Table, attribute: Attribute) -> pa.ChunkedArray:
+    """Makes the column of an attribute that several datasets have.
+
+    Args:
+      card: of the union.
+      items: with the columns of the datasets.
+      attribute: one of the card's `shared`.
+
+    Returns:
+      Of each item its own dataset's value.
+    """
     common = {"category": TEXT, "id": TEXT, "number": FLOAT, "date": TIME}.get(attribute.kind, TEXTS)
     columns = [
         items[each.column].cast(common)
