@@ -17,6 +17,7 @@ from brewjax.console import track
 from brewjax.data.tables.card import Card
 from brewjax.data.tables.dataset import FOREVER, Dataset
 from brewjax.data.tables.neighbors import PERIODS
+from brewjax.data.tables.union import included_folders
 from brewjax.data.tables.vectors import ITEM, MEMBER, SCHEMA, VECTORS
 from brewjax.data.tasks.examples import build_examples, example_at
 from brewjax.paths import write_table
@@ -38,8 +39,12 @@ def write_vectors(dataset: Dataset, encoders: Mapping[str, Encoder]) -> int:
       How many vectors there are.
 
     Raises:
-      ConfigError: an encoder does not say until when it was trained, or its card describes other tables.
+      ConfigError: an encoder does not say until when it was trained, or its card describes other tables; or the dataset
+        is a union, which reads the vectors of the datasets that it includes.
     """
+    if included := included_folders(dataset.path):
+        folders = " or ".join(map(str, included.values()))
+        raise ConfigError(f"{dataset.path}: a union has no vectors of its own; give {folders}")
     dataset = dataclasses.replace(dataset, card=_without_similarities(dataset.card))
     by_end = sorted((_end_of_training(encoder, version, dataset), version) for version, encoder in encoders.items())
     now = dataset.last_event_time + 1

@@ -515,7 +515,7 @@ CARD_ERRORS: dict[str, tuple[str, str, str]] = {  # what is changed in the union
     "a similarity": (
         "pairs: [{name: company liked, share: [jobs.viewed, posts.liked], by: company,",
         "pairs: [{name: alike, similarity: vectors.parquet,",
-        "its fact 'alike' is a similarity, and a union has no file of vectors",
+        "facts.pairs.0.similarity: a union has no vectors of its own; state the fact in the card of a dataset that has",
     ),
     "an age": ("everything, count: [jobs.applied, posts.liked]", "old, age: born", "facts.members.0.age: no attribute"),
 }

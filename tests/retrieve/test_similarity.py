@@ -99,6 +99,19 @@ def test_an_excerpt_states_the_same(dataset):
     assert np.isfinite(values[0]).all()
 
 
+def test_a_union_states_the_same_of_each_dataset(dataset):
+    folder = dataset.path.parent / "union"
+    folder.mkdir()
+    (folder / "dataset.yaml").write_text("{name: union, include: {jobs: ../jobs, again: ../jobs}}")
+    union, now = Dataset.load(folder), np.full(40, dataset.last_event_time + 1)
+    alone = FactValues(dataset).values("pairs", FACT, np.full(40, 3), np.arange(40), now)
+    assert np.isfinite(alone).all()
+    facts = {fact.name: fact for fact in union.card.facts.pairs}
+    for name, items in (("jobs", np.arange(40)), ("again", np.arange(40, 80))):
+        values = FactValues(union).values("pairs", facts[f"{name}.similarity"], np.full(40, 3), items, now)
+        assert values.tobytes() == alone.tobytes()
+
+
 def test_it_has_buckets_like_any_number(dataset):
     scale = Scales.fit(dataset, dataset.last_event_time).quantiles["pairs.similarity"]
     assert len(scale) == 9
@@ -111,6 +124,12 @@ def test_encoders_that_cannot_state_it_are_refused(dataset, encoders, make_encod
     without_facts = dataclasses.replace(jobs, card=jobs.card.model_copy(update={"facts": type(jobs.card.facts)()}))
     with pytest.raises(ConfigError, match="e: the encoder was trained on tables with other 'facts' in their card"):
         write_vectors(without_facts, {"e": encoders["encoder0"]})
+
+
+def test_a_union_has_no_vectors_of_its_own(dataset, encoders, tmp_path):
+    (tmp_path / "dataset.yaml").write_text(f"{{name: union, include: {{jobs: {dataset.path}}}}}")
+    with pytest.raises(ConfigError, match=f"a union has no vectors of its own; give {dataset.path}"):
+        write_vectors(Dataset.load(tmp_path), encoders)
 
 
 def test_by_the_command_line(dataset, encoders, tmp_path):

@@ -77,10 +77,6 @@ class UnitedCard(Card):
         for name, card in cards.items():
             if card.events.time is None:
                 raise union.error("its events have no times, which put the events of a union in order", "include", name)
-            for fact in (*card.facts.pairs, *union.facts.pairs):
-                if fact.similarity:
-                    message = f"its fact '{fact.name}' is a similarity, and a union has no file of vectors"
-                    raise union.error(message, "include", name)
         members = _join_members(union, cards)
         named = {name: _with_name(name, card) for name, card in cards.items()}
         items = [a for card in named.values() for a in card.items.attributes]
@@ -269,7 +265,7 @@ def _with_name(name: str, card: Card) -> Card:
         return plain.model_copy(update={"column": full(plain.column), "display_name": plain.name})
 
     def fact(group: FactGroup, plain: Fact) -> Fact:
-        columns = ["mean", "neighbors", "by", "distance", *(["age"] if group == "items" else [])]
+        columns = ["mean", "neighbors", "by", "distance", "similarity", *(["age"] if group == "items" else [])]
         update: dict[str, Any] = {key: full(getattr(plain, key)) for key in columns}
         for key in ("count", "rate", "days_since", "share", "together"):
             actions = getattr(plain, key)
@@ -331,6 +327,9 @@ def _check_facts(
         raise union.error(context["message"], *context["location"]) from None
     for group in GROUPS:
         for index, fact in enumerate(getattr(union.facts, group)):
+            if fact.similarity:
+                message = "a union has no vectors of its own; state the fact in the card of a dataset that has"
+                raise union.error(message, "facts", group, index, "similarity")
             for name, card in named.items():
                 if fact.stated_name in [known.stated_name for _, known in card.facts.declared()]:
                     message = f"'{name}' has a fact '{fact.name}' already; call it something else"

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from brewjax.config import ConfigError
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.reading import UnreadableError, open_table, plain
+from brewjax.data.tables.union import included_folders
 
 SCHEMA = {"side": pa.string(), "id": pa.string(), "time": pa.timestamp("us"), "encoder": pa.string()}
 MEMBER, ITEM = "member", "item"
@@ -25,16 +26,20 @@ class Similarities:
 
     Args:
       dataset: the tables.
-      file: in its folder.
+      file: in its folder; of a union, in that of a dataset whose name is in front.
 
     Raises:
       ConfigError: the file is unreadable, a column is missing or of another type, or vectors differ in size.
     """
 
     def __init__(self, dataset: Dataset, file: str):
-        path = dataset.path / file
+        folder, front = dataset.path, ""
+        if "" not in dataset.card.origins:
+            origin, _, file = file.partition(".")
+            folder, front = included_folders(folder)[origin], f"{origin}."
+        path = folder / file
         try:
-            table, _ = open_table(dataset.path, file)
+            table, _ = open_table(folder, file)
         except UnreadableError as error:
             raise ConfigError(f"{path}: {error}; `brewjax retrieve vectors` writes it") from None
         if missing := [name for name in (*SCHEMA, "vector") if name not in table.column_names]:
@@ -51,7 +56,8 @@ class Similarities:
         self._encoder = columns["encoder"].dictionary_encode().indices.to_numpy()
         side, time = columns["side"], columns["time"].cast(pa.int64()).to_numpy()
         self._members = _Latest(pc.equal(side, MEMBER), columns["id"], time, dataset.members[dataset.card.members.id])
-        self._items = _Latest(pc.equal(side, ITEM), columns["id"], time, dataset.items[dataset.card.items.id])
+        item_ids = pc.binary_join_element_wise(front, columns["id"], "")
+        self._items = _Latest(pc.equal(side, ITEM), item_ids, time, dataset.items[dataset.card.items.id])
 
     def products(self, members: np.ndarray, items: np.ndarray, times: np.ndarray) -> np.ndarray:
         """Multiplies the vectors of pairs.
