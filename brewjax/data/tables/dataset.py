@@ -80,7 +80,8 @@ class Dataset:
         path = Path(path)
         card = load_card(path)
         if isinstance(card, UnitedCard):
-            datasets = {name: cls.load(folder) for name, folder in included_folders(path).items()}
+            included = card.included(path).items()
+            datasets = {name: cls.of_tables(*each, *read_validated(*each)) for name, each in included}
             return cls.of_tables(path, card, *unite_tables(card, datasets))
         return cls.of_tables(path, card, *read_validated(path, card))
 

@@ -105,6 +105,17 @@ class UnitedCard(Card):
         }
         return united
 
+    def included(self, folder: Path) -> dict[str, tuple[Path, Card]]:
+        """Lists the datasets of the union.
+
+        Args:
+          folder: of the union.
+
+        Returns:
+          The folder of each by name, and the card as it is there.
+        """
+        return {name: (folder / self._union.include[name], card) for name, card in self._cards.items()}
+
     @property
     def origins(self) -> Mapping[str, Card]:
         """See `Card.origins`."""
