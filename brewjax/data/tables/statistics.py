@@ -274,16 +274,16 @@ class FactValues:
             return weighted / (weights + fact.shrink)
 
     def _column(self, column: tuple[Any, ...]) -> np.ndarray:
-        """float64 [events]: an event column by what it is."""
+        """float64 or bool [events]: an event column by what it is."""
         if column not in self._columns:
             self._columns[column] = self._make_column(*column)
         return self._columns[column]
 
     def _make_column(self, kind: str, *rest: Any) -> np.ndarray:
         if kind == "actions":
-            return self._dataset.has_action(rest).astype(np.float64) if rest else np.ones(len(self._dataset.events))
+            return self._dataset.has_action(rest) if rest else np.ones(len(self._dataset.events), bool)
         if kind == "known":
-            return (~np.isnan(self._column(rest))).astype(np.float64)
+            return ~np.isnan(self._column(rest))
         if kind == "zero for unknown":
             return np.nan_to_num(self._column(rest), nan=0.0)
         if kind == "distance":

@@ -15,6 +15,7 @@ from brewjax.data.tables.card import Card
 from brewjax.data.tables.facts import GROUPS
 from brewjax.data.tables.reading import DAY, FLOAT, INTEGER, TEXT, TEXTS, TIME, UnreadableError, open_table, plain, show
 
+HASH_FACTOR = 0x9E3779B97F4A7C15  # odd, so that no bit of a hash is lost when it is multiplied
 SHOWN = 3  # rows listed of each kind of problem
 MIN_TIMES = 10  # events; a log of at least so many that spans less than a minute is refused
 MINUTE, YEAR = 60_000_000, 31_557_600_000_000  # microseconds
@@ -233,20 +234,37 @@ def _check_duplicates(events: _Table, card: Card) -> None:
     keys = [card.events.member, card.events.item, card.events.action, time]
     if not len(events.table) or any(key not in events.table.column_names for key in keys):
         return
-    columns = [comparable(column) for column in events.table.columns if not pa.types.is_null(column.type)]
-    rows = pa.table([*columns, np.arange(len(events.table))], [str(number) for number in range(len(columns) + 1)])
+    suspects = _rows_alike([comparable(events.table[key]) for key in keys])
+    if not len(suspects):
+        return
+    few = events.table.take(suspects)
+    columns = [comparable(column) for column in few.columns if not pa.types.is_null(column.type)]
+    rows = pa.table([*columns, suspects], [str(number) for number in range(len(columns) + 1)])
     *keys, row = rows.column_names
     first = rows.group_by(keys, use_threads=False).aggregate([(row, "min")])[f"{row}_min"].to_numpy()
-    repeated = np.ones(len(rows), bool)
-    repeated[first] = False
-    if count := int(repeated.sum()):
-        shown = ", ".join(events.locate_row(row) for row in np.flatnonzero(repeated)[:SHOWN].tolist())
+    repeated = np.setdiff1d(suspects, first)
+    if count := len(repeated):
+        shown = ", ".join(events.locate_row(row) for row in repeated[:SHOWN].tolist())
         nested = any(pa.types.is_nested(column.type) for column in events.table.columns)
         hint = "" if nested else " (pandas: events.drop_duplicates())"
         events.problems.append(
-            f"{events.file}: {count:,} of {len(rows):,} rows are the same in every column as an earlier one: "
+            f"{events.file}: {count:,} of {len(events.table):,} rows are the same in every column as an earlier one: "
             f"{shown}{' ..' if count > SHOWN else ''}; keep one of each{hint}"
         )
+
+
+def _rows_alike(columns: list[pa.ChunkedArray]) -> np.ndarray:
+    """int64: the rows that may equal another row in all columns, in ascending order: those whose hash another row has.
+    To group all rows by their values takes far more memory than to sort a number of each."""
+    hashes = np.zeros(len(columns[0]), np.uint64)
+    for column in columns:
+        if column.type in (INTEGER, TIME):
+            codes = column.cast(pa.int64()).fill_null(0)
+        else:
+            codes = pc.index_in(column, column.unique())
+        hashes = hashes * np.uint64(HASH_FACTOR) + codes.to_numpy().astype(np.uint64)
+    ordered = np.sort(hashes)
+    return np.flatnonzero(np.isin(hashes, ordered[1:][ordered[1:] == ordered[:-1]]))
 
 
 def comparable(column: pa.ChunkedArray) -> pa.ChunkedArray:

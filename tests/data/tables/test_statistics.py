@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.facts import Fact
+from brewjax.data.tables.point_in_time import PointInTimeIndex
 from brewjax.data.tables.statistics import FactValues
 from tests.data.conftest import DAY_ZERO, Event, moment
 
@@ -179,3 +180,15 @@ def test_the_mean_of_a_key_does_not_depend_on_other_keys(jobs_with):
     events = [Event(0, 0, "viewed", 0, 1e17), Event(0, 1, "viewed", 1, 1.5), Event(1, 1, "viewed", 2, 1.5)]
     actual = values(jobs_with(events, ITEMS), "items", Fact(name="m", mean="seconds"), 3)
     assert actual[0, 1] == 1.5
+
+
+@hypothesis.given(st.lists(st.tuples(st.integers(0, 3), st.integers(-5, 5)), min_size=1, max_size=30))
+@properties
+def test_whole_numbers_have_the_totals_that_they_have_beside_fractions(counts):
+    """They are added up in a quicker way; 1,100 events of key 9 are a long run, and its fractions forbid that way."""
+    keys, whole = np.array([*counts, *[(9, 0.0)] * 1100]).T
+    whole[whole == 0] = -0.0
+    fractions = np.where(keys == 9, 0.1, whole)
+    index = PointInTimeIndex(keys.astype(np.int64), np.arange(len(keys)))
+    expected = index.totals(fractions).inclusive[: len(counts)]
+    assert index.totals(whole).inclusive[: len(counts)].tobytes() == expected.tobytes()
