@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 
 import jinja2
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import pydantic
 import uvicorn
@@ -31,6 +30,7 @@ from brewjax.config import ConfigError
 from brewjax.console import print_line
 from brewjax.data.prompts.styles import STYLES
 from brewjax.data.tables.dataset import Dataset
+from brewjax.data.tables.reading import TEXT
 from brewjax.explore.cases import Preset, check_order, make_case
 from brewjax.explore.context import Context
 from brewjax.explore.explorer import Explorer
@@ -154,7 +154,7 @@ def make_page(explorers: Sequence[Explorer], presets: Sequence[Preset] = ()) -> 
     def suggest_members(like: str = "") -> list[str]:
         dataset = explorers[0].dataset
         assert dataset is not None
-        ids = dataset.members[dataset.card.members.id].cast(pa.string())
+        ids = dataset.members[dataset.card.members.id].cast(TEXT)
         return ids.filter(pc.starts_with(ids, like)).slice(0, SUGGESTIONS).to_pylist()
 
     @app.post("/rank")

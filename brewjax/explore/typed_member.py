@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from brewjax.config import suggest
 from brewjax.data.tables.dataset import PSEUDO_TIME, Dataset
+from brewjax.data.tables.reading import TEXT
 from brewjax.explore.profile import parse_value
 
 DAY = 86_400_000_000  # microseconds
@@ -63,7 +64,7 @@ def _new_id(ids: pa.ChunkedArray) -> Any:
 
 def _item_names(dataset: Dataset) -> pa.Array:
     """The name of every item, as `Dataset.item_name` has it, in small letters."""
-    return pa.array([dataset.item_name(row).lower() for row in range(len(dataset.items))], pa.string())
+    return pa.array([dataset.item_name(row).lower() for row in range(len(dataset.items))], TEXT)
 
 
 def _parse_line(dataset: Dataset, names: pa.Array, line: str, where: str) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def _parse_line(dataset: Dataset, names: pa.Array, line: str, where: str) -> dic
 def _find_item(dataset: Dataset, names: pa.Array, action: str, item: str, where: str) -> int:
     """The row of the item with an id, with a name, or with a part of a name, that no other item of the action has."""
     items, is_of_action = dataset.card.side_of(action).items, dataset.items_of(action)
-    ids = dataset.items[dataset.card.items.id].cast(pa.string()).combine_chunks()
+    ids = dataset.items[dataset.card.items.id].cast(TEXT).combine_chunks()
     for mask in (pc.equal(ids, item), pc.equal(names, item.lower()), pc.match_substring(names, item.lower())):
         matches = np.flatnonzero(mask.to_numpy(zero_copy_only=False) & is_of_action)
         if len(matches) == 1:

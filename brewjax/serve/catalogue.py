@@ -14,6 +14,7 @@ from brewjax.bundle.bundle import Bundle
 from brewjax.bundle.surface import Surface
 from brewjax.config import ConfigError
 from brewjax.data.tables.dataset import Dataset
+from brewjax.data.tables.reading import TEXT
 from brewjax.data.tables.statistics import FactValues
 from brewjax.data.tasks.examples import RankingExample, unanswered
 from brewjax.data.tasks.task import Task
@@ -129,7 +130,7 @@ class Catalogue:
 
 
 def _texts(ids: pa.ChunkedArray) -> list[str]:
-    return ids.cast(pa.string()).to_pylist()
+    return ids.cast(TEXT).to_pylist()
 
 
 def _rows_by_id(ids: pa.ChunkedArray) -> dict[str, int]:
@@ -149,7 +150,7 @@ def _upsert(table: pa.Table, added: pa.Table, id_column: str, rows: dict[str, in
 def _add_events(dataset: Dataset, added: pa.Table, member_rows: dict[str, int], item_rows: dict[str, int]) -> pa.Table:
     """The dataset's events with further ones, in the order of a dataset."""
     events, count, origins = dataset.card.events, len(dataset.events), [*dataset.card.origins]
-    actions = pc.index_in(added[events.action], pa.array(events.actions, pa.string()))
+    actions = pc.index_in(added[events.action], pa.array(events.actions, TEXT))
     member, item, action, time = (
         np.concatenate(parts)
         for parts in (

@@ -10,7 +10,7 @@ import pyarrow as pa
 from brewjax.data.tables.card import Attribute, Card
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.facts import GROUPS
-from brewjax.data.tables.reading import TIME, show
+from brewjax.data.tables.reading import TEXT, TIME, show
 from brewjax.data.tables.statistics import Table
 from brewjax.data.tables.union import UnitedCard
 from brewjax.data.tables.union_tables import ORIGIN, coalesce
@@ -110,7 +110,7 @@ def _read_ids(rows: Sequence[pb.Row], field: str) -> pa.Array:
 
 
 def _texts(values: Iterable[str]) -> pa.Array:
-    return pa.array(list(values), pa.string())
+    return pa.array(list(values), TEXT)
 
 
 def _read(

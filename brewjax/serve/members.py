@@ -17,6 +17,7 @@ from brewjax.bundle.surface import Surface
 from brewjax.data.tables.card import Attribute, Card
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.facts import Fact, FactGroup
+from brewjax.data.tables.reading import TEXT
 from brewjax.data.tables.statistics import FactSource, floats
 from brewjax.data.tables.union_tables import ORIGIN
 from brewjax.data.tasks.examples import RankingExample, history_before
@@ -158,7 +159,7 @@ def _join(
     """A dataset of tables without ids, whose events are all of the first member; in a union, `origins` are those of
     the items."""
     if "" not in card.origins:
-        items = items.append_column(ORIGIN, pa.array(origins, pa.string()))
+        items = items.append_column(ORIGIN, pa.array(origins, TEXT))
     parts = {
         "members": card.members.model_copy(update={"id": ROW}),
         "items": card.items.model_copy(update={"id": ROW}),
@@ -171,7 +172,7 @@ def _join(
         items.append_column(ROW, pa.array(np.arange(len(items)))),
         events.append_column(card.events.member, pa.array(np.zeros(len(events), np.int64)))
         .append_column(card.events.item, pa.array(event_items))
-        .append_column(card.events.action, pa.array(actions, pa.string()))
+        .append_column(card.events.action, pa.array(actions, TEXT))
         .append_column("time", pa.array(times).cast(pa.timestamp("us"))),
     )
 
@@ -229,7 +230,7 @@ def fact_column(fact: Fact) -> str:
 
 # For each kind of attribute: the type of its column, and a conversion from each kind of value that is accepted.
 _TEXTS: tuple[pa.DataType, dict[str, Callable[[Any], Any]]] = (
-    pa.string(),
+    TEXT,
     {"text": str, "integer": str, "number": str, "truth": str},
 )
 _KINDS: dict[str, tuple[pa.DataType, dict[str, Callable[[Any], Any]]]] = {
@@ -237,7 +238,7 @@ _KINDS: dict[str, tuple[pa.DataType, dict[str, Callable[[Any], Any]]]] = {
     "category": _TEXTS,
     "id": _TEXTS,
     "number": (pa.float64(), {"integer": float, "number": float}),
-    "list": (pa.list_(pa.string()), {"list": lambda texts: list(texts.values)}),
+    "list": (pa.list_(TEXT), {"list": lambda texts: list(texts.values)}),
     "date": (pa.timestamp("us"), {"date": Timestamp.ToMicroseconds}),
 }
 

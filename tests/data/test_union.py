@@ -22,6 +22,7 @@ from brewjax.data.tables.card import CARD, Card
 from brewjax.data.tables.dataset import Dataset, dataset_names, hash_dataset, write_tables
 from brewjax.data.tables.excerpt import load_excerpt
 from brewjax.data.tables.facts import Fact, FactGroup
+from brewjax.data.tables.reading import TEXT
 from brewjax.data.tables.scales import Scales
 from brewjax.data.tables.statistics import FactValues
 from brewjax.data.tables.union import UnionCard, UnitedCard
@@ -163,9 +164,9 @@ def write_posts(path: Path) -> Path:
 def events_table(listed: list[Event], members: list[str], column: str) -> pa.Table:
     return pa.table(
         {
-            "member_id": pa.array([members[event.member % len(members)] for event in listed], pa.string()),
+            "member_id": pa.array([members[event.member % len(members)] for event in listed], TEXT),
             "item_id": pa.array([100 + event.item for event in listed], pa.int64()),
-            "action": pa.array([event.action for event in listed], pa.string()),
+            "action": pa.array([event.action for event in listed], TEXT),
             "time": pa.array([moment(event.day) for event in listed], pa.int64()).cast(pa.timestamp("us", "UTC")),
             column: pa.array([event.seconds for event in listed], pa.float64()),
         }
@@ -551,7 +552,7 @@ def test_members_of_two_minds_are_refused(copy):
     numbers = lambda table: table.set_column(0, "member_id", pa.array(range(len(table))))  # noqa: E731
     log = lambda table: table.set_column(0, "member_id", pa.array([0] * len(table)))  # noqa: E731
     write_dataset(copy / "jobs", members=numbers, events=log, card=lambda _: JOBS_CARD)
-    with pytest.raises(ConfigError, match="ids of its members are string, where those of 'jobs' are int64"):
+    with pytest.raises(ConfigError, match="ids of its members are large_string, where those of 'jobs' are int64"):
         Dataset.load(copy / "union")
 
 

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from brewjax.data.tables.card import CARD, Available, Card
-from brewjax.data.tables.reading import TIME
+from brewjax.data.tables.reading import TEXT, TIME
 from brewjax.data.tables.union import UnitedCard, included_folders, load_card
 from brewjax.data.tables.union_tables import ORIGIN, unite_tables
 from brewjax.data.tables.validate import read_validated
@@ -124,8 +124,8 @@ class Dataset:
         """int32 [items]: the dataset of a union that each item is of, by its place among the card's `origins`."""
         if "" in self.card.origins:
             return np.zeros(len(self.items), np.int32)
-        names = pa.array(self.card.origins, pa.string())
-        return pc.index_in(self.items[ORIGIN].cast(pa.string()), names).to_numpy().astype(np.int32)
+        names = pa.array(self.card.origins, TEXT)
+        return pc.index_in(self.items[ORIGIN].cast(TEXT), names).to_numpy().astype(np.int32)
 
     def item_card(self, row: int) -> Card:
         """Looks up the card from the side of an item's dataset, see `Card.origins`.
@@ -157,7 +157,7 @@ class Dataset:
     @cached_property
     def event_action(self) -> np.ndarray:
         """int16 [events]: index of the action among the card's actions."""
-        names = pa.array(self.card.events.actions, pa.string())
+        names = pa.array(self.card.events.actions, TEXT)
         return pc.index_in(self.events[self.card.events.action], names).to_numpy().astype(np.int16)
 
     def action_name(self, event: int) -> str:
@@ -294,7 +294,7 @@ class Dataset:
           ValueError: no member has this id; the message holds a few ids that exist.
         """
         ids = self.members[self.card.members.id]
-        row = pc.index(ids.cast(pa.string()), member).as_py()
+        row = pc.index(ids.cast(TEXT), member).as_py()
         if row < 0:
             known = ", ".join(f"'{known_id}'" for known_id in ids[:3].to_pylist())
             raise ValueError(f"{self.path}: no member '{member}'; ids look like {known}")
@@ -323,8 +323,8 @@ class Dataset:
         Raises:
           ValueError: no item has one of these ids.
         """
-        ids = self.items[self.card.items.id].cast(pa.string()).combine_chunks()
-        rows = pc.index_in(pa.array(items, pa.string()), value_set=ids)
+        ids = self.items[self.card.items.id].cast(TEXT).combine_chunks()
+        rows = pc.index_in(pa.array(items, TEXT), value_set=ids)
         if rows.null_count:
             raise ValueError(f"{self.path}: no item '{items[pc.index(rows.is_null(), True).as_py()]}'")
         return rows.to_numpy().astype(np.int64)
@@ -407,7 +407,7 @@ def _pseudo_times(card: Card, members: pa.Table, items: pa.Table, events: pa.Tab
 
 def _hash_ids(ids: pa.ChunkedArray) -> np.ndarray:
     """uint64 hashes of ids as texts (BLAKE2b)."""
-    texts = ids.cast(pa.string()).to_pylist()
+    texts = ids.cast(TEXT).to_pylist()
     digests = b"".join(hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
     return np.frombuffer(digests, "<u8").astype(np.uint64)
 

@@ -19,7 +19,7 @@ import pyarrow.dataset
 from brewjax.data.tables.card import Card
 from brewjax.data.tables.dataset import FOREVER, Dataset, EventSummary
 from brewjax.data.tables.facts import Fact, FactGroup
-from brewjax.data.tables.reading import UnreadableError, open_table, plain
+from brewjax.data.tables.reading import TEXT, UnreadableError, open_table, plain
 from brewjax.data.tables.union import UnitedCard, load_card
 
 ROWS = 1 << 22  # of events that are summarised at a time
@@ -164,7 +164,7 @@ def _read_events(dataset: Dataset, values: dict[str, pa.ChunkedArray]) -> pa.Tab
             condition = condition | further
         table = _plain(source.to_table(filter=condition))
         if action is not None:
-            table = table.append_column(card.events.action, pa.array([action] * len(table), pa.string()))
+            table = table.append_column(card.events.action, pa.array([action] * len(table), TEXT))
         tables.append(table)
     events = pa.concat_tables(tables, promote_options="permissive")
     time = events[card.events.time].cast(pa.int64()).to_numpy()

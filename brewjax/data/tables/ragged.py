@@ -8,6 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from brewjax.data.tables.reading import TEXT
+
 
 @dataclasses.dataclass(frozen=True)
 class Ragged:
@@ -40,7 +42,7 @@ class Ragged:
         else:
             parents, flat = pa.array(np.arange(len(values))), values
         known = pc.is_valid(flat)
-        parents, flat = parents.filter(known).to_numpy(), flat.filter(known).cast(pa.string()).to_numpy(False)
+        parents, flat = parents.filter(known).to_numpy(), flat.filter(known).cast(TEXT).to_numpy(False)
         names, codes, counts = np.unique(flat.astype(str), return_inverse=True, return_counts=True)
         frequency_order = np.argsort(-counts, kind="stable")
         rank = np.empty(len(names), np.int64)

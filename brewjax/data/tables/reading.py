@@ -15,7 +15,8 @@ import pyarrow.dataset
 from brewjax.config import nearest
 
 MAGIC = b"PAR1"  # a Parquet file begins and ends with it
-TEXT, INTEGER, FLOAT, DAY, TEXTS = pa.string(), pa.int64(), pa.float64(), pa.date32(), pa.list_(pa.string())
+TEXT = pa.large_string()  # `pa.string()` has no room for the characters of a column in one piece if they are 2 GiB
+INTEGER, FLOAT, DAY, TEXTS = pa.int64(), pa.float64(), pa.date32(), pa.list_(TEXT)
 TIME = pa.timestamp("us", "UTC")
 
 
@@ -158,5 +159,5 @@ def show(value: pa.Scalar) -> str:
         shown = value.as_py()
         text = str(shown) if isinstance(shown, (datetime.date, datetime.time, datetime.timedelta)) else repr(shown)
     except (ValueError, OverflowError, KeyError):
-        text = pc.cast(pa.array([value]), pa.string())[0].as_py()
+        text = pc.cast(pa.array([value]), TEXT)[0].as_py()
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -12,6 +12,7 @@ import pyarrow as pa
 from brewjax.config import Config
 from brewjax.data.tables.card import Attribute
 from brewjax.data.tables.dataset import Dataset
+from brewjax.data.tables.reading import TEXT
 from brewjax.data.tables.statistics import FactValues, Table
 
 MIN_FIT_EVENTS, MAX_FIT_EVENTS = 10_000, 500_000  # that the scales of facts are fitted on
@@ -130,7 +131,7 @@ def _fit_vocabularies(dataset: Dataset, until: int) -> dict[str, list[str]]:
     vocabularies = {}
     for table, attribute in _attributes(dataset):
         if attribute.kind == "id":
-            ids = getattr(dataset, table)[attribute.column].cast(pa.string()).combine_chunks().dictionary_encode()
+            ids = getattr(dataset, table)[attribute.column].cast(TEXT).combine_chunks().dictionary_encode()
             known = np.flatnonzero(ids.is_valid())
             events_of_rows = np.bincount(rows_by_table[table], minlength=len(ids))[known]
             counts = np.bincount(ids.indices.drop_null().to_numpy(), events_of_rows, len(ids.dictionary))

@@ -122,7 +122,7 @@ def _events(card: UnitedCard, name: str, dataset: Dataset) -> pa.Table:
 
 def _with_name(name: str, values: pa.ChunkedArray) -> pa.ChunkedArray:
     """Ids and actions, as they are called in the union."""
-    return pc.binary_join_element_wise(name, values.cast(TEXT), ".")
+    return pc.binary_join_element_wise(pa.scalar(name, TEXT), values.cast(TEXT), pa.scalar(".", TEXT))
 
 
 def _further(name: str, table: pa.Table, known: Sequence[str | None]) -> dict[str, pa.ChunkedArray]:

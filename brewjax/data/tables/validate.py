@@ -178,7 +178,7 @@ def _open_each(folder: Path, files: dict[str, str], action_column: str) -> tuple
         if action_column in table.column_names:
             raise UnreadableError(f"{file}: a column '{action_column}', where the card's 'files' says the action")
         plain_table = pa.table({name: plain(table[name]) for name in table.column_names})
-        tables.append(plain_table.append_column(action_column, pa.array([action] * len(table), pa.string())))
+        tables.append(plain_table.append_column(action_column, pa.array([action] * len(table), TEXT)))
         parts += [(rows + first, f"{file}/{name}" if name else file) for first, name in table_parts]
         rows += len(table)
     try:
@@ -192,7 +192,7 @@ def _check_actions(events: _Table, card: Card) -> None:
     actions = events.read(column, "text")
     if actions is None:
         return
-    known = pa.array(card.events.actions, pa.string())
+    known = pa.array(card.events.actions, TEXT)
     events.refuse(column, actions.is_null(), "no action", "every event needs one")
     unknown = pc.and_(actions.is_valid(), pc.invert(pc.is_in(actions, value_set=known)))
     events.refuse(column, unknown, "unknown action", f"the card has: {', '.join(card.events.actions)}")
@@ -278,7 +278,9 @@ def comparable(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """
     if column.type in (INTEGER, FLOAT, TEXT, DAY, TIME):
         return column
-    return pc.binary_join(column, "\x1f") if column.type == TEXTS else pa.chunked_array([[*map(show, column)]], TEXT)
+    if column.type == TEXTS:
+        return pc.binary_join(column, pa.scalar("\x1f", TEXT))
+    return pa.chunked_array([[*map(show, column)]], TEXT)
 
 
 def _microseconds(times: pa.ChunkedArray) -> np.ndarray:

@@ -12,10 +12,10 @@ import pyarrow.compute as pc
 
 from brewjax.config import ConfigError
 from brewjax.data.tables.dataset import Dataset
-from brewjax.data.tables.reading import UnreadableError, open_table, plain
+from brewjax.data.tables.reading import TEXT, UnreadableError, open_table, plain
 from brewjax.data.tables.union import included_folders
 
-SCHEMA = {"side": pa.string(), "id": pa.string(), "time": pa.timestamp("us"), "encoder": pa.string()}
+SCHEMA = {"side": TEXT, "id": TEXT, "time": pa.timestamp("us"), "encoder": TEXT}
 MEMBER, ITEM = "member", "item"
 VECTORS = "vectors.parquet"  # where `brewjax retrieve vectors` writes them
 BLOCK_ROWS = 1 << 15  # products computed at a time
@@ -85,7 +85,7 @@ class _Latest:
     """The latest row of a table for each member, or each item, as of a time."""
 
     def __init__(self, chosen: pa.Array, ids: pa.Array, time: np.ndarray, entities: pa.ChunkedArray):
-        entity = pc.index_in(ids, plain(entities).cast(pa.string()).combine_chunks())
+        entity = pc.index_in(ids, plain(entities).cast(TEXT).combine_chunks())
         rows = np.flatnonzero(pc.and_(chosen, entity.is_valid()).to_numpy(zero_copy_only=False))
         entity, time = pc.fill_null(entity, -1).to_numpy()[rows], time[rows]
         self._moments = np.unique(time)

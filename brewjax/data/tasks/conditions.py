@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from brewjax.config import suggest
 from brewjax.data.tables.dataset import Dataset
-from brewjax.data.tables.reading import show
+from brewjax.data.tables.reading import TEXT, show
 
 RANGE = {"min": pc.greater_equal, "max": pc.less_equal, "above": pc.greater, "below": pc.less}
 MEMBER, ITEM = "member.", "item."  # prefixes of columns of these tables; others are of the events
@@ -134,7 +134,7 @@ def _check_type(value: Any, type_: pa.DataType) -> None:
     text, number = isinstance(value, str), isinstance(value, (int, float)) and not isinstance(value, bool)
     if pa.types.is_boolean(type_) and not isinstance(value, bool):
         raise ValueError(f"this column holds true and false, found {value!r}")
-    if pa.types.is_string(type_) and not text:
+    if type_ == TEXT and not text:
         shown = str(value).lower() if isinstance(value, bool) else value
         raise ValueError(f'this column holds texts, found {shown}; put it in quotes: "{shown}"')
     if (pa.types.is_integer(type_) or pa.types.is_floating(type_)) and not number:
@@ -148,7 +148,7 @@ def _as_type(value: Any, type_: pa.DataType) -> Any:
 
     Categories are text in a server's request, even if they are numbers in the task, so a text column takes numbers.
     """
-    if pa.types.is_string(type_):
+    if type_ == TEXT:
         return str(value)
     if pa.types.is_integer(type_) and isinstance(value, float):
         if not value.is_integer():

@@ -9,7 +9,10 @@ import pyarrow as pa
 import pytest
 from hypothesis import strategies as st
 
-from brewjax.data.tables.reading import plain, show
+from brewjax.data.tables.dataset import Dataset
+from brewjax.data.tables.excerpt import load_excerpt
+from brewjax.data.tables.reading import TEXT, TEXTS, plain, show
+from tests.tables import write_dataset
 
 
 @pytest.mark.parametrize("width", [16, 32])
@@ -27,8 +30,8 @@ def test_a_narrow_float_reads_as_it_is_written(width, data):
     [
         (pa.array([Decimal("129.99")], pa.decimal128(9, 2)), pa.array([129.99])),
         (pa.array([Decimal("129.99")], pa.decimal256(50, 2)), pa.array([129.99])),
-        (pa.array([["a", "b"]], pa.list_(pa.string(), 2)), pa.array([["a", "b"]])),
-        (pa.ListArray.from_arrays([0, 2], pa.array(["a", "b"]).dictionary_encode()), pa.array([["a", "b"]])),
+        (pa.array([["a", "b"]], pa.list_(pa.string(), 2)), pa.array([["a", "b"]], TEXTS)),
+        (pa.ListArray.from_arrays([0, 2], pa.array(["a", "b"]).dictionary_encode()), pa.array([["a", "b"]], TEXTS)),
         (pa.array([2**64 - 1], pa.uint64()), pa.array([2**64 - 1], pa.uint64())),
         (pa.array([1], pa.duration("ns")), pa.array([1], pa.duration("ns"))),
     ],
@@ -36,6 +39,14 @@ def test_a_narrow_float_reads_as_it_is_written(width, data):
 )
 def test_other_types_read_as_the_plain_one_of_their_kind(column, expected):
     assert plain(pa.chunked_array([column])).combine_chunks().equals(expected)
+
+
+@pytest.mark.parametrize("load", [Dataset.load, lambda path: load_excerpt(path, ["m1"])], ids=["whole", "excerpt"])
+def test_no_column_of_a_dataset_is_short_of_room_for_2_gib_of_characters(tmp_path, load):
+    dataset = load(write_dataset(tmp_path / "jobs"))
+    types = {field.type for table in (dataset.members, dataset.items, dataset.events) for field in table.schema}
+    assert {TEXT, TEXTS} == {pa.large_string(), pa.list_(pa.large_string())} <= types
+    assert not {pa.string(), pa.list_(pa.string())} & types
 
 
 @pytest.mark.parametrize(
