@@ -552,7 +552,7 @@ def test_members_of_two_minds_are_refused(copy):
     numbers = lambda table: table.set_column(0, "member_id", pa.array(range(len(table))))  # noqa: E731
     log = lambda table: table.set_column(0, "member_id", pa.array([0] * len(table)))  # noqa: E731
     write_dataset(copy / "jobs", members=numbers, events=log, card=lambda _: JOBS_CARD)
-    with pytest.raises(ConfigError, match="ids of its members are large_string, where those of 'jobs' are int64"):
+    with pytest.raises(ConfigError, match="ids of its members are texts, where those of 'jobs' are int64"):
         Dataset.load(copy / "union")
 
 

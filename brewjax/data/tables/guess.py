@@ -11,7 +11,18 @@ import yaml
 
 from brewjax.config import ConfigError
 from brewjax.data.tables.card import CARD, Card
-from brewjax.data.tables.reading import DAY, FLOAT, INTEGER, TEXT, TEXTS, TIME, UnreadableError, open_table, plain
+from brewjax.data.tables.reading import (
+    DAY,
+    FLOAT,
+    INTEGER,
+    TEXT,
+    TEXTS,
+    TIME,
+    UnreadableError,
+    open_table,
+    plain,
+    show_type,
+)
 from brewjax.paths import write_text
 
 # Names of files, in the singular, by what they hold.
@@ -188,4 +199,4 @@ def _guess_kind(values: pa.ChunkedArray) -> tuple[str | None, str]:
     if values.type == TEXT:
         kind = "category" if distinct <= min(MAX_CATEGORIES, len(values) // 2) else "text"
         return kind, f"{distinct:,} different texts"
-    return None, f"{values.type} is no kind of attribute"
+    return None, f"{show_type(values.type)} is no kind of attribute"

@@ -161,3 +161,8 @@ def show(value: pa.Scalar) -> str:
     except (ValueError, OverflowError, KeyError):
         text = pc.cast(pa.array([value]), TEXT)[0].as_py()
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def show_type(type_: pa.DataType) -> str:
+    """Renders the type of a column for an error message, for instance "texts"."""
+    return {TEXT: "texts", TEXTS: "lists of texts"}.get(type_, str(type_))

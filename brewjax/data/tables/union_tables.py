@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from brewjax.config import suggest
 from brewjax.data.tables.card import Attribute
 from brewjax.data.tables.facts import GROUPS
-from brewjax.data.tables.reading import DAY, FLOAT, INTEGER, TEXT, TEXTS, TIME, show
+from brewjax.data.tables.reading import DAY, FLOAT, INTEGER, TEXT, TEXTS, TIME, show, show_type
 from brewjax.data.tables.union import REQUEST, UnitedCard
 from brewjax.data.tables.validate import KINDS, comparable
 
@@ -50,7 +50,7 @@ def _join_members(card: UnitedCard, datasets: Mapping[str, Dataset]) -> pa.Table
     own_ids = {name: dataset.members[dataset.card.members.id] for name, dataset in datasets.items()}
     for name in further:
         if own_ids[name].type != own_ids[first].type:
-            types = f"{own_ids[name].type}, where those of '{first}' are {own_ids[first].type}"
+            types = f"{show_type(own_ids[name].type)}, where those of '{first}' are {show_type(own_ids[first].type)}"
             raise card.error(f"the ids of its members are {types}; make both the same", "include", name)
     ids = pa.chunked_array([chunk for each in own_ids.values() for chunk in each.chunks]).unique()
     columns: dict[str, pa.ChunkedArray | pa.Array] = {key: ids}
@@ -93,7 +93,7 @@ def _agreed(
         difference = f"{show(known[row])} and {show(values[row])} of member {show(ids[row])}"
         count = f", and {len(rows) - 1:,} more members" if len(rows) > 1 else ""
     else:
-        difference, count = f"{known.type} and {values.type}", ""
+        difference, count = f"{show_type(known.type)} and {show_type(values.type)}", ""
     home, name = names
     message = f"'{home}' and '{name}' disagree on the members' column '{column}': {difference}{count}"
     raise card.error(f"{message}; make both the same, or rename one", "include", name)
@@ -159,5 +159,7 @@ def _check_facts(card: UnitedCard, events: pa.Table) -> None:
                 hint = suggest(fact.column, events.column_names)
                 raise card.error(f"events have no column '{fact.column}'; {hint}", "facts", group, index, fact.kind)
             if fact.column and events[fact.column].type not in KINDS["number"][0]:
-                message = f"column '{fact.column}' is {events[fact.column].type}; only numbers have a mean"
+                message = (
+                    f"column '{fact.column}' holds {show_type(events[fact.column].type)}; only numbers have a mean"
+                )
                 raise card.error(message, "facts", group, index, fact.kind)

@@ -56,7 +56,7 @@ class Similarities:
         self._encoder = columns["encoder"].dictionary_encode().indices.to_numpy()
         side, time = columns["side"], columns["time"].cast(pa.int64()).to_numpy()
         self._members = _Latest(pc.equal(side, MEMBER), columns["id"], time, dataset.members[dataset.card.members.id])
-        item_ids = pc.binary_join_element_wise(front, columns["id"], "")
+        item_ids = pc.binary_join_element_wise(pa.scalar(front, TEXT), columns["id"], pa.scalar("", TEXT))
         self._items = _Latest(pc.equal(side, ITEM), item_ids, time, dataset.items[dataset.card.items.id])
 
     def products(self, members: np.ndarray, items: np.ndarray, times: np.ndarray) -> np.ndarray:

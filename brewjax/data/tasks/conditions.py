@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from brewjax.config import suggest
 from brewjax.data.tables.dataset import Dataset
-from brewjax.data.tables.reading import TEXT, show
+from brewjax.data.tables.reading import TEXT, show, show_type
 
 RANGE = {"min": pc.greater_equal, "max": pc.less_equal, "above": pc.greater, "below": pc.less}
 MEMBER, ITEM = "member.", "item."  # prefixes of columns of these tables; others are of the events
@@ -93,7 +93,7 @@ def check_condition(condition: Any, type_: pa.DataType) -> None:
             if key not in RANGE:
                 raise ValueError(f"'{key}' is no bound; {suggest(str(key), RANGE, listing='bounds')}")
             if not (pa.types.is_integer(type_) or pa.types.is_floating(type_) or pa.types.is_temporal(type_)):
-                raise ValueError(f"this column holds {type_}; only numbers and dates have a range")
+                raise ValueError(f"this column holds {show_type(type_)}; only numbers and dates have a range")
             _check_type(value, type_)
         if not condition:
             raise ValueError(f"an empty range; give {', '.join(RANGE)}")
@@ -126,7 +126,7 @@ def _holds(values: pa.ChunkedArray, condition: Any) -> np.ndarray:
 def _check_type(value: Any, type_: pa.DataType) -> None:
     """ValueError, with what would be right, if a column of this type cannot hold the value."""
     if pa.types.is_nested(type_):
-        raise ValueError(f"this column holds {type_}; a label matches columns of single values")
+        raise ValueError(f"this column holds {show_type(type_)}; a label matches columns of single values")
     if value is None:
         raise ValueError("an unknown value matches nothing; leave null out")
     if isinstance(value, (list, dict)):
@@ -164,7 +164,9 @@ def _as_type(value: Any, type_: pa.DataType) -> Any:
         time = time.replace(tzinfo=time.tzinfo or datetime.UTC)
         return time if type_.tz else time.astimezone(datetime.UTC).replace(tzinfo=None)
     if not (pa.types.is_integer(type_) or pa.types.is_floating(type_) or pa.types.is_boolean(type_)):
-        raise ValueError(f"this column holds {type_}; a label matches texts, numbers, dates, or true and false")
+        raise ValueError(
+            f"this column holds {show_type(type_)}; a label matches texts, numbers, dates, or true and false"
+        )
     return value
 
 

@@ -265,7 +265,7 @@ def test_a_value_is_compared_in_the_type_of_its_column(jobs, column, matching, d
         (pa.array(["4", "5"]), "4", 'this column holds texts, found 4; put it in quotes: "4"'),
         (pa.array(["yes", "no"]), "no", 'this column holds texts, found false; put it in quotes: "false"'),
         (pa.array([True, False]), "1", "this column holds true and false, found 1"),
-        (pa.array([["x"], []]), "x", "this column holds list<item: large_string>; a label matches columns of single"),
+        (pa.array([["x"], []]), "x", "this column holds lists of texts; a label matches columns of single values"),
         (pa.array([datetime.date(2025, 1, 2)] * 2), "soon", "this column holds dates, found 'soon'; expected one such"),
         (pa.array([4, 5]), "null", "an unknown value matches nothing; leave null out"),
         (pa.array([1, 2], pa.duration("ns")), "1", "this column holds duration[ns]; a label matches texts, numbers"),
