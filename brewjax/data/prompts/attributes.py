@@ -152,7 +152,7 @@ class RowRenderer:
         """Appends what is stated of each of `rows` to the texts of `by_row`; for the other arguments see `render`."""
         for attribute in stated.attributes:
             shown = where in attribute.where and (columns is None or attribute.column in columns)
-            if shown and _is_stated(attribute, style):
+            if shown and _is_stated(attribute, style, where):
                 values, kind = self.values(attribute, rows.rows), attribute_kind(self._table)
                 self._render(by_row, f"{self._table}.{attribute.column}", attribute, kind, values, rows, style, longest)
         if columns is None and (where == "question" or self._table == "events"):
@@ -257,9 +257,11 @@ class RowRenderer:
         return " ".join(text.split(" ")[: attribute.max_words]) if attribute.max_words else text
 
 
-def _is_stated(attribute: Attribute, style: Style) -> bool:
+def _is_stated(attribute: Attribute, style: Style, where: Where) -> bool:
     if attribute.kind == "id":
         return style.ids
+    if style.ids and attribute.kind in ("category", "list"):
+        return where == "question"  # an event of the history is two tokens
     return bool(attribute.num_buckets) or not style.buckets_only
 
 

@@ -31,8 +31,8 @@ class Style:
       percentile: the same, of a hundred buckets.
       short: whether ages are short, "2d" and not "2 days".
       history: whether past events are rendered.
-      buckets_only: whether only numbers in buckets are rendered, ids where `ids`, and no other attribute or age.
-      ids: whether ids are rendered, as numbers in buckets are.
+      buckets_only: whether only numbers in buckets are rendered, and what `ids` adds, and no other attribute or age.
+      ids: whether ids are rendered, as numbers in buckets are, and in questions categories and lists too.
       chat: whether the parts are put into the tokenizer's own chat template.
       by_kind: whether numbers in buckets are called after what they are, "pair_mean_by#7", and not by their own names,
         and are in tenths, however many buckets they have. A model that knows no English can then read a dataset that it

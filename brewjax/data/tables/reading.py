@@ -164,5 +164,5 @@ def show(value: pa.Scalar) -> str:
 
 
 def show_type(type_: pa.DataType) -> str:
-    """Renders the type of a column for an error message, for instance "texts"."""
+    """Renders a column's type `type_` for an error message, for instance "texts"."""
     return {TEXT: "texts", TEXTS: "lists of texts"}.get(type_, str(type_))

@@ -36,14 +36,18 @@ def test_a_vocabulary_holds_no_more_ids_than_it_may(jobs_with):
     assert Scales.fit(with_ids(jobs_with(EVENTS), 1), SPLIT).vocabularies == {"items.item_id": ["103"]}
 
 
-def test_history_and_questions_name_items_by_number(jobs_with, tokenizer):
+def test_ids_and_numbers_are_stated_of_events_and_categories_besides_of_questions(jobs_with, tokenizer):
     dataset = with_ids(jobs_with(EVENTS))
     verbalizer = Verbalizer(dataset, Scales.fit(dataset, SPLIT), tokenizer, PLENTY)
     prompt = verbalizer.prompt(TASK, ask(dataset, 0, 5, (9, 7), (0, 1)), "ids")
     salaries = [verbalizer.facts("items", np.array([item]), SPLIT, STYLES["numbers"])[0][0] for item in (3, 7)]
     assert prompt.events[0] == f"|action#1|job#1|{salaries[0]}"
     assert prompt.events[1] == f"|action#1|job#2|{salaries[1]}"
-    assert [question.text.split("|")[1] for question in prompt.questions] == ["job#0", "job#2"]
+    for question, row, number in zip(prompt.questions, (9, 7), (0, 2), strict=True):
+        item = dataset.items.slice(row, 1).to_pylist()[0]
+        salary = verbalizer.facts("items", np.array([row]), SPLIT, STYLES["numbers"])[0][0]
+        expected = [f"job#{number}", item["company"], item["location"], ",".join(item["skills"]), salary]
+        assert question.text.split("|")[1:6] == expected
 
 
 @pytest.mark.parametrize("style", [name for name, style in STYLES.items() if not style.ids])

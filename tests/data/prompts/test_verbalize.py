@@ -193,10 +193,10 @@ No
     "ids": """\
 Predict whether the member applies to the job in the "Question".
 Note: focus on location
-
-|action#1|salary#78|action#2|salary#75|action#1|salary#28|action#2? 1 applies|salary#53|popularity#1
+Acme|Lisbon
+|action#1|salary#78|action#2|salary#75|action#1|salary#28|action#2? 1 applies|Umbrella|Lisbon|Care,Teaching,Writing|salary#53|popularity#1
 Yes
-? 2 applies|salary#50|popularity#1
+? 2 applies|Globex|Oslo||salary#50|popularity#1
 No
 """,
     "kinds": """\
