@@ -198,7 +198,7 @@ Acme|Lisbon
 Yes
 ? 2 applies|Globex|Oslo||salary#50|popularity#1
 No
-""",
+""",  # noqa: E501
     "kinds": """\
 Predict whether the member applies to the job in the "Question".
 Note: focus on location
