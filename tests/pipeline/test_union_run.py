@@ -59,7 +59,7 @@ def test_a_models_folder_knows_the_union_and_what_it_includes(trained):
     surface = bundle.surface_of(union)
     assert surface.card == union.card
     assert surface.card.origins == union.card.origins
-    assert surface.scale.fits(union)
+    assert surface.scales.fits(union)
     names = [union.card.name, *(f"network-{name}-seed-3" for name in ("jobs", "posts", "people"))]
     assert [data.dataset for data in bundle.training.data] == names
 
