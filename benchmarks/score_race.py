@@ -32,6 +32,7 @@ from pathlib import Path
 PREFIX, ITEMS, LENGTH = 512, 32, 32
 LABELS = [5000, 6000]
 CORES = os.cpu_count() or 1
+PAUSE = 1  # seconds between turns: OpenMP's threads go on spinning for a while after theirs
 
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 DTYPES = ["float32", "bfloat16"]
@@ -209,6 +210,7 @@ def main() -> None:
             items = random.integers(10, 49_000, (ITEMS, LENGTH)).tolist()
             answers = {}
             for name, player in players.items():
+                time.sleep(PAUSE)
                 player.stdin.write(json.dumps({"prefix": prefix, "items": items, "hot": hot}) + "\n")
                 player.stdin.flush()
                 turn = json.loads(player.stdout.readline())
