@@ -69,7 +69,7 @@ def test_a_task_of_another_of_its_datasets_is_judged_and_ranked(trained):
     model, connects = "runs/network/big/model", str(TASKS / "connects.yaml")
     judged = in_process(trained, "evaluate", model, "network", connects, "--max-examples", "2", "--out", "judged")
     assert judged.exit_code == 0, judged.output
-    assert "percentiles are fitted to this one" not in judged.stderr
+    assert "scales are fitted to this one" not in judged.stderr
     union, rows = Dataset.load(trained / "network"), pq.read_table(trained / "judged" / "connects.model.parquet")
     assert {union.item_id(row).partition(".")[0] for row in rows["item"].to_pylist()} == {"people"}
     ranked = in_process(trained, "score", model, "--dataset", "network", "--task", connects, "--member", "7")

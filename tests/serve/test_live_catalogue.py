@@ -326,13 +326,17 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("message", REFUSED)
-def test_a_refusal_names_the_field(bundle, dataset, store, message):
-    live = follow(bundle, dataset, store)
+def assert_refused(live: LiveCatalogues, store: FileStore, change: pb.Change, message: str) -> None:
+    """The change is refused in these words, and nothing of it is stored."""
     with pytest.raises(ValueError) as error:  # noqa: PT011 (compared below: the messages are full of brackets)
-        asyncio.run(live.append(REFUSED[message]))
+        asyncio.run(live.append(change))
     assert str(error.value).startswith(message)
     assert store.read("") == ([], "")
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_a_refusal_names_the_field(bundle, dataset, store, message):
+    assert_refused(follow(bundle, dataset, store), store, REFUSED[message], message)
 
 
 def test_a_folder_is_one_servers(store, tmp_path):

@@ -51,9 +51,9 @@ class Scales(Config):
         """
         fitted = dataset.__dict__.setdefault("_scales", {})
         if until not in fitted:
-            fitted[until] = _fit_quantiles(dataset, until), _fit_vocabularies(dataset, until)
-        quantiles, vocabularies = fitted[until]
-        return cls(until=until, tables=tables, quantiles=quantiles, vocabularies=vocabularies)
+            quantiles, vocabularies = _fit_quantiles(dataset, until), _fit_vocabularies(dataset, until)
+            fitted[until] = cls(until=until, quantiles=quantiles, vocabularies=vocabularies)
+        return fitted[until].model_copy(update={"tables": tables})
 
     @staticmethod
     def keys_of(dataset: Dataset) -> set[str]:

@@ -101,7 +101,7 @@ def _agreed(
 
 def _items(card: UnitedCard, name: str, dataset: Dataset) -> pa.Table:
     own_id = dataset.card.items.id
-    ids = _with_name(name, dataset.items[own_id])
+    ids = with_name(name, dataset.items[own_id])
     origin = pa.array([name] * len(ids), TEXT).dictionary_encode()
     return pa.table({card.items.id: ids, ORIGIN: origin, **_further(name, dataset.items, [own_id])})
 
@@ -110,18 +110,18 @@ def _events(card: UnitedCard, name: str, dataset: Dataset) -> pa.Table:
     columns, events, united = dataset.card.events, dataset.events, card.events
     table = {
         united.member: events[columns.member],
-        united.item: _with_name(name, events[columns.item]),
-        united.action: _with_name(name, events[columns.action]),
+        united.item: with_name(name, events[columns.item]),
+        united.action: with_name(name, events[columns.action]),
         united.time or "": events[columns.time],
     }
     if columns.request:
-        table[REQUEST] = _with_name(name, events[columns.request])
+        table[REQUEST] = with_name(name, events[columns.request])
     roles = [columns.member, columns.item, columns.action, columns.time, columns.request]
     return pa.table({**table, **_further(name, events, roles)})
 
 
-def _with_name(name: str, values: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Ids and actions, as they are called in the union."""
+def with_name(name: str, values: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """Puts the `name` of a dataset in front of its ids or actions (`values`), as they are called in the union."""
     return pc.binary_join_element_wise(pa.scalar(name, TEXT), values.cast(TEXT), pa.scalar(".", TEXT))
 
 

@@ -14,6 +14,7 @@ from brewjax.config import ConfigError
 from brewjax.data.tables.dataset import Dataset
 from brewjax.data.tables.reading import TEXT, UnreadableError, open_table, plain
 from brewjax.data.tables.union import included_folders
+from brewjax.data.tables.union_tables import with_name
 
 SCHEMA = {"side": TEXT, "id": TEXT, "time": pa.timestamp("us"), "encoder": TEXT}
 MEMBER, ITEM = "member", "item"
@@ -33,10 +34,10 @@ class Similarities:
     """
 
     def __init__(self, dataset: Dataset, file: str):
-        folder, front = dataset.path, ""
+        folder, origin = dataset.path, ""
         if "" not in dataset.card.origins:
             origin, _, file = file.partition(".")
-            folder, front = included_folders(folder)[origin], f"{origin}."
+            folder = included_folders(folder)[origin]
         path = folder / file
         try:
             table, _ = open_table(folder, file)
@@ -56,7 +57,7 @@ class Similarities:
         self._encoder = columns["encoder"].dictionary_encode().indices.to_numpy()
         side, time = columns["side"], columns["time"].cast(pa.int64()).to_numpy()
         self._members = _Latest(pc.equal(side, MEMBER), columns["id"], time, dataset.members[dataset.card.members.id])
-        item_ids = pc.binary_join_element_wise(pa.scalar(front, TEXT), columns["id"], pa.scalar("", TEXT))
+        item_ids = with_name(origin, columns["id"]) if origin else columns["id"]
         self._items = _Latest(pc.equal(side, ITEM), item_ids, time, dataset.items[dataset.card.items.id])
 
     def products(self, members: np.ndarray, items: np.ndarray, times: np.ndarray) -> np.ndarray:
