@@ -22,8 +22,9 @@ def encoder(bundle) -> Encoder:
 
 @pytest.fixture(scope="module")
 def model(encoder, jobs, tmp_path_factory):
-    encoder.save(tmp_path_factory.mktemp("encoder") / "model")
-    return brewjax.open(tmp_path_factory.getbasetemp() / "encoder0" / "model", jobs)
+    folder = tmp_path_factory.mktemp("encoder") / "model"
+    encoder.save(folder)
+    return brewjax.open(folder, jobs)
 
 
 def test_vectors_are_those_of_the_encoder(model, encoder, jobs):

@@ -47,8 +47,9 @@ def encoder(union, task, tokenizer) -> Encoder:
 
 @pytest.fixture(scope="module")
 def folder(encoder, tmp_path_factory) -> Path:
-    encoder.save(tmp_path_factory.mktemp("encoder"))
-    return tmp_path_factory.getbasetemp() / "encoder0"
+    folder = tmp_path_factory.mktemp("encoder")
+    encoder.save(folder)
+    return folder
 
 
 def retrieve(*arguments: object) -> str:
