@@ -107,7 +107,8 @@ def encode_examples(
       ConfigError: every question was skipped.
     """
     style, verbalizer = bundle.prompts.score_style, bundle.verbalizer(dataset, task, surface, scales_of)
-    fitting = [*verbalizer.all_fitting(task, track(examples, f"{task.name}: render"), style)]
+    with_facts = verbalizer.with_facts(track(examples, f"{task.name}: render"))
+    fitting = [*verbalizer.all_fitting(task, with_facts, style)]
     prompts = [bundle.encode(verbalizer.prompt(task, example, style)) for example in fitting]
     verbalizer.print_overlong()
     if not prompts:

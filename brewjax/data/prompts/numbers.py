@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import decimal
+import functools
 import math
+
+import numpy as np
 
 DIGITS = 6  # significant digits of a number
 SMALLEST, LARGEST = 1e-15, 1e21  # absolute values that are written without an exponent
 MICROSECOND_UNITS = {
-    "year": 31_557_600_000_000,
-    "month": 2_629_800_000_000,
-    "week": 604_800_000_000,
-    "day": 86_400_000_000,
-    "hour": 3_600_000_000,
     "minute": 60_000_000,
+    "hour": 3_600_000_000,
+    "day": 86_400_000_000,
+    "week": 604_800_000_000,
+    "month": 2_629_800_000_000,
+    "year": 31_557_600_000_000,
 }
+_UNITS, _SIZES = [*MICROSECOND_UNITS], np.array([*MICROSECOND_UNITS.values()])
 
 
-def age(microseconds: int) -> tuple[int, str]:
-    """A span of time in the largest unit that fits, e.g. (2, "day"); under a minute is (0, "minute")."""
-    for unit, size in MICROSECOND_UNITS.items():
-        if microseconds >= size:
-            return microseconds // size, unit
-    return 0, "minute"
+def ages(microseconds: np.ndarray) -> list[tuple[int, str]]:
+    """Spans of time (int64, none negative), each in the largest unit that fits, e.g. (2, "day"); under a minute is
+    (0, "minute")."""
+    unit = np.maximum(np.searchsorted(_SIZES, microseconds, side="right") - 1, 0)
+    counts = microseconds // _SIZES[unit]
+    return [(count, _UNITS[index]) for count, index in zip(counts.tolist(), unit.tolist(), strict=True)]
 
 
+@functools.lru_cache(maxsize=1 << 14, typed=True)  # most numbers of a table are few: stars, prices
 def format_number(value: float) -> str:
     """Writes a number as people do, e.g. "129.99", "0.000000001", "1.5e-20".
 

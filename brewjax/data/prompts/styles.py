@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 
 import numpy as np
@@ -60,6 +61,10 @@ class Style:
     by_kind: bool = False
     turns: bool = False
 
+    def question_text(self, task: str, question: str, facts: str) -> str:
+        """The text of a question, by the `task`'s name, its `question` and the `facts` of the item."""
+        return self.question.format(question=question, task=task, facts=facts)
+
 
 SECTIONED = Style(
     preamble="## Instruction\n{instruction}\n## {member} Profile\n{profile}\n## Past {item} interaction data\n",
@@ -114,6 +119,7 @@ STYLES = {
 }
 
 
+@functools.lru_cache
 def code(name: str) -> str:
     """A name as a code of small letters, digits and underscores: "Average stars" becomes "average_stars"."""
     return re.sub(r"\W+", "_", name.lower()).strip("_")
@@ -152,5 +158,5 @@ class PromptConfig(Config):
         Returns:
           A key of `STYLES`.
         """
-        names, weights = zip(*self.styles.items(), strict=True)
-        return names[rng.choice(len(names), p=np.array(weights) / sum(weights))]
+        shares = np.cumsum([*self.styles.values()])
+        return [*self.styles][int(np.searchsorted(shares, rng.random() * shares[-1], side="right"))]

@@ -75,7 +75,8 @@ def sft_records(
       Each record with its provenance.
     """
     weight = config.loss_weights.get(name or task.name, 1.0)
-    for example in training_examples(verbalizer.dataset, task, config, partition, config.repeats):
+    examples = training_examples(verbalizer.dataset, task, config, partition, config.repeats)
+    for example in verbalizer.with_facts(examples):
         rng = example_rng(example, task)
         if predict:
             example = dataclasses.replace(example, soft_labels=predict([example])[0])

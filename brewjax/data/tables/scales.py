@@ -81,6 +81,10 @@ class Scales(Config):
     def _numbers(self) -> dict[str, dict[str, int]]:
         return {key: {id_: n for n, id_ in enumerate(ids, 1)} for key, ids in self.vocabularies.items()}
 
+    @cached_property
+    def _edges(self) -> dict[str, np.ndarray]:
+        return {key: np.array(values) for key, values in self.quantiles.items()}
+
     def number(self, key: str, id_: Any) -> int:
         """The number of an id in the vocabulary of `key`: 0 for one that training has hardly seen.
         `id_` is a text or a whole number, which counts as its text."""
@@ -93,7 +97,7 @@ class Scales(Config):
     def buckets(self, key: str, values: np.ndarray) -> np.ndarray:
         """int64 [values]: the bucket of the scale `key` that each of `values` falls in, 1 for the lowest; none may be
         NaN."""
-        return np.searchsorted(np.array(self.quantiles[key]), values, side="left") + 1
+        return np.searchsorted(self._edges[key], values, side="left") + 1
 
 
 def _fit_quantiles(dataset: Dataset, until: int) -> dict[str, list[float]]:

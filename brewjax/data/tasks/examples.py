@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import NamedTuple
 
@@ -41,6 +41,8 @@ class RankingExample:
       soft_labels: float32 [candidates, labels], the probabilities that another ranker gives the answers, to learn from;
         None if there are none.
       request: the request whose list the candidates are, by number (`Dataset.event_request`); -1 for none.
+      member_facts, candidate_facts: by key, the numbers of the member's facts, float64 [1], and of the candidates',
+        float64 [candidates], where they were computed for many examples at once; see `Verbalizer.with_facts`.
       seed: of whatever is chosen at random about the example: a hash of the caller's seed, the member and the cutoff
         time, the same wherever the member stands in the tables.
     """
@@ -55,16 +57,20 @@ class RankingExample:
     exposures: np.ndarray
     request: int = NO_REQUEST
     soft_labels: np.ndarray | None = None
+    member_facts: Mapping[str, np.ndarray] | None = None
+    candidate_facts: Mapping[str, np.ndarray] | None = None
     seed: int = 0
 
     def select(self, indices: slice | np.ndarray) -> RankingExample:
         """The same context with some of its candidates, by `indices`: positions, a mask or a slice."""
+        facts = self.candidate_facts
         return dataclasses.replace(
             self,
             candidates=self.candidates[indices],
             labels=self.labels[indices],
             exposures=self.exposures[indices],
             soft_labels=None if self.soft_labels is None else self.soft_labels[indices],
+            candidate_facts=None if facts is None else {key: numbers[indices] for key, numbers in facts.items()},
         )
 
 
@@ -261,11 +267,12 @@ class SplitExamples:
         events = self._questions.events[self._starts[chunks]]
         hashes = _hash(self._dataset, events, self._places[chunks], seed)
         for chunk, example_seed in zip(chunks.tolist(), hashes.tolist(), strict=True):
-            rng = np.random.default_rng([example_seed, zlib.crc32(self._task.name.encode())])
             of_chunk = slice(self._starts[chunk], self._stops[chunk])
-            example = _build(self._dataset, self._task, self._questions, of_chunk, self.sampler, rng, self._end)
+            example = _build(
+                self._dataset, self._task, self._questions, of_chunk, self.sampler, example_seed, self._end
+            )
             if len(example.candidates):
-                yield dataclasses.replace(example, seed=example_seed)
+                yield example
 
     def _sample(self, max_examples: int | None, seed: int) -> np.ndarray:
         """int64 [examples]: the chunks that are examples, in their order."""
@@ -299,7 +306,7 @@ def _build(
     questions: Questions,
     chunk: slice,
     sampler: NegativeSampler | None,
-    rng: np.random.Generator,
+    seed: int,
     split_end: int,
 ) -> RankingExample:
     events, labels = questions.events[chunk], questions.labels[chunk]
@@ -320,6 +327,7 @@ def _build(
         since = np.searchsorted(times, cutoff_time) if task.questions.asks_repeats else 0
         until = cutoff_time + int(task.questions.span_days * DAY) + 1 if task.questions.asks_repeats else split_end
         touched = dataset.event_item[start + since : start + np.searchsorted(times, until)]
+        rng = np.random.default_rng([seed, zlib.crc32(task.name.encode())])
         sampled, of_event = sampler.draw(rng, candidates, touched, cutoff_time)
         candidates = np.concatenate([candidates, sampled])
         labels = np.concatenate([labels, np.full(len(sampled), task.words.index(negatives.label))])
@@ -335,6 +343,7 @@ def _build(
         labels.astype(np.int32),
         events.astype(np.int64),
         request,
+        seed=seed,
     )
 
 

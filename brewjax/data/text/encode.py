@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
@@ -78,6 +79,8 @@ class EncodedPrompt:
         Raises:
           ValueError: the prefix with one question, or with one list, exceeds the capacity.
         """
+        if len(self) <= capacity and (max_questions is None or len(self.questions) <= max_questions):
+            return [self]
         room = capacity - self.prefix_length
         groups: list[list[int]] = []
         for index in range(len(self.questions)):
@@ -126,13 +129,14 @@ class EncodedPrompt:
         The positions of every question start where the history ends, so that a question reads the same alone.
         """
         pieces = self.prefix_pieces + self.questions
-        lengths = [len(piece) for piece in pieces]
-        prefix, num_events = self.prefix_length, len(self.prefix_pieces) - 1
+        lengths, num_events = [len(piece) for piece in pieces], len(self.prefix_pieces) - 1
+        question_lengths = lengths[num_events + 1 :]
         event_visibility = {"dense": ALL, "star": QUESTIONS}[self.layout]
-        visibility = [ALL] + [event_visibility] * num_events + [SELF] * len(self.questions)
-        positions = [np.arange(prefix)] + [prefix + np.arange(len(question)) for question in self.questions]
-        targets = np.full(len(self), NO_TARGET)
-        for end, answer in zip(self.ends, self.answers, strict=True):
+        visibility = np.array([ALL] + [event_visibility] * num_events + [SELF] * len(self.questions), np.int32)
+        positions, prefix = np.arange(len(self), dtype=np.int32), self.prefix_length
+        positions[prefix:] -= np.repeat(self.starts[:-1] - prefix, question_lengths).astype(np.int32)
+        targets = np.full(len(self), NO_TARGET, np.int32)
+        for end, answer in zip(self.ends.tolist(), self.answers, strict=True):
             if answer is not None:
                 answer_ids = answer if isinstance(answer, list) else [self.labels[answer]]
                 targets[end + 1 - len(answer_ids) : end + 1] = answer_ids
@@ -141,19 +145,19 @@ class EncodedPrompt:
             if offset:
                 targets[start + offset - 1] = event[offset]
             start += len(event)
-        preference = np.zeros(len(self))
+        is_target = targets != NO_TARGET
+        preference = np.zeros(len(self), np.int32)
         if self.preference_lists:
-            preference[prefix:] = np.repeat(self.preference_lists, lengths[len(self.prefix_pieces) :])
-        arrays = {
-            "tokens": np.concatenate([np.asarray(piece, np.int32) for piece in pieces]),
-            "positions": np.concatenate(positions),
-            "piece_id": np.repeat(np.arange(len(pieces)), lengths),
+            preference[prefix:] = np.repeat(self.preference_lists, question_lengths)
+        return {
+            "tokens": np.fromiter(itertools.chain.from_iterable(pieces), np.int32, len(self)),
+            "positions": positions,
+            "piece_id": np.repeat(np.arange(len(pieces), dtype=np.int32), lengths),
             "visibility": np.repeat(visibility, lengths),
             "targets": targets,
-            "preference": np.where(targets == NO_TARGET, 0, preference),
+            "preference": preference * is_target,
+            "weights": np.float32(self.weight) * is_target,
         }
-        weights = np.where(targets == NO_TARGET, 0, self.weight).astype(np.float32)
-        return {name: array.astype(np.int32) for name, array in arrays.items()} | {"weights": weights}
 
     @cached_property
     def starts(self) -> np.ndarray:

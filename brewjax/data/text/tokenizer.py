@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import datetime
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,6 +36,8 @@ BATCH_CHARACTERS = 1 << 16  # characters that are tokenized at a time, in some 2
 # What may be merged into tokens: a number in buckets with its name and the mark before it ("|popularity#9"); words,
 # numbers and punctuation, as in GPT-2, but no number with the space before it.
 WORDS = r"[ |]?\w+#\d+|'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+AGE = re.compile(r"[0-9]+[a-z]+(?=\|)")  # what an event begins with in compact styles, "3d|has viewed|Toy Story"
+AGE_PROBES = tuple(f"{age}|{text}" for age in ("3d", "12mo") for text in ("film", "7", " ", "|", "#1", "[", "'s", "é"))
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -68,7 +71,10 @@ class Tokenizer:
         hf.backend_tokenizer.no_padding()
         self._encode_batch = hf.backend_tokenizer.encode_batch_fast
         self._mark = _PrefixMark.detect(hf.backend_tokenizer)
+        self._splits_ages = _splits_ages(hf.backend_tokenizer)
         self._cache: dict[str, list[int]] = {}
+        self._parts: dict[str, list[int]] = {}  # of texts with an age: the age, and the rest
+        self._label_ids: dict[str, int] = {}
         # `all_special_tokens` is incomplete: Llama's <|eot_id|>, for instance, is only among the added tokens.
         special_tokens = sorted({*hf.all_special_tokens, *hf.get_added_vocab()}, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, special_tokens)) or r"(?!)")
@@ -175,7 +181,8 @@ class Tokenizer:
         Returns:
           The ids with BOS, or as they are if the tokenizer has none.
         """
-        return ids if ids[: len(self.bos)] == self.bos else self.bos + ids
+        bos = self.bos
+        return ids if ids[: len(bos)] == bos else bos + ids
 
     @property
     def eos(self) -> list[int]:
@@ -195,7 +202,8 @@ class Tokenizer:
     def encode(self, texts: Sequence[str], begins: bool = False) -> list[list[int]]:
         """Tokenizes each text. Special tokens written in a text are recognised; none is added.
 
-        Results are cached, because prompts repeat the same items and events.
+        Results are cached, because prompts repeat the same items and events. An event's age differs from prompt to
+        prompt, so the age and the rest are cached apart.
 
         Args:
           texts: the texts, tokenized independently.
@@ -214,9 +222,23 @@ class Tokenizer:
             new_texts = list(dict.fromkeys(texts))
         new_ids: dict[str, list[int]] = {}
         for batch in batches(new_texts):  # an encoding takes a hundred times the memory of its text
-            new_ids |= zip(batch, self._encode_continuations(batch), strict=True)
+            new_ids |= zip(batch, self._encode_by_age(batch), strict=True)
         cache.update((text, ids) for text, ids in new_ids.items() if len(text) <= MAX_CACHED_CHARACTERS)
         return [new_ids[text] if text in new_ids else cache[text] for text in texts]
+
+    def _encode_by_age(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts that continue a sequence; of those with an age, what follows it is looked up."""
+        ages = [AGE.match(text) for text in texts] if self._splits_ages else []
+        if not any(ages):
+            return self._encode_continuations(texts)
+        cuts = [age.end() if age and len(age.string) <= MAX_CACHED_CHARACTERS else 0 for age in ages]
+        parts = [(text[:cut], text[cut:]) for text, cut in zip(texts, cuts, strict=True)]
+        cache = self._parts
+        if len(cache) > CACHE_SIZE:
+            self._parts = cache = {}
+        missing = [part for part in dict.fromkeys(itertools.chain.from_iterable(parts)) if part not in cache]
+        cache.update(zip(missing, self._encode_continuations(missing), strict=True))
+        return [cache[head] + cache[tail] for head, tail in parts]
 
     def _encode_continuations(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts that continue a sequence."""
@@ -280,12 +302,15 @@ class Tokenizer:
         Raises:
           ValueError: the word is not exactly one token that decodes to the word, apart from a space in front.
         """
+        if word in self._label_ids:
+            return self._label_ids[word]
         ids = self.encode([word])[0]
         if len(ids) != 1 or str(self.hf.decode(ids)).removeprefix(" ") != word.removeprefix(" "):
             pieces = self.hf.convert_ids_to_tokens(ids)
             raise ValueError(
                 f"label word '{word}' is {len(ids)} tokens {pieces} in this tokenizer; choose one-token words"
             )
+        self._label_ids[word] = ids[0]
         return ids[0]
 
     def clean(self, text: str) -> str:
@@ -323,6 +348,15 @@ class Tokenizer:
         except (jinja2.TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
             roles = ", ".join(turn["role"] for turn in turns)
             raise ValueError(f"its chat template cannot render the turns of {roles}: {error}") from None
+
+
+def _splits_ages(backend: tokenizers.Tokenizer) -> bool:
+    """Whether no token reaches over the end of an `AGE`, because texts are split into words there before merging."""
+    splitter = backend.pre_tokenizer
+    if splitter is None:
+        return False
+    ends = ([span[1] for _, span in splitter.pre_tokenize_str(probe)] for probe in AGE_PROBES)
+    return all(probe.index("|") in word_ends for probe, word_ends in zip(AGE_PROBES, ends, strict=True))
 
 
 class _PrefixMark(NamedTuple):

@@ -3,34 +3,32 @@ from __future__ import annotations
 import re
 
 import hypothesis
+import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from brewjax.data.prompts.numbers import age, format_number
+from brewjax.data.prompts.numbers import ages, format_number
 
 MINUTE, HOUR, DAY = 60_000_000, 3_600_000_000, 86_400_000_000
 
 
-@pytest.mark.parametrize(
-    ("microseconds", "expected"),
-    [
-        (0, (0, "minute")),
-        (MINUTE - 1, (0, "minute")),
-        (MINUTE, (1, "minute")),
-        (HOUR - 1, (59, "minute")),
-        (HOUR, (1, "hour")),
-        (DAY, (1, "day")),
-        (7 * DAY - 1, (6, "day")),
-        (7 * DAY, (1, "week")),
-        (30 * DAY, (4, "week")),
-        (31 * DAY, (1, "month")),
-        (365 * DAY, (11, "month")),
-        (366 * DAY, (1, "year")),
-        (800 * DAY, (2, "year")),
-    ],
-)
-def test_an_age_is_said_in_the_largest_unit_that_fits(microseconds, expected):
-    assert age(microseconds) == expected
+def test_an_age_is_in_the_largest_unit_that_fits():
+    expected = {
+        0: (0, "minute"),
+        MINUTE - 1: (0, "minute"),
+        MINUTE: (1, "minute"),
+        HOUR - 1: (59, "minute"),
+        HOUR: (1, "hour"),
+        DAY: (1, "day"),
+        7 * DAY - 1: (6, "day"),
+        7 * DAY: (1, "week"),
+        30 * DAY: (4, "week"),
+        31 * DAY: (1, "month"),
+        365 * DAY: (11, "month"),
+        366 * DAY: (1, "year"),
+        800 * DAY: (2, "year"),
+    }
+    assert dict(zip(expected, ages(np.array([*expected])), strict=True)) == expected
 
 
 @hypothesis.given(st.integers(-(10**14), 10**14))

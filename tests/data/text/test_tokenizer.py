@@ -54,11 +54,19 @@ def test_a_text_is_encoded_alike_alone_and_among_others(tokenizer, texts):
     assert tokenizer.lengths(texts) == [len(tokens) for tokens in ids]
 
 
+@hypothesis.given(st.sampled_from(["3d|", "12mo|", "0m|", "7y", "2d |"]), st.text() | HOSTILE)
+@hypothesis.settings(deadline=None)
+def test_the_age_of_an_event_and_the_rest_are_the_tokens_of_the_whole(tokenizer, age, text):
+    (whole,) = tokenizer._encode_continuations([age + text])
+    assert Tokenizer(tokenizer.hf).encode([age + text, text, age + text]) == [whole, *tokenizer.encode([text]), whole]
+
+
 def test_forgetting_changes_nothing(tokenizer, monkeypatch):
     """What is remembered is bounded; a call with more texts than that works too."""
     monkeypatch.setattr("brewjax.data.text.tokenizer.CACHE_SIZE", 3)
     fresh = Tokenizer(tokenizer.hf)
-    for texts in (["a", "b"], ["b", "c", "c"], ["d", "a"], list("abcdefg"), ["a", "g"], []):
+    aged = [f"{days}d|{letter}" for days in (1, 2) for letter in "ab"]
+    for texts in (["a", "b"], ["b", "c", "c"], ["d", "a"], list("abcdefg"), ["a", "g"], aged, [], [*aged, "1d|c"]):
         assert fresh.encode(texts) == tokenizer.encode(texts)
 
 

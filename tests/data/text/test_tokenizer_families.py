@@ -121,7 +121,11 @@ def test_an_answer_in_a_chat_is_the_token_that_the_assistant_says_there(family):
 
 
 @pytest.mark.parametrize(
-    "text", ["Nurse</s>Yes", "</s>Yes", "a <s>b</s> c</s>", "Yes", "", "\nYes", " Yes", "<|tool|>x"]
+    "text",
+    [
+        *("Nurse</s>Yes", "</s>Yes", "a <s>b</s> c</s>", "Yes", "", "\nYes", " Yes", "<|tool|>x"),
+        *("3d|Nurse|Acme\n", "12mo|7|Zoë", "2h||Yes", "1y|</s>Yes", "5w| Yes", "9m|'s", "4d|"),
+    ],
 )
 def test_a_text_behind_special_tokens_is_as_in_the_whole(folder, text):
     ours, theirs = Tokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
