@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pyarrow.csv
 import pyarrow.parquet as pq
@@ -109,3 +111,22 @@ def test_the_fact_that_matters_is_proposed_and_written(jobs_with, tmp_path):  # 
     card = Card.load(folder / CARD)
     assert [fact.name for _, fact in card.facts.declared()].count(gains[0].fact.name) == 1
     assert yaml.safe_load((folder / CARD).read_text())["items"]["noun"] == "job", "the rest of the card stays"
+
+
+def test_what_answers_are_told_by_is_tried_as_a_fact(jobs_with):  # noqa: F811
+    """Some jobs are always looked at for long, whoever looks; the card says nothing of seconds."""
+    rng = np.random.default_rng(0)
+    items = rng.integers(40, size=800)
+    dataset = jobs_with(
+        [Event(step % 8, int(item), "viewed", step / 4, 60.0 * (item % 2)) for step, item in enumerate(items)]
+    )
+    events = dataset.card.events.model_copy(update={"attributes": ()})
+    dataset = dataclasses.replace(dataset, card=dataset.card.model_copy(update={"events": events}))
+    task = Task.parse(
+        TASK.replace("outcomes: [applied], window_days: 7", "repeats: true")
+        .replace("match: {action: applied}", "match: {seconds: {above: 30}}")
+        .replace("value: 0}", "value: 0, match: {seconds: {max: 30}}}")
+    )
+    gains = propose_facts(dataset, task, max_facts=1)
+    assert [(gain.group, gain.fact.mean) for gain in gains] == [("items", "seconds")]
+    assert gains[0].gauc > 0.2

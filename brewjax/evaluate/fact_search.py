@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import yaml
 
 from brewjax.console import track
@@ -65,7 +66,7 @@ def propose_facts(dataset: Dataset, task: Task, max_facts: int = 12) -> list[Gai
             raise task.error(f"no question falls into the {name} period", "split")
     score = _Judge(dataset, task, train, validation)
     base = score(())
-    candidates = list(candidate_facts(task.side_of(dataset.card)))
+    candidates = list(candidate_facts(task.side_of(dataset.card), _answer_columns(dataset, task)))
     if (dataset.path / VECTORS).is_file():
         candidates.append(("pairs", Fact(name="similarity", similarity=VECTORS)))
     alone = [(base[2] - score((candidate,))[2], candidate) for candidate in track(candidates, "facts")]
@@ -80,10 +81,26 @@ def propose_facts(dataset: Dataset, task: Task, max_facts: int = 12) -> list[Gai
     return chosen
 
 
-def candidate_facts(card: Card) -> Iterator[tuple[FactGroup, Fact]]:
-    """Every fact worth trying for a card: counts, means and rates of members, items and pairs, similarities."""
+def _answer_columns(dataset: Dataset, task: Task) -> list[str]:
+    """The numeric event columns by which answers are told: what they were in the past often says what they will be."""
+    matched = dict.fromkeys(column for label in task.labels for column in label.match or ())
+    types = {column: dataset.event_column(column).type for column in matched}
+    return [column for column, type_ in types.items() if pa.types.is_integer(type_) or pa.types.is_floating(type_)]
+
+
+def candidate_facts(card: Card, answer_columns: Sequence[str] = ()) -> Iterator[tuple[FactGroup, Fact]]:
+    """Every fact worth trying for a card: counts, means and rates of members, items and pairs, similarities.
+
+    Args:
+      card: of the dataset.
+      answer_columns: numeric event columns that are no attributes of the card, and whose means are worth trying too.
+
+    Yields:
+      Each fact with its group.
+    """
     actions = tuple(card.events.actions)
-    columns = [attribute.column for attribute in card.events.attributes if attribute.kind == "number"]
+    numbers = [attribute.column for attribute in card.events.attributes if attribute.kind == "number"]
+    columns = list(dict.fromkeys([*numbers, *answer_columns]))
     timed = card.events.time is not None
     shared = [attribute.column for attribute in card.items.attributes if attribute.kind in ("category", "list")]
     cohorts = [attribute.column for attribute in card.members.attributes if attribute.kind in ("category", "list")]
