@@ -17,6 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, ScalarFormatter
 
 from brewjax.data.tasks.task import MetricName
+from brewjax.evaluate.budgets import BudgetPoint
 from brewjax.evaluate.metrics import ratio, reliability
 from brewjax.evaluate.predictions import probabilities
 from brewjax.evaluate.results import METRICS, OVERALL, SLICES, Comparison, ModelSummary
@@ -108,6 +109,25 @@ def size_plot(comparison: Comparison, models: Sequence[ModelSummary]) -> str:
             axes.xaxis.set_major_formatter(ScalarFormatter())
             axes.minorticks_off()
         return _svg(figure, axes, f"{comparison.name} sizes", tips)
+
+
+def budget_plot(comparison: Comparison, points: Sequence[BudgetPoint]) -> str:
+    """A model's quality on a task by the tokens that its prompts hold before the questions, with intervals."""
+    with matplotlib.rc_context(STYLE):
+        title = METRICS[comparison.task.metrics[0]].title
+        figure, axes = _figure("tokens before the questions", title)
+        bars = axes.errorbar(
+            [point.size.tokens for point in points],
+            [point.quality.value for point in points],
+            [point.quality.error for point in points],
+            fmt="o-", markersize=5, capsize=2, color=COLOURS[0],
+        )  # fmt: skip
+        texts = [
+            f"budget of {point.max_tokens:,} tokens, {point.size.events:.1f} events: {point.quality.value:.3f} "
+            f"±{point.quality.error:.3f}"
+            for point in points
+        ]
+        return _svg(figure, axes, f"{comparison.name} budgets", [(bars.lines[0], texts)])
 
 
 def cost_plot(models: Sequence[ModelSummary]) -> str:

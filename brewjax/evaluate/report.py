@@ -14,9 +14,10 @@ from rich.text import Text
 
 from brewjax.console import bold
 from brewjax.data.tasks.task import MetricName
+from brewjax.evaluate.budgets import BudgetPoint
 from brewjax.evaluate.fact_worth import FactWorth
 from brewjax.evaluate.mistakes import Mistake
-from brewjax.evaluate.plots import cost_plot, loss_plot, reliability_plot, size_plot, slice_plot
+from brewjax.evaluate.plots import budget_plot, cost_plot, loss_plot, reliability_plot, size_plot, slice_plot
 from brewjax.evaluate.results import METRICS, OVERALL, SLICES, Comparison, Estimate, ModelSummary, agreements
 
 UNDEFINED = "\N{EN DASH}"
@@ -33,6 +34,8 @@ HOW_TO_READ = (
     "things should be near -1; a model far from the baselines confuses the tasks.",
     "What a fact is worth: how much the fact regression loses when the number is shuffled over the questions, which "
     "takes away what it says and leaves how it is distributed. Facts that say the same stand in for each other.",
+    "Budgets: the last model, in prompts of at most so many tokens up to the end of a question. Each is compared with "
+    "the smallest, paired over members.",
     f"{UNDEFINED} means undefined: no questions, or only one answer among them. A single member has no interval.",
 )
 
@@ -43,10 +46,12 @@ class TaskDetails(NamedTuple):
     Attributes:
       mistakes: where the first model shown was most wrong.
       facts: what the numbers that prompts state are worth to the fact regression.
+      budgets: the last model's quality by the budget of its prompts.
     """
 
     mistakes: Sequence[Mistake] = ()
     facts: Sequence[FactWorth] = ()
+    budgets: Sequence[BudgetPoint] = ()
 
 
 def write_report(
@@ -80,7 +85,8 @@ def write_report(
         "size_plots": [size_plot(comparison, models) for comparison in comparisons] if len(models) > 1 else [],
         "cost_plot": cost_plot(models) if len(models) > 1 else "",
         "tasks": [
-            _describe(comparison.select(*shown)) | _describe_details(details.get(comparison.name, TaskDetails()))
+            _describe(comparison.select(*shown))
+            | _describe_details(details.get(comparison.name, TaskDetails()), comparison)
             for comparison in comparisons
         ],
         "agreements": describe_agreements(comparisons, shown),
@@ -214,8 +220,8 @@ def _describe(comparison: Comparison, plots: bool = True) -> dict[str, Any]:
     }
 
 
-def _describe_details(details: TaskDetails) -> dict[str, Any]:
-    """The mistakes and facts of a task, as texts."""
+def _describe_details(details: TaskDetails, comparison: Comparison) -> dict[str, Any]:
+    """The mistakes, facts and budgets of a task, as texts."""
     return {
         "mistakes": [
             {
@@ -236,6 +242,17 @@ def _describe_details(details: TaskDetails) -> dict[str, Any]:
             }
             for fact in details.facts
         ],
+        "budgets": [
+            [
+                f"{point.max_tokens:,}",
+                f"{point.size.events:.1f}",
+                f"{point.size.tokens:,.0f}",
+                f"{_format_number(point.quality.value)} {_format_interval(point.quality)}".strip(),
+                f"{_format_number(point.gain.value, sign='+')} {_format_interval(point.gain)}" if point.gain else "",
+            ]
+            for point in details.budgets
+        ],
+        "budget_plot": budget_plot(comparison, details.budgets) if details.budgets else "",
     }
 
 

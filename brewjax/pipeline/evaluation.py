@@ -13,7 +13,9 @@ import pyarrow.parquet as pq
 from brewjax import distributed
 from brewjax.bundle.bundle import Bundle
 from brewjax.console import plain_console
+from brewjax.data.tasks.task import Task
 from brewjax.evaluate.baselines import BASELINES, ORACLE, predict_baselines
+from brewjax.evaluate.budgets import BudgetPoint, PrefixSize, budget_curve, predict_within
 from brewjax.evaluate.fact_worth import measure_facts
 from brewjax.evaluate.mistakes import find_mistakes
 from brewjax.evaluate.predict import ScoringCost, TaskExamples, predict
@@ -35,24 +37,39 @@ from brewjax.retrieve.encoder import Encoder
 from brewjax.retrieve.evaluation import Recall, evaluate_retrieval, print_recall
 from brewjax.train.metrics_writer import METRICS, read_metrics
 
-EVALUATE, WORK, RETRIEVAL = "evaluate-", "work.json", "recall.json"
+EVALUATE, WORK, RETRIEVAL, SIZES = "evaluate-", "work.json", "recall.json", "sizes.json"
 
 
 def evaluate_stage(run: Run, name: str, folder: Path) -> None:
     """The model's predictions on the test period of every task, and what they cost."""
     bundle = Bundle.load(run.model(name), run.recipe.evaluate.mesh)
-    predicted = predict(
-        bundle,
-        [
-            TaskExamples(surface.dataset, task, run.test_examples[of_task], surface.name, of_task)
-            for of_task, (surface, task) in run.tasks.items()
-        ],
-    )
+    predicted = predict(bundle, _test_tasks(run))
     if distributed.is_process_zero():
         for of_task, predictions in zip(run.tasks, predicted, strict=True):
             _write_table(predictions.table, folder / f"{of_task}.parquet")
         cost = [sum(column) for column in zip(*(predictions.work for predictions in predicted), strict=True)]
         (folder / WORK).write_text(json.dumps(cost))
+
+
+def _test_tasks(run: Run) -> list[TaskExamples]:
+    return [
+        TaskExamples(surface.dataset, task, run.test_examples[of_task], surface.name, of_task)
+        for of_task, (surface, task) in run.tasks.items()
+    ]
+
+
+def budgets_stage(run: Run, name: str, folder: Path) -> None:
+    """The model's predictions in prompts of each budget of `evaluate.budgets`."""
+    bundle, settings = Bundle.load(run.model(name), run.recipe.evaluate.mesh), run.recipe.evaluate
+    sizes: dict[str, dict[int, PrefixSize]] = {of_task: {} for of_task in run.tasks}
+    for budget in settings.budgets:
+        predicted = predict_within(bundle, _test_tasks(run), settings.budget_style, budget)
+        for of_task, (table, size) in zip(run.tasks, predicted, strict=True):
+            sizes[of_task][budget] = size
+            if distributed.is_process_zero():
+                _write_table(table, folder / f"{of_task}.{budget}.parquet")
+    if distributed.is_process_zero():
+        write_text(folder / SIZES, json.dumps(sizes))
 
 
 def retrieve_stage(run: Run, name: str, folder: Path) -> None:
@@ -122,7 +139,22 @@ def _task_details(run: Run, comparison: Comparison, of_task: RunTask) -> TaskDet
     surface, task = of_task
     examples, style = run.test_examples[comparison.name], run.recipe.prompts.score_style
     mistakes = find_mistakes(comparison, BASELINES, surface.verbalizer, examples, style)
-    return TaskDetails(mistakes, measure_facts(surface.dataset, task, examples))
+    return TaskDetails(
+        mistakes, measure_facts(surface.dataset, task, examples), _budget_curve(run, task, comparison.name)
+    )
+
+
+def _budget_curve(run: Run, task: Task, of_task: str) -> list[BudgetPoint]:
+    """The last ranker's quality on a task by the budget of its prompts; none without `evaluate.budgets`."""
+    settings, folder = run.recipe.evaluate, run.folder / "budgets"
+    if not settings.budgets:
+        return []
+    sizes = json.loads((folder / SIZES).read_text())[of_task]
+    predictions = {
+        budget: (pq.read_table(folder / f"{of_task}.{budget}.parquet"), PrefixSize(*sizes[str(budget)]))
+        for budget in settings.budgets
+    }
+    return budget_curve(task, predictions, settings.bootstrap)
 
 
 def _describe(run: Run, name: str) -> ModelSummary:

@@ -13,7 +13,7 @@ from brewjax.bundle.bundle import PROMPTS
 from brewjax.compress.prune import PruneConfig
 from brewjax.compress.quantize import QuantizeConfig
 from brewjax.config import Config, Location, Words, misplaced, misplaced_within
-from brewjax.data.prompts.styles import PromptConfig
+from brewjax.data.prompts.styles import STYLES, PromptConfig
 from brewjax.data.records.contrastive import ContrastiveConfig
 from brewjax.data.records.preferences import AlignConfig
 from brewjax.data.records.pretrain import PretrainConfig
@@ -54,10 +54,23 @@ class EvaluateConfig(Config):
     """Resamples of members behind each interval."""
     baseline_settings: int = pydantic.Field(default=8, gt=0)
     """Hyperparameter settings of LightGBM that are compared on the validation period."""
+    budgets: tuple[pydantic.PositiveInt, ...] = ()
+    """Token budgets within which the last ranker answers the same questions once more, as a curve in the report: what a
+    longer history is worth. The smallest, with hardly an event, is what the others are compared with."""
+    budget_style: str = "compact"
+    """The style of these prompts, one with a history."""
     mesh: MeshConfig = MeshConfig()
     """The mesh that models are scored on."""
     watch: WatchConfig | None = None
     """A suite that is run while rankers are trained; it stops what gets worse. Only where one process trains."""
+
+    @pydantic.field_validator("budget_style")
+    @classmethod
+    def _has_history(cls, style: str) -> str:
+        with_history = [name for name, each in STYLES.items() if each.history]
+        if style not in with_history:
+            raise ValueError(f"no style '{style}' with a history; styles: {', '.join(with_history)}")
+        return style
 
 
 class RecipeSurface(Config):

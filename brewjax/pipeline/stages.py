@@ -37,7 +37,14 @@ from brewjax.model.params import MODEL, Params, load_model
 from brewjax.paths import check_renames, locked
 from brewjax.pipeline.check import check_foreign_tokenizers, check_run
 from brewjax.pipeline.context import Run
-from brewjax.pipeline.evaluation import EVALUATE, baselines_stage, evaluate_stage, report_stage, retrieve_stage
+from brewjax.pipeline.evaluation import (
+    EVALUATE,
+    baselines_stage,
+    budgets_stage,
+    evaluate_stage,
+    report_stage,
+    retrieve_stage,
+)
 from brewjax.pipeline.preparation import GENERAL, DataConfig, WriteUnits, aligned_tasks, domain_name, write_data
 from brewjax.pipeline.recipe import (
     AlignStage,
@@ -62,6 +69,7 @@ from brewjax.train.objectives import Objective, supervised
 from brewjax.train.teachers import AuxModel, FrozenModel, SoftLabels
 
 # The folders whose code makes what a step leaves.
+BUDGETS = {"budgets", "budget_style"}  # settings of evaluation that the figures of models do not depend on
 DATA = ("data",)
 TRAIN = ("train", "model", "../pallas_kernels")
 COMPRESS = ("compress", "model", "../pallas_kernels")
@@ -237,7 +245,8 @@ def steps(run: Run, write_units: WriteUnits = write_on_this_host) -> list[Step]:
     tokenizer_path = recipe.tokenizer.path if recipe.tokenizer else run.base and run.base / TOKENIZER
     tokenizer = hash_folder(Path(tokenizer_path)) if tokenizer_path else recipe.model_dump(mode="json")["tokenizer"]
     prompts, judged = (
-        recipe.model_dump(mode="json", exclude={"evaluate": {"watch"}})[key] for key in ("prompts", "evaluate")
+        recipe.model_dump(mode="json", exclude={"evaluate": {"watch", *BUDGETS}})[key]
+        for key in ("prompts", "evaluate")
     )
     settings: Any = [surfaces, tokenizer, prompts, _reads_prose(recipe)]
     plan = [Step("prepare", functools.partial(prepare, run), (), settings, DATA)]
@@ -294,6 +303,10 @@ def steps(run: Run, write_units: WriteUnits = write_on_this_host) -> list[Step]:
         plan.append(Step(f"{EVALUATE}{name}", work, (name,), judged, judge, all_processes=True))
     if recipe.ranking_stages:
         plan.append(Step("baselines", functools.partial(baselines_stage, run), ("prepare",), judged, ("evaluate",)))
+        if recipe.evaluate.budgets:
+            last, budgets = recipe.ranking_stages[-1], recipe.evaluate.model_dump(mode="json", include=BUDGETS)
+            work = functools.partial(budgets_stage, run, last)
+            plan.append(Step("budgets", work, (last,), [judged, budgets], SCORE, all_processes=True))
     everything = tuple(step.name for step in plan)
     plan.append(Step("report", functools.partial(report_stage, run, everything), everything, [], ("evaluate",)))
     return plan

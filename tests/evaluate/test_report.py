@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from brewjax.evaluate.budgets import PrefixSize, budget_curve
 from brewjax.evaluate.fact_worth import FactWorth
 from brewjax.evaluate.mistakes import Mistake
 from brewjax.evaluate.predictions import from_examples
 from brewjax.evaluate.report import TaskDetails, describe_agreements, print_models, print_results, write_report
-from brewjax.evaluate.results import Agreement, ModelSummary, agreements, compare
+from brewjax.evaluate.results import OVERALL, Agreement, ModelSummary, agreements, compare
 from tests.evaluate.conftest import informed_predictions, make_examples
 
 
@@ -44,7 +45,8 @@ MODELS = [
 
 
 @pytest.fixture(scope="module")
-def report(comparisons, tmp_path_factory):
+def report(comparisons, task, tmp_path_factory):
+    informed, uninformed = (comparisons[0].predictions[name] for name in ("brewjax", "popularity"))
     folder = tmp_path_factory.mktemp("run")
     losses = [{"step": step, "loss": 1 / step, "tokens": 64} for step in range(1, 99)]
     facts = {"dataset": "jobs", "commit": "b1ab86c"}
@@ -53,6 +55,7 @@ def report(comparisons, tmp_path_factory):
         "apply": TaskDetails(
             (Mistake("m7", "Nurse & <co>", "Yes", 0.031, "LightGBM", 0.412, "Predict.\n<job>"),),
             (FactWorth("items.popularity", 0.05, 0.0123, 1.5),),
+            budget_curve(task, {96: (uninformed, PrefixSize(0.5, 54)), 320: (informed, PrefixSize(11, 270))}, 20),
         )
     }
     write_report(folder / "report", "Jobs & <more>", comparisons, MODELS, shown, facts, {"sft": losses}, details)
@@ -72,7 +75,7 @@ def test_the_page_says_everything(report):
     page = (report / "report.html").read_text()
     for text in ("<h2>apply</h2>", "<h2>three</h2>", "Jobs &amp; &lt;more&gt;", "b1ab86c", "training loss", "over 100"):
         assert text in page
-    assert page.count("<svg") == 2 * 3 + 1 + 1  # of each task three; cost; losses
+    assert page.count("<svg") == 2 * 3 + 1 + 1 + 1  # of each task three; of one its budgets; cost; losses
 
 
 def test_points_and_bars_have_titles(report):
@@ -92,6 +95,22 @@ def test_mistakes_and_facts_are_shown(report):
     assert "| items.popularity | -0.0500 | +0.0123 | +1.5000 |" in text
     assert "- m7, Nurse & <co>: the answer was Yes, with probability 0.031 (LightGBM: 0.412)" in text
     assert page.count("was most wrong</h3>") == 1  # a task without details has none
+
+
+def test_budgets_are_compared_with_the_smallest(report, comparisons):
+    page, text = ((report / f"report.{suffix}").read_text() for suffix in ("html", "md"))
+    best = comparisons[0].results["brewjax"][OVERALL].metrics["gauc"]
+    assert re.search(r"\| 96 \| 0\.5 \| 54 \| 0\.500 \(0\.500 to 0\.500\) \|  \|", text)
+    assert re.search(rf"\| 320 \| 11\.0 \| 270 \| {best.value:.3f} \(.*\) \| \+{best.value - 0.5:.3f} \(", text)
+    assert f"<title>budget of 320 tokens, 11.0 events: {best.value:.3f}" in page
+    assert page.count("What a history is worth") == 1  # a task without budgets has none
+
+
+def test_budgets_with_other_questions_are_not_subtracted(task, comparisons):
+    table = comparisons[0].predictions["brewjax"]
+    few, all_ = budget_curve(task, {50: (table.slice(0, 400), PrefixSize(0, 9)), 99: (table, PrefixSize(1, 20))}, 20)
+    assert few.gain is None
+    assert all_.gain is None
 
 
 def test_every_model_has_a_row(report):

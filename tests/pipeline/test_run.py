@@ -43,7 +43,7 @@ model: model.yaml
 tokenizer: {vocab_size: 600}
 prompts: {styles: {compact: 1, sectioned: 1}, max_tokens: 512}
 train: {steps: 4, batch_size: 2, seq_len: 512, checkpoint_every_steps: 2, mesh: {data: 1}}
-evaluate: {max_examples: 5, bootstrap: 10, baseline_settings: 1}
+evaluate: {max_examples: 5, bootstrap: 10, baseline_settings: 1, budgets: [400, 200]}
 """
 STAGES = """\
 stages:
@@ -123,6 +123,11 @@ def test_a_recipe_leaves_a_model_predictions_and_a_report(folder):
         assert (run / f"evaluate-{name}" / "apply.parquet").exists()
         assert f"| {name} |" in report
     assert "LightGBM" in report
+    budgets = [row.split("|")[1:4] for row in report[report.index("What a history is worth") :].splitlines()[4:6]]
+    (small, large) = ([float(cell) for cell in row] for row in budgets)
+    assert (small[0], large[0]) == (200, 400)
+    assert small[1] < large[1], "more events fit"
+    assert small[2] < large[2] < 400, "and take more tokens"
     assert (run / "report" / "report.html").exists()
 
 
