@@ -233,10 +233,9 @@ def prompt(
     verbalizer = Verbalizer(tables, training_scales(tables, checked), Tokenizer.byte_level(), max_tokens)
     for example in printed:
         if split:
-            moment = datetime.datetime.fromtimestamp(example.cutoff_time / MICROSECONDS, datetime.UTC)
-            console.print(
-                f"(member {tables.member_id(example.member)} as of {moment:%Y-%m-%d %H:%M:%S} UTC)", style="dim"
-            )
+            moment = tables.describe_moment(example.cutoff_time)
+            member_id = f"{tables.card.members.noun} {tables.member_id(example.member)}"
+            console.print(f"({member_id} as of {moment})" if moment else f"({member_id})", style="dim")
         text = verbalizer.prompt(checked, verbalizer.fitting(checked, example, style), style)
         print_line(text.render())
         if text.num_truncated_events:

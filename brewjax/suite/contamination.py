@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -57,7 +56,6 @@ def _overlap(suite: Suite, trained: TrainedOn, dataset: Dataset, surface_task: S
         return f"the task '{task.name}', of which tier {surface_task.entry.tier} ({tier.title}) allows the tables alone"
     _, test = task.boundaries(dataset)
     if trained.until > test:
-        moments = [datetime.datetime.fromtimestamp(each / 1e6, datetime.UTC) for each in (trained.until, test)]
-        until, begins = (f"{moment:%Y-%m-%d %H:%M}" for moment in moments)
+        until, begins = (dataset.describe_moment(moment) for moment in (trained.until, test))
         return f"'{trained.dataset}' until {until}, and the test period begins at {begins}"
     return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import hashlib
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -170,6 +171,21 @@ class Dataset:
           A key of the card's `events.actions`.
         """
         return list(self.card.events.actions)[self.event_action[event]]
+
+    def describe_moment(self, time: int) -> str:
+        """Says a moment for people to read.
+
+        Args:
+          time: microseconds since 1970.
+
+        Returns:
+          For instance "2025-03-01 12:00:00 UTC"; "step 417" where events have an order and no times, by the name of its
+          column; empty where they have neither.
+        """
+        events = self.card.events
+        if events.time:
+            return f"{datetime.datetime.fromtimestamp(time / SECOND, datetime.UTC):%Y-%m-%d %H:%M:%S} UTC"
+        return f"{events.order} {time // SECOND:,}" if events.order else ""
 
     def has_action(self, actions: Iterable[str]) -> np.ndarray:
         """Selects events by their actions.

@@ -389,6 +389,7 @@ def test_events_without_times_split_members(jobs_with, tmp_path):
     assert sum(map(len, shared)) <= 2, "only a member at a boundary is in two"
     for example in build_examples(dataset, task, "test"):
         assert set(dataset.event_member[example.history]) <= {example.member}
+        assert dataset.describe_moment(example.cutoff_time) == ""
 
 
 def test_an_order_stands_for_times(tmp_path):
@@ -401,6 +402,9 @@ def test_an_order_stands_for_times(tmp_path):
     )
     ordered, timed = Dataset.load(folder), Dataset.load(write_dataset(tmp_path / "timed"))
     assert ordered.events["item_id"].equals(timed.events["item_id"])
+    last = len(timed.events) - 1
+    assert ordered.describe_moment(ordered.last_event_time) == f"step {last:,}"
+    assert timed.describe_moment(moment(1)) == "2025-01-02 00:00:00 UTC"
 
 
 def test_the_same_negatives_whichever_other_members_there_are(jobs):
