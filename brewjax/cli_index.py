@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import typer
 from rich.table import Table
@@ -11,6 +13,9 @@ from rich.table import Table
 from brewjax.config import suggest
 from brewjax.console import plain_console, print_line
 from brewjax.paths import atomic_file, write_table
+
+if TYPE_CHECKING:
+    from brewjax.distributed import Leader
 
 # Heavy imports are inside the verbs, so that --help answers at once.
 
@@ -21,6 +26,24 @@ IndexFolder = Annotated[Path, typer.Argument(help="The folder of an index.")]
 VectorTable = Annotated[Path, typer.Argument(help="A Parquet file with columns id, vector, and maybe attributes.")]
 ENCODER_KEY = "brewjax.encoder"  # of a table's metadata: name and version of the encoder that made it
 ROWS = 10_000  # that are added at a time
+
+
+@contextlib.contextmanager
+def _leading() -> Iterator[Leader | None]:
+    """Yields a leader to process zero of several, None to a process that is alone; the others follow until its verb is
+    done, and exit here."""
+    from brewjax import distributed
+    from brewjax.retrieve.device_rows import follow
+
+    with distributed.distributed_runtime():
+        if distributed.process_index_and_count()[1] == 1:
+            yield None
+        elif distributed.is_process_zero():
+            with distributed.Leader() as leader:
+                yield leader
+        else:
+            follow()
+            raise typer.Exit
 
 
 @app.command()
@@ -36,19 +59,20 @@ def build(
 
     from brewjax.retrieve.index import Index, IndexConfig
 
-    file = _open(table)
-    schema = file.schema_arrow
-    ids: Literal["int64", "text"] = "int64" if pa.types.is_integer(schema.field("id").type) else "text"
-    first = next(file.iter_batches(1, columns=["vector"]), None)
-    if first is None or not first.num_rows:
-        raise ValueError(f"{table}: no rows")
-    dimensions = len(first["vector"][0])
-    model = model or (schema.metadata or {}).get(ENCODER_KEY.encode(), b"").decode()
-    index = Index.create(folder, IndexConfig(dimensions=dimensions, ids=ids, model=model))
-    _add(index, file, table)
-    index.snapshot()
-    print_line(f"{folder}: {len(index):,} vectors of {dimensions} dimensions")
-    index.close()
+    with _leading() as leader:
+        file = _open(table)
+        schema = file.schema_arrow
+        ids: Literal["int64", "text"] = "int64" if pa.types.is_integer(schema.field("id").type) else "text"
+        first = next(file.iter_batches(1, columns=["vector"]), None)
+        if first is None or not first.num_rows:
+            raise ValueError(f"{table}: no rows")
+        dimensions = len(first["vector"][0])
+        model = model or (schema.metadata or {}).get(ENCODER_KEY.encode(), b"").decode()
+        config = IndexConfig(dimensions=dimensions, ids=ids, model=model)
+        with contextlib.closing(Index.create(folder, config, leader=leader)) as index:
+            _add(index, file, table)
+            index.snapshot()
+            print_line(f"{folder}: {len(index):,} vectors of {dimensions} dimensions")
 
 
 @app.command()
@@ -56,10 +80,9 @@ def add(folder: IndexFolder, table: VectorTable) -> None:
     """Add the vectors of a table, or replace those of ids that are there."""
     from brewjax.retrieve.index import Index
 
-    index = Index(folder)
-    _add(index, _open(table), table)
-    print_line(f"{folder}: {len(index):,} vectors")
-    index.close()
+    with _leading() as leader, contextlib.closing(Index(folder, leader=leader)) as index:
+        _add(index, _open(table), table)
+        print_line(f"{folder}: {len(index):,} vectors")
 
 
 @app.command()
@@ -76,10 +99,9 @@ def search(
 
     from brewjax.retrieve.index import Index
 
-    index = Index(folder)
-    queries = _vectors(_open(table, ("vector",)).read(columns=["vector"])["vector"].combine_chunks())
-    hits = index.search(queries, k, required, banned)
-    index.close()
+    with _leading() as leader, contextlib.closing(Index(folder, leader=leader)) as index:
+        queries = _vectors(_open(table, ("vector",)).read(columns=["vector"])["vector"].combine_chunks())
+        hits = index.search(queries, k, required, banned)
     rows = [
         (query, rank, id_, float(score))
         for query, (ids, scores) in enumerate(hits)
@@ -106,9 +128,8 @@ def export(
 
     from brewjax.retrieve.index import Index
 
-    index = Index(folder)
-    rows = index.rows()
-    index.close()
+    with _leading() as leader, contextlib.closing(Index(folder, leader=leader)) as index:
+        rows = index.rows()
     vectors = _vectors(rows["vector"].combine_chunks())
     if out.suffix == ".parquet":
         write_table(out, rows)

@@ -1,4 +1,4 @@
-"""One run over several processes: joining a cluster, work of process zero, and preemption.
+"""One run over several processes: joining a cluster, work of process zero, messages of it, and preemption.
 
 A launcher starts the same command on every host. It sets three environment variables (coordinator, number of processes,
 number of this process), or one that lets JAX detect them.
@@ -10,7 +10,10 @@ import contextlib
 import itertools
 import json
 import os
+import pickle
+import secrets
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -33,6 +36,10 @@ _preemption_requested = _deferring = False
 
 class DistributedError(RuntimeError):
     """Another process failed or could not be reached, or the environment variables are wrong."""
+
+
+class ProcessLostError(DistributedError):
+    """Another process ended without a word."""
 
 
 def is_process_zero() -> bool:
@@ -65,6 +72,8 @@ def distributed_runtime() -> Iterator[None]:
     signal.signal(signal.SIGTERM, _on_sigterm)
     try:
         yield
+    except ProcessLostError as error:
+        _exit_now(str(error))
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
             raise
@@ -184,6 +193,107 @@ def _wait_for(key: str, process: int) -> Any:
     if "error" in outcome:
         raise DistributedError(f"process {process} failed: {outcome['error']}")
     return outcome["result"]
+
+
+# --- Messages of process zero to all others, in one order
+
+
+class Leader:
+    """Process zero's connections to the other processes, each of which reads `messages`. To be used in a `with`.
+
+    They are sockets, not collectives: a process can wait for a message for any time while its devices do nothing, and
+    messages may be large. Not thread-safe.
+
+    Raises:
+      DistributedError: a process did not connect in time.
+    """
+
+    def __init__(self) -> None:
+        self._connections: dict[int, socket.socket] = {}
+        secret = secrets.token_hex()
+        dual = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        with socket.create_server(("", 0), family=family, dualstack_ipv6=dual) as server:
+            server.settimeout(HEARTBEAT_TIMEOUT_S)
+            port = server.getsockname()[1]
+            run_on_process_zero(lambda: (port, secret))
+            while missing := {*range(1, jax.process_count())} - {*self._connections}:
+                try:
+                    connection, _ = server.accept()
+                except TimeoutError:
+                    which = ", ".join(map(str, sorted(missing)))
+                    raise DistributedError(
+                        f"process {which} did not connect to port {port} of process 0: is it open between the hosts?"
+                    ) from None
+                connection.settimeout(HEARTBEAT_TIMEOUT_S)
+                with contextlib.suppress(OSError), connection.makefile("rb") as greeting:
+                    sent, _, process = greeting.readline(100).partition(b" ")
+                    if secrets.compare_digest(sent, secret.encode()):  # whoever else connects is not answered
+                        connection.settimeout(None)
+                        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # small messages go at once
+                        self._connections[int(process)] = connection
+
+    def __enter__(self) -> Leader:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, traceback: object) -> None:
+        """Ends `messages`, with the error if there is one. Where a process was lost, all are."""
+        if not isinstance(error, (ProcessLostError, jax.errors.JaxRuntimeError)):
+            with contextlib.suppress(ProcessLostError):
+                self.send(error and DistributedError(f"process 0 failed: {str(error) or type(error).__name__}"))
+        for connection in self._connections.values():
+            connection.close()
+
+    def send(self, message: Any) -> None:
+        """Sends a message to all other processes.
+
+        Args:
+          message: what pickle takes; no error, and not None.
+
+        Raises:
+          ProcessLostError: one of them ended.
+        """
+        data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+        for process, connection in self._connections.items():
+            try:
+                connection.sendall(data)
+            except OSError as error:
+                raise ProcessLostError(f"process {process} ended: {error.strerror}") from None
+
+
+def messages() -> Iterator[Any]:
+    """What process zero's `Leader` sends, until it is closed.
+
+    Yields:
+      Messages, in the order in which they were sent.
+
+    Raises:
+      DistributedError: process zero cannot be reached, or failed.
+      ProcessLostError: it ended.
+    """
+    port, secret = run_on_process_zero(lambda: None)
+    address = distributed.global_state.coordinator_address  # JAX runs the coordinator in process zero
+    assert address is not None
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        connection = socket.create_connection((host, port), HEARTBEAT_TIMEOUT_S)
+    except OSError as error:
+        raise DistributedError(
+            f"cannot connect to port {port} of process 0, {host} ({error}): ports must be open between the hosts"
+        ) from None
+    connection.settimeout(None)
+    with connection, connection.makefile("rb") as file:
+        connection.sendall(f"{secret} {jax.process_index()}\n".encode())
+        while True:
+            try:
+                message = pickle.load(file)
+            except (OSError, EOFError, pickle.UnpicklingError):
+                raise ProcessLostError("process 0 ended") from None
+            if message is None:
+                return
+            if isinstance(message, DistributedError):
+                raise message
+            yield message
 
 
 # --- Preemption: SIGTERM says that the machine is needed elsewhere

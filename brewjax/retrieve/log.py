@@ -136,7 +136,7 @@ class ChangeLog:
     def __init__(self, folder: Path, dimensions: int, id_type: pa.DataType):
         self._folder, self._dimensions = folder, dimensions
         vector = pa.list_(pa.float32(), dimensions)
-        self._schema = pa.schema({"id": id_type, "vector": vector, "attributes": pa.int32()})
+        self.schema = pa.schema({"id": id_type, "vector": vector, "attributes": pa.int32()})
         self._number = max((_number(path) for path in _numbered(folder)), default=0)
         self._open()
 
@@ -156,7 +156,7 @@ class ChangeLog:
 
     def _changes(self, segment: Segment) -> Iterator[Change]:
         for record, _ in segment.read():
-            yield self._change(pa.ipc.read_record_batch(pa.py_buffer(record), self._schema))
+            yield self._change(pa.ipc.read_record_batch(pa.py_buffer(record), self.schema))
 
     def append(self, change: Change) -> None:
         """Writes a change; when this returns it is on disk."""
@@ -182,7 +182,7 @@ class ChangeLog:
         """
         with (
             atomic_folder(self._folder / f"{SNAPSHOT}{segment:08d}") as building,
-            pq.ParquetWriter(building / "rows.parquet", self._schema) as writer,
+            pq.ParquetWriter(building / "rows.parquet", self.schema) as writer,
         ):
             for change in rows:
                 writer.write_batch(self.batch(change))
@@ -201,11 +201,11 @@ class ChangeLog:
         """A change as columns id, vector and attributes."""
         n = len(change.ids)
         if change.vectors is None:
-            vectors = pa.nulls(n, self._schema.field("vector").type)
-            return pa.record_batch([change.ids, vectors, pa.nulls(n, pa.int32())], schema=self._schema)
+            vectors = pa.nulls(n, self.schema.field("vector").type)
+            return pa.record_batch([change.ids, vectors, pa.nulls(n, pa.int32())], schema=self.schema)
         values = pa.array(np.ascontiguousarray(change.vectors, np.float32).ravel())
         vectors = pa.FixedSizeListArray.from_arrays(values, self._dimensions)
-        return pa.record_batch([change.ids, vectors, pa.array(change.attributes, pa.int32())], schema=self._schema)
+        return pa.record_batch([change.ids, vectors, pa.array(change.attributes, pa.int32())], schema=self.schema)
 
     def _change(self, batch: pa.RecordBatch) -> Change:
         if batch.num_rows and batch["vector"].null_count == batch.num_rows:

@@ -76,7 +76,7 @@ def test_each_query_has_its_own_filter_and_exclusions(index):
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 2.0])
 def test_gathered_rows_and_all_rows_give_the_same(index, monkeypatch, share):
-    monkeypatch.setattr("brewjax.retrieve.index.GATHERED_SHARE", share)
+    monkeypatch.setattr("brewjax.retrieve.device_rows.GATHERED_SHARE", share)
     rows = vectors(300)
     index.upsert(list(range(300)), rows, np.where(np.arange(300) % 50 == 0, 2, 4).astype(np.int32))
     queries = vectors(3, 1)
@@ -115,11 +115,11 @@ def test_what_it_cannot_take_changes_nothing(index, ids, rows, message):
 def test_it_grows_and_reuses_slots(index):
     for start in range(0, 5000, 1000):
         index.upsert(list(range(start, start + 1000)), vectors(1000, start))
-    capacity = len(index._rows.vectors)
+    capacity = len(index._rows)
     for _ in range(3):
         index.delete(list(range(1000)))
         index.upsert(list(range(1000)), vectors(1000))
-    assert len(index._rows.vectors) == capacity
+    assert len(index._rows) == capacity
     query = vectors(1, 5)
     expected = dict(enumerate(np.concatenate([vectors(1000), *(vectors(1000, s) for s in range(1000, 5000, 1000))])))
     assert index.search(query, 50)[0].ids == best(expected, query[0], 50)
@@ -256,7 +256,7 @@ def test_many_changes_leave_a_snapshot_while_the_index_is_open(index, tmp_path, 
 @pytest.mark.parametrize("completed", [False, True])
 def test_a_snapshot_is_written_while_rows_change(index, tmp_path, monkeypatch, completed):
     """They move from chunks that are written to chunks that are not, and back; a crash before it is complete, too."""
-    monkeypatch.setattr("brewjax.retrieve.index.SNAPSHOT_ROWS", 16)
+    monkeypatch.setattr("brewjax.retrieve.device_rows.CHUNK_ROWS", 16)
     index.upsert(list(range(64)), vectors(64))
     whole = ChangeLog.write_snapshot
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from brewjax.retrieve import index as index_module
+from brewjax.retrieve import device_rows
 from brewjax.retrieve.index import Index, IndexConfig
 from pallas_kernels.search import AXIS, BINS
 from tests.retrieve.conftest import D, vectors
@@ -38,14 +38,14 @@ def test_every_one_of_the_twenty_has_a_test():
 @pytest.mark.parametrize("order", ["together", "one bin"])
 def test_items_in_the_order_of_clusters_lose_nothing(index, monkeypatch, order):
     """As on a TPU: where near items share a bin it drops some, notices, and searches again, with the filter too."""
-    fallbacks, search = [], index_module.jitted_top_k
+    fallbacks, search = [], device_rows.jitted_top_k
 
     def as_on_a_tpu(*args, certain=False, **settings):
         fallbacks.append(certain)
         return search(*args, **settings, certain=certain, implementation="tpu-interpreted")
 
-    monkeypatch.setattr(index_module, "jitted_top_k", as_on_a_tpu)
-    monkeypatch.setattr(index_module, "GATHERED_SHARE", 0.0)
+    monkeypatch.setattr(device_rows, "jitted_top_k", as_on_a_tpu)
+    monkeypatch.setattr(device_rows, "GATHERED_SHARE", 0.0)
     count = 8 * BINS
     near = np.arange(16) if order == "together" else np.arange(16) % 8 * BINS + np.arange(16) // 8
     rows = vectors(count) * 0.01
@@ -61,12 +61,12 @@ def test_items_in_the_order_of_clusters_lose_nothing(index, monkeypatch, order):
 
 def test_an_update_does_not_copy_the_index():
     mesh = jax.make_mesh((1,), (AXIS,))
-    rows = index_module._empty(64, mesh)
+    rows = device_rows._empty(64, mesh)
     while len(rows.vectors) < 8 * BINS:
-        rows = index_module._grow(rows, mesh)
+        rows = device_rows._grow(rows, mesh)
     slots, bits = jnp.arange(4, dtype=jnp.int32), jnp.ones(4, jnp.int32)
     for values in (jnp.ones((4, 64)), None):  # an upsert and a delete
-        compiled = index_module._write_padded.lower(rows, slots, bits, values, mesh).compile()
+        compiled = device_rows._write.lower(rows, slots, bits, values, mesh).compile()
         memory = compiled.memory_analysis()
         assert memory.alias_size_in_bytes >= rows.vectors.nbytes + rows.attributes.nbytes
         assert memory.temp_size_in_bytes < rows.vectors.nbytes / 100
@@ -91,7 +91,7 @@ def test_a_filter_holds_for_fresh_rows_and_after_a_restart(tmp_path):
 @pytest.mark.parametrize("share", [0.0, 2.0])
 def test_a_filter_of_few_finds_every_one_of_them(index, monkeypatch, share):
     """However few match, and however far they are from the query, all k of them come back, or all that match."""
-    monkeypatch.setattr(index_module, "GATHERED_SHARE", share)
+    monkeypatch.setattr(device_rows, "GATHERED_SHARE", share)
     rows = vectors(3000)
     rows[::20] -= 10 * rows[7]  # what the filter admits is what the query likes least
     bits = np.where(np.arange(3000) % 20, 2, 4).astype(np.int32)

@@ -1,10 +1,15 @@
 """Two real processes are one run: same numbers, one log, an end together, exact restarts. As a script, it trains."""
 
+import contextlib
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -121,6 +126,69 @@ def test_wrong_variables_are_named(monkeypatch, variables, message):
         monkeypatch.setenv(name, value)
     with pytest.raises(distributed.DistributedError, match=message), distributed.distributed_runtime():
         pass
+
+
+@pytest.fixture
+def received(monkeypatch) -> tuple[list[Any], Future[None]]:
+    """The messages of a leader to a process, which is a thread here; and its end. The port is known to others too."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(distributed.distributed.global_state, "coordinator_address", "localhost:1")
+    address: Future[tuple[int, str]] = Future()
+
+    def run_on_process_zero(work: Callable[[], Any]) -> tuple[int, str]:
+        if result := work():
+            with socket.create_connection(("localhost", result[0])) as stranger:
+                stranger.sendall(b"GET / HTTP/1.1\r\n")
+            address.set_result(result)
+        return address.result(LIMIT)
+
+    monkeypatch.setattr(distributed, "run_on_process_zero", run_on_process_zero)
+    arrived: list[Any] = []
+
+    def receive() -> None:
+        arrived.extend(distributed.messages())
+
+    executor = ThreadPoolExecutor()
+    return arrived, executor.submit(receive)
+
+
+def test_messages_arrive_in_order_until_the_leader_is_done(received):
+    arrived, end = received
+    sent = [("a", 1), np.arange(3_000_000), "c"]
+    with distributed.Leader() as leader:
+        for message in sent:
+            leader.send(message)
+    end.result(LIMIT)
+    jax.tree.map(np.testing.assert_array_equal, arrived, sent)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ValueError("no such table"), r"process 0 failed: no such table"),
+        (jax.errors.JaxRuntimeError("Gloo"), "process 0 ended"),  # for want of another process, and not by itself
+    ],
+)
+def test_an_error_of_the_leader_ends_the_others(received, error, expected):
+    _, end = received
+    with contextlib.suppress(type(error)), distributed.Leader():
+        raise error
+    with pytest.raises(distributed.DistributedError, match=expected):
+        end.result(LIMIT)
+
+
+def test_a_leader_notices_that_a_process_is_gone(received, monkeypatch):
+    def lead() -> None:
+        with distributed.Leader() as leader:
+            leader.send(0)
+            received[1].result(LIMIT)
+            for _ in range(9):
+                leader.send(np.zeros(1_000_000))
+
+    monkeypatch.setattr("pickle.load", lambda _: None)  # the process takes its first message for the end, and leaves
+    with pytest.raises(distributed.ProcessLostError, match="process 1 ended: "):
+        lead()
 
 
 def test_rows_must_divide_into_data_shards():
