@@ -15,6 +15,7 @@ import secrets
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
@@ -36,10 +37,6 @@ _preemption_requested = _deferring = False
 
 class DistributedError(RuntimeError):
     """Another process failed or could not be reached, or the environment variables are wrong."""
-
-
-class ProcessLostError(DistributedError):
-    """Another process ended without a word."""
 
 
 def is_process_zero() -> bool:
@@ -72,8 +69,6 @@ def distributed_runtime() -> Iterator[None]:
     signal.signal(signal.SIGTERM, _on_sigterm)
     try:
         yield
-    except ProcessLostError as error:
-        _exit_now(str(error))
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
             raise
@@ -202,7 +197,8 @@ class Leader:
     """Process zero's connections to the other processes, each of which reads `messages`. To be used in a `with`.
 
     They are sockets, not collectives: a process can wait for a message for any time while its devices do nothing, and
-    messages may be large. Not thread-safe.
+    messages may be large. When one of the processes ends before the leader is done, all exit with `EXIT_RESTART`. Not
+    thread-safe.
 
     Raises:
       DistributedError: a process did not connect in time.
@@ -210,6 +206,7 @@ class Leader:
 
     def __init__(self) -> None:
         self._connections: dict[int, socket.socket] = {}
+        self._is_done = False
         secret = secrets.token_hex()
         dual = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if dual else socket.AF_INET
@@ -232,15 +229,17 @@ class Leader:
                         connection.settimeout(None)
                         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # small messages go at once
                         self._connections[int(process)] = connection
+        for number in self._connections:
+            threading.Thread(target=self._watch, args=(number,), daemon=True).start()
 
     def __enter__(self) -> Leader:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, traceback: object) -> None:
-        """Ends `messages`, with the error if there is one. Where a process was lost, all are."""
-        if not isinstance(error, (ProcessLostError, jax.errors.JaxRuntimeError)):
-            with contextlib.suppress(ProcessLostError):
-                self.send(error and DistributedError(f"process 0 failed: {str(error) or type(error).__name__}"))
+        """Ends `messages`, with the error if there is one that is not about the devices of all."""
+        self._is_done = True
+        if not isinstance(error, jax.errors.JaxRuntimeError):
+            self.send(error and DistributedError(f"process 0 failed: {str(error) or type(error).__name__}"))
         for connection in self._connections.values():
             connection.close()
 
@@ -249,27 +248,30 @@ class Leader:
 
         Args:
           message: what pickle takes; no error, and not None.
-
-        Raises:
-          ProcessLostError: one of them ended.
         """
         data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
         for process, connection in self._connections.items():
             try:
                 connection.sendall(data)
-            except OSError as error:
-                raise ProcessLostError(f"process {process} ended: {error.strerror}") from None
+            except OSError:
+                _exit_now(f"process {process} ended")
+
+    def _watch(self, process: int) -> None:
+        """Waits until another process ends; it sends nothing."""
+        with contextlib.suppress(OSError):
+            self._connections[process].recv(1)
+        if not self._is_done:
+            _exit_now(f"process {process} ended")
 
 
 def messages() -> Iterator[Any]:
-    """What process zero's `Leader` sends, until it is closed.
+    """What process zero's `Leader` sends, until it is done. When process zero ends before, so does this one.
 
     Yields:
       Messages, in the order in which they were sent.
 
     Raises:
       DistributedError: process zero cannot be reached, or failed.
-      ProcessLostError: it ended.
     """
     port, secret = run_on_process_zero(lambda: None)
     address = distributed.global_state.coordinator_address  # JAX runs the coordinator in process zero
@@ -288,7 +290,7 @@ def messages() -> Iterator[Any]:
             try:
                 message = pickle.load(file)
             except (OSError, EOFError, pickle.UnpicklingError):
-                raise ProcessLostError("process 0 ended") from None
+                _exit_now("process 0 ended")
             if message is None:
                 return
             if isinstance(message, DistributedError):

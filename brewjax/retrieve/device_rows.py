@@ -208,8 +208,7 @@ def follow() -> None:
     """Holds this process's share of the rows of the indices that process zero leads, until it is done.
 
     Raises:
-      DistributedError: process zero failed.
-      ProcessLostError: it ended.
+      DistributedError: process zero cannot be reached, or failed.
     """
     rows: dict[int, DeviceRows] = {}  # by what is another number while process zero has both
     for number, name, arguments in messages():

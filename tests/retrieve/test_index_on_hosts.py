@@ -5,6 +5,7 @@ Run as a script, this file is one of the processes.
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from pathlib import Path
@@ -42,8 +43,8 @@ def folders(tmp_path_factory) -> tuple[Path, Path]:
             assert all(process.poll() is None for process in together), log(several, 0)
             time.sleep(0.05)
         together[-1].kill()
-        codes = [process.wait(LIMIT) for process in together[:-1]]
-        assert codes == [EXIT_RESTART] * len(codes), log(several, 0) + log(several, 1)
+        for number, process in enumerate(together[:-1]):
+            assert process.wait(LIMIT) in (EXIT_RESTART, -signal.SIGABRT), log(several, number)
     finally:
         for process in together:
             process.kill()
@@ -68,8 +69,10 @@ def test_one_process_goes_on_with_what_several_left(folders):
 
 
 def test_all_end_when_one_is_killed(folders):
-    assert any(words in log(folders[0], 0) for words in ("process 2 ended", "one of them ended"))
-    assert "process 1: process 0 ended" in log(folders[0], 1)
+    for number, words in enumerate(["process 2 ended", "process 0 ended"]):
+        output = log(folders[0], number)
+        # JAX may notice before: what it computes on all fails, or its coordinator does not answer.
+        assert any(text in output for text in (words, "one of them ended", "another task died")), output
 
 
 def test_the_command_line_searches_on_several_processes(folders, tmp_path):
