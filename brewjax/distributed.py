@@ -241,6 +241,8 @@ class Leader:
         if not isinstance(error, jax.errors.JaxRuntimeError):
             self.send(error and DistributedError(f"process 0 failed: {str(error) or type(error).__name__}"))
         for connection in self._connections.values():
+            with contextlib.suppress(OSError):  # closed at the other end
+                connection.shutdown(socket.SHUT_RDWR)  # which `close` would leave to the end of `_watch`
             connection.close()
 
     def send(self, message: Any) -> None:

@@ -37,9 +37,9 @@ def _on_every_process(method: Callable[..., T]) -> Callable[..., T]:
 
 
 class DeviceRows:
-    """Vectors and attribute bits by slot, on devices, in as many rows as were written to and at least `BINS` a device.
+    """Vectors and attribute bits by slot, on devices, in rows of which there are twice as many when a slot has none.
 
-    Thread-safe, but that a search that gathers rows must not meet a write.
+    Thread-safe, except that `search` may gather rows, and nothing may be written meanwhile.
 
     Args:
       dimensions: of the vectors.
@@ -205,12 +205,12 @@ class Search:
 
 
 def follow() -> None:
-    """Holds this process's share of the rows of the indices that process zero leads, until it is done.
+    """Holds this process's share of the rows of the indices that process zero leads, until it is done with all of them.
 
     Raises:
       DistributedError: process zero cannot be reached, or failed.
     """
-    rows: dict[int, DeviceRows] = {}  # by what is another number while process zero has both
+    rows: dict[int, DeviceRows] = {}  # by `id` of process zero's, which another may have when that is gone
     for number, name, arguments in messages():
         if name == OPEN:
             (dimensions,) = arguments
