@@ -8,8 +8,9 @@ Each contestant is a process in an environment of its own (`pip install torch tr
 `pip install xllamacpp`, which is llama.cpp, built), loaded and warm before the race. They take turns, so that other
 load on the machine affects all of them. A turn is a prefix of 512 random tokens and 32 items of 32: cold, and then
 hot, with other items after the same prefix. Answers are log-probabilities of two labels over the vocabulary, compared
-with torch's. In bfloat16 the others hold weights and activations in it, and ours rounds the inputs of products, as it
-does by default on a processor with such instructions. All get large memory in huge pages.
+with torch's. "Cores" are a turn's processor seconds by its seconds: fewer than the machine has if a contestant waited,
+or others had them. In bfloat16 the others hold weights and activations in it, and ours rounds the inputs of products,
+as it does by default on a processor with such instructions. All get large memory in huge pages.
 
     ours     as the server scores: passes of its compiled shapes, chosen by their measured cost, prefix cache
     vllm     one request an item, automatic prefix cache
@@ -149,7 +150,7 @@ PLAYERS = {"ours": ours, "vllm": vllm, "torch": torch, "llama": llama}
 
 
 def serve_turns(name: str, model: str, dtype: str) -> None:
-    """A contestant: reads turns as JSON lines, writes its seconds and answers."""
+    """A contestant: reads turns as JSON lines, writes its seconds, those of all its cores, and its answers."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # other output must not mix with answers
     play = PLAYERS[name](model, dtype)
@@ -157,9 +158,10 @@ def serve_turns(name: str, model: str, dtype: str) -> None:
     out.flush()
     for line in sys.stdin:
         turn = json.loads(line)
-        start_time = time.perf_counter()
+        start_time, start_cpu_time = time.perf_counter(), time.process_time()
         answer = play(turn["prefix"], turn["items"], turn["hot"])
-        out.write(json.dumps({"seconds": time.perf_counter() - start_time, "answer": answer}) + "\n")
+        seconds = {"seconds": time.perf_counter() - start_time, "cpu_seconds": time.process_time() - start_cpu_time}
+        out.write(json.dumps(seconds | {"answer": answer}) + "\n")
         out.flush()
 
 
@@ -203,6 +205,7 @@ def main() -> None:
 
     random = np.random.default_rng(0)
     seconds: dict[tuple[str, bool], list[float]] = {(name, hot): [] for name in players for hot in (False, True)}
+    cores: dict[tuple[str, bool], list[float]] = {key: [] for key in seconds}
     max_difference = dict.fromkeys(players, 0.0)
     for number in range(arguments.rounds + 1):  # the first round is a warm-up
         prefix = random.integers(10, 49_000, PREFIX).tolist()
@@ -217,6 +220,7 @@ def main() -> None:
                 answers[name] = np.array(turn["answer"])
                 if number:
                     seconds[name, hot].append(turn["seconds"])
+                    cores[name, hot].append(turn["cpu_seconds"] / turn["seconds"])
             for name, answer in answers.items():
                 if "torch" in answers:
                     max_difference[name] = max(max_difference[name], float(abs(answer - answers["torch"]).max()))
@@ -227,15 +231,19 @@ def main() -> None:
     table = Table(
         title=f"prefix {PREFIX} + {ITEMS} items of {LENGTH}, {arguments.dtype}, {CORES} cores: median of turns"
     )
-    for column in ("", "cold, s", "items/s", "hot, s", "items/s", "cold, x ours", "hot, x ours", "off from torch"):
+    per_turn = ("cold, s", "items/s", "cores", "hot, s", "items/s", "cores")
+    for column in ("", *per_turn, "cold, x ours", "hot, x ours", "off from torch"):
         table.add_column(column, justify="right")
     for name in players:
         cold, hot = (float(np.median(seconds[name, hot])) for hot in (False, True))
+        cold_cores, hot_cores = (f"{np.median(cores[name, hot]):.1f}" for hot in (False, True))
         ratios = [
             f"{np.median(np.array(seconds[name, hot]) / np.array(seconds['ours', hot])):.2f}" for hot in (False, True)
         ]
         off = f"{max_difference[name]:.0e}" if "torch" in players and name != "llama" else ""
-        table.add_row(name, f"{cold:.2f}", f"{ITEMS / cold:.1f}", f"{hot:.2f}", f"{ITEMS / hot:.1f}", *ratios, off)
+        cold_cells = (f"{cold:.2f}", f"{ITEMS / cold:.1f}", cold_cores)
+        hot_cells = (f"{hot:.2f}", f"{ITEMS / hot:.1f}", hot_cores)
+        table.add_row(name, *cold_cells, *hot_cells, *ratios, off)
     Console().print(table)
 
 
