@@ -14,6 +14,7 @@ from pallas_kernels.token_labels import PADDING, TokenLabels
 PAGE = 64  # tokens in a page of the prefix cache; a multiple of the attention kernel's block on CPU
 NULL_PAGE = 0  # the page that takes writes which are never read
 TOKENS_PER_QUESTION = 4  # a row has room for one candidate per so many tokens
+MIN_HEAD_SIZE = 32  # questions that a head over the vocabulary computes at least: with fewer it takes hardly less time
 LABELS_IN_PASS = 32  # different label tokens in one row
 
 
@@ -27,6 +28,15 @@ class Bucket(NamedTuple):
     def max_candidates(self) -> int:
         """How many questions a row can score."""
         return self.tokens // TOKENS_PER_QUESTION
+
+    @property
+    def head_sizes(self) -> tuple[int, ...]:
+        """Numbers of questions that heads over the vocabulary are compiled for, each four times the one before.
+
+        Such a head is a large part of a pass, so it does not compute all that a row has room for.
+        """
+        powers = [MIN_HEAD_SIZE * 4**exponent for exponent in range(self.max_candidates.bit_length())]
+        return (*(size for size in powers if size < self.max_candidates), self.max_candidates)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +88,11 @@ class Pass:
     def tokens(self) -> int:
         """Tokens of the row that the chunks take."""
         return sum(chunk.tokens for chunk in self.chunks)
+
+    @property
+    def num_questions(self) -> int:
+        """Questions that the chunks score."""
+        return sum(len(chunk.questions) for chunk in self.chunks)
 
 
 class PassInputs(NamedTuple):

@@ -34,7 +34,8 @@ class InFlight(NamedTuple):
     Attributes:
       passes: one for each row that is not padding.
       inputs: the arrays of the passes.
-      log_probs: float32 [R, Q, LABELS_IN_PASS], still being computed.
+      log_probs: float32 [R, Q, LABELS_IN_PASS], still being computed; over the vocabulary Q is the first of the
+        bucket's `head_sizes` with room for all questions.
     """
 
     passes: Sequence[Pass]
@@ -80,7 +81,7 @@ class Scorer:
         if cache_pages and self._rows > 1:
             raise ValueError(f"a cache of prefixes needs data=1 and fsdp=1, not a mesh of {dict(self._mesh.shape)}")
         self._pass = jax.jit(functools.partial(compute_pass, model), donate_argnums=1)
-        self._head = jax.jit(functools.partial(score_labels, model), static_argnums=3)
+        self._head = jax.jit(functools.partial(_score_first, model), static_argnums=(3, 4))
         self.reset_cache()
 
     @property
@@ -189,7 +190,7 @@ class Scorer:
                         stop = first_question + len(log_probs)
                         temperature = chunk.prompt.temperature
                         results[index][first_question:stop] = normalize_over_labels(log_probs, temperature)
-                on_pass(sum(len(chunk.questions) for pass_ in running.passes for chunk in pass_.chunks))
+                on_pass(sum(pass_.num_questions for pass_ in running.passes))
             running = following
         return results
 
@@ -203,13 +204,20 @@ class Scorer:
         Returns:
           The passes, for `collect`.
         """
-        inputs = build_inputs(passes, self._rows)
-        sharding = NamedSharding(self._mesh, jax.P(BATCH_AXES, None))
+        num_questions = max(pass_.num_questions for pass_ in passes)
+        size = next(size for size in _head_sizes(passes[0].bucket, normalize_over) if size >= num_questions)
         with jax.set_mesh(self._mesh):
-            row_inputs = (*inputs[:4], inputs.cached_pages, inputs.new_pages)
-            row_inputs, labels = jax.device_put((row_inputs, inputs.labels), sharding)
-            hidden, self._pool = self._pass(self.params, self._pool, *row_inputs)
-            return InFlight(passes, inputs, self._head(self.params, hidden, labels, normalize_over))
+            inputs, hidden, labels = self._compute(passes)
+            return InFlight(passes, inputs, self._head(self.params, hidden, labels, normalize_over, size))
+
+    def _compute(self, passes: Sequence[Pass]) -> tuple[PassInputs, Float[Array, "R Q D"], Int[Array, "R L"]]:
+        """Starts passes, without the head: their arrays, the hidden states of their questions, and the labels."""
+        inputs = build_inputs(passes, self._rows)
+        row_inputs = (*inputs[:4], inputs.cached_pages, inputs.new_pages)
+        sharding = NamedSharding(self._mesh, jax.P(BATCH_AXES, None))
+        row_inputs, labels = jax.device_put((row_inputs, inputs.labels), sharding)
+        hidden, self._pool = self._pass(self.params, self._pool, *row_inputs)
+        return inputs, hidden, labels
 
     def collect(self, running: InFlight) -> list[list[Float[np.ndarray, "Q L"]]]:
         """Waits for dispatched passes.
@@ -234,10 +242,13 @@ class Scorer:
         return results
 
     def warm_up(self) -> None:
-        """Compiles every bucket, so that no later request does."""
-        for bucket in self.buckets:
-            for normalize_over in get_args(NormalizeOver) if self._cache_pages else ("labels",):
-                self.dispatch([Pass(bucket, [])], normalize_over)
+        """Compiles every bucket and its heads, so that no later request does."""
+        with jax.set_mesh(self._mesh):
+            for bucket in self.buckets:
+                _, hidden, labels = self._compute([Pass(bucket, [])])
+                for normalize_over in get_args(NormalizeOver) if self._cache_pages else ("labels",):
+                    for size in _head_sizes(bucket, normalize_over):
+                        self._head(self.params, hidden, labels, normalize_over, size)
 
     def profile_buckets(self) -> dict[Bucket, float]:
         """Measures a full pass of each bucket twice.
@@ -341,6 +352,18 @@ def score_labels(
     return jax.shard_map(score, in_specs=specs, out_specs=batch, check_vma=False)(
         decoder.cast_for_head(hidden), decoder.gather_head("vocab"), labels
     )
+
+
+def _score_first(
+    model: ModelConfig, params: Params, hidden: Array, labels: Array, normalize_over: NormalizeOver, size: int
+) -> Float[Array, "R Q L"]:
+    """`score_labels` of the first questions, as many as `size`."""
+    return score_labels(model, params, hidden[:, :size], labels, normalize_over)
+
+
+def _head_sizes(bucket: Bucket, normalize_over: NormalizeOver) -> tuple[int, ...]:
+    """Questions that heads are compiled for; over the labels a head is hardly any work, and one is enough."""
+    return bucket.head_sizes if normalize_over == "vocabulary" else (bucket.max_candidates,)
 
 
 def normalize_over_labels(log_probs: Float[np.ndarray, "Q L"], temperature: float = 1.0) -> Float[np.ndarray, "Q L"]:

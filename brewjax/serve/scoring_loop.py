@@ -349,7 +349,7 @@ class ScoringLoop:
         self._metrics.pass_seconds.observe(seconds)
         self._metrics.pass_tokens.observe(num_computed)
         self._metrics.padding_tokens.inc(pass_.bucket.tokens - num_computed)
-        self._metrics.pass_items.observe(sum(len(chunk.questions) for chunk in pass_.chunks))
+        self._metrics.pass_items.observe(pass_.num_questions)
         self._metrics.compilations.set(self.scorer.compilations())
 
     def _hand_out(self, chunk: Chunk, log_probs: np.ndarray) -> None:

@@ -17,7 +17,7 @@ from brewjax.data.text.tokenizer import Tokenizer
 from brewjax.model.config import ModelConfig
 from brewjax.model.params import abstract_params, bind
 from brewjax.model.sharding import MeshConfig
-from brewjax.scoring.passes import Bucket
+from brewjax.scoring.passes import Bucket, Chunk, Pass
 from brewjax.scoring.scorer import Scorer
 from tests.tiny import MODEL, pack, params
 
@@ -183,6 +183,24 @@ def test_nothing_is_compiled_after_warm_up(scorer):
         for count in (1, 30, 200, 500):
             score(scorer, [make_prompt(count, count), make_prompt(1, 2)], layout)
     assert scorer.compilations() == warm
+
+
+def test_the_head_over_the_vocabulary_computes_what_is_asked_and_little_more(scorer):
+    (bucket,) = buckets = [Bucket(640)]
+    cached = Scorer(scorer.model, scorer.params, scorer.tokenizer, "dense", buckets, cache_pages=2)
+    cached.warm_up()
+    warm = cached.compilations()
+    prompt = dataclasses.replace(make_prompt(0, 1), questions=(Question("A"), Question("B"), Question("C")) * 50)
+    encoded, results = scorer.encode(prompt), {}
+    for count, size in ((1, 32), (32, 32), (33, 128), (150, 160)):
+        chunk = Chunk(None, encoded, range(count), 0, encoded.prefix_length)
+        running = cached.dispatch([Pass(bucket, [chunk])], "vocabulary")
+        assert running.log_probs.shape[1] == size
+        ((results[count],),) = cached.collect(running)
+    for log_probs in results.values():
+        np.testing.assert_allclose(log_probs, results[150][: len(log_probs)], atol=1e-5)
+    assert np.unique(results[150].round(4), axis=0).shape == (3, 2)
+    assert cached.compilations() == warm
 
 
 # --- errors name the prompt
