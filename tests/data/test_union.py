@@ -403,8 +403,8 @@ def test_a_prompt_reads_as_one_history(make):
         assert f"The member {group}:\n" in text
     assert "Company liked: " in prompt.questions[0].text
     examples = [example, unanswered(network.union, task, 1, moment(9), np.array([2, 3], np.int32))]
-    for alone, with_facts in zip(examples, verbalizer.with_facts(examples), strict=True):
-        assert verbalizer.prompt(task, with_facts, "sectioned") == verbalizer.prompt(task, alone, "sectioned")
+    for alone, prefetched in zip(examples, verbalizer.with_facts(examples), strict=True):
+        assert verbalizer.prompt(task, prefetched, "sectioned") == verbalizer.prompt(task, alone, "sectioned")
 
 
 def test_a_fact_of_the_union_counts_in_all_datasets(make):
