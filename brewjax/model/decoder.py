@@ -19,7 +19,7 @@ from brewjax.model.config import ModelConfig
 from brewjax.model.experts import Experts
 from brewjax.model.rope import rotary, rotate
 from brewjax.model.sharding import FSDP_TENSOR, Sharding
-from brewjax.model.weights import Matrix, Weight, gather_weight, matrix, product, random_weight
+from brewjax.model.weights import Matrix, Weight, from_bits, gather_weight, matrix, product, random_weight
 from pallas_kernels.attention import attention
 from pallas_kernels.quantized_matmul import to_8_bits
 from pallas_kernels.token_labels import PADDING, TokenLabels
@@ -313,6 +313,7 @@ class Decoder(nnx.Module):
         def body(x: Array, layer: tuple[nnx.State, Array]) -> tuple[Array, tuple[Array, Any]]:
             weights, layer_index = layer
             cached_kv = None if cache is None else _read(self.sharding, cache, layer_index)
+            weights = jax.tree.map(from_bits, weights)
             x, new_kv, balance = nnx.merge(graph, weights)(x, rotation, token_labels, cached_kv)
             return x, (balance, layer_output(x, new_kv))
 
@@ -335,7 +336,7 @@ class Decoder(nnx.Module):
         """One of the stacked layers, by `layer_index`, which may be traced."""
         graph, weights = nnx.split(self.layers)
         layer_weights = jax.tree.map(
-            lambda stack: jax.lax.dynamic_index_in_dim(stack, layer_index, keepdims=False), weights
+            lambda stack: from_bits(jax.lax.dynamic_index_in_dim(stack, layer_index, keepdims=False)), weights
         )
         return nnx.merge(graph, layer_weights)
 

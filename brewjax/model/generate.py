@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from brewjax.config import Config
 from brewjax.model.config import ModelConfig
 from brewjax.model.decoder import Decoder, KVCache, PagedKVCache
-from brewjax.model.params import Params, abstract_params, bind, round_for_products
+from brewjax.model.params import Params, abstract_params, bind, prepare_for_inference
 from brewjax.model.sharding import FSDP_TENSOR, MeshConfig
 from pallas_kernels.token_labels import ALL, PADDING, TokenLabels
 
@@ -201,7 +201,7 @@ class Generator:
           The parameters, to assign to `params`.
         """
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(self.model, self.mesh))
-        return round_for_products(jax.device_put(params, shardings))
+        return prepare_for_inference(jax.device_put(params, shardings))
 
     def slots(self) -> DecodeState:
         """Makes a state with empty slots.

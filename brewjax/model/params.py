@@ -16,7 +16,7 @@ from orbax.checkpoint import v1 as ocp
 from brewjax import distributed
 from brewjax.model.config import ModelConfig
 from brewjax.model.decoder import Decoder
-from brewjax.model.weights import MATRIX_AXES
+from brewjax.model.weights import MATRIX_AXES, to_bits
 from pallas_kernels.platform import product_dtype
 
 Params = dict[str, Any]
@@ -84,24 +84,24 @@ def init_params(config: ModelConfig, mesh: Mesh, seed: int) -> Params:
     return jax.jit(init, out_shardings=shardings)()
 
 
-def round_for_products(params: Params) -> Params:
-    """Rounds parameters for use without gradients: matrices to the dtype that products use (see `product_dtype`).
+def prepare_for_inference(params: Params) -> Params:
+    """Makes parameters ready for use without gradients.
 
-    Products would round them anyway, to the same bits; a pass over few tokens would spend its time on that.
+    Matrices are rounded to the dtype that products use (see `product_dtype`). Products would round them anyway, to the
+    same bits; a pass over few tokens would spend its time on that. On a CPU those of 8 and 16 bits become integers, see
+    `to_bits`.
 
     Args:
       params: of a decoder.
 
     Returns:
-      The parameters; those themselves where products use float32.
+      The parameters, to be bound to a decoder.
     """
-    if product_dtype(jnp.float32) == jnp.float32:
-        return params
-    rounded = {
+    layers = {
         name: leaf.astype(product_dtype(leaf.dtype)) if name in MATRIX_AXES and isinstance(leaf, jax.Array) else leaf
         for name, leaf in params["layers"].items()
     }
-    return params | {"layers": rounded}
+    return params | {"layers": jax.tree.map(to_bits, layers)}
 
 
 def num_parameters(params: Params) -> int:

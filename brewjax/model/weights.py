@@ -25,6 +25,7 @@ Specs = tuple[jax.P | None, jax.P | None, jax.P | None]  # of `x`, of the matrix
 # How many axes of each matrix of a layer are summed over, and are output axes; axes of layers and experts precede them.
 MATRIX_AXES: dict[str, tuple[int, int]] = dict.fromkeys(("query", "key", "value"), (1, 2)) | {"output": (2, 1)}
 MATRIX_AXES |= dict.fromkeys(("gate", "up", "down"), (1, 1))
+OF_BITS = {1: jnp.dtype(jnp.float8_e4m3fn), 2: jnp.dtype(jnp.bfloat16)}  # by size in bytes, the floats of `to_bits`
 DTYPES = {"e4m3": jnp.dtype(jnp.float8_e4m3fn), "int8": jnp.dtype(jnp.int8)}
 
 
@@ -38,6 +39,24 @@ def random_weight(
     """Normal values, truncated at three standard deviations; products with inputs of variance 1 have size `scale`."""
     values = jax.random.truncated_normal(rngs.params(), -3, 3, shape, config.param_dtype) * (scale * fan_in**-0.5)
     return Weight(values, axes=axes)
+
+
+def to_bits(stack: Array) -> Array:
+    """The bits of a stack of 8- or 16-bit floats as unsigned integers, on a CPU; other stacks as they are.
+
+    XLA for CPUs cuts a layer out of such floats by way of a copy of the whole stack in wider ones, in every pass.
+    Integers it cuts in place. They have no gradient: this is for weights that are not trained.
+    """
+    if platform() != "cpu" or stack.dtype not in OF_BITS.values():
+        return stack
+    return jax.lax.bitcast_convert_type(stack, jnp.dtype(f"uint{8 * stack.dtype.itemsize}"))
+
+
+def from_bits(matrix: Array) -> Array:
+    """What `to_bits` made integers of, in floats again."""
+    if not jnp.issubdtype(matrix.dtype, jnp.unsignedinteger):
+        return matrix
+    return jax.lax.bitcast_convert_type(matrix, OF_BITS[matrix.dtype.itemsize])
 
 
 class QuantizedWeight(nnx.Module):
@@ -163,7 +182,7 @@ def product(sharding: Sharding, x: Float[Array, "B T *K"], weight: Matrix, input
 
     @functools.partial(jax.checkpoint, prevent_cse=False)  # or the gathered matrices of all layers would be kept
     def multiply_gathered(x: Array, matrix: Array) -> Array:
-        if matrix.dtype != product_dtype(x.dtype):  # it is after `brewjax.model.params.round_for_products`
+        if matrix.dtype != product_dtype(x.dtype):  # it is after `brewjax.model.params.prepare_for_inference`
             matrix = matrix.astype(x.dtype)
         return _product(inputs, specs, x, sharding.reshard(matrix, *axes))
 

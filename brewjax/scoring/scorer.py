@@ -18,7 +18,7 @@ from brewjax.data.text.encode import EncodedPrompt, HistoryLayout, encode
 from brewjax.data.text.prompt import Prompt
 from brewjax.data.text.tokenizer import Tokenizer
 from brewjax.model.decoder import KVCache, ModelConfig, PagedKVCache
-from brewjax.model.params import Params, bind, round_for_products
+from brewjax.model.params import Params, bind, prepare_for_inference
 from brewjax.model.sharding import BATCH_AXES, FSDP_TENSOR, MeshConfig, data_parallel_size
 from brewjax.scoring.buckets import plan_passes
 from brewjax.scoring.passes import LABELS_IN_PASS, NULL_PAGE, PAGE, Bucket, Chunk, Pass, PassInputs, build_inputs
@@ -91,7 +91,7 @@ class Scorer:
 
     @params.setter
     def params(self, params: Params) -> None:
-        self._params = round_for_products(params)
+        self._params = prepare_for_inference(params)
 
     def reset_cache(self) -> None:
         """Allocates the pool of cached pages anew, in place of one that a failed pass took with it."""

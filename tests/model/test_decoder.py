@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from brewjax.data.text.encode import EncodedPrompt
 from brewjax.model.decoder import Decoder, ModelConfig, PagedKVCache, RMSNorm
-from brewjax.model.params import Params, bind, round_for_products
+from brewjax.model.params import Params, bind, prepare_for_inference
 from pallas_kernels.token_labels import ALL, PADDING, TokenLabels
 from tests.tiny import MODEL, pack, params, prompt
 
@@ -139,13 +140,26 @@ def test_bfloat16_products_are_near_those_of_float32_in_a_pass_and_its_gradients
 
 def test_weights_rounded_once_give_the_bits_of_weights_rounded_in_every_pass():
     batch = jax.tree.map(lambda x: x[None], pack([prompt(np.random.default_rng(0))], 32))
-    assert round_for_products(PARAMS) is PARAMS  # float32 in these tests
+    assert prepare_for_inference(PARAMS)["layers"]["gate"] is PARAMS["layers"]["gate"]  # float32 in these tests
     with jax.default_matmul_precision("bfloat16"):
-        rounded = round_for_products(PARAMS)
-        assert rounded["layers"]["gate"].dtype == jnp.bfloat16
+        rounded = prepare_for_inference(PARAMS)
+        assert rounded["layers"]["gate"].dtype == jnp.uint16
         assert rounded["embedding"] is PARAMS["embedding"]
         once, every_pass = (hidden_states(MODEL, weights, *batch) for weights in (rounded, PARAMS))
     np.testing.assert_array_equal(once, every_pass)
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "e4m3", "int8"])
+def test_no_pass_makes_a_copy_of_the_weights_of_all_layers_in_another_dtype(weights):
+    batch = jax.tree.map(lambda x: x[None], pack([prompt(np.random.default_rng(0))], 32))
+    changed = {"param_dtype": "bfloat16"} if weights == "bfloat16" else {"quantized": {"dtype": weights}}
+    model = ModelConfig.model_validate(MODEL.model_dump() | changed)
+    stored = params(model)
+    prepared = prepare_for_inference(stored)
+    np.testing.assert_array_equal(hidden_states(model, prepared, *batch), hidden_states(model, stored, *batch))
+    program = hidden_states.lower(model, prepared, *batch).compile().as_text()
+    shape = ",".join(map(str, PARAMS["layers"]["gate"].shape))
+    assert len({*re.findall(rf"(\w+)\[{shape}\]", program)}) == 1
 
 
 def test_logits_of_bfloat16_states_are_float32():
