@@ -169,9 +169,9 @@ class RowRenderer:
             and (columns is None or attribute.column in columns)
             and _is_stated(attribute, style, where)
         ]
-        # Events are rendered once, and texts of a length once.
-        is_static = self._table != "events" and longest is None and all(a.kind != "date" for a in shown)
-        if is_static:
+        # Events are rendered once, and so are texts of a length, or of some columns.
+        is_repeated = self._table != "events" and longest is None and columns is None
+        if is_repeated and all(attribute.kind != "date" for attribute in shown):
             for texts, attribute_texts in zip(by_row, self._static_texts(shown, rows, style, where), strict=True):
                 texts += attribute_texts
         else:
