@@ -120,7 +120,7 @@ def muon_update(mesh: Mesh) -> dict[str, np.ndarray]:
 def sharded(tmp_path_factory) -> dict[str, np.ndarray]:
     """By mesh and path."""
     out = tmp_path_factory.mktemp("sharded") / "out.npz"
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    flags = {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     subprocess.run(
         [sys.executable, "-m", "tests.model.test_sharding", out], cwd=ROOT, env=os.environ | flags, check=True
     )

@@ -22,7 +22,7 @@ DEVICES = 4
 
 def test_it_is_what_one_device_finds():
     """In a process of its own, which has several devices."""
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}"}
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(DEVICES)}
     command = [sys.executable, "-m", "tests.pallas_kernels.test_search_sharded"]
     subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], check=True)
 

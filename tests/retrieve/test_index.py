@@ -294,7 +294,7 @@ def test_the_share_that_a_filter_admits_is_of_what_is_there(index):
 
 @pytest.mark.long
 def test_all_of_this_on_four_devices():
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4"}
     command = [sys.executable, "-m", "pytest", "-q", "-m", "not long", "-p", "no:cacheprovider", __file__]
     tests = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert tests.returncode == 0, tests.stdout

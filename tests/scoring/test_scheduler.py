@@ -125,7 +125,7 @@ def prompts_for_the_mesh() -> list[EncodedPrompt]:
 
 
 def test_scores_are_the_same_on_a_mesh(alone, tmp_path):
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4"}
     command = [sys.executable, "-m", "tests.scoring.test_scheduler", tmp_path / "scores.npy"]
     subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, check=True)
     expected = np.concatenate(alone.score_encoded(prompts_for_the_mesh()))

@@ -130,7 +130,7 @@ def test_more_questions_or_labels_than_a_pass_has_places_for(scorer):
 
 def test_prompts_score_the_same_on_a_mesh(scorer, tmp_path):
     scorer.tokenizer.save(tmp_path)
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4"}
     subprocess.run([sys.executable, "-m", "tests.scoring.test_scorer", tmp_path], cwd=ROOT, env=environment, check=True)
     expected = np.concatenate(scorer.score_many(prompts_for_the_mesh()))
     np.testing.assert_allclose(np.load(tmp_path / "scores.npy"), expected, atol=1e-5)

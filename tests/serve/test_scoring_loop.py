@@ -256,7 +256,7 @@ def test_a_reload_that_nobody_waits_for_any_more_is_taken_up(scoring_loop, score
         scoring_loop.reload(new).cancel()
         gate.open()
         under_way.request.result(60)
-    eventually(lambda: scorer.params is new)
+    eventually(lambda: scorer.params["embedding"] is new["embedding"])
     assert scoring_loop.healthy
 
 

@@ -109,9 +109,7 @@ def test_rows_must_divide_into_parts():
 
 def start(shards: Path, folder: Path, devices: int = 1) -> subprocess.Popen:
     """Trains in a process of its own, on virtual devices over which the weights are split."""
-    environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    }
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
     arguments = [sys.executable, "-m", "tests.train.test_loop", shards, folder, str(devices)]
     with open(folder / "log.txt", "a") as log:
         return subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=log, stderr=log)

@@ -348,7 +348,7 @@ def test_the_wrong_answer_that_is_ranked_highest_is_pushed_hardest():
 def sharded(tmp_path_factory) -> dict[str, np.ndarray]:
     """By objective and path, on eight devices."""
     out = tmp_path_factory.mktemp("sharded") / "out.npz"
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    flags = {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "tests.train.test_objectives", out]
     subprocess.run(command, cwd=ROOT, env=os.environ | flags, check=True)
     with np.load(out) as stored:
