@@ -113,7 +113,7 @@ def test_the_fact_that_matters_is_proposed_and_written(jobs_with, tmp_path):  # 
     assert yaml.safe_load((folder / CARD).read_text())["items"]["noun"] == "job", "the rest of the card stays"
 
 
-def test_what_answers_are_told_by_is_tried_as_a_fact(jobs_with):  # noqa: F811
+def test_what_answers_are_read_from_is_tried_as_a_fact(jobs_with):  # noqa: F811
     """Some jobs are always looked at for long, whoever looks; the card says nothing of seconds."""
     rng = np.random.default_rng(0)
     items = rng.integers(40, size=800)

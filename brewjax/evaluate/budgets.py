@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from brewjax.bundle.bundle import Bundle
 from brewjax.data.tasks.task import Task
-from brewjax.evaluate.predict import TaskExamples, encode_examples, score_task
+from brewjax.evaluate.predict import TaskExamples, encode_tasks, score_tasks
 from brewjax.evaluate.results import OVERALL, Estimate, evaluate
 
 
@@ -58,15 +58,17 @@ def predict_within(
     """
     prompts = bundle.prompts.model_copy(update={"score_style": style, "max_tokens": max_tokens})
     bundle = dataclasses.replace(bundle, prompts=prompts)
-    encoded = [encode_examples(bundle, each.dataset, each.task, each.examples, each.surface) for each in tasks]
-    scorer = bundle.scorer([prompt for _, of_task in encoded for prompt in of_task])
-    predicted = []
-    for each, (examples, of_task) in zip(tasks, encoded, strict=True):
-        name = f"{each.name or each.task.name} within {max_tokens} tokens"
-        events = float(np.mean([len(prompt.prefix_pieces) - 1 for prompt in of_task]))
-        size = PrefixSize(events, float(np.mean([prompt.prefix_length for prompt in of_task])))
-        predicted.append((score_task(scorer, name, examples, of_task).table, size))
-    return predicted
+    tasks = [each._replace(name=f"{each.name or each.task.name} within {max_tokens} tokens") for each in tasks]
+    encoded = encode_tasks(bundle, tasks)
+    sizes = [
+        PrefixSize(
+            float(np.mean([len(prompt.prefix_pieces) - 1 for prompt in of_task])),
+            float(np.mean([prompt.prefix_length for prompt in of_task])),
+        )
+        for _, of_task in encoded
+    ]
+    predicted = score_tasks(bundle, tasks, encoded)
+    return [(predictions.table, size) for predictions, size in zip(predicted, sizes, strict=True)]
 
 
 def budget_curve(

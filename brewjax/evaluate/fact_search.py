@@ -82,7 +82,7 @@ def propose_facts(dataset: Dataset, task: Task, max_facts: int = 12) -> list[Gai
 
 
 def _answer_columns(dataset: Dataset, task: Task) -> list[str]:
-    """The numeric event columns by which answers are told: what they were in the past often says what they will be."""
+    """The numeric event columns that answers are read from: what they were in the past often says what they will be."""
     matched = dict.fromkeys(column for label in task.labels for column in label.match or ())
     types = {column: dataset.event_column(column).type for column in matched}
     return [column for column, type_ in types.items() if pa.types.is_integer(type_) or pa.types.is_floating(type_)]

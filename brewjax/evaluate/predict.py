@@ -51,6 +51,9 @@ class TaskExamples(NamedTuple):
     name: str = ""
 
 
+EncodedTask = tuple[list[RankingExample], list[EncodedPrompt]]  # the examples that remain, and their prompts
+
+
 class Predictions(NamedTuple):
     """The predictions of one task (a table as `from_examples` makes it), and what they took."""
 
@@ -73,7 +76,16 @@ def predict(bundle: Bundle, tasks: Sequence[TaskExamples]) -> list[Predictions]:
     Raises:
       ConfigError: every question of a task was skipped.
     """
-    encoded = [encode_examples(bundle, each.dataset, each.task, each.examples, each.surface) for each in tasks]
+    return score_tasks(bundle, tasks, encode_tasks(bundle, tasks))
+
+
+def encode_tasks(bundle: Bundle, tasks: Sequence[TaskExamples]) -> list[EncodedTask]:
+    """`encode_examples` of each task."""
+    return [encode_examples(bundle, each.dataset, each.task, each.examples, each.surface) for each in tasks]
+
+
+def score_tasks(bundle: Bundle, tasks: Sequence[TaskExamples], encoded: Sequence[EncodedTask]) -> list[Predictions]:
+    """Scores the prompts of tasks as `encode_tasks` made them; prints the speed."""
     scorer = bundle.scorer([prompt for _, prompts in encoded for prompt in prompts])
     scorer.warm_up()
     return [
@@ -89,7 +101,7 @@ def encode_examples(
     examples: Sequence[RankingExample],
     surface: str = "",
     scales_of: Dataset | None = None,
-) -> tuple[list[RankingExample], list[EncodedPrompt]]:
+) -> EncodedTask:
     """Renders and tokenizes examples as the model reads them, in its style and budget.
 
     Args:

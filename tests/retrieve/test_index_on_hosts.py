@@ -28,7 +28,7 @@ from tests.retrieve.test_cli_index import brewjax_index, write_vectors
 PROCESSES, D = 3, 8
 LIMIT = 60  # seconds in which a process must notice that another is gone
 QUERIES = np.ones((2, D), np.float32)
-FOUND, INDEX = "found.npz", "index"  # in a folder of the test: what searches found, and the index
+RESULTS, INDEX = "found.npz", "index"  # in a folder of the test: what searches found, and the index
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def folders(tmp_path_factory) -> tuple[Path, Path]:
     alone = processes.start(module, single, folder=single, processes=1, devices=PROCESSES)
     together = processes.start(module, several, folder=several, processes=PROCESSES)
     try:
-        while not (several / FOUND).exists():
+        while not (several / RESULTS).exists():
             assert all(process.poll() is None for process in together), log(several, 0)
             time.sleep(0.05)
         together[-1].kill()
@@ -53,7 +53,7 @@ def folders(tmp_path_factory) -> tuple[Path, Path]:
 
 
 def test_several_processes_find_what_one_does(folders):
-    results, expected = (np.load(folder / FOUND) for folder in folders)
+    results, expected = (np.load(folder / RESULTS) for folder in folders)
     assert {*results} == {*expected} > {"excluded 1", "crowded 0", "rows"}
     for name, array in expected.items():
         assert len(array), name
@@ -62,9 +62,9 @@ def test_several_processes_find_what_one_does(folders):
 
 def test_one_process_goes_on_with_what_several_left(folders):
     index = Index(folders[0] / INDEX)
-    np.testing.assert_array_equal(index.rows()["id"].to_numpy(), np.load(folders[0] / FOUND)["rows"])
+    np.testing.assert_array_equal(index.rows()["id"].to_numpy(), np.load(folders[0] / RESULTS)["rows"])
     (hits,) = index.search(QUERIES[:1], 20)
-    assert hits.ids == np.load(folders[0] / FOUND)["last 0"]["id"].tolist()
+    assert hits.ids == np.load(folders[0] / RESULTS)["last 0"]["id"].tolist()
     index.close()
 
 
@@ -119,7 +119,7 @@ def change_and_search(folder: Path, leader: Leader | None) -> None:
     second.close()
     results["rows"] = index.rows()["id"].to_numpy()
     np.savez(folder / "writing.npz", **results)
-    (folder / "writing.npz").rename(folder / FOUND)
+    (folder / "writing.npz").rename(folder / RESULTS)
     while leader:  # until a process is killed
         index.search(QUERIES, 20)
     index.close()
